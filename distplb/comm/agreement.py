@@ -1,0 +1,61 @@
+"""Ranks agree that all is well, and with each other, before any of them goes on.
+
+An error on one rank becomes the same error on all, with nobody left waiting in a larger call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NoReturn
+
+import torch
+
+from distplb.comm.base import Comm
+from distplb.errors import DistplbError, HalfMovedError
+
+__all__ = ["agree", "raise_everywhere"]
+
+_TEXT_BYTES = 2048
+
+
+def agree(comm: Comm, fields: Mapping[str, int], error: Exception | None = None) -> None:
+    """One all-reduce (MIN) of each field, of its negative, of "I am well" and of "my experts are whole".
+
+    Args:
+        comm: all its ranks call this together, with the same names of fields.
+        fields: integers (below 2^63 in magnitude) that must be equal on all ranks.
+        error: what went wrong on this rank, if anything did; the fields are then not looked at.
+
+    Raises:
+        DistplbError: on every rank, with the text of the lowest failed rank; or, where a field differs, with the
+            field's name and the least and the largest value. A HalfMovedError of one rank is one on all.
+    """
+    values = [0] * len(fields) if error else list(fields.values())
+    ill = comm.rank if error else comm.size  # the least ill rank speaks
+    whole = 0 if isinstance(error, HalfMovedError) else 1
+    header = torch.tensor([ill, whole, *values, *(-value for value in values)], device=comm.device)
+    comm.all_reduce_min(header)
+    ill, whole, *reduced = header.tolist()
+    if ill < comm.size:
+        raise_everywhere(comm, ill, error, DistplbError if whole else HalfMovedError)
+    least, largest = reduced[: len(fields)], [-value for value in reduced[len(fields) :]]
+    for name, low, high in zip(fields, least, largest, strict=True):
+        if low != high:
+            raise DistplbError(
+                f"ranks disagree on {name}: {low} on one, {high} on another, {fields[name]} on rank {comm.rank}; "
+                "pass the same on every rank"
+            )
+
+
+def raise_everywhere(
+    comm: Comm, rank: int, error: Exception | None, kind: type[DistplbError] = DistplbError
+) -> NoReturn:
+    """Every rank raises what went wrong on `rank`, which passes its `error`. All ranks know the rank by now."""
+    text = torch.zeros(_TEXT_BYTES, dtype=torch.uint8)
+    if comm.rank == rank:
+        words = (str(error) if isinstance(error, DistplbError) else repr(error)).encode()[:_TEXT_BYTES]
+        text[: len(words)] = torch.frombuffer(bytearray(words), dtype=torch.uint8)
+    text = text.to(comm.device)
+    comm.broadcast(text, rank)
+    told = bytes(text.tolist()).rstrip(b"\0").decode(errors="replace")
+    raise kind(told if comm.size == 1 else f"rank {rank}: {told}") from error

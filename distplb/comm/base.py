@@ -1,0 +1,67 @@
+"""What distplb asks of a communicator, and the world of one that needs no library."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+__all__ = ["Comm", "Message", "WorldOfOne"]
+
+# One point-to-point operation: the buffer, and the rank at the other end.
+Message = tuple[Tensor, int]
+
+
+class Comm(Protocol):
+    """Ranks 0 to `size` − 1 that call the same methods in the same order.
+
+    All tensors are contiguous and lie on `device`; collectives work in place.
+    """
+
+    @property
+    def rank(self) -> int:
+        """This process, counted inside the communicator."""
+
+    @property
+    def size(self) -> int:
+        """The number of ranks."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the library wants its buffers."""
+
+    def all_reduce_sum(self, tensor: Tensor) -> None:
+        """Add up over ranks, element by element."""
+
+    def all_reduce_min(self, tensor: Tensor) -> None:
+        """The least over ranks, element by element."""
+
+    def broadcast(self, tensor: Tensor, root: int) -> None:
+        """The root's values, everywhere."""
+
+    def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> None:
+        """One round of point-to-point messages; returns when all of this rank's are done."""
+
+
+class WorldOfOne:
+    """A communicator of a single rank: every collective is already done."""
+
+    rank = 0
+    size = 1
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.device = torch.device(device)
+
+    def all_reduce_sum(self, tensor: Tensor) -> None:
+        """Nothing to add."""
+
+    def all_reduce_min(self, tensor: Tensor) -> None:
+        """Nothing to compare with."""
+
+    def broadcast(self, tensor: Tensor, root: int) -> None:
+        """Nobody else to hear it."""
+
+    def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> None:
+        """No other rank to exchange with; messages to oneself are never made."""

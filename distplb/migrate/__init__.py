@@ -1,0 +1,1 @@
+"""Moving experts: `state` finds what travels, `pieces` says who holds it, `schedule` decides, `transfer` acts."""

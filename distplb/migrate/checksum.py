@@ -1,0 +1,77 @@
+"""An integer checksum of every logical expert's tensors, wherever they lie.
+
+Every 32-bit word of a row is multiplied by an odd weight of its own place and added up modulo 2^32, so the ranks'
+parts of a row add up to the row's checksum, and a row that is another's, or is put together wrongly, shows.
+Shapes: L layers, E experts, P slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from distplb.comm.base import Comm
+from distplb.migrate.state import RowTensor, Traveller
+from distplb.placement import Placement
+
+__all__ = ["expert_checksums"]
+
+_MASK = (1 << 32) - 1
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int32}
+
+
+def expert_checksums(
+    tensors: Sequence[tuple[Sequence[RowTensor], Sequence[Traveller]]], placement: Placement, comm: Comm
+) -> Tensor:
+    """`[L, E]` int64 on the host, equal on all ranks; one all-reduce.
+
+    Args:
+        tensors: by layer, the declared tensors and all that travels with them on this rank.
+        placement: the one in force.
+        comm: the ranks that hold the tensors.
+    """
+    sums = torch.zeros(placement.num_layers, placement.num_slots, dtype=torch.int64)
+    weights: dict[tuple[int, torch.device], Tensor] = {}
+    for layer, (declared, travelling) in enumerate(tensors):
+        for number, traveller in enumerate(travelling):
+            row_tensor = declared[traveller.of]
+            salt = 2 * number + 1  # odd, so that two tensors of one expert cannot change places unseen
+            for slot, part in _slot_sums(traveller.flat, row_tensor.row, row_tensor.start, weights):
+                sums[layer, slot] += (part * salt) & _MASK
+    by_expert = torch.zeros(placement.num_layers, placement.num_experts, dtype=torch.int64)
+    by_expert.scatter_add_(1, placement.expert_of_slot, sums)
+    by_expert = by_expert.to(comm.device)
+    comm.all_reduce_sum(by_expert)
+    return by_expert.cpu() & _MASK
+
+
+def _slot_sums(
+    flat: Tensor, row: int, start: int, weights: dict[tuple[int, torch.device], Tensor]
+) -> list[tuple[int, int]]:
+    """(slot, checksum of what is held of it), for each slot that the local part touches."""
+    if not flat.numel():
+        return []
+    words_each = max(1, flat.element_size() // 4)
+    words = flat.view(_INTEGERS[flat.element_size()]).to(torch.int32)
+    key = (row * words_each, flat.device)
+    if key not in weights:
+        weights[key] = _odd_weights(*key)
+    weight, stop = weights[key], start + flat.numel()
+    slots = range(start // row, -(-stop // row))
+    sums = []
+    for slot in slots:
+        low, high = max(start, slot * row), min(stop, (slot + 1) * row)
+        held = words[(low - start) * words_each : (high - start) * words_each]
+        place = weight[(low - slot * row) * words_each : (high - slot * row) * words_each]
+        sums.append((held * place).sum(dtype=torch.int64) & _MASK)  # int32 products wrap, as they should
+    return list(zip(slots, torch.stack(sums).tolist(), strict=True))
+
+
+def _odd_weights(count: int, device: torch.device) -> Tensor:
+    """`[count]` int32: odd, and scattered enough that no two near places are alike (Knuth's multiplier)."""
+    place = torch.arange(count, dtype=torch.int64, device=device)
+    scattered = ((place + 1) * 2654435761) & _MASK
+    scattered = ((scattered ^ (scattered >> 15)) * 0x846CA68B) & _MASK | 1
+    return (scattered - (1 << 31)).to(torch.int32)

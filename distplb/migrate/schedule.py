@@ -1,0 +1,183 @@
+"""From two placements to what must be done: closed cycles, commits, copies, messages and rounds. Pure.
+
+A change of placement is a set of closed cycles of slots. A commit is one or more whole cycles that are staged
+together and then written together, so the placement after each commit is valid. A cycle too long for the staging
+budget becomes several shorter ones, each closed.
+Shapes: L layers, P slots, M GPUs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from distplb.migrate.pieces import Layout, Piece
+from distplb.placement import Placement
+
+__all__ = ["Copy", "SlotMove", "commits", "copies", "cycles", "rounds"]
+
+
+@dataclass(frozen=True)
+class SlotMove:
+    """In one layer, slot `target` receives what slot `source` holds."""
+
+    layer: int
+    source: int
+    target: int
+
+
+@dataclass(frozen=True)
+class Copy:
+    """`count` elements of tensor number `tensor`, from one rank's local offset to another's (or its own)."""
+
+    tensor: int
+    source_rank: int
+    source_offset: int
+    target_rank: int
+    target_offset: int
+    count: int
+
+
+def cycles(old: Sequence[int], new: Sequence[int]) -> list[list[int]]:
+    """Closed cycles of slots: each slot receives what the next one holds, the last what the first holds.
+
+    >>> cycles(old=[0, 1, 2, 3], new=[1, 2, 0, 3])
+    [[0, 1, 2]]
+
+    Args:
+        old: the expert of each slot, each expert once.
+        new: the same experts, placed anew.
+    """
+    slot_of = {expert: slot for slot, expert in enumerate(old)}
+    found, seen = [], [False] * len(old)
+    for start in range(len(old)):
+        cycle, slot = [], start
+        while not seen[slot]:
+            seen[slot] = True
+            cycle.append(slot)
+            slot = slot_of[new[slot]]
+        if len(cycle) > 1:
+            found.append(cycle)
+    return found
+
+
+def commits(
+    old: Placement, new: Placement, gpu_bytes: Sequence[int], router_bytes: Sequence[int], budget: int
+) -> list[list[SlotMove]]:
+    """The moves of each commit, in order; none stages more than `budget` bytes on any rank if a swap of two fits.
+
+    Args:
+        old: the placement in force; without replicas.
+        new: the placement wanted; without replicas.
+        gpu_bytes: by layer, what the GPU of a slot stages when that slot receives an expert.
+        router_bytes: by layer, what every rank stages besides for each slot that receives.
+        budget: in bytes, on each rank.
+    """
+    done: list[list[SlotMove]] = []
+    batch: list[SlotMove] = []
+    staged = _Staged(gpu_bytes, router_bytes, old)
+    for layer in range(old.num_layers):
+        for cycle in cycles(old.expert_of_slot[layer].tolist(), new.expert_of_slot[layer].tolist()):
+            for part in _split(layer, cycle, staged, budget):
+                if batch and staged.peak(batch + part) > budget:
+                    done.append(batch)
+                    batch = []
+                # A part that reads what an earlier part writes must wait until that is written.
+                if any(move.layer == layer and move.target in {m.source for m in part} for move in batch):
+                    done.append(batch)
+                    batch = []
+                batch = batch + part
+    return [*done, batch] if batch else done
+
+
+@dataclass(frozen=True)
+class _Staged:
+    gpu_bytes: Sequence[int]
+    router_bytes: Sequence[int]
+    placement: Placement
+
+    def peak(self, moves: Sequence[SlotMove]) -> int:
+        """Bytes staged on the fullest rank."""
+        of_gpu: dict[int, int] = {}
+        for move in moves:
+            gpu = move.target // self.placement.slots_per_gpu
+            of_gpu[gpu] = of_gpu.get(gpu, 0) + self.gpu_bytes[move.layer]
+        return max(of_gpu.values(), default=0) + sum(self.router_bytes[move.layer] for move in moves)
+
+
+def _split(layer: int, cycle: list[int], staged: _Staged, budget: int) -> Iterator[list[SlotMove]]:
+    """The cycle as closed cycles within the budget, one after the other the same change."""
+    while len(cycle) > 1:
+        length = 2
+        while length < len(cycle) and staged.peak(_moves(layer, cycle[: length + 1])) <= budget:
+            length += 1
+        yield _moves(layer, cycle[:length])
+        # The last slot of the part now holds what the first held, which the rest of the cycle still waits for.
+        cycle = cycle[length - 1 :] if length < len(cycle) else []
+
+
+def _moves(layer: int, cycle: list[int]) -> list[SlotMove]:
+    following = cycle[1:] + cycle[:1]
+    return [SlotMove(layer, source, target) for target, source in zip(cycle, following, strict=True)]
+
+
+def copies(moves: Sequence[SlotMove], tensors: Sequence[Sequence[tuple[int, Layout]]], rank: int) -> list[Copy]:
+    """What the moves mean for every tensor: all copies between ranks, and those inside `rank`.
+
+    Args:
+        moves: of one commit.
+        tensors: by layer, the number and the layout of each tensor that travels.
+        rank: whose local copies are wanted.
+    """
+    return [
+        copy
+        for move in moves
+        for number, layout in tensors[move.layer]
+        for copy in _row_copies(move, number, layout, rank)
+        if copy.source_rank != copy.target_rank or copy.target_rank == rank
+    ]
+
+
+def _row_copies(move: SlotMove, number: int, layout: Layout, rank: int) -> Iterator[Copy]:
+    sources = layout.pieces[move.source]
+    for target in layout.pieces[move.target]:
+        if layout.everywhere and target.rank != rank:
+            continue
+        twins = [p.rank for p in layout.pieces[move.target] if (p.start, p.stop) == (target.start, target.stop)]
+        at = target.start
+        while at < target.stop:
+            source = _source_at(at, sources, target.rank, twins.index(target.rank))
+            stop = min(target.stop, source.stop)
+            yield Copy(
+                number,
+                source.rank,
+                source.offset + at - source.start,
+                target.rank,
+                target.offset + at - target.start,
+                stop - at,
+            )
+            at = stop
+
+
+def _source_at(element: int, sources: Sequence[Piece], rank: int, nth: int) -> Piece:
+    """Who gives one element: `rank` itself if it can, else the holders in turn, so that none gives to all."""
+    holders = [piece for piece in sources if piece.start <= element < piece.stop]
+    own = [piece for piece in holders if piece.rank == rank]
+    return own[0] if own else holders[nth % len(holders)]
+
+
+def rounds(pairs: Sequence[tuple[int, int]], limit: int) -> list[list[tuple[int, int]]]:
+    """Messages (source rank, target rank) in rounds in which no rank has more than `limit` operations."""
+    found: list[list[tuple[int, int]]] = []
+    used: list[dict[int, int]] = []
+    for source, target in pairs:
+        at = 0
+        while at < len(found) and max(used[at].get(source, 0), used[at].get(target, 0)) >= limit:
+            at += 1
+        if at == len(found):
+            found.append([])
+            used.append({})
+        found[at].append((source, target))
+        for rank in (source, target):
+            used[at][rank] = used[at].get(rank, 0) + 1
+    return found

@@ -1,0 +1,1 @@
+"""Items into packs: what the planner packs experts with. Knows nothing of experts, GPUs or ranks."""

@@ -1,0 +1,92 @@
+"""`balanced_packing`: items into packs of equal count, the heaviest pack as light as possible.
+
+Shapes: X rows, n items, M packs, K candidates.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from distplb.errors import DistplbError
+from distplb.load import check_weights, scaled
+from distplb.packing.candidates import CANDIDATE_BITS
+from distplb.packing.reference import finish, pack
+
+__all__ = ["balanced_packing", "pack_loads"]
+
+# A float row is scaled to a total of just under 2^39, so that rounding up cannot carry it beyond 2^40.
+_FLOAT_BITS = 39
+_MAX_TOTAL = 2.0**62
+_BATCH = 1 << 20  # weights packed at a time, which bounds the memory
+
+
+def balanced_packing(weight: Tensor, num_packs: int, num_candidates: int = 64) -> tuple[Tensor, Tensor]:
+    """Pack n weighted items into packs of exactly n / `num_packs` items; rows are independent.
+
+    Seven steps: (1) noisy keys, (2) greedy, (3) variance refinement, (4) min-max refinement, (5) choose the best
+    candidate of each row, (6) pair swaps on it, (7) min-max refinement once more.
+
+    >>> pack_index, rank_in_pack = balanced_packing(torch.tensor([[9, 1, 5, 5]]), num_packs=2)
+    >>> pack_index, rank_in_pack
+    (tensor([[0, 0, 1, 1]]), tensor([[0, 1, 0, 1]]))
+
+    Args:
+        weight: `[X, n]`, non-negative numbers of any type and device.
+        num_packs: M; divides n.
+        num_candidates: K randomised starts for each row; the first is plain longest-first.
+
+    Returns:
+        pack_index `[X, n]` int64, the pack of each item, and rank_in_pack `[X, n]` int64, its position there.
+
+    Raises:
+        DistplbError: for another shape, NaN, infinite or negative weights, or n not a multiple of `num_packs`.
+    """
+    whole = _as_whole(weight)
+    rows, num_items = whole.shape
+    if num_packs < 1 or num_items % num_packs:
+        raise DistplbError(
+            f"{num_items} items cannot be packed evenly into {num_packs} packs; pass a divisor of {num_items}"
+        )
+    if not 1 <= num_candidates <= 1 << CANDIDATE_BITS:
+        raise DistplbError(f"num_candidates is {num_candidates}; pass 1 to 2^{CANDIDATE_BITS}")
+    row = torch.arange(rows, device=whole.device)
+    chosen = torch.empty_like(whole)
+    least = torch.full((rows,), torch.iinfo(torch.int64).max, device=whole.device)
+    for candidates in torch.arange(num_candidates).split(max(1, _BATCH // whole.numel())):
+        many = whole.repeat(len(candidates), 1)  # [k·X, n], candidate by candidate
+        of_row = candidates.to(whole.device).repeat_interleave(rows)
+        items = pack(many, num_packs, layer=row.repeat(len(candidates)), candidate=of_row)
+        heaviest, best = pack_loads(many, items, num_packs).amax(1).view(-1, rows).sort(dim=0, stable=True)
+        better = heaviest[0] < least  # ties stay with the lowest candidate
+        chosen[better] = items.view(-1, rows, num_items)[best[0], row][better]
+        least = torch.minimum(least, heaviest[0])
+    chosen = finish(whole, chosen, num_packs)
+    slot = torch.empty_like(chosen)
+    slot.scatter_(1, chosen, torch.arange(num_items, device=chosen.device).expand_as(chosen))
+    size = num_items // num_packs
+    return slot // size, slot % size
+
+
+def pack_loads(weight: Tensor, items: Tensor, num_packs: int) -> Tensor:
+    """`[X, M]`: the total weight of each pack of `items [X, n]`."""
+    return weight.gather(1, items).view(len(weight), num_packs, -1).sum(2)
+
+
+def _as_whole(weight: Tensor) -> Tensor:
+    """`[X, n]` int64 with each row's total at most 2^40, whatever the type and size of the weights."""
+    weight = torch.as_tensor(weight).detach()
+    if weight.dim() != 2 or weight.is_complex() or weight.dtype == torch.bool or 0 in weight.shape:
+        raise DistplbError(
+            f"weight is {weight.dtype} of shape {tuple(weight.shape)}; pass numbers of shape [rows, items], none empty"
+        )
+    check_weights("weight", weight)
+    if weight.is_floating_point():
+        value = weight.double()
+        exponent = _FLOAT_BITS - torch.frexp(value.sum(1)).exponent  # [X]
+        # Whole numbers keep their own scale, so that they pack as the same integers would.
+        whole = (value == value.round()).all(1) & (exponent >= 0)
+        weight = torch.ldexp(value, torch.where(whole, 0, exponent)[:, None]).round()
+    elif float(weight.double().sum(1).max()) >= _MAX_TOTAL:
+        raise DistplbError("weight has a row whose total is 2^62 or more; divide the weights by a power of two")
+    return scaled(weight.to(torch.int64)[None])[0]

@@ -1,0 +1,43 @@
+"""Step 1, noisy keys: a candidate's integer fixes its noise, on every machine and device alike.
+
+Shapes: X rows, n items.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["CANDIDATE_BITS", "noisy_keys"]
+
+CANDIDATE_BITS = 22
+_NOISE_STEPS = 9831  # noise / 2^16 lies in {0, ..., 9830} / 2^16, that is in [0, 0.15)
+_MASK = (1 << 32) - 1
+
+
+def noisy_keys(weight: Tensor, *, layer: Tensor, candidate: Tensor, seed: int) -> Tensor:
+    """`[X, n]` int64: weight × (1 + u), u uniform in [0, 0.15) for each item; candidate 0 has u = 0.
+
+    Args:
+        weight: `[X, n]` int64, each row's total at most 2^40.
+        layer: `[X]` int64, what tells equal candidates of different layers apart.
+        candidate: `[X]` int64 in [0, 2^22).
+        seed: of the whole plan.
+    """
+    item = torch.arange(weight.shape[1], device=weight.device)
+    state = torch.zeros_like(weight)
+    for part in (seed, seed >> 32, layer[:, None], candidate[:, None], item):
+        state = _mix((state ^ (part & _MASK)) + 0x9E3779B9)
+    noise = (state * _NOISE_STEPS) >> 32
+    return weight + ((weight * noise.masked_fill(candidate[:, None] == 0, 0)) >> 16)
+
+
+def _mix(state: Tensor) -> Tensor:
+    """Scramble 32 bits held in an int64, masked after each product.
+
+    The finaliser `lowbias32`, constants from C. Wellons, "Prospecting for Hash Functions" (2018, public domain).
+    """
+    state = state & _MASK
+    state = ((state ^ (state >> 16)) * 0x7FEB352D) & _MASK
+    state = ((state ^ (state >> 15)) * 0x846CA68B) & _MASK
+    return state ^ (state >> 16)

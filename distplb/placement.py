@@ -1,0 +1,189 @@
+"""Which expert each slot holds, as a frozen value that checks itself when it is built.
+
+Shapes: L layers, E experts, P slots, M GPUs, G = P / M slots on each GPU.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from distplb.errors import DistplbError
+
+__all__ = ["Placement"]
+
+_FORMAT_VERSION = 1
+_DIGEST_BITS = 62  # fits an int64 and its negative, so that a MIN all-reduce of both can compare it
+
+
+@dataclass(frozen=True, eq=False)
+class Placement:
+    """The expert of every slot, layer by layer; slot p lives on GPU `p // G`.
+
+    >>> placement = Placement(torch.tensor([[2, 0, 1, 3]]), num_experts=4, num_gpus=2)
+    >>> placement.inverse[..., 0]
+    tensor([[1, 2, 0, 3]])
+
+    Args:
+        expert_of_slot: `[L, P]` integers in [0, E); every expert at least once a layer. Copied.
+        num_experts: E.
+        num_gpus: M; divides P.
+
+    Raises:
+        DistplbError: if a slot holds no known expert, an expert has no slot, or P is not a multiple of M.
+    """
+
+    expert_of_slot: Tensor
+    num_experts: int
+    num_gpus: int
+
+    def __post_init__(self) -> None:
+        table = torch.as_tensor(self.expert_of_slot)
+        if table.dim() != 2 or table.is_floating_point() or table.is_complex() or table.dtype == torch.bool:
+            raise DistplbError(
+                f"Placement: expert_of_slot is {table.dtype} of shape {tuple(table.shape)}; "
+                "pass integers of shape [layers, slots]"
+            )
+        object.__setattr__(self, "expert_of_slot", table.to("cpu", torch.int64, copy=True).contiguous())
+        self._check()
+
+    def _check(self) -> None:
+        if self.num_gpus < 1 or self.num_slots % self.num_gpus or self.num_slots < self.num_experts:
+            raise DistplbError(
+                f"Placement: {self.num_slots} slots for {self.num_experts} experts on {self.num_gpus} GPUs; "
+                "the slots must be a multiple of the GPUs and at least as many as the experts"
+            )
+        table = self.expert_of_slot
+        wrong = ((table < 0) | (table >= self.num_experts)).nonzero()
+        if len(wrong):
+            layer, slot = wrong[0].tolist()
+            raise DistplbError(
+                f"Placement: slot {slot} of layer {layer} holds expert {int(table[layer, slot])}; "
+                f"experts are numbered 0 to {self.num_experts - 1}"
+            )
+        missing = (self.replicas == 0).nonzero()
+        if len(missing):
+            layer, expert = missing[0].tolist()
+            raise DistplbError(
+                f"Placement: expert {expert} has no slot in layer {layer}; every expert needs at least one"
+            )
+
+    @classmethod
+    def contiguous(cls, num_layers: int, num_experts: int, num_gpus: int) -> Placement:
+        """Expert e in slot e of every layer: how jobs start."""
+        table = torch.arange(num_experts).expand(num_layers, num_experts)
+        return cls(table, num_experts, num_gpus)
+
+    @property
+    def num_layers(self) -> int:
+        """L."""
+        return int(self.expert_of_slot.shape[0])
+
+    @property
+    def num_slots(self) -> int:
+        """P."""
+        return int(self.expert_of_slot.shape[1])
+
+    @property
+    def slots_per_gpu(self) -> int:
+        """G."""
+        return self.num_slots // self.num_gpus
+
+    @property
+    def has_replicas(self) -> bool:
+        """Whether some expert has more than one slot (P > E)."""
+        return self.num_slots > self.num_experts
+
+    @property
+    def replicas(self) -> Tensor:
+        """`[L, E]` int64: how many slots hold each expert."""
+        counts = torch.zeros(self.num_layers, self.num_experts, dtype=torch.int64)
+        return counts.scatter_add_(1, self.expert_of_slot, torch.ones_like(self.expert_of_slot))
+
+    @property
+    def inverse(self) -> Tensor:
+        """`[L, E, R]` int64: the slots of every expert in ascending order, −1 where it has fewer than R.
+
+        R is the largest number of replicas, 1 where there are none.
+        """
+        replicas = self.replicas
+        slots = torch.full((self.num_layers, self.num_experts, int(replicas.max())), -1)
+        by_expert = torch.sort(self.expert_of_slot, dim=1, stable=True)
+        first = replicas.cumsum(1) - replicas  # [L, E], where an expert's run begins in the sorted order
+        position = torch.arange(self.num_slots).expand_as(by_expert.values)
+        nth = position - first.gather(1, by_expert.values)  # [L, P], which replica of its expert
+        layer = torch.arange(self.num_layers)[:, None].expand_as(nth)
+        slots[layer, by_expert.values, nth] = by_expert.indices
+        return slots
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Placement):
+            return NotImplemented
+        return (
+            self.num_experts == other.num_experts
+            and self.num_gpus == other.num_gpus
+            and torch.equal(self.expert_of_slot, other.expert_of_slot)
+        )
+
+    def __hash__(self) -> int:
+        return self.digest()
+
+    def digest(self) -> int:
+        """A number in [0, 2^62) that differs between different placements, equal on every machine."""
+        head = torch.tensor([self.num_experts, self.num_gpus, *self.expert_of_slot.shape])
+        data = torch.cat([head, self.expert_of_slot.flatten()]).numpy().astype("<i8").tobytes()
+        return int.from_bytes(hashlib.sha256(data).digest()[:8], "big") >> (64 - _DIGEST_BITS)
+
+    def save(self, path: str | os.PathLike[str], layer_names: Sequence[str] | None = None) -> None:
+        """Write the placement as JSON, keyed by layer name ("0", "1", ... where none are given)."""
+        names = _checked_names(layer_names, self.num_layers)
+        document = {
+            "format": "distplb.placement",
+            "version": _FORMAT_VERSION,
+            "num_experts": self.num_experts,
+            "num_gpus": self.num_gpus,
+            "expert_of_slot": dict(zip(names, self.expert_of_slot.tolist(), strict=True)),
+        }
+        # A reader sees the old file or the new one, never half of either.
+        draft = Path(f"{os.fspath(path)}.{os.getpid()}.tmp")
+        draft.write_text(json.dumps(document))
+        draft.replace(path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], layer_names: Sequence[str] | None = None) -> Placement:
+        """Read what `save` wrote; rows come in the order of `layer_names`, or of the file.
+
+        Raises:
+            DistplbError: if the file is not a placement of a version that is known, or lacks a named layer.
+        """
+        try:
+            document = json.loads(Path(path).read_text())
+            version, tables = document["version"], document["expert_of_slot"]
+            num_experts, num_gpus = document["num_experts"], document["num_gpus"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise DistplbError(
+                f"{path} is not a placement file ({error!r}); pass one written by Placement.save"
+            ) from error
+        if version != _FORMAT_VERSION:
+            raise DistplbError(f"{path} has version {version}; this distplb reads version {_FORMAT_VERSION}")
+        names = list(tables) if layer_names is None else list(layer_names)
+        missing = [name for name in names if name not in tables]
+        if missing:
+            raise DistplbError(f"{path} has no layer {missing[0]!r}; it has {', '.join(tables)}")
+        return cls(torch.tensor([tables[name] for name in names]), num_experts, num_gpus)
+
+
+def _checked_names(layer_names: Sequence[str] | None, num_layers: int) -> list[str]:
+    names = [str(layer) for layer in range(num_layers)] if layer_names is None else list(layer_names)
+    if len(names) != num_layers or len(set(names)) != num_layers:
+        raise DistplbError(
+            f"{len(set(names))} different layer names for {num_layers} layers; pass one of its own for each"
+        )
+    return names

@@ -1,0 +1,209 @@
+"""`plan`: the three calls of a planning problem, with the collectives between them.
+
+Stages, numbered as in the README: (1) count, (2) search, (3) choose, (4) polish, (5) share.
+Shapes: T steps, L layers, E experts, P slots, K candidates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from distplb.comm.agreement import agree, raise_everywhere
+from distplb.comm.base import Comm, WorldOfOne
+from distplb.errors import DistplbError
+from distplb.load import as_tokens
+from distplb.packing.candidates import CANDIDATE_BITS
+from distplb.packing.engines import engine_named
+from distplb.placement import Placement
+from distplb.planning.problem import Problem, check_current, check_slots
+from distplb.stages import Stages
+from distplb.topology import Topology
+
+__all__ = ["PlanOptions", "Planned", "plan", "plan_in_stages"]
+
+_WORST_KEY = torch.iinfo(torch.int64).max
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """What, with the load and the topology, fixes a plan."""
+
+    num_slots: int | None = None
+    current: Placement | None = None
+    num_candidates: int = 64
+    seed: int = 0
+    engine: str | None = None
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A plan, the load `[T, L, E]` of all ranks that it was made from, and the engine that made it."""
+
+    placement: Placement
+    load: Tensor
+    engine: str
+
+
+def plan(
+    load: Tensor,
+    topology: Topology,
+    *,
+    comm: Comm | None = None,
+    num_slots: int | None = None,
+    current: Placement | None = None,
+    num_candidates: int = 64,
+    seed: int = 0,
+    engine: str | None = None,
+) -> Placement:
+    """Search, on all ranks together, the placement that costs least; the same plan comes out on all of them.
+
+    Same load and same options give the same plan to the bit, whatever the number of ranks, the engine and the
+    device. The cost of a layer is the fullest GPU's tokens, added up over the steps.
+
+    >>> load = torch.tensor([[9, 1, 5, 5]])
+    >>> plan(load, Topology(num_nodes=1, gpus_per_node=2)).expert_of_slot
+    tensor([[0, 1, 2, 3]])
+
+    Args:
+        load: `[L, E]` or `[T, L, E]` tokens of each expert as counted **on this rank**; the ranks' counts are
+            added up, so a load that one rank knows already goes in there and zeros elsewhere.
+        topology: of one EP group; its GPUs divide E.
+        comm: the ranks that plan together; None for this process alone.
+        num_slots: P; E where None. Replicas (P > E) are not planned yet.
+        current: the placement in force; the plan is named so that few experts move, and a layer keeps it unless
+            the plan costs less.
+        num_candidates: K randomised starts for each layer, dealt round-robin to the ranks.
+        seed: of all that is random.
+        engine: "reference", or None for the fastest that is there.
+
+    Raises:
+        DistplbError: on every rank, if any rank's load or options are refused or differ from the others'.
+    """
+    options = PlanOptions(num_slots, current, num_candidates, seed, engine)
+    return plan_in_stages(load, topology, WorldOfOne() if comm is None else comm, options).placement
+
+
+def plan_in_stages(
+    load: Tensor,
+    topology: Topology,
+    comm: Comm,
+    options: PlanOptions,
+    *,
+    stages: Stages | None = None,
+    fields: Mapping[str, int] | None = None,
+    error: Exception | None = None,
+) -> Planned:
+    """`plan`, for a caller that wants its seconds, and has something of its own to agree on in the same header.
+
+    Args:
+        load, topology, comm, options: as for `plan`.
+        stages: receives the seconds of each stage.
+        fields: more integers that all ranks must share.
+        error: what the caller met on this rank; all ranks then raise it instead of planning.
+    """
+    stages = Stages() if stages is None else stages
+    with stages.stage("count"):
+        tokens = _agreed_load(load, topology, comm, options, dict(fields or {}), error)
+        comm.all_reduce_sum(tokens)
+    key, problem = _searched(tokens, topology, comm, options, stages)
+    table = torch.full(tokens.shape[1:], -1, device=comm.device)  # [L, P], says that the root failed
+    with stages.stage("polish"):
+        if comm.rank == 0:
+            try:
+                best = problem.build(key & ((1 << CANDIDATE_BITS) - 1))
+                table = problem.polish(best).expert_of_slot.to(comm.device)
+            except Exception as caught:
+                error = caught
+    with stages.stage("share"):
+        comm.broadcast(table, 0)
+        if int(table.min()) < 0:
+            raise_everywhere(comm, 0, error)
+    placement = Placement(table, tokens.shape[2], topology.num_gpus)
+    return Planned(placement, tokens, problem.engine_name)
+
+
+def _searched(
+    tokens: Tensor, topology: Topology, comm: Comm, options: PlanOptions, stages: Stages
+) -> tuple[Tensor, Problem]:
+    """Stages 2 and 3: the best key of each layer `[L]`, equal on all ranks, and the problem that it answers."""
+    error: Exception | None = None
+    key = torch.full(tokens.shape[1:2], -1 - comm.rank, device=tokens.device)  # [L], says who failed
+    try:
+        with stages.stage("search"):
+            problem = Problem(
+                tokens,
+                topology,
+                num_slots=options.num_slots,
+                current=options.current,
+                seed=options.seed,
+                engine=options.engine,
+            )
+            key = _best_keys(problem, options.num_candidates, comm, tokens)
+    except Exception as caught:
+        error = caught
+    with stages.stage("choose"):
+        comm.all_reduce_min(key)
+        if int(key.min()) < 0:
+            raise_everywhere(comm, -1 - int(key.min()), error)
+    return key, problem
+
+
+def _agreed_load(
+    load: Tensor,
+    topology: Topology,
+    comm: Comm,
+    options: PlanOptions,
+    fields: dict[str, int],
+    error: Exception | None,
+) -> Tensor:
+    """This rank's tokens `[T, L, E]` on the communicator's device, once all ranks agree on everything else."""
+    fields |= dict.fromkeys(_HEADER, 0)
+    try:
+        if error is not None:
+            raise error
+        tokens = as_tokens(load)
+        steps, num_layers, num_experts = tokens.shape
+        _check_options(options)
+        check_slots(topology, num_experts, options.num_slots)
+        check_current(options.current, num_layers, num_experts, topology)
+        current = -1 if options.current is None else options.current.digest()
+        values = (steps, num_layers, num_experts, topology.num_nodes, topology.gpus_per_node)
+        fields |= dict(zip(_HEADER, (*values, options.num_candidates, options.seed, current), strict=True))
+    except Exception as caught:
+        error = caught
+    agree(comm, fields, error)
+    # With a world of one the search stays where the counts are.
+    device = tokens.device if isinstance(comm, WorldOfOne) else comm.device
+    return tokens.to(device, copy=True).contiguous()
+
+
+_HEADER = (
+    "the load's steps",
+    "the load's layers",
+    "the load's experts",
+    "num_nodes",
+    "gpus_per_node",
+    "num_candidates",
+    "seed",
+    "the current placement (digest)",
+)
+
+
+def _check_options(options: PlanOptions) -> None:
+    if not 1 <= options.num_candidates <= 1 << CANDIDATE_BITS:
+        raise DistplbError(f"num_candidates is {options.num_candidates}; pass 1 to 2^{CANDIDATE_BITS}")
+    if not 0 <= options.seed < 1 << 62:
+        raise DistplbError(f"seed is {options.seed}; pass a whole number in [0, 2^62)")
+    engine_named(options.engine)
+
+
+def _best_keys(problem: Problem, num_candidates: int, comm: Comm, tokens: Tensor) -> Tensor:
+    """`[L]` int64: the least `cost << 22 | candidate` of each layer over this rank's share of the candidates."""
+    mine = torch.arange(comm.rank, num_candidates, comm.size, device=tokens.device)
+    if not len(mine):
+        return torch.full((tokens.shape[1],), _WORST_KEY, device=tokens.device)
+    return (problem.costs(mine) << CANDIDATE_BITS | mine[:, None]).amin(0)

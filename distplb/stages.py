@@ -1,0 +1,28 @@
+"""The stages of a rebalance, timed and named in profiles."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch.profiler import record_function
+
+__all__ = ["Stages"]
+
+
+class Stages:
+    """Seconds by stage; each stage is also a `distplb::<stage>` range in a profile."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time what runs inside under `name`; the same name adds up."""
+        start = time.perf_counter()
+        try:
+            with record_function(f"distplb::{name}"):
+                yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
