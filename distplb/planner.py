@@ -203,7 +203,7 @@ def _check_options(options: PlanOptions) -> None:
 
 def _best_keys(problem: Problem, num_candidates: int, comm: Comm, tokens: Tensor) -> Tensor:
     """`[L]` int64: the least `cost << 22 | candidate` of each layer over this rank's share of the candidates."""
-    mine = torch.arange(comm.rank, num_candidates, comm.size, device=tokens.device)
-    if not len(mine):
+    mine = torch.arange(num_candidates, device=tokens.device)[comm.rank :: comm.size]
+    if not len(mine):  # more ranks than candidates
         return torch.full((tokens.shape[1],), _WORST_KEY, device=tokens.device)
     return (problem.costs(mine) << CANDIDATE_BITS | mine[:, None]).amin(0)

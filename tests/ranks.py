@@ -1,0 +1,107 @@
+"""Real processes and a real process group for a test: file rendezvous, a deadline, and no process left behind."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+__all__ = ["errors_on_ranks", "on_ranks"]
+
+DEADLINE_SECONDS = 120
+
+
+def on_ranks(size: int, body: Callable[..., Any], *args: Any, deadline: float = DEADLINE_SECONDS) -> list[Any]:
+    """Call `body(*args)` on each of `size` ranks of a gloo group, and return what each returned, by rank.
+
+    Raises:
+        AssertionError: with the traceback of the first rank that raised; or with the ranks that did not answer
+            before the deadline. All processes have ended by then.
+    """
+    answers = _run(size, body, args, deadline)
+    failed = [f"rank {rank}:\n{text}" for rank, (ok, text) in enumerate(answers) if not ok]
+    assert not failed, "\n".join(failed)
+    return [value for _, value in answers]
+
+
+def errors_on_ranks(size: int, body: Callable[..., Any], *args: Any, deadline: float = DEADLINE_SECONDS) -> list[str]:
+    """As `on_ranks`, for a body that returns the text of the error that it caught."""
+    found = on_ranks(size, body, *args, deadline=deadline)
+    assert all(isinstance(text, str) for text in found), found
+    return found
+
+
+def _run(size: int, body: Callable[..., Any], args: tuple[Any, ...], deadline: float) -> list[tuple[bool, Any]]:
+    # A fork server that has imported torch: each process starts in tenths of a second, from a clean state.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torch.distributed", "distplb"])
+    with tempfile.TemporaryDirectory() as folder:
+        pipes, processes = [], []
+        for rank in range(size):
+            receiving, sending = context.Pipe(duplex=False)
+            process = context.Process(
+                target=_one_rank, args=(rank, size, folder, sending, body, args, deadline), daemon=True
+            )
+            process.start()
+            sending.close()
+            pipes.append(receiving)
+            processes.append(process)
+        try:
+            return _collect(pipes, deadline)
+        finally:
+            for process in processes:
+                process.join(5)
+                if process.is_alive():
+                    process.kill()
+                    process.join()
+
+
+def _collect(pipes: list[Connection], deadline: float) -> list[tuple[bool, Any]]:
+    answers: dict[int, tuple[bool, Any]] = {}
+    end = time.monotonic() + deadline
+    while len(answers) < len(pipes) and time.monotonic() < end:
+        open_pipes = [pipe for rank, pipe in enumerate(pipes) if rank not in answers]
+        for pipe in wait(open_pipes, timeout=max(0.0, end - time.monotonic())):
+            rank = pipes.index(pipe)  # type: ignore[arg-type]
+            try:
+                answers[rank] = pipes[rank].recv()
+            except EOFError:
+                answers[rank] = (False, "ended without an answer")
+    return [answers.get(rank, (False, f"no answer in {deadline} s")) for rank in range(len(pipes))]
+
+
+def _one_rank(
+    rank: int,
+    size: int,
+    folder: str,
+    pipe: Connection,
+    body: Callable[..., Any],
+    args: tuple[Any, ...],
+    deadline: float,
+) -> None:
+    torch.set_num_threads(1)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{Path(folder) / 'rendezvous'}",
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(seconds=deadline / 2),
+    )
+    try:
+        pipe.send((True, body(*args)))
+    except BaseException:
+        pipe.send((False, traceback.format_exc()))
+    finally:
+        pipe.close()
+        dist.destroy_process_group()
