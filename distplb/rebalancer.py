@@ -23,7 +23,7 @@ from distplb.layer import MoELayer
 from distplb.load import LoadWindow
 from distplb.migrate.checksum import expert_checksums
 from distplb.migrate.state import RowTensor, Traveller, check_known, row_tensors, travellers
-from distplb.migrate.transfer import Moved, agreed_layouts, move
+from distplb.migrate.transfer import Move, agreed_layouts
 from distplb.placement import Placement
 from distplb.planner import Planned, PlanOptions, plan_in_stages
 from distplb.stages import Stages
@@ -183,7 +183,7 @@ class Rebalancer:
         stages, old = Stages(), self._placement
         planned, travelling = self._plan(stages)
         events = [] if self._pending is None else [self._pending.completed(planned.load)]
-        moved = Moved()
+        moved = None
         if not self._dry_run:
             moved = self._move(planned.placement, travelling, stages)
         self._rebalances += 1
@@ -222,45 +222,49 @@ class Rebalancer:
         travelling: list[list[Traveller]],
         stages: Stages,
         error: Exception | None = None,
-    ) -> Moved:
+    ) -> Move | None:
+        """Move to `placement`, unless `error` or what it takes is refused; returns what was done, None if nothing."""
         fields = {"the placement (digest)": 0, "what travels with the experts (digest)": 0}
-        if error is None:
-            fields = dict(zip(fields, (placement.digest(), self._digest(travelling)), strict=True))
+        move: Move | None = None
         with stages.stage("move"):
+            if error is None:
+                try:
+                    layers = list(zip(self._tensors, self._layouts, travelling, strict=True))
+                    move = Move(self._placement, placement, layers, self._comm)
+                    fields = dict(zip(fields, (placement.digest(), _digest_of(travelling)), strict=True))
+                except Exception as caught:
+                    error = caught
             agree(self._comm, fields, error)
-        before = self._checksums(travelling, stages)
+        if move is None or not move.slots:
+            return None
+        verify = self._verify == "digest" or (self._verify == "first" and self._rebalances < _VERIFIED_BY_DEFAULT)
+        before = self._checksums(travelling, stages) if verify else None
         self._poison = "a move was interrupted"
         try:
             with stages.stage("move"):
-                layers = list(zip(self._tensors, self._layouts, travelling, strict=True))
-                moved = move(self._placement, placement, layers, self._comm, self._record)
+                move.run(self._record)
             if before is not None:
                 self._compare(before, travelling, stages)
-            self._poison = None
         except HalfMovedError as broken:
             self._poison = str(broken)
             raise
         except DistplbError:
             self._poison = None  # refused before anything of that commit was written
             raise
-        return moved
+        self._poison = None
+        return move
 
     def _record(self, placement: Placement) -> None:
         self._placement = placement
 
-    def _checksums(self, travelling: list[list[Traveller]], stages: Stages) -> Tensor | None:
-        """`[L, E]`, or None where they are not asked for."""
-        if self._verify == "off" or (self._verify == "first" and self._rebalances >= _VERIFIED_BY_DEFAULT):
-            return None
+    def _checksums(self, travelling: list[list[Traveller]], stages: Stages) -> Tensor:
+        """`[L, E]`: of every expert, where it is now."""
         with stages.stage("verify"):
             tensors = list(zip(self._tensors, travelling, strict=True))
             return expert_checksums(tensors, self._placement, self._comm)
 
     def _compare(self, before: Tensor, travelling: list[list[Traveller]], stages: Stages) -> None:
-        with stages.stage("verify"):
-            tensors = list(zip(self._tensors, travelling, strict=True))
-            after = expert_checksums(tensors, self._placement, self._comm)
-        wrong = before.ne(after).nonzero()
+        wrong = before.ne(self._checksums(travelling, stages)).nonzero()
         if len(wrong):
             layer, expert = wrong[0].tolist()
             raise HalfMovedError(
@@ -268,7 +272,7 @@ class Rebalancer:
                 "resume from the last checkpoint with the rebalancer disabled, and report this"
             )
 
-    def _event(self, planned: Planned, old: Placement, moved: Moved, stages: Stages) -> RebalanceEvent:
+    def _event(self, planned: Planned, old: Placement, moved: Move | None, stages: Stages) -> RebalanceEvent:
         load, placement = planned.load, planned.placement
         return RebalanceEvent(
             iteration=self._iteration,
@@ -278,8 +282,8 @@ class Rebalancer:
             imbalance_after=_by_layer(load, placement),
             imbalance_bound=tuple(lower_bound(load, self._topology, placement.num_slots).tolist()),
             imbalance_next=None,
-            slots_moved=moved.slots,
-            bytes_moved=moved.bytes,
+            slots_moved=moved.slots if moved else 0,
+            bytes_moved=moved.bytes if moved else 0,
             seconds=stages.seconds,
             engine=planned.engine,
             placement_digest=placement.digest(),
@@ -351,9 +355,6 @@ class Rebalancer:
             return [travellers(tensors, self._optimizers) for tensors in self._tensors], None
         except Exception as refused:
             return [], refused
-
-    def _digest(self, travelling: list[list[Traveller]]) -> int:
-        return _digest([(t.name, str(t.flat.dtype)) for layer in travelling for t in layer])
 
     def _check_placement(self, placement: Placement) -> None:
         if placement.has_replicas:
@@ -435,6 +436,10 @@ class _BackwardWatch:
 
 def _by_layer(load: Tensor, placement: Placement) -> tuple[float, ...]:
     return tuple(imbalance(load, placement).mean(0).tolist())
+
+
+def _digest_of(travelling: list[list[Traveller]]) -> int:
+    return _digest([(t.name, str(t.flat.dtype)) for layer in travelling for t in layer])
 
 
 def _digest(parts: Sequence[tuple[Any, ...]]) -> int:

@@ -39,7 +39,7 @@ class Layout:
         held: by rank, the (start, stop) of its part in slot-major elements; equal numbers where it holds none.
 
     Raises:
-        DistplbError: if some element of a slot is held by no rank.
+        DistplbError: if some element of a slot is held by no rank, or a part lies outside of all slots.
     """
 
     row: int
@@ -47,12 +47,18 @@ class Layout:
     held: tuple[tuple[int, int], ...]
 
     def __post_init__(self) -> None:
-        reached = 0
+        total, reached = self.row * self.num_slots, 0
+        for rank, (start, stop) in enumerate(self.held):
+            if not 0 <= start <= stop <= total:
+                raise DistplbError(
+                    f"rank {rank} holds elements {start} to {stop} of {self.num_slots} slots × {self.row}, "
+                    f"which end at {total}; check `gpu` and the starts of the shards"
+                )
         for start, stop in sorted(self.held):
             if start > reached:
                 break
             reached = max(reached, stop)
-        if reached != self.row * self.num_slots:
+        if reached != total:
             raise DistplbError(
                 f"elements from {reached} on of {self.num_slots} slots × {self.row} are held by no rank "
                 f"(held by rank: {list(self.held)}); check `gpu` and the starts of the shards"

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from distplb.migrate.pieces import Layout, Piece
 from distplb.placement import Placement
 
-__all__ = ["Copy", "SlotMove", "commits", "copies", "cycles", "rounds"]
+__all__ = ["Copy", "RankStep", "SlotMove", "commits", "copies", "cycles", "rank_step", "rounds"]
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class SlotMove:
     target: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Copy:
     """`count` elements of tensor number `tensor`, from one rank's local offset to another's (or its own)."""
 
@@ -181,3 +181,37 @@ def rounds(pairs: Sequence[tuple[int, int]], limit: int) -> list[list[tuple[int,
         for rank in (source, target):
             used[at][rank] = used[at].get(rank, 0) + 1
     return found
+
+
+@dataclass(frozen=True)
+class RankStep:
+    """One commit as one rank sees it: one message for each rank that it sends to or receives from.
+
+    Args:
+        local: copies from this rank to itself.
+        sends: by target rank, the copies in the message, in the order of their bytes.
+        receives: by source rank, likewise.
+        rounds: (source rank, target rank) of every message between any two ranks, the same on all ranks.
+    """
+
+    local: list[Copy]
+    sends: dict[int, list[Copy]]
+    receives: dict[int, list[Copy]]
+    rounds: list[list[tuple[int, int]]]
+
+
+def rank_step(wanted: Sequence[Copy], rank: int, limit: int) -> RankStep:
+    """The copies of a commit, sorted into this rank's messages; at most `limit` operations a rank and round."""
+    step = RankStep(local=[], sends={}, receives={}, rounds=[])
+    pairs = set()
+    for copy in wanted:
+        if copy.source_rank == copy.target_rank:
+            step.local.append(copy)
+            continue
+        pairs.add((copy.source_rank, copy.target_rank))
+        if copy.source_rank == rank:
+            step.sends.setdefault(copy.target_rank, []).append(copy)
+        elif copy.target_rank == rank:
+            step.receives.setdefault(copy.source_rank, []).append(copy)
+    step.rounds.extend(rounds(sorted(pairs), limit))
+    return step

@@ -5,8 +5,7 @@ Nothing is half moved: until all ranks have staged a commit, nobody has written 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -15,23 +14,14 @@ from distplb.comm.agreement import agree
 from distplb.comm.base import Comm
 from distplb.errors import DistplbError, HalfMovedError
 from distplb.migrate.pieces import Layout
-from distplb.migrate.schedule import Copy, SlotMove, commits, copies, rounds
+from distplb.migrate.schedule import Copy, RankStep, SlotMove, commits, copies, rank_step
 from distplb.migrate.state import RowTensor, Traveller
 from distplb.placement import Placement
 
-__all__ = ["Moved", "agreed_layouts", "move"]
+__all__ = ["Move", "agreed_layouts"]
 
 _STAGING_BYTES = 256 << 20
 _OPERATIONS = 32  # in one round, on one rank
-
-
-@dataclass(frozen=True)
-class Moved:
-    """What a move did, over all ranks: slots that received another expert, bytes that crossed ranks."""
-
-    slots: int = 0
-    bytes: int = 0
-
 
 LayerTensors = tuple[Sequence[RowTensor], Sequence[Layout], Sequence[Traveller]]
 
@@ -62,98 +52,127 @@ def agreed_layouts(layers: Sequence[Sequence[RowTensor]], num_slots: int, comm: 
     return [[next(following) for _ in layer] for layer in layers]
 
 
-def move(
-    old: Placement,
-    new: Placement,
-    layers: Sequence[LayerTensors],
-    comm: Comm,
-    on_commit: Callable[[Placement], None],
-) -> Moved:
-    """Bring experts and all that travels with them from the slots of `old` to those of `new`.
+class Move:
+    """A change of placement made ready: scheduled, and holding the memory that its staging takes.
+
+    Making one is local to the rank; running it is collective. What can fail for want of memory fails while it is
+    made, before the ranks agree to run it.
 
     Args:
         old: the placement in force.
         new: of the same shape; neither with replicas.
         layers: by layer, the declared tensors, their layouts, and what travels with them on this rank.
         comm: the ranks that hold the tensors.
-        on_commit: told the placement in force after each commit, before the next begins.
 
-    Raises:
-        DistplbError: if a commit could not be staged: it and those after it did not happen.
-        HalfMovedError: if one could not be written: the model is not whole any more.
+    Attributes:
+        slots: that receive another expert, over all layers.
+        bytes: that cross from rank to rank, over all ranks.
     """
-    flats = [traveller.flat for _, _, travelling in layers for traveller in travelling]
-    numbered = _numbered(layers)
-    plan = commits(old, new, *_row_bytes(layers), _budget(layers))
-    placement, crossed = old, 0
-    error: Exception | None = None
-    for number, moves in enumerate(plan):
-        wanted = copies(moves, numbered, comm.rank)
-        staged: list[tuple[Copy, Tensor]] = []
-        if error is None:
+
+    def __init__(self, old: Placement, new: Placement, layers: Sequence[LayerTensors], comm: Comm) -> None:
+        self._old, self._comm = old, comm
+        self._flats = [traveller.flat for _, _, travelling in layers for traveller in travelling]
+        self._commits = commits(old, new, *_row_bytes(layers), _budget(layers))
+        self.slots = sum(len(moves) for moves in self._commits)
+        self.bytes = 0
+        self._steps: list[RankStep] = []
+        numbered = _numbered(layers)
+        for moves in self._commits:
+            wanted = copies(moves, numbered, comm.rank)
+            self.bytes += sum(self._size(copy) for copy in wanted if copy.source_rank != copy.target_rank)
+            self._steps.append(rank_step(wanted, comm.rank, _OPERATIONS))
+        self._outgoing = self._buffer((_all(step.sends) for step in self._steps), comm.device)
+        self._incoming = self._buffer((_all(step.receives) for step in self._steps), comm.device)
+        own = self._flats[0].device if self._flats else comm.device
+        self._inside = self._buffer((step.local for step in self._steps), own)
+
+    def run(self, on_commit: Callable[[Placement], None]) -> None:
+        """Bring experts and all that travels with them to their new slots, commit by commit.
+
+        Args:
+            on_commit: told the placement in force after each commit, before the next begins.
+
+        Raises:
+            DistplbError: if a commit could not be staged: it and those after it did not happen.
+            HalfMovedError: if one could not be written: the model is not whole any more.
+        """
+        placement = self._old
+        error: Exception | None = None
+        for number, (moves, step) in enumerate(zip(self._commits, self._steps, strict=True)):
+            staged: list[tuple[Copy, Tensor]] = []
             try:
-                staged = _stage(wanted, flats, comm)
+                # Also after a write that failed here: the others wait for this rank's part before they agree.
+                staged = self._stage(step)
             except Exception as caught:
-                error = caught
-        _agree_on_commit(comm, number, error)
+                error = error or caught
+            self._agree_on(number, error)
+            try:
+                for copy, data in staged:
+                    self._bytes(copy.tensor, copy.target_offset, copy.count).copy_(data)
+            except Exception as caught:
+                error = HalfMovedError(f"commit {number} was not written whole: {caught!r}")
+                continue
+            placement = _after(placement, moves)
+            on_commit(placement)
+        self._agree_on(len(self._commits), error)
+
+    def _stage(self, step: RankStep) -> list[tuple[Copy, Tensor]]:
+        """Each copy into this rank with its bytes, read before anything is written."""
+        staged = list(self._laid_out(step.local, self._inside))
+        sends, receives, sent = {}, {}, 0
+        for copy, place in staged:
+            place.copy_(self._bytes(copy.tensor, copy.source_offset, copy.count))
+        for target, some in step.sends.items():
+            sends[target] = self._outgoing[sent : sent + self._total(some)]
+            sent += self._total(some)
+            for copy, place in self._laid_out(some, sends[target]):
+                place.copy_(self._bytes(copy.tensor, copy.source_offset, copy.count))
+        received = 0
+        for source, some in step.receives.items():
+            receives[source] = self._incoming[received : received + self._total(some)]
+            received += self._total(some)
+            staged.extend(self._laid_out(some, receives[source]))
+        rank = self._comm.rank
+        for pairs in step.rounds:
+            self._comm.exchange(
+                [(sends[target], target) for source, target in pairs if source == rank],
+                [(receives[source], source) for source, target in pairs if target == rank],
+            )
+        return staged
+
+    def _agree_on(self, number: int, error: Exception | None) -> None:
         try:
-            for copy, data in staged:
-                _bytes(flats, copy.tensor, copy.target_offset, copy.count).copy_(data)
-        except Exception as caught:
-            # The others learn of it at the next agreement; none of them writes anything until then.
-            error = HalfMovedError(f"commit {number} was not written whole: {caught!r}")
-            continue
-        placement = _after(placement, moves)
-        on_commit(placement)
-        crossed += sum(c.count * flats[c.tensor].element_size() for c in wanted if c.source_rank != c.target_rank)
-    _agree_on_commit(comm, len(plan), error)
-    return Moved(sum(len(moves) for moves in plan), crossed)
+            agree(self._comm, {"the number of the commit": number}, error)
+        except DistplbError:
+            raise
+        except Exception as lost:
+            # Without an answer nobody knows whether the others went on to write.
+            raise HalfMovedError(f"the ranks could not agree on commit {number}: {lost!r}") from lost
+
+    def _laid_out(self, some: Sequence[Copy], buffer: Tensor) -> Iterator[tuple[Copy, Tensor]]:
+        """Each copy with its part of the buffer, one behind the other."""
+        start = 0
+        for copy in some:
+            yield copy, buffer[start : start + self._size(copy)]
+            start += self._size(copy)
+
+    def _buffer(self, steps: Iterator[list[Copy]], device: torch.device) -> Tensor:
+        """Bytes for the largest of the steps."""
+        return torch.empty(max((self._total(some) for some in steps), default=0), dtype=torch.uint8, device=device)
+
+    def _bytes(self, tensor: int, offset: int, count: int) -> Tensor:
+        """A view of some elements of a tensor as bytes."""
+        return self._flats[tensor][offset : offset + count].view(torch.uint8)
+
+    def _total(self, some: Sequence[Copy]) -> int:
+        return sum(self._size(copy) for copy in some)
+
+    def _size(self, copy: Copy) -> int:
+        return copy.count * self._flats[copy.tensor].element_size()
 
 
-def _agree_on_commit(comm: Comm, number: int, error: Exception | None) -> None:
-    try:
-        agree(comm, {"the number of the commit": number}, error)
-    except DistplbError:
-        raise
-    except Exception as lost:
-        # Without an answer nobody knows whether the others went on to write.
-        raise HalfMovedError(f"the ranks could not agree on commit {number}: {lost!r}") from lost
-
-
-def _stage(wanted: Sequence[Copy], flats: Sequence[Tensor], comm: Comm) -> list[tuple[Copy, Tensor]]:
-    """Each copy into this rank with its bytes, read before anything is written."""
-    local = [c for c in wanted if c.source_rank == c.target_rank == comm.rank]
-    staged = [(c, _bytes(flats, c.tensor, c.source_offset, c.count).clone()) for c in local]
-    pairs = sorted({(c.source_rank, c.target_rank) for c in wanted if c.source_rank != c.target_rank})
-    between = {
-        pair: [c for c in wanted if (c.source_rank, c.target_rank) == pair] for pair in pairs if comm.rank in pair
-    }
-    sends, receives = {}, {}
-    for (source, target), some in between.items():
-        if source == comm.rank:
-            parts = [_bytes(flats, c.tensor, c.source_offset, c.count) for c in some]
-            sends[target] = torch.cat([part.to(comm.device) for part in parts])
-        else:
-            count = sum(_size(c, flats) for c in some)
-            receives[source] = torch.empty(count, dtype=torch.uint8, device=comm.device)
-    for some_pairs in rounds(pairs, _OPERATIONS):
-        comm.exchange(
-            [(sends[target], target) for source, target in some_pairs if source == comm.rank],
-            [(receives[source], source) for source, target in some_pairs if target == comm.rank],
-        )
-    for source, buffer in receives.items():
-        some = between[source, comm.rank]
-        staged.extend(zip(some, buffer.split([_size(c, flats) for c in some]), strict=True))
-    return staged
-
-
-def _bytes(flats: Sequence[Tensor], tensor: int, offset: int, count: int) -> Tensor:
-    """A view of some elements of a tensor as bytes."""
-    return flats[tensor][offset : offset + count].view(torch.uint8)
-
-
-def _size(copy: Copy, flats: Sequence[Tensor]) -> int:
-    return copy.count * flats[copy.tensor].element_size()
+def _all(messages: dict[int, list[Copy]]) -> list[Copy]:
+    return [copy for some in messages.values() for copy in some]
 
 
 def _after(placement: Placement, moves: Sequence[SlotMove]) -> Placement:

@@ -1,0 +1,400 @@
+"""The object that a training loop holds: when it acts, what it tells, what it refuses.
+
+Shapes: L layers, E experts, G slots on each GPU.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import errors_on_ranks, on_ranks
+from torch import Tensor, nn
+
+import distplb
+from distplb import DistplbError, LoadWindow, MoELayer, Placement, Rebalancer, Topology
+from distplb.comm.torchdist import TorchComm
+from distplb.errors import HalfMovedError
+from distplb.events import RebalanceEvent
+from distplb.migrate import transfer
+
+LAYERS, EXPERTS, DIM = 2, 8, 6
+
+
+class Blockwise8bit(torch.optim.Optimizer):
+    """Keeps its moment in 8 bits with a scale for each block of 16 elements, as 8-bit optimizers do."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {})
+
+    def step(self, closure: None = None) -> None:
+        for parameter in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+            blocks = parameter.grad.flatten().view(-1, 16)  # [blocks, 16]
+            scale = blocks.abs().amax(1) / 127
+            rounded = (blocks / scale.clamp(min=1e-12)[:, None]).round().to(torch.int8)
+            self.state[parameter] = {"state1": rounded.view_as(parameter), "absmax1": scale}
+
+
+class Job:
+    """A model of two linear experts' layers on each rank, as small as can be, and its training step."""
+
+    def __init__(self, optimizer: Any = torch.optim.AdamW, experts: int = EXPERTS, ranks: int | None = None) -> None:
+        ranks = ranks or dist.get_world_size()
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        slots = max(1, experts // ranks)
+        self.weights = [nn.Parameter(torch.randn(slots, DIM, 2 * DIM)) for _ in range(LAYERS)]
+        self.routers = [nn.Parameter(torch.randn(experts, DIM)) for _ in range(LAYERS)]
+        torch.manual_seed(0)
+        for router in self.routers:  # replicated
+            router.data.normal_()
+        self.optimizer = optimizer([*self.weights, *self.routers])
+        self.window = LoadWindow(LAYERS, experts, 4)
+        self.topology, self.rank = Topology(1, ranks), rank
+
+    def layers(self, **changed: Any) -> list[MoELayer]:
+        return [
+            MoELayer(**{"name": f"moe.{layer}", "experts": {"w": weight}, "router": {"weight": router}} | changed)
+            for layer, (weight, router) in enumerate(zip(self.weights, self.routers, strict=True))
+        ]
+
+    def rebalancer(self, layers: list[MoELayer] | None = None, **options: Any) -> Rebalancer:
+        comm = TorchComm() if dist.is_initialized() else None
+        options = {"topology": self.topology, "window": self.window, "every": 2, "comm": comm} | options
+        return Rebalancer(self.layers() if layers is None else layers, self.optimizer, **options)
+
+    def backward(self) -> None:
+        sum((p**2).sum() for p in (*self.weights, *self.routers)).backward()
+
+    def iterate(self, counts: Tensor | None = None) -> None:
+        """One iteration, with the slots' counts `[L, P]` of this rank."""
+        if counts is None:
+            counts = torch.arange(1, EXPERTS + 1).expand(LAYERS, -1) * 10
+        for layer in range(LAYERS):
+            self.window.add(layer, counts[layer])
+        self.optimizer.zero_grad()
+        self.backward()
+        self.optimizer.step()
+
+    def values(self) -> list[Tensor]:
+        return [p.detach().clone() for p in (*self.weights, *self.routers)]
+
+
+# --- what it refuses -------------------------------------------------------------------------------------------------
+
+
+def refused(case: str) -> str:
+    """The error of one case, on every rank; whatever was tried, nothing may have moved."""
+    odd = dist.get_rank() == 1
+    kinds = {"adafactor": torch.optim.Adafactor, "8-bit": Blockwise8bit}
+    job = Job(kinds.get(case, torch.optim.AdamW), experts=7 if case == "experts" else EXPERTS)
+    options: dict[str, Any] = {}
+    layers = job.layers()
+    if odd and case == "every":
+        options["every"] = 3
+    if odd and case == "candidates":
+        options["num_candidates"] = 5
+    if odd and case == "names":
+        layers = job.layers()[::-1]
+    if odd and case == "shapes":
+        layers = job.layers(router={"weight": torch.zeros(EXPERTS, DIM + 1)})
+    if odd and case == "unknown":
+        job.optimizer = torch.optim.AdamW(job.routers)
+    if odd and case == "rows":
+        layers = job.layers(experts={"w": torch.zeros(3, DIM)})
+    if odd and case == "strides":
+        layers = job.layers(experts={"w": torch.zeros(DIM, EXPERTS // 2).T})
+    if case == "gpus":
+        options["topology"] = Topology(1, 4)
+    if case == "undeclared":
+        layers = job.layers(router={})
+    before = job.values()
+    try:
+        rebalancer = job.rebalancer(layers, **options)
+        if case == "no counts":
+            job.window = LoadWindow(LAYERS, EXPERTS, 1)  # not the one that the rebalancer reads
+        job.iterate()
+        before = job.values()
+        if odd and case == "backward":
+            job.backward()
+        if odd and case == "counts":
+            job.window.add(0, torch.full((EXPERTS,), -1))
+            job.window.add(1, torch.full((EXPERTS,), -1))
+        if odd and case == "placement":
+            rebalancer.apply(scattered(1))
+        elif case == "placement":
+            rebalancer.apply(scattered(2))
+        if case == "replicas":
+            rebalancer.apply(Placement(torch.arange(10).expand(LAYERS, -1) % EXPERTS, EXPERTS, 2))
+        if case == "other model":
+            rebalancer.apply(Placement.contiguous(LAYERS + 1, EXPERTS, 2))
+        if case == "loaded":
+            rebalancer.load_state_dict(rebalancer.state_dict() | {"num_gpus": 4})
+        if odd and case == "iteration":
+            rebalancer.enabled = False
+            rebalancer.step()
+            rebalancer.step()
+            rebalancer.enabled = True
+        for _ in range(2):
+            rebalancer.step()
+    except DistplbError as error:
+        assert all(torch.equal(a, b) for a, b in zip(before, job.values(), strict=True))
+        return str(error)
+    return "no error"
+
+
+CASES = {
+    "experts": "7 slots cannot be spread evenly over 2 GPUs (1 nodes × 2); make the number of slots a multiple of 2",
+    "every": "ranks disagree on every: 2 on one, 3 on another",
+    "candidates": "ranks disagree on num_candidates: 5 on one, 64 on another",
+    "names": "ranks disagree on the model (digest)",
+    "shapes": "ranks disagree on the model (digest)",
+    "unknown": "rank 1: moe.0.experts.w requires a gradient but is in no param_group of the optimizer; pass",
+    "rows": "rank 1: moe.0.experts.w has shape (3, 6); its first dim must be 4, this GPU's slots",
+    "strides": "rank 1: moe.0.experts.w has strides (1, 4) and is not contiguous; store it contiguously",
+    "gpus": "the topology has 4 GPUs, the communicator 2 ranks; pass a topology whose GPUs are the ranks",
+    "undeclared": "moe.0 has 1 expert tensors and 0 router tensors; declare all of both",
+    "no counts": "the window has no steps of some layer; have each layer's forward call window.add(index, counts)",
+    "counts": "rank 1: load is -1 at index [1, 0, 0] (16 such); counts must be non-negative",
+    "adafactor": "moe.0.experts.w:col_var of Adafactor is torch.float32 of shape (4, 1, 12), the parameter (4, 6, 12)",
+    "8-bit": "moe.0.experts.w:absmax1 of Blockwise8bit is torch.float32 of shape (18,), the parameter (4, 6, 12)",
+    "backward": "rank 1: a backward pass has begun since the optimizer's last step; call rebalancer.step() right after",
+    "placement": "ranks disagree on the placement (digest)",
+    "replicas": "the placement has 10 slots for 8 experts; replicas cannot be trained yet",
+    "other model": "the placement has num_layers 3, the model 2; pass one of this model",
+    "loaded": "state was saved on 4 GPUs, this topology has 2; resume on as many",
+    "iteration": "ranks disagree on the rebalancer's iteration: 2 on one, 4 on another",
+}
+
+
+def scattered(seed: int) -> Placement:
+    generator = torch.Generator().manual_seed(seed)
+    return Placement(torch.stack([torch.randperm(EXPERTS, generator=generator) for _ in range(LAYERS)]), EXPERTS, 2)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_input_is_refused_on_every_rank_with_nothing_moved(case: str) -> None:
+    for text in errors_on_ranks(2, refused, case, deadline=60):
+        assert CASES[case] in text
+
+
+def test_state_of_an_optimizer_with_nested_tensors_is_refused_by_name() -> None:
+    job = Job(torch.optim.SGD, ranks=1)
+    rebalancer = job.rebalancer(every=1)
+    job.iterate()
+    job.optimizer.state[job.weights[0]]["blocks"] = [torch.zeros(3)]
+    with pytest.raises(DistplbError, match=r"moe\.0\.experts\.w:blocks of SGD is a list with tensors in it"):
+        rebalancer.step()
+
+
+# --- what it does and tells ------------------------------------------------------------------------------------------
+
+
+def skewed(hot: tuple[int, ...]) -> Tensor:
+    """`[L, E]`: logical experts `hot` have nine times the others' tokens."""
+    counts = torch.full((LAYERS, EXPERTS), 10)
+    counts[:, list(hot)] = 90
+    return counts
+
+
+def by_slot(counts: Tensor, placement: Placement) -> Tensor:
+    """What the router's outputs count when the logical experts receive `counts`."""
+    return counts.gather(1, placement.expert_of_slot)
+
+
+def eventful(dry_run: bool) -> tuple[list[RebalanceEvent], list[list[int]], bool]:
+    events: list[RebalanceEvent] = []
+    job = Job()
+    before = job.values()
+    rebalancer = job.rebalancer(every=2, dry_run=dry_run, on_event=events.append)
+    job.optimizer.param_groups[0]["lr"] = 0.0
+    job.optimizer.param_groups[0]["weight_decay"] = 0.0
+    for hot in ((0, 1), (0, 1), (0, 2), (0, 2)):
+        job.iterate(by_slot(skewed(hot), rebalancer.placement))
+        rebalancer.step()
+    unmoved = all(torch.equal(a, b) for a, b in zip(before, job.values(), strict=True))
+    return events, rebalancer.placement.expert_of_slot.tolist(), unmoved
+
+
+def test_events_tell_before_after_bound_and_how_the_plan_fared_on_the_next_window() -> None:
+    for events, _, unmoved in on_ranks(2, eventful, False):
+        assert not unmoved
+        first, completed, second = events
+        assert [event.iteration for event in events] == [2, 2, 4]
+        assert first.layers == ("moe.0", "moe.1")
+        assert first.steps == 2
+        # Both ranks count the same: 90 + 90 + 10 + 10 of 240 tokens on one of two GPUs.
+        assert first.imbalance_before == pytest.approx((200 / 120,) * 2)
+        assert first.imbalance_after == first.imbalance_bound == pytest.approx((1.0,) * 2)
+        assert first.imbalance_next is None
+        assert 2 * LAYERS <= first.slots_moved <= EXPERTS * LAYERS
+        # Who moves crosses to the other rank: weight, gradient, two moments. Router rows are there already.
+        assert first.bytes_moved == first.slots_moved * 4 * (2 * DIM * DIM) * 4
+        assert set(first.seconds) == {"count", "search", "choose", "polish", "share", "move", "verify"}
+        assert first.engine == "reference"
+        # Experts 0 and 1 were parted; 0 and 2 need not have been.
+        assert completed.imbalance_next == second.imbalance_before
+        assert completed.placement_digest == first.placement_digest
+
+
+def test_a_dry_run_reports_what_it_would_have_gained_and_moves_nothing() -> None:
+    for events, placement, unmoved in on_ranks(2, eventful, True):
+        first, completed, second = events
+        assert unmoved
+        assert placement == [list(range(EXPERTS))] * LAYERS
+        assert first.dry_run
+        assert first.slots_moved == first.bytes_moved == 0
+        assert first.imbalance_after == pytest.approx((1.0,) * 2)
+        assert second.imbalance_before == pytest.approx((200 / 120,) * 2)  # still contiguous, and 0 and 2 are hot
+        assert completed.imbalance_next is not None
+
+
+def quiet_steps() -> int:
+    calls = 0
+
+    class Counting(TorchComm):
+        def all_reduce_min(self, tensor: Tensor) -> None:
+            nonlocal calls
+            calls += 1
+            super().all_reduce_min(tensor)
+
+    job = Job()
+    rebalancer = job.rebalancer(every=5, comm=Counting())
+    built, job.window.load = calls, None  # neither a collective nor a look at the counts
+    for _ in range(4):
+        job.iterate()
+        rebalancer.step()
+    return calls - built
+
+
+def test_iterations_that_do_not_rebalance_cost_no_collective_and_no_look_at_the_device() -> None:
+    assert on_ranks(2, quiet_steps) == [0, 0]
+
+
+def disabled_and_enabled() -> list[int]:
+    job, seen = Job(), []
+    rebalancer = job.rebalancer(every=1, on_event=lambda event: seen.append(event.iteration))
+    for iteration in range(4):
+        rebalancer.enabled = iteration >= 2
+        job.iterate()
+        rebalancer.step()
+    return list(dict.fromkeys(seen))
+
+
+def test_a_disabled_rebalancer_counts_iterations_and_does_nothing() -> None:
+    assert on_ranks(2, disabled_and_enabled) == [[3, 4]] * 2
+
+
+def resumed() -> bool:
+    job = Job()
+    rebalancer = job.rebalancer(every=3)
+    for _ in range(4):
+        job.iterate(by_slot(skewed((0, 1)), rebalancer.placement))
+        rebalancer.step()
+    saved = copy.deepcopy([job.values(), job.optimizer.state_dict(), rebalancer.state_dict()])
+    other = Job()
+    for parameter, value in zip((*other.weights, *other.routers), saved[0], strict=True):
+        parameter.data.copy_(value)
+    other.optimizer.load_state_dict(saved[1])
+    again = other.rebalancer(every=3)
+    again.load_state_dict(saved[2])
+    for each, of in ((job, rebalancer), (other, again)):
+        each.window.clear()
+        for _ in range(2):
+            each.iterate(by_slot(skewed((2, 3)), of.placement))
+            of.step()
+    assert again.iteration == rebalancer.iteration == 6
+    assert again.placement == rebalancer.placement != Placement.contiguous(LAYERS, EXPERTS, 2)
+    again.restore()
+    rebalancer.restore()
+    assert again.placement == Placement.contiguous(LAYERS, EXPERTS, 2)
+    return all(torch.equal(a, b) for a, b in zip(job.values(), other.values(), strict=True))
+
+
+def test_a_job_resumes_with_the_placement_that_belongs_to_its_weights() -> None:
+    assert on_ranks(2, resumed) == [True, True]
+
+
+def test_state_is_keyed_by_layer_name() -> None:
+    job = Job(ranks=1)
+    state = job.rebalancer(every=1).state_dict()
+    assert state["placement"] == {"moe.0": list(range(EXPERTS)), "moe.1": list(range(EXPERTS))}
+    state["placement"] = {"moe.1": state["placement"]["moe.1"], "block.0": state["placement"]["moe.0"]}
+    with pytest.raises(DistplbError, match=r"state and model differ in layer 'block\.0'; load the state of this model"):
+        Job(ranks=1).rebalancer(every=1).load_state_dict(state)
+
+
+# --- when something breaks in the middle -----------------------------------------------------------------------------
+
+
+def broken(where: str) -> tuple[str, str, bool, bool]:
+    job = Job()
+    rebalancer = job.rebalancer(every=1, verify="digest")
+    job.iterate()
+    before = job.values()
+    transfer._STAGING_BYTES = 0  # several commits
+    if dist.get_rank() == 1:
+        break_down(where)
+    try:
+        rebalancer.apply(scattered(3))
+    except DistplbError as error:
+        kind, text = type(error).__name__, str(error)
+    poisoned = False
+    try:
+        rebalancer.state_dict()
+    except HalfMovedError:
+        poisoned = True
+    unmoved = all(torch.equal(a, b) for a, b in zip(before, job.values(), strict=True))
+    return kind, text, poisoned, unmoved
+
+
+def break_down(where: str) -> None:
+    """From now on this rank fails, at one place of a move."""
+    stage, view = transfer.Move._stage, transfer.Move._bytes
+
+    def no_memory(*_: Any) -> Any:
+        raise MemoryError("no room")
+
+    def stage_then_fail(move: transfer.Move, step: Any) -> Any:
+        transfer.Move._bytes = view
+        staged = stage(move, step)
+        transfer.Move._bytes = no_memory
+        return staged
+
+    def garbled(move: transfer.Move, tensor: int, *place: int) -> Tensor:
+        there = view(move, tensor, *place)
+        return there.clone() if tensor == 0 else there  # what is written to the first tensor goes nowhere
+
+    if where == "preparing":
+        transfer.Move._buffer = no_memory
+    elif where == "writing":
+        transfer.Move._stage = stage_then_fail
+    else:
+        transfer.Move._bytes = garbled
+
+
+def test_a_rank_without_memory_for_staging_is_known_to_all_before_anything_moves() -> None:
+    for kind, text, poisoned, unmoved in on_ranks(2, broken, "preparing", deadline=60):
+        assert (kind, text) == ("DistplbError", "rank 1: MemoryError('no room')")
+        assert unmoved
+        assert not poisoned
+
+
+def test_a_rank_that_cannot_write_poisons_the_rebalancer_on_all_ranks() -> None:
+    for kind, text, poisoned, _ in on_ranks(2, broken, "writing", deadline=60):
+        assert kind == "HalfMovedError"
+        assert "rank 1: commit 0 was not written whole: MemoryError('no room')" in text
+        assert poisoned
+
+
+def test_tensors_that_did_not_arrive_are_noticed_by_their_checksum() -> None:
+    for kind, text, poisoned, _ in on_ranks(2, broken, "content", deadline=60):
+        assert kind == "HalfMovedError"
+        assert "after the move, expert" in text
+        assert poisoned
+
+
+def test_public_names_are_there() -> None:
+    assert all(hasattr(distplb, name) for name in distplb.__all__)
