@@ -165,19 +165,23 @@ class Placement:
         """
         try:
             document = json.loads(Path(path).read_text())
-            version, tables = document["version"], document["expert_of_slot"]
-            num_experts, num_gpus = document["num_experts"], document["num_gpus"]
-        except (ValueError, KeyError, TypeError) as error:
+            version = document["version"]
+            if version != _FORMAT_VERSION:
+                raise DistplbError(f"{path} has version {version}; this distplb reads version {_FORMAT_VERSION}")
+            tables = {name: torch.tensor(row) for name, row in document["expert_of_slot"].items()}
+            num_experts, num_gpus = int(document["num_experts"]), int(document["num_gpus"])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DistplbError(
                 f"{path} is not a placement file ({error!r}); pass one written by Placement.save"
             ) from error
-        if version != _FORMAT_VERSION:
-            raise DistplbError(f"{path} has version {version}; this distplb reads version {_FORMAT_VERSION}")
         names = list(tables) if layer_names is None else list(layer_names)
         missing = [name for name in names if name not in tables]
         if missing:
             raise DistplbError(f"{path} has no layer {missing[0]!r}; it has {', '.join(tables)}")
-        return cls(torch.tensor([tables[name] for name in names]), num_experts, num_gpus)
+        rows = [tables[name] for name in names]
+        if len({row.shape for row in rows}) != 1:
+            raise DistplbError(f"{path} has no layers, or layers of different numbers of slots; write it anew")
+        return cls(torch.stack(rows), num_experts, num_gpus)
 
 
 def _checked_names(layer_names: Sequence[str] | None, num_layers: int) -> list[str]:

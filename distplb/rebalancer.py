@@ -5,7 +5,6 @@ Shapes: T steps, L layers, E experts, P slots, M GPUs.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -21,9 +20,8 @@ from distplb.errors import DistplbError, HalfMovedError
 from distplb.events import RebalanceEvent
 from distplb.layer import MoELayer
 from distplb.load import LoadWindow
-from distplb.migrate.checksum import expert_checksums
-from distplb.migrate.state import RowTensor, Traveller, check_known, row_tensors, travellers
-from distplb.migrate.transfer import Move, agreed_layouts
+from distplb.migrate.mover import Mover, Travelling
+from distplb.migrate.transfer import Move
 from distplb.placement import Placement
 from distplb.planner import Planned, PlanOptions, plan_in_stages
 from distplb.stages import Stages
@@ -91,18 +89,14 @@ class Rebalancer:
         self.enabled = True
         self._comm: Comm = WorldOfOne() if comm is None else comm
         self._topology, self._window, self._every = topology, window, every
-        self._optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
         self._options = PlanOptions(num_candidates=num_candidates, seed=seed, engine=engine)
         self._dry_run, self._verify, self._on_event = dry_run, verify, on_event
         self._iteration, self._rebalances = 0, 0
-        self._poison: str | None = None
         self._pending: _Pending | None = None
         self._names = tuple(layer.name for layer in layers)
-        self._tensors = self._agreed_tensors(layers, gpu)
-        self._layouts = agreed_layouts(self._tensors, window.shape[2], self._comm)
-        self._placement = Placement.contiguous(len(layers), window.shape[2], topology.num_gpus)
-        self._first = self._placement
-        self._backward = _BackwardWatch(self._tensors, self._optimizers)
+        optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+        self._mover = self._agreed_mover(layers, optimizers, gpu)
+        self._first = self._placement = Placement.contiguous(len(layers), window.shape[2], topology.num_gpus)
 
     @property
     def placement(self) -> Placement:
@@ -194,7 +188,7 @@ class Rebalancer:
             for told in (*events, event):
                 self._on_event(told)
 
-    def _plan(self, stages: Stages) -> tuple[Planned, list[list[Traveller]]]:
+    def _plan(self, stages: Stages) -> tuple[Planned, Travelling]:
         with stages.stage("count"):
             travelling, error = self._travelling()
             counts = self._window.load()  # [T, L, P], by the router's outputs, which are slots
@@ -217,60 +211,20 @@ class Rebalancer:
         return planned, travelling
 
     def _move(
-        self,
-        placement: Placement,
-        travelling: list[list[Traveller]],
-        stages: Stages,
-        error: Exception | None = None,
+        self, placement: Placement, travelling: Travelling, stages: Stages, error: Exception | None = None
     ) -> Move | None:
-        """Move to `placement`, unless `error` or what it takes is refused; returns what was done, None if nothing."""
-        fields = {"the placement (digest)": 0, "what travels with the experts (digest)": 0}
-        move: Move | None = None
-        with stages.stage("move"):
-            if error is None:
-                try:
-                    layers = list(zip(self._tensors, self._layouts, travelling, strict=True))
-                    move = Move(self._placement, placement, layers, self._comm)
-                    fields = dict(zip(fields, (placement.digest(), _digest_of(travelling)), strict=True))
-                except Exception as caught:
-                    error = caught
-            agree(self._comm, fields, error)
-        if move is None or not move.slots:
-            return None
-        verify = self._verify == "digest" or (self._verify == "first" and self._rebalances < _VERIFIED_BY_DEFAULT)
-        before = self._checksums(travelling, stages) if verify else None
-        self._poison = "a move was interrupted"
-        try:
-            with stages.stage("move"):
-                move.run(self._record)
-            if before is not None:
-                self._compare(before, travelling, stages)
-        except HalfMovedError as broken:
-            self._poison = str(broken)
-            raise
-        except DistplbError:
-            self._poison = None  # refused before anything of that commit was written
-            raise
-        self._poison = None
-        return move
+        return self._mover.move(
+            self._placement,
+            placement,
+            travelling,
+            on_commit=self._take_up,
+            verify=self._verify == "digest" or (self._verify == "first" and self._rebalances < _VERIFIED_BY_DEFAULT),
+            stages=stages,
+            error=error,
+        )
 
-    def _record(self, placement: Placement) -> None:
+    def _take_up(self, placement: Placement) -> None:
         self._placement = placement
-
-    def _checksums(self, travelling: list[list[Traveller]], stages: Stages) -> Tensor:
-        """`[L, E]`: of every expert, where it is now."""
-        with stages.stage("verify"):
-            tensors = list(zip(self._tensors, travelling, strict=True))
-            return expert_checksums(tensors, self._placement, self._comm)
-
-    def _compare(self, before: Tensor, travelling: list[list[Traveller]], stages: Stages) -> None:
-        wrong = before.ne(self._checksums(travelling, stages)).nonzero()
-        if len(wrong):
-            layer, expert = wrong[0].tolist()
-            raise HalfMovedError(
-                f"after the move, expert {expert} of {self._names[layer]} is not what it was ({len(wrong)} such); "
-                "resume from the last checkpoint with the rebalancer disabled, and report this"
-            )
 
     def _event(self, planned: Planned, old: Placement, moved: Move | None, stages: Stages) -> RebalanceEvent:
         load, placement = planned.load, planned.placement
@@ -290,45 +244,23 @@ class Rebalancer:
             dry_run=self._dry_run,
         )
 
-    # --- what travels, and what is refused -------------------------------------------------------------------
+    # --- what is refused -------------------------------------------------------------------------------------
 
-    def _agreed_tensors(self, layers: Sequence[MoELayer], gpu: int | None) -> list[list[RowTensor]]:
-        """By layer, the declared tensors of this rank, once all ranks have the same."""
+    def _agreed_mover(self, layers: Sequence[MoELayer], optimizers: Sequence[Optimizer], gpu: int | None) -> Mover:
+        """What moves this rank's part of the layers, once all ranks have the same layers and options."""
         error: Exception | None = None
         fields = dict.fromkeys(("the number of layers", "every", "verify", "dry_run", "the model (digest)"), 0)
-        found: list[list[RowTensor]] = []
         try:
-            gpu = self._checked_gpu(gpu)
             self._check_options(layers)
-            slots_per_gpu = self._topology.slots_per_gpu(self._window.shape[2])
-            found = [row_tensors(layer, gpu, slots_per_gpu, self._topology.num_gpus) for layer in layers]
-            for tensors in found:
-                check_known(tensors, self._optimizers)
-            model = _digest([(t.name, str(t.tensor.dtype), t.row) for tensors in found for t in tensors])
+            mover = Mover(layers, optimizers, self._comm, self._topology, self._window.shape[2], gpu)
             verify = ("first", "digest", "off").index(self._verify)
-            values = (len(layers), self._every, verify, int(self._dry_run), model)
+            values = (len(layers), self._every, verify, int(self._dry_run), mover.digest())
             fields = dict(zip(fields, values, strict=True))
         except Exception as caught:
             error = caught
         agree(self._comm, fields, error)
-        return found
-
-    def _checked_gpu(self, gpu: int | None) -> int:
-        num_gpus, size = self._topology.num_gpus, self._comm.size
-        if size % num_gpus:
-            raise DistplbError(
-                f"the topology has {num_gpus} GPUs, the communicator {size} ranks; pass a topology whose GPUs are "
-                "the ranks of one EP group, and a communicator of one or more whole EP groups"
-            )
-        if gpu is None and size != num_gpus:
-            raise DistplbError(
-                f"{size} ranks hold {size // num_gpus} copies of the experts of {num_gpus} GPUs; pass gpu=, "
-                "this rank's number in its EP group"
-            )
-        gpu = self._comm.rank if gpu is None else gpu
-        if not 0 <= gpu < num_gpus:
-            raise DistplbError(f"gpu is {gpu}; pass this rank's number in its EP group, 0 to {num_gpus - 1}")
-        return gpu
+        mover.agree_on_layouts()
+        return mover
 
     def _check_options(self, layers: Sequence[MoELayer]) -> None:
         if not isinstance(self._every, int) or self._every < 1:
@@ -348,11 +280,10 @@ class Rebalancer:
                     "declare all of both: what is not declared does not travel"
                 )
 
-    def _travelling(self) -> tuple[list[list[Traveller]], Exception | None]:
-        """By layer, what travels now; or why it may not."""
+    def _travelling(self) -> tuple[Travelling, Exception | None]:
+        """All that travels now; or why it may not."""
         try:
-            self._backward.refuse_if_begun()
-            return [travellers(tensors, self._optimizers) for tensors in self._tensors], None
+            return self._mover.travelling(), None
         except Exception as refused:
             return [], refused
 
@@ -370,9 +301,10 @@ class Rebalancer:
     # --- small things ----------------------------------------------------------------------------------------
 
     def _refuse_if_poisoned(self) -> None:
-        if self._poison is not None:
+        if self._mover.broken is not None:
             raise HalfMovedError(
-                f"experts may be half moved ({self._poison}); resume from the last checkpoint, nothing is written here"
+                f"experts may be half moved ({self._mover.broken}); resume from the last checkpoint: "
+                "none is written from here"
             )
 
     def _forget_counts(self) -> None:
@@ -407,40 +339,5 @@ class _Pending:
         return replace(self.event, imbalance_next=_by_layer(load, self.placement))
 
 
-class _BackwardWatch:
-    """Knows, without looking at the device, whether a backward pass has begun since the optimizer's last step."""
-
-    def __init__(self, layers: Sequence[Sequence[RowTensor]], optimizers: Sequence[Optimizer]) -> None:
-        self._begun = False
-        for tensors in layers:
-            for tensor in (row_tensor.tensor for row_tensor in tensors):
-                if tensor.requires_grad and tensor.is_leaf:
-                    tensor.register_post_accumulate_grad_hook(self._note)
-        for optimizer in optimizers:
-            optimizer.register_step_post_hook(self._forget)
-
-    def refuse_if_begun(self) -> None:
-        """Raise if gradients of another step are already on their way."""
-        if self._begun:
-            raise DistplbError(
-                "a backward pass has begun since the optimizer's last step; call rebalancer.step() right after "
-                "optimizer.step(), before the next forward"
-            )
-
-    def _note(self, _: Tensor) -> None:
-        self._begun = True
-
-    def _forget(self, *_: Any) -> None:
-        self._begun = False
-
-
 def _by_layer(load: Tensor, placement: Placement) -> tuple[float, ...]:
     return tuple(imbalance(load, placement).mean(0).tolist())
-
-
-def _digest_of(travelling: list[list[Traveller]]) -> int:
-    return _digest([(t.name, str(t.flat.dtype)) for layer in travelling for t in layer])
-
-
-def _digest(parts: Sequence[tuple[Any, ...]]) -> int:
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 2

@@ -1,1 +1,3 @@
-"""Moving experts: `state` finds what travels, `pieces` says who holds it, `schedule` decides, `transfer` acts."""
+"""Moving experts: `state` finds what travels, `pieces` says who holds it, `schedule` decides, `transfer` acts,
+and `mover` holds them together for the `Rebalancer`.
+"""

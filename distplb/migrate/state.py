@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from distplb.errors import DistplbError
 from distplb.layer import MoELayer
 
-__all__ = ["RowTensor", "Traveller", "check_known", "row_tensors", "travellers"]
+__all__ = ["BackwardWatch", "RowTensor", "Traveller", "check_known", "row_tensors", "travellers"]
 
 Optimizers = Sequence[Optimizer]
 
@@ -162,3 +162,30 @@ def _refuse_hidden_tensors(name: str, value: Any, optimizer: Optimizer) -> None:
             f"{name} of {type(optimizer).__name__} is a {type(value).__name__} with tensors in it, whose layout is not "
             "understood, so nothing is moved; use an optimizer whose state has the parameter's shape (AdamW, SGD, ...)"
         )
+
+
+class BackwardWatch:
+    """Knows, without looking at the device, whether a backward pass has begun since the optimizer's last step."""
+
+    def __init__(self, layers: Sequence[Sequence[RowTensor]], optimizers: Sequence[Optimizer]) -> None:
+        self._begun = False
+        for tensors in layers:
+            for tensor in (row_tensor.tensor for row_tensor in tensors):
+                if tensor.requires_grad and tensor.is_leaf:
+                    tensor.register_post_accumulate_grad_hook(self._note)
+        for optimizer in optimizers:
+            optimizer.register_step_post_hook(self._forget)
+
+    def refuse_if_begun(self) -> None:
+        """Raise if gradients of another step are already on their way."""
+        if self._begun:
+            raise DistplbError(
+                "a backward pass has begun since the optimizer's last step; call rebalancer.step() right after "
+                "optimizer.step(), before the next forward"
+            )
+
+    def _note(self, _: Tensor) -> None:
+        self._begun = True
+
+    def _forget(self, *_: Any) -> None:
+        self._begun = False

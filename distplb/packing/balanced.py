@@ -5,6 +5,8 @@ Shapes: X rows, n items, M packs, K candidates.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -81,12 +83,22 @@ def _as_whole(weight: Tensor) -> Tensor:
             f"weight is {weight.dtype} of shape {tuple(weight.shape)}; pass numbers of shape [rows, items], none empty"
         )
     check_weights("weight", weight)
+    total = weight.double().sum(1)  # [X]
+    if float(total.max()) >= (math.inf if weight.is_floating_point() else _MAX_TOTAL):
+        raise DistplbError(
+            f"weight has a row whose total is {float(total.max()):.3g}, too large to add up; "
+            "divide the weights by a power of two"
+        )
     if weight.is_floating_point():
         value = weight.double()
-        exponent = _FLOAT_BITS - torch.frexp(value.sum(1)).exponent  # [X]
         # Whole numbers keep their own scale, so that they pack as the same integers would.
-        whole = (value == value.round()).all(1) & (exponent >= 0)
-        weight = torch.ldexp(value, torch.where(whole, 0, exponent)[:, None]).round()
-    elif float(weight.double().sum(1).max()) >= _MAX_TOTAL:
-        raise DistplbError("weight has a row whose total is 2^62 or more; divide the weights by a power of two")
+        whole = (value == value.round()).all(1) & (total < _MAX_TOTAL)
+        exponent = (_FLOAT_BITS - torch.frexp(total).exponent).masked_fill(whole, 0)  # [X]
+        half = exponent // 2  # in two steps, because 2 to the whole exponent may be beyond a float
+        weight = (value * _power_of_two(half)[:, None] * _power_of_two(exponent - half)[:, None]).round()
     return scaled(weight.to(torch.int64)[None])[0]
+
+
+def _power_of_two(exponent: Tensor) -> Tensor:
+    """float64, exact on every device and torch, which `pow` and `ldexp` do not promise; from 2^-1022 to 2^1023."""
+    return ((exponent.to(torch.int64) + 1023) << 52).view(torch.float64)

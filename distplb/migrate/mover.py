@@ -1,0 +1,180 @@
+"""`Mover`: the experts of some layers as one thing that goes from one placement to another.
+
+Shapes: L layers, E experts, P slots, M GPUs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from distplb.comm.agreement import agree
+from distplb.comm.base import Comm
+from distplb.errors import DistplbError, HalfMovedError
+from distplb.layer import MoELayer
+from distplb.migrate.checksum import expert_checksums
+from distplb.migrate.pieces import Layout
+from distplb.migrate.state import BackwardWatch, RowTensor, Traveller, check_known, row_tensors, travellers
+from distplb.migrate.transfer import Move, agreed_layouts
+from distplb.placement import Placement
+from distplb.stages import Stages
+from distplb.topology import Topology
+
+__all__ = ["Mover"]
+
+Travelling = list[list[Traveller]]  # by layer
+
+
+class Mover:
+    """Knows what travels with the experts of each layer and who holds it; moves it, whole or not at all.
+
+    Making one is local to the rank, and refuses what cannot be moved; `agree_on_layouts` and `move` are collective.
+
+    Args:
+        layers: the MoE layers.
+        optimizers: that step on their parameters.
+        comm: the ranks that hold the layers.
+        topology: of one EP group.
+        num_slots: P.
+        gpu: which GPU of its EP group this rank is; None where the communicator is the EP group.
+
+    Raises:
+        DistplbError: if a tensor, the slots or `gpu` do not fit, or the optimizers do not know a parameter.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[MoELayer],
+        optimizers: Sequence[Optimizer],
+        comm: Comm,
+        topology: Topology,
+        num_slots: int,
+        gpu: int | None,
+    ) -> None:
+        self._comm, self._optimizers, self._num_slots = comm, optimizers, num_slots
+        gpu, slots_per_gpu = _checked_gpu(gpu, comm, topology), topology.slots_per_gpu(num_slots)
+        self._names = [layer.name for layer in layers]
+        self._tensors: list[list[RowTensor]] = [
+            row_tensors(layer, gpu, slots_per_gpu, topology.num_gpus) for layer in layers
+        ]
+        for tensors in self._tensors:
+            check_known(tensors, optimizers)
+        self._layouts: list[list[Layout]] = []
+        self._backward = BackwardWatch(self._tensors, optimizers)
+        self.broken: str | None = None  # why the experts may not be whole any more
+
+    def digest(self) -> int:
+        """What must be equal on all ranks: names, types and rows of all declared tensors, as one number."""
+        return _digest([(t.name, str(t.tensor.dtype), t.row) for tensors in self._tensors for t in tensors])
+
+    def agree_on_layouts(self) -> None:
+        """Learn which rank holds what; once, before anything moves."""
+        self._layouts = agreed_layouts(self._tensors, self._num_slots, self._comm)
+
+    def travelling(self) -> Travelling:
+        """All that travels now.
+
+        Raises:
+            DistplbError: if a backward pass has begun, or the optimizer's state is of an unknown kind.
+        """
+        self._backward.refuse_if_begun()
+        return [travellers(tensors, self._optimizers) for tensors in self._tensors]
+
+    def move(
+        self,
+        old: Placement,
+        new: Placement,
+        travelling: Travelling,
+        *,
+        on_commit: Callable[[Placement], None],
+        verify: bool,
+        stages: Stages,
+        error: Exception | None = None,
+    ) -> Move | None:
+        """Move from one placement to another; returns what was done, None where nothing had to be.
+
+        Args:
+            old: the placement in force.
+            new: the placement wanted.
+            travelling: all that travels, on this rank.
+            on_commit: told the placement in force after each commit.
+            verify: compare every expert's checksum before and after.
+            stages: receives the seconds.
+            error: why this rank cannot; all ranks then raise it.
+
+        Raises:
+            DistplbError: on all ranks, if any refuses, before anything of the commit at hand is written.
+            HalfMovedError: if the experts are not whole any more; `broken` then says why.
+        """
+        with stages.stage("move"):
+            move = self._agreed_move(old, new, travelling, error)
+        if not move.slots:
+            return None
+        before = self._checksums(old, travelling, stages) if verify else None
+        self.broken = "a move was interrupted"
+        try:
+            with stages.stage("move"):
+                move.run(on_commit)
+            if before is not None:
+                self._compare(before, self._checksums(new, travelling, stages))
+        except HalfMovedError as why:
+            self.broken = str(why)
+            raise
+        except DistplbError:
+            self.broken = None  # refused before anything of that commit was written
+            raise
+        self.broken = None
+        return move
+
+    def _agreed_move(self, old: Placement, new: Placement, travelling: Travelling, error: Exception | None) -> Move:
+        fields = {"the placement (digest)": 0, "what travels with the experts (digest)": 0}
+        try:
+            if error is not None:
+                raise error
+            move = Move(old, new, list(zip(self._tensors, self._layouts, travelling, strict=True)), self._comm)
+            what = _digest([(t.name, str(t.flat.dtype)) for layer in travelling for t in layer])
+            fields = dict(zip(fields, (new.digest(), what), strict=True))
+        except Exception as caught:
+            error = caught
+        agree(self._comm, fields, error)
+        return move
+
+    def _checksums(self, placement: Placement, travelling: Travelling, stages: Stages) -> Tensor:
+        """`[L, E]`: of every expert, where `placement` has it."""
+        with stages.stage("verify"):
+            return expert_checksums(list(zip(self._tensors, travelling, strict=True)), placement, self._comm)
+
+    def _compare(self, before: Tensor, after: Tensor) -> None:
+        wrong = before.ne(after).nonzero()
+        if len(wrong):
+            layer, expert = wrong[0].tolist()
+            raise HalfMovedError(
+                f"after the move, expert {expert} of {self._names[layer]} is not what it was ({len(wrong)} such); "
+                "resume from the last checkpoint with the rebalancer disabled, and report this"
+            )
+
+
+def _checked_gpu(gpu: int | None, comm: Comm, topology: Topology) -> int:
+    num_gpus, size = topology.num_gpus, comm.size
+    if size % num_gpus:
+        raise DistplbError(
+            f"the topology has {num_gpus} GPUs, the communicator {size} ranks; pass a topology whose GPUs are "
+            "the ranks of one EP group, and a communicator of one or more whole EP groups"
+        )
+    if gpu is None and size != num_gpus:
+        raise DistplbError(
+            f"{size} ranks hold {size // num_gpus} copies of the experts of {num_gpus} GPUs; pass gpu=, "
+            "this rank's number in its EP group"
+        )
+    gpu = comm.rank if gpu is None else gpu
+    if not 0 <= gpu < num_gpus:
+        raise DistplbError(f"gpu is {gpu}; pass this rank's number in its EP group, 0 to {num_gpus - 1}")
+    return gpu
+
+
+def _digest(parts: Sequence[tuple[Any, ...]]) -> int:
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 2
