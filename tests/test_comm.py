@@ -1,0 +1,118 @@
+"""Communicators: one conformance test for each implementation, and what they refuse."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import on_ranks
+from torch.distributed.device_mesh import init_device_mesh
+
+from distplb import DistplbError
+from distplb.comm.agreement import agree
+from distplb.comm.base import Comm, WorldOfOne
+from distplb.comm.torchdist import TorchComm
+from distplb.errors import HalfMovedError
+from distplb.migrate.schedule import rounds
+
+
+def conforms(comm: Comm) -> None:
+    """Every method, with results that only the right ranks in the right order give."""
+    ones = torch.arange(4, dtype=torch.int64, device=comm.device) + 10**12 * comm.rank
+    comm.all_reduce_sum(ones)
+    assert ones.tolist() == [i * comm.size + 10**12 * sum(range(comm.size)) for i in range(4)]
+    least = torch.tensor([comm.rank, -comm.rank, 2**62 + comm.rank], device=comm.device)
+    comm.all_reduce_min(least)
+    assert least.tolist() == [0, 1 - comm.size, 2**62]
+    for root in range(comm.size):
+        told = torch.full((3,), comm.rank, device=comm.device)
+        comm.broadcast(told, root)
+        assert told.tolist() == [root] * 3
+    # Everybody sends to everybody, a different number of bytes each, in rounds of two operations a rank.
+    everyone = range(comm.size)
+    pairs = [(source, target) for source in everyone for target in everyone if source != target]
+    received = {}
+    for some in rounds(pairs, 2):
+        sends = [(message(s, t, comm), t) for s, t in some if s == comm.rank]
+        receives = [(torch.zeros_like(message(s, t, comm)), s) for s, t in some if t == comm.rank]
+        comm.exchange(sends, receives)
+        received |= {source: buffer for buffer, source in receives}
+    for source, buffer in received.items():
+        assert torch.equal(buffer, message(source, comm.rank, comm))
+    assert len(received) == comm.size - 1
+
+
+def message(source: int, target: int, comm: Comm) -> torch.Tensor:
+    return torch.full((1 + source + 10 * target,), 16 * source + target, dtype=torch.uint8, device=comm.device)
+
+
+def over_the_default_group() -> int:
+    conforms(TorchComm())
+    return TorchComm().size
+
+
+def over_groups_and_meshes() -> int:
+    """Ranks of a group are not global ranks: odd ones form a group, and a mesh's axis is strided."""
+    groups = [dist.new_group([0, 2]), dist.new_group([1, 3])]
+    conforms(TorchComm(groups[dist.get_rank() % 2]))
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "expert"))
+    for axis in ("data", "expert"):
+        conforms(TorchComm(mesh[axis]))
+    with pytest.raises(DistplbError, match=r"the mesh has 2 axes \('data', 'expert'\); pass one of them"):
+        TorchComm(mesh)
+    with pytest.raises(DistplbError, match="is not in the group"):
+        TorchComm(groups[1 - dist.get_rank() % 2])
+    return TorchComm(mesh["data"]).size
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_gloo_conforms(ranks: int) -> None:
+    assert on_ranks(ranks, over_the_default_group) == [ranks] * ranks
+
+
+def test_subgroups_and_mesh_axes_conform() -> None:
+    assert on_ranks(4, over_groups_and_meshes) == [2] * 4
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: NCCL has no CPU backend")
+def test_nccl_conforms_at_world_1(tmp_path: object) -> None:
+    dist.init_process_group("nccl", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        conforms(TorchComm())
+    finally:
+        dist.destroy_process_group()
+
+
+def test_a_world_of_one_conforms_and_needs_no_group() -> None:
+    conforms(WorldOfOne())
+    with pytest.raises(DistplbError, match=r"torch\.distributed is not initialised; call .*init_process_group first"):
+        TorchComm()
+
+
+def agreements() -> list[str]:
+    """What each rank hears, case by case."""
+    comm, heard = TorchComm(), []
+    cases: list[tuple[dict[str, int], Exception | None]] = [
+        ({"a": 1, "b": -(2**62)}, None),
+        ({"a": 1, "b": comm.rank}, None),
+        ({"a": 1}, DistplbError("ä too long " * 400) if comm.rank == 2 else None),
+        ({"a": 1}, ValueError("mine") if comm.rank else None),
+        ({"a": 1}, HalfMovedError("torn") if comm.rank == 2 else DistplbError("other") if comm.rank == 1 else None),
+    ]
+    for fields, error in cases:
+        try:
+            agree(comm, fields, error)
+            heard.append("well")
+        except DistplbError as raised:
+            heard.append(f"{type(raised).__name__} {raised}"[:60])
+    return heard
+
+
+def test_ranks_agree_on_fields_and_share_the_error_of_the_lowest_failed_rank() -> None:
+    for rank, heard in enumerate(on_ranks(3, agreements)):
+        assert heard[0] == "well"
+        assert heard[1] == f"DistplbError ranks disagree on b: 0 on one, 2 on another, {rank} on rank"[:60]
+        assert heard[2].startswith("DistplbError rank 2: ä too long")
+        assert heard[3] == "DistplbError rank 1: ValueError('mine')"
+        # The gravest kind wins, whoever speaks: afterwards no rank may take its experts for whole.
+        assert heard[4] == "HalfMovedError rank 1: other"
