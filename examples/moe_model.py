@@ -1,0 +1,265 @@
+"""A small mixture-of-experts language model whose experts are spread over the ranks of a process group.
+
+>>> config = Config(layers=2, experts=8, dim=32, ffn=64, heads=2)
+>>> model = Transformer(config, group=None, seed=0)              # one rank owns all experts: no process group
+>>> loss = model(torch.zeros(1, 16, dtype=torch.long), torch.zeros(1, 16, dtype=torch.long))
+
+Attention, norms, embeddings and routers are replicated (data-parallel); experts are not (expert-parallel): each
+rank holds G = E / M of them, and tokens travel to their experts and back by `all_to_all_single`. The model is the
+same at any number of ranks: weights depend on the seed and on the expert, never on the rank that holds it.
+
+Shapes: B batch, S sequence, N = B * S tokens of this rank, R rows received by this rank, K top-k, L layers,
+E experts, M GPUs (ranks), G slots per GPU, D dim, H ffn.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+VOCAB = 256  # bytes
+Group = dist.ProcessGroup | None  # None is a world of one rank
+
+
+@dataclass(frozen=True)
+class Config:
+    """Sizes of the model, and how its routers choose."""
+
+    layers: int = 4
+    experts: int = 16
+    top_k: int = 2
+    dim: int = 128
+    ffn: int = 512
+    heads: int = 4
+    max_sequence: int = 256
+    bias_rate: float = 0.0  # of loss-free balancing: what nudge_biases moves a bias by
+    forced: bool = False  # replace the routers' choice by a perfectly even one
+
+
+class AllToAll(torch.autograd.Function):
+    """Sends rows to the ranks that need them; its backward sends the gradients home."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, send: list[int], receive: list[int], group: Group) -> Tensor:
+        ctx.splits, ctx.group = (send, receive), group
+        return exchange(rows, send, receive, group)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        send, receive = ctx.splits
+        return exchange(gradient, receive, send, ctx.group), None, None, None
+
+
+def all_to_all(rows: Tensor, send: list[int], receive: list[int], group: Group) -> Tensor:
+    """`exchange` with gradients."""
+    result: Tensor = AllToAll.apply(rows, send, receive, group)  # type: ignore[no-untyped-call]  # in torch's stubs
+    return result
+
+
+def exchange(rows: Tensor, send: list[int], receive: list[int], group: Group) -> Tensor:
+    """The first send[0] rows go to rank 0, the next send[1] to rank 1; receive[m] rows come from rank m."""
+    if group is None:
+        return rows
+    received = rows.new_empty(sum(receive), *rows.shape[1:])
+    dist.all_to_all_single(received, rows.contiguous(), receive, send, group=group)
+    return received
+
+
+class MoE(nn.Module):
+    """A feed-forward layer made of E experts, of which every token visits K.
+
+    A rebalancer exchanges rows (dim 0) of w_in and w_out between ranks, and the same rows of the router and of its
+    bias on all ranks: then the expert that the router calls i still lives on rank i // G, and forward needs no table.
+    """
+
+    expert_bias: Tensor
+
+    def __init__(self, config: Config, group: Group) -> None:
+        super().__init__()
+        self.config, self.group = config, group
+        self.num_gpus = 1 if group is None else dist.get_world_size(group)
+        if config.experts % self.num_gpus:
+            raise ValueError(f"{config.experts} experts cannot be divided evenly over {self.num_gpus} ranks")
+        self.num_slots = config.experts // self.num_gpus
+        self.router = nn.Linear(config.dim, config.experts, bias=False)
+        self.register_buffer("expert_bias", torch.zeros(config.experts, dtype=torch.float32))  # [E]
+        self.w_in = nn.Parameter(torch.empty(self.num_slots, config.dim, config.ffn))  # [G, D, H]
+        self.w_out = nn.Parameter(torch.empty(self.num_slots, config.ffn, config.dim))  # [G, H, D]
+        self.counts = torch.zeros(config.experts, dtype=torch.int64)  # [E] tokens of this rank, last forward
+        self.on_counts: Callable[[Tensor], None] | None = None
+        self.forward_seconds, self.backward_seconds, self.tokens_received = 0.0, 0.0, 0
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, S, D] -> [B, S, D]
+        K, G, M = self.config.top_k, self.num_slots, self.num_gpus
+        tokens = x.flatten(0, 1)  # [N, D]
+        expert, gate = self.route(tokens)  # [N, K], [N, K]
+        self.counts = expert.flatten().bincount(minlength=self.config.experts)  # [E]
+        if self.on_counts is not None:
+            self.on_counts(self.counts)
+
+        # Rows sorted by expert are sorted by rank too, because rank m holds experts m * G to (m + 1) * G - 1.
+        order = expert.flatten().argsort(stable=True)  # [N * K]
+        rows = tokens.repeat_interleave(K, dim=0).index_select(0, order)  # [N * K, D]
+        even = [G] * M
+        sent = self.counts.view(M, G)
+        received = exchange(self.counts, even, even, self.group).view(M, G)  # from each rank, for each slot
+        send, receive = sent.sum(1).tolist(), received.sum(1).tolist()
+
+        rows = all_to_all(rows, send, receive, self.group)  # [R, D]
+        rows = self.run_experts(rows, received)  # [R, D]
+        rows = all_to_all(rows, receive, send, self.group)  # [N * K, D]
+
+        # Back to the tokens' order, so that sums over K are the same wherever the experts live.
+        back = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=x.device))
+        outputs = rows.index_select(0, back).view(-1, K, self.config.dim)  # [N, K, D]
+        return (outputs * gate.unsqueeze(-1)).sum(1).view_as(x)
+
+    def route(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """K experts of each token, and the gates their outputs are weighted by: [N, D] -> [N, K], [N, K]."""
+        scores = self.router(tokens).sigmoid()  # [N, E]
+        if self.config.forced:
+            turns = torch.arange(tokens.shape[0] * self.config.top_k, device=tokens.device)
+            expert = (turns % self.config.experts).view(-1, self.config.top_k)
+        else:  # the bias has a say in the choice only, not in the gates
+            expert = (scores.detach() + self.expert_bias).topk(self.config.top_k, dim=1).indices
+        gate = scores.gather(1, expert)
+        return expert, gate / gate.sum(dim=1, keepdim=True)
+
+    def run_experts(self, rows: Tensor, received: Tensor) -> Tensor:
+        """This rank's experts on the rows sent to it, and the seconds that took: [R, D], [M, G] -> [R, D]."""
+        start = self.clock(rows)
+        G, M = self.num_slots, self.num_gpus
+        pieces = rows.split(received.flatten().tolist())  # M * G pieces, by sender, then slot
+        outputs = []  # [G][M] pieces
+        # unbind, not w_in[g]: its backward writes one gradient, where indexing would add up G of full size
+        for g, (w_in, w_out) in enumerate(zip(self.w_in.unbind(), self.w_out.unbind(), strict=True)):
+            hidden = F.gelu(torch.cat(pieces[g::G]) @ w_in)  # [rows of slot g, H]
+            outputs.append((hidden @ w_out).split(received[:, g].tolist()))
+        output = torch.cat([outputs[g][m] for m in range(M) for g in range(G)])
+        self.forward_seconds, self.tokens_received = self.clock(rows) - start, rows.shape[0]
+        if output.requires_grad:  # the two gradients arrive just before and just after the experts' backward
+            output.register_hook(self.backward_begins)
+            rows.register_hook(self.backward_ends)
+        return output
+
+    def backward_begins(self, gradient: Tensor) -> None:
+        self.backward_seconds = -self.clock(gradient)
+
+    def backward_ends(self, gradient: Tensor) -> None:
+        self.backward_seconds += self.clock(gradient)
+
+    @staticmethod
+    def clock(tensor: Tensor) -> float:
+        if tensor.is_cuda:  # kernels run behind the host's back; waiting for them is the price of measuring
+            torch.cuda.synchronize(tensor.device)
+        return time.perf_counter()
+
+
+class Attention(nn.Module):
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.heads = config.heads
+        self.qkv = nn.Linear(config.dim, 3 * config.dim, bias=False)
+        self.out = nn.Linear(config.dim, config.dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, S, D] -> [B, S, D]
+        B, S, D = x.shape
+        q, k, v = self.qkv(x).view(B, S, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # [B, heads, S, D / heads]
+        mixed: Tensor = self.out(y.transpose(1, 2).reshape(B, S, D))
+        return mixed
+
+
+class Block(nn.Module):
+    def __init__(self, config: Config, group: Group) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.dim)
+        self.attention = Attention(config)
+        self.moe_norm = nn.RMSNorm(config.dim)
+        self.moe = MoE(config, group)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.attention_norm(x))
+        y: Tensor = x + self.moe(self.moe_norm(x))
+        return y
+
+
+class Transformer(nn.Module):
+    """A byte-level decoder; forward gives the mean next-byte loss of this rank's sequences."""
+
+    def __init__(self, config: Config, group: Group, seed: int, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.group = group
+        self.embedding = nn.Embedding(VOCAB, config.dim)
+        self.position = nn.Parameter(torch.empty(config.max_sequence, config.dim))
+        self.blocks = nn.ModuleList(Block(config, group) for _ in range(config.layers))
+        self.norm = nn.RMSNorm(config.dim)
+        self.head = nn.Linear(config.dim, VOCAB, bias=False)
+        for parameter in self.parameters():
+            parameter.data = parameter.data.to(dtype)  # not self.to(dtype): expert_bias stays in float32
+        self.initialise(seed)
+
+    @torch.no_grad()
+    def initialise(self, seed: int) -> None:
+        """Weights from the seed alone: a rank draws all experts, in float64 whatever the dtype, and keeps its own."""
+        generator = torch.Generator().manual_seed(seed)
+        rank = 0 if self.group is None else dist.get_rank(self.group)
+        for name, parameter in self.named_parameters():
+            if "norm" in name:
+                continue  # ones
+            std = 0.02
+            if name.endswith(("attention.out.weight", "w_out")):
+                std /= math.sqrt(2 * len(self.blocks))  # keeps the residual stream's size, whatever the depth
+            rows = parameter.shape[0]
+            is_expert = name.endswith(("w_in", "w_out"))
+            first, total = (rank * rows, self.moes[0].config.experts) if is_expert else (0, rows)
+            drawn = torch.randn(total, *parameter.shape[1:], generator=generator, dtype=torch.float64)
+            parameter.copy_(std * drawn[first : first + rows])
+
+    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:  # [B, S], [B, S] -> []
+        x = self.embedding(inputs) + self.position[: inputs.shape[1]]  # [B, S, D]
+        for block in self.blocks:
+            x = block(x)
+        return F.cross_entropy(self.head(self.norm(x)).flatten(0, 1), targets.flatten())
+
+    @property
+    def moes(self) -> list[MoE]:
+        return [module for module in self.modules() if isinstance(module, MoE)]
+
+    def backward(self, loss: Tensor) -> None:
+        """Gradients of the mean of all ranks' losses.
+
+        Each rank's loss is its part of that mean, so gradients only have to be added up: those of experts already
+        are, by the tokens' way back, and the others are replicated and take one all-reduce.
+        """
+        if self.group is None:
+            loss.backward()
+            return
+        (loss / dist.get_world_size(self.group)).backward()
+        experts = {id(weight) for moe in self.moes for weight in (moe.w_in, moe.w_out)}
+        replicated = [p.grad for p in self.parameters() if id(p) not in experts and p.grad is not None]
+        flat = torch.cat([gradient.flatten() for gradient in replicated])  # one call, not dozens of small ones
+        dist.all_reduce(flat, group=self.group)
+        sums = flat.split([gradient.numel() for gradient in replicated])
+        for gradient, total in zip(replicated, sums, strict=True):
+            gradient.copy_(total.view_as(gradient))
+
+    @torch.no_grad()
+    def nudge_biases(self) -> None:
+        """Auxiliary-loss-free balancing: experts with fewer tokens than the mean are favoured a little more.
+
+        Wang et al., "Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts", 2024, algorithm 1.
+        """
+        counts = torch.stack([moe.counts for moe in self.moes])  # [L, E]
+        if self.group is not None:
+            dist.all_reduce(counts, group=self.group)
+        for moe, count in zip(self.moes, counts.double(), strict=True):
+            moe.expert_bias += moe.config.bias_rate * torch.sign(count.mean() - count).float()

@@ -1,0 +1,329 @@
+"""Counting tokens, and what is let in as a load.
+
+Shapes: T steps, L layers, E experts.
+"""
+
+from __future__ import annotations
+
+import random
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from distplb import DistplbError, LoadWindow
+from distplb.load import as_tokens, scaled
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+class Counting(nn.Module):
+    """One layer whose forward number i counts [i, 10 · i]."""
+
+    def __init__(self, window: LoadWindow, *, says_training: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+        self.window, self.says_training, self.forwards = window, says_training, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.forwards += 1
+        training = self.training if self.says_training else None
+        self.window.add(0, torch.tensor([self.forwards, 10 * self.forwards]), training=training)
+        return (x * self.weight).sin()
+
+
+def counting(num_steps: int = 4, *, says_training: bool = False) -> Counting:
+    return Counting(LoadWindow(1, 2, num_steps), says_training=says_training)
+
+
+def counted(window: LoadWindow, layer: int = 0) -> list[int]:
+    """The counts of expert 0 in one layer, oldest first."""
+    return window.load()[:, layer, 0].tolist()
+
+
+# --- the ring ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 5])
+def test_the_window_keeps_the_last_steps_oldest_first(num_steps: int) -> None:
+    window = LoadWindow(num_layers=2, num_experts=3, num_steps=num_steps)
+    assert window.shape == (num_steps, 2, 3)
+    added: list[list[list[int]]] = []
+    assert window.load().shape == (0, 2, 3)
+    for step in range(12):
+        rows = [[100 * step + 10 * layer + expert for expert in range(3)] for layer in range(2)]
+        for layer, row in enumerate(rows):
+            window.add(layer, torch.tensor(row), training=True)
+        added.append(rows)
+        assert window.load().dtype == torch.int64
+        assert window.load().tolist() == added[-num_steps:]
+
+
+def test_layers_filled_unevenly_give_the_steps_that_all_of_them_have() -> None:
+    """Whatever the order of the forwards, step i from the end is step i from the end in every layer."""
+    random_ = random.Random(0)
+    for _ in range(50):
+        window = LoadWindow(num_layers=3, num_experts=1, num_steps=4)
+        added: list[list[int]] = [[], [], []]
+        for number in range(random_.randrange(20)):
+            layer = random_.choice([0, 0, 1, 1, 2])
+            window.add(layer, torch.tensor([number]), training=True)
+            added[layer].append(number)
+        kept = min(4, *map(len, added))
+        assert window.load()[..., 0].T.tolist() == [steps[len(steps) - kept :] for steps in added]
+
+
+def test_clear_forgets_all_steps_wherever_the_ring_stands() -> None:
+    window = LoadWindow(num_layers=2, num_experts=1, num_steps=3)
+    for number in range(5):
+        window.add(0, torch.tensor([number]), training=True)
+    window.add(1, torch.tensor([9]), training=True)
+    window.clear()
+    assert window.load().shape == (0, 2, 1)
+    for layer in range(2):
+        window.add(layer, torch.tensor([7]), training=True)
+    assert window.load().tolist() == [[[7], [7]]]
+
+
+def test_the_window_writes_in_place_and_hands_out_copies() -> None:
+    window = LoadWindow(1, 2, 2)
+    addresses = window._counts.data_ptr(), window._written.data_ptr()
+    counts = torch.tensor([1, 2])
+    window.add(0, counts, training=True)
+    taken = window.load()
+    counts.zero_()
+    for number in range(5):
+        window.add(0, torch.tensor([number, number]), training=True)
+    window.clear()
+    assert taken.tolist() == [[[1, 2]]]
+    assert (window._counts.data_ptr(), window._written.data_ptr()) == addresses
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.int16, torch.uint8, torch.float32, torch.bfloat16])
+def test_counts_of_any_number_type_become_int64(dtype: torch.dtype) -> None:
+    window = LoadWindow(1, 3, 2)
+    window.add(0, torch.tensor([0, 7, 128], dtype=dtype), training=True)
+    assert window.load().dtype == torch.int64
+    assert window.load().tolist() == [[[0, 7, 128]]]
+
+
+def test_large_counts_of_int32_are_added_up_without_overflow() -> None:
+    window = LoadWindow(1, 2, 2)
+    for _ in range(2):
+        window.add(0, torch.tensor([2**31 - 1, 1], dtype=torch.int32), training=True)
+    assert window.load().sum(0).tolist() == [[2**32 - 2, 2]]
+
+
+@pytest.mark.parametrize("name", ["num_layers", "num_experts", "num_steps"])
+def test_an_empty_window_is_refused_by_the_name_of_what_is_missing(name: str) -> None:
+    sizes = {"num_layers": 2, "num_experts": 2, "num_steps": 2} | {name: 0}
+    with pytest.raises(DistplbError, match=f"LoadWindow: {name} is 0; pass at least 1"):
+        LoadWindow(**sizes)
+
+
+# --- what is counted --------------------------------------------------------------------------------------------
+
+
+def test_a_forward_with_gradients_is_counted_once_and_its_backward_not() -> None:
+    layer = counting()
+    layer(torch.ones(3)).sum().backward()
+    assert counted(layer.window) == [1]
+
+
+def test_a_forward_without_gradients_is_not_counted() -> None:
+    layer = counting()
+    with torch.no_grad():
+        layer(torch.ones(3))
+    with torch.inference_mode():
+        layer(torch.ones(3))
+    layer.eval()
+    with torch.no_grad():
+        layer(torch.ones(3))
+    assert layer.forwards == 3
+    assert counted(layer.window) == []
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_what_the_module_says_of_itself_goes_before_gradients(gradients: bool) -> None:
+    layer = counting(says_training=True)
+    with torch.set_grad_enabled(gradients):
+        layer(torch.ones(3))
+        layer.eval()
+        layer(torch.ones(3))
+    assert counted(layer.window) == [1]
+
+
+def test_evaluation_between_steps_leaves_the_ring_as_it_was() -> None:
+    layer = counting(num_steps=2)
+    layer(torch.ones(3))
+    layer.eval()
+    with torch.no_grad():
+        for _ in range(3):
+            layer(torch.ones(3))
+    layer.train()
+    layer(torch.ones(3))
+    assert counted(layer.window) == [1, 5]
+
+
+@pytest.mark.parametrize(("use_reentrant", "says_training"), [(False, False), (False, True), (True, True)])
+def test_recomputation_under_activation_checkpointing_is_not_counted(use_reentrant: bool, says_training: bool) -> None:
+    layer = counting(says_training=says_training)
+    x = torch.ones(3, requires_grad=True)
+    for step in range(2):
+        out = checkpoint(layer, x, use_reentrant=use_reentrant)
+        assert len(counted(layer.window)) == step + 1
+        out.sum().backward()
+    assert layer.forwards == 4  # forward 2 and forward 4 were recomputations
+    assert counted(layer.window) == [1, 3]
+    assert layer.weight.grad is not None
+
+
+def test_recomputation_inside_a_nested_checkpoint_is_not_counted() -> None:
+    layer = counting(says_training=True)
+    inner = partial(checkpoint, layer, use_reentrant=False)
+    checkpoint(inner, torch.ones(3, requires_grad=True), use_reentrant=False).sum().backward()
+    assert layer.forwards >= 2
+    assert counted(layer.window) == [1]
+
+
+def test_each_micro_batch_of_an_accumulated_gradient_is_a_step() -> None:
+    layer = counting(num_steps=8)
+    for _ in range(2):
+        for _ in range(3):
+            layer(torch.ones(3)).sum().backward()
+        layer.zero_grad()
+    assert counted(layer.window) == [1, 2, 3, 4, 5, 6]
+
+
+# --- on a device ------------------------------------------------------------------------------------------------
+
+
+@needs_cuda
+def test_adding_and_clearing_never_wait_for_the_device() -> None:
+    window = LoadWindow(2, 4, 3, device="cuda")
+    counts = torch.arange(4, device="cuda")
+    window.add(0, counts, training=True)  # whatever is loaded at the first call is loaded now
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        window.clear()
+        for _ in range(5):
+            window.add(0, counts, training=True)
+            window.add(1, counts.float(), training=True)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert window.load().tolist() == [[[0, 1, 2, 3]] * 2] * 3
+
+
+@needs_cuda
+def test_adding_can_be_captured_in_a_cuda_graph_and_goes_on_at_every_replay() -> None:
+    window = LoadWindow(1, 2, 3, device="cuda")
+    counts = torch.zeros(2, dtype=torch.int64, device="cuda")
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        window.add(0, counts, training=True)
+    torch.cuda.current_stream().wait_stream(side)
+    window.clear()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        window.add(0, counts, training=True)
+    for number in range(1, 6):
+        counts.fill_(number)
+        graph.replay()
+    assert window.load()[:, 0].tolist() == [[3, 3], [4, 4], [5, 5]]
+
+
+# --- what is let in ---------------------------------------------------------------------------------------------
+
+
+def test_a_load_becomes_int64_with_a_first_dim_of_steps() -> None:
+    for dtype in (torch.int32, torch.uint8, torch.float32, torch.float16, torch.int64):
+        tokens = as_tokens(torch.tensor([[1, 2], [3, 0]], dtype=dtype))
+        assert tokens.dtype == torch.int64
+        assert tokens.tolist() == [[[1, 2], [3, 0]]]
+    assert as_tokens(torch.ones(3, 2, 4)).shape == (3, 2, 4)
+    assert as_tokens([[5, 6]]).tolist() == [[[5, 6]]]  # type: ignore[arg-type]
+
+
+def test_floats_are_rounded_half_to_even() -> None:
+    load = torch.tensor([[0.5, 1.5, 2.5, 3.5, 0.49, 7.51]])
+    assert as_tokens(load).tolist() == [[[0, 2, 2, 4, 0, 8]]]
+
+
+def test_all_zeros_are_a_load() -> None:
+    assert as_tokens(torch.zeros(2, 3)).tolist() == [[[0, 0, 0], [0, 0, 0]]]
+
+
+def test_a_load_of_a_graph_is_detached() -> None:
+    assert not as_tokens(torch.ones(1, 2, requires_grad=True)).requires_grad
+
+
+@pytest.mark.parametrize(
+    ("load", "wording"),
+    [
+        (torch.ones(3), r"load has shape \(3,\); pass \[layers, experts\] or \[steps, layers, experts\], none empty"),
+        (torch.ones(1, 1, 1, 2), r"load has shape \(1, 1, 1, 2\); pass"),
+        (torch.ones(0, 2, 2), r"load has shape \(0, 2, 2\); pass .*, none empty"),
+        (torch.ones(2, 0), r"load has shape \(2, 0\); pass .*, none empty"),
+        (torch.ones(1, 2, dtype=torch.bool), "load has dtype torch.bool; pass token counts as integers"),
+        (torch.ones(1, 2, dtype=torch.complex64), "load has dtype torch.complex64; pass token counts as integers"),
+        (
+            torch.tensor([[1.0, float("nan")]]),
+            r"load is nan at index \[0, 0, 1\] \(1 such\); counts must be finite: check the counter that made them",
+        ),
+        (torch.tensor([[[1.0]], [[float("inf")]]]), r"load is inf at index \[1, 0, 0\] \(1 such\); counts must be fin"),
+        (torch.tensor([[4, -1, -2]]), r"load is -1 at index \[0, 0, 1\] \(2 such\); counts must be non-negative"),
+        (torch.tensor([[4.0, -1.0]]), r"load is -1.0 at index \[0, 0, 1\] \(1 such\); counts must be non-negative"),
+        (
+            torch.tensor([[0.25, 0.75]]),
+            r"load has no value of a whole token \(the largest is 0.75\); pass token counts, or multiply the freq",
+        ),
+        (torch.tensor([[2**47, 2**47], [0, 1]]), r"load has a layer of 2.81e\+14 tokens; 2\^48 on each rank is the mo"),
+        (torch.tensor([[[2**47]], [[2**47]]]), r"load has a layer of 2.81e\+14 tokens; 2\^48 on each rank"),
+        (torch.tensor([[1e300, 0.0]], dtype=torch.float64), r"load has a layer of 1e\+300 tokens; 2\^48 on each"),
+    ],
+)
+def test_what_is_not_a_load_is_refused_by_its_value(load: Tensor, wording: str) -> None:
+    with pytest.raises(DistplbError, match=wording):
+        as_tokens(load)
+
+
+def test_2_to_the_48_less_one_is_still_a_load() -> None:
+    assert as_tokens(torch.tensor([[2**48 - 1, 0], [2**48 - 1, 0]])).sum() == 2**49 - 2
+
+
+# --- scaled -----------------------------------------------------------------------------------------------------
+
+
+def test_totals_come_down_to_2_to_the_40_by_a_power_of_two() -> None:
+    random_ = random.Random(0)
+    totals = [
+        2**40 + 1,
+        2**41,
+        2**41 + 1,
+        2**45 - 1,
+        2**45,
+        2**61,
+        *(random_.randrange(2**40, 2**62) for _ in range(50)),
+    ]
+    load = torch.zeros(2, len(totals), 3, dtype=torch.int64)  # [T, L, E]
+    for layer, total in enumerate(totals):
+        first, second = sorted(random_.randrange(total) for _ in range(2))
+        load[:, layer, 0] = torch.tensor([first, second - first])
+        load[1, layer, 2] = total - second
+    found = scaled(load)
+    for layer, total in enumerate(totals):
+        shift = 0
+        while total >> shift > 2**40:
+            shift += 1
+        assert shift > 0
+        assert torch.equal(found[:, layer], load[:, layer] >> shift)
+        assert 2**39 - 6 < int(found[:, layer].sum()) <= 2**40
+
+
+def test_other_layers_are_left_untouched() -> None:
+    load = torch.tensor([[[2**40, 0], [3, 5], [2**41, 2]], [[0, 0], [2**39, 0], [2, 2**41]]])  # [T, L, E]
+    assert scaled(load)[:, :2].tolist() == load[:, :2].tolist()
+    assert scaled(load)[:, 2].tolist() == [[2**38, 0], [0, 2**38]]

@@ -1,0 +1,380 @@
+"""From two placements to copies: simulated on plain arrays, for all ranks in one process.
+
+Every element of every tensor is a number of its own, so a copy that is missing, doubled or misplaced shows.
+Shapes: L layers, E experts, P slots, M GPUs, G slots on each GPU.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+
+from distplb import DistplbError, Placement
+from distplb.migrate.pieces import Layout, Piece
+from distplb.migrate.schedule import Copy, SlotMove, commits, copies, cycles, rank_step, rounds
+
+ITEM_BYTES = 8  # of the simulated tensors
+
+
+class World:
+    """All ranks of a job: who holds which elements of every tensor, and the elements themselves.
+
+    Args:
+        gpus: by rank, the GPU of its EP group; ranks with the same GPU hold copies, or shards, of its experts.
+        slots_per_gpu: G.
+        kinds: by layer, the tensors: a kind ("whole": on each rank of the GPU; "shards": cut over the ranks of the
+            GPU, anywhere; "everywhere") and the elements of one slot.
+    """
+
+    def __init__(
+        self, gpus: Sequence[int], slots_per_gpu: int, kinds: Sequence[Sequence[tuple[str, int]]], seed: int = 0
+    ) -> None:
+        self.random = random.Random(seed)
+        self.gpus, self.slots_per_gpu, self.kinds = gpus, slots_per_gpu, kinds
+        self.num_gpus = max(gpus) + 1
+        self.num_slots = self.num_gpus * slots_per_gpu
+        self.tensors: list[list[tuple[int, Layout]]] = []  # by layer, (number, layout)
+        number = 0
+        for layer in kinds:
+            self.tensors.append([])
+            for kind, row in layer:
+                self.tensors[-1].append((number, self.layout(kind, row)))
+                number += 1
+
+    def layout(self, kind: str, row: int) -> Layout:
+        """Who holds what of a tensor of that kind."""
+        each = self.slots_per_gpu * row
+        if kind == "everywhere":
+            return Layout(row, self.num_slots, ((0, self.num_slots * row),) * len(self.gpus))
+        if kind == "whole":
+            return Layout(row, self.num_slots, tuple((gpu * each, (gpu + 1) * each) for gpu in self.gpus))
+        held = [(0, 0)] * len(self.gpus)
+        for gpu in range(self.num_gpus):
+            ranks = [rank for rank, of in enumerate(self.gpus) if of == gpu]
+            cuts = sorted(self.random.randrange(each + 1) for _ in ranks[1:])  # an empty shard now and then
+            for rank, (start, stop) in zip(ranks, pairwise([0, *cuts, each]), strict=True):
+                held[rank] = (gpu * each + start, gpu * each + stop)
+        return Layout(row, self.num_slots, tuple(held))
+
+    def random_placement(self) -> Placement:
+        """A permutation of the experts in every layer; some layers stay contiguous."""
+        rows = [self.random.sample(range(self.num_slots), self.num_slots) for _ in self.kinds]
+        rows = [sorted(row) if self.random.random() < 0.2 else row for row in rows]
+        return Placement(torch.tensor(rows), self.num_slots, self.num_gpus)
+
+    def elements(self, placement: Placement) -> dict[tuple[int, int], np.ndarray]:
+        """By rank and tensor, what the rank must hold under a placement."""
+        found = {}
+        for table, layer in zip(placement.expert_of_slot.numpy(), self.tensors, strict=True):
+            for number, layout in layer:
+                own = table[:, None] * layout.row + np.arange(layout.row) + number * 10**6  # [P, row]
+                for rank, (start, stop) in enumerate(layout.held):
+                    found[rank, number] = own.reshape(-1)[start:stop].copy()
+        return found
+
+    def bytes_of_rows(self) -> tuple[list[int], list[int]]:
+        """By layer, the bytes of a slot's rows that its GPU stages, and those that every rank stages."""
+        own = [sum(row for kind, row in layer if kind != "everywhere") * ITEM_BYTES for layer in self.kinds]
+        every = [sum(row for kind, row in layer if kind == "everywhere") * ITEM_BYTES for layer in self.kinds]
+        return own, every
+
+    def swap_bytes(self) -> int:
+        """What the dearest swap of two slots stages: both on one GPU."""
+        return 2 * max(own + every for own, every in zip(*self.bytes_of_rows(), strict=True))
+
+    def copies(self, moves: list[SlotMove]) -> list[Copy]:
+        """Of all ranks; each rank must see the same messages, in the same order."""
+        by_rank = [copies(moves, self.tensors, rank) for rank in range(len(self.gpus))]
+        crossing = [[copy for copy in some if copy.source_rank != copy.target_rank] for some in by_rank]
+        assert all(messages == crossing[0] for messages in crossing)
+        local = [
+            copy for rank, some in enumerate(by_rank) for copy in some if copy.source_rank == copy.target_rank == rank
+        ]
+        assert len(local) + sum(map(len, crossing)) == sum(map(len, by_rank))  # nobody is told of others' own copies
+        return local + crossing[0]
+
+    def apply(self, wanted: list[Copy], held: dict[tuple[int, int], np.ndarray]) -> list[int]:
+        """Read everything, then write everything; gives the bytes staged on each rank."""
+        staged = [0] * len(self.gpus)
+        before = {key: array.copy() for key, array in held.items()}
+        written: Counter[tuple[int, int, int]] = Counter()
+        for copy in wanted:
+            assert copy.count > 0
+            source = before[copy.source_rank, copy.tensor]
+            target = held[copy.target_rank, copy.tensor]
+            assert 0 <= copy.source_offset <= copy.source_offset + copy.count <= len(source)
+            assert 0 <= copy.target_offset <= copy.target_offset + copy.count <= len(target)
+            places = range(copy.target_offset, copy.target_offset + copy.count)
+            written.update((copy.target_rank, copy.tensor, place) for place in places)
+            target[copy.target_offset :][: copy.count] = source[copy.source_offset :][: copy.count]
+            staged[copy.target_rank] += copy.count * ITEM_BYTES
+        assert max(written.values(), default=1) == 1
+        return staged
+
+
+def after(placement: Placement, moves: list[SlotMove]) -> Placement:
+    """The placement once all moves are done together; raises where it is no permutation."""
+    table = placement.expert_of_slot.clone()
+    for move in moves:
+        table[move.layer, move.target] = placement.expert_of_slot[move.layer, move.source]
+    return Placement(table, placement.num_experts, placement.num_gpus)
+
+
+def cycle_of(num_slots: int) -> tuple[list[int], list[int]]:
+    """Two orders of the experts that are one cycle of all slots apart."""
+    order = random.Random(num_slots).sample(range(num_slots), num_slots)
+    wanted = [0] * num_slots
+    for here, there in zip(order, order[1:] + order[:1], strict=True):
+        wanted[here] = there
+    return list(range(num_slots)), wanted
+
+
+EVERY_KIND = [("whole", 6), ("shards", 6), ("shards", 1), ("everywhere", 3), ("whole", 5)]
+WORLDS = {
+    "experts owned by one rank": ([0, 1, 2, 3], 3, [[("whole", 4), ("everywhere", 2)], [("whole", 7)]]),
+    "a single rank": ([0], 6, [EVERY_KIND]),
+    "EP 2 × EDP 2, copies side by side": ([0, 0, 1, 1], 4, [[("whole", 5)], [("everywhere", 2)], EVERY_KIND]),
+    "EP 2 × EDP 2, copies in turn": ([0, 1, 0, 1], 3, [EVERY_KIND, [("whole", 2), ("everywhere", 1)]]),
+    "EP 2 × EDP 3, shards cut through experts": ([0, 0, 0, 1, 1, 1], 2, [[("shards", 7), ("shards", 4)], EVERY_KIND]),
+    "EP 3 × EDP 2, all kinds in three layers": ([2, 0, 1, 1, 2, 0], 2, [EVERY_KIND] * 3),
+    "nothing but the router": ([0, 1], 3, [[("everywhere", 2)]]),
+}
+
+
+@pytest.mark.parametrize("budget", ["nothing", "one swap", "two swaps", "everything"])
+@pytest.mark.parametrize("name", WORLDS)
+def test_every_commit_leaves_every_rank_with_a_whole_placement(name: str, budget: str) -> None:
+    for seed in range(6):
+        world = World(*WORLDS[name], seed=seed)
+        limit = {"nothing": 0, "one swap": 1, "two swaps": 2, "everything": 10**6}[budget] * world.swap_bytes()
+        old, new = world.random_placement(), world.random_placement()
+        placement, held = old, world.elements(old)
+        plan = commits(old, new, *world.bytes_of_rows(), limit)
+        for moves in plan:
+            assert moves
+            placement = after(placement, moves)
+            staged = world.apply(world.copies(moves), held)
+            assert limit == 0 or max(staged) <= limit
+            wanted = world.elements(placement)
+            assert held.keys() == wanted.keys()
+            assert all(np.array_equal(held[key], wanted[key]) for key in wanted)
+        assert placement == new
+        if budget == "everything":
+            assert len(plan) == (old != new)
+
+
+@pytest.mark.parametrize("name", WORLDS)
+def test_each_commit_consists_of_closed_cycles(name: str) -> None:
+    world = World(*WORLDS[name], seed=9)
+    old, new = world.random_placement(), world.random_placement()
+    for moves in commits(old, new, *world.bytes_of_rows(), world.swap_bytes()):
+        sources = [(move.layer, move.source) for move in moves]
+        targets = [(move.layer, move.target) for move in moves]
+        assert len(set(targets)) == len(targets)
+        assert set(sources) == set(targets)
+        assert all(move.source != move.target for move in moves)
+
+
+# --- cycles and commits -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_slots", [1, 2, 3, 8, 40])
+def test_cycles_are_closed_and_hold_every_slot_that_changes_once(num_slots: int) -> None:
+    random_ = random.Random(num_slots)
+    for _ in range(30):
+        old, new = (random_.sample(range(num_slots), num_slots) for _ in range(2))
+        found = cycles(old, new)
+        for cycle in found:
+            assert len(cycle) > 1
+            for target, source in zip(cycle, cycle[1:] + cycle[:1], strict=True):
+                assert new[target] == old[source]
+        changed = [slot for slot in range(num_slots) if old[slot] != new[slot]]
+        assert sorted(slot for cycle in found for slot in cycle) == changed
+
+
+def test_nothing_to_move_is_no_commit() -> None:
+    placement = Placement.contiguous(3, 8, 2)
+    assert cycles(list(range(8)), list(range(8))) == []
+    assert commits(placement, placement, [1] * 3, [1] * 3, 100) == []
+
+
+@pytest.mark.parametrize(("budget", "most"), [(2, 2), (3, 3), (5, 5), (12, 12), (1, 2), (0, 2)])
+def test_a_long_cycle_is_split_where_the_budget_ends(budget: int, most: int) -> None:
+    """One GPU, a byte a slot: the budget is the number of slots that a commit may hold, and two at least."""
+    old, new = (Placement(torch.tensor([row]), 12, 1) for row in cycle_of(12))
+    assert len(cycles(old.expert_of_slot[0].tolist(), new.expert_of_slot[0].tolist())) == 1
+    plan = commits(old, new, [1], [0], budget)
+    assert max(len(moves) for moves in plan) == most
+    # A part of k slots settles k − 1 of them, and the last part settles its last as well.
+    assert sum(len(moves) - 1 for moves in plan) == 11
+    assert len(plan) == -(-11 // (most - 1))
+    placement = old
+    for moves in plan:
+        placement = after(placement, moves)
+    assert placement == new
+
+
+def test_the_budget_is_of_the_fullest_rank_and_not_of_all_together() -> None:
+    """Four GPUs that swap in pairs stage one slot each, and may do so at once."""
+    old = Placement(torch.tensor([[0, 1, 2, 3]]), 4, 4)
+    new = Placement(torch.tensor([[1, 0, 3, 2]]), 4, 4)
+    assert len(commits(old, new, [10], [0], 10)) == 1
+    assert len(commits(old, new, [10], [1], 13)) == 2  # router rows are staged for all four slots, on every rank
+    assert len(commits(old, new, [10], [1], 14)) == 1
+
+
+def test_layers_are_counted_at_their_own_size() -> None:
+    old = Placement.contiguous(2, 2, 1)
+    new = Placement(torch.tensor([[1, 0], [1, 0]]), 2, 1)
+    assert len(commits(old, new, [10, 1], [0, 0], 22)) == 1
+    assert len(commits(old, new, [10, 1], [0, 0], 21)) == 2
+
+
+# --- copies -----------------------------------------------------------------------------------------------------
+
+
+def test_a_rank_that_holds_what_it_needs_asks_nobody() -> None:
+    """Slots 0 and 1 of the same GPU change places, and ranks 0 and 1 both hold both."""
+    layout = Layout(4, 4, ((0, 8), (0, 8), (8, 16), (8, 16)))
+    moves = [SlotMove(0, 0, 1), SlotMove(0, 1, 0)]
+    for rank in range(4):
+        found = copies(moves, [[(0, layout)]], rank)
+        assert found == ([Copy(0, rank, 0, rank, 4, 4), Copy(0, rank, 4, rank, 0, 4)] if rank < 2 else [])
+
+
+def test_a_rank_takes_its_own_copy_also_where_others_hold_other_parts() -> None:
+    """Rank 1 holds both slots, ranks 0 and 2 one each."""
+    layout = Layout(4, 2, ((0, 4), (0, 8), (4, 8)))
+    found = copies([SlotMove(0, 0, 1)], [[(0, layout)]], rank=1)
+    assert found == [Copy(0, 1, 0, 1, 4, 4), Copy(0, 1, 0, 2, 0, 4)]
+
+
+def test_copies_of_an_expert_are_each_given_by_another_holder() -> None:
+    layout = Layout(4, 2, ((0, 4), (0, 4), (4, 8), (4, 8)))
+    found = copies([SlotMove(0, 0, 1), SlotMove(0, 1, 0)], [[(5, layout)]], rank=0)
+    assert {(copy.source_rank, copy.target_rank) for copy in found} == {(0, 2), (1, 3), (2, 0), (3, 1)}
+    assert {copy.tensor for copy in found} == {5}
+
+
+def test_shards_that_are_cut_elsewhere_are_put_together_from_several_ranks() -> None:
+    layout = Layout(6, 2, ((0, 2), (2, 6), (6, 11), (11, 12)))  # slot 0 on ranks 0 and 1, slot 1 on ranks 2 and 3
+    found = copies([SlotMove(0, 1, 0)], [[(0, layout)]], rank=0)
+    assert found == [Copy(0, 2, 0, 0, 0, 2), Copy(0, 2, 2, 1, 0, 3), Copy(0, 3, 0, 1, 3, 1)]
+
+
+def test_router_rows_never_cross_ranks() -> None:
+    layout = Layout(3, 4, ((0, 12),) * 3)
+    assert layout.everywhere
+    for rank in range(3):
+        found = copies([SlotMove(0, 0, 3), SlotMove(0, 3, 0)], [[(1, layout)]], rank)
+        assert found == [Copy(1, rank, 0, rank, 9, 3), Copy(1, rank, 9, rank, 0, 3)]
+
+
+def test_only_the_tensors_of_the_moved_layer_are_copied() -> None:
+    layout = Layout(1, 2, ((0, 1), (1, 2)))
+    found = copies([SlotMove(1, 0, 1), SlotMove(1, 1, 0)], [[(0, layout)], [(1, layout), (2, layout)]], rank=0)
+    assert Counter(copy.tensor for copy in found) == {1: 2, 2: 2}
+
+
+# --- messages ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", WORLDS)
+def test_what_one_rank_sends_is_what_the_other_expects_in_the_same_order(name: str) -> None:
+    world = World(*WORLDS[name], seed=3)
+    old, new = world.random_placement(), world.random_placement()
+    ranks = range(len(world.gpus))
+    for moves in commits(old, new, *world.bytes_of_rows(), 3 * world.swap_bytes()):
+        wanted = [copies(moves, world.tensors, rank) for rank in ranks]
+        steps = [rank_step(wanted[rank], rank, limit=2) for rank in ranks]
+        for rank, step in enumerate(steps):
+            assert all(copy.source_rank == copy.target_rank == rank for copy in step.local)
+            for peer, message in step.sends.items():
+                assert message == steps[peer].receives[rank]
+            for peer, message in step.receives.items():
+                assert message == steps[peer].sends[rank]
+            assert step.rounds == steps[0].rounds
+        between = [(rank, peer) for rank, step in enumerate(steps) for peer in step.sends]
+        assert sorted(pair for one_round in steps[0].rounds for pair in one_round) == sorted(between)
+        told = [copy for step in steps for some in ([step.local], step.sends.values()) for m in some for copy in m]
+        assert Counter(told) == Counter(world.copies(moves))
+
+
+# --- pieces -----------------------------------------------------------------------------------------------------
+
+
+def test_a_shard_that_cuts_through_experts_is_a_piece_of_each() -> None:
+    layout = Layout(row=4, num_slots=3, held=((0, 6), (6, 7), (7, 7), (7, 12)))
+    assert not layout.everywhere
+    assert layout.pieces == (
+        (Piece(0, 0, 4, 0),),
+        (Piece(0, 0, 2, 4), Piece(1, 2, 3, 0), Piece(3, 3, 4, 0)),
+        (Piece(3, 0, 4, 1),),
+    )
+
+
+def test_a_range_held_twice_comes_once_for_each_rank() -> None:
+    layout = Layout(row=2, num_slots=2, held=((2, 4), (0, 2), (2, 4)))
+    assert layout.pieces == ((Piece(1, 0, 2, 0),), (Piece(0, 0, 2, 0), Piece(2, 0, 2, 0)))
+
+
+@pytest.mark.parametrize(
+    ("held", "reached"),
+    [
+        (((4, 8),), 0),
+        (((0, 4),), 4),
+        (((0, 3), (5, 8)), 3),
+        (((5, 8), (0, 3)), 3),
+        (((0, 4), (0, 4)), 4),
+        (((0, 0), (8, 8)), 0),
+        (((0, 7), (2, 5), (7, 7)), 7),
+        ((), 0),
+    ],
+)
+def test_elements_that_no_rank_holds_are_refused(held: tuple[tuple[int, int], ...], reached: int) -> None:
+    with pytest.raises(DistplbError) as refused:
+        Layout(row=4, num_slots=2, held=held)
+    assert f"elements from {reached} on of 2 slots × 4 are held by no rank" in str(refused.value)
+    assert f"(held by rank: {list(held)}); check `gpu` and the starts of the shards" in str(refused.value)
+
+
+@pytest.mark.parametrize("part", [(4, 12), (-2, 4), (6, 2), (9, 9)])
+def test_a_part_outside_of_all_slots_is_refused(part: tuple[int, int]) -> None:
+    """A part that went beyond the last slot was reported as elements that nobody holds."""
+    with pytest.raises(DistplbError) as refused:
+        Layout(row=4, num_slots=2, held=((0, 8), part))
+    assert f"rank 1 holds elements {part[0]} to {part[1]} of 2 slots × 4, which end at 8; check" in str(refused.value)
+
+
+# --- rounds -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("limit", [1, 2, 5, 32])
+def test_rounds_hold_every_message_once_and_no_rank_beyond_the_limit(limit: int) -> None:
+    random_ = random.Random(limit)
+    for _ in range(30):
+        num_ranks = random_.randrange(2, 20)
+        pairs = [tuple(random_.sample(range(num_ranks), 2)) for _ in range(random_.randrange(200))]
+        found = rounds(pairs, limit)
+        assert sorted(pair for one_round in found for pair in one_round) == sorted(pairs)
+        assert all(one_round for one_round in found)
+        for one_round in found:
+            operations = Counter(rank for pair in one_round for rank in pair)
+            assert max(operations.values()) <= limit
+        # A message waits only for rounds that are full at one of its two ends.
+        busiest = max(Counter(rank for pair in pairs for rank in pair).values(), default=0)
+        assert len(found) <= max(0, 2 * -(-busiest // limit) - 1)
+
+
+def test_messages_that_fit_go_in_one_round_in_their_order() -> None:
+    pairs = [(2, 0), (0, 1), (1, 2)]
+    assert rounds(pairs, 2) == [pairs]
+    assert rounds(pairs, 1) == [[(2, 0)], [(0, 1)], [(1, 2)]]
+    assert rounds([(0, 1), (2, 3), (1, 0), (3, 2)], 1) == [[(0, 1), (2, 3)], [(1, 0), (3, 2)]]
+    assert rounds([], 32) == []
