@@ -40,8 +40,8 @@ class Rebalancer:
 
         loss.backward()
         optimizer.step()
+        optimizer.zero_grad()  # first, because gradients that are still held travel too
         rebalancer.step()
-        optimizer.zero_grad()
 
     Experts change slots, and router rows with them, so the router's outputs stay numbers of slots, the dispatcher
     stays as it is, and the model computes what it computed before.

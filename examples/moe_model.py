@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 VOCAB = 256  # bytes
+ROWS = 128  # that an expert computes at a time
 Group = dist.ProcessGroup | None  # None is a world of one rank
 
 
@@ -141,8 +142,9 @@ class MoE(nn.Module):
         outputs = []  # [G][M] pieces
         # unbind, not w_in[g]: its backward writes one gradient, where indexing would add up G of full size
         for g, (w_in, w_out) in enumerate(zip(self.w_in.unbind(), self.w_out.unbind(), strict=True)):
-            hidden = F.gelu(torch.cat(pieces[g::G]) @ w_in)  # [rows of slot g, H]
-            outputs.append((hidden @ w_out).split(received[:, g].tolist()))
+            # ROWS at a time: a hot expert's hidden rows would fall out of the cache, and each of its tokens cost more
+            parts = torch.cat(pieces[g::G]).split(ROWS)  # each [at most ROWS, D], of slot g
+            outputs.append(torch.cat([F.gelu(part @ w_in) @ w_out for part in parts]).split(received[:, g].tolist()))
         output = torch.cat([outputs[g][m] for m in range(M) for g in range(G)])
         self.forward_seconds, self.tokens_received = self.clock(rows) - start, rows.shape[0]
         if output.requires_grad:  # the two gradients arrive just before and just after the experts' backward

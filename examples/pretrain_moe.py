@@ -5,11 +5,11 @@
     python examples/pretrain_moe.py --balance static --data ~/my_text
 
 The text is the source of Python's standard library (there on every machine), or a folder of one's own. `--compare`
-trains six models, {plain, loss-free} x {static, rebalanced, forced}, in turns of `--every` iterations in the same
+trains six models, {plain, loss-free} x {static, rebalanced, forced}, in turns of `--turn` iterations in the same
 processes, so that whatever else the machine does hits all of them alike, and closes with a table. What distplb needs
 from a training loop is in `Run`: a window that counts, a list of layers, and one call after `optimizer.step()`.
 
-Shapes: B batch of one rank, S sequence, I iterations of a block, L layers, M GPUs (ranks), E experts.
+Shapes: B batch of one rank, S sequence, I iterations, L layers, M GPUs (ranks), E experts.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import json
 import os
 import sysconfig
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from distplb.comm.torchdist import TorchComm
 ROUTERS = ("plain", "loss-free")
 BALANCES = ("static", "rebalanced", "forced")
 MAX_BYTES = 32 * 2**20  # of text
+Table = dict[str, dict[str, dict[str, float]]]  # router, balance, figure
 
 
 def main() -> None:
@@ -54,31 +55,39 @@ def main() -> None:
 
 
 def train(args: argparse.Namespace, runs: list[Run], text: Tensor) -> None:
-    """Every run's first block, then every run's second block, ...; who goes first rotates."""
+    """Every run's first turn, then every run's second turn, ...; who goes first rotates."""
     started, done = time.perf_counter(), 0
-    for turn, first in enumerate(range(0, args.iterations, args.every)):
-        last = min(first + args.every, args.iterations)
+    for turn, first in enumerate(range(0, args.iterations, args.turn)):
+        last = min(first + args.turn, args.iterations)
         for i in range(len(runs)):
             run = runs[(turn + i) % len(runs)]
-            run.train_block(text, first, last)
+            run.train_turn(text, first, last)
             done += last - first
-            say(run.progress(last, warm_up=turn == 0))
+            if last % args.every == 0 or last == args.iterations:
+                say(run.progress(last, warm_up=last <= args.every))
         seconds = (time.perf_counter() - started) * (len(runs) * args.iterations / done - 1)
-        if seconds > 0:
+        if last % args.every == 0 and seconds > 0:
             say(f"about {seconds / 60:.1f} minutes to go")
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What all ranks measured over one block of I iterations."""
+    """What all ranks measured over I iterations."""
 
-    seconds: float  # mean over ranks, rebalances included
-    rebalance_seconds: float  # part of them
-    tokens: int  # of all ranks
+    seconds: Tensor  # [I], mean over ranks, without rebalances
+    rebalance_seconds: Tensor  # [I], mean over ranks
     losses: Tensor  # [I], mean over ranks
     forward: Tensor  # [M, I, L] seconds in experts
     backward: Tensor  # [M, I, L] seconds in experts
     received: Tensor  # [M, I, L] tokens
+
+    @staticmethod
+    def joined(parts: list[Measured]) -> Measured:
+        """One behind the other, along I."""
+        along = {"seconds": 0, "rebalance_seconds": 0, "losses": 0, "forward": 1, "backward": 1, "received": 1}
+        return Measured(
+            **{name: torch.cat([getattr(part, name) for part in parts], dim) for name, dim in along.items()}
+        )
 
 
 class Run:
@@ -101,7 +110,7 @@ class Run:
         self.model = Transformer(config, group, args.seed).to(device)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=args.lr, fused=True)
         self.rebalancer = self.make_rebalancer() if balance == "rebalanced" else None
-        self.blocks: list[Measured] = []
+        self.turns: list[Measured] = []
 
     def make_rebalancer(self) -> distplb.Rebalancer:
         moes = self.model.moes
@@ -127,28 +136,27 @@ class Run:
             on_event=report,
         )
 
-    def train_block(self, text: Tensor, first: int, last: int) -> None:
+    def train_turn(self, text: Tensor, first: int, last: int) -> None:
         """Iterations first to last - 1; what each rank measured is shared at the end, outside the time taken."""
-        losses, records, rebalance_seconds = [], [], 0.0
+        records = []
         barrier(self.group)
-        start = time.perf_counter()
         for iteration in range(first, last):
+            start = time.perf_counter()
             inputs, targets = self.batch(text, iteration)
             loss = self.model(inputs, targets)
             self.model.backward(loss)
             self.optimizer.step()
             if self.router == "loss-free":
                 self.model.nudge_biases()
+            self.optimizer.zero_grad(set_to_none=True)  # before the rebalance: gradients still held would travel too
+            synchronise(self.device)
+            trained = time.perf_counter()
             if self.rebalancer is not None:
-                before = time.perf_counter()
                 self.rebalancer.step()
-                rebalance_seconds += time.perf_counter() - before
-            self.optimizer.zero_grad(set_to_none=True)
-            losses.append(loss.detach())
-            records.append([[m.forward_seconds, m.backward_seconds, m.tokens_received] for m in self.model.moes])
-        synchronise(self.device)
-        seconds = time.perf_counter() - start
-        self.blocks.append(self.share(seconds, rebalance_seconds, torch.stack(losses), torch.tensor(records)))
+            times = [trained - start, time.perf_counter() - trained, loss.item()]
+            experts = [(m.forward_seconds, m.backward_seconds, m.tokens_received) for m in self.model.moes]
+            records.append(times + [value for layer in experts for value in layer])
+        self.turns.append(self.share(torch.tensor(records, dtype=torch.float64)))
 
     def batch(self, text: Tensor, iteration: int) -> tuple[Tensor, Tensor]:
         """This rank's rows of the iteration's global batch, which depends on the seed and the iteration alone."""
@@ -157,33 +165,33 @@ class Run:
         mine = crops[rank() * B : (rank() + 1) * B].to(self.device)
         return mine[:, :-1], mine[:, 1:]
 
-    def share(self, seconds: float, rebalance_seconds: float, losses: Tensor, records: Tensor) -> Measured:
-        """Everybody's measurements on every rank: losses [I], records [I, L, 3]."""
-        times = torch.tensor([seconds, rebalance_seconds], dtype=torch.float64)
-        own = torch.cat([times, losses.cpu().double(), records.double().flatten()]).to(self.device)
+    def share(self, own: Tensor) -> Measured:
+        """Everybody's measurements on every rank, from one's own [I, 3 + L * 3]."""
+        own = own.to(self.device)
         everyone = [torch.empty_like(own) for _ in range(world_size(self.group))]
         if self.group is None:
             everyone[0].copy_(own)
         else:
             dist.all_gather(everyone, own, group=self.group)
-        gathered = torch.stack(everyone).cpu()  # [M, 2 + I + I * L * 3]
-        count = len(losses)
-        per_layer = gathered[:, 2 + count :].view(-1, *records.shape)  # [M, I, L, 3]
-        return Measured(
-            seconds=gathered[:, 0].mean().item(),
-            rebalance_seconds=gathered[:, 1].mean().item(),
-            tokens=count * self.args.batch * self.args.sequence * len(gathered),
-            losses=gathered[:, 2 : 2 + count].mean(0),
-            forward=per_layer[..., 0],
-            backward=per_layer[..., 1],
-            received=per_layer[..., 2],
-        )
+        gathered = torch.stack(everyone).cpu()  # [M, I, 3 + L * 3]
+        seconds, rebalance_seconds, losses = gathered[..., :3].mean(0).unbind(-1)
+        forward, backward, received = gathered[..., 3:].unflatten(-1, (-1, 3)).unbind(-1)  # [M, I, L] each
+        return Measured(seconds, rebalance_seconds, losses, forward, backward, received)
+
+    def measured(self) -> Measured:
+        """All but the warm-up, in which no rebalance has happened yet."""
+        return Measured.joined(self.turns[self.args.every // self.args.turn :])
+
+    def tokens(self) -> int:
+        """Of one iteration, on all ranks."""
+        return self.args.batch * self.args.sequence * world_size(self.group)
 
     def progress(self, iteration: int, warm_up: bool) -> str:
-        block = self.blocks[-1]
+        window = Measured.joined(self.turns[-(self.args.every // self.args.turn) :])
+        speed = self.tokens() / window.seconds.median()
         return (
-            f"{self.router:9} {self.balance:10} iteration {iteration:4}  loss {block.losses.mean():.4f}  "
-            f"{block.tokens / block.seconds:6.0f} tokens/s  imbalance {imbalance(block.received).mean():.3f}"
+            f"{self.router:9} {self.balance:10} iteration {iteration:4}  loss {window.losses.mean():.4f}  "
+            f"{speed:6.0f} tokens/s  imbalance {imbalance(window.received).mean():.3f}"
             + ("  (warm-up, not measured)" if warm_up else "")
         )
 
@@ -193,37 +201,46 @@ def imbalance(received: Tensor) -> Tensor:
     return received.amax(0) / received.mean(0)
 
 
-def summarise(runs: list[Run]) -> dict[str, dict[str, dict[str, float]]]:
-    """The closing table. The first block is left out: it is warm-up, and no rebalance has happened before it."""
-    table: dict[str, dict[str, dict[str, float]]] = {}
+def summarise(runs: list[Run]) -> Table:
+    """The closing table. Medians over iterations, because other work on the machine makes some of them slow.
+
+    Seconds of an iteration are the median's without rebalances and, on top, all rebalances spread over all iterations.
+    """
+    table: Table = {}
     for run in runs:
-        blocks = run.blocks[1:]
-        seconds = sum(block.seconds for block in blocks)
-        phases = [phase for block in blocks for phase in (block.forward, block.backward)]  # [M, I, L] each
-        waited = sum((phase.amax(0) - phase.mean(0)).sum().item() for phase in phases)
+        measured = run.measured()
+        rebalancing = measured.rebalance_seconds.mean()
+        phases = (measured.forward, measured.backward)  # [M, I, L] each
+        in_experts = sum(phase.mean(0).sum(-1) for phase in phases)  # [I]
+        waited = sum((phase.amax(0) - phase.mean(0)).sum(-1) for phase in phases)  # [I]
+        seconds = measured.seconds.median() + rebalancing
         table.setdefault(run.router, {})[run.balance] = {
-            "tokens_per_second": sum(block.tokens for block in blocks) / seconds,
-            "loss": blocks[-1].losses.mean().item(),
-            "imbalance": torch.cat([imbalance(block.received) for block in blocks]).mean().item(),
-            "expert_share": sum(phase.mean(0).sum().item() for phase in phases) / seconds,
-            "wait_share": waited / seconds,
-            "rebalance_share": sum(block.rebalance_seconds for block in blocks) / seconds,
+            "tokens_per_second": float(run.tokens() / seconds),
+            "loss": float(measured.losses[-run.args.every :].mean()),
+            "imbalance": float(imbalance(measured.received).mean()),
+            "expert_share": float((in_experts / measured.seconds).median()),
+            "wait_share": float((waited / measured.seconds).median()),
+            "rebalance_share": float(rebalancing / seconds),
         }
     return table
 
 
-def format_table(table: dict[str, dict[str, dict[str, float]]], runs: list[Run]) -> str:
-    lines = ["", "measured over all blocks but each run's first; ± is the standard deviation over blocks"]
+def format_table(table: Table, runs: list[Run]) -> str:
+    args = runs[0].args
+    lines = [
+        "",
+        f"medians over iterations {args.every + 1} to {args.iterations}; imbalance under plans that had not seen them;",
+        "in brackets the tokens/s that the slower and the faster quarter of the iterations stay below and above",
+    ]
     for router, modes in table.items():
         lines += ["", f"router: {router}"]
-        lines += [f"{'':12}{'tokens/s':>14}{'loss':>9}{'imbalance':>11}{'experts':>9}{'waiting':>9}{'rebalancing':>13}"]
+        lines += [f"{'':10}{'tokens/s':>20}{'loss':>9}{'imbalance':>11}{'experts':>9}{'waiting':>9}{'rebalancing':>13}"]
         for balance, row in modes.items():
             run = next(run for run in runs if (run.router, run.balance) == (router, balance))
-            speeds = torch.tensor([block.tokens / block.seconds for block in run.blocks[1:]])
-            spread = speeds.std().item() if len(speeds) > 1 else 0.0
+            fast, slow = (run.tokens() / run.measured().seconds.quantile(q) for q in (0.25, 0.75))
             lines += [
-                f"{balance:12}{row['tokens_per_second']:8.0f} ±{spread:4.0f}{row['loss']:9.4f}{row['imbalance']:11.3f}"
-                f"{row['expert_share']:9.1%}{row['wait_share']:9.1%}{row['rebalance_share']:13.2%}"
+                f"{balance:10}{row['tokens_per_second']:7.0f} [{slow:5.0f},{fast:5.0f}]{row['loss']:9.4f}"
+                f"{row['imbalance']:11.3f}{row['expert_share']:9.1%}{row['wait_share']:9.1%}{row['rebalance_share']:13.2%}"
             ]
         if {"static", "rebalanced"} <= modes.keys():
             lines += [format_gain(router, modes["static"], modes["rebalanced"], runs)]
@@ -233,7 +250,7 @@ def format_table(table: dict[str, dict[str, dict[str, float]]], runs: list[Run])
 def format_gain(router: str, static: dict[str, float], rebalanced: dict[str, float], runs: list[Run]) -> str:
     gain = rebalanced["tokens_per_second"] / static["tokens_per_second"] - 1
     predicted = (1 - rebalanced["wait_share"]) / (1 - static["wait_share"]) - 1
-    losses = {run.balance: torch.cat([block.losses for block in run.blocks]) for run in runs if run.router == router}
+    losses = {run.balance: Measured.joined(run.turns).losses for run in runs if run.router == router}
     difference = (losses["rebalanced"] - losses["static"]).abs().max().item()
     return (
         f"rebalanced over static: {gain:+.1%} tokens/s; the wait shares predict {predicted:+.1%}. "
@@ -259,9 +276,8 @@ def describe(args: argparse.Namespace, modes: list[tuple[str, str]], ranks: int,
     return (
         f"{args.layers} layers, {args.experts} experts, top-{args.top_k}, dim {args.dim}, ffn {args.ffn}; "
         f"{ranks} ranks x {args.batch} sequences x {args.sequence} bytes from {len(text) / 1e6:.0f} MB of text\n"
-        f"{len(modes)} x {args.iterations} iterations in turns of {args.every}: {names}\n"
-        f"The six runs of --compare at default sizes take about five minutes on two cores; the time left is printed "
-        f"after every turn."
+        f"{len(modes)} x {args.iterations} iterations in turns of {args.turn}: {names}\n"
+        f"The six runs of --compare at default sizes take about six minutes on two cores."
     )
 
 
@@ -329,17 +345,18 @@ def parse_arguments() -> argparse.Namespace:
     add("--router", choices=ROUTERS, default="plain", help="plain: nothing balances it; loss-free: a nudged bias")
     add("--balance", choices=BALANCES, default="rebalanced", help="forced: a perfectly even choice, for reference")
     add("--compare", action="store_true", help="all balances with both routers, in turns, and a table")
-    add("--every", type=int, default=20, help="iterations between rebalances, and of one block")
+    add("--every", type=int, default=25, help="iterations between rebalances")
+    add("--turn", type=int, default=5, help="iterations of one run before it is another's turn; divides --every")
     add("--iterations", type=int, default=100)
-    add("--layers", type=int, default=4)
+    add("--layers", type=int, default=2)
     add("--experts", type=int, default=16)
     add("--top-k", type=int, default=2)
     add("--dim", type=int, default=64)
-    add("--ffn", type=int, default=1536)
+    add("--ffn", type=int, default=3072)
     add("--heads", type=int, default=2)
     add("--sequence", type=int, default=128, help="bytes of one sequence")
     add("--batch", type=int, default=16, help="sequences of one rank")
-    add("--lr", type=float, default=3e-3)
+    add("--lr", type=float, default=1e-3)
     add(
         "--bias-rate",
         type=float,
@@ -352,7 +369,9 @@ def parse_arguments() -> argparse.Namespace:
     add("--json", metavar="FILE", help="write the closing table there")
     args = parser.parse_args()
     if args.iterations <= args.every:
-        parser.error(f"--iterations {args.iterations} must exceed --every {args.every}: the first block is warm-up")
+        parser.error(f"--iterations {args.iterations} must exceed --every {args.every}: until then it is warm-up")
+    if args.turn < 1 or args.every % args.turn:
+        parser.error(f"--turn {args.turn} must divide --every {args.every}")
     return args
 
 
