@@ -190,7 +190,8 @@ class Rebalancer:
 
     def _plan(self, stages: Stages) -> tuple[Planned, Travelling]:
         with stages.stage("count"):
-            travelling, error = self._travelling()
+            # A dry run asks nothing of the optimizer: its state may be of a kind that could not be moved.
+            travelling, error = ([], None) if self._dry_run else self._travelling()
             counts = self._window.load()  # [T, L, P], by the router's outputs, which are slots
             slot = self._placement.inverse[..., 0].to(counts.device)  # [L, E]
             load = counts.gather(2, slot.expand(len(counts), -1, -1))  # [T, L, E]

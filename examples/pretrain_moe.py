@@ -19,7 +19,7 @@ import json
 import os
 import sysconfig
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 

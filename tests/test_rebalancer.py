@@ -251,6 +251,25 @@ def test_a_dry_run_reports_what_it_would_have_gained_and_moves_nothing() -> None
         assert completed.imbalance_next is not None
 
 
+def test_a_dry_run_needs_no_optimizer_whose_state_could_be_moved() -> None:
+    job = Job(torch.optim.Adafactor, ranks=1)
+    told: list[RebalanceEvent] = []
+    rebalancer = job.rebalancer(every=1, dry_run=True, on_event=told.append)
+    job.iterate()
+    rebalancer.step()
+    assert len(told) == 1
+
+
+def test_each_stage_is_a_range_in_a_profile() -> None:
+    job = Job(ranks=1)
+    rebalancer = job.rebalancer(every=1)
+    job.iterate()
+    with torch.profiler.profile() as profile:
+        rebalancer.step()
+    ranges = {event.key for event in profile.key_averages() if event.key.startswith("distplb::")}
+    assert ranges == {f"distplb::{stage}" for stage in ("count", "search", "choose", "polish", "share", "move")}
+
+
 def quiet_steps() -> int:
     calls = 0
 
