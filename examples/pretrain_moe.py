@@ -150,10 +150,11 @@ class Run:
                 self.model.nudge_biases()
             self.optimizer.zero_grad(set_to_none=True)  # before the rebalance: gradients still held would travel too
             synchronise(self.device)
-            trained = time.perf_counter()
+            trained = rebalanced = time.perf_counter()
             if self.rebalancer is not None:
                 self.rebalancer.step()
-            times = [trained - start, time.perf_counter() - trained, loss.item()]
+                rebalanced = time.perf_counter()
+            times = [trained - start, rebalanced - trained, loss.item()]
             experts = [(m.forward_seconds, m.backward_seconds, m.tokens_received) for m in self.model.moes]
             records.append(times + [value for layer in experts for value in layer])
         self.turns.append(self.share(torch.tensor(records, dtype=torch.float64)))
