@@ -134,7 +134,6 @@ class Rebalancer:
         except DistplbError as refused:
             error = error or refused
         self._move(placement, travelling, Stages(), error)
-        self._forget_counts()
 
     def restore(self) -> None:
         """Move every expert back to where the job started from."""
@@ -225,7 +224,9 @@ class Rebalancer:
         )
 
     def _take_up(self, placement: Placement) -> None:
+        """After each commit, so that a move that breaks off leaves the placement that is in force."""
         self._placement = placement
+        self._forget_counts()
 
     def _event(self, planned: Planned, old: Placement, moved: Move | None, stages: Stages) -> RebalanceEvent:
         load, placement = planned.load, planned.placement

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
+import textwrap
 from pathlib import Path
 
 import torch
@@ -15,10 +17,10 @@ README = (ROOT / "README.md").read_text()
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+    return re.findall(rf" *```{language}\n(.*?)```", README, flags=re.DOTALL)
 
 
-def snippets_run() -> int:
+def snippets_run(folder: str) -> int:
     """All Python of the README, one block after the other, around the example's model on one rank."""
     sys.path.insert(0, str(ROOT / "examples"))
     from moe_model import Config, Transformer
@@ -37,14 +39,16 @@ def snippets_run() -> int:
         "num_nodes": 1,
         "gpus_per_node": 1,
     }
+    os.chdir(folder)
+    torch.save(torch.randint(1000, (8, 2, 16)), "counts.pt")
     for block in blocks("python"):
-        exec(compile(block, "README.md", "exec"), names)
+        exec(compile(textwrap.dedent(block), "README.md", "exec"), names)
     assert names["rebalancer"].iteration == 4
     return len(blocks("python"))
 
 
-def test_every_python_snippet_runs() -> None:
-    assert on_ranks(1, snippets_run, deadline=60)[0] >= 2
+def test_every_python_snippet_runs(tmp_path: Path) -> None:
+    assert on_ranks(1, snippets_run, str(tmp_path), deadline=60)[0] >= 2
 
 
 def test_working_code_stands_by_line_15() -> None:
