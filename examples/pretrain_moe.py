@@ -278,7 +278,7 @@ def describe(args: argparse.Namespace, modes: list[tuple[str, str]], ranks: int,
         f"{args.layers} layers, {args.experts} experts, top-{args.top_k}, dim {args.dim}, ffn {args.ffn}; "
         f"{ranks} ranks x {args.batch} sequences x {args.sequence} bytes from {len(text) / 1e6:.0f} MB of text\n"
         f"{len(modes)} x {args.iterations} iterations in turns of {args.turn}: {names}\n"
-        f"The six runs of --compare at default sizes take about six minutes on two cores."
+        f"The six runs of --compare at default sizes take six to eight minutes on two cores."
     )
 
 
