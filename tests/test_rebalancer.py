@@ -189,6 +189,22 @@ def test_state_of_an_optimizer_with_nested_tensors_is_refused_by_name() -> None:
         rebalancer.step()
 
 
+def test_state_of_a_whole_tensor_travels_even_where_a_shard_of_it_is_declared() -> None:
+    """Such state was not looked for once a shard was declared, and would have stayed behind."""
+    job = Job(torch.optim.SGD, ranks=1)
+    shard = distplb.FlatShard(nn.Parameter(job.weights[0].detach().flatten().clone()), 0)
+    job.optimizer.add_param_group({"params": [shard.values]})
+    layers = job.layers()
+    layers[0] = MoELayer(name="moe.0", experts=layers[0].experts, router=layers[0].router, shards={"w": shard})
+    rebalancer = job.rebalancer(layers, every=1)
+    job.iterate()
+    momentum = torch.rand_like(job.weights[0])
+    job.optimizer.state[job.weights[0]]["momentum_buffer"] = momentum.clone()
+    table = torch.stack([torch.randperm(EXPERTS, generator=torch.Generator().manual_seed(4)) for _ in range(LAYERS)])
+    rebalancer.apply(Placement(table, EXPERTS, 1))
+    assert torch.equal(job.optimizer.state[job.weights[0]]["momentum_buffer"], momentum[table[0]])
+
+
 # --- what it does and tells ------------------------------------------------------------------------------------------
 
 

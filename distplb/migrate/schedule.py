@@ -82,10 +82,8 @@ def commits(
                 if batch and staged.peak(batch + part) > budget:
                     done.append(batch)
                     batch = []
-                # A part that reads what an earlier part writes must wait until that is written.
-                if any(move.layer == layer and move.target in {m.source for m in part} for move in batch):
-                    done.append(batch)
-                    batch = []
+                # Parts of one cycle read what the one before writes. They never share a commit: a cycle is only cut
+                # where one more of its slots would exceed the budget.
                 batch = batch + part
     return [*done, batch] if batch else done
 

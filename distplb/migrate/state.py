@@ -131,8 +131,7 @@ def travellers(tensors: Sequence[RowTensor], optimizers: Optimizers) -> list[Tra
         parts = [("", tensor)]
         if tensor.grad is not None:
             parts.append((":grad", tensor.grad))
-        if row_tensor.stepped:
-            parts.extend(_state_of(row_tensor, optimizers))
+        parts.extend(_state_of(row_tensor, optimizers))
         found.extend(Traveller(row_tensor.name + kind, part.detach().view(-1), index) for kind, part in parts)
     return found
 
