@@ -11,26 +11,29 @@ Shapes: X rows, n items (experts), M packs (GPUs), K candidates, S steps of the 
 from __future__ import annotations
 
 import argparse
-import datetime
-import os
-import platform
-import shlex
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
+from cases import real_loads
+from tables import command_line, header, markdown
 from torch import Tensor
 
-import distplb
 from distplb import Topology, lower_bound
-from distplb.packing import reference
+from distplb.packing import steps
 from distplb.packing.balanced import pack_loads
 from distplb.packing.candidates import noisy_keys
 
 # The lines of the table; the steps are those of `distplb.balanced_packing`.
 SEARCHED = ("greedy (1, 2)", "+ variance (3)", "+ min-max (4)")
 FINISHED = ("+ pair swap (6)", "+ clean-up (7)")
+TEXT = (
+    "Mean over rows of the imbalance (heaviest pack / mean pack, 1 is perfect) after each step. With K candidates, "
+    "steps 1 to 4 show the lightest candidate of each row after that step, and the lightest after step 4 goes on to "
+    "the pair swap and the clean-up. The random loads have fixed seeds and the packing is exact: the figures are the "
+    "same on any machine, and there is no noise."
+)
 
 
 def main() -> None:
@@ -46,7 +49,8 @@ def main() -> None:
     report = "\n\n".join([settings(data, gpus), *tables(data, gpus, sorted(set(options.candidates)))])
     print(report)
     if options.output:
-        options.output.write_text(f"{header(options)}\n\n{report}\n")
+        head = header("Packing core, step by step", TEXT, command(options), "reference")
+        options.output.write_text(f"{head}\n\n{report}\n")
 
 
 def parsed_options() -> argparse.Namespace:
@@ -78,18 +82,6 @@ def random_loads(rows: int, experts: int) -> dict[str, list[Tensor]]:
     return {name: [torch.from_numpy(np.rint(value * 1e6).astype(np.int64))] for name, value in shapes.items()}
 
 
-def real_loads(folder: Path) -> dict[str, list[Tensor]]:
-    """By model (a file's name up to the first underscore), a `[L, E]` int64 of each file."""
-    found: dict[str, list[Tensor]] = {}
-    for path in sorted(folder.glob("*.npy")):
-        counts = torch.from_numpy(np.load(path).astype(np.int64))
-        load = counts.sum(0) if counts.dim() == 3 else counts
-        found.setdefault(path.stem.split("_")[0], []).append(load)
-    if not found:
-        raise SystemExit(f"no .npy files in {folder}")
-    return found
-
-
 # --- measurement ------------------------------------------------------------------------------------------------
 
 
@@ -101,16 +93,16 @@ def step_imbalances(weight: Tensor, num_packs: int, candidates: list[int]) -> di
     found = {}
     for candidate in range(max(candidates)):
         key = noisy_keys(weight, layer=layer, candidate=torch.full((rows,), candidate), seed=0)
-        items = reference.greedy(weight, key, num_packs)
-        for step, refine in enumerate((unchanged, reference.lower_variance, reference.lower_max)):
+        items = steps.greedy(weight, key, torch.ones_like(weight), num_packs, apart=False)
+        for step, refine in enumerate((unchanged, steps.lower_variance, steps.lower_max)):
             items = refine(weight, items, num_packs)
             heaviest, before = pack_loads(weight, items, num_packs).amax(1), least[step]
             better = torch.ones_like(heaviest, dtype=torch.bool) if before is None else heaviest < before
             least[step] = heaviest if before is None else torch.minimum(heaviest, before)
         best[better] = items[better]
         if candidate + 1 in candidates:
-            paired = reference.swap_pairs(weight, best, num_packs)
-            finished = [paired, reference.lower_max(weight, paired, num_packs)]
+            paired = steps.swap_pairs(weight, best, num_packs)
+            finished = [paired, steps.lower_max(weight, paired, num_packs)]
             after = [pack_loads(weight, packing, num_packs).amax(1) for packing in finished]
             heaviest = torch.stack([*(one for one in least if one is not None), *after])  # [S, X]
             found[candidate + 1] = over_mean(heaviest, weight, num_packs)
@@ -153,7 +145,7 @@ def tables(data: dict[str, list[Tensor]], gpus: dict[str, list[int]], candidates
         found = step_imbalances(weight, num_packs, candidates)
         return torch.stack([found[number] for number in candidates])  # [K's, S, X]
 
-    steps = {name: mean_of(name, steps_of) for name in data}  # [K's, S] each
+    found = {name: mean_of(name, steps_of) for name in data}  # [K's, S] each
     first = ["contiguous", *(f"{float(mean_of(name, contiguous)):.5f}" for name in data)]
     last = ["lower bound", *(f"{float(mean_of(name, bound)):.5f}" for name in data)]
     return [
@@ -163,7 +155,7 @@ def tables(data: dict[str, list[Tensor]], gpus: dict[str, list[int]], candidates
             [
                 first,
                 *(
-                    [line, *(f"{float(steps[name][index, step]):.5f}" for name in data)]
+                    [line, *(f"{float(found[name][index, step]):.5f}" for name in data)]
                     for step, line in enumerate(SEARCHED + FINISHED)
                 ),
                 last,
@@ -184,47 +176,11 @@ def settings(data: dict[str, list[Tensor]], gpus: dict[str, list[int]]) -> str:
     return "## Data\n\n" + markdown(["data set", "loads", "rows", "experts on GPUs"], lines)
 
 
-def markdown(head: list[str], lines: list[list[str]]) -> str:
-    """A table whose columns line up as plain text too; numbers to the right."""
-    widths = [max(len(line[column]) for line in [head, *lines]) for column in range(len(head))]
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    return "\n".join(
-        "| " + " | ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) + " |"
-        for line in [head, rule, *lines]
-    )
-
-
-def header(options: argparse.Namespace) -> str:
-    """What was run, on what, with what."""
+def command(options: argparse.Namespace) -> str:
+    """The command line without the reader's own paths."""
     given = {"--loads": options.loads and "DIR", "--gpus": options.gpus}
     given |= {"--experts-per-gpu": options.experts_per_gpu, "--experts": options.experts, "--rows": options.rows}
-    command = ["python", "benchmarks/bench_packing.py"]
-    for name, value in given.items():
-        command += [name, str(value)] if value else []
-    command += ["--candidates", *map(str, options.candidates)]
-    return "\n".join(
-        [
-            "# Packing core, step by step",
-            "",
-            f"{datetime.date.today().isoformat()}. Mean over rows of the imbalance (heaviest pack / mean pack, 1 is",
-            "perfect) after each step. With K candidates, steps 1 to 4 show the lightest candidate of each row after",
-            "that step, and the lightest after step 4 goes on to the pair swap and the clean-up. The random loads have",
-            "fixed seeds and the packing is exact: the figures are the same on any machine, and there is no noise.",
-            "",
-            f"- command: `{shlex.join(command)}`",
-            f"- hardware: {cpu_model()}, {len(os.sched_getaffinity(0))} cores",
-            f"- versions: Python {platform.python_version()}, torch {torch.__version__}, distplb {distplb.__version__}",
-            "- engine: reference",
-        ]
-    )
-
-
-def cpu_model() -> str:
-    """The processor's name as the system tells it."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+    return command_line("bench_packing.py", given | {"--candidates": options.candidates})
 
 
 if __name__ == "__main__":

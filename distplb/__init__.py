@@ -7,6 +7,7 @@ from distplb.load import LoadWindow
 from distplb.packing.balanced import balanced_packing
 from distplb.placement import Placement
 from distplb.planner import plan
+from distplb.planning.eplb import rebalance_experts
 from distplb.rebalancer import Rebalancer
 from distplb.topology import Topology
 
@@ -22,6 +23,7 @@ __all__ = [
     "imbalance",
     "lower_bound",
     "plan",
+    "rebalance_experts",
 ]
 
 __version__ = "0.1.0"

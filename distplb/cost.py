@@ -23,15 +23,22 @@ def layer_cost(load: Tensor, expert_of_slot: Tensor, num_gpus: int) -> Tensor:
     """`[..., L]` int64: the fullest GPU's tokens, added up over the steps; saturates at 2^41 − 1.
 
     Args:
-        load: `[T, L, E]` int64, already divided by the replicas of each expert.
+        load: `[T, L, E]` int64; replicas share an expert's tokens by integer division.
         expert_of_slot: `[..., L, P]`.
         num_gpus: M.
     """
     shape = expert_of_slot.shape
+    num_experts = load.shape[-1]
+    replicas = None
+    if shape[-1] > num_experts:
+        counts = torch.zeros((*shape[:-1], num_experts), dtype=torch.int64, device=load.device)
+        counts.scatter_add_(-1, expert_of_slot, torch.ones_like(expert_of_slot))
+        replicas = counts.gather(-1, expert_of_slot)  # [..., L, P]
     cost = torch.zeros(shape[:-1], dtype=torch.int64, device=load.device)
     for step in load:  # [L, E]; a step at a time: the whole would be T times as large
         of_slot = step.expand(*shape[:-1], -1).gather(-1, expert_of_slot)  # [..., L, P]
-        cost += of_slot.unflatten(-1, (num_gpus, -1)).sum(-1).amax(-1)
+        share = of_slot if replicas is None else of_slot // replicas
+        cost += share.unflatten(-1, (num_gpus, -1)).sum(-1).amax(-1)
     return cost.clamp_(max=_MAX_COST)
 
 

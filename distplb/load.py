@@ -10,7 +10,7 @@ from torch import Tensor
 
 from distplb.errors import DistplbError
 
-__all__ = ["LoadWindow", "as_tokens", "scaled"]
+__all__ = ["LoadWindow", "as_tokens", "scaled", "widened"]
 
 # Packing multiplies a weight by a 14-bit noise and the packed key holds 41 bits of cost: 2^40 leaves room for both.
 _MAX_TOTAL_BITS = 40
@@ -145,3 +145,12 @@ def scaled(load: Tensor) -> Tensor:
     shifts = torch.arange(63 - _MAX_TOTAL_BITS, device=load.device)
     shift = ((total >> shifts[:, None]) > 1 << _MAX_TOTAL_BITS).sum(0)  # [L], the first that fits
     return load >> shift[:, None]
+
+
+def widened(load: Tensor) -> Tensor:
+    """Shift each layer of `[T, L, E]` int64 left as far as its total stays at most 2^40."""
+    total = load.sum((0, 2))  # [L]
+    shifts = torch.arange(_MAX_TOTAL_BITS + 1, device=load.device)
+    fits = total <= (1 << _MAX_TOTAL_BITS) >> shifts[:, None]
+    shift = torch.where(total > 0, fits.sum(0) - 1, 0)
+    return load << shift[:, None]

@@ -14,29 +14,17 @@ from torch import Tensor
 
 from distplb.comm.agreement import agree, raise_everywhere
 from distplb.comm.base import Comm, WorldOfOne
-from distplb.errors import DistplbError
 from distplb.load import as_tokens
 from distplb.packing.candidates import CANDIDATE_BITS
-from distplb.packing.engines import engine_named
 from distplb.placement import Placement
-from distplb.planning.problem import Problem, check_current, check_slots
+from distplb.planning.options import SearchOptions
+from distplb.planning.problem import Problem
 from distplb.stages import Stages
 from distplb.topology import Topology
 
-__all__ = ["PlanOptions", "Planned", "plan", "plan_in_stages"]
+__all__ = ["Planned", "plan", "plan_in_stages"]
 
 _WORST_KEY = torch.iinfo(torch.int64).max
-
-
-@dataclass(frozen=True)
-class PlanOptions:
-    """What, with the load and the topology, fixes a plan."""
-
-    num_slots: int | None = None
-    current: Placement | None = None
-    num_candidates: int = 64
-    seed: int = 0
-    engine: str | None = None
 
 
 @dataclass(frozen=True)
@@ -54,36 +42,51 @@ def plan(
     *,
     comm: Comm | None = None,
     num_slots: int | None = None,
+    num_groups: int | None = None,
+    slot_class: Tensor | None = None,
     current: Placement | None = None,
-    num_candidates: int = 64,
+    num_candidates: int = 1,
     seed: int = 0,
     engine: str | None = None,
+    allow_shared_replicas: bool = True,
+    mode: str = "remap",
 ) -> Placement:
     """Search, on all ranks together, the placement that costs least; the same plan comes out on all of them.
 
     Same load and same options give the same plan to the bit, whatever the number of ranks, the engine and the
-    device. The cost of a layer is the fullest GPU's tokens, added up over the steps.
+    device. The cost of a layer is the fullest GPU's tokens, added up over the steps; replicas share theirs evenly.
 
     >>> load = torch.tensor([[9, 1, 5, 5]])
     >>> plan(load, Topology(num_nodes=1, gpus_per_node=2)).expert_of_slot
     tensor([[0, 1, 2, 3]])
+    >>> plan(load, Topology(num_nodes=1, gpus_per_node=2), num_slots=6).expert_of_slot
+    tensor([[2, 0, 1, 3, 0, 1]])
 
     Args:
         load: `[L, E]` or `[T, L, E]` tokens of each expert as counted **on this rank**; the ranks' counts are
             added up, so a load that one rank knows already goes in there and zeros elsewhere.
-        topology: of one EP group; its GPUs divide E.
+        topology: of one EP group; its GPUs divide the slots.
         comm: the ranks that plan together; None for this process alone.
-        num_slots: P; E where None. Replicas (P > E) are not planned yet.
+        num_slots: P, at least E; E where None. What is above E is given to replicas of hot experts.
+        num_groups: groups of consecutive experts of a group-limited router. In mode "remap" each node gets whole
+            groups (DeepSeek's hierarchical policy), in mode "permute" only block permutations come out.
+        slot_class: `[P]` integers; an expert stays in slots of the class of its present slot. Without replicas.
         current: the placement in force; the plan is named so that few experts move, and a layer keeps it unless
             the plan costs less.
-        num_candidates: K randomised starts for each layer, dealt round-robin to the ranks.
+        num_candidates: K randomised starts for each layer, dealt round-robin to the ranks. From one step of load,
+            K candidates are never worse than `balanced_packing` with K.
         seed: of all that is random.
-        engine: "reference", or None for the fastest that is there.
+        engine: "reference", "cpu" or "cuda"; None for the fastest that is there.
+        allow_shared_replicas: whether replicas of an expert may share a GPU, where that lowers the cost.
+        mode: how the plan will be applied. "remap" routes tokens through a table and takes any plan; "permute" moves
+            rows of experts and router, so there are no replicas, and groups stay together in blocks.
 
     Raises:
         DistplbError: on every rank, if any rank's load or options are refused or differ from the others'.
     """
-    options = PlanOptions(num_slots, current, num_candidates, seed, engine)
+    options = SearchOptions(
+        num_slots, num_groups, slot_class, current, num_candidates, seed, engine, allow_shared_replicas, mode
+    )
     return plan_in_stages(load, topology, WorldOfOne() if comm is None else comm, options).placement
 
 
@@ -91,7 +94,7 @@ def plan_in_stages(
     load: Tensor,
     topology: Topology,
     comm: Comm,
-    options: PlanOptions,
+    options: SearchOptions,
     *,
     stages: Stages | None = None,
     fields: Mapping[str, int] | None = None,
@@ -110,12 +113,13 @@ def plan_in_stages(
         tokens = _agreed_load(load, topology, comm, options, dict(fields or {}), error)
         comm.all_reduce_sum(tokens)
     key, problem = _searched(tokens, topology, comm, options, stages)
-    table = torch.full(tokens.shape[1:], -1, device=comm.device)  # [L, P], says that the root failed
+    num_slots = options.slots(tokens.shape[2])
+    table = torch.full((tokens.shape[1], num_slots), -1, device=comm.device)  # says that the root failed
     with stages.stage("polish"):
         if comm.rank == 0:
             try:
                 best = problem.build(key & ((1 << CANDIDATE_BITS) - 1))
-                table = problem.polish(best).expert_of_slot.to(comm.device)
+                table = problem.polish(best).to(comm.device)
             except Exception as caught:
                 error = caught
     with stages.stage("share"):
@@ -127,21 +131,14 @@ def plan_in_stages(
 
 
 def _searched(
-    tokens: Tensor, topology: Topology, comm: Comm, options: PlanOptions, stages: Stages
+    tokens: Tensor, topology: Topology, comm: Comm, options: SearchOptions, stages: Stages
 ) -> tuple[Tensor, Problem]:
     """Stages 2 and 3: the best key of each layer `[L]`, equal on all ranks, and the problem that it answers."""
     error: Exception | None = None
     key = torch.full(tokens.shape[1:2], -1 - comm.rank, device=tokens.device)  # [L], says who failed
     try:
         with stages.stage("search"):
-            problem = Problem(
-                tokens,
-                topology,
-                num_slots=options.num_slots,
-                current=options.current,
-                seed=options.seed,
-                engine=options.engine,
-            )
+            problem = Problem(tokens, topology, options)
             key = _best_keys(problem, options.num_candidates, comm, tokens)
     except Exception as caught:
         error = caught
@@ -156,23 +153,20 @@ def _agreed_load(
     load: Tensor,
     topology: Topology,
     comm: Comm,
-    options: PlanOptions,
+    options: SearchOptions,
     fields: dict[str, int],
     error: Exception | None,
 ) -> Tensor:
     """This rank's tokens `[T, L, E]` on the communicator's device, once all ranks agree on everything else."""
-    fields |= dict.fromkeys(_HEADER, 0)
+    fields |= dict.fromkeys(_LOAD_FIELDS, 0) | dict.fromkeys(SearchOptions().fields(0), 0)
     try:
         if error is not None:
             raise error
         tokens = as_tokens(load)
         steps, num_layers, num_experts = tokens.shape
-        _check_options(options)
-        check_slots(topology, num_experts, options.num_slots)
-        check_current(options.current, num_layers, num_experts, topology)
-        current = -1 if options.current is None else options.current.digest()
+        options.check(topology, num_layers, num_experts)
         values = (steps, num_layers, num_experts, topology.num_nodes, topology.gpus_per_node)
-        fields |= dict(zip(_HEADER, (*values, options.num_candidates, options.seed, current), strict=True))
+        fields |= dict(zip(_LOAD_FIELDS, values, strict=True)) | options.fields(num_experts)
     except Exception as caught:
         error = caught
     agree(comm, fields, error)
@@ -181,24 +175,7 @@ def _agreed_load(
     return tokens.to(device, copy=True).contiguous()
 
 
-_HEADER = (
-    "the load's steps",
-    "the load's layers",
-    "the load's experts",
-    "num_nodes",
-    "gpus_per_node",
-    "num_candidates",
-    "seed",
-    "the current placement (digest)",
-)
-
-
-def _check_options(options: PlanOptions) -> None:
-    if not 1 <= options.num_candidates <= 1 << CANDIDATE_BITS:
-        raise DistplbError(f"num_candidates is {options.num_candidates}; pass 1 to 2^{CANDIDATE_BITS}")
-    if not 0 <= options.seed < 1 << 62:
-        raise DistplbError(f"seed is {options.seed}; pass a whole number in [0, 2^62)")
-    engine_named(options.engine)
+_LOAD_FIELDS = ("the load's steps", "the load's layers", "the load's experts", "num_nodes", "gpus_per_node")
 
 
 def _best_keys(problem: Problem, num_candidates: int, comm: Comm, tokens: Tensor) -> Tensor:

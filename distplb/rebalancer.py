@@ -23,7 +23,8 @@ from distplb.load import LoadWindow
 from distplb.migrate.mover import Mover, Travelling
 from distplb.migrate.transfer import Move
 from distplb.placement import Placement
-from distplb.planner import Planned, PlanOptions, plan_in_stages
+from distplb.planner import Planned, plan_in_stages
+from distplb.planning.options import SearchOptions
 from distplb.stages import Stages
 from distplb.topology import Topology
 
@@ -89,7 +90,7 @@ class Rebalancer:
         self.enabled = True
         self._comm: Comm = WorldOfOne() if comm is None else comm
         self._topology, self._window, self._every = topology, window, every
-        self._options = PlanOptions(num_candidates=num_candidates, seed=seed, engine=engine)
+        self._options = SearchOptions(num_candidates=num_candidates, seed=seed, engine=engine, mode="permute")
         self._dry_run, self._verify, self._on_event = dry_run, verify, on_event
         self._iteration, self._rebalances = 0, 0
         self._pending: _Pending | None = None

@@ -18,10 +18,10 @@ from torch import Tensor
 
 import distplb
 from distplb import DistplbError, balanced_packing
-from distplb.packing import balanced, reference
-from distplb.packing.balanced import pack_loads
+from distplb.packing import balanced, reference, steps
 from distplb.packing.candidates import noisy_keys
 from distplb.packing.engines import engine_named
+from distplb.packing.steps import pack_loads
 
 # (M, g). Pair swaps are for 2 ≤ g ≤ 16; 17 is just beyond, 1 is the identity, M = 1 has nobody to swap with.
 SHAPES = [(1, 1), (1, 4), (2, 1), (7, 1), (2, 2), (3, 2), (8, 2), (2, 3), (3, 3), (5, 3), (2, 4), (4, 4)]
@@ -116,7 +116,7 @@ def test_each_refinement_equals_the_plain_implementation_from_any_start(step: st
     random_ = random.Random(f"{step} {num_packs} {size}")
     weight = rows_of_every_kind(random_, num_packs * size)
     start = shuffled(random_, num_packs * size, len(weight))
-    items = getattr(reference, step)(torch.tensor(weight), torch.tensor(start), num_packs)
+    items = getattr(steps, step)(torch.tensor(weight), torch.tensor(start), num_packs)
     wanted = [
         getattr(oracle, step)(row, oracle.unflat(packing, num_packs))
         for row, packing in zip(weight, start, strict=True)
@@ -151,7 +151,7 @@ def test_no_single_swap_with_the_heaviest_pack_is_left() -> None:
         num_packs, size = random_.choice([(2, 4), (3, 3), (4, 4), (5, 4), (3, 6)])
         row = [int(random_.lognormvariate(6, 1)) for _ in range(num_packs * size)]
         start = shuffled(random_, len(row), 1)
-        items = reference.lower_max(torch.tensor([row]), torch.tensor(start), num_packs)
+        items = steps.lower_max(torch.tensor([row]), torch.tensor(start), num_packs)
         _, swaps = oracle.lower_max(row, oracle.unflat(start[0], num_packs))
         swaps_made.add(swaps)
         assert swaps < oracle.MAX_ROUNDS  # else a swap may well be left
@@ -179,13 +179,13 @@ def test_variance_refinement_goes_on_from_the_packing_that_it_has_reached() -> N
     items, squares = start, [pack_loads(weight, start, 4).square().sum(1)]
     while True:  # round after round by hand
         one_round = torch.stack([one_variance_round(weight[x], items[x]) for x in range(6)])
-        if torch.equal(one_round, items) or len(squares) > reference._VARIANCE_ROUNDS:
+        if torch.equal(one_round, items) or len(squares) > steps._VARIANCE_ROUNDS:
             break
         items = one_round
         squares.append(pack_loads(weight, items, 4).square().sum(1))
     assert len(squares) > 3
     assert all((after <= before).all() for before, after in pairwise(squares))
-    assert torch.equal(reference.lower_variance(weight, start, 4), items)
+    assert torch.equal(steps.lower_variance(weight, start, 4), items)
 
 
 def one_variance_round(row: Tensor, items: Tensor) -> Tensor:
@@ -205,8 +205,8 @@ def test_pair_swap_helps_where_no_single_swap_does() -> None:
     row, packs = ONLY_PAIRS_HELP, [[0, 1, 6, 7], [4, 5, 2, 3]]  # 8 + 3 + 3 + 0 = 14 and 6 + 5 + 1 + 0 = 12
     weight, items = torch.tensor([row]), torch.tensor([oracle.flat(packs)])
     assert not helping_swaps(row, packs)
-    assert torch.equal(reference.lower_max(weight, items, 2), items)
-    assert torch.equal(reference.lower_variance(weight, items, 2), items)
+    assert torch.equal(steps.lower_max(weight, items, 2), items)
+    assert torch.equal(steps.lower_variance(weight, items, 2), items)
     finished = reference.finish(weight, items, 2)
     assert pack_loads(weight, finished, 2).tolist() == [[13, 13]]
     # 8 + 3 for 6 + 5 would change nothing; 8 + 0 for 6 + 1 is the first exchange that evens them out.
@@ -226,9 +226,9 @@ def test_balanced_packing_finishes_with_pair_swaps() -> None:
 def test_pair_swaps_are_for_packs_of_two_to_sixteen_items(size: int, swaps: bool) -> None:
     row = [5] * size + [1] * size  # the greatest difference there can be
     items = torch.arange(2 * size)[None]
-    assert torch.equal(reference.swap_pairs(torch.tensor([row]), items, 2), items) is not swaps
+    assert torch.equal(steps.swap_pairs(torch.tensor([row]), items, 2), items) is not swaps
     # Two items a pack are allowed as well, and change nothing: the two packs would trade places.
-    assert reference.swap_pairs(torch.tensor([[5, 5, 1, 1]]), torch.arange(4)[None], 2).tolist() == [[0, 1, 2, 3]]
+    assert steps.swap_pairs(torch.tensor([[5, 5, 1, 1]]), torch.arange(4)[None], 2).tolist() == [[0, 1, 2, 3]]
 
 
 # --- what comes out ---------------------------------------------------------------------------------------------
@@ -273,10 +273,11 @@ def test_a_row_does_not_depend_on_the_rows_after_it() -> None:
 
 
 def test_batch_sizes_change_the_memory_and_not_the_packing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(balanced, "engine_named", lambda *_: ("reference", reference))
     weight = skewed(4, rows=5, n=24)
     wanted = balanced_packing(weight, 4, num_candidates=7)
     monkeypatch.setattr(balanced, "_BATCH", 300)  # two candidates at a time
-    monkeypatch.setattr(reference, "_CHUNK", 1200)  # two rows at a time, one in the variance phase
+    monkeypatch.setattr(steps, "_CHUNK", 1200)  # two rows at a time, one in the variance phase
     found = balanced_packing(weight, 4, num_candidates=7)
     assert torch.equal(wanted[0], found[0])
     assert torch.equal(wanted[1], found[1])
@@ -312,7 +313,7 @@ def test_the_chosen_candidate_is_the_lightest_of_those_asked_for_and_ties_go_to_
 def test_the_result_is_never_heavier_than_longest_first() -> None:
     weight = torch.cat([skewed(7, rows=40, n=36), torch.tensor(rows_of_every_kind(random.Random(7), 36))])
     weight = weight[weight.sum(1) <= 2**30]
-    greedy = reference.greedy(weight, weight, 6)
+    greedy = steps.greedy(weight, weight, torch.ones_like(weight), 6, apart=False)
     for num_candidates in (1, 4):
         table = slot_table(*balanced_packing(weight, 6, num_candidates), 6)
         assert (pack_loads(weight, table, 6).amax(1) <= pack_loads(weight, greedy, 6).amax(1)).all()
@@ -324,7 +325,7 @@ def test_totals_above_2_to_the_30_may_lose_the_bits_that_the_variance_phase_does
     row += [1431656656, 1431655794, 1431656059, 1431656164, 1431655878, 1431656137]
     weight = torch.tensor([row])
     table = slot_table(*balanced_packing(weight, 3, num_candidates=1), 3)
-    greedy = reference.greedy(weight, weight, 3)
+    greedy = steps.greedy(weight, weight, torch.ones_like(weight), 3, apart=False)
     lost = int(pack_loads(weight, table, 3).amax() - pack_loads(weight, greedy, 3).amax())
     assert lost <= 4 << 5  # g items, each without its last five bits: the total is just above 2^34
 

@@ -13,9 +13,10 @@ from torch import Tensor
 from distplb.errors import DistplbError
 from distplb.load import check_weights, scaled
 from distplb.packing.candidates import CANDIDATE_BITS
-from distplb.packing.reference import finish, pack
+from distplb.packing.engines import engine_named
+from distplb.packing.steps import pack_loads
 
-__all__ = ["balanced_packing", "pack_loads"]
+__all__ = ["as_whole", "balanced_packing"]
 
 # A float row is scaled to a total of just under 2^39, so that rounding up cannot carry it beyond 2^40.
 _FLOAT_BITS = 39
@@ -44,7 +45,8 @@ def balanced_packing(weight: Tensor, num_packs: int, num_candidates: int = 64) -
     Raises:
         DistplbError: for another shape, NaN, infinite or negative weights, or n not a multiple of `num_packs`.
     """
-    whole = _as_whole(weight)
+    whole = as_whole(weight)
+    _, engine = engine_named(None, whole.device)
     rows, num_items = whole.shape
     if num_packs < 1 or num_items % num_packs:
         raise DistplbError(
@@ -58,24 +60,19 @@ def balanced_packing(weight: Tensor, num_packs: int, num_candidates: int = 64) -
     for candidates in torch.arange(num_candidates).split(max(1, _BATCH // whole.numel())):
         many = whole.repeat(len(candidates), 1)  # [k·X, n], candidate by candidate
         of_row = candidates.to(whole.device).repeat_interleave(rows)
-        items = pack(many, num_packs, layer=row.repeat(len(candidates)), candidate=of_row)
+        items = engine.pack(many, num_packs, layer=row.repeat(len(candidates)), candidate=of_row)
         heaviest, best = pack_loads(many, items, num_packs).amax(1).view(-1, rows).sort(dim=0, stable=True)
         better = heaviest[0] < least  # ties stay with the lowest candidate
         chosen[better] = items.view(-1, rows, num_items)[best[0], row][better]
         least = torch.minimum(least, heaviest[0])
-    chosen = finish(whole, chosen, num_packs)
+    chosen = engine.finish(whole, chosen, num_packs)
     slot = torch.empty_like(chosen)
     slot.scatter_(1, chosen, torch.arange(num_items, device=chosen.device).expand_as(chosen))
     size = num_items // num_packs
     return slot // size, slot % size
 
 
-def pack_loads(weight: Tensor, items: Tensor, num_packs: int) -> Tensor:
-    """`[X, M]`: the total weight of each pack of `items [X, n]`."""
-    return weight.gather(1, items).view(len(weight), num_packs, -1).sum(2)
-
-
-def _as_whole(weight: Tensor) -> Tensor:
+def as_whole(weight: Tensor) -> Tensor:
     """`[X, n]` int64 with each row's total at most 2^40, whatever the type and size of the weights."""
     weight = torch.as_tensor(weight).detach()
     if weight.dim() != 2 or weight.is_complex() or weight.dtype == torch.bool or 0 in weight.shape:

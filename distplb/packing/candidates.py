@@ -5,14 +5,24 @@ Shapes: X rows, n items.
 
 from __future__ import annotations
 
+from typing import TypedDict
+
 import torch
 from torch import Tensor
 
-__all__ = ["CANDIDATE_BITS", "noisy_keys"]
+__all__ = ["CANDIDATE_BITS", "Names", "noisy_keys"]
 
 CANDIDATE_BITS = 22
 _NOISE_STEPS = 9831  # noise / 2^16 lies in {0, ..., 9830} / 2^16, that is in [0, 0.15)
 _MASK = (1 << 32) - 1
+
+
+class Names(TypedDict):
+    """What fixes everything random about X rows: arguments of `noisy_keys` and of an engine."""
+
+    layer: Tensor  # [X] int64
+    candidate: Tensor  # [X] int64
+    seed: int
 
 
 def noisy_keys(weight: Tensor, *, layer: Tensor, candidate: Tensor, seed: int) -> Tensor:

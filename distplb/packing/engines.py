@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from typing import Protocol, cast
 
+import torch
 from torch import Tensor
 
 from distplb.errors import DistplbError
-from distplb.packing import reference
+from distplb.packing import cpu, cuda, reference
 
 __all__ = ["Engine", "engine_named"]
 
 
 class Engine(Protocol):
-    """The packing core; shapes and meaning as in `packing.reference`, which is the specification."""
+    """Packing; shapes and meaning as in `packing.reference`, which is the specification.
+
+    `pack` and `finish` are the floor, `balanced_packing`; `refine` and `polish` are the planner's own.
+    """
 
     def pack(self, weight: Tensor, num_packs: int, *, layer: Tensor, candidate: Tensor, seed: int = 0) -> Tensor:
         """Steps 1 to 4: `items [X, n]`, one candidate a row."""
@@ -21,17 +25,44 @@ class Engine(Protocol):
     def finish(self, weight: Tensor, items: Tensor, num_packs: int) -> Tensor:
         """Steps 6 and 7 on chosen packings."""
 
+    def refine(
+        self,
+        weight: Tensor,
+        num_packs: int,
+        num_slots: int,
+        *,
+        layer: Tensor,
+        candidate: Tensor,
+        seed: int = 0,
+        shared: bool = True,
+    ) -> Tensor:
+        """Steps 0 to 8: `table [X, P]`, one candidate a row."""
 
-_ENGINES = {"reference": cast(Engine, reference)}
+    def polish(self, weight: Tensor, table: Tensor, num_packs: int) -> Tensor:
+        """Step 9 on chosen packings."""
 
 
-def engine_named(name: str | None) -> tuple[str, Engine]:
-    """The engine of that name, or the fastest that is there for None.
+_ENGINES = {"reference": reference, "cpu": cpu, "cuda": cuda}
+_MISSING = {
+    "cpu": "Numba is not installed; pip install 'distplb[fast]'",
+    "cuda": "it takes Triton and a CUDA device; install torch's CUDA build on a machine with a GPU",
+}
+
+
+def engine_named(name: str | None, device: torch.device | str = "cpu") -> tuple[str, Engine]:
+    """The engine of that name, ready to run; for None, the fastest that is there for data on `device`.
 
     Raises:
         DistplbError: if an engine is asked for by name and is not there.
     """
-    name = "reference" if name is None else name
+    if name is None:
+        name = "cpu" if cpu.is_there() else "reference"
+        if torch.device(device).type == "cuda" and cuda.is_there():
+            name = "cuda"
     if name not in _ENGINES:
         raise DistplbError(f"engine {name!r} is not there; pass one of {', '.join(_ENGINES)}, or None")
-    return name, _ENGINES[name]
+    if (name == "cpu" and not cpu.is_there()) or (name == "cuda" and not cuda.is_there()):
+        raise DistplbError(f"engine {name!r} is not there: {_MISSING[name]}, or pass engine=None")
+    if name == "cpu":
+        cpu.warm_up()
+    return name, cast(Engine, _ENGINES[name])

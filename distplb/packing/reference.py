@@ -1,33 +1,35 @@
-"""The reference engine: the packing core in plain torch, on any device. Slow, short, the specification.
+"""The reference engine: packing in plain torch, on any device. Slow, short, the specification.
 
-Shapes: X rows, n items, M packs, g = n / M items in each. A packing is `items [X, n]`: the item at each flat
-(pack, position). Positions keep greedy's filling order and swaps exchange in place. Every argmin and argmax takes
-the first in flat order, so every engine makes the same choice.
+Shapes: X rows, n items, E experts, P slots, M packs, G = P / M slots in each.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from itertools import combinations
 
 import torch
 from torch import Tensor
 
 from distplb.packing.candidates import noisy_keys
+from distplb.packing.steps import (
+    MAX_ROUNDS,
+    PAIR_ROUNDS,
+    divide,
+    greedy,
+    lower_max,
+    lower_variance,
+    pack_loads,
+    swap_pairs,
+)
 
-__all__ = ["finish", "greedy", "lower_max", "lower_variance", "pack", "swap_pairs"]
+__all__ = ["finish", "pack", "polish", "refine"]
 
-_VARIANCE_ROUNDS = 10
-_MAX_ROUNDS = 50
-_PAIR_ROUNDS = 20
-_PAIR_ITEMS = range(2, 17)  # packs of this many items try pair swaps
-_VARIANCE_BITS = 30  # loads are squared there: 2 × 30 bits and sign stay inside an int64
-BestSwap = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
-_CHUNK = 1 << 20  # elements of the largest temporary: bounds the memory and stays near the cache
+# Step 8 looks at rows whose heaviest pack is more than 2^-8 above the mean, with few enough slots to try often.
+_WORTH_BITS = 8
+_TRIES, _TRIED_SLOTS, _GIVERS = 64, 1 << 14, 8
+_PARTNERS = 4  # packs, the lightest first, that step 9 tries pair swaps with
 
 
 def pack(weight: Tensor, num_packs: int, *, layer: Tensor, candidate: Tensor, seed: int = 0) -> Tensor:
-    """Steps 1 to 4 for one candidate a row: `items [X, n]`.
+    """Steps 1 to 4 of `balanced_packing` for one candidate a row: `items [X, n]`.
 
     Args:
         weight: `[X, n]` int64, each row's total at most 2^40; n a multiple of `num_packs`.
@@ -36,13 +38,11 @@ def pack(weight: Tensor, num_packs: int, *, layer: Tensor, candidate: Tensor, se
         candidate: `[X]` int64, the row's candidate.
         seed: of the whole plan.
     """
-    num_items = weight.shape[1]
-    if num_items == num_packs:
-        return torch.arange(num_items, device=weight.device).expand_as(weight).clone()
+    if weight.shape[1] == num_packs:
+        return torch.arange(num_packs, device=weight.device).expand_as(weight).clone()
     key = noisy_keys(weight, layer=layer, candidate=candidate, seed=seed)
-    items = greedy(weight, key, num_packs)
-    items = lower_variance(weight, items, num_packs)
-    return lower_max(weight, items, num_packs)
+    items = greedy(weight, key, torch.ones_like(key), num_packs, apart=False)
+    return lower_max(weight, lower_variance(weight, items, num_packs), num_packs)
 
 
 def finish(weight: Tensor, items: Tensor, num_packs: int) -> Tensor:
@@ -50,117 +50,149 @@ def finish(weight: Tensor, items: Tensor, num_packs: int) -> Tensor:
     return lower_max(weight, swap_pairs(weight, items, num_packs), num_packs)
 
 
-def greedy(weight: Tensor, key: Tensor, num_packs: int) -> Tensor:
-    """Step 2: in descending order of key, each item to the lightest pack that is not full."""
-    rows, num_items = weight.shape
-    size = num_items // num_packs
-    row = torch.arange(rows, device=weight.device)
-    order = key.sort(dim=1, descending=True, stable=True).indices
-    load = weight.new_zeros(rows, num_packs)
-    filled = torch.zeros_like(load)
-    items = torch.zeros_like(weight)
-    full = torch.iinfo(torch.int64).max
-    for item in order.unbind(1):  # [X]
-        to = load.masked_fill(filled == size, full).argmin(1)  # [X]
-        items[row, to * size + filled[row, to]] = item
-        load[row, to] += weight[row, item]
-        filled[row, to] += 1
-    return items
+def refine(
+    weight: Tensor,
+    num_packs: int,
+    num_slots: int,
+    *,
+    layer: Tensor,
+    candidate: Tensor,
+    seed: int = 0,
+    shared: bool = True,
+) -> Tensor:
+    """The planner's own search for one candidate a row: `table [X, P]`, the expert of each slot.
 
+    Step 0 gives replicas to experts, steps 1 to 7 pack them, step 8 goes on with other replica counts where the
+    heaviest pack is far above the mean. Without replicas that is `finish` of `pack`, and more rounds of step 7.
 
-def lower_variance(weight: Tensor, items: Tensor, num_packs: int) -> Tensor:
-    """Step 3: the swap that lowers the sum of squared pack loads most, while there is one."""
-    num_items = weight.shape[1]
-    small = weight >> _variance_shift(weight)[:, None]
-
-    def best_swap(rows: Tensor, placed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        own = small[rows].gather(1, placed)  # [x, n], weight at each (pack, position)
-        rest = own - _pack_load(own, num_packs).repeat_interleave(num_items // num_packs, 1)
-        # Swapping a and b changes the sum of squares by 2 (a - b) (rest_a - rest_b): never negative in one pack.
-        change = (own[:, :, None] - own[:, None, :]).mul_(rest[:, :, None] - rest[:, None, :]).flatten(1)
-        value, best = _first_min(change)
-        return value < 0, (best // num_items)[:, None], (best % num_items)[:, None]
-
-    return _while_better(items, best_swap, _VARIANCE_ROUNDS, num_items * num_items)
-
-
-def lower_max(weight: Tensor, items: Tensor, num_packs: int) -> Tensor:
-    """Steps 4 and 7: the swap with the heaviest pack that leaves the smaller maximum of its two packs."""
-    num_items = weight.shape[1]
-    size = num_items // num_packs
-    position = torch.arange(size, device=weight.device)
-
-    def best_swap(rows: Tensor, placed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        own = weight[rows].gather(1, placed)  # [x, n]
-        load = _pack_load(own, num_packs)  # [x, M]
-        heavy = load.argmax(1, keepdim=True)  # [x, 1]
-        peak = load.gather(1, heavy)
-        slots = heavy * size + position  # [x, g], the heaviest pack's
-        lost = own.gather(1, slots)[:, :, None] - own[:, None, :]  # [x, g, n], what it would lose
-        other = load.repeat_interleave(size, 1)[:, None, :] + lost
-        worst = torch.maximum(other, peak[:, :, None] - lost).flatten(1)
-        value, best = _first_min(worst)
-        # Inside the heaviest pack no exchange makes it lighter, so those pairs need no mask.
-        return value < peak[:, 0], slots.gather(1, (best // num_items)[:, None]), (best % num_items)[:, None]
-
-    return _while_better(items, best_swap, _MAX_ROUNDS, num_items * size)
-
-
-def swap_pairs(weight: Tensor, items: Tensor, num_packs: int) -> Tensor:
-    """Step 6: two items of the heaviest pack for two of the lightest, the smallest difference that remains."""
-    size = weight.shape[1] // num_packs
-    if size not in _PAIR_ITEMS or num_packs == 1:
-        return items
-    pairs = torch.tensor(list(combinations(range(size), 2)), device=weight.device)  # [q, 2]
-
-    def best_swap(rows: Tensor, placed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        own = weight[rows].gather(1, placed).unflatten(1, (num_packs, size))  # [x, M, g]
-        load = own.sum(2)
-        heavy, light = load.argmax(1), load.argmin(1)  # [x]
-        row = torch.arange(len(rows), device=weight.device)
-        gap = load[row, heavy] - load[row, light]  # [x]
-        from_heavy = own[row, heavy][:, pairs].sum(2)  # [x, q]
-        from_light = own[row, light][:, pairs].sum(2)
-        remains = (gap[:, None, None] - 2 * (from_heavy[:, :, None] - from_light[:, None, :])).abs().flatten(1)
-        value, best = _first_min(remains)
-        first = heavy[:, None] * size + pairs[best // len(pairs)]  # [x, 2]
-        return value < gap, first, light[:, None] * size + pairs[best % len(pairs)]
-
-    return _while_better(items, best_swap, _PAIR_ROUNDS, len(pairs) ** 2)
-
-
-def _while_better(items: Tensor, best_swap: BestSwap, rounds: int, row_elements: int) -> Tensor:
-    """Apply each row's best swap until it does not help or the rounds are over.
-
-    `best_swap(rows, placed)` answers for some rows, packed as `placed [x, n]`: whether the swap helps `[x]`, and
-    the flat positions `[x, 1 or 2]` on either side of the exchange.
+    Args:
+        weight: `[X, E]` int64, each row's total at most 2^40.
+        num_packs: M.
+        num_slots: P, at least E; a multiple of `num_packs`.
+        layer, candidate, seed: as for `pack`.
+        shared: whether replicas of an expert may be in one pack; they are only where that makes the heaviest pack
+            lighter. If not, or if there are no replicas, a pack has at most E slots.
     """
-    items = items.clone()
-    active = torch.arange(len(items), device=items.device)
-    for _ in range(rounds):
-        helped = []
-        for rows in active.split(max(1, _CHUNK // row_elements)):
-            helps, one, other = best_swap(rows, items[rows])
-            rows, one, other = rows[helps], one[helps], other[helps]
-            here, there = items[rows[:, None], one], items[rows[:, None], other]
-            items[rows[:, None], one], items[rows[:, None], other] = there, here
-            helped.append(rows)
-        active = torch.cat(helped) if helped else active[:0]
-        if not len(active):
+    num_experts = weight.shape[1]
+    if num_slots == num_experts == num_packs:
+        return torch.arange(num_slots, device=weight.device).expand_as(weight).clone()
+    key = noisy_keys(weight, layer=layer, candidate=candidate, seed=seed)
+    if num_slots == num_experts:
+        return _packed(weight, key, torch.ones_like(key), num_packs, apart=False)
+    if num_slots > num_packs * num_experts:  # apart there is no room
+        return _searched(weight, key, num_packs, num_slots, apart=False)
+    table = _searched(weight, key, num_packs, num_slots, apart=True)
+    if not shared:
+        return table
+    replicas = divide(key, num_slots, num_slots)
+    start = greedy(weight // replicas, key, replicas, num_packs, apart=False)
+    rows = _crowded(start, num_packs).nonzero()[:, 0]
+    if len(rows):
+        other = _searched(weight[rows], key[rows], num_packs, num_slots, apart=False)
+        lighter = _peak(weight[rows], other, num_packs) < _peak(weight[rows], table[rows], num_packs)
+        table[rows[lighter]] = other[lighter]
+    return table
+
+
+def polish(weight: Tensor, table: Tensor, num_packs: int) -> Tensor:
+    """Step 9, on chosen packings: pair swaps with each of the lightest packs, step 7 after each, while that helps.
+
+    Replicas that are apart stay apart.
+
+    Args:
+        weight: `[X, E]` int64, as for `refine`.
+        table: `[X, P]`.
+        num_packs: M.
+    """
+    table = table.clone()
+    share = weight // _replicas(table, weight.shape[1])
+    crowded = _crowded(table, num_packs)
+    for apart in (False, True):
+        rows = (crowded != apart).nonzero()[:, 0]
+        for _ in range(PAIR_ROUNDS):
+            helped = [rows[:0]]
+            for partner in range(_PARTNERS):
+                before = table[rows]
+                after = swap_pairs(share[rows], before, num_packs, apart=apart, rounds=1, partner=partner)
+                better = (after != before).any(1)
+                table[rows] = after
+                helped.append(rows[better])
+                rows = rows[~better]
+            rows = torch.cat(helped)
+            if not len(rows):
+                break
+            table[rows] = lower_max(share[rows], table[rows], num_packs, apart=apart, rounds=_rounds(num_packs))
+    return table
+
+
+def _packed(weight: Tensor, key: Tensor, replicas: Tensor, num_packs: int, *, apart: bool) -> Tensor:
+    """Steps 2 to 7 with given replica counts `[X, E]`; with replicas step 3 was not seen to help, and is left out."""
+    share = weight // replicas
+    table = greedy(share, key, replicas, num_packs, apart=apart)
+    if table.shape[1] == weight.shape[1]:
+        table = lower_variance(share, table, num_packs)
+    table = lower_max(share, table, num_packs, apart=apart)
+    table = swap_pairs(share, table, num_packs, apart=apart)
+    return lower_max(share, table, num_packs, apart=apart, rounds=_rounds(num_packs))
+
+
+def _searched(weight: Tensor, key: Tensor, num_packs: int, num_slots: int, *, apart: bool) -> Tensor:
+    """Steps 0 to 8: tries to give a replica more to an expert of the heaviest pack, and one less to another.
+
+    Try j of a row takes the expert at position j mod G of its heaviest pack, and from the expert whose replicas
+    would weigh the (j div G)-th least afterwards; the first that helps starts the count anew.
+    """
+    most = num_packs if apart else num_slots
+    size = num_slots // num_packs
+    replicas = divide(key, num_slots, most)
+    table = _packed(weight, key, replicas, num_packs, apart=apart)
+    peak, mean = _peak(weight, table, num_packs), weight.sum(1) // num_packs  # [X]
+    tries = torch.zeros_like(peak)
+    for _ in range(max(4, min(_TRIES, _TRIED_SLOTS // num_slots)) if size > 1 else 0):
+        after = torch.where(replicas > 1, weight // (replicas - 1).clamp(min=1), torch.iinfo(torch.int64).max)
+        giver = after.sort(dim=1, stable=True).indices  # [X, E]
+        givers = (replicas > 1).sum(1).clamp(max=_GIVERS)  # [X]
+        rows = ((((peak - mean) << _WORTH_BITS) > mean) & (tries < givers * size)).nonzero()[:, 0]
+        if not len(rows):
             break
-    return items
+        heavy = pack_loads(weight[rows] // replicas[rows], table[rows], num_packs).argmax(1)
+        taker = table[rows, heavy * size + tries[rows] % size]
+        giver = giver[rows, tries[rows] // size]
+        tries[rows] += 1
+        possible = (giver != taker) & (replicas[rows, taker] < most)
+        rows, taker, giver = rows[possible], taker[possible], giver[possible]
+        if not len(rows):
+            continue
+        other = replicas[rows]
+        nth = torch.arange(len(rows), device=rows.device)
+        other[nth, taker] += 1
+        other[nth, giver] -= 1
+        tried = _packed(weight[rows], key[rows], other, num_packs, apart=apart)
+        lower = _peak(weight[rows], tried, num_packs)
+        better = lower < peak[rows]
+        rows = rows[better]
+        table[rows], replicas[rows], peak[rows], tries[rows] = tried[better], other[better], lower[better], 0
+    return table
 
 
-def _pack_load(own: Tensor, num_packs: int) -> Tensor:
-    return own.view(len(own), num_packs, -1).sum(2)  # [x, M]
+def _rounds(num_packs: int) -> int:
+    """Rounds of step 7, enough for every pack to be the heaviest a few times."""
+    return MAX_ROUNDS + 4 * num_packs
 
 
-def _first_min(value: Tensor) -> tuple[Tensor, Tensor]:
-    best = value.argmin(1)  # argmin takes the first of equals; min's own index does not promise to
-    return value.gather(1, best[:, None])[:, 0], best
+def _replicas(table: Tensor, num_experts: int) -> Tensor:
+    """`[X, E]`: slots of each expert."""
+    counts = table.new_zeros(len(table), num_experts)
+    # An expert that is in none of these slots has no share here, and must not divide by 0.
+    return counts.scatter_add_(1, table, torch.ones_like(table)).clamp_(min=1)
 
 
-def _variance_shift(weight: Tensor) -> Tensor:
-    """`[X]`: the smallest shift right after which a row's total is at most 2^30."""
-    shifts = torch.arange(63 - _VARIANCE_BITS, device=weight.device)
-    return ((weight.sum(1) >> shifts[:, None]) > 1 << _VARIANCE_BITS).sum(0)
+def _peak(weight: Tensor, table: Tensor, num_packs: int) -> Tensor:
+    """`[X]`: the heaviest pack."""
+    return pack_loads(weight // _replicas(table, weight.shape[1]), table, num_packs).amax(1)
+
+
+def _crowded(table: Tensor, num_packs: int) -> Tensor:
+    """`[X]` bool: whether a pack holds an expert twice."""
+    inside = table.view(len(table), num_packs, -1).sort(dim=2).values
+    return (inside[..., 1:] == inside[..., :-1]).any(2).any(1)

@@ -9,10 +9,13 @@ import torch
 from torch import Tensor
 
 from distplb.cost import layer_cost
-from distplb.errors import DistplbError
-from distplb.load import scaled
-from distplb.packing.engines import engine_named
+from distplb.load import scaled, widened
+from distplb.packing.candidates import Names
+from distplb.packing.engines import Engine, engine_named
 from distplb.placement import Placement
+from distplb.planning.classes import Classes
+from distplb.planning.options import SearchOptions
+from distplb.planning.policies import Blocks, Flat, Hierarchy, Policy
 from distplb.planning.relabel import relabelled
 from distplb.topology import Topology
 
@@ -20,7 +23,7 @@ __all__ = ["Problem"]
 
 
 class Problem:
-    """Costs of candidates, the placement behind a candidate, and the finish on a placement; all of it pure.
+    """Costs of candidates, the table behind a candidate, and the finish on a table; all of it pure.
 
     >>> problem = Problem(torch.tensor([[[9, 1, 5, 5]]]), Topology(1, 2))
     >>> problem.costs(torch.tensor([0, 1]))
@@ -30,93 +33,102 @@ class Problem:
     Args:
         load: `[T, L, E]` int64 tokens, the same on every rank; the search runs on its device.
         topology: of the EP group.
-        num_slots: P; E where None. Replicas (P > E) are not planned yet.
-        current: the placement in force, which a layer keeps unless the plan costs it less.
-        seed: with a candidate's integer, all that is random.
-        engine: its name; the fastest that is there where None.
+        options: what else fixes the plan.
 
     Raises:
-        DistplbError: if the slots cannot be spread evenly, or `current` is of another shape or has replicas.
+        DistplbError: if load, topology and options do not go together, or the engine is not there.
     """
 
-    def __init__(
-        self,
-        load: Tensor,
-        topology: Topology,
-        *,
-        num_slots: int | None = None,
-        current: Placement | None = None,
-        seed: int = 0,
-        engine: str | None = None,
-    ) -> None:
-        num_layers, num_experts = load.shape[1:]
-        check_slots(topology, num_experts, num_slots)
-        check_current(current, num_layers, num_experts, topology)
+    def __init__(self, load: Tensor, topology: Topology, options: SearchOptions | None = None) -> None:
+        options = SearchOptions() if options is None else options
+        options.check(topology, load.shape[1], load.shape[2])
         self.num_gpus = topology.num_gpus
-        self.current = current
-        self.seed = seed
-        self.engine_name, self._engine = engine_named(engine)
+        self.current = options.current
+        self.seed = options.seed
+        self._slot_class = None if options.slot_class is None else torch.as_tensor(options.slot_class).cpu().numpy()
+        num_slots = options.slots(load.shape[2])
         self._load = scaled(load)
-        self._weight = self._load.sum(0)  # [L, E]
+        if num_slots > load.shape[2]:  # shares are integer divisions: the rest must not count
+            self._load = widened(self._load)
+        self._weight = self._load.sum(0) if len(self._load) > 1 else self._load[0]  # [L, E]
+        self.engine_name, engine = engine_named(options.engine, load.device)
+        self._policy = _policy(options, topology, num_slots, load.shape[1], engine)
+        # The cheapest table that was met for each layer, so that a root need not build it a second time.
+        self._met: tuple[Tensor, Tensor, Tensor] | None = None  # candidate [L], cost [L], table [L, P]
 
     def costs(self, candidates: Tensor) -> Tensor:
         """`[K, L]` int64: the cost of every candidate `[K]` in every layer."""
         num_layers = self._weight.shape[0]
-        candidate = candidates.to(self._weight.device).repeat_interleave(num_layers)  # [K·L]
-        items = self._packed(candidate).unflatten(0, (len(candidates), num_layers))
-        return layer_cost(self._load, items, self.num_gpus)
+        candidate = candidates.to(self._weight.device)
+        tables = self._searched(candidate.repeat_interleave(num_layers)).unflatten(0, (len(candidates), num_layers))
+        cost = layer_cost(self._load, tables, self.num_gpus)
+        self._remember(candidate, cost, tables)
+        return cost
 
-    def build(self, candidate: Tensor) -> Placement:
-        """The placement of one candidate for each layer, `[L]`."""
-        return self._placement(self._packed(candidate.to(self._weight.device)))
+    def build(self, candidate: Tensor) -> Tensor:
+        """`[L, P]`: the table of one candidate for each layer, `[L]`."""
+        candidate = candidate.to(self._weight.device)
+        if self._met is None:
+            return self._searched(candidate)
+        table = self._met[2].clone()
+        other = (self._met[0] != candidate).nonzero()[:, 0]
+        if len(other):
+            names: Names = {"layer": other, "candidate": candidate[other], "seed": self.seed}
+            table[other] = self._policy.search(self._weight[other], **names)
+        return table
 
-    def polish(self, placement: Placement) -> Placement:
-        """Pair swaps and the last clean-up where they cost no more; then the names under which most stay in place.
+    def polish(self, table: Tensor) -> Tensor:
+        """`[L, P]`: more moves where they cost no more; then the names under which most experts stay in place.
 
         A layer whose current placement costs no more keeps it.
         """
-        items = placement.expert_of_slot.to(self._weight.device)
-        items = self._no_dearer(self._engine.finish(self._weight, items, self.num_gpus), items)
+        polished = self._policy.polish(self._weight, table)
+        # What is polished is the sum over the steps, which need not be good for each of them.
+        table = polished if len(self._load) == 1 else self._no_dearer(polished, table)
         if self.current is None:
-            return self._placement(items)
-        moved = relabelled(self._placement(items), self.current).expert_of_slot.to(items.device)
-        return self._placement(self._no_dearer(self.current.expert_of_slot.to(items.device), moved))
+            return table
+        fresh = Placement(table, self._weight.shape[1], self.num_gpus)
+        moved = relabelled(fresh, self.current, self._policy.cells, self._slot_class)
+        current = self.current.expert_of_slot.to(table.device)
+        return self._no_dearer(current, moved.expert_of_slot.to(table.device))
 
-    def _packed(self, candidate: Tensor) -> Tensor:
-        """`[K·L, P]`: each candidate's packing of each layer."""
+    def _searched(self, candidate: Tensor) -> Tensor:
+        """`[K·L, P]`: each candidate's table of each layer."""
         num_layers = self._weight.shape[0]
         repeats = len(candidate) // num_layers
         layer = torch.arange(num_layers, device=self._weight.device).repeat(repeats)
-        weight = self._weight.repeat(repeats, 1)
-        return self._engine.pack(weight, self.num_gpus, layer=layer, candidate=candidate, seed=self.seed)
+        weight = self._weight.repeat(repeats, 1) if repeats > 1 else self._weight
+        return self._policy.search(weight, layer=layer, candidate=candidate, seed=self.seed)
+
+    def _remember(self, candidate: Tensor, cost: Tensor, tables: Tensor) -> None:
+        first = cost.argmin(0)  # ties stay with the first
+        layer = torch.arange(len(first), device=cost.device)
+        met = candidate[first], cost[first, layer], tables[first, layer]
+        if self._met is not None:
+            worse = self._met[1] <= met[1]
+            met = (
+                torch.where(worse, self._met[0], met[0]),
+                torch.where(worse, self._met[1], met[1]),
+                torch.where(worse[:, None], self._met[2], met[2]),
+            )
+        self._met = met
 
     def _no_dearer(self, wanted: Tensor, other: Tensor) -> Tensor:
         """Layer by layer, `wanted` where it costs no more than `other`, which stands elsewhere; both `[L, P]`."""
-        cost = layer_cost(self._load, torch.stack([wanted, other]), self.num_gpus)  # [2, L]
-        return torch.where((cost[0] <= cost[1])[:, None], wanted, other)
-
-    def _placement(self, items: Tensor) -> Placement:
-        return Placement(items, self._weight.shape[1], self.num_gpus)
+        cheaper = layer_cost(self._load, wanted, self.num_gpus) <= layer_cost(self._load, other, self.num_gpus)
+        return torch.where(cheaper[:, None], wanted, other)
 
 
-def check_slots(topology: Topology, num_experts: int, num_slots: int | None) -> None:
-    """Refuse slots that cannot be spread over the GPUs, and replicas."""
-    if num_slots is not None and num_slots != num_experts:
-        raise DistplbError(
-            f"num_slots is {num_slots} for {num_experts} experts: replicas are not planned yet; "
-            f"pass num_slots={num_experts} or leave it out"
-        )
-    topology.slots_per_gpu(num_experts)
-
-
-def check_current(current: Placement | None, num_layers: int, num_experts: int, topology: Topology) -> None:
-    """Refuse a current placement of other layers, experts or GPUs than the load's."""
-    if current is None:
-        return
-    found = (current.num_layers, current.num_experts, current.num_slots, current.num_gpus)
-    wanted = (num_layers, num_experts, num_experts, topology.num_gpus)
-    if found != wanted:
-        raise DistplbError(
-            f"current has (layers, experts, slots, GPUs) = {found}, the load and topology {wanted}; "
-            "pass the placement in force of the same model"
-        )
+def _policy(options: SearchOptions, topology: Topology, num_slots: int, num_layers: int, engine: Engine) -> Policy:
+    """What the options ask for."""
+    groups, nodes = options.num_groups, topology.num_nodes
+    if options.slot_class is not None:
+        start = Placement.contiguous(num_layers, num_slots, topology.num_gpus)
+        start = start if options.current is None else options.current
+        return Classes(topology.num_gpus, options.slot_class, start.expert_of_slot)
+    if groups is not None and options.mode == "permute":
+        return Blocks(engine, topology.num_gpus, groups, num_slots)
+    if groups is not None and nodes > 1:
+        inside = Flat(engine, topology.gpus_per_node, num_slots // nodes, options.allow_shared_replicas)
+        return Hierarchy(inside, nodes, groups)
+    return Flat(engine, topology.num_gpus, num_slots, options.allow_shared_replicas)

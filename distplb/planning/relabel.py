@@ -1,42 +1,90 @@
 """Give the GPUs of a fresh placement the names under which most experts stay where they are.
 
-Shapes: L layers, P slots, M GPUs, G slots on each.
+Shapes: L layers, P slots, M GPUs, G slots on each, n cells in a cell.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
-from torch import Tensor
 
 from distplb.placement import Placement
 
 __all__ = ["relabelled"]
 
+Table = NDArray[np.int64]
 
-def relabelled(fresh: Placement, current: Placement) -> Placement:
-    """The same groups of experts as `fresh`, on the GPUs (and in the slots) that leave most experts in place.
 
-    Which experts share a GPU does not change, so neither does the balance. GPUs are matched by optimal assignment
-    (scipy); an expert that stays on its GPU keeps its slot. Without replicas.
+def relabelled(
+    fresh: Placement, current: Placement, cells: Sequence[int], slot_class: Table | None = None
+) -> Placement:
+    """The same experts together as in `fresh`, in the cells (and slots) that leave most of them in place.
+
+    Cells are matched by optimal assignment (scipy), the largest first and the smaller inside them, by the experts
+    that both hold. Which experts share a cell does not change, so neither does the balance. An expert that stays in
+    its smallest cell keeps its slot.
+
+    Args:
+        fresh, current: of the same layers, experts, slots and GPUs.
+        cells: slots of the cells that may change places, each a divisor of the one before: (P / N, G) for nodes and
+            GPUs; none if nothing may.
+        slot_class: `[P]`, the same for all cells, if experts may only stand in slots of their class.
     """
+    classes = np.zeros(fresh.num_slots, dtype=np.int64) if slot_class is None else slot_class
     tables = [
-        _relabelled_layer(new, old, fresh.num_gpus)
-        for new, old in zip(fresh.expert_of_slot, current.expert_of_slot, strict=True)
+        _relabelled_row(new, old, list(cells), classes)
+        for new, old in zip(fresh.expert_of_slot.numpy(), current.expert_of_slot.numpy(), strict=True)
     ]
-    return Placement(torch.stack(tables), fresh.num_experts, fresh.num_gpus)
+    return Placement(torch.from_numpy(np.stack(tables)), fresh.num_experts, fresh.num_gpus)
 
 
-def _relabelled_layer(new: Tensor, old: Tensor, num_gpus: int) -> Tensor:
-    gpu = torch.arange(num_gpus).repeat_interleave(len(new) // num_gpus)  # [P]
-    old_gpu, new_gpu = torch.empty_like(gpu), torch.empty_like(gpu)  # by expert
-    old_gpu[old], new_gpu[new] = gpu, gpu
-    shared = torch.zeros(num_gpus, num_gpus, dtype=torch.int64)  # [M, M], experts that both hold
-    shared.index_put_((new_gpu, old_gpu), torch.ones_like(gpu), accumulate=True)
-    _, takes = linear_sum_assignment(shared.numpy(), maximize=True)
-    new_gpu = torch.from_numpy(takes)[new_gpu]
-    table = torch.where(new_gpu[old] == gpu, old, -1)  # [P], who stays
-    free = (table < 0).nonzero()[:, 0]  # slots in order of their GPU
-    movers = (new_gpu != old_gpu).nonzero()[:, 0]
-    table[free] = movers[new_gpu[movers].sort(stable=True).indices]
+def _relabelled_row(new: Table, old: Table, cells: list[int], classes: Table) -> Table:
+    """One layer, or one cell of it: `[p]` each."""
+    if not cells:
+        return new
+    parts, before = new.reshape(-1, cells[0]), old.reshape(-1, cells[0])  # [n, cell]
+    _, takes = linear_sum_assignment(_common(parts, before), maximize=True)  # the place of each part
+    placed = np.empty_like(parts)
+    placed[takes] = parts
+    if len(cells) > 1:
+        inside = [_relabelled_row(*pair, cells[1:], classes) for pair in zip(placed, before, strict=True)]
+        return np.concatenate(inside)
+    for number in np.unique(classes[: cells[0]]):
+        same = classes[: cells[0]] == number
+        for one, other in zip(placed, before, strict=True):
+            one[same] = _in_place(one[same], other[same])
+    return placed.reshape(-1)
+
+
+def _common(parts: Table, before: Table) -> Table:
+    """`[n, n]`: the slots of each pair of cells that could stay, an expert as often as both hold it."""
+    height = int(max(parts.max(), before.max())) + 1
+    counts = []
+    for cells in (parts, before):
+        count = np.zeros((len(cells), height), dtype=np.int64)
+        np.add.at(count, (np.arange(len(cells))[:, None], cells), 1)
+        counts.append(count)
+    if counts[0].max() == counts[1].max() == 1:
+        return np.asarray(counts[0] @ counts[1].T)
+    return np.stack([np.minimum(count, counts[1]).sum(1) for count in counts[0]])
+
+
+def _in_place(new: Table, old: Table) -> Table:
+    """The experts of `new [g]`, those that `old` holds in its slots, the rest in the free ones in their order."""
+    left = {int(expert): int(count) for expert, count in zip(*np.unique(new, return_counts=True), strict=True)}
+    table = np.full_like(new, -1)
+    for slot, expert in enumerate(old.tolist()):
+        if left.get(expert, 0):
+            table[slot] = expert
+            left[expert] -= 1
+    arriving = []
+    for expert in new.tolist():
+        if left[expert]:
+            arriving.append(expert)
+            left[expert] -= 1
+    table[table < 0] = arriving
     return table

@@ -1,0 +1,222 @@
+"""Packing for Numba, row after row, without the GIL: what `packing.cpu` calls, which alone imports it.
+
+Shapes: X rows, n items, E experts, P slots, M packs; `weight [X, E]`, `tables [X, P]`, of which the rows from `begin`
+to `end` are written.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from distplb.packing.cpu_steps import (
+    APART,
+    FREE,
+    LIGHTEST,
+    MAX_ROUNDS,
+    NEVER,
+    ONE,
+    PAIR_ROUNDS,
+    compiled,
+    copy,
+    divide,
+    greedy,
+    lower_max,
+    lower_variance,
+    new_row,
+    noisy_keys,
+    swap_pairs,
+)
+
+__all__ = ["finish_rows", "pack_rows", "polish_rows", "refine_rows"]
+
+
+@compiled
+def _weigh(row, apart):
+    """What follows from table and share."""
+    size = len(row.table) // len(row.load)
+    if apart:
+        row.holds[:] = False
+    for pack in range(len(row.load)):
+        load = np.int64(0)
+        for slot in range(pack * size, (pack + 1) * size):
+            row.own[slot] = row.share[row.table[slot]]
+            load += row.own[slot]
+            if apart:
+                row.holds[row.table[slot], pack] = True
+        row.load[pack] = load
+        row.around[pack * size : (pack + 1) * size] = load
+
+
+@compiled
+def _packed(weight, row, apart):
+    """Steps 2 to 7, as `reference._packed`; what step 2 answers."""
+    for expert in range(len(weight)):
+        row.share[expert] = weight[expert] // row.replicas[expert]
+    kept = greedy(row, apart)
+    _weigh(row, apart)
+    if len(row.table) == len(weight):
+        lower_variance(row)
+    lower_max(row, MAX_ROUNDS, apart)
+    swap_pairs(row, PAIR_ROUNDS, LIGHTEST, apart)
+    lower_max(row, MAX_ROUNDS + 4 * len(row.load), apart)
+    return kept
+
+
+@compiled
+def _searched(weight, row, best, apart):
+    """Steps 0 to 8, as `reference._searched`: the heaviest pack, and whether `apart` came into it at the start.
+
+    The packing is left in the table of `best`.
+    """
+    num_slots, num_packs = len(row.table), len(row.load)
+    size = num_slots // num_packs
+    most = num_packs if apart else num_slots
+    divide(row, most)
+    capped = row.replicas.max() == most
+    mattered = _packed(weight, row, apart) or (apart and capped)
+    copy(row.table, best.table)
+    copy(row.load, best.load)
+    peak, mean, tries = row.load.max(), weight.sum() // num_packs, 0
+    if size == 1:
+        return peak, mattered
+    for _ in range(max(4, min(64, (1 << 14) // num_slots))):
+        if (peak - mean) << 8 <= mean:
+            break
+        giver = _nth_giver(weight, row.replicas, tries // size)
+        if giver < 0:
+            break
+        taker = best.table[np.argmax(best.load) * size + tries % size]
+        tries += 1
+        if giver == taker or row.replicas[taker] >= most:
+            continue
+        row.replicas[taker] += 1
+        row.replicas[giver] -= 1
+        _packed(weight, row, apart)
+        if row.load.max() < peak:
+            copy(row.table, best.table)
+            copy(row.load, best.load)
+            peak, tries = row.load.max(), 0
+        else:
+            row.replicas[taker] -= 1
+            row.replicas[giver] += 1
+    return peak, mattered
+
+
+@compiled
+def _nth_giver(weight, replicas, nth):
+    """The expert whose replicas would weigh the nth least with one fewer; -1 where there is none or it is too far."""
+    if nth >= 8:
+        return -1
+    least, found = np.int64(-1), -1
+    for _ in range(nth + 1):
+        after, after_expert = NEVER, -1
+        for expert in range(len(weight)):
+            if replicas[expert] > 1:
+                share = weight[expert] // (replicas[expert] - 1)
+                if (share > least or (share == least and expert > found)) and share < after:
+                    after, after_expert = share, expert
+        if after_expert < 0:
+            return -1
+        least, found = after, after_expert
+    return found
+
+
+@compiled
+def _starts_crowded(weight, row):
+    """Whether steps 0 and 2, left free, bring replicas of an expert together."""
+    divide(row, len(row.table))
+    for expert in range(len(weight)):
+        row.share[expert] = weight[expert] // row.replicas[expert]
+    greedy(row, FREE)
+    return _crowded(row)
+
+
+@compiled
+def _crowded(row):
+    """Whether a pack holds an expert twice."""
+    size = len(row.table) // len(row.load)
+    for slot in range(len(row.table)):
+        for place in range(slot + 1, (slot // size + 1) * size):
+            if row.table[slot] == row.table[place]:
+                return True
+    return False
+
+
+# --- calls ------------------------------------------------------------------------------------------------------
+
+
+@compiled
+def pack_rows(weight, num_packs, layer, candidate, seed, begin, end, tables):
+    """Steps 1 to 4 for the rows from `begin` to `end`; `weight` and `tables` are `[X, n]`."""
+    row = new_row(weight.shape[1], weight.shape[1], num_packs, FREE)
+    for x in range(begin, end):
+        noisy_keys(weight[x], layer[x], candidate[x], seed, row.key)
+        copy(weight[x], row.share)
+        greedy(row, FREE)
+        _weigh(row, FREE)
+        lower_variance(row)
+        lower_max(row, MAX_ROUNDS, FREE)
+        copy(row.table, tables[x])
+
+
+@compiled
+def finish_rows(weight, num_packs, begin, end, tables):
+    """Steps 6 and 7, in place."""
+    row = new_row(weight.shape[1], weight.shape[1], num_packs, FREE)
+    for x in range(begin, end):
+        copy(weight[x], row.share)
+        copy(tables[x], row.table)
+        _weigh(row, FREE)
+        swap_pairs(row, PAIR_ROUNDS, LIGHTEST, FREE)
+        lower_max(row, MAX_ROUNDS, FREE)
+        copy(row.table, tables[x])
+
+
+@compiled
+def refine_rows(weight, num_packs, layer, candidate, seed, shared, begin, end, tables):
+    """Steps 0 to 8; `weight [X, E]`, `tables [X, P]`."""
+    num_experts, num_slots = weight.shape[1], tables.shape[1]
+    replicated = num_slots > num_experts
+    roomy = num_slots <= num_packs * num_experts
+    row = new_row(num_experts, num_slots, num_packs, replicated)
+    best = new_row(num_experts, num_slots, num_packs, FREE)
+    for x in range(begin, end):
+        noisy_keys(weight[x], layer[x], candidate[x], seed, row.key)
+        if not replicated:
+            _packed(weight[x], row, FREE)
+            copy(row.table, tables[x])
+            continue
+        peak = NEVER
+        if roomy:
+            peak, mattered = _searched(weight[x], row, best, APART)
+            copy(best.table, tables[x])
+            if not shared or not mattered or not _starts_crowded(weight[x], row):
+                continue
+        if _searched(weight[x], row, best, FREE)[0] < peak:
+            copy(best.table, tables[x])
+
+
+@compiled
+def polish_rows(weight, num_packs, begin, end, tables):
+    """Step 9, in place."""
+    num_experts, num_slots = weight.shape[1], tables.shape[1]
+    row = new_row(num_experts, num_slots, num_packs, APART)
+    for x in range(begin, end):
+        copy(tables[x], row.table)
+        row.replicas[:] = 0
+        for expert in row.table:
+            row.replicas[expert] += 1
+        for expert in range(num_experts):
+            row.share[expert] = weight[x, expert] // max(1, row.replicas[expert])
+        apart = row.replicas.max() > 1 and not _crowded(row)
+        _weigh(row, apart)
+        for _ in range(20):
+            made = 0
+            for partner in range(4):
+                made = swap_pairs(row, ONE, partner, apart)
+                if made:
+                    break
+            if not made:
+                break
+            lower_max(row, MAX_ROUNDS + 4 * num_packs, apart)
+        copy(row.table, tables[x])

@@ -1,0 +1,202 @@
+"""The engine for GPUs: the packing core in Triton, a program a row, without a wait between launch and result.
+
+Shapes: X rows, n items, M packs, g = n / M items in each, q pairs of two positions in a pack. What the entry points
+mean is `packing.reference`'s, and so is every choice they make. Triton itself is imported when they are called.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distplb.errors import DistplbError
+from distplb.packing.candidates import noisy_keys
+
+__all__ = ["MOST_ITEMS", "finish", "greedy", "is_there", "lower_max", "lower_variance", "pack", "swap_pairs"]
+
+MOST_ITEMS = 4096  # a row lives in one program's registers
+_LEAST_BLOCK = 32  # a smaller block would save nothing and compile once more
+_PAIR_ITEMS = range(2, 17)  # packs of this many items try pair swaps
+_CELLS = 16  # of a tile, for each thread
+
+
+def is_there() -> bool:
+    """Whether this engine can run: Triton is installed, and there is a GPU or Triton interprets.
+
+    Triton interprets, on the CPU and slowly, where TRITON_INTERPRET=1 is set before Python starts.
+    """
+    return _missing() is None
+
+
+def pack(weight: Tensor, num_packs: int, *, layer: Tensor, candidate: Tensor, seed: int = 0) -> Tensor:
+    """Steps 1 to 4 for one candidate a row: `items [X, n]`, on the device of `weight`.
+
+    Args:
+        weight: `[X, n]` int64, each row's total at most 2^40; n a multiple of `num_packs`, up to 4,096. Of another
+            device than a GPU it is copied to the current one.
+        num_packs: M.
+        layer: `[X]` int64, the row's layer.
+        candidate: `[X]` int64, the row's candidate.
+        seed: of the whole plan.
+
+    Raises:
+        DistplbError: for other shapes or types, or if the engine is not there.
+    """
+    _check(weight, num_packs, {"layer": layer, "candidate": candidate}, weight.shape[:1])
+    if weight.shape[1] == num_packs:
+        return torch.arange(num_packs, device=weight.device).expand_as(weight).clone()
+    home, weight = weight.device, _at_work(weight)
+    layer, candidate = layer.to(weight.device), candidate.to(weight.device)
+    items = greedy(weight, noisy_keys(weight, layer=layer, candidate=candidate, seed=seed), num_packs)
+    items = lower_variance(weight, items, num_packs)
+    return lower_max(weight, items, num_packs).to(home)
+
+
+def finish(weight: Tensor, items: Tensor, num_packs: int) -> Tensor:
+    """Steps 6 and 7 on the chosen packings `items [X, n]`; the rest as for `pack`."""
+    _check(weight, num_packs, {"items": items}, weight.shape)
+    home, weight = weight.device, _at_work(weight)
+    items = items.to(weight.device)
+    return lower_max(weight, swap_pairs(weight, items, num_packs), num_packs).to(home)
+
+
+# The steps. Their tensors are where the kernels run.
+
+
+def greedy(weight: Tensor, key: Tensor, num_packs: int) -> Tensor:
+    """Step 2: in descending order of key, each item to the lightest pack that is not full."""
+    num_items = weight.shape[1]
+    order = key.sort(dim=1, descending=True, stable=True).indices.contiguous()  # [X, n]
+    items = torch.empty_like(order)
+    block = _power_of_two(num_packs)
+    _launch(
+        _kernels().greedy_kernel,
+        (weight.gather(1, order), order, items, num_items, num_items // num_packs),
+        {"N": _block(num_items), "M": block, "num_warps": 1 if block <= 256 else 4},  # one warp needs no barriers
+    )
+    return items
+
+
+def lower_variance(weight: Tensor, items: Tensor, num_packs: int) -> Tensor:
+    """Step 3: the swap that lowers the sum of squared pack loads most, while there is one."""
+    return _lowered(_kernels().variance_kernel, weight, items, num_packs, tried=weight.shape[1])
+
+
+def lower_max(weight: Tensor, items: Tensor, num_packs: int) -> Tensor:
+    """Steps 4 and 7: the swap with the heaviest pack that leaves the smaller maximum of its two packs."""
+    return _lowered(_kernels().max_kernel, weight, items, num_packs, tried=weight.shape[1] // num_packs)
+
+
+def swap_pairs(weight: Tensor, items: Tensor, num_packs: int) -> Tensor:
+    """Step 6: two items of the heaviest pack for two of the lightest, the smallest difference that remains."""
+    num_items = weight.shape[1]
+    size = num_items // num_packs
+    if size not in _PAIR_ITEMS or num_packs == 1:
+        return items
+    weight, items = weight.contiguous(), items.contiguous()
+    pairs = torch.triu_indices(size, size, 1, device=weight.device)  # [2, q], in lexicographic order
+    num_pairs = pairs.shape[1]
+    result = torch.empty_like(items)
+    block, warps = _block(num_pairs), 4
+    _launch(
+        _kernels().pairs_kernel,
+        (weight, items, result, pairs, num_items, size, num_pairs),
+        {"N": _block(num_items), "Q": block, "A": _height(block, num_pairs, warps), "num_warps": warps},
+    )
+    return result
+
+
+def _lowered(kernel: Any, weight: Tensor, items: Tensor, num_packs: int, *, tried: int) -> Tensor:
+    """`[X, n]`: the result of a refinement that tries `tried` positions of a row against all of them."""
+    num_items = weight.shape[1]
+    weight, items = weight.contiguous(), items.contiguous()
+    result = torch.empty_like(items)
+    block = _block(num_items)
+    warps = 4 if block <= 256 else 8
+    _launch(
+        kernel,
+        (weight, items, result, num_items, num_items // num_packs),
+        {"N": block, "A": _height(block, tried, warps), "num_warps": warps},
+    )
+    return result
+
+
+def _launch(kernel: Any, arguments: tuple[Any, ...], options: dict[str, int]) -> None:
+    """Run a kernel, a program for each row of the first argument; its tensors are contiguous and on one device."""
+    first = arguments[0]
+    if len(first):
+        with torch.cuda.device_of(first):  # Triton launches on the current device, which may be another one
+            # No kernel has floats, but Triton 3.9 warns where this is left open.
+            kernel[(len(first),)](*arguments, **options, enable_fp_fusion=False)
+
+
+def _power_of_two(number: int) -> int:
+    """The least one that is not below `number`."""
+    return 1 << (number - 1).bit_length()
+
+
+def _block(number: int) -> int:
+    return max(_LEAST_BLOCK, _power_of_two(number))
+
+
+def _height(block: int, tried: int, warps: int) -> int:
+    """A of a tile `[A, block]`: as high as the threads' share allows, no higher than what is tried."""
+    return min(_power_of_two(tried), max(1, _CELLS * 32 * warps // block))
+
+
+# At the door.
+
+
+def _missing() -> str | None:
+    """What keeps this engine from running, with the remedy; None if nothing does."""
+    if find_spec("triton") is None:
+        return "Triton is not installed; install triton, which comes with torch on CUDA"
+    if not torch.cuda.is_available() and not _imported().INTERPRETED:
+        return "torch.cuda.is_available() is False; run where there is a GPU, or set TRITON_INTERPRET=1 to interpret"
+    return None
+
+
+@cache  # the question takes longer than a launch
+def _kernels() -> ModuleType:
+    missing = _missing()
+    if missing is not None:
+        raise DistplbError(f"engine 'cuda' is not there: {missing}, or pass another engine")
+    return _imported()
+
+
+def _imported() -> ModuleType:
+    from distplb.packing import cuda_kernels
+
+    return cuda_kernels
+
+
+def _at_work(value: Tensor) -> Tensor:
+    """`value` where the kernels run."""
+    return value if value.is_cuda or _kernels().INTERPRETED else value.to("cuda")
+
+
+def _check(weight: Tensor, num_packs: int, others: dict[str, Tensor], shape: torch.Size) -> None:
+    """Refuse what the kernels would read wrongly; looks at no element, so it waits for no device."""
+    if weight.dim() != 2 or weight.dtype != torch.int64:
+        raise DistplbError(
+            f"weight is {weight.dtype} of shape {tuple(weight.shape)}; pass int64 of shape [rows, items]"
+        )
+    for name, value in others.items():
+        if value.shape != shape or value.dtype != torch.int64:
+            raise DistplbError(
+                f"{name} is {value.dtype} of shape {tuple(value.shape)}; pass int64 of shape {tuple(shape)}"
+            )
+    num_items = weight.shape[1]
+    if num_packs < 1 or num_items < 1 or num_items % num_packs:
+        raise DistplbError(
+            f"{num_items} items cannot be packed evenly into {num_packs} packs; pass a divisor of {num_items}"
+        )
+    if num_items > MOST_ITEMS:
+        raise DistplbError(
+            f"a row has {num_items} items and engine 'cuda' packs at most {MOST_ITEMS}; pass engine='reference'"
+        )

@@ -1,0 +1,99 @@
+"""Experts that stay within their class of slots, for layouts that can only exchange equal slot numbers.
+
+Shapes: X rows, E = P experts and slots, M GPUs, G slots on each, C classes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from distplb.packing.candidates import noisy_keys
+
+__all__ = ["Classes"]
+
+_ROUNDS = 40
+
+
+@dataclass(frozen=True)
+class Classes:
+    """An expert may stand only in slots of the class of its present slot; there are no replicas.
+
+    One slot a GPU of one class at a time is emptied, and its experts are dealt anew, the heaviest to the GPU that is
+    lightest without them, which for these slots is the best there is. Where a GPU has several slots of a class, the
+    slot that takes part changes from round to round.
+
+    Args:
+        num_gpus: M.
+        slot_class: `[P]` int64.
+        start: `[L, P]` int64, the placement in force, which tells each expert's class.
+    """
+
+    num_gpus: int
+    slot_class: Tensor
+    start: Tensor
+
+    @property
+    def cells(self) -> tuple[int, ...]:
+        """GPUs, where all have the same classes in the same order; else nothing changes places as a whole."""
+        by_gpu = self.slot_class.view(self.num_gpus, -1)
+        return (by_gpu.shape[1],) if bool((by_gpu == by_gpu[0]).all()) else ()
+
+    def search(self, weight: Tensor, *, layer: Tensor, candidate: Tensor, seed: int) -> Tensor:
+        """As `Policy`; a candidate's noise decides the order that it starts from."""
+        table = self.start.to(weight.device)[layer]
+        key = noisy_keys(weight, layer=layer, candidate=candidate, seed=seed)
+        return self._lowered(key, weight, table)
+
+    def polish(self, weight: Tensor, table: Tensor) -> Tensor:
+        """As `Policy`."""
+        return self._lowered(weight, weight, table)
+
+    def _lowered(self, key: Tensor, weight: Tensor, table: Tensor) -> Tensor:
+        """Dealt anew until a whole round over the classes makes no GPU lighter; the best that was met."""
+        best = table.clone()
+        least = self._loads(weight, table).sort(dim=1, descending=True).values  # [X, M]
+        for turn in range(_ROUNDS):
+            for number in self.slot_class.unique().tolist():
+                table = self._dealt(key if turn == 0 else weight, weight, table, self._taking_part(number, turn))
+            loads = self._loads(weight, table).sort(dim=1, descending=True).values
+            better = _earlier(loads, least)
+            best[better], least[better] = table[better], loads[better]
+            if turn > 0 and not bool(better.any()):
+                break
+        return best
+
+    def _taking_part(self, number: int, turn: int) -> Tensor:
+        """`[m]`: a slot of that class on every GPU that has one, another one each turn."""
+        slots = (self.slot_class.to("cpu") == number).view(self.num_gpus, -1)  # [M, G]
+        having = slots.any(1).nonzero()[:, 0].tolist()
+        size = slots.shape[1]
+        found = []
+        for gpu in having:
+            own = slots[gpu].nonzero()[:, 0].tolist()
+            found.append(gpu * size + own[(turn + turn // len(own) * gpu) % len(own)])
+        return torch.tensor(found)
+
+    def _dealt(self, key: Tensor, weight: Tensor, table: Tensor, slots: Tensor) -> Tensor:
+        """The experts of `slots [m]`, the heaviest by key to the GPU that is lightest without its own."""
+        slots = slots.to(table.device)
+        gpu = slots // (table.shape[1] // self.num_gpus)
+        experts = table[:, slots]  # [X, m]
+        rest = self._loads(weight, table)[:, gpu] - weight.gather(1, experts)
+        heaviest = experts.gather(1, key.gather(1, experts).sort(dim=1, descending=True, stable=True).indices)
+        lightest = rest.sort(dim=1, stable=True).indices  # [X, m]
+        table = table.clone()
+        table[:, slots] = torch.empty_like(experts).scatter_(1, lightest, heaviest)
+        return table
+
+    def _loads(self, weight: Tensor, table: Tensor) -> Tensor:
+        return weight.gather(1, table).view(len(table), self.num_gpus, -1).sum(2)  # [X, M]
+
+
+def _earlier(one: Tensor, other: Tensor) -> Tensor:
+    """`[X]` bool: whether one row of loads comes before the other in the order of a dictionary."""
+    differ = one != other
+    first = differ.to(torch.int8).argmax(1, keepdim=True)
+    return (one.gather(1, first) < other.gather(1, first))[:, 0]

@@ -1,0 +1,57 @@
+"""The drop-in for DeepSeek's EPLB: same arguments, same three results, same meaning of each.
+
+Shapes: L layers, E experts, P slots, R the most replicas of one expert.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from distplb.errors import DistplbError
+from distplb.packing.balanced import as_whole
+from distplb.placement import Placement
+from distplb.planning.options import SearchOptions
+from distplb.planning.problem import Problem
+from distplb.topology import Topology
+
+__all__ = ["rebalance_experts"]
+
+
+def rebalance_experts(
+    weight: Tensor, num_replicas: int, num_groups: int, num_nodes: int, num_gpus: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Placement of replicated experts, in the form of `eplb.rebalance_experts` (deepseek-ai/EPLB).
+
+    >>> phy2log, log2phy, logcnt = rebalance_experts(torch.tensor([[9.0, 1, 5, 5]]), 6, 1, 1, 2)
+    >>> phy2log, logcnt
+    (tensor([[2, 0, 1, 3, 0, 1]]), tensor([[2, 2, 1, 1]]))
+    >>> log2phy
+    tensor([[[ 1,  4],
+             [ 2,  5],
+             [ 0, -1],
+             [ 3, -1]]])
+
+    Args:
+        weight: `[L, E]`, load of each expert: tokens, or any non-negative numbers.
+        num_replicas: P, physical experts: replicas of all experts together.
+        num_groups: of consecutive experts. If the nodes divide it, groups are pinned to nodes; if not, groups and
+            nodes are disregarded, as there.
+        num_nodes: N; divides `num_gpus`.
+        num_gpus: M; divides `num_replicas`.
+
+    Returns:
+        Of int64 on the CPU: physical_to_logical `[L, P]`, the expert of each slot; logical_to_physical `[L, E, R]`,
+        the slots of each expert, ascending, −1 where it has fewer than R; and logical_count `[L, E]`, the replicas.
+
+    Raises:
+        DistplbError: for weights that are not finite and non-negative, and numbers that do not divide.
+    """
+    if num_nodes < 1 or num_gpus < 1 or num_gpus % num_nodes:
+        raise DistplbError(f"{num_gpus} GPUs cannot be spread evenly over {num_nodes} nodes; pass a divisor of them")
+    whole = as_whole(torch.as_tensor(weight).cpu())
+    options = SearchOptions(num_slots=num_replicas, num_groups=num_groups if num_groups % num_nodes == 0 else None)
+    problem = Problem(whole[None], Topology(num_nodes, num_gpus // num_nodes), options)
+    plain = torch.zeros(len(whole), dtype=torch.int64)
+    placement = Placement(problem.polish(problem.build(plain)), whole.shape[1], num_gpus)
+    return placement.expert_of_slot, placement.inverse, placement.replicas

@@ -1,0 +1,153 @@
+"""What, with the load and the topology, fixes a plan, and what of it is refused.
+
+Shapes: L layers, E experts, P slots, M GPUs, G slots on each.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from distplb.errors import DistplbError
+from distplb.packing.candidates import CANDIDATE_BITS
+from distplb.packing.engines import engine_named
+from distplb.placement import Placement
+from distplb.topology import Topology
+
+__all__ = ["SearchOptions"]
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """Options of `plan`, which explains them."""
+
+    num_slots: int | None = None
+    num_groups: int | None = None
+    slot_class: Tensor | None = None
+    current: Placement | None = None
+    num_candidates: int = 1
+    seed: int = 0
+    engine: str | None = None
+    allow_shared_replicas: bool = True
+    mode: str = "remap"
+
+    def slots(self, num_experts: int) -> int:
+        """P."""
+        return num_experts if self.num_slots is None else self.num_slots
+
+    def check(self, topology: Topology, num_layers: int, num_experts: int) -> None:
+        """Refuse what does not go together.
+
+        Raises:
+            DistplbError: with the value and what to pass instead.
+        """
+        self._check_numbers()
+        self._check_slots(topology, num_experts)
+        self._check_groups(topology, num_experts)
+        self._check_current(topology, num_layers, num_experts)
+        self._check_slot_class(num_experts)
+
+    def fields(self, num_experts: int) -> dict[str, int]:
+        """What all ranks must share, as integers by name; the engine may differ."""
+        return {
+            "num_slots": self.slots(num_experts),
+            "num_groups": -1 if self.num_groups is None else self.num_groups,
+            "slot_class (digest)": -1 if self.slot_class is None else _digest(self.slot_class),
+            "the current placement (digest)": -1 if self.current is None else self.current.digest(),
+            "num_candidates": self.num_candidates,
+            "seed": self.seed,
+            "allow_shared_replicas": int(self.allow_shared_replicas),
+            "mode (permute is 1)": int(self.mode == "permute"),
+        }
+
+    def _check_numbers(self) -> None:
+        if not 1 <= self.num_candidates <= 1 << CANDIDATE_BITS:
+            raise DistplbError(f"num_candidates is {self.num_candidates}; pass 1 to 2^{CANDIDATE_BITS}")
+        if not 0 <= self.seed < 1 << 62:
+            raise DistplbError(f"seed is {self.seed}; pass a whole number in [0, 2^62)")
+        if self.mode not in ("permute", "remap"):
+            raise DistplbError(f"mode is {self.mode!r}; pass 'permute' or 'remap'")
+        engine_named(self.engine)
+
+    def _check_slots(self, topology: Topology, num_experts: int) -> None:
+        num_slots = self.slots(num_experts)
+        if num_slots < num_experts:
+            raise DistplbError(
+                f"num_slots is {num_slots} for {num_experts} experts; every expert needs a slot: "
+                f"pass at least {_next_multiple(num_experts, topology.num_gpus)}"
+            )
+        size = topology.slots_per_gpu(num_slots)
+        if num_slots == num_experts:
+            return
+        if self.mode == "permute":
+            raise DistplbError(
+                f"num_slots is {num_slots} for {num_experts} experts, and mode 'permute' knows no replicas; "
+                f"pass mode='remap', or num_slots={num_experts}"
+            )
+        nodes = topology.num_nodes if self.num_groups is not None else 1
+        if not self.allow_shared_replicas and size > num_experts // nodes:
+            raise DistplbError(
+                f"{size} slots on each GPU for {num_experts // nodes} experts: some GPU must hold an expert twice; "
+                "pass allow_shared_replicas=True or fewer slots"
+            )
+
+    def _check_groups(self, topology: Topology, num_experts: int) -> None:
+        groups = self.num_groups
+        if groups is None:
+            return
+        if groups < 1 or num_experts % groups:
+            raise DistplbError(
+                f"num_groups is {groups}, which does not divide {num_experts} experts; pass the number of groups of "
+                "the router, or leave it out"
+            )
+        if self.mode == "remap" and groups % topology.num_nodes:
+            raise DistplbError(
+                f"num_groups is {groups}, which {topology.num_nodes} nodes cannot share evenly; pass a multiple of "
+                f"{topology.num_nodes}, or leave it out to plan without groups"
+            )
+        block, size = num_experts // groups, num_experts // topology.num_gpus
+        if self.mode == "permute" and block % size and size % block:
+            raise DistplbError(
+                f"a block of {block} slots (num_groups is {groups}) neither fills whole GPUs of {size} slots nor "
+                "divides them, so no block permutation evens out the GPUs; use a number of GPUs that divides "
+                f"{groups} or is a multiple of it"
+            )
+
+    def _check_current(self, topology: Topology, num_layers: int, num_experts: int) -> None:
+        if self.current is None:
+            return
+        current = self.current
+        found = (current.num_layers, current.num_experts, current.num_slots, current.num_gpus)
+        wanted = (num_layers, num_experts, self.slots(num_experts), topology.num_gpus)
+        if found != wanted:
+            raise DistplbError(
+                f"current has (layers, experts, slots, GPUs) = {found}, the load and topology {wanted}; "
+                "pass the placement in force of the same model"
+            )
+
+    def _check_slot_class(self, num_experts: int) -> None:
+        if self.slot_class is None:
+            return
+        found = torch.as_tensor(self.slot_class)
+        whole = not (found.is_floating_point() or found.is_complex() or found.dtype == torch.bool)
+        if tuple(found.shape) != (num_experts,) or not whole:
+            raise DistplbError(
+                f"slot_class is {found.dtype} of shape {tuple(found.shape)}; pass an integer for each of "
+                f"{num_experts} slots"
+            )
+        if self.slots(num_experts) != num_experts or self.num_groups is not None:
+            raise DistplbError(
+                "slot_class goes with neither replicas nor groups: leave out num_slots and num_groups, or slot_class"
+            )
+
+
+def _next_multiple(number: int, of: int) -> int:
+    return -(-number // of) * of
+
+
+def _digest(value: Tensor) -> int:
+    data = torch.as_tensor(value).to("cpu", torch.int64).contiguous().numpy().astype("<i8").tobytes()
+    return int.from_bytes(hashlib.sha256(data).digest()[:8], "big") >> 2

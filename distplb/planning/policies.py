@@ -1,0 +1,208 @@
+"""What a placement is packed from: all slots at once, node by node, block by block, or class by class.
+
+Each policy turns candidates into tables with one of the engines, and finishes chosen tables.
+Shapes: X rows (layers, or layers times candidates), E experts, P slots, M GPUs, G slots on each, N nodes, B groups,
+C classes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from distplb.packing.candidates import Names, noisy_keys
+from distplb.packing.engines import Engine
+from distplb.packing.steps import greedy, pack_loads
+
+__all__ = ["Blocks", "Flat", "Hierarchy", "Policy"]
+
+
+class Policy(Protocol):
+    """Tables `[X, P]` from weights `[X, E]` int64, each row's total at most 2^40."""
+
+    @property
+    def cells(self) -> tuple[int, ...]:
+        """Slots of the cells that may change places as wholes, the largest first: nodes, blocks, GPUs."""
+
+    def search(self, weight: Tensor, *, layer: Tensor, candidate: Tensor, seed: int) -> Tensor:
+        """The table of one candidate `[X]` a row."""
+
+    def polish(self, weight: Tensor, table: Tensor) -> Tensor:
+        """A table that is no worse, under the same constraints."""
+
+
+@dataclass(frozen=True)
+class Flat:
+    """Any expert on any GPU.
+
+    Args:
+        engine: what packs.
+        num_gpus: M.
+        num_slots: P.
+        shared: whether replicas of an expert may share a GPU.
+    """
+
+    engine: Engine
+    num_gpus: int
+    num_slots: int
+    shared: bool
+
+    @property
+    def cells(self) -> tuple[int, ...]:
+        """GPUs."""
+        return (self.num_slots // self.num_gpus,)
+
+    def search(self, weight: Tensor, *, layer: Tensor, candidate: Tensor, seed: int) -> Tensor:
+        """As `Policy`."""
+        names: Names = {"layer": layer, "candidate": candidate, "seed": seed}
+        return self.engine.refine(weight, self.num_gpus, self.num_slots, shared=self.shared, **names)
+
+    def polish(self, weight: Tensor, table: Tensor) -> Tensor:
+        """As `Policy`."""
+        return self.engine.polish(weight, table, self.num_gpus)
+
+
+@dataclass(frozen=True)
+class Hierarchy:
+    """Groups pinned to nodes, DeepSeek's hierarchical policy: a node holds B / N whole groups and all their replicas.
+
+    (1) Groups are packed to nodes, greedily and refined, and the better of the two goes on. Inside each node
+    (2) replicas are made and (3) packed to its GPUs, as `Flat` does.
+
+    Args:
+        inside: the policy of one node, with M / N GPUs and P / N slots.
+        num_nodes: N.
+        num_groups: B; a multiple of N that divides E.
+    """
+
+    inside: Flat
+    num_nodes: int
+    num_groups: int
+
+    @property
+    def cells(self) -> tuple[int, ...]:
+        """Nodes, and GPUs in them."""
+        return (self.inside.num_slots, *self.inside.cells)
+
+    def search(self, weight: Tensor, *, layer: Tensor, candidate: Tensor, seed: int) -> Tensor:
+        """As `Policy`."""
+        group = weight.unflatten(1, (self.num_groups, -1)).sum(2)  # [X, B]
+        key = noisy_keys(group, layer=layer, candidate=candidate, seed=seed)
+        # Greedy as it stands is the published policy, and a better balance of nodes may pack worse inside them.
+        nodes = greedy(group, key, torch.ones_like(key), self.num_nodes, apart=False)
+        names: Names = {"layer": layer, "candidate": candidate, "seed": seed}
+        table = self._packed(weight, nodes, **names)
+        if self.num_nodes == self.num_groups:
+            return table
+        refined = self.inside.engine.refine(group, self.num_nodes, self.num_groups, **names)
+        differ = (_sets(refined, self.num_nodes) != _sets(nodes, self.num_nodes)).any(1).nonzero()[:, 0]
+        if len(differ):
+            names = {"layer": layer[differ], "candidate": candidate[differ], "seed": seed}
+            other = self._packed(weight[differ], refined[differ], **names)
+            better = self._peak(weight[differ], other) < self._peak(weight[differ], table[differ])
+            table[differ[better]] = other[better]
+        return table
+
+    def polish(self, weight: Tensor, table: Tensor) -> Tensor:
+        """As `Policy`."""
+        return _cell_by_cell(self.inside, weight, table, self.num_nodes)
+
+    def _packed(self, weight: Tensor, nodes: Tensor, *, layer: Tensor, candidate: Tensor, seed: int) -> Tensor:
+        """Parts (2) and (3), with the groups of each node given as `nodes [X, B]`."""
+        size = weight.shape[1] // self.num_groups
+        members = (nodes[:, :, None] * size + torch.arange(size, device=nodes.device)).view(
+            len(nodes), self.num_nodes, -1
+        )  # [X, N, E / N], in ascending order of experts, so that ties do not depend on the order of groups
+        return _searched_in_cells(self.inside, weight, members.sort(dim=2).values, layer, candidate, seed)
+
+    def _peak(self, weight: Tensor, table: Tensor) -> Tensor:
+        """`[X]`: the fullest GPU."""
+        replicas = torch.zeros_like(weight).scatter_add_(1, table, torch.ones_like(table))
+        return pack_loads(weight // replicas, table, self.inside.num_gpus * self.num_nodes).amax(1)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Block permutations: experts stay in their group's block of slots, and blocks change places as wholes.
+
+    Without replicas, this is what group-limited routing lets pass for the same model. A block that spans several
+    GPUs is packed to them; where a GPU holds several blocks, blocks are packed to GPUs.
+
+    Args:
+        engine: what packs.
+        num_gpus: M.
+        num_groups: B; the block of E / B slots is a multiple or a divisor of the G slots of a GPU.
+        num_slots: P = E.
+    """
+
+    engine: Engine
+    num_gpus: int
+    num_groups: int
+    num_slots: int
+
+    @property
+    def cells(self) -> tuple[int, ...]:
+        """Blocks and GPUs, the larger first."""
+        sizes = {self.num_slots // self.num_groups, self.num_slots // self.num_gpus}
+        return tuple(sorted(sizes, reverse=True))
+
+    @property
+    def _spanned(self) -> int:
+        """GPUs that a block spans, or 0 where a GPU holds several blocks."""
+        return self.num_gpus // self.num_groups
+
+    def search(self, weight: Tensor, *, layer: Tensor, candidate: Tensor, seed: int) -> Tensor:
+        """As `Policy`."""
+        size = weight.shape[1] // self.num_groups
+        expert = torch.arange(weight.shape[1], device=weight.device).expand(len(weight), -1)
+        members = expert.view(len(weight), self.num_groups, size)  # [X, B, E / B]
+        if self._spanned:
+            inside = Flat(self.engine, self._spanned, size, shared=False)
+            return _searched_in_cells(inside, weight, members, layer, candidate, seed)
+        group = weight.unflatten(1, (self.num_groups, size)).sum(2)  # [X, B]
+        names: Names = {"layer": layer, "candidate": candidate, "seed": seed}
+        order = self.engine.refine(group, self.num_gpus, self.num_groups, **names)  # [X, B]
+        return members.gather(1, order[:, :, None].expand(-1, -1, size)).view(len(weight), -1)
+
+    def polish(self, weight: Tensor, table: Tensor) -> Tensor:
+        """As `Policy`."""
+        size = weight.shape[1] // self.num_groups
+        if self._spanned:
+            return _cell_by_cell(Flat(self.engine, self._spanned, size, shared=False), weight, table, self.num_groups)
+        group = weight.unflatten(1, (self.num_groups, size)).sum(2)
+        blocks = table.view(len(table), self.num_groups, size)
+        order = self.engine.polish(group, blocks[:, :, 0] // size, self.num_gpus)
+        place = torch.empty_like(order).scatter_(1, blocks[:, :, 0] // size, _positions(order))  # [X, B], of each group
+        return blocks.gather(1, place.gather(1, order)[:, :, None].expand(-1, -1, size)).view(len(table), -1)
+
+
+def _searched_in_cells(
+    inside: Flat, weight: Tensor, members: Tensor, layer: Tensor, candidate: Tensor, seed: int
+) -> Tensor:
+    """`[X, P]`: each cell packed by itself from its experts `members [X, cells, experts]`."""
+    rows, cells = members.shape[:2]
+    own = weight.gather(1, members.flatten(1)).view(rows * cells, -1)
+    # Other noise in each cell of a layer; the same wherever the row stands.
+    cell_layer = (layer[:, None] * cells + torch.arange(cells, device=layer.device)).flatten()
+    local = inside.search(own, layer=cell_layer, candidate=candidate.repeat_interleave(cells), seed=seed)
+    return members.gather(2, local.view(rows, cells, -1)).view(rows, -1)
+
+
+def _cell_by_cell(inside: Flat, weight: Tensor, table: Tensor, cells: int) -> Tensor:
+    """`[X, P]`: each cell of the table finished by itself."""
+    local = table.view(len(table) * cells, -1)
+    return inside.polish(weight.repeat_interleave(cells, 0), local).view(len(table), -1)
+
+
+def _sets(packs: Tensor, num_packs: int) -> Tensor:
+    """`[X, B]`: the packs in an order that does not depend on that of packs or places."""
+    inside = packs.view(len(packs), num_packs, -1).sort(dim=2).values
+    first = inside[:, :, 0].argsort(dim=1)[:, :, None].expand_as(inside)
+    return inside.gather(1, first).view(len(packs), -1)
+
+
+def _positions(table: Tensor) -> Tensor:
+    return torch.arange(table.shape[1], device=table.device).expand_as(table)
