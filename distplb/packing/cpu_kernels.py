@@ -24,6 +24,7 @@ from distplb.packing.cpu_steps import (
     lower_variance,
     new_row,
     noisy_keys,
+    parted,
     swap_pairs,
 )
 
@@ -51,9 +52,8 @@ def _weigh(row, apart):
 def _packed(weight, row, apart):
     """Steps 2 to 7, as `reference._packed`; what step 2 answers."""
     for expert in range(len(weight)):
-        row.share[expert] = weight[expert] // row.replicas[expert]
+        row.share[expert] = parted(weight[expert], row.replicas[expert])
     kept = greedy(row, apart)
-    _weigh(row, apart)
     if len(row.table) == len(weight):
         lower_variance(row)
     lower_max(row, MAX_ROUNDS, apart)
@@ -126,7 +126,7 @@ def _starts_crowded(weight, row):
     """Whether steps 0 and 2, left free, bring replicas of an expert together."""
     divide(row, len(row.table))
     for expert in range(len(weight)):
-        row.share[expert] = weight[expert] // row.replicas[expert]
+        row.share[expert] = parted(weight[expert], row.replicas[expert])
     greedy(row, FREE)
     return _crowded(row)
 
@@ -153,7 +153,6 @@ def pack_rows(weight, num_packs, layer, candidate, seed, begin, end, tables):
         noisy_keys(weight[x], layer[x], candidate[x], seed, row.key)
         copy(weight[x], row.share)
         greedy(row, FREE)
-        _weigh(row, FREE)
         lower_variance(row)
         lower_max(row, MAX_ROUNDS, FREE)
         copy(row.table, tables[x])

@@ -30,6 +30,7 @@ __all__ = [
     "lower_variance",
     "new_row",
     "noisy_keys",
+    "parted",
     "swap_pairs",
 ]
 
@@ -98,6 +99,12 @@ def copy(source, to):
 
 
 @compiled
+def parted(value, replicas):
+    """A replica's part; most experts have one, and a division takes longer than to ask."""
+    return value if replicas == 1 else value // replicas
+
+
+@compiled
 def _mix(state):
     state &= _MASK
     state = ((state ^ (state >> 16)) * np.int64(0x7FEB352D)) & _MASK
@@ -143,7 +150,7 @@ def greedy(row, apart):
     num_packs, at, kept = len(load), 0, False
     size = len(table) // num_packs
     for expert in range(len(row.key)):
-        value = -(((row.key[expert] // row.replicas[expert]) << _INDEX_BITS) | (_INDEX - expert))
+        value = -((parted(row.key[expert], row.replicas[expert]) << _INDEX_BITS) | (_INDEX - expert))
         for _ in range(row.replicas[expert]):
             row.order[at] = value
             at += 1
@@ -177,6 +184,9 @@ def greedy(row, apart):
         load[to] += row.share[expert]
         filled[to] += 1
         packed[to] = NEVER if filled[to] == size else (load[to] << _INDEX_BITS) | to
+    for pack in range(num_packs):
+        for slot in range(pack * size, (pack + 1) * size):
+            row.around[slot] = load[pack]
     return kept
 
 
@@ -301,40 +311,42 @@ def lower_max(row, rounds, apart):
         heavy = 0
         while load[heavy] != peak:
             heavy += 1
-        best, one, other = peak, NONE, NONE
+        best, one = peak, NONE
         for slot in range(heavy * size, (heavy + 1) * size):
             weight, rest = own[slot], peak - own[slot]
             least = NEVER
             for place in range(len(own)):
                 least = min(least, max(rest + own[place], around[place] + weight - own[place]))
-            if least >= best:
-                continue
-            place = np.int64(0)
-            while max(rest + own[place], around[place] + weight - own[place]) != least:
-                place += 1
-            if apart and (row.holds[row.table[slot], place // size] or row.holds[row.table[place], heavy]):
-                least, place = _least_apart(row, slot, heavy, best)
-            if place >= 0:
-                best, one, other = least, np.int64(slot), np.int64(place)
+            if least < best:
+                best, one = least, np.int64(slot)
         if one < 0:
             return
+        weight, rest, other = own[one], peak - own[one], np.int64(0)
+        while max(rest + own[other], around[other] + weight - own[other]) != best:
+            other += 1
+        if apart and (row.holds[row.table[one], other // size] or row.holds[row.table[other], heavy]):
+            one, other = _best_apart(row, heavy, peak)
+            if one < 0:
+                return
         _exchange(row, one, other, apart)
 
 
 @compiled
-def _least_apart(row, slot, heavy, best):
-    """What `lower_max` looks for, for one slot whose best exchange of all would bring replicas together."""
+def _best_apart(row, heavy, peak):
+    """What `lower_max` looks for, where the best exchange of all would bring replicas together."""
     table, own, load = row.table, row.own, row.load
     size = len(table) // len(load)
-    weight, rest, found = own[slot], load[heavy] - own[slot], NONE
-    for pack in range(len(load)):
-        if row.holds[table[slot], pack]:
-            continue
-        for place in range(pack * size, (pack + 1) * size):
-            worst = max(rest + own[place], load[pack] + weight - own[place])
-            if worst < best and not row.holds[table[place], heavy]:
-                best, found = worst, np.int64(place)
-    return best, found
+    best, one, other = peak, NONE, NONE
+    for slot in range(heavy * size, (heavy + 1) * size):
+        weight, rest = own[slot], peak - own[slot]
+        for pack in range(len(load)):
+            if row.holds[table[slot], pack]:
+                continue
+            for place in range(pack * size, (pack + 1) * size):
+                worst = max(rest + own[place], load[pack] + weight - own[place])
+                if worst < best and not row.holds[table[place], heavy]:
+                    best, one, other = worst, np.int64(slot), np.int64(place)
+    return one, other
 
 
 @compiled
@@ -376,9 +388,11 @@ def _best_pair(row, heavy, light, apart):
             for nth in range(count):
                 least = min(least, abs(rest + sums[nth]))
             if least < best:
-                best, one, two, pair = least, np.int64(i), np.int64(j), np.int64(0)
-                while abs(rest + sums[pair]) != least:
-                    pair += 1
+                best, one, two = least, np.int64(i), np.int64(j)
+    if one >= 0:
+        rest, pair = gap - 2 * (own[one] + own[two]), np.int64(0)
+        while abs(rest + sums[pair]) != best:
+            pair += 1
     return one, two, row.pairs[pair]
 
 

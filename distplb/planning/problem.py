@@ -21,6 +21,8 @@ from distplb.topology import Topology
 
 __all__ = ["Problem"]
 
+_EVEN_BITS = 13
+
 
 class Problem:
     """Costs of candidates, the table behind a candidate, and the finish on a table; all of it pure.
@@ -82,9 +84,12 @@ class Problem:
 
         A layer whose current placement costs no more keeps it.
         """
-        polished = self._policy.polish(self._weight, table)
-        # What is polished is the sum over the steps, which need not be good for each of them.
-        table = polished if len(self._load) == 1 else self._no_dearer(polished, table)
+        rows = self._uneven(table)
+        if len(rows):
+            polished = table.clone()
+            polished[rows] = self._policy.polish(self._weight[rows], table[rows])
+            # What is polished is the sum over the steps, which need not be good for each of them.
+            table = polished if len(self._load) == 1 else self._no_dearer(polished, table)
         if self.current is None:
             return table
         fresh = Placement(table, self._weight.shape[1], self.num_gpus)
@@ -112,6 +117,11 @@ class Problem:
                 torch.where(worse[:, None], self._met[2], met[2]),
             )
         self._met = met
+
+    def _uneven(self, table: Tensor) -> Tensor:
+        """The layers whose fullest GPUs are more than 2^-13 above the mean, which no job would notice."""
+        cost, total = layer_cost(self._load, table, self.num_gpus), self._weight.sum(1)
+        return (cost - total // self.num_gpus > total // self.num_gpus >> _EVEN_BITS).nonzero()[:, 0]
 
     def _no_dearer(self, wanted: Tensor, other: Tensor) -> Tensor:
         """Layer by layer, `wanted` where it costs no more than `other`, which stands elsewhere; both `[L, P]`."""
