@@ -1,6 +1,7 @@
 """distplb: keeps the GPUs of mixture-of-experts pretraining equally busy."""
 
-from distplb.cost import imbalance, lower_bound
+from distplb.bound import lower_bound
+from distplb.cost import imbalance
 from distplb.errors import DistplbError
 from distplb.layer import FlatShard, MoELayer
 from distplb.load import LoadWindow

@@ -1,4 +1,4 @@
-"""What a placement costs, how uneven it leaves the GPUs, and how even they could be at best.
+"""What a placement costs, and how uneven it leaves the GPUs.
 
 Shapes: T steps, L layers, E experts, P slots, M GPUs, G slots on each GPU.
 """
@@ -11,9 +11,8 @@ from torch import Tensor
 from distplb.errors import DistplbError
 from distplb.load import as_tokens
 from distplb.placement import Placement
-from distplb.topology import Topology
 
-__all__ = ["COST_BITS", "imbalance", "layer_cost", "lower_bound"]
+__all__ = ["COST_BITS", "imbalance", "layer_cost"]
 
 COST_BITS = 41
 _MAX_COST = (1 << COST_BITS) - 1
@@ -70,47 +69,3 @@ def imbalance(load: Tensor, placement: Placement) -> Tensor:
     gpu_load = share.gather(-1, slots).unflatten(-1, (placement.num_gpus, -1)).sum(-1)  # [T, L, M]
     mean = tokens.sum(-1).double() / placement.num_gpus  # [T, L]
     return torch.where(mean > 0, gpu_load.amax(-1) / mean.clamp(min=1e-300), 1.0).clamp(min=1.0)
-
-
-def lower_bound(load: Tensor, topology: Topology, num_slots: int) -> Tensor:
-    """What no placement can beat: a bound of the imbalance's mean over the steps.
-
-    The larger of the bound of the mean step and the mean of the steps' own bounds. A single step cannot go below
-    (a) the mean GPU, (b) the hottest expert with its lightest possible company, and (c) two of the M + 1 hottest
-    experts, which must share one of M GPUs, with theirs.
-
-    >>> lower_bound(torch.tensor([[9, 1, 1, 1]]), Topology(1, 2), num_slots=4)
-    tensor([1.6667], dtype=torch.float64)
-
-    Args:
-        load: `[T, L, E]` or `[L, E]`.
-        topology: of the EP group.
-        num_slots: P; replicas (P > E) are not planned yet, so it is E.
-
-    Returns:
-        `[L]` float64, each at least 1.
-    """
-    tokens = as_tokens(load)
-    if num_slots != tokens.shape[2]:
-        raise DistplbError(
-            f"{num_slots} slots for {tokens.shape[2]} experts: replicas are not planned yet; "
-            f"pass num_slots={tokens.shape[2]}"
-        )
-    num_gpus, slots = topology.num_gpus, topology.slots_per_gpu(num_slots)
-    mean = tokens.double().sum(-1, keepdim=True) / num_gpus  # [T, L, 1]
-    share = torch.where(mean > 0, tokens.double() / mean.clamp(min=1e-300), 0.0)  # [T, L, E], in mean GPUs
-    of_steps = _step_bound(share, num_gpus, slots).mean(0)
-    of_mean = _step_bound(share.mean(0), num_gpus, slots)
-    # The last digits of a float sum must not lift the bound above what a placement reaches.
-    return (torch.maximum(of_steps, of_mean) * (1 - 1e-12)).clamp(min=1.0)
-
-
-def _step_bound(share: Tensor, num_gpus: int, slots: int) -> Tensor:
-    """`[..., L]`: the bound of one step whose loads `[..., L, E]` are given in units of the mean GPU."""
-    heavy = share.sort(-1, descending=True).values
-    lightest = heavy.flip(-1).cumsum(-1)  # [..., E], total of the k + 1 lightest
-    bound = heavy[..., 0] + (lightest[..., slots - 2] if slots > 1 else 0.0)
-    if slots > 1 and num_gpus > 1:
-        shared = heavy[..., num_gpus - 1] + heavy[..., num_gpus]
-        bound = torch.maximum(bound, shared + (lightest[..., slots - 3] if slots > 2 else 0.0))
-    return bound.clamp(min=1.0)

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from distplb.bound import lower_bound
 from distplb.comm.agreement import agree
 from distplb.comm.base import Comm, WorldOfOne
-from distplb.cost import imbalance, lower_bound
+from distplb.cost import imbalance
 from distplb.errors import DistplbError, HalfMovedError
 from distplb.events import RebalanceEvent
 from distplb.layer import MoELayer

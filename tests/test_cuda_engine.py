@@ -1,6 +1,6 @@
 """The engine `cuda` against the reference, to the bit: interpreted on any machine, and compiled where there is a GPU.
 
-Shapes: X rows, n items, M packs, g = n / M items in each.
+Shapes: X rows, n items, M packs, g = n / M items in each; with replicas E experts, P slots, G = P / M in each pack.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,13 +20,33 @@ from torch import Tensor
 
 import distplb
 from distplb import DistplbError
-from distplb.packing import cuda, reference
+from distplb.packing import cuda, reference, steps
+from distplb.packing.candidates import noisy_keys
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 # (M, g). Pair swaps are for 2 ≤ g ≤ 16; 17 is just beyond, 1 is the identity, M = 1 has nobody to swap with.
 SMALL = [(1, 1), (1, 2), (1, 5), (4, 1), (2, 2), (3, 2), (8, 2), (2, 3), (4, 3), (3, 4), (2, 7), (3, 8), (2, 12)]
 WIDER = [(2, 16), (2, 17), (17, 2), (4, 11), (8, 8)]
+# (E, M, G): replicas, E < M × G. One pack, one slot in each, more of them than experts; then full or nearly full
+# packs, where replicas that stay apart get stuck and one must make room.
+REPLICATED = [
+    (3, 1, 5),
+    (5, 7, 1),
+    (3, 2, 4),
+    (4, 2, 3),
+    (6, 4, 2),
+    (2, 3, 1),
+    (3, 4, 2),
+    (3, 3, 3),
+    (4, 5, 2),
+    (5, 3, 3),
+]
+STUCK = [(6, 3, 4), (6, 3, 5), (5, 4, 4), (5, 3, 3), (6, 4, 4), (5, 5, 3)]
+REPLICATED_LARGE = [
+    *REPLICATED, *STUCK, (1, 4, 2), (16, 8, 3), (12, 4, 4), (32, 8, 5), (30, 6, 6), (20, 16, 2), (8, 16, 7), (64, 8, 9),
+    (60, 4, 17), (256, 32, 9), (100, 3, 40), (9, 64, 2), (64, 72, 1),
+]  # fmt: skip
 LARGE = [*SMALL, *WIDER, (8, 16), (16, 8), (32, 8), (32, 9), (64, 5), (16, 16), (16, 17), (3, 43), (128, 2), (300, 1)]
 
 KINDS: dict[str, Callable[[random.Random, int], list[int]]] = {
@@ -56,16 +76,41 @@ class Case(NamedTuple):
     seed: int
 
 
+class Replicated(NamedTuple):
+    """One call with replicas, or rather one of each: rows of the same E, M and G."""
+
+    num_packs: int
+    num_slots: int
+    weight: Tensor  # [X, E]
+    start: Tensor  # [X, P], packings without any order in them, of any experts
+    layer: Tensor  # [X]
+    candidate: Tensor  # [X]
+    seed: int
+    shared: bool  # whether replicas may be in one pack
+
+
 # An entry point of an engine on a case; one that is added here is tested by all that follows.
 ENTRY_POINTS: dict[str, Callable[..., Tensor]] = {
     "pack": lambda engine, case: engine.pack(
         case.weight, case.num_packs, layer=case.layer, candidate=case.candidate, seed=case.seed
     ),
     "finish": lambda engine, case: engine.finish(case.weight, case.start, case.num_packs),
+    "refine": lambda engine, case: engine.refine(
+        case.weight,
+        case.num_packs,
+        getattr(case, "num_slots", case.weight.shape[1]),
+        layer=case.layer,
+        candidate=case.candidate,
+        seed=case.seed,
+        shared=getattr(case, "shared", True),
+    ),
     # From any start, so that there is more to swap than after the steps before.
+    "polish": lambda engine, case: engine.polish(case.weight, case.start, case.num_packs),
     "lower_variance": lambda engine, case: engine.lower_variance(case.weight, case.start, case.num_packs),
     "lower_max": lambda engine, case: engine.lower_max(case.weight, case.start, case.num_packs),
 }
+
+WITH_REPLICAS = ["refine", "polish"]
 
 
 def hot(random_: random.Random, row: list[int], weight: int) -> list[int]:
@@ -96,9 +141,53 @@ def cases(shapes: list[tuple[int, int]], rows: int, seed: int = 0) -> Iterator[C
         )
 
 
+def replicated(shapes: list[tuple[int, int, int]], rows: int, seed: int = 0) -> Iterator[Replicated]:
+    """One case for each (E, M, G), of `rows` rows; the kinds take turns.
+
+    Half of the starts keep replicas apart where that is possible; some leave experts out, and hold others more often.
+    """
+    kinds = list(KINDS.values())
+    for number, (num_experts, num_packs, size) in enumerate(shapes):
+        random_ = random.Random(f"{seed} {num_experts} {num_packs} {size}")
+        num_slots = num_packs * size
+        weight = [kinds[(number + row) % len(kinds)](random_, num_experts) for row in range(rows)]
+        starts = []
+        for row in range(rows):
+            if row % 2 and size <= num_experts:
+                starts.append([e for _ in range(num_packs) for e in random_.sample(range(num_experts), size)])
+            else:
+                starts.append([random_.randrange(num_experts) for _ in range(num_slots)])
+        yield Replicated(
+            num_packs,
+            num_slots,
+            torch.tensor(weight),
+            torch.tensor(starts),
+            torch.tensor([random_.randrange(100) for _ in range(rows)]),
+            torch.tensor([random_.choice([0, random_.randrange(2**22)]) for _ in range(rows)]),
+            random_.choice([0, random_.randrange(2**62)]),
+            num_slots > num_packs * num_experts or bool((number + seed) % 3),
+        )
+
+
 def small_cases() -> list[Case]:
-    """What the interpreter manages in half a minute."""
+    """What the interpreter manages in some seconds."""
     return [*cases(SMALL[:8], rows=2 * len(KINDS)), *cases(SMALL[8:], rows=5), *cases(WIDER, rows=2)]
+
+
+def small_replicated() -> list[Replicated]:
+    """What the interpreter manages in half a minute, in both searches."""
+    return [*replicated(REPLICATED, rows=6), *replicated(STUCK, rows=3), *replicated(STUCK[:4], rows=3, seed=1)]
+
+
+def few_experts_of_many() -> Replicated:
+    """A node's part of all experts: more of them than slots, with and without replicas."""
+    random_ = random.Random(3)
+    zero = torch.zeros(4, dtype=torch.int64)
+    weight = torch.tensor([[random_.randrange(1000) for _ in range(40)] for _ in zero])
+    start = torch.tensor([random_.sample(range(40), 12) for _ in zero])
+    start[2:, 3] = start[2:, 0]  # in another pack, and below in the same
+    start[3, 1] = start[3, 0]
+    return Replicated(4, 12, weight, start, zero, zero, 0, True)
 
 
 def at_the_limits() -> list[Case]:
@@ -120,19 +209,25 @@ def at_the_last_bit() -> Case:
     return Case(2, torch.tensor(rows), torch.arange(6).repeat(2, 1), zero, zero, 0)
 
 
-def differences(many: list[Case], device: str, entry_points: list[str]) -> list[str]:
+def on(device: str, case: Case | Replicated) -> Case | Replicated:
+    return type(case)(*(value.to(device) if isinstance(value, Tensor) else value for value in case))
+
+
+def differences(many: Sequence[Case | Replicated], device: str, entry_points: list[str]) -> list[str]:
     """What the engine answers otherwise than the reference, in words."""
     found = []
     for case in many:
-        there = Case(*(value.to(device) if isinstance(value, Tensor) else value for value in case))
+        there = on(device, case)
         for name in entry_points:
-            wanted = ENTRY_POINTS[name](reference, case)  # [X, n]
+            wanted = ENTRY_POINTS[name](reference, case)  # [X, n] or [X, P]
             answer = ENTRY_POINTS[name](cuda, there)
             assert answer.device == there.weight.device
             for row in (answer.cpu() != wanted).any(1).nonzero()[:, 0].tolist():
+                shared = f", shared {case.shared}" if isinstance(case, Replicated) else ""
                 found.append(
-                    f"{name} into {case.num_packs} packs, layer {case.layer[row]}, candidate {case.candidate[row]}, "
-                    f"seed {case.seed}: weights {case.weight[row].tolist()}, start {case.start[row].tolist()}, "
+                    f"{name} into {case.num_packs} packs{shared}, layer {case.layer[row]}, "
+                    f"candidate {case.candidate[row]}, seed {case.seed}: weights {case.weight[row].tolist()}, "
+                    f"start {case.start[row].tolist()}, "
                     f"gives {answer[row].tolist()} and not {wanted[row].tolist()}"
                 )
     return found
@@ -141,13 +236,32 @@ def differences(many: list[Case], device: str, entry_points: list[str]) -> list[
 def interpreted() -> None:
     """Print the number of rows and the differences; runs in a child, for Triton must not have been imported before."""
     torch.set_num_threads(1)
+    patch_once()
     many = small_cases()
     found = differences(many, "cpu", ["pack", "finish"]) + differences(at_the_limits(), "cpu", ["finish"])
     found += differences([at_the_last_bit()], "cpu", ["lower_variance"])
+    found += differences(many[::3], "cpu", ["refine", "polish"])
+    with_replicas = [*small_replicated(), few_experts_of_many()]
+    found += differences(with_replicas[:-1], "cpu", ["refine"]) + differences(with_replicas, "cpu", ["polish"])
     cuda._CELLS = 1  # tiles of a few positions, so that a short row takes several of them as long ones do
     more = list(cases([(2, 7), (2, 12)], rows=len(KINDS), seed=1))
     found += differences(more, "cpu", list(ENTRY_POINTS))
-    print(json.dumps([sum(len(case.weight) for case in many + more), found]))
+    more_replicas = list(replicated([(14, 4, 5), (9, 2, 7)], rows=3, seed=2))
+    cuda._HELD = 100  # a launch for one row or two
+    found += differences(more_replicas, "cpu", WITH_REPLICAS)
+    rows = sum(len(case.weight) for case in many + more)
+    print(json.dumps([rows, sum(len(case.weight) for case in with_replicas + more_replicas), found]))
+
+
+def patch_once() -> None:
+    """Keep the interpreter from patching Triton's language at each call inside a kernel: two thirds of its time."""
+    from triton.runtime import interpreter
+
+    from distplb.packing import cuda_kernels
+
+    if hasattr(interpreter, "_patch_lang") and hasattr(interpreter, "_LangPatchScope"):
+        interpreter._patch_lang(cuda_kernels.greedy_kernel.fn)
+        interpreter._patch_lang = lambda fn: interpreter._LangPatchScope()
 
 
 def test_interpreted_kernels_equal_the_reference() -> None:
@@ -162,8 +276,9 @@ def test_interpreted_kernels_equal_the_reference() -> None:
         check=False,
     )
     assert run.returncode == 0, run.stderr
-    rows, found = json.loads(run.stdout.splitlines()[-1])
+    rows, rows_with_replicas, found = json.loads(run.stdout.splitlines()[-1])
     assert rows >= 200
+    assert rows_with_replicas >= 100
     assert not found, "\n".join(found)
 
 
@@ -185,6 +300,28 @@ def test_the_cases_swap_in_every_step_and_reach_the_limits() -> None:
     assert max(totals) == 2**40
 
 
+def test_the_cases_with_replicas_reach_every_branch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the test above would also pass with kernels that leave branches out."""
+    displaced, searches = [], []
+    put, search = steps._displaced, reference._searched
+    monkeypatch.setattr(steps, "_displaced", lambda *args: displaced.append(args[4]) or put(*args))
+    monkeypatch.setattr(reference, "_searched", lambda *a, apart: searches.append(apart) or search(*a, apart=apart))
+    crowded, moved, tried = [], [], []
+    for case in small_replicated():
+        table = ENTRY_POINTS["refine"](reference, case)
+        crowded.append(reference._crowded(table, case.num_packs))
+        moved.append((ENTRY_POINTS["polish"](reference, case) != case.start).any(1))
+        key = noisy_keys(case.weight, layer=case.layer, candidate=case.candidate, seed=case.seed)
+        most = case.num_packs if case.num_slots <= case.num_packs * case.weight.shape[1] else case.num_slots
+        replicas = steps.divide(key, case.num_slots, most)
+        tried.append((reference._replicas(table, case.weight.shape[1]) != replicas).any(1))
+    assert len(displaced) > 10
+    assert searches.count(False) > 5
+    for name, happened in {"crowded": crowded, "moved": moved, "tried": tried}.items():
+        assert torch.cat(happened).sum() > 5, name
+        assert not torch.cat(happened).all(), name
+
+
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="Triton interprets")
 @pytest.mark.parametrize(
     ("kernel", "blocks"),
@@ -193,6 +330,8 @@ def test_the_cases_swap_in_every_step_and_reach_the_limits() -> None:
         ("variance_kernel", {"N": 64, "A": 32}),
         ("max_kernel", {"N": 64, "A": 8}),
         ("pairs_kernel", {"N": 64, "Q": 32, "A": 32}),
+        ("refine_kernel", {"B": 32, "M": 8, "N": 64, "Q": 32, "R": 32, "A": 8, "A2": 32}),
+        ("polish_kernel", {"N": 64, "Q": 32, "A": 8, "A2": 32}),
     ],
 )
 def test_the_kernels_compile_for_a_gpu_that_is_not_here(
@@ -207,8 +346,9 @@ def test_the_kernels_compile_for_a_gpu_that_is_not_here(
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     function = getattr(cuda_kernels, kernel)
-    numbers = dict.fromkeys(["num_items", "size", "num_pairs"], "i32") | dict.fromkeys(blocks, "constexpr")
-    signature = {name: numbers.get(name, "*i64") for name in function.arg_names}
+    numbers = ["num_items", "size", "rounds", *cuda_kernels.NUMBERS]
+    types = dict.fromkeys(numbers, "i32") | dict.fromkeys(blocks, "constexpr") | {"holds": "*i8"}
+    signature = {name: types.get(name, "*i64") for name in function.arg_names}
     source = ASTSource(fn=function, signature=signature, constexprs=blocks)
     compiled = compile(source, target=GPUTarget("cuda", 90, 32), options={"enable_fp_fusion": False})
     assert compiled.asm["cubin"]
@@ -227,6 +367,17 @@ def test_compiled_kernels_equal_the_reference(entry_point: str, seed: int) -> No
 
 
 @needs_cuda
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("entry_point", WITH_REPLICAS)
+def test_compiled_kernels_equal_the_reference_with_replicas(entry_point: str, seed: int) -> None:
+    many = list(replicated(REPLICATED_LARGE, rows=2 * len(KINDS), seed=seed))
+    found = differences(many, "cuda", [entry_point])
+    if entry_point == "polish":
+        found += differences([few_experts_of_many()], "cuda", [entry_point])
+    assert not found, "\n".join(found)
+
+
+@needs_cuda
 @pytest.mark.parametrize("shape", [(64, 64), (1, 1000), (1000, 3)])
 def test_the_longest_rows_equal_the_reference(shape: tuple[int, int]) -> None:
     found = differences(list(cases([shape], rows=2)), "cuda", list(ENTRY_POINTS))
@@ -236,20 +387,24 @@ def test_the_longest_rows_equal_the_reference(shape: tuple[int, int]) -> None:
 @needs_cuda
 @pytest.mark.parametrize("entry_point", ENTRY_POINTS)
 def test_the_host_does_not_wait(entry_point: str) -> None:
-    (case,) = cases([(8, 8)], rows=4)
-    there = Case(*(value.cuda() if isinstance(value, Tensor) else value for value in case))
-    ENTRY_POINTS[entry_point](cuda, there)  # compiles
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        ENTRY_POINTS[entry_point](cuda, there)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    many: list[Case | Replicated] = [*cases([(8, 8)], rows=4)]
+    if entry_point in WITH_REPLICAS:
+        many += replicated([(16, 8, 3), (2, 3, 3)], rows=4)
+    for case in many:
+        there = on("cuda", case)
+        ENTRY_POINTS[entry_point](cuda, there)  # compiles
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            ENTRY_POINTS[entry_point](cuda, there)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 @needs_cuda
 def test_weights_of_the_cpu_come_back_there() -> None:
-    assert not differences(list(cases([(4, 6)], rows=4)), "cpu", ["pack", "finish"])
+    assert not differences(list(cases([(4, 6)], rows=4)), "cpu", ["pack", "finish", "refine", "polish"])
+    assert not differences(list(replicated([(6, 4, 3)], rows=4)), "cpu", WITH_REPLICAS)
 
 
 # --- without one ------------------------------------------------------------------------------------------------
@@ -298,3 +453,24 @@ def test_a_layer_or_candidate_of_another_shape_is_refused() -> None:
         cuda.pack(weight, 1, layer=torch.tensor([0, 0]), candidate=ZERO)
     with pytest.raises(DistplbError, match=r"candidate is torch.int32 of shape \(1,\); pass int64 of shape \(1,\)"):
         cuda.pack(weight, 1, layer=ZERO, candidate=ZERO.int())
+
+
+@pytest.mark.parametrize(
+    ("num_packs", "num_slots", "wording"),
+    [
+        (2, 5, "5 items cannot be packed evenly into 2 packs; pass a divisor of 5"),
+        (2, 2, "3 experts cannot have 2 slots; pass 3 or more"),
+        (2, 4098, "a row has 4098 items and engine 'cuda' packs at most 4096; pass engine='reference'"),
+    ],
+)
+def test_slots_that_cannot_be_are_refused(num_packs: int, num_slots: int, wording: str) -> None:
+    weight = torch.tensor([[1, 2, 3]])
+    with pytest.raises(DistplbError, match=wording):
+        cuda.refine(weight, num_packs, num_slots, layer=ZERO, candidate=ZERO)
+
+
+def test_a_table_of_another_shape_is_refused() -> None:
+    with pytest.raises(DistplbError, match=r"table is torch.int32 of shape \(1, 2\); pass int64 of shape \(1, 2\)"):
+        cuda.polish(torch.tensor([[1, 2]]), torch.tensor([[0, 1]]).int(), 1)
+    with pytest.raises(DistplbError, match=r"table is torch.int64 of shape \(2, 2\); pass int64 of shape \(1, 2\)"):
+        cuda.polish(torch.tensor([[1, 2]]), torch.tensor([[0, 1], [0, 1]]), 1)

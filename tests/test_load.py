@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from distplb import DistplbError, LoadWindow
-from distplb.load import as_tokens, scaled
+from distplb.load import as_tokens, scaled, widened
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -327,3 +327,34 @@ def test_other_layers_are_left_untouched() -> None:
     load = torch.tensor([[[2**40, 0], [3, 5], [2**41, 2]], [[0, 0], [2**39, 0], [2, 2**41]]])  # [T, L, E]
     assert scaled(load)[:, :2].tolist() == load[:, :2].tolist()
     assert scaled(load)[:, 2].tolist() == [[2**38, 0], [0, 2**38]]
+
+
+# --- widened ----------------------------------------------------------------------------------------------------
+
+
+def test_totals_go_up_to_2_to_the_40_by_a_power_of_two() -> None:
+    """What replicas lose by whole division is then too little to count."""
+    random_ = random.Random(1)
+    totals = [1, 2, 3, 2**20, 2**20 + 1, 2**39 - 1, 2**39, 2**39 + 1, 2**40 - 1, 2**40]
+    totals += [random_.randrange(1, 2 ** random_.randrange(1, 41)) for _ in range(50)]
+    load = torch.zeros(2, len(totals), 3, dtype=torch.int64)  # [T, L, E]
+    for layer, total in enumerate(totals):
+        first, second = sorted(random_.randrange(total + 1) for _ in range(2))
+        load[:, layer, 0] = torch.tensor([first, second - first])
+        load[1, layer, 2] = total - second
+    before = load.clone()
+    found = widened(load)
+    assert found.dtype == torch.int64
+    assert torch.equal(load, before)
+    for layer, total in enumerate(totals):
+        shift = 0
+        while total << shift + 1 <= 2**40:
+            shift += 1
+        assert torch.equal(found[:, layer], load[:, layer] << shift)
+        assert 2**39 < int(found[:, layer].sum()) <= 2**40
+    assert torch.equal(scaled(found), found)
+
+
+def test_a_layer_without_tokens_stays_without() -> None:
+    load = torch.tensor([[[0, 0], [3, 5]], [[0, 0], [0, 0]]])  # [T, L, E]
+    assert widened(load).tolist() == [[[0, 0], [3 << 37, 5 << 37]], [[0, 0], [0, 0]]]

@@ -1,10 +1,17 @@
 """A plan is the same on every rank and for every number of ranks; what is wrong on one is told by all.
 
-Shapes: T steps, L layers, E experts.
+Shapes: T steps, L layers, E experts, P slots.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import random
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -12,9 +19,16 @@ from ranks import errors_on_ranks, on_ranks
 from torch import Tensor
 
 from distplb import DistplbError, Placement, Topology, imbalance, lower_bound, plan
+from distplb.comm.base import WorldOfOne
 from distplb.comm.torchdist import TorchComm
-from distplb.planner import PlanOptions, plan_in_stages
+from distplb.planner import plan_in_stages
+from distplb.planning.options import SearchOptions
 from distplb.planning.problem import Problem
+
+BASELINES = Path(__file__).parent.parent / "benchmarks" / "baselines.py"
+_spec = importlib.util.spec_from_file_location("baselines", BASELINES)
+baselines = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(baselines)
 
 STEPS, LAYERS, EXPERTS = 3, 5, 32
 
@@ -26,27 +40,59 @@ def skewed_load(seed: int = 0) -> Tensor:
     return (1000 * hot * wobble).long()
 
 
-def shared_plan(whole: Tensor, candidates: int, current: Placement | None = None) -> list[list[int]]:
+def random_placement(num_slots: int) -> Placement:
+    """Every expert, and some more than once, on 8 GPUs."""
+    random_ = random.Random(num_slots)
+    spare = [random_.choices(range(EXPERTS), k=num_slots - EXPERTS) for _ in range(LAYERS)]
+    return Placement(torch.tensor([random_.sample([*range(EXPERTS), *more], num_slots) for more in spare]), EXPERTS, 8)
+
+
+# --- on any number of ranks -------------------------------------------------------------------------------------
+
+PLANS: dict[str, dict[str, Any]] = {
+    "plain": {"num_candidates": 1},
+    "fewer candidates than ranks": {"num_candidates": 3},
+    "many candidates": {"num_candidates": 64},
+    "current": {"num_candidates": 8, "current": Placement.contiguous(LAYERS, EXPERTS, 8)},
+    "replicas": {"num_candidates": 6, "num_slots": 48},
+    "replicas apart": {"num_candidates": 6, "num_slots": 80, "allow_shared_replicas": False},
+    "current with replicas": {"num_candidates": 6, "num_slots": 48, "current": random_placement(48)},
+    "groups": {"num_candidates": 6, "num_groups": 8},
+    "groups with replicas": {"num_candidates": 6, "num_groups": 4, "num_slots": 64},
+    "current with groups": {"num_candidates": 6, "num_groups": 4, "num_slots": 48, "current": random_placement(48)},
+    "permute": {"num_candidates": 6, "mode": "permute"},
+    "blocks over GPUs": {"num_candidates": 6, "mode": "permute", "num_groups": 4},
+    "blocks in GPUs": {"num_candidates": 6, "mode": "permute", "num_groups": 16},
+    "classes": {"num_candidates": 6, "slot_class": torch.tensor([0, 1, 2, 3] * 8)},
+    "two slots of a class": {"num_candidates": 6, "slot_class": torch.tensor([0, 1, 1, 2] * 8)},
+    "uneven classes": {"num_candidates": 6, "slot_class": torch.arange(32) % 3, "current": random_placement(32)},
+}
+
+
+def shared_plans(whole: Tensor) -> dict[str, list[list[int]]]:
     """Plan from counts that are spread unevenly over the ranks; their sum is `whole`."""
     rank, size = dist.get_rank(), dist.get_world_size()
     mine = whole // size if rank else whole - (size - 1) * (whole // size)
-    placement = plan(mine, Topology(2, 4), comm=TorchComm(), num_candidates=candidates, seed=7, current=current)
-    return placement.expert_of_slot.tolist()
+    comm = TorchComm()
+    return {
+        name: plan(mine, Topology(2, 4), comm=comm, seed=7, **options).expert_of_slot.tolist()
+        for name, options in PLANS.items()
+    }
 
 
-@pytest.mark.parametrize("candidates", [1, 3, 64])
-def test_plans_of_1_2_and_4_ranks_are_equal_to_the_bit(candidates: int) -> None:
-    load = skewed_load()
-    alone = plan(load, Topology(2, 4), num_candidates=candidates, seed=7).expert_of_slot.tolist()
-    for ranks in (1, 2, 4):
-        assert on_ranks(ranks, shared_plan, load, candidates) == [alone] * ranks
+@pytest.fixture(scope="module")
+def plans_of_ranks() -> dict[int, list[dict[str, list[list[int]]]]]:
+    """By number of ranks, each rank's plans."""
+    return {ranks: on_ranks(ranks, shared_plans, skewed_load()) for ranks in (1, 2, 4)}
 
 
-def test_plans_from_a_current_placement_are_equal_to_the_bit() -> None:
-    load, current = skewed_load(), Placement.contiguous(LAYERS, EXPERTS, 8)
-    alone = plan(load, Topology(2, 4), num_candidates=8, seed=7, current=current).expert_of_slot.tolist()
-    for ranks in (2, 4):
-        assert on_ranks(ranks, shared_plan, load, 8, current) == [alone] * ranks
+@pytest.mark.parametrize("name", PLANS)
+def test_plans_of_1_2_and_4_ranks_are_equal_to_the_bit(
+    name: str, plans_of_ranks: dict[int, list[dict[str, list[list[int]]]]]
+) -> None:
+    alone = plan(skewed_load(), Topology(2, 4), seed=7, **PLANS[name]).expert_of_slot.tolist()
+    for ranks, found in plans_of_ranks.items():
+        assert [plans[name] for plans in found] == [alone] * ranks
 
 
 def test_a_plan_is_better_than_contiguous_on_steps_it_has_not_seen() -> None:
@@ -61,12 +107,14 @@ def test_a_plan_is_better_than_contiguous_on_steps_it_has_not_seen() -> None:
 
 
 def test_the_seed_and_nothing_global_decides() -> None:
-    load = torch.randint(500, 1500, (2, EXPERTS), generator=torch.Generator().manual_seed(5))
+    load = torch.randint(500, 1500, (8, EXPERTS), generator=torch.Generator().manual_seed(5))
     torch.manual_seed(0)
-    one = plan(load, Topology(1, 8), seed=1)
+    one = plan(load, Topology(1, 8), seed=1, num_candidates=8)
     torch.manual_seed(1)
-    assert plan(load, Topology(1, 8), seed=1) == one
-    assert plan(load, Topology(1, 8), seed=2) != one
+    assert plan(load, Topology(1, 8), seed=1, num_candidates=8) == one
+    assert plan(load, Topology(1, 8), seed=2, num_candidates=8) != one
+    # Of one candidate nothing is random.
+    assert plan(load, Topology(1, 8), seed=1) == plan(load, Topology(1, 8), seed=2)
 
 
 def collective_calls() -> list[tuple[str, tuple[int, ...]]]:
@@ -86,74 +134,98 @@ def collective_calls() -> list[tuple[str, tuple[int, ...]]]:
             calls.append(("broadcast", tuple(tensor.shape)))
             super().broadcast(tensor, root)
 
-    plan(skewed_load(), Topology(1, 4), comm=Counting(), num_candidates=4)
+    for options in ({}, {"num_slots": 48, "num_groups": 4, "current": random_placement(48)}):
+        plan(skewed_load(), Topology(2, 4), comm=Counting(), num_candidates=4, **options)
     return calls
 
 
 def test_a_plan_costs_a_header_and_three_collectives() -> None:
     for calls in on_ranks(2, collective_calls):
-        header, *data = calls
-        assert header[0] == "min"
-        assert header[1][0] < 32
-        assert data == [("sum", (STEPS, LAYERS, EXPERTS)), ("min", (LAYERS,)), ("broadcast", (LAYERS, EXPERTS))]
+        assert len(calls) == 8
+        for (header, *data), num_slots in ((calls[:4], EXPERTS), (calls[4:], 48)):
+            assert header[0] == "min"
+            assert header[1][0] < 40
+            assert data == [("sum", (STEPS, LAYERS, EXPERTS)), ("min", (LAYERS,)), ("broadcast", (LAYERS, num_slots))]
 
 
-def refused(case: str) -> str:
-    """The error of a plan in which the last rank does something that the others do not."""
-    odd = dist.get_rank() == dist.get_world_size() - 1
-    load, options, topology = skewed_load(), {"num_candidates": 4}, Topology(1, 4)
-    if odd and case == "NaN":
-        load = load.double()
-        load[1, 2, 3] = float("nan")
-    if odd and case == "negative":
-        load[0, 1, 2] = -5
-    if odd and case == "shape":
-        load = load[:, :, :16]
-    if odd and case == "steps":
-        load = load[:2]
-    if odd and case == "seed":
-        options["seed"] = 3
-    if odd and case == "type":
-        load = "no tensor"
-    if case == "experts":
-        topology = Topology(1, 5)
-    if odd and case == "topology":
-        topology = Topology(2, 2)
-    if odd and case == "current":
-        options["current"] = Placement.contiguous(LAYERS, EXPERTS, 4)
-    if case == "candidates":
-        options["num_candidates"] = 0
-    if case == "engine":
-        options["engine"] = "magic"
-    if case == "replicas":
-        options["num_slots"] = 40
-    try:
-        plan(load, topology, comm=TorchComm(), **options)
-    except DistplbError as error:
-        return str(error)
-    return "no error"
-
-
-CASES = {
-    "NaN": "rank 2: load is nan at index [1, 2, 3] (1 such); counts must be finite: check the counter",
-    "negative": "rank 2: load is -5 at index [0, 1, 2] (1 such); counts must be non-negative: check the counter",
-    "shape": "ranks disagree on the load's experts: 16 on one, 32 on another",
-    "steps": "ranks disagree on the load's steps: 2 on one, 3 on another",
-    "seed": "ranks disagree on seed: 0 on one, 3 on another",
-    "type": "rank 2: ",
-    "experts": "32 slots cannot be spread evenly over 5 GPUs (1 nodes × 5); make the number of slots a multiple of 5",
-    "topology": "ranks disagree on num_nodes: 1 on one, 2 on another",
-    "current": "ranks disagree on the current placement (digest): -1 on one",
-    "candidates": "num_candidates is 0; pass 1 to 2^22",
-    "engine": "engine 'magic' is not there; pass one of reference, or None",
-    "replicas": "num_slots is 40 for 32 experts: replicas are not planned yet; pass num_slots=32",
+WRONG_ENTRY = torch.zeros(STEPS, LAYERS, EXPERTS, dtype=torch.bool)
+WRONG_ENTRY[1, 2, 3] = True
+# What the last of three ranks does otherwise than the others, and what all of them are told.
+ODD: dict[str, tuple[dict[str, Any], str]] = {
+    "seed": ({"seed": 3}, "ranks disagree on seed: 0 on one, 3 on another"),
+    "candidates": ({"num_candidates": 5}, "ranks disagree on num_candidates: 4 on one, 5 on another"),
+    "slots": ({"num_slots": 48}, "ranks disagree on num_slots: 32 on one, 48 on another"),
+    "groups": ({"num_groups": 4}, "ranks disagree on num_groups: -1 on one, 4 on another"),
+    "classes": ({"slot_class": torch.arange(32)}, "ranks disagree on slot_class (digest): -1 on one"),
+    "current": (
+        {"current": Placement.contiguous(LAYERS, EXPERTS, 4)},
+        "ranks disagree on the current placement (digest): -1 on one",
+    ),
+    "sharing": ({"allow_shared_replicas": False}, "ranks disagree on allow_shared_replicas: 0 on one, 1 on another"),
+    "mode": ({"mode": "permute"}, "ranks disagree on mode (permute is 1): 0 on one, 1 on another"),
+    "topology": ({"topology": Topology(2, 2)}, "ranks disagree on num_nodes: 1 on one, 2 on another"),
+    "experts": ({"load": skewed_load()[:, :, :16]}, "ranks disagree on the load's experts: 16 on one, 32 on another"),
+    "steps": ({"load": skewed_load()[:2]}, "ranks disagree on the load's steps: 2 on one, 3 on another"),
+    "layers": ({"load": skewed_load()[:, :4]}, "ranks disagree on the load's layers: 4 on one, 5 on another"),
+    "NaN": (
+        {"load": skewed_load().double().masked_fill(WRONG_ENTRY, float("nan"))},
+        "rank 2: load is nan at index [1, 2, 3] (1 such); counts must be finite: check the counter",
+    ),
+    "negative": (
+        {"load": skewed_load().masked_fill(WRONG_ENTRY, -5)},
+        "rank 2: load is -5 at index [1, 2, 3] (1 such); counts must be non-negative: check the counter",
+    ),
+    "type": ({"load": "no tensor"}, "rank 2: "),
+    "replicas in mode permute": (
+        {"num_slots": 48, "mode": "permute"},
+        "rank 2: num_slots is 48 for 32 experts, and mode 'permute' knows no replicas; pass mode='remap'",
+    ),
+}
+# What all ranks do alike.
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "slots": (
+        {"topology": Topology(1, 5)},
+        "32 slots cannot be spread evenly over 5 GPUs (1 nodes × 5); make the number of slots a multiple of 5",
+    ),
+    "candidates": ({"num_candidates": 0}, "num_candidates is 0; pass 1 to 2^22"),
+    "engine": ({"engine": "magic"}, "engine 'magic' is not there; pass one of reference, cpu, cuda, or None"),
 }
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_what_is_wrong_is_told_on_every_rank(case: str) -> None:
-    for text in errors_on_ranks(3, refused, case, deadline=60):
-        assert CASES[case] in text
+def refusals() -> dict[str, str]:
+    """The errors of one plan after another; a rank left waiting would take the next one's calls for its own."""
+    comm, told = TorchComm(), {}
+    for kind, cases in (("odd", ODD), ("wrong", WRONG)):
+        for case, (changed, _) in cases.items():
+            options: dict[str, Any] = {"load": skewed_load(), "topology": Topology(1, 4), "num_candidates": 4}
+            if kind == "wrong" or comm.rank == comm.size - 1:
+                options |= changed
+            try:
+                plan(comm=comm, **options)
+                told[f"{kind} {case}"] = "no error"
+            except DistplbError as error:
+                told[f"{kind} {case}"] = str(error)
+    told["after all"] = str(plan(skewed_load(), Topology(1, 4), comm=comm).expert_of_slot.tolist())
+    return told
+
+
+@pytest.fixture(scope="module")
+def refusals_of_ranks() -> list[dict[str, str]]:
+    return on_ranks(3, refusals, deadline=90)
+
+
+@pytest.mark.parametrize("case", [*(f"odd {case}" for case in ODD), *(f"wrong {case}" for case in WRONG)])
+def test_what_is_wrong_is_told_on_every_rank(case: str, refusals_of_ranks: list[dict[str, str]]) -> None:
+    kind, name = case.split(" ", 1)
+    _, wording = (ODD if kind == "odd" else WRONG)[name]
+    for told in refusals_of_ranks:
+        assert wording in told[case]
+        assert "rank" in told[case]
+
+
+def test_after_all_these_errors_the_ranks_still_plan_together(refusals_of_ranks: list[dict[str, str]]) -> None:
+    alone = plan(3 * skewed_load(), Topology(1, 4)).expert_of_slot.tolist()
+    assert [told["after all"] for told in refusals_of_ranks] == [str(alone)] * 3
 
 
 def fails_in_the_middle(stage: str) -> str:
@@ -178,10 +250,109 @@ def test_a_rank_that_fails_in_the_middle_leaves_nobody_waiting(stage: str, rank:
 
 
 def test_a_caller_can_add_fields_to_the_header() -> None:
-    from distplb.comm.base import WorldOfOne
-
-    planned = plan_in_stages(
-        skewed_load(), Topology(1, 4), WorldOfOne(), PlanOptions(num_candidates=2), fields={"x": 1}
-    )
+    options = SearchOptions(num_candidates=2, engine="reference")
+    planned = plan_in_stages(skewed_load(), Topology(1, 4), WorldOfOne(), options, fields={"x": 1})
     assert planned.engine == "reference"
     assert torch.equal(planned.load, skewed_load())
+
+
+@pytest.mark.skipif(find_spec("numba") is None, reason="needs Numba")
+def test_the_fastest_engine_that_is_there_plans() -> None:
+    for load in (skewed_load(), skewed_load()[0]):
+        planned = plan_in_stages(load, Topology(1, 4), WorldOfOne(), SearchOptions())
+        assert planned.engine == ("cuda" if load.is_cuda else "cpu")
+        assert planned.placement == plan(load, Topology(1, 4), engine="reference")
+
+
+# --- never worse than greedy ------------------------------------------------------------------------------------
+
+
+def thousand_rows(num_experts: int) -> Tensor:
+    """`[1000, E]`: lognormal, Zipf, a few hot experts, equal, many zeros; 200 of each."""
+    generator = np.random.default_rng(num_experts)
+    zipf = 1e5 / np.arange(1, num_experts + 1) ** generator.uniform(0.5, 2, (200, 1))
+    hot = generator.permuted(np.arange(num_experts) < max(1, num_experts // 16), axis=0)
+    warm = generator.integers(50, 150, (200, num_experts))
+    some = generator.random((200, num_experts)) < generator.uniform(0.02, 0.4, (200, 1))
+    kinds = [
+        generator.lognormal(6, 1.2, (200, num_experts)),
+        generator.permuted(zipf, axis=1),
+        generator.permuted(warm * np.where(hot, generator.integers(5, 200, (200, 1)), 1), axis=1),
+        np.repeat(generator.integers(1, 1000, (200, 1)), num_experts, axis=1),
+        generator.integers(0, 1000, (200, num_experts)) * some,
+    ]
+    return torch.from_numpy(np.rint(np.concatenate(kinds)).astype(np.int64))
+
+
+# (E, P, N, GPUs on each, B)
+CLUSTERS = [
+    (8, 8, 1, 2, None),
+    (8, 16, 1, 16, None),  # one slot a GPU
+    (8, 12, 1, 4, None),
+    (8, 28, 1, 4, None),
+    (5, 9, 1, 3, None),
+    (3, 6, 1, 2, None),
+    (16, 16, 2, 2, 4),
+    (16, 24, 2, 4, 4),
+    (16, 32, 2, 8, 4),
+    (16, 24, 2, 4, 2),  # one group a node
+    (12, 24, 4, 2, 12),  # one expert a group
+    (9, 18, 3, 3, 3),
+    (32, 48, 4, 2, 8),
+    (64, 64, 2, 4, 8),
+    (64, 72, 1, 8, None),
+    (32, 64, 1, 32, None),
+]
+
+
+def both_imbalances(
+    load: Tensor, cluster: tuple[int, int, int, int, int | None], shared: bool
+) -> tuple[Tensor, Tensor]:
+    """`[L]` each: of a plan from one candidate, and of greedy under the same rules."""
+    num_experts, num_slots, nodes, gpus, groups = cluster
+    topology, options = Topology(nodes, gpus), {"num_groups": groups, "allow_shared_replicas": shared}
+    greedy = Placement(baselines.greedy_numpy(load, topology, num_slots, **options), num_experts, topology.num_gpus)
+    found = plan(load, topology, num_slots=num_slots, **options)
+    return imbalance(load, found)[0], imbalance(load, greedy)[0]
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("cluster", CLUSTERS)
+def test_a_plan_is_never_worse_than_greedy(cluster: tuple[int, int, int, int, int | None], shared: bool) -> None:
+    """In every one of 1,000 rows, replicas sharing a GPU or not, with one candidate."""
+    load = thousand_rows(cluster[0])
+    found, greedy = both_imbalances(load, cluster, shared)
+    worse = (found > greedy * (1 + 1e-9)).nonzero()[:, 0]
+    assert not len(worse), [(load[row].tolist(), float(found[row]), float(greedy[row])) for row in worse[:3]]
+    if cluster[1] > cluster[2] * cluster[3]:
+        assert found.mean() <= greedy.mean()
+    if cluster in ((64, 72, 1, 8, None), (16, 24, 2, 4, 4)):
+        assert found.mean() < greedy.mean() - 0.01
+
+
+@pytest.mark.parametrize(
+    ("load", "cluster", "shared"),
+    [
+        ([1, 1, 1, 1, 3, 1], (6, 12, 2, 3, 6), True),
+        ([1, 1, 2, 1, 0, 1, 1, 2], (8, 12, 2, 3, 4), True),
+        ([0, 0, 2, 2, 1, 0, 0, 2, 1, 1, 1, 0], (12, 20, 2, 5, 4), False),
+        ([1, 1, 2, 3, 3, 3, 3, 1, 0, 0, 0, 4], (12, 24, 2, 3, 6), False),
+    ],
+)
+def test_ties_among_groups_do_not_make_it_worse_than_greedy(
+    load: list[int], cluster: tuple[int, int, int, int, int | None], shared: bool
+) -> None:
+    """Greedy takes equal experts of a node in the order in which the node got their groups. A search that took them in
+    ascending order ended, in a few rows in 100,000, in a dead end up to a fifth worse than where greedy did."""
+    found, greedy = both_imbalances(torch.tensor([load]), cluster, shared)
+    assert float(found) <= float(greedy) * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("cluster", [cluster for cluster in CLUSTERS if cluster[4] is not None])
+def test_rows_full_of_ties_are_never_worse_than_greedy_either(
+    cluster: tuple[int, int, int, int, int | None], shared: bool
+) -> None:
+    load = torch.randint(0, 4, (2000, cluster[0]), generator=torch.Generator().manual_seed(1))
+    found, greedy = both_imbalances(load, cluster, shared)
+    assert (found <= greedy * (1 + 1e-9)).all()

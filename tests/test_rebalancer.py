@@ -249,7 +249,7 @@ def test_events_tell_before_after_bound_and_how_the_plan_fared_on_the_next_windo
         # Who moves crosses to the other rank: weight, gradient, two moments. Router rows are there already.
         assert first.bytes_moved == first.slots_moved * 4 * (2 * DIM * DIM) * 4
         assert set(first.seconds) == {"count", "search", "choose", "polish", "share", "move", "verify"}
-        assert first.engine == "reference"
+        assert first.engine == "cpu"
         # Experts 0 and 1 were parted; 0 and 2 need not have been.
         assert completed.imbalance_next == second.imbalance_before
         assert completed.placement_digest == first.placement_digest

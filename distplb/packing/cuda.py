@@ -1,11 +1,13 @@
 """The engine for GPUs: the packing core in Triton, a program a row, without a wait between launch and result.
 
-Shapes: X rows, n items, M packs, g = n / M items in each, q pairs of two positions in a pack. What the entry points
-mean is `packing.reference`'s, and so is every choice they make. Triton itself is imported when they are called.
+Shapes: X rows, n items, M packs, g = n / M items in each, q pairs of two positions in a pack; with replicas E experts,
+P slots, G = P / M slots in each pack. What the entry points mean is `packing.reference`'s, and so is every choice they
+make. Triton itself is imported when they are called.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cache
 from importlib.util import find_spec
 from types import ModuleType
@@ -17,12 +19,26 @@ from torch import Tensor
 from distplb.errors import DistplbError
 from distplb.packing.candidates import noisy_keys
 
-__all__ = ["MOST_ITEMS", "finish", "greedy", "is_there", "lower_max", "lower_variance", "pack", "swap_pairs"]
+__all__ = [
+    "MOST_ITEMS",
+    "finish",
+    "greedy",
+    "is_there",
+    "lower_max",
+    "lower_variance",
+    "pack",
+    "polish",
+    "refine",
+    "swap_pairs",
+]
 
 MOST_ITEMS = 4096  # a row lives in one program's registers
 _LEAST_BLOCK = 32  # a smaller block would save nothing and compile once more
 _PAIR_ITEMS = range(2, 17)  # packs of this many items try pair swaps
 _CELLS = 16  # of a tile, for each thread
+_MAX_ROUNDS, _PAIR_ROUNDS = 50, 20
+_TRIES, _TRIED_SLOTS = 64, 1 << 14  # of step 8, which has fewer tries where there are more slots
+_HELD = 1 << 28  # bytes at most for what the packs of the rows of one launch hold
 
 
 def is_there() -> bool:
@@ -65,6 +81,101 @@ def finish(weight: Tensor, items: Tensor, num_packs: int) -> Tensor:
     return lower_max(weight, swap_pairs(weight, items, num_packs), num_packs).to(home)
 
 
+def refine(
+    weight: Tensor,
+    num_packs: int,
+    num_slots: int,
+    *,
+    layer: Tensor,
+    candidate: Tensor,
+    seed: int = 0,
+    shared: bool = True,
+) -> Tensor:
+    """The planner's own search for one candidate a row: `table [X, P]`, the expert of each slot.
+
+    Args:
+        weight: `[X, E]` int64, each row's total at most 2^40; moved as for `pack`.
+        num_packs: M.
+        num_slots: P, at least E and up to 4,096; a multiple of `num_packs`.
+        layer, candidate, seed: as for `pack`.
+        shared: as for `reference.refine`.
+
+    Raises:
+        DistplbError: as for `pack`.
+    """
+    names = {"layer": layer, "candidate": candidate}
+    _check(weight, num_packs, names, weight.shape[:1], num_slots)
+    num_experts = weight.shape[1]
+    if not 1 <= num_experts <= num_slots:
+        raise DistplbError(f"{num_experts} experts cannot have {num_slots} slots; pass {num_experts} or more")
+    if num_slots == num_experts == num_packs:
+        return torch.arange(num_slots, device=weight.device).expand_as(weight).clone()
+    home, weight = weight.device, _at_work(weight)
+    layer, candidate = layer.to(weight.device), candidate.to(weight.device)
+    key = noisy_keys(weight, layer=layer, candidate=candidate, seed=seed)
+    if num_slots > num_experts:
+        return _searched(weight, key, num_packs, num_slots, shared).to(home)
+    table = lower_variance(weight, greedy(weight, key, num_packs), num_packs)
+    table = swap_pairs(weight, lower_max(weight, table, num_packs), num_packs)
+    return lower_max(weight, table, num_packs, _rounds(num_packs)).to(home)
+
+
+def polish(weight: Tensor, table: Tensor, num_packs: int) -> Tensor:
+    """Step 9 on the chosen packings `table [X, P]`; `weight [X, E]` as for `refine`, with any number of experts."""
+    _check(weight, num_packs, {"table": table}, torch.Size((len(weight), *table.shape[1:])), table.shape[-1])
+    home, weight = weight.device, _at_work(weight).contiguous()
+    num_experts, num_slots = weight.shape[1], table.shape[1]
+    size = num_slots // num_packs
+    table = table.to(weight.device).contiguous()
+    result, share = torch.empty_like(table), torch.empty_like(weight)
+    pairs, pair_options = _pairs(size, weight.device, warps := _warps(num_slots))
+    for rows, holds in _parts(weight, num_packs):
+        tensors = [value[rows] for value in (weight, table, result, share)]
+        _launch(
+            _kernels().polish_kernel,
+            (*tensors, holds, pairs, num_experts, num_slots, num_packs, pairs.shape[1], _pair_rounds(size, num_packs)),
+            {"N": _block(num_slots), "A": _height(_block(num_slots), size, warps), **pair_options, "num_warps": warps},
+        )
+    return result.to(home)
+
+
+def _searched(weight: Tensor, key: Tensor, num_packs: int, num_slots: int, shared: bool) -> Tensor:
+    """Steps 0 to 8 where there are replicas."""
+    num_rows, num_experts = weight.shape
+    size = num_slots // num_packs
+    is_roomy = num_slots <= num_packs * num_experts  # for replicas that are apart
+    weight, key = weight.contiguous(), key.contiguous()
+    result, table, best, order = (weight.new_empty(num_rows, num_slots) for _ in range(4))
+    share = torch.empty_like(weight)
+    pairs, pair_options = _pairs(size, weight.device, warps := _warps(num_slots))
+    attempts = max(4, min(_TRIES, _TRIED_SLOTS // num_slots)) if size > 1 else 0
+    numbers = num_experts, num_slots, num_packs, pairs.shape[1], _pair_rounds(size, num_packs), attempts
+    blocks = {"B": _block(num_experts), "M": _power_of_two(num_packs), "N": _block(num_slots)}
+    heights = {"R": _height(blocks["B"], num_experts, warps), "A": _height(blocks["N"], size, warps)}
+    for rows, holds in _parts(weight, num_packs):
+        tensors = [value[rows] for value in (weight, key, result, table, best, order, share)]
+        _launch(
+            _kernels().refine_kernel,
+            (*tensors, holds, pairs, *numbers, 0 if is_roomy else 1, 2 if shared or not is_roomy else 1),
+            {**blocks, **heights, **pair_options, "num_warps": warps},
+        )
+    return result
+
+
+def _parts(weight: Tensor, num_packs: int) -> Iterator[tuple[slice, Tensor]]:
+    """Rows for one launch, and what its packs hold at the beginning, nothing: `[x, E, M]` int8, too much for all."""
+    num_rows, num_experts = weight.shape
+    most = max(1, _HELD // (num_experts * num_packs))
+    for first in range(0, num_rows, most):
+        rows = slice(first, min(first + most, num_rows))
+        yield rows, torch.zeros(rows.stop - first, num_experts, num_packs, dtype=torch.int8, device=weight.device)
+
+
+def _rounds(num_packs: int) -> int:
+    """Rounds of step 7, as the reference has them."""
+    return _MAX_ROUNDS + 4 * num_packs
+
+
 # The steps. Their tensors are where the kernels run.
 
 
@@ -87,40 +198,54 @@ def lower_variance(weight: Tensor, items: Tensor, num_packs: int) -> Tensor:
     return _lowered(_kernels().variance_kernel, weight, items, num_packs, tried=weight.shape[1])
 
 
-def lower_max(weight: Tensor, items: Tensor, num_packs: int) -> Tensor:
+def lower_max(weight: Tensor, items: Tensor, num_packs: int, rounds: int = _MAX_ROUNDS) -> Tensor:
     """Steps 4 and 7: the swap with the heaviest pack that leaves the smaller maximum of its two packs."""
-    return _lowered(_kernels().max_kernel, weight, items, num_packs, tried=weight.shape[1] // num_packs)
+    return _lowered(_kernels().max_kernel, weight, items, num_packs, rounds, tried=weight.shape[1] // num_packs)
 
 
 def swap_pairs(weight: Tensor, items: Tensor, num_packs: int) -> Tensor:
     """Step 6: two items of the heaviest pack for two of the lightest, the smallest difference that remains."""
     num_items = weight.shape[1]
     size = num_items // num_packs
-    if size not in _PAIR_ITEMS or num_packs == 1:
+    if not _pair_rounds(size, num_packs):
         return items
     weight, items = weight.contiguous(), items.contiguous()
-    pairs = torch.triu_indices(size, size, 1, device=weight.device)  # [2, q], in lexicographic order
-    num_pairs = pairs.shape[1]
+    warps = 4
+    pairs, options = _pairs(size, weight.device, warps)
     result = torch.empty_like(items)
-    block, warps = _block(num_pairs), 4
     _launch(
         _kernels().pairs_kernel,
-        (weight, items, result, pairs, num_items, size, num_pairs),
-        {"N": _block(num_items), "Q": block, "A": _height(block, num_pairs, warps), "num_warps": warps},
+        (weight, items, result, pairs, num_items, size, pairs.shape[1]),
+        {"N": _block(num_items), "Q": options["Q"], "A": options["A2"], "num_warps": warps},
     )
     return result
 
 
-def _lowered(kernel: Any, weight: Tensor, items: Tensor, num_packs: int, *, tried: int) -> Tensor:
+def _pair_rounds(size: int, num_packs: int) -> int:
+    """Rounds of step 6: none for packs that have no pairs, too many or no partner."""
+    return _PAIR_ROUNDS if size in _PAIR_ITEMS and num_packs > 1 else 0
+
+
+def _pairs(size: int, device: torch.device, warps: int) -> tuple[Tensor, dict[str, int]]:
+    """`[2, q]`: two positions in a pack, in lexicographic order, and the blocks for them."""
+    pairs = (
+        torch.triu_indices(size, size, 1, device=device)
+        if size in _PAIR_ITEMS
+        else torch.zeros(2, 1, dtype=torch.int64, device=device)
+    )
+    block = _block(pairs.shape[1])
+    return pairs.contiguous(), {"Q": block, "A2": _height(block, pairs.shape[1], warps)}
+
+
+def _lowered(kernel: Any, weight: Tensor, items: Tensor, num_packs: int, *numbers: int, tried: int) -> Tensor:
     """`[X, n]`: the result of a refinement that tries `tried` positions of a row against all of them."""
     num_items = weight.shape[1]
     weight, items = weight.contiguous(), items.contiguous()
     result = torch.empty_like(items)
-    block = _block(num_items)
-    warps = 4 if block <= 256 else 8
+    block, warps = _block(num_items), _warps(num_items)
     _launch(
         kernel,
-        (weight, items, result, num_items, num_items // num_packs),
+        (weight, items, result, num_items, num_items // num_packs, *numbers),
         {"N": block, "A": _height(block, tried, warps), "num_warps": warps},
     )
     return result
@@ -142,6 +267,10 @@ def _power_of_two(number: int) -> int:
 
 def _block(number: int) -> int:
     return max(_LEAST_BLOCK, _power_of_two(number))
+
+
+def _warps(num_items: int) -> int:
+    return 4 if _block(num_items) <= 256 else 8
 
 
 def _height(block: int, tried: int, warps: int) -> int:
@@ -180,8 +309,13 @@ def _at_work(value: Tensor) -> Tensor:
     return value if value.is_cuda or _kernels().INTERPRETED else value.to("cuda")
 
 
-def _check(weight: Tensor, num_packs: int, others: dict[str, Tensor], shape: torch.Size) -> None:
-    """Refuse what the kernels would read wrongly; looks at no element, so it waits for no device."""
+def _check(
+    weight: Tensor, num_packs: int, others: dict[str, Tensor], shape: torch.Size, num_items: int | None = None
+) -> None:
+    """Refuse what the kernels would read wrongly; looks at no element, so it waits for no device.
+
+    `others` have `shape`; `num_items` are in the packs, all of the weight's unless given.
+    """
     if weight.dim() != 2 or weight.dtype != torch.int64:
         raise DistplbError(
             f"weight is {weight.dtype} of shape {tuple(weight.shape)}; pass int64 of shape [rows, items]"
@@ -191,7 +325,7 @@ def _check(weight: Tensor, num_packs: int, others: dict[str, Tensor], shape: tor
             raise DistplbError(
                 f"{name} is {value.dtype} of shape {tuple(value.shape)}; pass int64 of shape {tuple(shape)}"
             )
-    num_items = weight.shape[1]
+    num_items = weight.shape[1] if num_items is None else num_items
     if num_packs < 1 or num_items < 1 or num_items % num_packs:
         raise DistplbError(
             f"{num_items} items cannot be packed evenly into {num_packs} packs; pass a divisor of {num_items}"

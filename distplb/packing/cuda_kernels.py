@@ -1,9 +1,9 @@
 """The packing core's kernels in Triton: one program packs one row. Imported only where the engine `cuda` is used.
 
-Shapes: X rows, n items, M packs, g = n / M items in each, N ≥ n the power of two that a row is padded to, A a tile's
-height: that many positions are tried against all N at once. A row's packing stays in registers from its load to its
-store, so that no thread ever waits for what another one wrote to memory: swaps are masks, and single elements are
-picked by masked sums. Steps and choices are `packing.reference`'s, to the bit.
+Shapes: X rows, n items, M packs, g = n / M items in each; with replicas E experts, P slots, G = P / M slots in each.
+N ≥ n or P and B ≥ E are the powers of two that a row is padded to, A a tile's height: that many positions are tried
+against all N at once. A row's packing stays in registers from its load to its store; what it takes to change it is in
+`cuda_steps`. Steps and choices are `packing.reference`'s, to the bit.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
@@ -14,14 +14,42 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["INTERPRETED", "greedy_kernel", "max_kernel", "pairs_kernel", "variance_kernel"]
+from distplb.packing.cuda_steps import (
+    HUGE,
+    MAX_ROUNDS,
+    PAIR_ROUNDS,
+    block_of,
+    divided,
+    exchanged,
+    first_of,
+    greedily_placed,
+    loads_of,
+    marked,
+    max_lowered,
+    nth_giver,
+    ordered,
+    pairs_swapped,
+    peak_of,
+)
+
+__all__ = [
+    "INTERPRETED",
+    "NUMBERS",
+    "greedy_kernel",
+    "max_kernel",
+    "pairs_kernel",
+    "polish_kernel",
+    "refine_kernel",
+    "variance_kernel",
+]
 
 _VARIANCE_ROUNDS = tl.constexpr(10)
-_MAX_ROUNDS = tl.constexpr(50)
-_PAIR_ROUNDS = tl.constexpr(20)
 _VARIANCE_TOTAL = tl.constexpr(1 << 30)
-_HUGE = tl.constexpr(1 << 62)  # above every load and every greedy key: what padding and full packs have
-_NONE = tl.constexpr((1 << 31) - 1)  # above every flat index, which stay in int32
+_PARTNERS = tl.constexpr(4)  # packs, the lightest first, that step 9 tries pair swaps with
+# Step 8 looks at rows whose heaviest pack is more than 2^-8 above the mean.
+_WORTH_BITS, _GIVERS = tl.constexpr(8), tl.constexpr(8)
+# Numbers that change from call to call, which would each get a compiled version of their own where they are 1.
+NUMBERS = ["num_experts", "num_slots", "num_packs", "num_pairs", "pair_rounds", "attempts", "begin_with", "end_with"]
 
 
 @triton.jit
@@ -42,14 +70,14 @@ def greedy_kernel(weight, order, items, num_items, size, N: tl.constexpr, M: tl.
     end = begin + size
     # A pack's load and, in the low bits, its next free position: the least of these numbers is the first lightest
     # pack, with the place in it, by one reduction. 40 bits of load and 12 of position.
-    key = tl.where(begin < num_items, begin, _HUGE)  # [M]
+    key = tl.where(begin < num_items, begin, HUGE)  # [M]
     for step in range(num_items):
         item = tl.load(order + row + step)
         gained = tl.load(weight + row + step)
         lightest = tl.min(key, 0)
         place = lightest & (N - 1)
         tl.store(items + row + place, item)
-        filled = tl.where(place + 1 == end, _HUGE, key + gained * N + 1)
+        filled = tl.where(place + 1 == end, HUGE, key + gained * N + 1)
         key = tl.where(key == lightest, filled, key)
 
 
@@ -78,16 +106,16 @@ def variance_kernel(weight, items, result, num_items, size, N: tl.constexpr, A: 
         best = tl.full([A, N], 0, tl.int64)  # each cell's best change, over all tiles
         best_at = tl.full([A, N], 0, tl.int32)  # and the first position on the other side that makes it
         for first in range(0, num_items, A):
-            own_at, rest_at = _block(own, first, N, A), _block(rest, first, N, A)  # [A]
+            own_at, rest_at = block_of(own, first, N, A), block_of(rest, first, N, A)  # [A]
             given, apart = own_at[:, None] - own[None, :], rest_at[:, None] - rest[None, :]  # [A, N]
             change = given.to(tl.int64) * apart.to(tl.int64)
             best_at = tl.where(change < best, first + tl.arange(0, A)[:, None], best_at)
             best = tl.minimum(best, change)
         value = tl.min(tl.min(best, 1), 0)
         if value < 0:
-            flat = _first(best == value, best_at * num_items + position[None, :])
+            flat = first_of(best == value, best_at * num_items + position[None, :])
             here, there = flat // num_items, flat % num_items
-            item, own, load = _exchanged(item, own, load, position, begin, size, here, there)
+            item, own, load = exchanged(item, own, load, position, begin, size, here, there)
             left -= 1
         else:
             left = 0
@@ -95,35 +123,15 @@ def variance_kernel(weight, items, result, num_items, size, N: tl.constexpr, A: 
 
 
 @triton.jit
-def max_kernel(weight, items, result, num_items, size, N: tl.constexpr, A: tl.constexpr):
+def max_kernel(weight, items, result, num_items, size, rounds, N: tl.constexpr, A: tl.constexpr):
     """Steps 4 and 7: the swap with the heaviest pack that leaves the smaller maximum of its two packs.
 
-    Arguments as for `variance_kernel`.
+    Arguments as for `variance_kernel`, and:
+        rounds: the most swaps.
     """
     row, position, is_real, begin, item, own = _row(weight, items, num_items, size, N)
     load = _pack_load(weight + row, items + row, begin, size, is_real, 0)  # [N]; padding's is huge: no partner
-    left = _MAX_ROUNDS
-    while left > 0:
-        peak = tl.max(tl.where(is_real, load, 0), 0)
-        heavy = _first(load == peak, position)  # the heaviest pack's first position
-        best = tl.full([A, N], 0, tl.int64) + peak
-        best_at = tl.full([A, N], 0, tl.int32)
-        for first in range(0, size, A):
-            at = first + tl.arange(0, A)  # [A], in the heaviest pack
-            # Past the pack's last item it would give weight 0, which never makes it lighter.
-            own_at = tl.where(at < size, _pick(own, position, heavy + at), 0)
-            lost = own_at[:, None] - own[None, :]  # [A, N], what the heaviest pack would lose
-            worst = tl.maximum(load[None, :] + lost, peak - lost)
-            best_at = tl.where(worst < best, at[:, None], best_at)
-            best = tl.minimum(best, worst)
-        value = tl.min(tl.min(best, 1), 0)
-        if value < peak:
-            flat = _first(best == value, best_at * num_items + position[None, :])
-            here, there = heavy + flat // num_items, flat % num_items
-            item, own, load = _exchanged(item, own, load, position, begin, size, here, there)
-            left -= 1
-        else:
-            left = 0
+    item, own, load = max_lowered(item, own, load, position, num_items, size, rounds, None, 1, 0, N, A)
     tl.store(result + row + position, item, mask=is_real)
 
 
@@ -141,39 +149,222 @@ def pairs_kernel(
     """
     row, position, is_real, begin, item, own = _row(weight, items, num_items, size, N)
     load = _pack_load(weight + row, items + row, begin, size, is_real, 0)  # [N], huge for padding
-    inside, pair = tl.arange(0, 16), tl.arange(0, Q)
-    is_pair = pair < num_pairs
-    one = tl.load(pairs + pair, mask=is_pair, other=0)[:, None]  # [Q, 1]
-    two = tl.load(pairs + num_pairs + pair, mask=is_pair, other=0)[:, None]
-    in_pair = (one == inside[None, :]) | (two == inside[None, :])  # [Q, 16]
-    left = _PAIR_ROUNDS
+    item, own, load, _ = pairs_swapped(
+        item, own, load, position, num_items, size, PAIR_ROUNDS, 0, pairs, num_pairs, None, 1, 0, Q, A
+    )
+    tl.store(result + row + position, item, mask=is_real)
+
+
+@triton.jit(do_not_specialize=NUMBERS)
+def refine_kernel(
+    weight,
+    key,
+    result,
+    table,
+    best,
+    order,
+    share,
+    holds,
+    pairs,
+    num_experts,
+    num_slots,
+    num_packs,
+    num_pairs,
+    pair_rounds,
+    attempts,
+    begin_with,
+    end_with,
+    B: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    Q: tl.constexpr,
+    R: tl.constexpr,
+    A: tl.constexpr,
+    A2: tl.constexpr,
+):
+    """Steps 0 to 8 with replicas: the search in which they stay apart, then the free one if it can differ.
+
+    Args:
+        weight: `[X, E]` int64.
+        key: `[X, E]` int64.
+        result: `[X, P]` int64, written only.
+        table: `[X, P]` int64, room: what step 2 writes.
+        best: `[X, P]` int64, room: the best packing of a search.
+        order: `[X, P]` int64, room.
+        share: `[X, E]` int64, room: what a replica weighs.
+        holds: `[X, E, M]` int8, room: all 0 before and after.
+        pairs: as for `pairs_kernel`.
+        num_experts: E.
+        num_slots: P.
+        num_packs: M.
+        num_pairs: q.
+        pair_rounds: of step 6; 0 where the packs are too small, too large or alone for it.
+        attempts: the most tries of step 8; 0 where packs have one slot.
+        begin_with: 0, or 1 where there is no room for replicas that are apart: no first search.
+        end_with: 2, or 1 where replicas must be apart: no second one.
+        B: power of two from E up.
+        M: power of two from the number of packs up.
+        N: power of two from P up.
+        Q: power of two from q up.
+        R, A, A2: heights of tiles in the order, in step 7 and in step 6; powers of two, up to B, N and Q.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    weight += row * num_experts
+    key += row * num_experts
+    share += row * num_experts
+    result += row * num_slots
+    table += row * num_slots
+    best += row * num_slots
+    order += row * num_slots
+    holds += row * num_experts * num_packs
+    size = num_slots // num_packs
+    expert, position = tl.arange(0, B), tl.arange(0, N)
+    is_expert, is_real = expert < num_experts, position < num_slots
+    value = tl.load(weight + expert, mask=is_expert, other=0)  # [B]
+    noisy = tl.load(key + expert, mask=is_expert, other=0)  # [B]
+    mean = tl.sum(value, 0) // num_packs
+    lightest = tl.sum(value, 0) * 0 + HUGE  # the heaviest pack of the better search
+    for search in range(begin_with, end_with):
+        apart = 1 - search
+        most = tl.where(apart > 0, num_packs, num_slots)
+        replicas = divided(noisy, expert, num_experts, num_slots, most, B)  # [B], of the best packing
+        tried = replicas
+        peak, heavy = lightest * 0 + HUGE, num_slots * 0  # of the best packing: load and first position
+        # Where a free start has no pack with an expert twice, the second search does not go on.
+        is_needed = tl.where((search > 0) & (begin_with == 0), 0, 1)
+        left, tries, is_tried = attempts, 0, 1
+        while is_tried > 0:
+            # Steps 2 to 7.
+            tl.debug_barrier()  # nobody still reads what is written now
+            tl.store(share + expert, value // tl.maximum(tried, 1), mask=is_expert)
+            ordered(noisy, tried, expert, num_experts, order, B, R)
+            tl.store(table + position, -1, mask=is_real)
+            tl.debug_barrier()
+            greedily_placed(table, order, share, position, num_slots, size, apart, N, M)
+            tl.debug_barrier()
+            item, own, load, is_crowded = loads_of(table, share, position, num_slots, size)
+            marked(holds, item, position, num_slots, size, num_packs, apart, 1)
+            goes_on = tl.where(is_crowded, 1, is_needed)
+            for again in range(2 * goes_on):
+                rounds = MAX_ROUNDS + again * 4 * num_packs
+                item, own, load = max_lowered(
+                    item, own, load, position, num_slots, size, rounds, holds, num_packs, apart, N, A
+                )
+                rounds = (1 - again) * pair_rounds
+                item, own, load, _ = pairs_swapped(
+                    item,
+                    own,
+                    load,
+                    position,
+                    num_slots,
+                    size,
+                    rounds,
+                    0,
+                    pairs,
+                    num_pairs,
+                    holds,
+                    num_packs,
+                    apart,
+                    Q,
+                    A2,
+                )
+            marked(holds, item, position, num_slots, size, num_packs, apart, 0)
+            is_needed = 1
+            lower = tl.where(goes_on > 0, peak_of(load), HUGE)
+            left = left * goes_on
+            if lower < peak:
+                tl.store(best + position, item, mask=is_real)
+                tl.debug_barrier()
+                peak, heavy, replicas, tries = lower, first_of(load == lower, position), tried, 0
+            # Step 8: try j takes the expert at position j mod G of the heaviest pack, and from the giver j div G.
+            givers = tl.minimum(tl.sum((replicas > 1).to(tl.int32), 0), _GIVERS)
+            is_tried = 0
+            while (left > 0) & (is_tried == 0):
+                left -= 1
+                if (((peak - mean) << _WORTH_BITS) > mean) & (tries < givers * size):
+                    taker = tl.load(best + heavy + tries % size)
+                    giver = nth_giver(value, replicas, expert, tries // size, B)
+                    tries += 1
+                    count = tl.sum(tl.where(expert == taker, replicas, 0), 0)
+                    if (giver != taker) & (count < most):
+                        is_tried = 1
+                        tried = replicas + (expert == taker).to(tl.int64) - (expert == giver).to(tl.int64)
+                else:
+                    left = 0
+        if peak < lightest:
+            lightest = peak
+            tl.store(result + position, tl.load(best + position, mask=is_real, other=0), mask=is_real)
+        tl.debug_barrier()
+
+
+@triton.jit(do_not_specialize=NUMBERS)
+def polish_kernel(
+    weight,
+    items,
+    result,
+    share,
+    holds,
+    pairs,
+    num_experts,
+    num_slots,
+    num_packs,
+    num_pairs,
+    pair_rounds,
+    N: tl.constexpr,
+    Q: tl.constexpr,
+    A: tl.constexpr,
+    A2: tl.constexpr,
+):
+    """Step 9: pair swaps with each of the lightest packs, step 7 after each, while that helps.
+
+    Args:
+        weight: `[X, E]` int64.
+        items: `[X, P]` int64, the packing to begin with.
+        result: `[X, P]` int64, written only.
+        share: `[X, E]` int64, room: what a replica weighs, of the experts in the packing.
+        holds: `[X, E, M]` int8, all 0.
+        pair_rounds: 0 where the packs are too small, too large or alone for pair swaps.
+        others: as for `refine_kernel`.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    weight += row * num_experts
+    share += row * num_experts
+    items += row * num_slots
+    result += row * num_slots
+    holds += row * num_experts * num_packs
+    size = num_slots // num_packs
+    position = tl.arange(0, N)
+    is_real = position < num_slots
+    item = tl.load(items + position, mask=is_real, other=-1)
+    replicas = item * 0  # [N], of what is at a position
+    for first in range(0, num_slots, A):
+        is_same = block_of(item, first, N, A)[:, None] == item[None, :]  # [A, N]
+        replicas += tl.sum(is_same.to(tl.int64), 0)
+    value = tl.load(weight + item, mask=is_real, other=0)
+    tl.store(share + item, value // tl.maximum(replicas, 1), mask=is_real)
+    tl.debug_barrier()
+    item, own, load, is_crowded = loads_of(items, share, position, num_slots, size)
+    # The rule is for rows with replicas that are apart.
+    apart = tl.where((is_crowded == 0) & (tl.max(tl.where(is_real, replicas, 0), 0) > 1), 1, 0)
+    marked(holds, item, position, num_slots, size, num_packs, apart, 1)
+    partners = tl.minimum(_PARTNERS, num_packs - 1)
+    rounds = MAX_ROUNDS + 4 * num_packs
+    left = pair_rounds
     while left > 0:
-        peak, low = tl.max(tl.where(is_real, load, 0), 0), tl.min(load, 0)
-        gap = peak - low
-        heavy, light = _first(load == peak, position), _first(load == low, position)  # the packs' first positions
-        of_heavy, of_light = _pick(own, position, heavy + inside), _pick(own, position, light + inside)  # [16]
-        from_heavy = tl.sum(tl.where(in_pair, of_heavy[None, :], 0), 1)  # [Q]
-        from_light = tl.sum(tl.where(in_pair, of_light[None, :], 0), 1)
-        best = tl.full([A, Q], 0, tl.int64) + gap
-        best_at = tl.full([A, Q], 0, tl.int32)
-        for first in range(0, num_pairs, A):
-            at = first + tl.arange(0, A)  # [A]
-            given = _block(from_heavy, first, Q, A)[:, None] - from_light[None, :]  # [A, Q]
-            remains = tl.where((at < num_pairs)[:, None] & is_pair[None, :], tl.abs(gap - 2 * given), gap)
-            best_at = tl.where(remains < best, at[:, None], best_at)
-            best = tl.minimum(best, remains)
-        value = tl.min(tl.min(best, 1), 0)
-        if value < gap:
-            flat = _first(best == value, best_at * num_pairs + pair[None, :])
-            mine, other = pairs + flat // num_pairs, pairs + flat % num_pairs
-            here, there = heavy + tl.load(mine), light + tl.load(other)
-            item, own, load = _exchanged(item, own, load, position, begin, size, here, there)
-            here, there = heavy + tl.load(mine + num_pairs), light + tl.load(other + num_pairs)
-            item, own, load = _exchanged(item, own, load, position, begin, size, here, there)
-            left -= 1
+        left -= 1
+        partner, made = 0, 0
+        while (partner < partners) & (made == 0):
+            item, own, load, made = pairs_swapped(
+                item, own, load, position, num_slots, size, 1, partner, pairs, num_pairs, holds, num_packs, apart, Q, A2
+            )
+            partner += 1
+        if made > 0:
+            item, own, load = max_lowered(
+                item, own, load, position, num_slots, size, rounds, holds, num_packs, apart, N, A
+            )
         else:
             left = 0
-    tl.store(result + row + position, item, mask=is_real)
+    tl.store(result + position, item, mask=is_real)
 
 
 @triton.jit
@@ -196,45 +387,13 @@ def _pack_load(weight, items, begin, size, is_real, shift):
     for index in range(size):
         item = tl.load(items + begin + index, mask=is_real, other=0)
         load += tl.load(weight + item, mask=is_real, other=0) >> shift
-    return tl.where(is_real, load, _HUGE)
+    return tl.where(is_real, load, HUGE)
 
 
 @triton.jit
 def _variance_shift(total):
     """The smallest shift right after which `total` is at most 2^30."""
     return tl.sum(((total >> tl.arange(0, 64)) > _VARIANCE_TOTAL).to(tl.int32), 0)
-
-
-@triton.jit
-def _block(value, first, N: tl.constexpr, A: tl.constexpr):
-    """`[A]`: the elements of `value [N]` at positions `first` and on, where `first` is a multiple of A."""
-    tile = tl.reshape(value, (N // A, A))
-    return tl.sum(tl.where(tl.arange(0, N // A)[:, None] == first // A, tile, 0), 0)
-
-
-@triton.jit
-def _pick(value, position, at):
-    """`[A]`: the elements of `value [N]` at any positions `at [A]`; 0 beyond the last."""
-    return tl.sum(tl.where(at[:, None] == position[None, :], value[None, :], 0), 1)
-
-
-@triton.jit
-def _first(is_best, flat):
-    """The least of the int32 numbers `flat`, of any shape, where `is_best`."""
-    return tl.min(tl.where(is_best, flat, _NONE))
-
-
-@triton.jit
-def _exchanged(item, own, load, position, begin, size, here, there):
-    """Item, weight and pack load by position `[N]`, once two positions of different packs exchange theirs."""
-    is_here, is_there = position == here, position == there
-    lost = tl.sum(tl.where(is_here, own, tl.where(is_there, -own, 0)), 0)
-    load -= tl.where(begin == here // size * size, lost, 0)
-    load += tl.where(begin == there // size * size, lost, 0)
-    own += tl.where(is_there, lost, tl.where(is_here, -lost, 0))
-    ahead = tl.sum(tl.where(is_here, item, tl.where(is_there, -item, 0)), 0)
-    item += tl.where(is_there, ahead, tl.where(is_here, -ahead, 0))
-    return item, own, load
 
 
 INTERPRETED = not isinstance(greedy_kernel, triton.JITFunction)  # TRITON_INTERPRET=1 was set when this was imported

@@ -1,0 +1,352 @@
+"""The packing core's steps in Triton, on one row, for the kernels in `cuda_kernels`, which alone imports this.
+
+Shapes: E experts, P slots, M packs, G = P / M slots in each, N ≥ P and B ≥ E powers of two that a row is padded to, A
+a tile's height: that many positions are tried against all N at once. Without replicas slots are items, and P = n,
+G = g. A row's packing is in registers, by position: `item`, what is there; `own`, its weight; `load`, that of its
+pack, huge for padding. Swaps are masks, and single elements are picked by masked sums, so that hardly any thread
+waits for what another one wrote to memory; where one does, a barrier says so.
+
+The rule that replicas of an expert stay apart takes `holds [E, M]` int8 in memory, whether a pack holds an expert.
+It is None where there are no replicas, and not looked at where `apart`, 0 or 1, is 0.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
+# A kernel's arguments are whatever Triton makes of them, and Triton has no stubs.
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+__all__ = [
+    "HUGE",
+    "MAX_ROUNDS",
+    "PAIR_ROUNDS",
+    "block_of",
+    "divided",
+    "exchanged",
+    "first_of",
+    "greedily_placed",
+    "loads_of",
+    "marked",
+    "max_lowered",
+    "nth_giver",
+    "ordered",
+    "pairs_swapped",
+    "peak_of",
+]
+
+MAX_ROUNDS = tl.constexpr(50)
+PAIR_ROUNDS = tl.constexpr(20)
+HUGE = tl.constexpr(1 << 62)  # above every load and every packed key: what padding and full packs have
+_NONE = tl.constexpr((1 << 31) - 1)  # above every flat index, which stay in int32
+
+
+# --- steps 0 to 2 with replicas ---------------------------------------------------------------------------------
+
+
+@triton.jit
+def divided(key, expert, num_experts, num_slots, most, B: tl.constexpr):
+    """Step 0: `[B]` int64 replicas of each expert, 0 for padding; each next one goes to the largest key / replicas.
+
+    `key [B]` int64, `expert [B]` counts from 0; nobody gets more than `most`.
+    """
+    replicas = (expert < num_experts).to(tl.int64)
+    # Share and, in the low bits, the expert from behind: the largest of these numbers is the first of the largest.
+    packed = tl.where((replicas > 0) & (most > 1), key * B + (B - 1 - expert), -1)
+    for _ in range(num_slots - num_experts):
+        is_largest = packed == tl.max(packed, 0)
+        replicas += is_largest.to(tl.int64)
+        share = key // tl.maximum(replicas, 1)
+        packed = tl.where(is_largest, tl.where(replicas < most, share * B + (B - 1 - expert), -1), packed)
+    return replicas
+
+
+@triton.jit
+def ordered(key, replicas, expert, num_experts, order, B: tl.constexpr, A: tl.constexpr):
+    """Write to `order [P]` the expert of each slot in descending order of key / replicas, first experts first."""
+    share = key // tl.maximum(replicas, 1)
+    packed = tl.where(expert < num_experts, share * B + (B - 1 - expert), -1)  # [B], no two the same but padding
+    start = expert.to(tl.int64) * 0  # [B], slots that come before the expert's
+    for first in range(0, num_experts, A):
+        is_before = block_of(packed, first, B, A)[:, None] > packed[None, :]  # [A, B]
+        start += tl.sum(tl.where(is_before, block_of(replicas, first, B, A)[:, None], 0), 0)
+    for nth in range(tl.max(replicas, 0)):
+        tl.store(order + start + nth, expert, mask=nth < replicas)
+
+
+@triton.jit
+def greedily_placed(table, order, share, position, num_slots, size, apart, N: tl.constexpr, M: tl.constexpr):
+    """Step 2: each slot to the lightest pack that is not full and, with `apart`, does not hold the expert.
+
+    Writes `table [P]`; reads `order [P]` and `share [E]`. Another thread may have written those; barriers before and
+    after are the caller's. M is a power of two from the number of packs up.
+    """
+    begin = tl.arange(0, M).to(tl.int64) * size  # [M], each pack's first position
+    end = begin + size
+    key = tl.where(begin < num_slots, begin, HUGE)  # [M], load and next free position, as in `greedy_kernel`
+    # An expert's replicas come one after the other, so one mask tells which packs hold the expert.
+    held, last = begin < 0, tl.load(order) * 0 - 1
+    for step in range(num_slots):
+        expert = tl.load(order + step)
+        held = held & (expert == last)
+        last = expert
+        least = tl.min(tl.where(held, HUGE, key), 0)
+        placed = expert
+        if least == HUGE:  # every pack with room holds it
+            least = tl.min(key, 0)
+            to = (least & (N - 1)) // size * size
+            place, placed = _displaced(table, share, expert, to, position, num_slots, size)
+            held = held | (begin == place // size * size)
+        slot = least & (N - 1)
+        tl.store(table + slot, placed)
+        filled = tl.where(slot + 1 == end, HUGE, key + tl.load(share + placed) * N + 1)
+        is_chosen = key == least
+        key = tl.where(is_chosen, filled, key)
+        held = held | (is_chosen & (apart > 0))
+
+
+@triton.jit
+def _displaced(table, share, expert, to, position, num_slots, size):
+    """Put `expert`, which the pack that begins at `to` holds already, in another's place: the place, and that other.
+
+    As `steps._displaced`. The pack that is changed is full, or it would have had room: its load is not needed again.
+    """
+    tl.debug_barrier()  # the slots were written by one thread
+    is_real = position < num_slots
+    begin = position // size * size
+    other = tl.load(table + position, mask=is_real, other=-1)  # [N], -1 where nothing is yet
+    is_barred = other < 0
+    for index in range(size):
+        beside = tl.load(table + begin + index, mask=is_real, other=-1)
+        is_barred = is_barred | (beside == expert) | (other == tl.load(table + to + index))
+    distance = tl.abs(tl.load(share + tl.maximum(other, 0)) - tl.load(share + expert))
+    distance = tl.where(is_barred, HUGE, distance)
+    place = first_of(distance == tl.min(distance, 0), position)
+    leaves = tl.sum(tl.where(position == place, other, 0), 0)
+    tl.debug_barrier()  # nobody still reads what is written now
+    tl.store(table + place, expert)
+    return place, leaves
+
+
+@triton.jit
+def loads_of(table, share, position, num_slots, size):
+    """The state of the packing in `table [P]`: item, own weight, pack load; and whether a pack holds an item twice."""
+    is_real = position < num_slots
+    begin = position // size * size
+    item = tl.load(table + position, mask=is_real, other=0)
+    own = tl.load(share + item, mask=is_real, other=0)
+    load, equal = own * 0, own * 0
+    for index in range(size):
+        beside = tl.load(table + begin + index, mask=is_real, other=0)
+        load += tl.load(share + beside, mask=is_real, other=0)
+        equal += (beside == item).to(tl.int64)  # once it is itself
+    return item, own, tl.where(is_real, load, HUGE), tl.max(tl.where(is_real, equal, 0), 0) > 1
+
+
+# --- steps 4, 6, 7 ----------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def max_lowered(
+    item, own, load, position, num_slots, size, rounds, holds, num_packs, apart, N: tl.constexpr, A: tl.constexpr
+):
+    """Steps 4 and 7: the swap with the heaviest pack that leaves the smaller maximum of its two packs."""
+    begin = position // size * size
+    left = rounds
+    while left > 0:
+        peak = peak_of(load)
+        heavy = first_of(load == peak, position)  # the heaviest pack's first position
+        best = tl.full([A, N], 0, tl.int64) + peak
+        best_at = tl.full([A, N], 0, tl.int32)
+        if holds is not None:  # [N], whether the heaviest pack holds what is at a position
+            comes = tl.load(holds + item * num_packs + heavy // size, mask=position < apart * num_slots, other=0)
+        for first in range(0, size, A):
+            at = first + tl.arange(0, A)  # [A], in the heaviest pack
+            # Past the pack's last item it would give weight 0, which never makes it lighter.
+            own_at = tl.where(at < size, _pick(own, position, heavy + at), 0)
+            lost = own_at[:, None] - own[None, :]  # [A, N], what the heaviest pack would lose
+            worst = tl.maximum(load[None, :] + lost, peak - lost)
+            if holds is not None:
+                held = holds + _pick(item, position, heavy + at)[:, None] * num_packs + (position // size)[None, :]
+                goes = tl.load(held, mask=(position < apart * num_slots)[None, :], other=0)  # [A, N]
+                worst = tl.where((goes | comes[None, :]) != 0, HUGE, worst)
+            best_at = tl.where(worst < best, at[:, None], best_at)
+            best = tl.minimum(best, worst)
+        value = tl.min(tl.min(best, 1), 0)
+        if value < peak:
+            flat = first_of(best == value, best_at * num_slots + position[None, :])
+            here, there = heavy + flat // num_slots, flat % num_slots
+            if holds is not None:
+                _told(holds, item, position, size, here, there, num_packs, apart)
+            item, own, load = exchanged(item, own, load, position, begin, size, here, there)
+            left -= 1
+        else:
+            left = 0
+    return item, own, load
+
+
+@triton.jit
+def pairs_swapped(
+    item,
+    own,
+    load,
+    position,
+    num_slots,
+    size,
+    rounds,
+    partner,
+    pairs,
+    num_pairs,
+    holds,
+    num_packs,
+    apart,
+    Q: tl.constexpr,
+    A: tl.constexpr,
+):
+    """Step 6: two items of the heaviest pack for two of the lightest, the smallest difference that remains.
+
+    The lightest is the `partner`-th, from 0. Answers item, own, load, and how often it did so.
+
+    Args:
+        pairs: `[2, q]` int64, two positions in a pack, first < second, in lexicographic order.
+        num_pairs: q.
+        Q: power of two from q up.
+        A: power of two, up to Q.
+    """
+    begin = position // size * size
+    inside, pair = tl.arange(0, 16), tl.arange(0, Q)
+    is_pair = pair < num_pairs
+    one = tl.load(pairs + pair, mask=is_pair, other=0)[:, None]  # [Q, 1]
+    two = tl.load(pairs + num_pairs + pair, mask=is_pair, other=0)[:, None]
+    in_pair = (one == inside[None, :]) | (two == inside[None, :])  # [Q, 16]
+    left, made = rounds, 0
+    while left > 0:
+        peak = peak_of(load)
+        low, light = _nth_lightest(load, begin, partner)
+        gap = peak - low
+        heavy = first_of(load == peak, position)
+        of_heavy, of_light = _pick(own, position, heavy + inside), _pick(own, position, light + inside)  # [16]
+        from_heavy = tl.sum(tl.where(in_pair, of_heavy[None, :], 0), 1)  # [Q]
+        from_light = tl.sum(tl.where(in_pair, of_light[None, :], 0), 1)
+        if holds is not None:  # [Q], whether one of the two is where they would go
+            is_bound = inside < apart * size
+            of_heavy = holds + _pick(item, position, heavy + inside) * num_packs + light // size
+            of_light = holds + _pick(item, position, light + inside) * num_packs + heavy // size
+            held_heavy = tl.load(of_heavy, mask=is_bound, other=0).to(tl.int32)
+            held_light = tl.load(of_light, mask=is_bound, other=0).to(tl.int32)
+            goes = tl.max(tl.where(in_pair, held_heavy[None, :], 0), 1)
+            comes = tl.max(tl.where(in_pair, held_light[None, :], 0), 1)
+        best = tl.full([A, Q], 0, tl.int64) + gap
+        best_at = tl.full([A, Q], 0, tl.int32)
+        for first in range(0, num_pairs, A):
+            at = first + tl.arange(0, A)  # [A]
+            given = block_of(from_heavy, first, Q, A)[:, None] - from_light[None, :]  # [A, Q]
+            remains = tl.where((at < num_pairs)[:, None] & is_pair[None, :], tl.abs(gap - 2 * given), gap)
+            if holds is not None:
+                remains = tl.where((block_of(goes, first, Q, A)[:, None] | comes[None, :]) != 0, HUGE, remains)
+            best_at = tl.where(remains < best, at[:, None], best_at)
+            best = tl.minimum(best, remains)
+        value = tl.min(tl.min(best, 1), 0)
+        if value < gap:
+            flat = first_of(best == value, best_at * num_pairs + pair[None, :])
+            mine, other = pairs + flat // num_pairs, pairs + flat % num_pairs
+            for nth in range(2):
+                here, there = heavy + tl.load(mine + nth * num_pairs), light + tl.load(other + nth * num_pairs)
+                if holds is not None:
+                    _told(holds, item, position, size, here, there, num_packs, apart)
+                item, own, load = exchanged(item, own, load, position, begin, size, here, there)
+            left -= 1
+            made += 1
+        else:
+            left = 0
+    return item, own, load, made
+
+
+@triton.jit
+def _nth_lightest(load, begin, nth):
+    """Load and first position of the pack that comes `nth`, from 0, from the lightest up, first packs first."""
+    low = tl.min(load, 0)
+    light = first_of(load == low, begin)
+    for _ in range(nth):
+        is_later = (load > low) | ((load == low) & (begin > light))
+        low = tl.min(tl.where(is_later, load, HUGE), 0)
+        light = first_of(is_later & (load == low), begin)
+    return low, light
+
+
+# --- the rule, and step 8 ---------------------------------------------------------------------------------------
+
+
+@triton.jit
+def marked(holds, item, position, num_slots, size, num_packs, apart, value: tl.constexpr):
+    """Set `holds [E, M]` to `value` for what the packing holds, if `apart`; all threads see that."""
+    tl.debug_barrier()
+    tl.store(holds + item * num_packs + position // size, value, mask=position < apart * num_slots)
+    tl.debug_barrier()
+
+
+@triton.jit
+def _told(holds, item, position, size, here, there, num_packs, apart):
+    """Write to `holds [E, M]`, if `apart`, that two positions of different packs exchange what is there."""
+    if apart > 0:
+        leaves = tl.sum(tl.where(position == here, item, 0), 0) * num_packs
+        comes = tl.sum(tl.where(position == there, item, 0), 0) * num_packs
+        tl.debug_barrier()  # nobody still reads what is written now
+        tl.store(holds + leaves + here // size, 0)
+        tl.store(holds + comes + there // size, 0)
+        tl.store(holds + leaves + there // size, 1)
+        tl.store(holds + comes + here // size, 1)
+        tl.debug_barrier()  # and everybody reads it next
+
+
+@triton.jit
+def nth_giver(weight, replicas, expert, nth, B: tl.constexpr):
+    """The expert whose replicas would weigh the `nth`-th least, from 0, with one fewer; there must be one."""
+    share = weight // tl.maximum(replicas - 1, 1)
+    packed = tl.where(replicas > 1, share * B + expert, HUGE)  # [B]
+    least = tl.min(packed, 0)
+    for _ in range(nth):
+        least = tl.min(tl.where(packed > least, packed, HUGE), 0)
+    return least & (B - 1)
+
+
+# --- small parts ------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def peak_of(load):
+    """The heaviest pack's load."""
+    return tl.max(tl.where(load < HUGE, load, 0), 0)
+
+
+@triton.jit
+def block_of(value, first, N: tl.constexpr, A: tl.constexpr):
+    """`[A]`: the elements of `value [N]` at positions `first` and on, where `first` is a multiple of A."""
+    tile = tl.reshape(value, (N // A, A))
+    return tl.sum(tl.where(tl.arange(0, N // A)[:, None] == first // A, tile, 0), 0)
+
+
+@triton.jit
+def _pick(value, position, at):
+    """`[A]`: the elements of `value [N]` at any positions `at [A]`; 0 beyond the last."""
+    return tl.sum(tl.where(at[:, None] == position[None, :], value[None, :], 0), 1)
+
+
+@triton.jit
+def first_of(is_best, flat):
+    """The least of the int32 numbers `flat`, of any shape, where `is_best`."""
+    return tl.min(tl.where(is_best, flat, _NONE))
+
+
+@triton.jit
+def exchanged(item, own, load, position, begin, size, here, there):
+    """Item, weight and pack load by position `[N]`, once two positions of different packs exchange theirs."""
+    is_here, is_there = position == here, position == there
+    lost = tl.sum(tl.where(is_here, own, tl.where(is_there, -own, 0)), 0)
+    load -= tl.where(begin == here // size * size, lost, 0)
+    load += tl.where(begin == there // size * size, lost, 0)
+    own += tl.where(is_there, lost, tl.where(is_here, -lost, 0))
+    ahead = tl.sum(tl.where(is_here, item, tl.where(is_there, -item, 0)), 0)
+    item += tl.where(is_there, ahead, tl.where(is_here, -ahead, 0))
+    return item, own, load
