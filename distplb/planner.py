@@ -59,8 +59,8 @@ def plan(
     >>> load = torch.tensor([[9, 1, 5, 5]])
     >>> plan(load, Topology(num_nodes=1, gpus_per_node=2)).expert_of_slot
     tensor([[0, 1, 2, 3]])
-    >>> plan(load, Topology(num_nodes=1, gpus_per_node=2), num_slots=6).expert_of_slot
-    tensor([[2, 0, 1, 3, 0, 1]])
+    >>> plan(torch.tensor([[8, 1, 2, 1]]), Topology(num_nodes=1, gpus_per_node=2), num_slots=6).expert_of_slot
+    tensor([[0, 1, 2, 0, 2, 3]])
 
     Args:
         load: `[L, E]` or `[T, L, E]` tokens of each expert as counted **on this rank**; the ranks' counts are

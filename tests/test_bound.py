@@ -6,6 +6,7 @@ Shapes: T steps, L layers, E experts, P slots, M GPUs, G slots on each GPU, N no
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from itertools import combinations, combinations_with_replacement, product
 
 import numpy as np
@@ -15,6 +16,15 @@ import torch
 from distplb import DistplbError, Placement, Topology, bound, imbalance, lower_bound
 
 Table = tuple[tuple[int, ...], ...]  # the experts on each GPU
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Nothing here is large, and on a busy machine threads that wait for each other cost more than all of it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def random_load(random_: random.Random, *shape: int) -> list:
@@ -103,11 +113,12 @@ def test_no_placement_beats_the_lower_bound(
     shape: tuple[int, int, int], reached: int, near: int, num_steps: int
 ) -> None:
     num_experts, num_slots, num_gpus = shape
-    load = np.array(random_load(random.Random(f"{shape} {num_steps}"), num_steps, 100, num_experts))  # [T, L, E]
+    num_layers = 100 if num_steps == 1 else 30
+    load = np.array(random_load(random.Random(f"{shape} {num_steps}"), num_steps, num_layers, num_experts))  # [T, L, E]
     found = lower_bound(torch.from_numpy(load), Topology(1, num_gpus), num_slots).numpy()
     tables = np.array(all_tables(tuple(range(num_experts)), num_gpus, num_slots // num_gpus))
-    least = np.array([least_mean_imbalance(load[:, layer], tables) for layer in range(100)])
-    assert found.shape == (100,)
+    least = np.array([least_mean_imbalance(load[:, layer], tables) for layer in range(num_layers)])
+    assert found.shape == (num_layers,)
     assert (found >= 1).all()
     assert (found <= least).all()
     if num_steps == 1:  # the replicas of several steps that have nothing in common are another matter
@@ -121,6 +132,14 @@ def test_it_holds_where_replicas_may_not_share_a_gpu(shape: tuple[int, int, int]
     load = np.array(random_load(random.Random(str(shape)), 1, 60, num_experts))
     found = lower_bound(torch.from_numpy(load), Topology(1, num_gpus), num_slots).tolist()
     tables = np.array(all_tables(tuple(range(num_experts)), num_gpus, num_slots // num_gpus, shared=False))
+    assert all(one <= least_mean_imbalance(load[:, layer], tables) for layer, one in enumerate(found))
+
+
+def test_it_holds_where_two_heavy_replicas_fit_on_a_gpu() -> None:
+    """Loads that are nearly even and three slots a GPU: (j) may not count heavy slots as if they were alone."""
+    load = np.array([[random.Random(layer).choices(range(90, 130), k=7) for layer in range(100)]])
+    found = lower_bound(torch.from_numpy(load), Topology(1, 3), 9).tolist()
+    tables = np.array(all_tables(tuple(range(7)), 3, 3))
     assert all(one <= least_mean_imbalance(load[:, layer], tables) for layer, one in enumerate(found))
 
 
@@ -142,10 +161,11 @@ def test_no_placement_of_whole_groups_beats_the_lower_bound(
     topology: tuple[int, int], shape: tuple[int, int], num_groups: int, reached: int, near: int, num_steps: int
 ) -> None:
     nodes, (num_experts, num_slots) = Topology(*topology), shape
-    load = np.array(random_load(random.Random(f"{topology} {shape} {num_steps}"), num_steps, 50, num_experts))
+    num_layers = 50 if num_steps == 1 else 15
+    load = np.array(random_load(random.Random(f"{topology} {shape} {num_steps}"), num_steps, num_layers, num_experts))
     found = lower_bound(torch.from_numpy(load), nodes, num_slots, num_groups).numpy()
     tables = np.array(all_grouped_tables(num_experts, nodes, num_slots, num_groups))
-    least = np.array([least_mean_imbalance(load[:, layer], tables) for layer in range(50)])
+    least = np.array([least_mean_imbalance(load[:, layer], tables) for layer in range(num_layers)])
     assert (found <= least).all()
     if num_steps == 1:
         assert (least <= found * (1 + 1e-5)).sum() >= reached
@@ -156,7 +176,7 @@ def test_no_placement_of_whole_groups_beats_the_lower_bound(
 def test_where_the_ways_to_deal_groups_are_too_many_the_bound_is_lower(
     num_slots: int, num_steps: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    load = torch.tensor(random_load(random.Random(num_slots), num_steps, 200, 8))
+    load = torch.tensor(random_load(random.Random(num_slots), num_steps, 60, 8))
     by_ways = lower_bound(load, Topology(2, 2), num_slots, 4)
     monkeypatch.setattr(bound, "_MOST_WAYS", 2)
     by_nodes = lower_bound(load, Topology(2, 2), num_slots, 4)
@@ -284,9 +304,9 @@ def test_it_is_reached_by_whole_groups(
 def test_each_layer_is_alone_and_the_order_of_experts_and_steps_is_nothing(
     num_slots: int, num_groups: int | None
 ) -> None:
-    load = torch.tensor(random_load(random.Random(5), 3, 6, 8))
+    load = torch.tensor(random_load(random.Random(5), 2, 3, 8))
     together = lower_bound(load, Topology(2, 2), num_slots, num_groups)
-    alone = [lower_bound(load[:, layer : layer + 1], Topology(2, 2), num_slots, num_groups) for layer in range(6)]
+    alone = [lower_bound(load[:, layer : layer + 1], Topology(2, 2), num_slots, num_groups) for layer in range(3)]
     assert torch.equal(together, torch.cat(alone))
     assert torch.allclose(together, lower_bound(load.flip(0, 2), Topology(2, 2), num_slots, num_groups), rtol=1e-9)
     without_steps = lower_bound(load[0], Topology(2, 2), num_slots, num_groups)

@@ -96,9 +96,9 @@ def test_cost_is_the_fullest_gpu_added_up_over_the_steps() -> None:
     assert torch.equal(layer_cost(torch.tensor(load), torch.tensor(tables[2]), 3), found[2])
 
 
-def test_cost_takes_the_same_slots_as_often_as_they_hold_an_expert() -> None:
-    load = torch.tensor([[[5, 4, 2]]])  # shares: the caller has divided by the replicas
-    assert layer_cost(load, torch.tensor([[0, 1, 0, 2]]), 2).tolist() == [9]
+def test_cost_shares_an_experts_tokens_out_by_integer_division() -> None:
+    load = torch.tensor([[[5, 4, 2]]])
+    assert layer_cost(load, torch.tensor([[0, 1, 0, 2]]), 2).tolist() == [6]  # 2 + 4; of 5, two replicas have 2 each
 
 
 def test_cost_saturates_at_41_bits() -> None:

@@ -315,7 +315,7 @@ def test_the_cases_with_replicas_reach_every_branch(monkeypatch: pytest.MonkeyPa
         most = case.num_packs if case.num_slots <= case.num_packs * case.weight.shape[1] else case.num_slots
         replicas = steps.divide(key, case.num_slots, most)
         tried.append((reference._replicas(table, case.weight.shape[1]) != replicas).any(1))
-    assert len(displaced) > 10
+    assert len(displaced) > 5
     assert searches.count(False) > 5
     for name, happened in {"crowded": crowded, "moved": moved, "tried": tried}.items():
         assert torch.cat(happened).sum() > 5, name

@@ -84,10 +84,9 @@ def case(shape: tuple[int, int, int], seed: int) -> tuple[Tensor, dict[str, obje
     return weight, names
 
 
-@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("shape", SHAPES)
-def test_refine_and_polish_equal_the_reference(shape: tuple[int, int, int], seed: int) -> None:
-    weight, names = case(shape, seed)
+def test_refine_and_polish_equal_the_reference(shape: tuple[int, int, int]) -> None:
+    weight, names = case(shape, 0)
     num_experts, num_packs, size = shape
     for shared in (True, False):
         if not shared and size > num_experts:
@@ -97,7 +96,7 @@ def test_refine_and_polish_equal_the_reference(shape: tuple[int, int, int], seed
         assert torch.equal(cpu.polish(weight, wanted, num_packs), reference.polish(weight, wanted, num_packs))
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape[0] == shape[1] * shape[2]])
 def test_pack_and_finish_equal_the_reference(shape: tuple[int, int, int], seed: int) -> None:
     weight, names = case(shape, seed)

@@ -67,6 +67,7 @@ class Row(NamedTuple):
 
 @compiled
 def new_row(num_experts, num_slots, num_packs, replicated):
+    """Room for a row of these sizes; without `replicated`, none for `holds`."""
     pairs = min(num_slots // num_packs, 16) ** 2
     held = (num_experts, num_packs) if replicated else (1, 1)
     return Row(

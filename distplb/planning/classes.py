@@ -52,18 +52,26 @@ class Classes:
         return self._lowered(weight, weight, table)
 
     def _lowered(self, key: Tensor, weight: Tensor, table: Tensor) -> Tensor:
-        """Dealt anew until a whole round over the classes makes no GPU lighter; the best that was met."""
+        """Dealt anew until some rounds over the classes make no GPU lighter; the best that was met."""
         best = table.clone()
         least = self._loads(weight, table).sort(dim=1, descending=True).values  # [X, M]
+        idle = torch.zeros(len(table), dtype=torch.int64, device=table.device)  # row by row, whatever the company
+        patience = 2 * self._most_of_a_class()
         for turn in range(_ROUNDS):
             for number in self.slot_class.unique().tolist():
                 table = self._dealt(key if turn == 0 else weight, weight, table, self._taking_part(number, turn))
             loads = self._loads(weight, table).sort(dim=1, descending=True).values
-            better = _earlier(loads, least)
+            better = _earlier(loads, least) & (idle < patience)
             best[better], least[better] = table[better], loads[better]
-            if turn > 0 and not bool(better.any()):
+            idle = torch.where(better, 0, idle + 1)
+            if bool((idle >= patience).all()):
                 break
         return best
+
+    def _most_of_a_class(self) -> int:
+        """Slots of one class on one GPU: rounds in which each of them takes part once."""
+        by_gpu = self.slot_class.to("cpu").view(self.num_gpus, -1).sort(dim=1).values
+        return max(int(row.unique(return_counts=True)[1].max()) for row in by_gpu)
 
     def _taking_part(self, number: int, turn: int) -> Tensor:
         """`[m]`: a slot of that class on every GPU that has one, another one each turn."""

@@ -23,14 +23,14 @@ def rebalance_experts(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Placement of replicated experts, in the form of `eplb.rebalance_experts` (deepseek-ai/EPLB).
 
-    >>> phy2log, log2phy, logcnt = rebalance_experts(torch.tensor([[9.0, 1, 5, 5]]), 6, 1, 1, 2)
+    >>> phy2log, log2phy, logcnt = rebalance_experts(torch.tensor([[8.0, 1, 2, 1]]), 6, 1, 1, 2)
     >>> phy2log, logcnt
-    (tensor([[2, 0, 1, 3, 0, 1]]), tensor([[2, 2, 1, 1]]))
+    (tensor([[0, 1, 2, 0, 2, 3]]), tensor([[2, 1, 2, 1]]))
     >>> log2phy
-    tensor([[[ 1,  4],
-             [ 2,  5],
-             [ 0, -1],
-             [ 3, -1]]])
+    tensor([[[ 0,  3],
+             [ 1, -1],
+             [ 2,  4],
+             [ 5, -1]]])
 
     Args:
         weight: `[L, E]`, load of each expert: tokens, or any non-negative numbers.

@@ -115,8 +115,8 @@ class Hierarchy:
         size = weight.shape[1] // self.num_groups
         members = (nodes[:, :, None] * size + torch.arange(size, device=nodes.device)).view(
             len(nodes), self.num_nodes, -1
-        )  # [X, N, E / N], in ascending order of experts, so that ties do not depend on the order of groups
-        return _searched_in_cells(self.inside, weight, members.sort(dim=2).values, layer, candidate, seed)
+        )  # [X, N, E / N], in the order in which a node got its groups, which is how greedy breaks ties
+        return _searched_in_cells(self.inside, weight, members, layer, candidate, seed)
 
     def _peak(self, weight: Tensor, table: Tensor) -> Tensor:
         """`[X]`: the fullest GPU."""

@@ -5,6 +5,8 @@ Shapes: T steps, L layers, E experts, P slots, M GPUs, K candidates.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -55,6 +57,13 @@ class Problem:
         self._weight = self._load.sum(0) if len(self._load) > 1 else self._load[0]  # [L, E]
         self.engine_name, engine = engine_named(options.engine, load.device)
         self._policy = _policy(options, topology, num_slots, load.shape[1], engine)
+        # The same with replicas apart, where there are any, they may share, and there is room to keep them apart.
+        self._apart: Policy | None = None
+        nodes = topology.num_nodes if options.num_groups is not None else 1
+        roomy = num_slots // topology.num_gpus <= load.shape[2] // nodes
+        if num_slots > load.shape[2] and options.allow_shared_replicas and roomy:
+            apart = replace(options, allow_shared_replicas=False)
+            self._apart = _policy(apart, topology, num_slots, load.shape[1], engine)
         # The cheapest table that was met for each layer, so that a root need not build it a second time.
         self._met: tuple[Tensor, Tensor, Tensor] | None = None  # candidate [L], cost [L], table [L, P]
 
@@ -76,7 +85,7 @@ class Problem:
         other = (self._met[0] != candidate).nonzero()[:, 0]
         if len(other):
             names: Names = {"layer": other, "candidate": candidate[other], "seed": self.seed}
-            table[other] = self._policy.search(self._weight[other], **names)
+            table[other] = self._candidates(self._weight[other], names)
         return table
 
     def polish(self, table: Tensor) -> Tensor:
@@ -103,7 +112,24 @@ class Problem:
         repeats = len(candidate) // num_layers
         layer = torch.arange(num_layers, device=self._weight.device).repeat(repeats)
         weight = self._weight.repeat(repeats, 1) if repeats > 1 else self._weight
-        return self._policy.search(weight, layer=layer, candidate=candidate, seed=self.seed)
+        return self._candidates(weight, {"layer": layer, "candidate": candidate, "seed": self.seed})
+
+    def _candidates(self, weight: Tensor, names: Names) -> Tensor:
+        """`[X, P]`: the tables of rows; replicas share a GPU only where that costs less than keeping them apart."""
+        table = self._policy.search(weight, **names)
+        if self._apart is not None and len(rows := self._sharing(table)):
+            layer = names["layer"][rows]
+            own: Names = {"layer": layer, "candidate": names["candidate"][rows], "seed": names["seed"]}
+            other = self._apart.search(weight[rows], **own)
+            load = self._load[:, layer]
+            enough = layer_cost(load, other, self.num_gpus) <= layer_cost(load, table[rows], self.num_gpus)
+            table[rows[enough]] = other[enough]
+        return table
+
+    def _sharing(self, table: Tensor) -> Tensor:
+        """The rows in which a GPU holds an expert twice."""
+        inside = table.view(len(table), self.num_gpus, -1).sort(dim=2).values
+        return (inside[..., 1:] == inside[..., :-1]).any(2).any(1).nonzero()[:, 0]
 
     def _remember(self, candidate: Tensor, cost: Tensor, tables: Tensor) -> None:
         first = cost.argmin(0)  # ties stay with the first
