@@ -107,7 +107,12 @@ def main() -> None:
         parts = growth.report(options.growth, options.candidates[0], engine, options.repeats, figure)
     else:
         title, text = "Planners side by side", f"{QUALITY} {NOISE}"
-        cases = [measured(data, layout, options, engine) for data in data_sets(options) for layout in data.layouts]
+        cases = [
+            measured(data, layout, options, engine)
+            for data in data_sets(options)
+            for layout in data.layouts
+            if layout.groups is None or not options.flat
+        ]
         parts = [*targets(cases), *(f"## {heading(case)}\n\n{table(case)}" for case in cases)]
     progress("")
     report = "\n\n".join([header(title, text, command(options), engine), *parts])
@@ -126,6 +131,7 @@ def parsed_options() -> argparse.Namespace:
     parser.add_argument("--engine", help="distplb's; by default the fastest that is there")
     parser.add_argument("--repeats", type=int, default=5, metavar="R", help="timed calls on each load, 5 or more")
     parser.add_argument("--apart", action="store_true", help="replicas of one expert may not share a GPU")
+    parser.add_argument("--flat", action="store_true", help="leave out what keeps groups on nodes")
     parser.add_argument(
         "--growth",
         type=int,
@@ -147,7 +153,8 @@ def command(options: argparse.Namespace) -> str:
     if options.growth:
         given["--candidates"] = options.candidates[:1]
     else:
-        given |= {"--loads": options.loads and "DIR", "--presets": options.presets, "--apart": options.apart}
+        given |= {"--loads": options.loads and "DIR", "--presets": options.presets}
+        given |= {"--apart": options.apart, "--flat": options.flat}
         given |= {} if options.shapes == list(SHAPES) else {"--shapes": options.shapes}
     given |= {"--engine": options.engine, "--repeats": options.repeats}
     return command_line("bench_planning.py", given)
