@@ -246,7 +246,7 @@ def interpreted() -> None:
     cuda._CELLS = 1  # tiles of a few positions, so that a short row takes several of them as long ones do
     more = list(cases([(2, 7), (2, 12)], rows=len(KINDS), seed=1))
     found += differences(more, "cpu", list(ENTRY_POINTS))
-    more_replicas = list(replicated([(14, 4, 5), (9, 2, 7)], rows=3, seed=2))
+    more_replicas = list(replicated([(8, 2, 5), (6, 2, 7), (3, 2, 4), (4, 2, 3)], rows=2, seed=2))
     cuda._HELD = 100  # a launch for one row or two
     found += differences(more_replicas, "cpu", WITH_REPLICAS)
     rows = sum(len(case.weight) for case in many + more)
