@@ -101,6 +101,28 @@ def test_cost_shares_an_experts_tokens_out_by_integer_division() -> None:
     assert layer_cost(load, torch.tensor([[0, 1, 0, 2]]), 2).tolist() == [6]  # 2 + 4; of 5, two replicas have 2 each
 
 
+@pytest.mark.parametrize(("num_slots", "num_gpus"), [(8, 2), (9, 3), (12, 4), (12, 1)])
+def test_cost_with_replicas_is_that_of_whole_shares(num_slots: int, num_gpus: int) -> None:
+    random_ = random.Random(num_slots)
+    load = random_load(random_, 5, 4, 6)
+    tables = [[random_table(random_, 6, num_slots) for _ in range(4)] for _ in range(3)]  # [3, L, P]
+    size = num_slots // num_gpus
+    wanted = [
+        [
+            sum(
+                max(
+                    sum(load[t][x][expert] // table[x].count(expert) for expert in table[x][at : at + size])
+                    for at in range(0, num_slots, size)
+                )
+                for t in range(5)
+            )
+            for x in range(4)
+        ]
+        for table in tables
+    ]
+    assert layer_cost(torch.tensor(load), torch.tensor(tables), num_gpus).tolist() == wanted
+
+
 def test_cost_saturates_at_41_bits() -> None:
     load = torch.tensor([[[2**41, 0], [2**41 - 2, 1], [2**41 - 2, 0]]])
     assert layer_cost(load, torch.zeros(3, 2, dtype=torch.int64), 2).tolist() == [2**41 - 1, 2**41 - 2, 2**41 - 2]

@@ -88,7 +88,9 @@ def test_a_node_holds_whole_groups_with_all_their_replicas(shape: tuple[int, ...
     topology = Topology(nodes, gpus)
     options = {"num_slots": num_slots, "num_groups": groups, "num_candidates": 3}
     fresh = plan(load, topology, **options)
-    for placement in (fresh, plan(load, topology, current=fresh, **options)):
+    again = plan(load, topology, current=plan(load.flip(2), topology, **options), **options)
+    assert (costs(load, again) <= costs(load, fresh) * (1 + 1e-9)).all()  # cells are named anew as wholes
+    for placement in (fresh, again):
         group = placement.expert_of_slot * groups // num_experts  # [L, P]
         for layer in group.unflatten(1, (nodes, -1)).tolist():
             on_node = [set(node) for node in layer]
@@ -131,13 +133,36 @@ BLOCKS = [
 def test_a_block_holds_the_experts_of_one_group(shape: tuple[int, ...], num_steps: int) -> None:
     num_experts, num_gpus, groups = shape
     load = steps_of(rows_of_every_kind(0, num_experts), num_steps)
-    fresh = plan(load, Topology(1, num_gpus), num_groups=groups, mode="permute", num_candidates=3)
-    other = plan(load.flip(2), Topology(1, num_gpus), num_groups=groups, mode="permute", seed=1)
-    again = plan(load, Topology(1, num_gpus), num_groups=groups, mode="permute", num_candidates=3, current=other)
-    for placement in (fresh, again):
+    options = {"num_groups": groups, "mode": "permute", "num_candidates": 3}
+    fresh, other = (plan(each, Topology(1, num_gpus), **options) for each in (load, load.flip(2)))
+    again = plan(load, Topology(1, num_gpus), current=other, **options)
+    assert (costs(load, again) <= costs(load, fresh)).all()  # blocks and GPUs are named anew as wholes
+    random_current = random_placement(1, load.shape[1], num_experts, num_experts, num_gpus)
+    kept = plan(load, Topology(1, num_gpus), current=random_current, **options)
+    same = (kept.expert_of_slot == random_current.expert_of_slot).all(1)
+    for placement, excused in ((fresh, False), (again, False), (kept, same)):
         assert not placement.has_replicas
         group = placement.expert_of_slot * groups // num_experts
-        assert (group.unflatten(1, (groups, -1)).diff(dim=2) == 0).all()
+        whole = (group.unflatten(1, (groups, -1)).diff(dim=2) == 0).flatten(1).all(1)
+        assert (whole | excused).all()
+
+
+@pytest.mark.parametrize("shape", [(64, 8, 2), (64, 4, 32), (48, 4, 4), (48, 2, 2), (64, 16, 4)])
+def test_polish_evens_out_blocks_and_keeps_them(shape: tuple[int, int, int]) -> None:
+    num_experts, num_gpus, groups = shape
+    load, random_ = rows_of_every_kind(0, num_experts)[None], random.Random(3)
+    size, rows = num_experts // groups, []
+    for _ in range(load.shape[1]):
+        blocks = [random_.sample(range(group * size, (group + 1) * size), size) for group in range(groups)]
+        rows.append([expert for block in random_.sample(blocks, groups) for expert in block])
+    given = Placement(torch.tensor(rows), num_experts, num_gpus)
+    options = SearchOptions(num_groups=groups, mode="permute")
+    polished = Problem(load, Topology(1, num_gpus), options).polish(given.expert_of_slot)
+    group = polished * groups // num_experts
+    assert (group.unflatten(1, (groups, -1)).diff(dim=2) == 0).all()
+    after, before = (costs(load, each) for each in (Placement(polished, num_experts, num_gpus), given))
+    assert (after <= before).all()
+    assert groups == num_gpus or after.sum() < 0.95 * before.sum()
 
 
 def ways_to_pack(items: tuple[int, ...], size: int) -> list[list[tuple[int, ...]]]:

@@ -31,6 +31,7 @@ POLICIES = {
     "blocks over GPUs": (Topology(1, 8), {"num_groups": 4, "mode": "permute"}),
     "blocks in GPUs": (Topology(2, 1), {"num_groups": 8, "mode": "permute"}),
     "classes": (Topology(1, 4), {"slot_class": CLASSES}),
+    "large classes": (Topology(1, 2), {"slot_class": torch.arange(16) % 2}),
 }
 
 
@@ -143,13 +144,30 @@ def test_what_was_met_in_several_calls_is_the_cheapest_of_all() -> None:
     assert torch.equal(problem.build(cheapest), Problem(load, Topology(1, 4), options).build(cheapest))
 
 
-def test_a_candidate_of_a_layer_has_nothing_to_do_with_the_other_layers_loads() -> None:
-    load = skewed(4, 2, 3, 16)
-    other = load.clone()
-    other[:, :2] = 1
-    for topology, options in POLICIES.values():
-        one, two = (Problem(each, topology, SearchOptions(**options)) for each in (load, other))
-        assert torch.equal(one.build(torch.full((3,), 6))[2], two.build(torch.full((3,), 6))[2])
+def test_the_cheapest_tables_that_were_met_are_not_searched_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The root of a plan would else spend the time of a candidate more."""
+    problem = Problem(skewed(4, 1, 20, 16), Topology(1, 4), SearchOptions(num_slots=24))
+    costs = torch.cat([problem.costs(torch.arange(4) + first) for first in (0, 4)])
+    wanted = problem.build(costs.argmin(0))
+    monkeypatch.delattr(Problem, "_candidates")
+    assert torch.equal(problem.build(costs.argmin(0)), wanted)
+    with pytest.raises(AttributeError):
+        problem.build(costs.argmax(0))
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_layer_alone_is_planned_as_among_others(policy: str) -> None:
+    """Rows are worked on together, and each must stop by itself."""
+    topology, options = POLICIES[policy]
+    load = rows_of_every_kind(4, 16)[None]
+    together = Problem(load, topology, SearchOptions(**options))
+    plain = together.build(torch.zeros(load.shape[1], dtype=torch.int64))
+    polished = together.polish(plain)
+    for layer in range(load.shape[1]):
+        alone = Problem(load[:, layer : layer + 1], topology, SearchOptions(**options))
+        table = alone.build(torch.zeros(1, dtype=torch.int64))
+        assert torch.equal(table[0], plain[layer])
+        assert torch.equal(alone.polish(table)[0], polished[layer])
 
 
 def test_the_seed_changes_every_candidate_but_the_plain_one() -> None:
