@@ -25,7 +25,7 @@ SOURCES = {
 
 # Import only downward. A name stands for a module or for all modules of a folder.
 LEVELS = [
-    {"errors", "topology", "stages"},
+    {"errors", "topology", "stages", "hashing"},
     {"placement", "load", "layer", "events"},
     {"cost", "bound"},
     {"packing", "planning", "comm"},

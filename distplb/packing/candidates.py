@@ -10,11 +10,12 @@ from typing import TypedDict
 import torch
 from torch import Tensor
 
+from distplb.hashing import hashed
+
 __all__ = ["CANDIDATE_BITS", "Names", "noisy_keys"]
 
 CANDIDATE_BITS = 22
 _NOISE_STEPS = 9831  # noise / 2^16 lies in {0, ..., 9830} / 2^16, that is in [0, 0.15)
-_MASK = (1 << 32) - 1
 
 
 class Names(TypedDict):
@@ -35,19 +36,6 @@ def noisy_keys(weight: Tensor, *, layer: Tensor, candidate: Tensor, seed: int) -
         seed: of the whole plan.
     """
     item = torch.arange(weight.shape[1], device=weight.device)
-    state = torch.zeros_like(weight)
-    for part in (seed, seed >> 32, layer[:, None], candidate[:, None], item):
-        state = _mix((state ^ (part & _MASK)) + 0x9E3779B9)
-    noise = (state * _NOISE_STEPS) >> 32
+    bits = hashed(torch.zeros_like(weight), seed, seed >> 32, layer[:, None], candidate[:, None], item)
+    noise = (bits * _NOISE_STEPS) >> 32
     return weight + ((weight * noise.masked_fill(candidate[:, None] == 0, 0)) >> 16)
-
-
-def _mix(state: Tensor) -> Tensor:
-    """Scramble 32 bits held in an int64, masked after each product.
-
-    The finaliser `lowbias32`, constants from C. Wellons, "Prospecting for Hash Functions" (2018, public domain).
-    """
-    state = state & _MASK
-    state = ((state ^ (state >> 16)) * 0x7FEB352D) & _MASK
-    state = ((state ^ (state >> 15)) * 0x846CA68B) & _MASK
-    return state ^ (state >> 16)

@@ -1,0 +1,36 @@
+"""A hash of integers: what is random here depends on integers alone, on every rank, machine and device alike."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+__all__ = ["hashed"]
+
+_MASK = (1 << 32) - 1
+
+
+def hashed(state: Tensor, *parts: Tensor | int) -> Tensor:
+    """int64 in [0, 2^32) from a state and what it takes in, part by part; shapes are broadcast.
+
+    >>> import torch
+    >>> hashed(torch.zeros(2, dtype=torch.int64), 7, torch.tensor([0, 1]))
+    tensor([2082769736, 3810755467])
+
+    Args:
+        state: int64, of any shape: zeros, or an earlier hash, which `parts` continue.
+        parts: int64 or Python integers; of each the lowest 32 bits count.
+    """
+    for part in parts:
+        state = _mix((state ^ (part & _MASK)) + 0x9E3779B9)
+    return state
+
+
+def _mix(state: Tensor) -> Tensor:
+    """Scramble 32 bits held in an int64, masked after each product.
+
+    The finaliser `lowbias32`, constants from C. Wellons, "Prospecting for Hash Functions" (2018, public domain).
+    """
+    state = state & _MASK
+    state = ((state ^ (state >> 16)) * 0x7FEB352D) & _MASK
+    state = ((state ^ (state >> 15)) * 0x846CA68B) & _MASK
+    return state ^ (state >> 16)
