@@ -9,38 +9,58 @@ import torch
 from torch import Tensor
 
 from distplb.errors import DistplbError
+from distplb.hashing import hashed
 
-__all__ = ["LoadWindow", "as_tokens", "scaled", "widened"]
+__all__ = ["LoadWindow", "as_tokens", "group_of_steps", "scaled", "widened"]
 
 # Packing multiplies a weight by a 14-bit noise and the packed key holds 41 bits of cost: 2^40 leaves room for both.
 _MAX_TOTAL_BITS = 40
 # Each rank's own total stays below this, so that the sum over 2^14 of them cannot leave an int64.
 _MAX_RANK_TOTAL = 2.0**48
+_NONE = -1  # the number of no step
 
 
 class LoadWindow:
-    """The last `num_steps` steps of counts on this rank, in a ring buffer on the device.
+    """Counts on this rank: an even, seeded sample of all steps since the last clear, kept on the device.
+
+    Up to T steps, all are kept. From then on each step, old or new, is among the kept with the same chance. Which
+    ones depends on the seed, on how often the window was cleared and on the number of the step, on nothing else: all
+    layers and ranks keep the same.
 
     `add` belongs in the forward of a layer. It never waits for the device, writes in place and keeps its write
     index on the device, so it may be part of a captured CUDA graph.
 
     >>> window = LoadWindow(num_layers=1, num_experts=2, num_steps=2)
-    >>> for counts in ([5, 1], [4, 2], [3, 3]):
-    ...     window.add(0, torch.tensor(counts), training=True)
+    >>> for number in range(10):
+    ...     window.add(0, torch.tensor([number, 10 * number]), training=True)
+    >>> window.seen, window.steps()
+    (10, tensor([1, 9]))
     >>> window.load()
-    tensor([[[4, 2]],
+    tensor([[[ 1, 10]],
     <BLANKLINE>
-            [[3, 3]]])
+            [[ 9, 90]]])
 
     Args:
         num_layers: L.
         num_experts: E.
-        num_steps: T, the steps that are kept; an iteration of several micro-batches has several steps.
+        num_steps: T, the most steps that are kept; an iteration of several micro-batches has several steps.
         device: where the counts are made.
+        seed: of the sample; the same on all ranks.
+        max_bytes: what int64 counts `[T, L, E]` may take; T is less than `num_steps` where they would take more.
+
+    Raises:
+        DistplbError: for a size below 1, or where not even one step fits in `max_bytes`.
     """
 
     def __init__(
-        self, num_layers: int, num_experts: int, num_steps: int, *, device: torch.device | str = "cpu"
+        self,
+        num_layers: int,
+        num_experts: int,
+        num_steps: int,
+        *,
+        device: torch.device | str = "cpu",
+        seed: int = 0,
+        max_bytes: int = 64 * 2**20,
     ) -> None:
         for name, value in (
             ("num_layers", num_layers),
@@ -49,17 +69,28 @@ class LoadWindow:
         ):
             if value < 1:
                 raise DistplbError(f"LoadWindow: {name} is {value}; pass at least 1")
-        self._counts = torch.zeros(num_steps, num_layers, num_experts, dtype=torch.int64, device=device)
-        self._written = torch.zeros(num_layers, dtype=torch.int64, device=device)  # steps since the last clear
+        rows = min(num_steps, _steps_that_fit(num_layers, num_experts, max_bytes))
+        # Row T takes what is not kept, so that each step is the same operations.
+        self._counts = torch.zeros(rows + 1, num_layers, num_experts, dtype=torch.int64, device=device)
+        self._numbers = torch.empty(rows + 1, num_layers, dtype=torch.int64, device=device)  # whose counts these are
+        self._written = torch.empty(num_layers, dtype=torch.int64, device=device)  # steps since the last clear
+        self._stream = torch.empty(1, dtype=torch.int64, device=device)  # hash of the seed and the clears
+        self._seed, self._clears = seed, 0
+        self._start()
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """(T, L, E) of the full window."""
-        steps, layers, experts = self._counts.shape
-        return steps, layers, experts
+        rows, layers, experts = self._counts.shape
+        return rows - 1, layers, experts
+
+    @property
+    def seen(self) -> int:
+        """Steps that every layer has had since the last clear, kept or not. Waits for the device."""
+        return int(self._written.min())
 
     def add(self, layer: int, counts: Tensor, *, training: bool | None = None) -> None:
-        """Write one step of one layer, unless this forward is an evaluation or a recomputation.
+        """Take in one step of one layer, unless this forward is an evaluation or a recomputation.
 
         Recomputation under activation checkpointing runs inside the backward pass, and is known by that. An
         evaluation is known by `training=False` or, where that is not given, by gradients being off.
@@ -74,22 +105,88 @@ class LoadWindow:
             return
         if not (torch.is_grad_enabled() if training is None else training):
             return
-        written = self._written[layer : layer + 1]  # [1], a view: nothing is read on the host
-        row = counts.detach().to(self._counts.dtype).reshape(1, -1)  # [1, E]
-        self._counts[:, layer].index_copy_(0, written % self._counts.shape[0], row)
-        written.add_(1)
+        number = self._written[layer : layer + 1]  # [1], a view: nothing is read on the host
+        row = self._row_of(number)
+        self._counts[:, layer].index_copy_(0, row, counts.detach().to(torch.int64).reshape(1, -1))
+        self._numbers[:, layer].index_copy_(0, row, number)
+        number.add_(1)
 
     def load(self) -> Tensor:
-        """`[T', L, E]` int64: the steps that every layer has, oldest first, T' ≤ T. Waits for the device."""
-        num_steps = self._counts.shape[0]
-        kept = min(num_steps, int(self._written.min()))
-        age = torch.arange(kept, 0, -1, device=self._written.device)  # kept, ..., 1 steps ago
-        steps = (self._written[None] - age[:, None]) % num_steps  # [T', L]
-        return self._counts.gather(0, steps[..., None].expand(-1, -1, self._counts.shape[2]))
+        """`[T', L, E]` int64: the kept steps that every layer has, in the order of time. Waits for the device.
+
+        T' ≤ T; while layers differ in their number of steps, as in the middle of a forward, only what all of them
+        keep under the same number is handed out.
+        """
+        return self._counts[self._common_rows()]
+
+    def steps(self) -> Tensor:
+        """`[T']` int64: the numbers of the steps of `load`, counted from 0 at the last clear. Waits for the device."""
+        return self._numbers[self._common_rows(), 0]
 
     def clear(self) -> None:
-        """Forget all steps, without waiting for the device."""
+        """Forget all steps, without waiting for the device. The next sample is drawn anew."""
+        self._clears += 1
+        self._start()
+
+    def _start(self) -> None:
         self._written.zero_()
+        self._numbers.fill_(_NONE)
+        # Another hash for each window: the same positions every time would miss what happens in between.
+        self._stream.copy_(hashed(torch.zeros_like(self._stream), self._seed, self._seed >> 32, self._clears))
+
+    def _row_of(self, number: Tensor) -> Tensor:
+        """`[1]`: where a step goes, by reservoir sampling.
+
+        Vitter, "Random Sampling with a Reservoir" (1985), algorithm R. Of 32 bits modulo N, some remainders are more
+        frequent by one part in 2^32 / N.
+        """
+        num_steps = self.shape[0]
+        drawn = hashed(self._stream, number) % (number + 1)
+        return torch.where(number < num_steps, number, drawn.clamp(max=num_steps))
+
+    def _common_rows(self) -> Tensor:
+        """`[T']`: rows in which all layers have the same step, in the order of time."""
+        numbers = self._numbers[:-1]  # [T, L]
+        first = numbers[:, 0]
+        rows = ((numbers == first[:, None]).all(1) & (first != _NONE)).nonzero()[:, 0]
+        return rows[first[rows].argsort()]
+
+
+def _steps_that_fit(num_layers: int, num_experts: int, max_bytes: int) -> int:
+    one_step = 8 * num_layers * num_experts
+    if max_bytes < one_step:
+        raise DistplbError(
+            f"LoadWindow: one step of {num_layers} layers × {num_experts} experts takes {one_step} bytes, "
+            f"max_bytes is {max_bytes}; pass at least {one_step}"
+        )
+    return max_bytes // one_step
+
+
+def group_of_steps(steps: Tensor, num_groups: int, seed: int) -> Tensor:
+    """`[T']` int64: for each step, which of the EP groups side by side stands for it with its counts.
+
+    Shared out evenly: each block of `num_groups` rows, one after the other, has each group once, in an order that
+    depends on the seed and the steps' numbers.
+
+    >>> group_of_steps(torch.arange(7), num_groups=3, seed=0)
+    tensor([2, 0, 1, 2, 0, 1, 2])
+
+    Args:
+        steps: `[T']` int64, as from `LoadWindow.steps`.
+        num_groups: EP groups that hold copies of the same experts.
+        seed: the same on all ranks.
+
+    Raises:
+        DistplbError: for less than one group.
+    """
+    if num_groups < 1:
+        raise DistplbError(f"num_groups is {num_groups}; pass the number of EP groups, at least 1")
+    missing = torch.arange(1, -len(steps) % num_groups + 1, device=steps.device)
+    whole = torch.cat([steps, -missing])  # the last block is filled up with numbers that no step has
+    # The sum tells windows apart, so that it is not always the same group that the last block leaves out.
+    keys = hashed(torch.zeros_like(whole), seed, seed >> 32, steps.sum(), whole)
+    keys = keys.view(-1, num_groups)  # [blocks, groups]
+    return keys.argsort(dim=1, stable=True).argsort(dim=1).flatten()[: len(steps)]
 
 
 def as_tokens(load: Tensor) -> Tensor:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from distplb import DistplbError, LoadWindow
-from distplb.load import as_tokens, scaled, widened
+from distplb.hashing import hashed
+from distplb.load import as_tokens, group_of_steps, scaled, widened
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -39,57 +40,193 @@ def counting(num_steps: int = 4, *, says_training: bool = False) -> Counting:
 
 
 def counted(window: LoadWindow, layer: int = 0) -> list[int]:
-    """The counts of expert 0 in one layer, oldest first."""
+    """The counts of expert 0 in one layer, step by step."""
     return window.load()[:, layer, 0].tolist()
 
 
-# --- the ring ---------------------------------------------------------------------------------------------------
+# --- the sample -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("num_steps", [1, 2, 3, 5])
-def test_the_window_keeps_the_last_steps_oldest_first(num_steps: int) -> None:
-    window = LoadWindow(num_layers=2, num_experts=3, num_steps=num_steps)
+def oracle_hash(*parts: int) -> int:
+    """`hashed` from zero, in Python's integers."""
+    state = 0
+    for part in parts:
+        state = ((state ^ part % 2**32) + 0x9E3779B9) % 2**32
+        state = (state ^ state >> 16) * 0x7FEB352D % 2**32
+        state = (state ^ state >> 15) * 0x846CA68B % 2**32
+        state ^= state >> 16
+    return state
+
+
+def oracle_sample(num_steps: int, seen: int, seed: int = 0, clears: int = 0) -> list[int | None]:
+    """Which step each row holds after `seen` steps: algorithm R with the hash for a die."""
+    rows: list[int | None] = [None] * num_steps
+    for number in range(seen):
+        row = number if number < num_steps else oracle_hash(seed, seed >> 32, clears, number) % (number + 1)
+        if row < num_steps:
+            rows[row] = number
+    return rows
+
+
+def in_time(rows: list[int | None]) -> list[int]:
+    return sorted(row for row in rows if row is not None)
+
+
+def test_the_hash_is_that_of_plain_integers() -> None:
+    parts = [0, 1, -1, 2**31, 2**32 - 1, 2**32, 2**40 + 5, 123456789]
+    for state in (0, 1, 2**32 - 1):
+        found = hashed(torch.full((len(parts),), state), torch.tensor(parts)).tolist()
+        assert found == [oracle_hash(part ^ state) for part in parts]
+    found = hashed(torch.zeros(len(parts), dtype=torch.int64), -3, torch.tensor(parts), 7).tolist()
+    assert found == [oracle_hash(-3, part, 7) for part in parts]
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 7])
+@pytest.mark.parametrize("seed", [0, 1, -1, 2**40 + 3])
+def test_the_sample_is_that_of_the_oracle_after_every_step_and_every_clear(num_steps: int, seed: int) -> None:
+    window = LoadWindow(num_layers=2, num_experts=3, num_steps=num_steps, seed=seed)
     assert window.shape == (num_steps, 2, 3)
-    added: list[list[list[int]]] = []
-    assert window.load().shape == (0, 2, 3)
-    for step in range(12):
-        rows = [[100 * step + 10 * layer + expert for expert in range(3)] for layer in range(2)]
-        for layer, row in enumerate(rows):
-            window.add(layer, torch.tensor(row), training=True)
-        added.append(rows)
-        assert window.load().dtype == torch.int64
-        assert window.load().tolist() == added[-num_steps:]
+    for clears in range(3):
+        assert window.load().shape == (0, 2, 3)
+        assert window.seen == 0
+        for step in range(30):
+            for layer in range(2):
+                window.add(layer, torch.tensor([step, layer, 7]), training=True)
+            kept = in_time(oracle_sample(num_steps, step + 1, seed, clears))
+            assert len(kept) == min(num_steps, step + 1)
+            assert window.seen == step + 1
+            assert window.steps().tolist() == kept
+            assert window.load().tolist() == [[[number, layer, 7] for layer in range(2)] for number in kept]
+            assert window.load().dtype == window.steps().dtype == torch.int64
+        window.clear()
 
 
-def test_layers_filled_unevenly_give_the_steps_that_all_of_them_have() -> None:
-    """Whatever the order of the forwards, step i from the end is step i from the end in every layer."""
+def test_every_step_has_the_same_chance_and_so_has_every_pair() -> None:
+    """Of 20 steps a window keeps 5, in 800 windows: half by other seeds, half after other clears."""
+    T, N = 5, 20
+    kept = torch.zeros(800, N)
+    cleared = LoadWindow(1, 1, T, seed=1000)
+    for trial in range(800):
+        window = cleared if trial % 2 else LoadWindow(1, 1, T, seed=trial)
+        for _ in range(N):
+            window.add(0, torch.tensor([1]), training=True)
+        kept[trial, window.steps()] = 1
+        window.clear()
+    for half in (kept[::2], kept[1::2]):
+        assert deviation(half.sum(0), T / N, 400).abs().max() < 3.5
+        pairs = (half.T @ half)[torch.ones(N, N).triu(1) > 0]
+        assert deviation(pairs, T * (T - 1) / (N * (N - 1)), 400).abs().max() < 4.5
+
+
+def deviation(found: Tensor, chance: float, trials: int) -> Tensor:
+    """In standard deviations of a binomial distribution."""
+    return (found - trials * chance) / (trials * chance * (1 - chance)) ** 0.5
+
+
+def test_early_and_late_steps_of_a_long_window_are_kept_alike() -> None:
+    """4,000 steps in 200 rows: a quarter of the rows for each quarter, which takes the remainder by n + 1, not by T."""
+    window = LoadWindow(1, 1, 200)
+    for _ in range(4000):
+        window.add(0, torch.tensor([1]), training=True)
+    quarters = torch.bincount(window.steps() // 1000, minlength=4)
+    assert quarters.sum() == 200
+    assert (quarters - 50).abs().max() < 3.5 * (200 * 0.25 * 0.75) ** 0.5
+
+
+def test_windows_keep_the_same_steps_whatever_they_count_and_others_by_another_seed() -> None:
+    def kept(seed: int, layers: list[int], num_experts: int) -> list[list[int]]:
+        window, found = LoadWindow(len(layers), num_experts, 4, seed=seed), []
+        for _ in range(3):
+            for number in range(40):
+                for layer in layers:
+                    window.add(layer, torch.full((num_experts,), number), training=True)
+            found.append(window.steps().tolist())
+            window.clear()
+        return found
+
+    first = kept(0, [0, 1, 2], 5)
+    assert kept(0, [1, 0], 2) == first
+    assert first[0] != first[1] != first[2] != first[0]
+    for seed in (1, -1, 2**32, 2**40):
+        assert all(one != other for one, other in zip(kept(seed, [0], 1), first, strict=True))
+
+
+def test_layers_that_differ_in_steps_give_only_what_all_of_them_keep() -> None:
+    """Whatever the order of the forwards, a row that comes out is of one step in every layer."""
     random_ = random.Random(0)
-    for _ in range(50):
-        window = LoadWindow(num_layers=3, num_experts=1, num_steps=4)
-        added: list[list[int]] = [[], [], []]
-        for number in range(random_.randrange(20)):
-            layer = random_.choice([0, 0, 1, 1, 2])
+    several = 0
+    for trial in range(40):
+        window = LoadWindow(num_layers=3, num_experts=1, num_steps=4, seed=trial)
+        done = [0, 0, 0]
+        for _ in range(random_.randrange(60)):
+            layer = random_.choice([0, 1, 2])
+            window.add(layer, torch.tensor([10 * done[layer] + layer]), training=True)
+            done[layer] += 1
+        rows = [oracle_sample(4, seen, trial) for seen in done]
+        common = in_time([row[0] if len(set(row)) == 1 else None for row in zip(*rows, strict=True)])
+        assert window.seen == min(done)
+        assert window.steps().tolist() == common
+        assert window.load()[..., 0].tolist() == [[10 * number + layer for layer in range(3)] for number in common]
+        several += 1 < len(common) < 4
+    assert several > 5
+
+
+def test_in_the_middle_of_a_forward_at_most_the_step_that_gives_way_is_missing() -> None:
+    window = LoadWindow(num_layers=3, num_experts=1, num_steps=4)
+    missing = 0
+    for number in range(60):
+        before = window.steps().tolist()
+        for layer in range(3):
             window.add(layer, torch.tensor([number]), training=True)
-            added[layer].append(number)
-        kept = min(4, *map(len, added))
-        assert window.load()[..., 0].T.tolist() == [steps[len(steps) - kept :] for steps in added]
+            if layer < 2:
+                assert window.seen == number
+                found = window.steps().tolist()
+                assert found == [step for step in before if step in found]
+                assert len(before) - len(found) <= 1
+                assert window.load()[..., 0].tolist() == [[step] * 3 for step in found]
+                missing += len(before) - len(found)
+    assert missing > 5
 
 
-def test_clear_forgets_all_steps_wherever_the_ring_stands() -> None:
+def test_clear_forgets_all_steps_wherever_the_layers_stand() -> None:
     window = LoadWindow(num_layers=2, num_experts=1, num_steps=3)
     for number in range(5):
         window.add(0, torch.tensor([number]), training=True)
     window.add(1, torch.tensor([9]), training=True)
     window.clear()
     assert window.load().shape == (0, 2, 1)
+    assert (window.seen, window.steps().tolist()) == (0, [])
     for layer in range(2):
         window.add(layer, torch.tensor([7]), training=True)
     assert window.load().tolist() == [[[7], [7]]]
+    assert (window.seen, window.steps().tolist()) == (1, [0])
+
+
+@pytest.mark.parametrize(
+    ("max_bytes", "steps"), [(8 * 6, 1), (2 * 8 * 6 - 1, 1), (2 * 8 * 6, 2), (9 * 8 * 6, 9), (2**40, 9)]
+)
+def test_a_window_holds_no_more_steps_than_its_bytes(max_bytes: int, steps: int) -> None:
+    window = LoadWindow(2, 3, 9, max_bytes=max_bytes)
+    assert window.shape == (steps, 2, 3)
+    for number in range(20):
+        for layer in range(2):
+            window.add(layer, torch.full((3,), number), training=True)
+    assert window.load()[:, 1, 2].tolist() == window.steps().tolist() == in_time(oracle_sample(steps, 20))
+
+
+def test_64_MiB_are_the_default() -> None:
+    assert LoadWindow(64, 2048, 100).shape == (64, 64, 2048)
+
+
+def test_bytes_for_not_even_one_step_are_refused_with_what_is_needed() -> None:
+    with pytest.raises(DistplbError, match=r"one step of 2 layers × 3 experts takes 48 bytes, max_bytes is 47; pass a"):
+        LoadWindow(2, 3, 9, max_bytes=47)
 
 
 def test_the_window_writes_in_place_and_hands_out_copies() -> None:
     window = LoadWindow(1, 2, 2)
-    addresses = window._counts.data_ptr(), window._written.data_ptr()
+    tensors = [window._counts, window._numbers, window._written, window._stream]
+    addresses = [tensor.data_ptr() for tensor in tensors]
     counts = torch.tensor([1, 2])
     window.add(0, counts, training=True)
     taken = window.load()
@@ -98,7 +235,8 @@ def test_the_window_writes_in_place_and_hands_out_copies() -> None:
         window.add(0, torch.tensor([number, number]), training=True)
     window.clear()
     assert taken.tolist() == [[[1, 2]]]
-    assert (window._counts.data_ptr(), window._written.data_ptr()) == addresses
+    tensors = [window._counts, window._numbers, window._written, window._stream]
+    assert [tensor.data_ptr() for tensor in tensors] == addresses
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.int16, torch.uint8, torch.float32, torch.bfloat16])
@@ -155,7 +293,7 @@ def test_what_the_module_says_of_itself_goes_before_gradients(gradients: bool) -
     assert counted(layer.window) == [1]
 
 
-def test_evaluation_between_steps_leaves_the_ring_as_it_was() -> None:
+def test_evaluation_between_steps_leaves_the_window_as_it_was() -> None:
     layer = counting(num_steps=2)
     layer(torch.ones(3))
     layer.eval()
@@ -217,7 +355,7 @@ def test_adding_and_clearing_never_wait_for_the_device() -> None:
 
 
 @needs_cuda
-def test_adding_can_be_captured_in_a_cuda_graph_and_goes_on_at_every_replay() -> None:
+def test_adding_can_be_captured_in_a_cuda_graph_and_goes_on_at_every_replay_and_after_every_clear() -> None:
     window = LoadWindow(1, 2, 3, device="cuda")
     counts = torch.zeros(2, dtype=torch.int64, device="cuda")
     side = torch.cuda.Stream()
@@ -225,14 +363,54 @@ def test_adding_can_be_captured_in_a_cuda_graph_and_goes_on_at_every_replay() ->
     with torch.cuda.stream(side):
         window.add(0, counts, training=True)
     torch.cuda.current_stream().wait_stream(side)
-    window.clear()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         window.add(0, counts, training=True)
-    for number in range(1, 6):
-        counts.fill_(number)
-        graph.replay()
-    assert window.load()[:, 0].tolist() == [[3, 3], [4, 4], [5, 5]]
+    for clears in (1, 2):
+        window.clear()
+        for number in range(30):
+            counts.fill_(number)
+            graph.replay()
+        kept = in_time(oracle_sample(3, 30, clears=clears))
+        assert window.steps().tolist() == kept
+        assert window.load()[:, 0].tolist() == [[number, number] for number in kept]
+
+
+# --- groups side by side ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_groups", [1, 2, 3, 8])
+@pytest.mark.parametrize("rows", [0, 1, 7, 24, 33])
+def test_each_block_of_steps_has_each_group_once(num_groups: int, rows: int) -> None:
+    steps = torch.arange(rows) * 5 + 2
+    found = group_of_steps(steps, num_groups, seed=4)
+    assert found.shape == (rows,)
+    assert found.dtype == torch.int64
+    assert torch.equal(found, group_of_steps(steps, num_groups, seed=4))
+    for block in found.split(num_groups):
+        assert len(set(block.tolist())) == len(block)
+        assert set(block.tolist()) <= set(range(num_groups))
+
+
+def test_every_group_stands_for_every_row_alike_over_seeds_and_over_steps() -> None:
+    rows, trials = 7, 600
+    steps = torch.arange(rows)
+    by_seed = torch.stack([group_of_steps(steps, 4, seed) for seed in range(trials)])
+    by_step = torch.stack([group_of_steps(steps + rows * trial, 4, 0) for trial in range(trials)])
+    for found in (by_seed, by_step):  # [trials, rows]
+        counts = torch.stack([(found == group).sum(0) for group in range(4)])
+        assert deviation(counts, 1 / 4, trials).abs().max() < 3.5
+        assert len({tuple(row[:4].tolist()) for row in found}) == 24  # all orders of a block
+
+
+def test_large_seeds_differ_in_all_their_bits() -> None:
+    orders = {tuple(group_of_steps(torch.arange(32), 8, seed).tolist()) for seed in (0, 1, -1, 2**32, 2**40)}
+    assert len(orders) == 5
+
+
+def test_less_than_one_group_is_refused() -> None:
+    with pytest.raises(DistplbError, match="num_groups is 0; pass the number of EP groups, at least 1"):
+        group_of_steps(torch.arange(3), 0, seed=0)
 
 
 # --- what is let in ---------------------------------------------------------------------------------------------
