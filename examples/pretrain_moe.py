@@ -3,11 +3,13 @@
     torchrun --standalone --nproc-per-node 2 examples/pretrain_moe.py --compare
     torchrun --standalone --nproc-per-node 2 examples/pretrain_moe.py --router plain --balance rebalanced
     python examples/pretrain_moe.py --balance static --data ~/my_text
+    python examples/pretrain_moe.py --text code --switch-at 61  # then prose
 
-The text is the source of Python's standard library (there on every machine), or a folder of one's own. `--compare`
-trains six models, {plain, loss-free} x {static, rebalanced, forced}, in turns of `--turn` iterations in the same
-processes, so that whatever else the machine does hits all of them alike, and closes with a table. What distplb needs
-from a training loop is in `Run`: a window that counts, a list of layers, and one call after `optimizer.step()`.
+The text is the source of Python's standard library or its manual (there on every machine), or a folder of one's own;
+`--switch-at` goes over to the other part-way, which shifts the loads. `--compare` trains six models, {plain, loss-free}
+x {static, rebalanced, forced}, in turns of `--turn` iterations in the same processes, so that whatever else the machine
+does hits all of them alike, and closes with a table. What distplb needs from a training loop is in `Run`: a window that
+counts, a list of layers, and one call after `optimizer.step()`.
 
 Shapes: B batch of one rank, S sequence, I iterations, L layers, M GPUs (ranks), E experts.
 """
@@ -17,12 +19,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sysconfig
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import texts
 import torch
 import torch.distributed as dist
 from moe_model import Config, Group, Transformer
@@ -33,7 +35,7 @@ from distplb.comm.torchdist import TorchComm
 
 ROUTERS = ("plain", "loss-free")
 BALANCES = ("static", "rebalanced", "forced")
-MAX_BYTES = 32 * 2**20  # of text
+TEXTS = {"code": texts.code, "prose": texts.prose}
 Table = dict[str, dict[str, dict[str, float]]]  # router, balance, figure
 
 
@@ -41,7 +43,7 @@ def main() -> None:
     args = parse_arguments()
     group, device = start(args.device)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    text = read_text(args.data)  # [bytes]
+    text = text_of_iterations(args)
     modes = [(r, b) for r in ROUTERS for b in BALANCES] if args.compare else [(args.router, args.balance)]
     say(describe(args, modes, world_size(group), text))
     runs = [Run(args, router, balance, group, device) for router, balance in modes]
@@ -54,7 +56,7 @@ def main() -> None:
         dist.destroy_process_group()
 
 
-def train(args: argparse.Namespace, runs: list[Run], text: Tensor) -> None:
+def train(args: argparse.Namespace, runs: list[Run], text: list[Tensor]) -> None:
     """Every run's first turn, then every run's second turn, ...; who goes first rotates."""
     started, done = time.perf_counter(), 0
     for turn, first in enumerate(range(0, args.iterations, args.turn)):
@@ -136,13 +138,13 @@ class Run:
             on_event=report,
         )
 
-    def train_turn(self, text: Tensor, first: int, last: int) -> None:
+    def train_turn(self, text: list[Tensor], first: int, last: int) -> None:
         """Iterations first to last - 1; what each rank measured is shared at the end, outside the time taken."""
         records = []
         barrier(self.group)
         for iteration in range(first, last):
             start = time.perf_counter()
-            inputs, targets = self.batch(text, iteration)
+            inputs, targets = self.batch(text[iteration], iteration)
             loss = self.model(inputs, targets)
             self.model.backward(loss)
             self.optimizer.step()
@@ -230,6 +232,7 @@ def format_table(table: Table, runs: list[Run]) -> str:
     args = runs[0].args
     lines = [
         "",
+        *([] if args.switch_at is None else [f"text: {describe_text(args)}"]),
         f"medians over iterations {args.every + 1} to {args.iterations}; imbalance under plans that had not seen them;",
         "in brackets the tokens/s that the slower and the faster quarter of the iterations stay below and above",
     ]
@@ -272,11 +275,12 @@ def report(event: Any) -> None:
     )
 
 
-def describe(args: argparse.Namespace, modes: list[tuple[str, str]], ranks: int, text: Tensor) -> str:
+def describe(args: argparse.Namespace, modes: list[tuple[str, str]], ranks: int, text: list[Tensor]) -> str:
     names = ", ".join(f"{router}/{balance}" for router, balance in modes)
     return (
         f"{args.layers} layers, {args.experts} experts, top-{args.top_k}, dim {args.dim}, ffn {args.ffn}; "
-        f"{ranks} ranks x {args.batch} sequences x {args.sequence} bytes from {len(text) / 1e6:.0f} MB of text\n"
+        f"{ranks} ranks x {args.batch} sequences x {args.sequence} bytes from {len(text[0]) / 1e6:.0f} MB of text\n"
+        f"text: {describe_text(args)}\n"
         f"{len(modes)} x {args.iterations} iterations in turns of {args.turn}: {names}\n"
         f"The six runs of --compare at default sizes take six to eight minutes on two cores."
     )
@@ -289,20 +293,22 @@ def global_batch(text: Tensor, seed: int, iteration: int, batch: int, length: in
     return text[starts + torch.arange(length)].long()
 
 
-def read_text(folder: str | None) -> Tensor:
-    """The folder's files (default: the standard library's *.py) end to end, at most MAX_BYTES: uint8 [bytes]."""
-    root = Path(folder or sysconfig.get_paths()["stdlib"])
-    paths = sorted(path for path in root.rglob("*" if folder else "*.py") if path.is_file())
-    data = bytearray()
-    for path in paths:
-        if folder is None and {"site-packages", "dist-packages"} & set(path.parts):
-            continue
-        data += path.read_bytes()
-        if len(data) > MAX_BYTES:
-            break
-    if not data:
-        raise SystemExit(f"no text found in {root}; pass --data FOLDER with files in it")
-    return torch.frombuffer(data[:MAX_BYTES], dtype=torch.uint8)
+def text_of_iterations(args: argparse.Namespace) -> list[Tensor]:
+    """The text that each of the I iterations takes its batch from: uint8 [bytes]."""
+    first = texts.files(args.data) if args.data else TEXTS[args.text]()
+    if args.switch_at is None:
+        return [first] * args.iterations
+    before = args.switch_at - 1
+    return [first] * before + [TEXTS[other_text(args)]()] * (args.iterations - before)
+
+
+def other_text(args: argparse.Namespace) -> str:
+    return "prose" if args.text == "code" else "code"
+
+
+def describe_text(args: argparse.Namespace) -> str:
+    first = args.data or args.text
+    return first if args.switch_at is None else f"{first}, from iteration {args.switch_at} on {other_text(args)}"
 
 
 def start(device_name: str) -> tuple[Group, torch.device]:
@@ -366,13 +372,17 @@ def parse_arguments() -> argparse.Namespace:
     )
     add("--seed", type=int, default=0)
     add("--device", choices=("cpu", "cuda"), default="cpu")
-    add("--data", metavar="FOLDER", help="text to train on instead of the standard library's source")
+    add("--text", choices=TEXTS, default="code", help="of Python's standard library: its source or its manual")
+    add("--data", metavar="FOLDER", help="text to train on instead of --text")
+    add("--switch-at", type=int, metavar="ITERATION", help="from then on, batches come from the other --text")
     add("--json", metavar="FILE", help="write the closing table there")
     args = parser.parse_args()
     if args.iterations <= args.every:
         parser.error(f"--iterations {args.iterations} must exceed --every {args.every}: until then it is warm-up")
     if args.turn < 1 or args.every % args.turn:
         parser.error(f"--turn {args.turn} must divide --every {args.every}")
+    if args.switch_at is not None and not 1 < args.switch_at <= args.iterations:
+        parser.error(f"--switch-at {args.switch_at} must be after iteration 1 and at most {args.iterations}, the last")
     return args
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,11 +16,15 @@ TINY = ["--iterations=12", "--every=4", "--turn=2", "--ffn=32", "--batch=2", "--
 FIGURES = {"tokens_per_second", "loss", "imbalance", "expert_share", "wait_share", "rebalance_share"}
 
 
-def trained(*options: str, ranks: int = 2) -> str:
+def run(*options: str, ranks: int = 2) -> subprocess.CompletedProcess[str]:
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
     command = [sys.executable, *launcher, str(EXAMPLE), *TINY, *options]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180, check=False)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180, check=False)
+
+
+def trained(*options: str, ranks: int = 2) -> str:
+    done = run(*options, ranks=ranks)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -45,3 +50,47 @@ def test_one_mode_trains_on_own_text_without_a_process_group(tmp_path: Path) -> 
     (tmp_path / "poem.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 50)
     said = trained("--balance=rebalanced", f"--data={tmp_path}", ranks=1)
     assert "plain     rebalanced iteration   12" in said
+
+
+def losses(said: str) -> list[str]:
+    """Means over iterations 1 to 4, 5 to 8 and 9 to 12."""
+    return re.findall(r"static +iteration +\d+  loss (\S+)", said)
+
+
+def test_from_the_switch_on_batches_come_from_the_other_text(tmp_path: Path) -> None:
+    (tmp_path / "poem.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 50)
+    own = ["--balance=static", f"--data={tmp_path}", "--text=prose"]
+    kept = trained(*own, ranks=1)
+    assert kept.count("text: ") == 1  # at the start; none in the table
+    for switch_at, same in ((8, 1), (9, 2), (12, 2)):
+        said = trained(*own, f"--switch-at={switch_at}", ranks=1)
+        assert f"\ntext: {tmp_path}, from iteration {switch_at} on code\nmedians over" in said
+        pairs = zip(losses(said), losses(kept), strict=True)
+        assert [one == other for one, other in pairs] == [i < same for i in range(3)]
+
+
+def test_two_ranks_go_over_from_code_to_prose() -> None:
+    said = trained("--balance=rebalanced", "--switch-at=9")
+    assert "\ntext: code, from iteration 9 on prose\nmedians over" in said
+
+
+@pytest.mark.parametrize("switch_at", [1, 13])
+def test_a_switch_outside_the_run_is_refused(switch_at: int) -> None:
+    refused = run(f"--switch-at={switch_at}", ranks=1)
+    assert refused.returncode == 2
+    assert f"--switch-at {switch_at} must be after iteration 1 and at most 12, the last" in refused.stderr
+
+
+def test_prose_is_english_and_code_is_not() -> None:
+    sys.path.insert(0, str(EXAMPLE.parent))
+    import texts
+
+    prose, code = (bytes(text().numpy()).decode(errors="replace") for text in (texts.prose, texts.code))
+    assert 1e6 < len(prose) < len(code) <= texts.MAX_BYTES
+
+    def per_thousand(text: str, words: str) -> float:
+        return 1000 * len(re.findall(words, text)) / len(re.findall(r"\w+", text))
+
+    assert per_thousand(prose, r"\bthe\b") > 30 > 15 > per_thousand(code, r"\bthe\b")
+    assert per_thousand(code, r"\bself\b") > 10 > 5 > per_thousand(prose, r"\bself\b")
+    assert not re.search(r"^\s*>>>|^[*=~-]+$|``", prose, flags=re.MULTILINE)
