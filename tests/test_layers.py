@@ -26,16 +26,19 @@ SOURCES = {
 # Import only downward. A name stands for a module or for all modules of a folder.
 LEVELS = [
     {"errors", "topology", "stages", "hashing"},
-    {"placement", "load", "layer", "events"},
-    {"cost", "bound"},
+    {"placement", "load", "layer", "events", "trace", "trace_files", "trace_megatron"},
+    {"cost", "bound", "price"},
     {"packing", "planning", "comm"},
-    {"migrate"},
+    {"migrate", "replay"},
     {"planner"},
     {"rebalancer"},
 ]
 # Names of one level do not import each other, but for these.
 SIDEWAYS = {
     ("topology", "errors"),
+    ("trace", "placement"),
+    ("trace", "trace_files"),
+    ("trace", "trace_megatron"),
     ("planning", "packing"),
     ("migrate.mover", "migrate.transfer"),
     ("migrate.mover", "migrate.checksum"),
@@ -55,7 +58,7 @@ KEPT_IN = {
     "scipy": {"distplb.planning.relabel"},
     "numba": {"distplb.packing.cpu", "distplb.packing.cpu_steps"},
     "filelock": {"distplb.packing.cpu"},
-    "concurrent": {"distplb.packing.cpu"},
+    "concurrent": {"distplb.packing.cpu", "distplb.trace"},
     "triton": {"distplb.packing.cuda_kernels", "distplb.packing.cuda_steps"},
 }
 NOWHERE = {"mpi4py", "matplotlib", "transformers", "torchtitan", "megatron", "deepspeed", "accelerate"}
@@ -68,6 +71,7 @@ NEEDS = {
     "distplb.packing.cuda_steps": "triton",
 }
 PURE = [name for name in SOURCES if name.startswith(("distplb.planning", "distplb.packing"))]
+PURE += ["distplb.price", "distplb.replay"]
 PURE += ["distplb.cost", "distplb.bound", "distplb.migrate.schedule", "distplb.migrate.pieces"]
 IMPURE_MODULES = {"time", "os", "random", "io", "socket", "subprocess", "threading", "pathlib", "datetime", "secrets"}
 IMPURE_MODULES |= {"numpy.random", "torch.random", "torch.distributed", "distplb.comm", "distplb.stages"}

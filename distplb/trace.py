@@ -1,0 +1,356 @@
+"""`Trace`: the load of a job step by step with the placements in force, as a value and as files.
+
+Shapes: S steps, L layers, E experts, P slots, M GPUs, N placements.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import warnings
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from distplb.errors import DistplbError
+from distplb.placement import Placement
+from distplb.trace_files import ArrayFile, write_arrays
+from distplb.trace_megatron import read_megatron
+
+__all__ = ["Trace", "TraceWriter"]
+
+_FORMAT_VERSION = 1
+_MAX_ABOUT_BYTES = 1 << 22
+# Arrays of a file: kinds of dtype, dims.
+_ARRAYS = {
+    "about": ("u", 1),  # JSON, as bytes
+    "load": ("u", 3),
+    "iteration": ("i", 1),
+    "placement_of_step": ("i", 1),
+    "expert_of_slot": ("u", 3),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """What a job counted, step by step, and the placement that each step ran under.
+
+    >>> load = torch.tensor([[[3, 1]], [[2, 2]]])
+    >>> trace = Trace(load, (Placement.contiguous(1, 2, 2),), torch.tensor([0, 0]), torch.tensor([7, 7]))
+    >>> trace.num_steps, trace.layers
+    (2, ('0',))
+
+    Args:
+        load: `[S, L, E]` integers, tokens of each expert; the steps in the order of time.
+        placements: N of the same layers, experts, slots and GPUs.
+        placement_of_step: `[S]`, the index of the placement that was in force.
+        iteration: `[S]`, of the job; never falling. An iteration may have several steps, or none.
+        layers: the L names; "0", "1", ... where none are given.
+        note: whatever a reader should know, such as the command that made it.
+
+    Raises:
+        DistplbError: if shapes or numbers do not fit together.
+    """
+
+    load: Tensor
+    placements: tuple[Placement, ...]
+    placement_of_step: Tensor
+    iteration: Tensor
+    layers: tuple[str, ...] = ()
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("load", "placement_of_step", "iteration"):
+            value = torch.as_tensor(getattr(self, name)).detach()
+            if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+                raise DistplbError(f"Trace: {name} is {value.dtype}; pass integers")
+            object.__setattr__(self, name, value.to("cpu", torch.int64).contiguous())
+        object.__setattr__(self, "placements", tuple(self.placements))
+        self._check_shapes()
+        object.__setattr__(self, "layers", tuple(self.layers) or tuple(str(at) for at in range(self.num_layers)))
+        self._check_values()
+
+    def _check_shapes(self) -> None:
+        if self.load.dim() != 3 or 0 in self.load.shape:
+            raise DistplbError(f"Trace: load has shape {list(self.load.shape)}; pass [steps, layers, experts], none 0")
+        for name in ("placement_of_step", "iteration"):
+            if getattr(self, name).shape != self.load.shape[:1]:
+                raise DistplbError(
+                    f"Trace: {name} has shape {list(getattr(self, name).shape)} for {self.num_steps} steps; "
+                    "pass one number for each step"
+                )
+        if not self.placements:
+            raise DistplbError("Trace: there is no placement; pass the one that was in force")
+        wanted = (self.num_layers, self.num_experts, self.placements[0].num_slots, self.placements[0].num_gpus)
+        for nth, one in enumerate(self.placements):
+            found = (one.num_layers, one.num_experts, one.num_slots, one.num_gpus)
+            if found != wanted:
+                raise DistplbError(
+                    f"Trace: placement {nth} has {found} layers, experts, slots and GPUs where {wanted} are expected; "
+                    "pass placements of one model and cluster"
+                )
+
+    def _check_values(self) -> None:
+        if int(self.load.min()) < 0:
+            raise DistplbError(f"Trace: load has {int(self.load.min())} tokens; counts must be non-negative")
+        least, most = self.placement_of_step.aminmax()
+        if least < 0 or most >= len(self.placements):
+            raise DistplbError(
+                f"Trace: placement_of_step goes from {int(least)} to {int(most)} for {len(self.placements)} placements"
+            )
+        if bool((self.iteration.diff() < 0).any()):
+            raise DistplbError("Trace: iteration falls from one step to the next; pass the steps in the order of time")
+        if len(set(self.layers)) != self.num_layers or len(self.layers) != self.num_layers:
+            raise DistplbError(
+                f"Trace: {len(set(self.layers))} different names for {self.num_layers} layers; pass one for each"
+            )
+
+    @property
+    def num_steps(self) -> int:
+        """S."""
+        return int(self.load.shape[0])
+
+    @property
+    def num_layers(self) -> int:
+        """L."""
+        return int(self.load.shape[1])
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return int(self.load.shape[2])
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a `.npz` file, compressed, counts in the smallest unsigned integers that hold them."""
+        about = {
+            "format": "distplb.trace",
+            "version": _FORMAT_VERSION,
+            "num_gpus": self.placements[0].num_gpus,
+            "layers": list(self.layers),
+            "note": self.note,
+        }
+        encoded = np.frombuffer(json.dumps(about).encode(), dtype=np.uint8)
+        if len(encoded) > _MAX_ABOUT_BYTES:
+            raise DistplbError(f"Trace: names and note take {len(encoded)} bytes; shorten the note")
+        arrays = {
+            "about": encoded,
+            "load": _smallest(self.load.numpy()),
+            "iteration": self.iteration.numpy(),
+            "placement_of_step": self.placement_of_step.numpy(),
+            "expert_of_slot": _smallest(torch.stack([one.expert_of_slot for one in self.placements]).numpy()),
+        }
+        write_arrays(Path(path), arrays)
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str], max_bytes: int = 2**32) -> Trace:
+        """Read what `save` wrote, or a folder of parts that a `TraceWriter` wrote, in the order of their names.
+
+        An iteration that two parts have counts as in the later one: the job was resumed from a checkpoint.
+
+        Args:
+            path: a file, or a folder.
+            max_bytes: refuse what would take more memory than this; nothing has been unpacked then.
+
+        Raises:
+            DistplbError: naming the file, if it is not a trace of a version that is known, damaged, or too large.
+        """
+        paths = sorted(Path(path).glob("*.npz")) if Path(path).is_dir() else [Path(path)]
+        if not paths:
+            raise DistplbError(f"{path} is a folder without .npz files; pass one that a TraceWriter wrote to")
+        files = [ArrayFile(one, _ARRAYS) for one in paths]
+        size = sum(file.num_bytes(itemsize=8) for file in files)
+        if size > max_bytes:
+            raise DistplbError(
+                f"{path} would take {size} bytes in memory, {max_bytes} are allowed; pass a larger max_bytes "
+                "if you trust it"
+            )
+        return _joined(paths, [_trace_of(file) for file in files])
+
+    @classmethod
+    def from_megatron(
+        cls,
+        *paths: str | os.PathLike[str],
+        num_gpus: int | None = None,
+        expert_tensor_parallel: int = 1,
+        pipeline_parallel: int = 1,
+        max_bytes: int = 2**32,
+    ) -> Trace:
+        """Read the tokens per expert that Megatron-LM writes with `--save-tokens-per-expert-interval`.
+
+        The files know neither the parallel sizes nor a placement: experts are numbered by slot, and the placement is
+        contiguous. Each micro-batch of each EP group is a step. Of lines of the same iteration and layer the last
+        one counts: the job was resumed, or ran the iteration again. Where a rank has several virtual pipeline stages,
+        the writer mixes their layers, and what is read is mixed likewise.
+
+        Source of the format: `ActivationLogger.save_tpe` in megatron/training/activation_logging.py of
+        megatron-core 0.18.0 to 0.19.2; of the order of ranks: `initialize_model_parallel` in
+        megatron/core/parallel_state.py, order tp-cp-ep-dp-pp. Earlier versions write no such files.
+
+        Args:
+            paths: the folder `tokens_per_expert` beside the checkpoints, or all ranks' files `rank<number>.jsonl`.
+            num_gpus: M, the expert-parallel size; where None, all ranks are one EP group.
+            expert_tensor_parallel: ranks that share each expert; they have the same counts.
+            pipeline_parallel: stages; layers are then named "pp<stage>.decoder.layers.<number within the stage>".
+            max_bytes: refuse files that are larger together.
+
+        Raises:
+            DistplbError: with file and line, for what is not such a line; or if ranks, iterations, layers or
+                micro-batches are missing somewhere.
+        """
+        found = read_megatron(
+            [Path(path) for path in paths], num_gpus, expert_tensor_parallel, pipeline_parallel, max_bytes
+        )
+        steps, num_layers, num_experts = found.load.shape
+        return cls(
+            torch.from_numpy(found.load),
+            (Placement.contiguous(num_layers, num_experts, found.num_gpus),),
+            torch.zeros(steps, dtype=torch.int64),
+            torch.from_numpy(found.iteration),
+            found.layers,
+            note=f"from Megatron-LM's tokens per expert, {', '.join(str(path) for path in paths)}",
+        )
+
+
+class TraceWriter:
+    """Writes a trace in parts while a job runs, from one thread beside it; holds two parts at most.
+
+    Something that fails while a part is written never stops the job: it is warned of once, by the next call, kept in
+    `error`, and nothing more is written. Closed or not, what was added is on disk when the process ends in order.
+
+    >>> import tempfile
+    >>> folder = tempfile.TemporaryDirectory()
+    >>> with TraceWriter(folder.name) as writer:
+    ...     for iteration in (0, 1):
+    ...         writer.add(torch.tensor([[[3, 1]]]), Placement.contiguous(1, 2, 2), [iteration])
+    >>> Trace.read(folder.name).load.shape
+    torch.Size([2, 1, 2])
+    >>> folder.cleanup()
+
+    Args:
+        folder: made if need be. Parts are named by their first iteration; a part of the same name is replaced.
+        layers: names, as in `Trace`.
+        note: as in `Trace`.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], *, layers: Sequence[str] = (), note: str = "") -> None:
+        self.error: Exception | None = None
+        self._folder, self._layers, self._note = Path(folder), tuple(layers), note
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="distplb-trace")
+        self._room = threading.Semaphore(2)
+        self._warned = self._closed = False
+
+    def add(self, load: Tensor, placement: Placement, iterations: Sequence[int] | Tensor) -> None:
+        """Take a copy of one part and go on; waits only while two earlier parts are still being written.
+
+        Args:
+            load: `[T, L, E]`, tokens of each expert.
+            placement: that they ran under.
+            iterations: `[T]`, of the job.
+
+        Raises:
+            DistplbError: if the writer was closed.
+        """
+        self._warn()
+        if self._closed:
+            raise DistplbError(f"the trace in {self._folder} was closed; open a TraceWriter anew")
+        if self.error is not None or not len(load):
+            return
+        counts = load.detach().to("cpu", copy=True)
+        numbers = torch.as_tensor(iterations).to("cpu", copy=True)
+        self._room.acquire()
+        self._thread.submit(self._write, counts, placement, numbers)
+
+    def close(self) -> None:
+        """Wait until all parts are written."""
+        self._closed = True
+        self._thread.shutdown()
+        self._warn()
+
+    def __enter__(self) -> TraceWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _write(self, load: Tensor, placement: Placement, iteration: Tensor) -> None:
+        try:
+            if self.error is None:
+                trace = Trace(load, (placement,), torch.zeros(len(load), dtype=torch.int64), iteration)
+                trace = replace(trace, layers=self._layers or trace.layers, note=self._note)
+                self._folder.mkdir(parents=True, exist_ok=True)
+                trace.save(self._folder / f"{int(trace.iteration[0]):012d}.npz")
+        except Exception as error:
+            self.error = error
+        finally:
+            self._room.release()
+
+    def _warn(self) -> None:
+        if self.error is not None and not self._warned:
+            self._warned = True
+            warnings.warn(f"the trace in {self._folder} ends here: {self.error}", RuntimeWarning, stacklevel=3)
+
+
+def _smallest(values: NDArray[np.int64]) -> NDArray[Any]:
+    return values.astype(np.min_scalar_type(int(values.max())))
+
+
+def _trace_of(file: ArrayFile) -> Trace:
+    """One part. The version comes first: what else is wrong may be so because of it."""
+    if file.shapes["about"][0] > _MAX_ABOUT_BYTES:
+        raise DistplbError(f"{file.path} has names and a note of {file.shapes['about'][0]} bytes; write it anew")
+    try:
+        about = json.loads(file.read("about").tobytes())
+        if about["format"] != "distplb.trace" or about["version"] != _FORMAT_VERSION:
+            raise DistplbError(
+                f"it is {str(about['format'])[:40]!r}, version {str(about['version'])[:40]}; "
+                f"this distplb reads 'distplb.trace', version {_FORMAT_VERSION}"
+            )
+        load = _int64(file.read("load"))
+        tables = _int64(file.read("expert_of_slot"))
+        placements = tuple(Placement(table, load.shape[2], int(about["num_gpus"])) for table in tables)
+        index, iteration = (_int64(file.read(name)) for name in ("placement_of_step", "iteration"))
+        layers = tuple(str(name) for name in about["layers"])
+        return Trace(load, placements, index, iteration, layers, str(about["note"]))
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError, DistplbError) as error:
+        raise DistplbError(f"{file.path} is not a trace ({error})") from error
+
+
+def _int64(values: NDArray[Any]) -> Tensor:
+    if values.size and int(values.max()) >= 1 << 63:
+        raise DistplbError(f"it has the number {int(values.max())}")
+    return torch.from_numpy(values.astype(np.int64))
+
+
+def _joined(paths: list[Path], parts: list[Trace]) -> Trace:
+    """One trace of parts in their order, each up to where the next begins."""
+    first, places = parts[0], dict[Placement, int]()
+    begins = [int(part.iteration[0]) for part in parts]
+    ends = [*begins[1:], int(parts[-1].iteration[-1]) + 1]
+    loads, indices, iterations = [], [], []
+    for nth, part in enumerate(parts):
+        if part.layers != first.layers:
+            raise DistplbError(f"{paths[nth]} has other layers than {paths[0]}; pass parts of one job")
+        if begins[nth] > ends[nth]:
+            raise DistplbError(
+                f"{paths[nth + 1]} begins at iteration {ends[nth]}, before {paths[nth]} at {begins[nth]}; "
+                "name parts in the order of time"
+            )
+        kept = part.iteration < ends[nth]
+        index = torch.tensor([places.setdefault(one, len(places)) for one in part.placements])
+        loads.append(part.load[kept])
+        indices.append(index[part.placement_of_step[kept]])
+        iterations.append(part.iteration[kept])
+    try:
+        return Trace(
+            torch.cat(loads), tuple(places), torch.cat(indices), torch.cat(iterations), first.layers, first.note
+        )
+    except (DistplbError, RuntimeError) as error:
+        raise DistplbError(f"the parts beside {paths[0]} are not of one job ({error})") from error
