@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from distplb.errors import DistplbError
+from distplb.packing.settling import Terms
 
-__all__ = ["finish", "is_there", "pack", "polish", "refine", "warm_up"]
+__all__ = ["finish", "is_there", "pack", "polish", "refine", "settle", "warm_up"]
 
 _MOST_THREADS = 4
 _ROOM_FOR_THREADS = 1 << 12  # slots below which threads cost more than they bring
@@ -73,6 +74,20 @@ def polish(weight: Tensor, table: Tensor, num_packs: int) -> Tensor:
     return _in_place("polish_rows", weight, table, num_packs)
 
 
+def settle(terms: Terms, table: Tensor, num_packs: int, *, layer: Tensor, ceiling: Tensor) -> Tensor:
+    """As `reference.settle`."""
+    tables = table.to("cpu", torch.int64, copy=True).contiguous()
+    num_layers = len(terms.load)
+    free = torch.zeros(num_layers, 1, 1, dtype=torch.int8), torch.zeros(num_layers, 3, dtype=torch.int64)
+    distance, price = free if terms.distance is None or terms.price is None else (terms.distance, terms.price)
+    distance_array = distance.to("cpu", torch.int8).contiguous().numpy()
+    given = _array(terms.load), _array(terms.region), distance_array, _array(price), num_packs
+    names = _array(layer), _array(ceiling)
+    work = tables.numel() * terms.load.shape[1]
+    _in_threads(lambda begin, end: _kernels().settle_rows(*given, *names, begin, end, tables.numpy()), tables, work)
+    return tables.to(table.device)
+
+
 @cache
 def warm_up() -> None:
     """Compile, or load what another process of this node compiled: once, a minute at most, before the training."""
@@ -83,7 +98,8 @@ def warm_up() -> None:
         items = pack(weight, 3, layer=number, candidate=number)
         finish(weight, items, 3)
         for num_slots in (12, 18):
-            polish(weight, refine(weight, 3, num_slots, layer=number, candidate=number), 3)
+            table = polish(weight, refine(weight, 3, num_slots, layer=number, candidate=number), 3)
+        settle(Terms(weight[:, None], torch.zeros(18)), table, 3, layer=number, ceiling=number)
 
 
 def _in_place(kernel: str, weight: Tensor, table: Tensor, num_packs: int) -> Tensor:
@@ -97,13 +113,14 @@ def _array(value: Tensor) -> object:
     return value.to("cpu", torch.int64).contiguous().numpy()
 
 
-def _in_threads(rows: Callable[[int, int], None], tables: Tensor) -> None:
+def _in_threads(rows: Callable[[int, int], None], tables: Tensor, work: int | None = None) -> None:
     """Call `rows(begin, end)` on parts of all rows, at once where there is enough to do.
 
     Threads of our own, because Numba's threading aborts when two threads of a process enter it at once; they end
     with the call, so that nothing is left behind in a process that forks.
     """
-    count = min(_threads(), len(tables)) if tables.numel() >= _ROOM_FOR_THREADS else 1
+    work = tables.numel() if work is None else work
+    count = min(_threads(), len(tables)) if work >= _ROOM_FOR_THREADS else 1
     if count == 1:
         rows(0, len(tables))
         return
@@ -159,7 +176,7 @@ def _cache_folder() -> Path:
         )
     # Numba looks for changes in a function's own file only; the steps are in another one than their callers.
     own = Path(__file__).parent
-    sources = b"".join((own / name).read_bytes() for name in ("cpu_steps.py", "cpu_kernels.py"))
+    sources = b"".join((own / name).read_bytes() for name in ("cpu_steps.py", "cpu_settle.py", "cpu_kernels.py"))
     folder /= hashlib.sha256(sources).hexdigest()[:16]
     folder.mkdir(exist_ok=True)
     return folder

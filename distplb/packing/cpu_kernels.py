@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from distplb.packing.cpu_settle import new_seat, settle_row
 from distplb.packing.cpu_steps import (
     APART,
     FREE,
@@ -28,7 +29,7 @@ from distplb.packing.cpu_steps import (
     swap_pairs,
 )
 
-__all__ = ["finish_rows", "pack_rows", "polish_rows", "refine_rows"]
+__all__ = ["finish_rows", "pack_rows", "polish_rows", "refine_rows", "settle_rows"]
 
 
 @compiled
@@ -219,3 +220,14 @@ def polish_rows(weight, num_packs, begin, end, tables):
                 break
             lower_max(row, MAX_ROUNDS + 4 * num_packs, apart)
         copy(row.table, tables[x])
+
+
+@compiled
+def settle_rows(load, region, distance, price, num_packs, layer, ceiling, begin, end, tables):
+    """Steps 10 and 11, in place; `load [L, T, E]`, `distance [L, E, M]`, which is [L, 1, 1] where moving is free."""
+    is_priced = distance.shape[1] == load.shape[2]
+    seat = new_seat(load.shape[1], load.shape[2], tables.shape[1], num_packs, is_priced)
+    for x in range(begin, end):
+        copy(tables[x], seat.table)
+        settle_row(seat, load[layer[x]], distance[layer[x]], price[layer[x]], region, ceiling[x])
+        copy(seat.table, tables[x])

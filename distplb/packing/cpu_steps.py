@@ -19,6 +19,7 @@ __all__ = [
     "LIGHTEST",
     "MAX_ROUNDS",
     "NEVER",
+    "NONE",
     "ONE",
     "PAIR_ROUNDS",
     "Row",

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from distplb.errors import DistplbError
 from distplb.packing import cpu, cuda, reference
+from distplb.packing.settling import Terms
 
 __all__ = ["Engine", "engine_named"]
 
@@ -16,7 +17,7 @@ __all__ = ["Engine", "engine_named"]
 class Engine(Protocol):
     """Packing; shapes and meaning as in `packing.reference`, which is the specification.
 
-    `pack` and `finish` are the floor, `balanced_packing`; `refine` and `polish` are the planner's own.
+    `pack` and `finish` are the floor, `balanced_packing`; `refine`, `polish` and `settle` are the planner's own.
     """
 
     def pack(self, weight: Tensor, num_packs: int, *, layer: Tensor, candidate: Tensor, seed: int = 0) -> Tensor:
@@ -40,6 +41,9 @@ class Engine(Protocol):
 
     def polish(self, weight: Tensor, table: Tensor, num_packs: int) -> Tensor:
         """Step 9 on chosen packings."""
+
+    def settle(self, terms: Terms, table: Tensor, num_packs: int, *, layer: Tensor, ceiling: Tensor) -> Tensor:
+        """Steps 10 and 11, with every step of the load and the price of moves."""
 
 
 _ENGINES = {"reference": reference, "cpu": cpu, "cuda": cuda}

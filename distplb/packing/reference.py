@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from distplb.packing.candidates import noisy_keys
+from distplb.packing.settling import Terms, settled
 from distplb.packing.steps import (
     MAX_ROUNDS,
     PAIR_ROUNDS,
@@ -20,7 +21,7 @@ from distplb.packing.steps import (
     swap_pairs,
 )
 
-__all__ = ["finish", "pack", "polish", "refine"]
+__all__ = ["finish", "pack", "polish", "refine", "settle"]
 
 # Step 8 looks at rows whose heaviest pack is more than 2^-8 above the mean, with few enough slots to try often.
 _WORTH_BITS = 8
@@ -123,6 +124,23 @@ def polish(weight: Tensor, table: Tensor, num_packs: int) -> Tensor:
                 break
             table[rows] = lower_max(share[rows], table[rows], num_packs, apart=apart, rounds=_rounds(num_packs))
     return table
+
+
+def settle(terms: Terms, table: Tensor, num_packs: int, *, layer: Tensor, ceiling: Tensor) -> Tensor:
+    """Steps 10 and 11: exchanges that lower what the planner minimises, step by step and with the price of moves.
+
+    No row costs more than it did, and replicas that are apart stay apart.
+
+    Args:
+        terms: what is minimised.
+        table: `[X, P]`, the packings to begin with.
+        num_packs: M.
+        layer: `[X]` int64, the row's layer in `terms`.
+        ceiling: `[X]` int64 in [0, 2^16], the height of the first ceiling of step 10, in 1 / 2^16.
+    """
+    names = zip(table, layer.tolist(), ceiling.tolist(), strict=True)
+    rows = [settled(terms, row, num_packs, layer=of, ceiling=height) for row, of, height in names]
+    return torch.stack(rows) if rows else table.clone()
 
 
 def _packed(weight: Tensor, key: Tensor, replicas: Tensor, num_packs: int, *, apart: bool) -> Tensor:
