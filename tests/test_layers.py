@@ -66,6 +66,7 @@ NOWHERE = {"mpi4py", "matplotlib", "transformers", "torchtitan", "megatron", "de
 LATE = {"numba", "triton", "filelock"}
 NEEDS = {
     "distplb.packing.cpu_kernels": "numba",
+    "distplb.packing.cpu_settle": "numba",
     "distplb.packing.cpu_steps": "numba",
     "distplb.packing.cuda_kernels": "triton",
     "distplb.packing.cuda_steps": "triton",

@@ -83,8 +83,8 @@ def settle(terms: Terms, table: Tensor, num_packs: int, *, layer: Tensor, ceilin
     distance_array = distance.to("cpu", torch.int8).contiguous().numpy()
     given = _array(terms.load), _array(terms.region), distance_array, _array(price), num_packs
     names = _array(layer), _array(ceiling)
-    work = tables.numel() * terms.load.shape[1]
-    _in_threads(lambda begin, end: _kernels().settle_rows(*given, *names, begin, end, tables.numpy()), tables, work)
+    amount = tables.numel() * terms.load.shape[1]
+    _in_threads(lambda begin, end: _kernels().settle_rows(*given, *names, begin, end, tables.numpy()), tables, amount)
     return tables.to(table.device)
 
 
@@ -113,14 +113,14 @@ def _array(value: Tensor) -> object:
     return value.to("cpu", torch.int64).contiguous().numpy()
 
 
-def _in_threads(rows: Callable[[int, int], None], tables: Tensor, work: int | None = None) -> None:
+def _in_threads(rows: Callable[[int, int], None], tables: Tensor, amount: int | None = None) -> None:
     """Call `rows(begin, end)` on parts of all rows, at once where there is enough to do.
 
     Threads of our own, because Numba's threading aborts when two threads of a process enter it at once; they end
     with the call, so that nothing is left behind in a process that forks.
     """
-    work = tables.numel() if work is None else work
-    count = min(_threads(), len(tables)) if work >= _ROOM_FOR_THREADS else 1
+    amount = tables.numel() if amount is None else amount
+    count = min(_threads(), len(tables)) if amount >= _ROOM_FOR_THREADS else 1
     if count == 1:
         rows(0, len(tables))
         return

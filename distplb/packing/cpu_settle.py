@@ -218,7 +218,7 @@ def _under_ceilings(seat, region, is_priced, ceiling):
         seat.tired[:] = False
         for _ in range(64 + 16 * num_packs):
             for pack in range(num_packs):
-                seat.above[pack] = _over(load[pack], seat.limit)
+                seat.above[pack] = _over(load, pack, seat.limit)
             here = _most(seat)
             if here < 0:
                 break
@@ -235,11 +235,11 @@ def _under_ceilings(seat, region, is_priced, ceiling):
 
 
 @compiled
-def _over(load, limit):
-    """Tokens above the limits, over all steps."""
+def _over(load, pack, limit):
+    """A pack's tokens above the limits, over all steps."""
     total = _ZERO
-    for step in range(len(load)):
-        total = np.int32(total + max(np.int32(load[step] - limit[step]), _ZERO))
+    for step in range(len(limit)):
+        total = np.int32(total + max(np.int32(load[pack, step] - limit[step]), _ZERO))
     return total
 
 
@@ -250,20 +250,20 @@ def _best_for_its_toll(seat, region, is_priced, here):
     size, num_steps = len(table) // len(load), len(limit)
     best, one, other = np.int64(0), NONE, NONE
     for slot in range(here * size, (here + 1) * size):
-        own = share[table[slot]]
+        own = table[slot]
         for step in range(num_steps):
-            room[step] = np.int32(np.int32(load[here, step] - limit[step]) - own[step])
+            room[step] = np.int32(np.int32(load[here, step] - limit[step]) - share[own, step])
         for place in range(len(table)):
             pack = place // size
             # No exchange takes away more than what both stand out by.
             most = seat.above[here] + seat.above[pack]
             if pack == here or (most << _SCORE_BITS) <= best:
                 continue
-            coming, beside = share[table[place]], load[pack]
-            left = _ZERO
+            coming, left = table[place], _ZERO
             for step in range(num_steps):
-                inside = np.int32(room[step] + coming[step])
-                outside = np.int32(np.int32(beside[step] - limit[step]) + np.int32(own[step] - coming[step]))
+                inside = np.int32(room[step] + share[coming, step])
+                lost = np.int32(share[own, step] - share[coming, step])
+                outside = np.int32(np.int32(load[pack, step] - limit[step]) + lost)
                 left = np.int32(left + np.int32(max(inside, _ZERO) + max(outside, _ZERO)))
             gain = most - left
             if gain <= 0 or (gain << _SCORE_BITS) <= best or not _may(seat, region, slot, place):
@@ -318,23 +318,21 @@ def _cheapest(seat, region, is_priced, here, cost):
             rest[pack, step] = seat.top[nth, step]
     best, one, other, room = cost, NONE, NONE, seat.limit
     for slot in range(here * size, (here + 1) * size):
-        own = share[table[slot]]
+        own = table[slot]
         for step in range(num_steps):
-            room[step] = np.int32(load[here, step] - own[step])
+            room[step] = np.int32(load[here, step] - share[own, step])
         for place in range(len(table)):
             pack = place // size
-            if pack == here or not _may(seat, region, slot, place):
+            if pack == here:
                 continue
-            after = np.int64(0)
-            if is_priced:
-                after = _added_toll(seat, slot, place)
-            coming, beside, others = share[table[place]], load[pack], rest[pack]
-            fullest = _ZERO
+            coming, fullest = table[place], _ZERO
             for step in range(num_steps):
-                inside = np.int32(room[step] + coming[step])
-                outside = np.int32(beside[step] + np.int32(own[step] - coming[step]))
-                fullest = np.int32(fullest + max(max(inside, outside), others[step]))
-            after += fullest
-            if after < best:
+                inside = np.int32(room[step] + share[coming, step])
+                outside = np.int32(load[pack, step] + np.int32(share[own, step] - share[coming, step]))
+                fullest = np.int32(fullest + max(max(inside, outside), rest[pack, step]))
+            after = np.int64(fullest)
+            if is_priced:
+                after += _added_toll(seat, slot, place)
+            if after < best and _may(seat, region, slot, place):
                 best, one, other = after, np.int64(slot), np.int64(place)
     return one, other
