@@ -12,19 +12,20 @@ from distplb.errors import DistplbError
 from distplb.load import as_tokens
 from distplb.placement import Placement
 
-__all__ = ["COST_BITS", "imbalance", "layer_cost"]
+__all__ = ["COST_BITS", "MAX_COST", "imbalance", "layer_cost"]
 
 COST_BITS = 41
-_MAX_COST = (1 << COST_BITS) - 1
+MAX_COST = (1 << COST_BITS) - 1
 
 
-def layer_cost(load: Tensor, expert_of_slot: Tensor, num_gpus: int) -> Tensor:
-    """`[..., L]` int64: the fullest GPU's tokens, added up over the steps; saturates at 2^41 − 1.
+def layer_cost(load: Tensor, expert_of_slot: Tensor, num_gpus: int, moving: Tensor | None = None) -> Tensor:
+    """`[..., L]` int64: the fullest GPU's tokens, added up over the steps, and moving; saturates at 2^41 − 1.
 
     Args:
         load: `[T, L, E]` int64; replicas share an expert's tokens by integer division.
         expert_of_slot: `[..., L, P]`.
         num_gpus: M.
+        moving: `[..., L]` int64, what the moves to this placement cost, in tokens; nothing where None.
     """
     shape = expert_of_slot.shape
     num_experts = load.shape[-1]
@@ -33,12 +34,12 @@ def layer_cost(load: Tensor, expert_of_slot: Tensor, num_gpus: int) -> Tensor:
         counts = torch.zeros((*shape[:-1], num_experts), dtype=torch.int64, device=load.device)
         counts.scatter_add_(-1, expert_of_slot, torch.ones_like(expert_of_slot))
         replicas = counts.gather(-1, expert_of_slot)  # [..., L, P]
-    cost = torch.zeros(shape[:-1], dtype=torch.int64, device=load.device)
+    cost = torch.zeros(shape[:-1], dtype=torch.int64, device=load.device) if moving is None else moving.clone()
     for step in load:  # [L, E]; a step at a time: the whole would be T times as large
         of_slot = step.expand(*shape[:-1], -1).gather(-1, expert_of_slot)  # [..., L, P]
         share = of_slot if replicas is None else of_slot // replicas
         cost += share.unflatten(-1, (num_gpus, -1)).sum(-1).amax(-1)
-    return cost.clamp_(max=_MAX_COST)
+    return cost.clamp_(max=MAX_COST)
 
 
 def imbalance(load: Tensor, placement: Placement) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from distplb.errors import DistplbError
 from distplb.hashing import hashed
 
-__all__ = ["LoadWindow", "as_tokens", "group_of_steps", "scaled", "widened"]
+__all__ = ["LoadWindow", "as_tokens", "excess_bits", "group_of_steps", "scaled", "spare_bits", "widened"]
 
 # Packing multiplies a weight by a 14-bit noise and the packed key holds 41 bits of cost: 2^40 leaves room for both.
 _MAX_TOTAL_BITS = 40
@@ -236,18 +236,26 @@ def check_weights(name: str, value: Tensor) -> None:
         )
 
 
+def excess_bits(load: Tensor, bits: int = _MAX_TOTAL_BITS) -> Tensor:
+    """`[L]`: how far each layer of `[T, L, E]` int64 must be shifted right for its total to be at most 2^`bits`."""
+    total = load.sum((0, 2))  # [L]
+    shifts = torch.arange(63 - bits, device=load.device)
+    return ((total >> shifts[:, None]) > 1 << bits).sum(0)  # the first that fits
+
+
+def spare_bits(load: Tensor) -> Tensor:
+    """`[L]`: how far each layer of `[T, L, E]` int64 can be shifted left while its total stays at most 2^40."""
+    total = load.sum((0, 2))  # [L]
+    shifts = torch.arange(_MAX_TOTAL_BITS + 1, device=load.device)
+    fits = total <= (1 << _MAX_TOTAL_BITS) >> shifts[:, None]
+    return torch.where(total > 0, fits.sum(0) - 1, 0)
+
+
 def scaled(load: Tensor) -> Tensor:
     """Shift each layer of `[T, L, E]` int64 right until its total over the window is at most 2^40."""
-    total = load.sum((0, 2))  # [L]
-    shifts = torch.arange(63 - _MAX_TOTAL_BITS, device=load.device)
-    shift = ((total >> shifts[:, None]) > 1 << _MAX_TOTAL_BITS).sum(0)  # [L], the first that fits
-    return load >> shift[:, None]
+    return load >> excess_bits(load)[:, None]
 
 
 def widened(load: Tensor) -> Tensor:
     """Shift each layer of `[T, L, E]` int64 left as far as its total stays at most 2^40."""
-    total = load.sum((0, 2))  # [L]
-    shifts = torch.arange(_MAX_TOTAL_BITS + 1, device=load.device)
-    fits = total <= (1 << _MAX_TOTAL_BITS) >> shifts[:, None]
-    shift = torch.where(total > 0, fits.sum(0) - 1, 0)
-    return load << shift[:, None]
+    return load << spare_bits(load)[:, None]

@@ -19,6 +19,7 @@ from distplb.packing.candidates import CANDIDATE_BITS
 from distplb.placement import Placement
 from distplb.planning.options import SearchOptions
 from distplb.planning.problem import Problem
+from distplb.price import TimeCurve
 from distplb.stages import Stages
 from distplb.topology import Topology
 
@@ -45,7 +46,9 @@ def plan(
     num_groups: int | None = None,
     slot_class: Tensor | None = None,
     current: Placement | None = None,
-    num_candidates: int = 1,
+    move_price: float | tuple[float, float] = 0.0,
+    time_curve: TimeCurve | None = None,
+    num_candidates: int | None = None,
     seed: int = 0,
     engine: str | None = None,
     allow_shared_replicas: bool = True,
@@ -54,7 +57,8 @@ def plan(
     """Search, on all ranks together, the placement that costs least; the same plan comes out on all of them.
 
     Same load and same options give the same plan to the bit, whatever the number of ranks, the engine and the
-    device. The cost of a layer is the fullest GPU's tokens, added up over the steps; replicas share theirs evenly.
+    device. The cost of a layer is the fullest GPU's tokens, added up over the steps, and what its moves are priced at;
+    replicas share their expert's tokens evenly.
 
     >>> load = torch.tensor([[9, 1, 5, 5]])
     >>> plan(load, Topology(num_nodes=1, gpus_per_node=2)).expert_of_slot
@@ -71,10 +75,14 @@ def plan(
         num_groups: groups of consecutive experts of a group-limited router. In mode "remap" each node gets whole
             groups (DeepSeek's hierarchical policy), in mode "permute" only block permutations come out.
         slot_class: `[P]` integers; an expert stays in slots of the class of its present slot. Without replicas.
-        current: the placement in force; the plan is named so that few experts move, and a layer keeps it unless
-            the plan costs less.
-        num_candidates: K randomised starts for each layer, dealt round-robin to the ranks. From one step of load,
-            K candidates are never worse than `balanced_packing` with K.
+        current: the placement in force: odd candidates start from it, the plan is named so that few experts move, and
+            a layer keeps it unless the plan costs less.
+        move_price: tokens of the whole window for each slot whose expert comes from another GPU; or a pair, inside a
+            node and between nodes. `MoveModel.price` makes it from seconds. Takes `current`.
+        time_curve: from an expert's tokens to its time, which is then what is balanced; `move_price` stays in tokens,
+            of the curve's last point. Tokens themselves where None.
+        num_candidates: K starts for each layer, dealt round-robin to the ranks; 1 where None, or 4 with `current`. From
+            one step of load without a price, K fresh ones are never worse than `balanced_packing` with K.
         seed: of all that is random.
         engine: "reference", "cpu" or "cuda"; None for the fastest that is there.
         allow_shared_replicas: whether replicas of an expert may share a GPU, where that lowers the cost.
@@ -85,7 +93,17 @@ def plan(
         DistplbError: on every rank, if any rank's load or options are refused or differ from the others'.
     """
     options = SearchOptions(
-        num_slots, num_groups, slot_class, current, num_candidates, seed, engine, allow_shared_replicas, mode
+        num_slots=num_slots,
+        num_groups=num_groups,
+        slot_class=slot_class,
+        current=current,
+        num_candidates=num_candidates,
+        seed=seed,
+        engine=engine,
+        allow_shared_replicas=allow_shared_replicas,
+        mode=mode,
+        move_price=move_price,
+        time_curve=time_curve,
     )
     return plan_in_stages(load, topology, WorldOfOne() if comm is None else comm, options).placement
 
@@ -139,7 +157,7 @@ def _searched(
     try:
         with stages.stage("search"):
             problem = Problem(tokens, topology, options)
-            key = _best_keys(problem, options.num_candidates, comm, tokens)
+            key = _best_keys(problem, options.candidates, comm, tokens)
     except Exception as caught:
         error = caught
     with stages.stage("choose"):

@@ -1,4 +1,4 @@
-"""Step 1, noisy keys: a candidate's integer fixes its noise, on every machine and device alike.
+"""What is random about a candidate: its integer fixes it, on every machine and device alike.
 
 Shapes: X rows, n items.
 """
@@ -12,10 +12,11 @@ from torch import Tensor
 
 from distplb.hashing import hashed
 
-__all__ = ["CANDIDATE_BITS", "Names", "noisy_keys"]
+__all__ = ["CANDIDATE_BITS", "Names", "ceilings", "noisy_keys"]
 
 CANDIDATE_BITS = 22
 _NOISE_STEPS = 9831  # noise / 2^16 lies in {0, ..., 9830} / 2^16, that is in [0, 0.15)
+_CEILING, _LEAST_CEILING, _CEILINGS = 1 << 13, 1 << 11, 7 << 11  # in 1 / 2^16: an eighth; from 1/32 to 1/4
 
 
 class Names(TypedDict):
@@ -27,7 +28,7 @@ class Names(TypedDict):
 
 
 def noisy_keys(weight: Tensor, *, layer: Tensor, candidate: Tensor, seed: int) -> Tensor:
-    """`[X, n]` int64: weight × (1 + u), u uniform in [0, 0.15) for each item; candidate 0 has u = 0.
+    """Step 1: `[X, n]` int64: weight × (1 + u), u uniform in [0, 0.15) for each item; candidate 0 has u = 0.
 
     Args:
         weight: `[X, n]` int64, each row's total at most 2^40.
@@ -39,3 +40,12 @@ def noisy_keys(weight: Tensor, *, layer: Tensor, candidate: Tensor, seed: int) -
     bits = hashed(torch.zeros_like(weight), seed, seed >> 32, layer[:, None], candidate[:, None], item)
     noise = (bits * _NOISE_STEPS) >> 32
     return weight + ((weight * noise.masked_fill(candidate[:, None] == 0, 0)) >> 16)
+
+
+def ceilings(*, layer: Tensor, candidate: Tensor, seed: int) -> Tensor:
+    """`[X]` int64: how high the first ceiling of step 10 is, in 1 / 2^16 of what the fullest pack stands out by.
+
+    Candidates 0 and 1 have an eighth, the others anything from 1/32 to 1/4. Arguments as for `noisy_keys`.
+    """
+    bits = hashed(torch.zeros_like(layer), seed, seed >> 32, layer, candidate)
+    return torch.where(candidate < 2, _CEILING, _LEAST_CEILING + ((bits * _CEILINGS) >> 32))

@@ -1,12 +1,13 @@
 """The engine for GPUs: the packing core in Triton, a program a row, without a wait between launch and result.
 
 Shapes: X rows, n items, M packs, g = n / M items in each, q pairs of two positions in a pack; with replicas E experts,
-P slots, G = P / M slots in each pack. What the entry points mean is `packing.reference`'s, and so is every choice they
-make. Triton itself is imported when they are called.
+P slots, G = P / M slots in each pack; steps 10 and 11 see T steps and L layers. What the entry points mean is
+`packing.reference`'s, and so is every choice they make. Triton itself is imported when they are called.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from functools import cache
 from importlib.util import find_spec
@@ -15,9 +16,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from distplb.errors import DistplbError
 from distplb.packing.candidates import noisy_keys
+from distplb.packing.settling import Terms
 
 __all__ = [
     "MOST_ITEMS",
@@ -29,6 +32,7 @@ __all__ = [
     "pack",
     "polish",
     "refine",
+    "settle",
     "swap_pairs",
 ]
 
@@ -38,7 +42,8 @@ _PAIR_ITEMS = range(2, 17)  # packs of this many items try pair swaps
 _CELLS = 16  # of a tile, for each thread
 _MAX_ROUNDS, _PAIR_ROUNDS = 50, 20
 _TRIES, _TRIED_SLOTS = 64, 1 << 14  # of step 8, which has fewer tries where there are more slots
-_HELD = 1 << 28  # bytes at most for what the packs of the rows of one launch hold
+_STEPS_AT_ONCE = 4  # of steps 10 and 11
+_HELD = 1 << 28  # bytes at most for what the packs of the rows of one launch hold; in steps 10 and 11, for all room
 
 
 def is_there() -> bool:
@@ -139,6 +144,61 @@ def polish(weight: Tensor, table: Tensor, num_packs: int) -> Tensor:
     return result.to(home)
 
 
+def settle(terms: Terms, table: Tensor, num_packs: int, *, layer: Tensor, ceiling: Tensor) -> Tensor:
+    """Steps 10 and 11 on the packings `table [X, P]`, which are moved as the weight is for `pack`.
+
+    Args:
+        terms: what is minimised; a layer's total and its prices are at most 2^30, which is not looked at.
+        table: `[X, P]` int64, P up to 4,096.
+        num_packs: M.
+        layer: `[X]` int64, the row's layer in `terms`.
+        ceiling: `[X]` int64 in [0, 2^16], as for `reference.settle`.
+
+    Raises:
+        DistplbError: as for `pack`.
+    """
+    _check_settle(terms, table, num_packs, layer, ceiling)
+    if num_packs == 1:
+        return table.clone()
+    home, table = table.device, _at_work(table).contiguous()
+    result = torch.empty_like(table)
+    at_once = min(_STEPS_AT_ONCE, _power_of_two(terms.load.shape[1]))
+    tokens = pad(terms.load, (0, 0, 0, -terms.load.shape[1] % at_once))  # a step without tokens costs nothing
+    given = [None if value is None else value.to(table.device).contiguous() for value in (tokens, *terms[1:])]
+    layer, ceiling = layer.to(table.device).contiguous(), ceiling.to(table.device).contiguous()
+    (_, num_steps, num_experts), num_slots, warps = tokens.shape, table.shape[1], 4
+    packs, slots = _power_of_two(num_packs), _block(num_slots)
+    blocks = {"N": slots, "M": packs, "S": _height(packs, num_steps, warps), "U": at_once}
+    # Each exchange has a score, an index and what it is made of.
+    blocks |= {"K": _height(4, num_slots // num_packs * num_slots, warps), "A": _height(slots, num_slots, warps)}
+    room = _room(num_steps, num_experts, num_slots, num_packs)
+    for rows in _slices(len(table), sum(math.prod(shape) * dtype.itemsize for shape, dtype in room)):
+        count = rows.stop - rows.start
+        made = [torch.empty(count, *shape, dtype=dtype, device=table.device) for shape, dtype in room]
+        tensors = table[rows], result[rows], *made, *given, layer[rows], ceiling[rows]
+        _launch(
+            _kernels().settle_kernel,
+            (*tensors, num_steps, num_experts, num_slots, num_packs),
+            {**blocks, "num_warps": warps},
+        )
+    return result.to(home)
+
+
+def _room(
+    num_steps: int, num_experts: int, num_slots: int, num_packs: int
+) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """Shapes and types of what `settle_kernel` takes for each row to work in, in its order."""
+    return [
+        ((num_slots,), torch.int64),
+        ((num_steps, _block(num_slots)), torch.int32),
+        ((num_steps, _power_of_two(num_packs)), torch.int32),
+        ((num_steps, _power_of_two(num_packs)), torch.int32),
+        ((num_steps,), torch.int32),
+        ((num_packs,), torch.int32),
+        ((num_experts, num_packs), torch.int8),
+    ]
+
+
 def _searched(weight: Tensor, key: Tensor, num_packs: int, num_slots: int, shared: bool) -> Tensor:
     """Steps 0 to 8 where there are replicas."""
     num_rows, num_experts = weight.shape
@@ -165,10 +225,16 @@ def _searched(weight: Tensor, key: Tensor, num_packs: int, num_slots: int, share
 def _parts(weight: Tensor, num_packs: int) -> Iterator[tuple[slice, Tensor]]:
     """Rows for one launch, and what its packs hold at the beginning, nothing: `[x, E, M]` int8, too much for all."""
     num_rows, num_experts = weight.shape
-    most = max(1, _HELD // (num_experts * num_packs))
+    for rows in _slices(num_rows, num_experts * num_packs):
+        shape = rows.stop - rows.start, num_experts, num_packs
+        yield rows, torch.zeros(shape, dtype=torch.int8, device=weight.device)
+
+
+def _slices(num_rows: int, each: int) -> Iterator[slice]:
+    """All rows, as many at a time as memory is for where a row takes `each` bytes."""
+    most = max(1, _HELD // each)
     for first in range(0, num_rows, most):
-        rows = slice(first, min(first + most, num_rows))
-        yield rows, torch.zeros(rows.stop - first, num_experts, num_packs, dtype=torch.int8, device=weight.device)
+        yield slice(first, min(first + most, num_rows))
 
 
 def _rounds(num_packs: int) -> int:
@@ -321,11 +387,37 @@ def _check(
             f"weight is {weight.dtype} of shape {tuple(weight.shape)}; pass int64 of shape [rows, items]"
         )
     for name, value in others.items():
-        if value.shape != shape or value.dtype != torch.int64:
-            raise DistplbError(
-                f"{name} is {value.dtype} of shape {tuple(value.shape)}; pass int64 of shape {tuple(shape)}"
-            )
-    num_items = weight.shape[1] if num_items is None else num_items
+        _check_one(name, value, shape)
+    _check_packs(weight.shape[1] if num_items is None else num_items, num_packs)
+
+
+def _check_settle(terms: Terms, table: Tensor, num_packs: int, layer: Tensor, ceiling: Tensor) -> None:
+    """The same for `settle`."""
+    for name, value, words in (("load", terms.load, "layers, steps, experts"), ("table", table, "rows, slots")):
+        if value.dim() != len(words.split()) or value.dtype != torch.int64:
+            raise DistplbError(f"{name} is {value.dtype} of shape {tuple(value.shape)}; pass int64 of shape [{words}]")
+    num_layers, _, num_experts = terms.load.shape
+    _check_one("layer", layer, table.shape[:1])
+    _check_one("ceiling", ceiling, table.shape[:1])
+    _check_one("region", terms.region, table.shape[1:])
+    if (terms.distance is None) != (terms.price is None):
+        missing = "distance" if terms.distance is None else "price"
+        raise DistplbError(f"{missing} is None alone; pass distance and price, or neither")
+    if terms.distance is not None and terms.price is not None:
+        _check_one("distance", terms.distance, (num_layers, num_experts, num_packs), torch.int8)
+        _check_one("price", terms.price, (num_layers, 3))
+    _check_packs(table.shape[1], num_packs)
+
+
+def _check_one(name: str, value: Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.int64) -> None:
+    if value.shape != shape or value.dtype != dtype:
+        wanted = str(dtype).removeprefix("torch.")
+        raise DistplbError(
+            f"{name} is {value.dtype} of shape {tuple(value.shape)}; pass {wanted} of shape {tuple(shape)}"
+        )
+
+
+def _check_packs(num_items: int, num_packs: int) -> None:
     if num_packs < 1 or num_items < 1 or num_items % num_packs:
         raise DistplbError(
             f"{num_items} items cannot be packed evenly into {num_packs} packs; pass a divisor of {num_items}"

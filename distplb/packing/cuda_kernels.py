@@ -3,7 +3,7 @@
 Shapes: X rows, n items, M packs, g = n / M items in each; with replicas E experts, P slots, G = P / M slots in each.
 N ≥ n or P and B ≥ E are the powers of two that a row is padded to, A a tile's height: that many positions are tried
 against all N at once. A row's packing stays in registers from its load to its store; what it takes to change it is in
-`cuda_steps`. Steps and choices are `packing.reference`'s, to the bit.
+`cuda_steps`. Steps and choices are `packing.reference`'s, to the bit. Steps 10 and 11 are in `cuda_settle`.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
@@ -14,9 +14,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from distplb.packing.cuda_settle import settle_kernel
 from distplb.packing.cuda_steps import (
     HUGE,
     MAX_ROUNDS,
+    NUMBERS,
     PAIR_ROUNDS,
     block_of,
     divided,
@@ -30,6 +32,7 @@ from distplb.packing.cuda_steps import (
     ordered,
     pairs_swapped,
     peak_of,
+    replicas_of,
 )
 
 __all__ = [
@@ -40,6 +43,7 @@ __all__ = [
     "pairs_kernel",
     "polish_kernel",
     "refine_kernel",
+    "settle_kernel",
     "variance_kernel",
 ]
 
@@ -48,8 +52,6 @@ _VARIANCE_TOTAL = tl.constexpr(1 << 30)
 _PARTNERS = tl.constexpr(4)  # packs, the lightest first, that step 9 tries pair swaps with
 # Step 8 looks at rows whose heaviest pack is more than 2^-8 above the mean.
 _WORTH_BITS, _GIVERS = tl.constexpr(8), tl.constexpr(8)
-# Numbers that change from call to call, which would each get a compiled version of their own where they are 1.
-NUMBERS = ["num_experts", "num_slots", "num_packs", "num_pairs", "pair_rounds", "attempts", "begin_with", "end_with"]
 
 
 @triton.jit
@@ -336,10 +338,7 @@ def polish_kernel(
     position = tl.arange(0, N)
     is_real = position < num_slots
     item = tl.load(items + position, mask=is_real, other=-1)
-    replicas = item * 0  # [N], of what is at a position
-    for first in range(0, num_slots, A):
-        is_same = block_of(item, first, N, A)[:, None] == item[None, :]  # [A, N]
-        replicas += tl.sum(is_same.to(tl.int64), 0)
+    replicas = replicas_of(item, num_slots, N, A)
     value = tl.load(weight + item, mask=is_real, other=0)
     tl.store(share + item, value // tl.maximum(replicas, 1), mask=is_real)
     tl.debug_barrier()

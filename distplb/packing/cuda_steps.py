@@ -21,6 +21,7 @@ import triton.language as tl
 __all__ = [
     "HUGE",
     "MAX_ROUNDS",
+    "NUMBERS",
     "PAIR_ROUNDS",
     "block_of",
     "divided",
@@ -34,12 +35,16 @@ __all__ = [
     "ordered",
     "pairs_swapped",
     "peak_of",
+    "replicas_of",
 ]
 
 MAX_ROUNDS = tl.constexpr(50)
 PAIR_ROUNDS = tl.constexpr(20)
 HUGE = tl.constexpr(1 << 62)  # above every load and every packed key: what padding and full packs have
 _NONE = tl.constexpr((1 << 31) - 1)  # above every flat index, which stay in int32
+# Numbers that change from call to call, which would each get a compiled version of their own where they are 1.
+NUMBERS = ["num_experts", "num_slots", "num_packs", "num_pairs", "pair_rounds", "attempts", "begin_with", "end_with"]
+NUMBERS += ["num_steps"]
 
 
 # --- steps 0 to 2 with replicas ---------------------------------------------------------------------------------
@@ -331,6 +336,16 @@ def block_of(value, first, N: tl.constexpr, A: tl.constexpr):
 def _pick(value, position, at):
     """`[A]`: the elements of `value [N]` at any positions `at [A]`; 0 beyond the last."""
     return tl.sum(tl.where(at[:, None] == position[None, :], value[None, :], 0), 1)
+
+
+@triton.jit
+def replicas_of(item, num_slots, N: tl.constexpr, A: tl.constexpr):
+    """`[N]` int64: how many slots have what a position has, in `item [N]`; padding has something of its own."""
+    replicas = item * 0
+    for first in range(0, num_slots, A):
+        is_same = block_of(item, first, N, A)[:, None] == item[None, :]  # [A, N]
+        replicas += tl.sum(is_same.to(tl.int64), 0)
+    return replicas
 
 
 @triton.jit

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from distplb.packing.candidates import noisy_keys
+from distplb.packing.engines import Engine
+from distplb.packing.settling import Terms
 
 __all__ = ["Classes"]
 
@@ -26,11 +28,13 @@ class Classes:
     slot that takes part changes from round to round.
 
     Args:
+        engine: what settles; the search itself takes none.
         num_gpus: M.
         slot_class: `[P]` int64.
         start: `[L, P]` int64, the placement in force, which tells each expert's class.
     """
 
+    engine: Engine
     num_gpus: int
     slot_class: Tensor
     start: Tensor
@@ -50,6 +54,19 @@ class Classes:
     def polish(self, weight: Tensor, table: Tensor) -> Tensor:
         """As `Policy`."""
         return self._lowered(weight, weight, table)
+
+    @property
+    def region(self) -> Tensor:
+        """Classes."""
+        return torch.as_tensor(self.slot_class).to("cpu", torch.int64)
+
+    def settle(self, terms: Terms, table: Tensor, *, layer: Tensor, ceiling: Tensor) -> Tensor:
+        """As `Policy`."""
+        return self.engine.settle(terms, table, self.num_gpus, layer=layer, ceiling=ceiling)
+
+    def allows(self, table: Tensor) -> Tensor:
+        """As `Policy`: the table in force tells the classes."""
+        return torch.ones(len(table), dtype=torch.bool, device=table.device)
 
     def _lowered(self, key: Tensor, weight: Tensor, table: Tensor) -> Tensor:
         """Dealt anew until some rounds over the classes make no GPU lighter; the best that was met."""

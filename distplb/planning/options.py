@@ -15,6 +15,7 @@ from distplb.errors import DistplbError
 from distplb.packing.candidates import CANDIDATE_BITS
 from distplb.packing.engines import engine_named
 from distplb.placement import Placement
+from distplb.price import TimeCurve
 from distplb.topology import Topology
 
 __all__ = ["SearchOptions"]
@@ -28,15 +29,29 @@ class SearchOptions:
     num_groups: int | None = None
     slot_class: Tensor | None = None
     current: Placement | None = None
-    num_candidates: int = 1
+    num_candidates: int | None = None
     seed: int = 0
     engine: str | None = None
     allow_shared_replicas: bool = True
     mode: str = "remap"
+    move_price: float | tuple[float, float] = 0.0
+    time_curve: TimeCurve | None = None
 
     def slots(self, num_experts: int) -> int:
         """P."""
         return num_experts if self.num_slots is None else self.num_slots
+
+    @property
+    def candidates(self) -> int:
+        """K; by default one, or two that start afresh and two that start from the placement in force."""
+        return (1 if self.current is None else 4) if self.num_candidates is None else self.num_candidates
+
+    @property
+    def prices(self) -> tuple[float, float]:
+        """Tokens of a slot that is moved inside a node, and between nodes; 0 where there is nothing to move from."""
+        if self.current is None:
+            return 0.0, 0.0
+        return self.move_price if isinstance(self.move_price, tuple) else (self.move_price, self.move_price)
 
     def check(self, topology: Topology, num_layers: int, num_experts: int) -> None:
         """Refuse what does not go together.
@@ -57,19 +72,32 @@ class SearchOptions:
             "num_groups": -1 if self.num_groups is None else self.num_groups,
             "slot_class (digest)": -1 if self.slot_class is None else _digest(self.slot_class),
             "the current placement (digest)": -1 if self.current is None else self.current.digest(),
-            "num_candidates": self.num_candidates,
+            "num_candidates": self.candidates,
             "seed": self.seed,
             "allow_shared_replicas": int(self.allow_shared_replicas),
             "mode (permute is 1)": int(self.mode == "permute"),
+            "move_price inside a node (in 2^-16)": _price_field(self.prices[0]),
+            "move_price between nodes (in 2^-16)": _price_field(self.prices[1]),
+            "time_curve (digest)": -1 if self.time_curve is None else self.time_curve.digest(),
         }
 
     def _check_numbers(self) -> None:
-        if not 1 <= self.num_candidates <= 1 << CANDIDATE_BITS:
+        if not 1 <= self.candidates <= 1 << CANDIDATE_BITS:
             raise DistplbError(f"num_candidates is {self.num_candidates}; pass 1 to 2^{CANDIDATE_BITS}")
         if not 0 <= self.seed < 1 << 62:
             raise DistplbError(f"seed is {self.seed}; pass a whole number in [0, 2^62)")
         if self.mode not in ("permute", "remap"):
             raise DistplbError(f"mode is {self.mode!r}; pass 'permute' or 'remap'")
+        given = self.move_price if isinstance(self.move_price, tuple) else (self.move_price,) * 2
+        if len(given) != 2 or not all(price >= 0 for price in given):  # neither is a NaN
+            raise DistplbError(
+                f"move_price is {self.move_price!r}; pass tokens of the window for each moved slot, at least 0: one "
+                "number, or a pair (inside a node, between nodes)"
+            )
+        if any(given) and self.current is None:
+            raise DistplbError(
+                f"move_price is {self.move_price!r} without current; pass the placement in force, or no price"
+            )
         engine_named(self.engine)
 
     def _check_slots(self, topology: Topology, num_experts: int) -> None:
@@ -142,6 +170,10 @@ class SearchOptions:
             raise DistplbError(
                 "slot_class goes with neither replicas nor groups: leave out num_slots and num_groups, or slot_class"
             )
+
+
+def _price_field(price: float) -> int:
+    return round(min(price, 2.0**46) * 2**16)
 
 
 def _next_multiple(number: int, of: int) -> int:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from distplb.packing.candidates import Names, noisy_keys
 from distplb.packing.engines import Engine
+from distplb.packing.settling import MOST_BITS, Terms
 from distplb.packing.steps import greedy, pack_loads
 
 __all__ = ["Blocks", "Flat", "Hierarchy", "Policy"]
@@ -32,6 +33,16 @@ class Policy(Protocol):
 
     def polish(self, weight: Tensor, table: Tensor) -> Tensor:
         """A table that is no worse, under the same constraints."""
+
+    @property
+    def region(self) -> Tensor:
+        """`[P]`: two slots exchange their experts only inside a region."""
+
+    def settle(self, terms: Terms, table: Tensor, *, layer: Tensor, ceiling: Tensor) -> Tensor:
+        """A table that is no worse by the terms, under the same constraints; the regions of the terms are these."""
+
+    def allows(self, table: Tensor) -> Tensor:
+        """`[X]` bool: whether a table keeps the constraints."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +74,22 @@ class Flat:
     def polish(self, weight: Tensor, table: Tensor) -> Tensor:
         """As `Policy`."""
         return self.engine.polish(weight, table, self.num_gpus)
+
+    @property
+    def region(self) -> Tensor:
+        """One."""
+        return torch.zeros(self.num_slots, dtype=torch.int64)
+
+    def settle(self, terms: Terms, table: Tensor, *, layer: Tensor, ceiling: Tensor) -> Tensor:
+        """As `Policy`."""
+        return self.engine.settle(terms, table, self.num_gpus, layer=layer, ceiling=ceiling)
+
+    def allows(self, table: Tensor) -> Tensor:
+        """As `Policy`."""
+        if self.shared:
+            return torch.ones(len(table), dtype=torch.bool, device=table.device)
+        inside = table.view(len(table), self.num_gpus, -1).sort(dim=2).values
+        return (inside[..., 1:] != inside[..., :-1]).flatten(1).all(1)
 
 
 @dataclass(frozen=True)
@@ -109,6 +136,27 @@ class Hierarchy:
     def polish(self, weight: Tensor, table: Tensor) -> Tensor:
         """As `Policy`."""
         return _cell_by_cell(self.inside, weight, table, self.num_nodes)
+
+    @property
+    def region(self) -> Tensor:
+        """Nodes."""
+        return torch.arange(self.num_nodes).repeat_interleave(self.inside.num_slots)
+
+    def settle(self, terms: Terms, table: Tensor, *, layer: Tensor, ceiling: Tensor) -> Tensor:
+        """As `Policy`."""
+        num_gpus = self.inside.num_gpus * self.num_nodes
+        return self.inside.engine.settle(terms, table, num_gpus, layer=layer, ceiling=ceiling)
+
+    def allows(self, table: Tensor) -> Tensor:
+        """As `Policy`."""
+        node = self.region.to(table.device)
+        size = (int(table.max()) + 1) // self.num_groups
+        # The node of one slot of each group's; whole groups are where all others are.
+        home = torch.zeros(len(table), self.num_groups, dtype=torch.int64, device=table.device)
+        home.scatter_(1, table // size, node.expand_as(table).contiguous())
+        whole = (home.gather(1, table // size) == node).all(1)
+        cells = self.inside.allows(table.view(len(table) * self.num_nodes, -1))
+        return whole & cells.view(len(table), -1).all(1)
 
     def _packed(self, weight: Tensor, nodes: Tensor, *, layer: Tensor, candidate: Tensor, seed: int) -> Tensor:
         """Parts (2) and (3), with the groups of each node given as `nodes [X, B]`."""
@@ -175,8 +223,39 @@ class Blocks:
         group = weight.unflatten(1, (self.num_groups, size)).sum(2)
         blocks = table.view(len(table), self.num_groups, size)
         order = self.engine.polish(group, blocks[:, :, 0] // size, self.num_gpus)
-        place = torch.empty_like(order).scatter_(1, blocks[:, :, 0] // size, _positions(order))  # [X, B], of each group
-        return blocks.gather(1, place.gather(1, order)[:, :, None].expand(-1, -1, size)).view(len(table), -1)
+        return self._in_order(blocks, order)
+
+    @property
+    def region(self) -> Tensor:
+        """Blocks."""
+        return torch.arange(self.num_groups).repeat_interleave(self.num_slots // self.num_groups)
+
+    def settle(self, terms: Terms, table: Tensor, *, layer: Tensor, ceiling: Tensor) -> Tensor:
+        """As `Policy`; where a GPU holds several blocks, blocks are exchanged as wholes."""
+        size = table.shape[1] // self.num_groups
+        if self._spanned:
+            return self.engine.settle(terms, table, self.num_gpus, layer=layer, ceiling=ceiling)
+        blocks = table.view(len(table), self.num_groups, size)
+        whole = Terms(
+            terms.load.unflatten(2, (self.num_groups, size)).sum(3),
+            torch.zeros(self.num_groups, dtype=torch.int64, device=table.device),
+            None if terms.distance is None else terms.distance[:, ::size].contiguous(),
+            None if terms.price is None else (terms.price * size).clamp(max=1 << MOST_BITS),
+        )
+        order = self.engine.settle(whole, blocks[:, :, 0] // size, self.num_gpus, layer=layer, ceiling=ceiling)
+        return self._in_order(blocks, order)
+
+    def allows(self, table: Tensor) -> Tensor:
+        """As `Policy`."""
+        group = table // (table.shape[1] // self.num_groups)
+        return (group.view(len(table), self.num_groups, -1).diff(dim=2) == 0).flatten(1).all(1)
+
+    def _in_order(self, blocks: Tensor, order: Tensor) -> Tensor:
+        """`[X, P]`: the `blocks [X, B, E / B]` of a table as they are inside, their groups in the order `[X, B]`."""
+        size = blocks.shape[2]
+        # [X, B], where each group is
+        place = torch.empty_like(order).scatter_(1, blocks[:, :, 0] // size, _positions(order))
+        return blocks.gather(1, place.gather(1, order)[:, :, None].expand(-1, -1, size)).view(len(blocks), -1)
 
 
 def _searched_in_cells(

@@ -1,6 +1,6 @@
 """One planning problem: a load, a topology, and the three calls that every search is made of.
 
-Shapes: T steps, L layers, E experts, P slots, M GPUs, K candidates.
+Shapes: T steps, L layers, E experts, P slots, M GPUs, K candidates, X rows (layers, or layers times candidates).
 """
 
 from __future__ import annotations
@@ -11,23 +11,29 @@ import torch
 from torch import Tensor
 
 from distplb.cost import layer_cost
-from distplb.load import scaled, widened
-from distplb.packing.candidates import Names
+from distplb.load import excess_bits, scaled, spare_bits
+from distplb.packing.candidates import Names, ceilings
 from distplb.packing.engines import Engine, engine_named
+from distplb.packing.settling import MOST_BITS, Terms
 from distplb.placement import Placement
 from distplb.planning.classes import Classes
+from distplb.planning.moves import distances, in_units, tolls
 from distplb.planning.options import SearchOptions
 from distplb.planning.policies import Blocks, Flat, Hierarchy, Policy
 from distplb.planning.relabel import relabelled
+from distplb.planning.starts import recounted
 from distplb.topology import Topology
 
 __all__ = ["Problem"]
 
 _EVEN_BITS = 13
+_LAST_CEILING = 1 << 14  # of the last exchanges on what was chosen: a quarter
 
 
 class Problem:
     """Costs of candidates, the table behind a candidate, and the finish on a table; all of it pure.
+
+    An even candidate starts afresh, an odd one from the placement in force, where there is one that keeps the rules.
 
     >>> problem = Problem(torch.tensor([[[9, 1, 5, 5]]]), Topology(1, 2))
     >>> problem.costs(torch.tensor([0, 1]))
@@ -46,15 +52,11 @@ class Problem:
     def __init__(self, load: Tensor, topology: Topology, options: SearchOptions | None = None) -> None:
         options = SearchOptions() if options is None else options
         options.check(topology, load.shape[1], load.shape[2])
-        self.num_gpus = topology.num_gpus
+        self.num_gpus, self._gpus_per_node = topology.num_gpus, topology.gpus_per_node
         self.current = options.current
         self.seed = options.seed
         self._slot_class = None if options.slot_class is None else torch.as_tensor(options.slot_class).cpu().numpy()
         num_slots = options.slots(load.shape[2])
-        self._load = scaled(load)
-        if num_slots > load.shape[2]:  # shares are integer divisions: the rest must not count
-            self._load = widened(self._load)
-        self._weight = self._load.sum(0) if len(self._load) > 1 else self._load[0]  # [L, E]
         self.engine_name, engine = engine_named(options.engine, load.device)
         self._policy = _policy(options, topology, num_slots, load.shape[1], engine)
         # The same with replicas apart, where there are any, they may share, and there is room to keep them apart.
@@ -64,28 +66,61 @@ class Problem:
         if num_slots > load.shape[2] and options.allow_shared_replicas and roomy:
             apart = replace(options, allow_shared_replicas=False)
             self._apart = _policy(apart, topology, num_slots, load.shape[1], engine)
+        self._measure(load, topology, options)
         # The cheapest table that was met for each layer, so that a root need not build it a second time.
         self._met: tuple[Tensor, Tensor, Tensor] | None = None  # candidate [L], cost [L], table [L, P]
+
+    def _measure(self, load: Tensor, topology: Topology, options: SearchOptions) -> None:
+        """What is minimised, in units that leave room: at most 2^40 in a layer's window."""
+        time = load if options.time_curve is None else options.time_curve.time(load)
+        token = 1.0 if options.time_curve is None else options.time_curve.nanoseconds_per_token
+        self._load = scaled(time)
+        shift = -excess_bits(time)
+        prices = options.prices[0] * token, options.prices[1] * token
+        if options.slots(load.shape[2]) > load.shape[2] or any(prices):
+            # Shares are integer divisions, and prices may be fractions: the rest must not count.
+            spare = spare_bits(self._load)
+            self._load, shift = self._load << spare[:, None], shift + spare
+        self._weight = self._load.sum(0) if len(self._load) > 1 else self._load[0]  # [L, E]
+        self._distance = self._price = None
+        if self.current is not None and any(prices):
+            self._distance = distances(self.current, topology).to(load.device)
+            self._price = in_units(prices, shift)
+        self._terms: Terms | None = None
+        if len(load) > 1 or self.current is not None:
+            self._terms = self._coarse_terms()
+
+    def _coarse_terms(self) -> Terms:
+        """What is minimised, in the units of steps 10 and 11."""
+        shift = excess_bits(self._load, MOST_BITS)  # [L]
+        load = (self._load >> shift[:, None]).transpose(0, 1).contiguous()
+        region = self._policy.region.to(load.device)
+        if self._price is None:
+            return Terms(load, region)
+        up = (1 << shift[:, None]) - 1  # what costs anything costs 1 or more
+        return Terms(load, region, self._distance, ((self._price + up) >> shift[:, None]).clamp(max=1 << MOST_BITS))
 
     def costs(self, candidates: Tensor) -> Tensor:
         """`[K, L]` int64: the cost of every candidate `[K]` in every layer."""
         num_layers = self._weight.shape[0]
         candidate = candidates.to(self._weight.device)
-        tables = self._searched(candidate.repeat_interleave(num_layers)).unflatten(0, (len(candidates), num_layers))
-        cost = layer_cost(self._load, tables, self.num_gpus)
+        layer = torch.arange(num_layers, device=candidate.device).repeat(len(candidate))
+        names: Names = {"layer": layer, "candidate": candidate.repeat_interleave(num_layers), "seed": self.seed}
+        tables = self._candidates(names).unflatten(0, (len(candidates), num_layers))
+        cost = self._cost(tables)
         self._remember(candidate, cost, tables)
         return cost
 
     def build(self, candidate: Tensor) -> Tensor:
         """`[L, P]`: the table of one candidate for each layer, `[L]`."""
         candidate = candidate.to(self._weight.device)
+        layer = torch.arange(len(candidate), device=candidate.device)
         if self._met is None:
-            return self._searched(candidate)
+            return self._candidates({"layer": layer, "candidate": candidate, "seed": self.seed})
         table = self._met[2].clone()
         other = (self._met[0] != candidate).nonzero()[:, 0]
         if len(other):
-            names: Names = {"layer": other, "candidate": candidate[other], "seed": self.seed}
-            table[other] = self._candidates(self._weight[other], names)
+            table[other] = self._candidates({"layer": other, "candidate": candidate[other], "seed": self.seed})
         return table
 
     def polish(self, table: Tensor) -> Tensor:
@@ -96,26 +131,60 @@ class Problem:
         rows = self._uneven(table)
         if len(rows):
             polished = table.clone()
-            polished[rows] = self._policy.polish(self._weight[rows], table[rows])
-            # What is polished is the sum over the steps, which need not be good for each of them.
-            table = polished if len(self._load) == 1 else self._no_dearer(polished, table)
+            polished[rows] = self._finished(table[rows], rows)
+            # Steps 10 and 11 count in coarser units, and step 9 knows no price.
+            table = self._no_dearer(polished, table)
         if self.current is None:
             return table
-        fresh = Placement(table, self._weight.shape[1], self.num_gpus)
-        moved = relabelled(fresh, self.current, self._policy.cells, self._slot_class)
-        current = self.current.expert_of_slot.to(table.device)
-        return self._no_dearer(current, moved.expert_of_slot.to(table.device))
+        moved = self._no_dearer(self._named_as(table), table)
+        return self._no_dearer(self.current.expert_of_slot.to(table.device), moved)
 
-    def _searched(self, candidate: Tensor) -> Tensor:
-        """`[K·L, P]`: each candidate's table of each layer."""
-        num_layers = self._weight.shape[0]
-        repeats = len(candidate) // num_layers
-        layer = torch.arange(num_layers, device=self._weight.device).repeat(repeats)
-        weight = self._weight.repeat(repeats, 1) if repeats > 1 else self._weight
-        return self._candidates(weight, {"layer": layer, "candidate": candidate, "seed": self.seed})
+    def _finished(self, table: Tensor, layer: Tensor) -> Tensor:
+        """`[X, P]`: step 9 on one step of load, steps 10 and 11 once more on several."""
+        if self._terms is None or len(self._load) == 1:
+            return self._policy.polish(self._weight[layer], table)
+        return self._policy.settle(self._terms, table, layer=layer, ceiling=torch.full_like(layer, _LAST_CEILING))
 
-    def _candidates(self, weight: Tensor, names: Names) -> Tensor:
-        """`[X, P]`: the tables of rows; replicas share a GPU only where that costs less than keeping them apart."""
+    def _candidates(self, names: Names) -> Tensor:
+        """`[X, P]`: the tables of rows."""
+        layer, candidate = names["layer"], names["candidate"]
+        table = torch.empty(len(layer), self._policy.region.shape[0], dtype=torch.int64, device=layer.device)
+        warm = (candidate % 2 == 1) & self._may_start_from_current(layer)
+        rows, others = warm.nonzero()[:, 0], (~warm).nonzero()[:, 0]
+        if len(rows):
+            table[rows] = self._from_current(layer[rows], candidate[rows])
+        if len(others):
+            own: Names = {"layer": layer[others], "candidate": candidate[others], "seed": names["seed"]}
+            table[others] = self._afresh(self._weight[layer[others]], own)
+        # One step of load without a price is what the fresh search is for.
+        settling = rows if len(self._load) == 1 and self._price is None else torch.arange(len(layer))
+        if self._terms is not None and len(settling):
+            names = {"layer": layer[settling], "candidate": candidate[settling], "seed": names["seed"]}
+            ceiling = ceilings(**names)
+            table[settling] = self._policy.settle(self._terms, table[settling], layer=names["layer"], ceiling=ceiling)
+        return table
+
+    def _may_start_from_current(self, layer: Tensor) -> Tensor:
+        """`[X]` bool."""
+        if self.current is None:
+            return torch.zeros_like(layer, dtype=torch.bool)
+        return self._policy.allows(self.current.expert_of_slot).to(layer.device)[layer]
+
+    def _from_current(self, layer: Tensor, candidate: Tensor) -> Tensor:
+        """`[X, P]`: what stands now; every second candidate goes on with other replica counts, if there are any."""
+        assert self.current is not None
+        table = self.current.expert_of_slot.to(layer.device)[layer]
+        rows = (candidate % 4 == 3).nonzero()[:, 0]
+        if len(rows) and self.current.has_replicas:
+            region = self._policy.region.to(layer.device)
+            table[rows] = recounted(self._weight[layer[rows]], table[rows], region, self.num_gpus)
+        return table
+
+    def _afresh(self, weight: Tensor, names: Names) -> Tensor:
+        """`[X, P]`: searched on the sum over the steps; replicas share a GPU only where that costs less.
+
+        Where moving has a price, by the names under which most experts stay in place.
+        """
         table = self._policy.search(weight, **names)
         if self._apart is not None and len(rows := self._sharing(table)):
             layer = names["layer"][rows]
@@ -124,7 +193,18 @@ class Problem:
             load = self._load[:, layer]
             enough = layer_cost(load, other, self.num_gpus) <= layer_cost(load, table[rows], self.num_gpus)
             table[rows[enough]] = other[enough]
-        return table
+        return table if self._price is None else self._named_as(table, names["layer"])
+
+    def _named_as(self, table: Tensor, layer: Tensor | None = None) -> Tensor:
+        """`[X, P]`: the same company, by the names under which most experts stay in place."""
+        assert self.current is not None
+        num_experts = self._weight.shape[1]
+        current = self.current
+        if layer is not None:
+            current = Placement(current.expert_of_slot[layer.cpu()], num_experts, self.num_gpus)
+        fresh = Placement(table, num_experts, self.num_gpus)
+        named = relabelled(fresh, current, self._policy.cells, self._slot_class, self._gpus_per_node)
+        return named.expert_of_slot.to(table.device)
 
     def _sharing(self, table: Tensor) -> Tensor:
         """The rows in which a GPU holds an expert twice."""
@@ -144,6 +224,13 @@ class Problem:
             )
         self._met = met
 
+    def _cost(self, table: Tensor) -> Tensor:
+        """`[..., L]` int64: of tables `[..., L, P]`, with the price of their moves."""
+        paid = None
+        if self._distance is not None and self._price is not None:
+            paid = tolls(table, self._distance, self._price)
+        return layer_cost(self._load, table, self.num_gpus, paid)
+
     def _uneven(self, table: Tensor) -> Tensor:
         """The layers whose fullest GPUs are more than 2^-13 above the mean, which no job would notice."""
         cost, total = layer_cost(self._load, table, self.num_gpus), self._weight.sum(1)
@@ -151,8 +238,7 @@ class Problem:
 
     def _no_dearer(self, wanted: Tensor, other: Tensor) -> Tensor:
         """Layer by layer, `wanted` where it costs no more than `other`, which stands elsewhere; both `[L, P]`."""
-        cheaper = layer_cost(self._load, wanted, self.num_gpus) <= layer_cost(self._load, other, self.num_gpus)
-        return torch.where(cheaper[:, None], wanted, other)
+        return torch.where((self._cost(wanted) <= self._cost(other))[:, None], wanted, other)
 
 
 def _policy(options: SearchOptions, topology: Topology, num_slots: int, num_layers: int, engine: Engine) -> Policy:
@@ -161,7 +247,7 @@ def _policy(options: SearchOptions, topology: Topology, num_slots: int, num_laye
     if options.slot_class is not None:
         start = Placement.contiguous(num_layers, num_slots, topology.num_gpus)
         start = start if options.current is None else options.current
-        return Classes(topology.num_gpus, options.slot_class, start.expert_of_slot)
+        return Classes(engine, topology.num_gpus, options.slot_class, start.expert_of_slot)
     if groups is not None and options.mode == "permute":
         return Blocks(engine, topology.num_gpus, groups, num_slots)
     if groups is not None and nodes > 1:

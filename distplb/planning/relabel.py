@@ -20,7 +20,11 @@ Table = NDArray[np.int64]
 
 
 def relabelled(
-    fresh: Placement, current: Placement, cells: Sequence[int], slot_class: Table | None = None
+    fresh: Placement,
+    current: Placement,
+    cells: Sequence[int],
+    slot_class: Table | None = None,
+    gpus_per_node: int | None = None,
 ) -> Placement:
     """The same experts together as in `fresh`, in the cells (and slots) that leave most of them in place.
 
@@ -33,25 +37,33 @@ def relabelled(
         cells: slots of the cells that may change places, each a divisor of the one before: (P / N, G) for nodes and
             GPUs; none if nothing may.
         slot_class: `[P]`, the same for all cells, if experts may only stand in slots of their class.
+        gpus_per_node: where cells smaller than a node change places freely, and of equals the way is better that
+            leaves more experts on their node.
     """
     classes = np.zeros(fresh.num_slots, dtype=np.int64) if slot_class is None else slot_class
+    node = fresh.num_slots if gpus_per_node is None else gpus_per_node * fresh.slots_per_gpu
     tables = [
-        _relabelled_row(new, old, list(cells), classes)
+        _relabelled_row(new, old, list(cells), classes, node)
         for new, old in zip(fresh.expert_of_slot.numpy(), current.expert_of_slot.numpy(), strict=True)
     ]
     return Placement(torch.from_numpy(np.stack(tables)), fresh.num_experts, fresh.num_gpus)
 
 
-def _relabelled_row(new: Table, old: Table, cells: list[int], classes: Table) -> Table:
-    """One layer, or one cell of it: `[p]` each."""
+def _relabelled_row(new: Table, old: Table, cells: list[int], classes: Table, node: int) -> Table:
+    """One layer, or one cell of it: `[p]` each; `node` slots are a node."""
     if not cells:
         return new
     parts, before = new.reshape(-1, cells[0]), old.reshape(-1, cells[0])  # [n, cell]
-    _, takes = linear_sum_assignment(_common(parts, before), maximize=True)  # the place of each part
+    worth = _common(parts, before)
+    if cells[0] < node < len(new) and node % cells[0] == 0:
+        nodes = old.reshape(-1, node)
+        beside = _common(parts, nodes).repeat(node // cells[0], axis=1)  # [n, n]
+        worth = worth * (len(new) + 1) + beside
+    _, takes = linear_sum_assignment(worth, maximize=True)  # the place of each part
     placed = np.empty_like(parts)
     placed[takes] = parts
     if len(cells) > 1:
-        inside = [_relabelled_row(*pair, cells[1:], classes) for pair in zip(placed, before, strict=True)]
+        inside = [_relabelled_row(*pair, cells[1:], classes, node) for pair in zip(placed, before, strict=True)]
         return np.concatenate(inside)
     for number in np.unique(classes[: cells[0]]):
         same = classes[: cells[0]] == number
@@ -61,7 +73,7 @@ def _relabelled_row(new: Table, old: Table, cells: list[int], classes: Table) ->
 
 
 def _common(parts: Table, before: Table) -> Table:
-    """`[n, n]`: the slots of each pair of cells that could stay, an expert as often as both hold it."""
+    """`[n, m]`: the slots of each pair of cells that could stay, an expert as often as both hold it."""
     height = int(max(parts.max(), before.max())) + 1
     counts = []
     for cells in (parts, before):
