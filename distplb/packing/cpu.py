@@ -81,7 +81,7 @@ def settle(terms: Terms, table: Tensor, num_packs: int, *, layer: Tensor, ceilin
     free = torch.zeros(num_layers, 1, 1, dtype=torch.int8), torch.zeros(num_layers, 3, dtype=torch.int64)
     distance, price = free if terms.distance is None or terms.price is None else (terms.distance, terms.price)
     distance_array = distance.to("cpu", torch.int8).contiguous().numpy()
-    given = _array(terms.load), _array(terms.region), distance_array, _array(price), num_packs
+    given = _array(terms.load), _array(terms.region), terms.apart, distance_array, _array(price), num_packs
     names = _array(layer), _array(ceiling)
     amount = tables.numel() * terms.load.shape[1]
     _in_threads(lambda begin, end: _kernels().settle_rows(*given, *names, begin, end, tables.numpy()), tables, amount)

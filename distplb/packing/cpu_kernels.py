@@ -223,10 +223,10 @@ def polish_rows(weight, num_packs, begin, end, tables):
 
 
 @compiled
-def settle_rows(load, region, distance, price, num_packs, layer, ceiling, begin, end, tables):
+def settle_rows(load, region, apart, distance, price, num_packs, layer, ceiling, begin, end, tables):
     """Steps 10 and 11, in place; `load [L, T, E]`, `distance [L, E, M]`, which is [L, 1, 1] where moving is free."""
     is_priced = distance.shape[1] == load.shape[2]
-    seat = new_seat(load.shape[1], load.shape[2], tables.shape[1], num_packs, is_priced)
+    seat = new_seat(load.shape[1], load.shape[2], tables.shape[1], num_packs, apart, is_priced)
     for x in range(begin, end):
         copy(tables[x], seat.table)
         settle_row(seat, load[layer[x]], distance[layer[x]], price[layer[x]], region, ceiling[x])

@@ -36,14 +36,14 @@ class Seat(NamedTuple):
     above: NDArray[np.int64]  # [M], how much a pack stands out
     tired: NDArray[np.bool_]  # [M], found nothing since the last exchange
     replicas: NDArray[np.int64]  # [E]
-    holds: NDArray[np.int64]  # [E, M], slots of an expert in a pack; with replicas only
+    holds: NDArray[np.int64]  # [E, M], slots of an expert in a pack; only where replicas stay apart
     toll: NDArray[np.int64]  # [E, M]; where moving has a price only
 
 
 @compiled
-def new_seat(num_steps, num_experts, num_slots, num_packs, is_priced):
+def new_seat(num_steps, num_experts, num_slots, num_packs, apart, is_priced):
     """Room for a row of these sizes."""
-    with_replicas = num_slots > num_experts
+    apart = apart and num_slots > num_experts
     return Seat(
         np.empty(num_slots, np.int64),
         np.empty(num_slots, np.int64),
@@ -58,7 +58,7 @@ def new_seat(num_steps, num_experts, num_slots, num_packs, is_priced):
         np.empty(num_packs, np.int64),
         np.empty(num_packs, np.bool_),
         np.empty(num_experts, np.int64),
-        np.zeros((num_experts if with_replicas else 1, num_packs), np.int64),
+        np.zeros((num_experts if apart else 1, num_packs), np.int64),
         np.zeros((num_experts if is_priced else 1, num_packs), np.int64),
     )
 
@@ -93,12 +93,12 @@ def _share_out(seat, load):
 @compiled
 def _gather(seat, table):
     """The load of each pack, and what it holds."""
-    size, replicated = len(table) // len(seat.load), len(seat.holds) == len(seat.share)
+    size, apart = len(table) // len(seat.load), len(seat.holds) == len(seat.share)
     seat.load[:] = 0
     seat.holds[:] = 0
     for slot in range(len(table)):
         pack = slot // size
-        if replicated:
+        if apart:
             seat.holds[table[slot], pack] += 1
         for step in range(seat.load.shape[1]):
             seat.load[pack, step] = np.int32(seat.load[pack, step] + seat.share[table[slot], step])
@@ -153,7 +153,7 @@ def _may(seat, region, one, other):
     if region[one] != region[other]:
         return False
     if len(seat.holds) != len(seat.share):
-        return True
+        return seat.table[one] != seat.table[other]
     size = len(seat.table) // len(seat.load)
     here, there = seat.table[one], seat.table[other]
     return seat.holds[here, other // size] == 0 and seat.holds[there, one // size] == 0
@@ -183,7 +183,8 @@ def _exchange(seat, one, other):
         seat.holds[there, partner] -= 1
         seat.holds[here, partner] += 1
         seat.holds[there, pack] += 1
-    seat.tired[:] = False
+    seat.tired[pack] = False
+    seat.tired[partner] = False
 
 
 @compiled
@@ -301,6 +302,7 @@ def _descend(seat, region, is_priced):
             seat.tired[here] = True
             continue
         _exchange(seat, one, other)
+        seat.tired[:] = False
 
 
 @compiled

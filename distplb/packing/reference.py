@@ -129,7 +129,7 @@ def polish(weight: Tensor, table: Tensor, num_packs: int) -> Tensor:
 def settle(terms: Terms, table: Tensor, num_packs: int, *, layer: Tensor, ceiling: Tensor) -> Tensor:
     """Steps 10 and 11: exchanges that lower what the planner minimises, step by step and with the price of moves.
 
-    No row costs more than it did, and replicas that are apart stay apart.
+    No row costs more than it did.
 
     Args:
         terms: what is minimised.

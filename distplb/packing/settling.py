@@ -6,17 +6,18 @@ fullest pack, added up over the steps, and the tolls of all slots.
 
 (10) Ceilings. A ceiling is drawn in each step between the mean pack and the one that was fullest at the start. While
      packs stand out, the one that stands out most makes the exchange that takes away most for its toll, whether or
-     not the cost falls at once: many packs may have to come down before the fullest does. The cheapest packing that
-     was met goes on. A second ceiling lies at a quarter of the first one's height.
+     not the cost falls at once: many packs may have to come down before the fullest does. A pack that finds none is
+     passed over until an exchange changes it. The cheapest packing that was met goes on. A second ceiling lies at a
+     quarter of the first one's height.
 (11) Descent. The pack that is alone in being fullest, by as much as possible over all steps, makes the exchange after
-     which the cost is least, while there is one that lowers it.
+     which the cost is least, if that lowers it. A pack that finds none is passed over until the next exchange.
 
 Shapes: X rows, T steps, L layers, E experts, P slots, M packs, G = P / M slots in each.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -40,6 +41,7 @@ class Terms(NamedTuple):
     region: Tensor  # [P]; two slots exchange only inside a region
     distance: Tensor | None = None  # [L, E, M]: 0 where the pack held the expert before, else 1 or 2
     price: Tensor | None = None  # [L, 3]: the toll of a slot by its expert's distance, at most 2^30; of distance 0, 0
+    apart: bool = True  # whether no exchange may bring two replicas of an expert into one pack
 
 
 def scans(num_packs: int) -> int:
@@ -63,6 +65,7 @@ class _Row:
     share: Tensor  # [E, T], a replica's
     toll: Tensor  # [E, M]
     region: Tensor  # [P]
+    apart: bool
 
     @classmethod
     def of(cls, terms: Terms, table: Tensor, num_packs: int, layer: int) -> _Row:
@@ -74,7 +77,7 @@ class _Row:
         toll = torch.zeros(len(weight), num_packs, dtype=torch.int64, device=table.device)
         if terms.distance is not None and terms.price is not None:
             toll = terms.price[layer][terms.distance[layer].long()]
-        return cls(table.clone(), load, share, toll, terms.region)
+        return cls(table.clone(), load, share, toll, terms.region, terms.apart)
 
     @property
     def pack(self) -> Tensor:
@@ -93,10 +96,11 @@ class _Row:
         leaving, coming = self.table[here * size : (here + 1) * size, None], self.table[None, :]  # [G, 1], [1, P]
         lost = self.share[leaving] - self.share[coming]
         paid = self.toll[leaving, pack] + self.toll[coming, here] - self.toll[leaving, here] - self.toll[coming, pack]
-        holds = torch.zeros(self.toll.shape, dtype=torch.bool, device=pack.device)  # [E, M]
-        holds[self.table, pack] = True
-        # Also where `leaving` and `coming` are one expert, or the pack is one: nothing to gain.
-        may = ~holds[leaving, pack] & ~holds[coming, here]
+        may = (pack != here) & (leaving != coming)
+        if self.apart:
+            holds = torch.zeros(self.toll.shape, dtype=torch.bool, device=pack.device)  # [E, M]
+            holds[self.table, pack] = True
+            may &= ~holds[leaving, pack] & ~holds[coming, here]
         region = self.region[here * size : (here + 1) * size, None]
         return lost, paid, may & (region == self.region)
 
@@ -112,7 +116,7 @@ class _Row:
 
 def _under_ceilings(row: _Row, ceiling: int) -> _Row:
     """Step 10."""
-    best, least = row.table.clone(), row.cost()
+    best, least, size = row.table.clone(), row.cost(), len(row.table) // len(row.load)
     mean = row.load.sum(0) // len(row.load)  # [T]
     height = row.load.amax(0) - mean
     for part in (ceiling, ceiling >> 2):
@@ -133,12 +137,11 @@ def _under_ceilings(row: _Row, ceiling: int) -> _Row:
                 tired[here] = True
                 continue
             row.exchange(here, flat, lost)
-            tired[:] = False
+            tired[[here, flat % len(row.table) // size]] = False
             if (cost := row.cost()) < least:
                 best, least = row.table.clone(), cost
-    size = len(row.table) // len(row.load)
     load = row.share[best].unflatten(0, (-1, size)).sum(1)
-    return _Row(best, load, row.share, row.toll, row.region)
+    return replace(row, table=best, load=load)
 
 
 def _descended(row: _Row) -> _Row:

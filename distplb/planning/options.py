@@ -20,6 +20,8 @@ from distplb.topology import Topology
 
 __all__ = ["SearchOptions"]
 
+_MOST_PRICE = 2.0**200  # more than any load, in tokens or in time, and finite: 0 where a curve takes no time
+
 
 @dataclass(frozen=True)
 class SearchOptions:
@@ -51,6 +53,11 @@ class SearchOptions:
         """Tokens of a slot that is moved inside a node, and between nodes; 0 where there is nothing to move from."""
         if self.current is None:
             return 0.0, 0.0
+        inside, between = self._given_prices
+        return float(min(inside, _MOST_PRICE)), float(min(between, _MOST_PRICE))
+
+    @property
+    def _given_prices(self) -> tuple[float, ...]:
         return self.move_price if isinstance(self.move_price, tuple) else (self.move_price, self.move_price)
 
     def check(self, topology: Topology, num_layers: int, num_experts: int) -> None:
@@ -78,6 +85,7 @@ class SearchOptions:
             "mode (permute is 1)": int(self.mode == "permute"),
             "move_price inside a node (in 2^-16)": _price_field(self.prices[0]),
             "move_price between nodes (in 2^-16)": _price_field(self.prices[1]),
+            "move_price (digest)": _digest(torch.tensor(self.prices, dtype=torch.float64).view(torch.int64)),
             "time_curve (digest)": -1 if self.time_curve is None else self.time_curve.digest(),
         }
 
@@ -88,8 +96,8 @@ class SearchOptions:
             raise DistplbError(f"seed is {self.seed}; pass a whole number in [0, 2^62)")
         if self.mode not in ("permute", "remap"):
             raise DistplbError(f"mode is {self.mode!r}; pass 'permute' or 'remap'")
-        given = self.move_price if isinstance(self.move_price, tuple) else (self.move_price,) * 2
-        if len(given) != 2 or not all(price >= 0 for price in given):  # neither is a NaN
+        given = self._given_prices
+        if len(given) != 2 or not all(_is_price(price) for price in given):
             raise DistplbError(
                 f"move_price is {self.move_price!r}; pass tokens of the window for each moved slot, at least 0: one "
                 "number, or a pair (inside a node, between nodes)"
@@ -170,6 +178,10 @@ class SearchOptions:
             raise DistplbError(
                 "slot_class goes with neither replicas nor groups: leave out num_slots and num_groups, or slot_class"
             )
+
+
+def _is_price(price: object) -> bool:
+    return isinstance(price, int | float) and not isinstance(price, bool) and price >= 0  # nor is a NaN
 
 
 def _price_field(price: float) -> int:

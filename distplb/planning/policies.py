@@ -155,8 +155,10 @@ class Hierarchy:
         home = torch.zeros(len(table), self.num_groups, dtype=torch.int64, device=table.device)
         home.scatter_(1, table // size, node.expand_as(table).contiguous())
         whole = (home.gather(1, table // size) == node).all(1)
+        wanted = torch.arange(self.num_nodes, device=table.device).repeat_interleave(self.num_groups // self.num_nodes)
+        evenly = (home.sort(dim=1).values == wanted).all(1)
         cells = self.inside.allows(table.view(len(table) * self.num_nodes, -1))
-        return whole & cells.view(len(table), -1).all(1)
+        return whole & evenly & cells.view(len(table), -1).all(1)
 
     def _packed(self, weight: Tensor, nodes: Tensor, *, layer: Tensor, candidate: Tensor, seed: int) -> Tensor:
         """Parts (2) and (3), with the groups of each node given as `nodes [X, B]`."""
@@ -241,6 +243,7 @@ class Blocks:
             torch.zeros(self.num_groups, dtype=torch.int64, device=table.device),
             None if terms.distance is None else terms.distance[:, ::size].contiguous(),
             None if terms.price is None else (terms.price * size).clamp(max=1 << MOST_BITS),
+            terms.apart,
         )
         order = self.engine.settle(whole, blocks[:, :, 0] // size, self.num_gpus, layer=layer, ceiling=ceiling)
         return self._in_order(blocks, order)

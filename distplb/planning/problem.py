@@ -55,6 +55,7 @@ class Problem:
         self.num_gpus, self._gpus_per_node = topology.num_gpus, topology.gpus_per_node
         self.current = options.current
         self.seed = options.seed
+        self._shares = options.allow_shared_replicas
         self._slot_class = None if options.slot_class is None else torch.as_tensor(options.slot_class).cpu().numpy()
         num_slots = options.slots(load.shape[2])
         self.engine_name, engine = engine_named(options.engine, load.device)
@@ -94,11 +95,12 @@ class Problem:
         """What is minimised, in the units of steps 10 and 11."""
         shift = excess_bits(self._load, MOST_BITS)  # [L]
         load = (self._load >> shift[:, None]).transpose(0, 1).contiguous()
-        region = self._policy.region.to(load.device)
+        terms = Terms(load, self._policy.region.to(load.device), apart=not self._shares)
         if self._price is None:
-            return Terms(load, region)
+            return terms
         up = (1 << shift[:, None]) - 1  # what costs anything costs 1 or more
-        return Terms(load, region, self._distance, ((self._price + up) >> shift[:, None]).clamp(max=1 << MOST_BITS))
+        price = ((self._price + up) >> shift[:, None]).clamp(max=1 << MOST_BITS)
+        return terms._replace(distance=self._distance, price=price)
 
     def costs(self, candidates: Tensor) -> Tensor:
         """`[K, L]` int64: the cost of every candidate `[K]` in every layer."""

@@ -41,7 +41,7 @@ def relabelled(
             leaves more experts on their node.
     """
     classes = np.zeros(fresh.num_slots, dtype=np.int64) if slot_class is None else slot_class
-    node = fresh.num_slots if gpus_per_node is None else gpus_per_node * fresh.slots_per_gpu
+    node = np.arange(fresh.num_slots) // (fresh.slots_per_gpu * (gpus_per_node or fresh.num_gpus))
     tables = [
         _relabelled_row(new, old, list(cells), classes, node)
         for new, old in zip(fresh.expert_of_slot.numpy(), current.expert_of_slot.numpy(), strict=True)
@@ -49,22 +49,23 @@ def relabelled(
     return Placement(torch.from_numpy(np.stack(tables)), fresh.num_experts, fresh.num_gpus)
 
 
-def _relabelled_row(new: Table, old: Table, cells: list[int], classes: Table, node: int) -> Table:
-    """One layer, or one cell of it: `[p]` each; `node` slots are a node."""
+def _relabelled_row(new: Table, old: Table, cells: list[int], classes: Table, node: Table) -> Table:
+    """One layer, or one cell of it: `[p]` each; `node` is each slot's."""
     if not cells:
         return new
     parts, before = new.reshape(-1, cells[0]), old.reshape(-1, cells[0])  # [n, cell]
-    worth = _common(parts, before)
-    if cells[0] < node < len(new) and node % cells[0] == 0:
-        nodes = old.reshape(-1, node)
-        beside = _common(parts, nodes).repeat(node // cells[0], axis=1)  # [n, n]
-        worth = worth * (len(new) + 1) + beside
+    nodes = node.reshape(-1, cells[0])
+    held, holding = _counts(parts, before)
+    worth = _common(held, holding)
+    if (nodes == nodes[:, :1]).all() and nodes[0, 0] != nodes[-1, 0]:
+        around = np.stack([holding[nodes[:, 0] == one].sum(0) for one in nodes[:, 0]])  # [n, E]
+        worth = worth * (len(new) + 1) + _common(held, around)
     _, takes = linear_sum_assignment(worth, maximize=True)  # the place of each part
     placed = np.empty_like(parts)
     placed[takes] = parts
     if len(cells) > 1:
-        inside = [_relabelled_row(*pair, cells[1:], classes, node) for pair in zip(placed, before, strict=True)]
-        return np.concatenate(inside)
+        inside = zip(placed, before, nodes, strict=True)
+        return np.concatenate([_relabelled_row(one, was, cells[1:], classes, its) for one, was, its in inside])
     for number in np.unique(classes[: cells[0]]):
         same = classes[: cells[0]] == number
         for one, other in zip(placed, before, strict=True):
@@ -72,17 +73,20 @@ def _relabelled_row(new: Table, old: Table, cells: list[int], classes: Table, no
     return placed.reshape(-1)
 
 
-def _common(parts: Table, before: Table) -> Table:
+def _counts(*tables: Table) -> list[Table]:
+    """`[n, E]` each: how often each cell holds each expert."""
+    height = int(max(table.max() for table in tables)) + 1
+    counts = [np.zeros((len(table), height), dtype=np.int64) for table in tables]
+    for count, table in zip(counts, tables, strict=True):
+        np.add.at(count, (np.arange(len(table))[:, None], table), 1)
+    return counts
+
+
+def _common(held: Table, holding: Table) -> Table:
     """`[n, m]`: the slots of each pair of cells that could stay, an expert as often as both hold it."""
-    height = int(max(parts.max(), before.max())) + 1
-    counts = []
-    for cells in (parts, before):
-        count = np.zeros((len(cells), height), dtype=np.int64)
-        np.add.at(count, (np.arange(len(cells))[:, None], cells), 1)
-        counts.append(count)
-    if counts[0].max() == counts[1].max() == 1:
-        return np.asarray(counts[0] @ counts[1].T)
-    return np.stack([np.minimum(count, counts[1]).sum(1) for count in counts[0]])
+    if held.max() == holding.max() == 1:
+        return np.asarray(held @ holding.T)
+    return np.stack([np.minimum(count, holding).sum(1) for count in held])
 
 
 def _in_place(new: Table, old: Table) -> Table:
