@@ -14,8 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from distplb import Placement
+from distplb import Placement, Topology
 from distplb.planning.relabel import relabelled
+from distplb.price import moved_slots
 
 # (E, P, M)
 SIZES = [(8, 8, 2), (12, 12, 3), (16, 16, 4), (20, 20, 5), (10, 10, 5), (30, 30, 3), (4, 4, 1)]
@@ -90,6 +91,80 @@ def test_nodes_keep_their_gpus_and_each_is_named_as_well_as_can_be(shape: tuple[
         for at in range(0, num_slots, node):
             changed = sum(a != b for a, b in zip(new[at : at + node], old[at : at + node], strict=True))
             assert changed == fewest_moves(new[at : at + node], old[at : at + node], gpu)
+
+
+def stays(fresh: list[int], current: list[int], size: int, gpus_per_node: int) -> list[tuple[int, int]]:
+    """For every way to name the GPUs of one layer: the slots that could stay on their GPU, and on their node.
+
+    An expert that both hold stays as often as both hold it; a GPU of `fresh` at a time, for the node too.
+    """
+    parts, held = ([Counter(row[at : at + size]) for at in range(0, len(row), size)] for row in (fresh, current))
+    nodes = [held[at : at + gpus_per_node] for at in range(0, len(held), gpus_per_node)]
+    around = [sum(nodes[gpu // gpus_per_node], Counter()) for gpu in range(len(held))]
+    on_gpu = [[(part & one).total() for one in held] for part in parts]
+    on_node = [[(part & one).total() for one in around] for part in parts]
+    return [
+        (
+            sum(on_gpu[part][gpu] for part, gpu in enumerate(way)),
+            sum(on_node[part][gpu] for part, gpu in enumerate(way)),
+        )
+        for way in permutations(range(len(parts)))
+    ]
+
+
+# (E, P, N, M)
+@pytest.mark.parametrize(
+    "shape", [(8, 8, 2, 4), (12, 12, 3, 6), (18, 18, 2, 6), (6, 12, 2, 4), (5, 18, 3, 6), (4, 12, 6, 6)]
+)
+def test_of_equal_ways_to_name_gpus_that_one_is_taken_under_which_most_stay_on_their_node(
+    shape: tuple[int, ...],
+) -> None:
+    num_experts, num_slots, nodes, num_gpus = shape
+    random_ = random.Random(num_slots + nodes)
+    fresh, current = (random_placement(random_, 20, num_experts, num_slots, num_gpus) for _ in range(2))
+    size, gpus = num_slots // num_gpus, num_gpus // nodes
+    named, blind = relabelled(fresh, current, (size,), None, gpus), relabelled(fresh, current, (size,))
+    assert contents(named, size) == contents(fresh, size)
+    assert torch.equal(moved(named, current), moved(blind, current))  # first as few as possible change their GPU
+    better = 0
+    for layer in range(20):
+        new, old, other = (each.expert_of_slot[layer].tolist() for each in (named, current, blind))
+        found, without = (stays(row, old, size, gpus)[0] for row in (new, other))  # under the names they have
+        best = max(stays(fresh.expert_of_slot[layer].tolist(), old, size, gpus))
+        assert found == best
+        better += without < best
+    assert better or size == 2 or nodes == num_gpus
+    if num_slots == num_experts:
+        crossing = [moved_slots(current, each, Topology(nodes, gpus)) for each in (named, blind)]
+        assert torch.equal(*(each.sum(1) for each in crossing))
+        assert (crossing[0][:, 1].sum() < crossing[1][:, 1].sum()) == (better > 0)
+
+
+# (E, M, B, GPUs on a node): blocks of several nodes, of a node, of a part of one, and some that end inside a node
+@pytest.mark.parametrize(
+    "shape", [(36, 12, 2, 2), (24, 12, 2, 6), (24, 12, 4, 6), (24, 12, 2, 4), (24, 12, 4, 4), (24, 4, 8, 2)]
+)
+def test_blocks_of_any_size_are_named_on_nodes_of_any_size(shape: tuple[int, int, int, int]) -> None:
+    """Blocks that were larger than a node and no multiple of it ended in a reshape that failed."""
+    num_experts, num_gpus, groups, gpus = shape
+    random_, block, size = random.Random(f"{shape}"), num_experts // groups, num_experts // num_gpus
+    cells = tuple(sorted({block, size}, reverse=True))
+
+    def in_blocks() -> Placement:
+        parts = [list(range(at, at + block)) for at in range(0, num_experts, block)]
+        rows = [[e for part in random_.sample(parts, groups) for e in random_.sample(part, block)] for _ in range(20)]
+        return Placement(torch.tensor(rows), num_experts, num_gpus)
+
+    fresh, current = in_blocks(), in_blocks()
+    named, blind = relabelled(fresh, current, cells, None, gpus), relabelled(fresh, current, cells)
+    assert contents(named, *cells) == contents(fresh, *cells)
+    assert torch.equal(moved(named, current), moved(blind, current))
+    topology = Topology(num_gpus // gpus, gpus)
+    across = [int(moved_slots(current, each, topology)[:, 1].sum()) for each in (named, blind)]
+    assert across[0] <= across[1]
+    # Where a node's edge runs between the cells of a block, there is a choice.
+    if block > size and block // size > gpus and block // size % gpus == 0:
+        assert across[0] < across[1]
 
 
 def test_one_slot_a_gpu_is_the_current_placement_under_other_names() -> None:
