@@ -1,6 +1,7 @@
 """The engine `cuda` against the reference, to the bit: interpreted on any machine, and compiled where there is a GPU.
 
-Shapes: X rows, n items, M packs, g = n / M items in each; with replicas E experts, P slots, G = P / M in each pack.
+Shapes: X rows, n items, M packs, g = n / M items in each; with replicas E experts, P slots, G = P / M in each pack;
+T steps.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from settle_cases import Settling, settle_cases
 from torch import Tensor
 
 import distplb
 from distplb import DistplbError
-from distplb.packing import cuda, reference, steps
+from distplb.packing import cuda, reference, settling, steps
 from distplb.packing.candidates import noisy_keys
+from distplb.packing.settling import Terms
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -48,6 +51,28 @@ REPLICATED_LARGE = [
     (60, 4, 17), (256, 32, 9), (100, 3, 40), (9, 64, 2), (64, 72, 1),
 ]  # fmt: skip
 LARGE = [*SMALL, *WIDER, (8, 16), (16, 8), (32, 8), (32, 9), (64, 5), (16, 16), (16, 17), (3, 43), (128, 2), (300, 1)]
+
+# (E, M, G, T) of steps 10 and 11. Without replicas, all experts or some of them; then with.
+SETTLED = [
+    (6, 1, 6, 2),
+    (6, 2, 3, 1),
+    (6, 2, 3, 3),
+    (9, 3, 3, 4),
+    (10, 5, 2, 3),
+    (8, 3, 2, 5),
+    (16, 8, 2, 3),
+    (8, 8, 1, 3),
+    (4, 2, 3, 3),
+    (3, 2, 4, 2),
+    (6, 3, 3, 2),
+    (7, 5, 2, 1),
+    (5, 8, 1, 2),
+    (12, 8, 2, 2),
+]
+SETTLED_LARGE = [
+    *SETTLED, (12, 4, 3, 6), (16, 8, 3, 9), (64, 8, 9, 8), (30, 6, 6, 5), (60, 4, 17, 3), (256, 32, 9, 4),
+    (64, 64, 2, 4), (100, 3, 40, 2), (48, 16, 3, 33), (300, 300, 1, 2), (24, 12, 2, 100),
+]  # fmt: skip
 
 KINDS: dict[str, Callable[[random.Random, int], list[int]]] = {
     "ties": lambda r, n: [r.randrange(3) for _ in range(n)],
@@ -233,6 +258,18 @@ def differences(many: Sequence[Case | Replicated], device: str, entry_points: li
     return found
 
 
+def settle_differences(many: Sequence[Settling], device: str) -> list[str]:
+    """As `differences`, of `settle`."""
+    found = []
+    for case in many:
+        wanted = case.settled(reference)  # [X, P]
+        answer = case.on(device).settled(cuda)
+        assert answer.device.type == device
+        for x in (answer.cpu() != wanted).any(1).nonzero()[:, 0].tolist():
+            found.append(f"settle {case.row(x)} gives {answer[x].tolist()} and not {wanted[x].tolist()}")
+    return found
+
+
 def interpreted() -> None:
     """Print the number of rows and the differences; runs in a child, for Triton must not have been imported before."""
     torch.set_num_threads(1)
@@ -253,6 +290,27 @@ def interpreted() -> None:
     print(json.dumps([rows, sum(len(case.weight) for case in with_replicas + more_replicas), found]))
 
 
+def settle_interpreted() -> None:
+    """As `interpreted`, of `settle`."""
+    torch.set_num_threads(1)
+    patch_once()
+    many = small_settling()
+    found = settle_differences(many, "cpu")
+    cuda._CELLS = 1  # tiles of a few exchanges, and of a few steps
+    cuda._HELD = 1000  # a launch for one row or two
+    more = [*settle_cases([(24, 8, 4, 17), (18, 4, 5, 4)], rows=2, seed=1)]
+    found += settle_differences(more, "cpu")
+    settling.scans = cuda.scans = lambda num_packs: 2  # type: ignore[assignment]
+    more += settle_cases([(12, 4, 3, 3), (12, 4, 4, 3)], rows=6, seed=3)
+    found += settle_differences(more[-2:], "cpu")
+    print(json.dumps([sum(len(case.table) for case in many + more), found]))
+
+
+def small_settling() -> list[Settling]:
+    """What the interpreter manages in half a minute."""
+    return [*settle_cases(SETTLED, rows=8), *settle_cases(SETTLED, rows=4, seed=2)]
+
+
 def patch_once() -> None:
     """Keep the interpreter from patching Triton's language at each call inside a kernel: two thirds of its time."""
     from triton.runtime import interpreter
@@ -265,10 +323,24 @@ def patch_once() -> None:
 
 
 def test_interpreted_kernels_equal_the_reference() -> None:
+    rows, rows_with_replicas, found = printed_by("interpreted")
+    assert rows >= 200
+    assert rows_with_replicas >= 100
+    assert not found, "\n".join(found)
+
+
+def test_interpreted_settle_equals_the_reference() -> None:
+    rows, found = printed_by("settle_interpreted")
+    assert rows >= 150
+    assert not found, "\n".join(found)
+
+
+def printed_by(function: str) -> list:
+    """What a function of this file prints where Triton interprets."""
     pytest.importorskip("triton", reason="Triton is not installed")
     path = os.pathsep.join([str(Path(distplb.__file__).parents[1]), str(Path(__file__).parent)])
     run = subprocess.run(
-        [sys.executable, "-c", "import test_cuda_engine; test_cuda_engine.interpreted()"],
+        [sys.executable, "-c", f"import test_cuda_engine; test_cuda_engine.{function}()"],
         env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
@@ -276,10 +348,7 @@ def test_interpreted_kernels_equal_the_reference() -> None:
         check=False,
     )
     assert run.returncode == 0, run.stderr
-    rows, rows_with_replicas, found = json.loads(run.stdout.splitlines()[-1])
-    assert rows >= 200
-    assert rows_with_replicas >= 100
-    assert not found, "\n".join(found)
+    return json.loads(run.stdout.splitlines()[-1])
 
 
 def test_the_cases_swap_in_every_step_and_reach_the_limits() -> None:
@@ -332,10 +401,12 @@ def test_the_cases_with_replicas_reach_every_branch(monkeypatch: pytest.MonkeyPa
         ("pairs_kernel", {"N": 64, "Q": 32, "A": 32}),
         ("refine_kernel", {"B": 32, "M": 8, "N": 64, "Q": 32, "R": 32, "A": 8, "A2": 32}),
         ("polish_kernel", {"N": 64, "Q": 32, "A": 8, "A2": 32}),
+        ("settle_kernel", {"N": 64, "M": 8, "S": 32, "K": 512, "U": 4, "A": 32}),
+        ("settle_kernel", {"N": 32, "M": 2, "S": 1, "K": 32, "U": 1, "A": 32, "distance": None, "price": None}),
     ],
 )
 def test_the_kernels_compile_for_a_gpu_that_is_not_here(
-    kernel: str, blocks: dict[str, int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    kernel: str, blocks: dict[str, int | None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """The interpreter runs what the compiler refuses, such as a variable that changes its type in a loop."""
     pytest.importorskip("triton", reason="Triton is not installed")
@@ -347,7 +418,10 @@ def test_the_kernels_compile_for_a_gpu_that_is_not_here(
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     function = getattr(cuda_kernels, kernel)
     numbers = ["num_items", "size", "rounds", *cuda_kernels.NUMBERS]
-    types = dict.fromkeys(numbers, "i32") | dict.fromkeys(blocks, "constexpr") | {"holds": "*i8"}
+    types = dict.fromkeys(numbers, "i32") | {"holds": "*i8", "distance": "*i8"}
+    if kernel == "settle_kernel":
+        types |= dict.fromkeys(["share", "load", "rest", "lower", "above"], "*i32")
+    types |= dict.fromkeys(blocks, "constexpr")
     signature = {name: types.get(name, "*i64") for name in function.arg_names}
     source = ASTSource(fn=function, signature=signature, constexprs=blocks)
     compiled = compile(source, target=GPUTarget("cuda", 90, 32), options={"enable_fp_fusion": False})
@@ -378,6 +452,13 @@ def test_compiled_kernels_equal_the_reference_with_replicas(entry_point: str, se
 
 
 @needs_cuda
+@pytest.mark.parametrize("seed", range(10))
+def test_compiled_settle_equals_the_reference(seed: int) -> None:
+    found = settle_differences(list(settle_cases(SETTLED_LARGE, rows=12, seed=seed)), "cuda")
+    assert not found, "\n".join(found)
+
+
+@needs_cuda
 @pytest.mark.parametrize("shape", [(64, 64), (1, 1000), (1000, 3)])
 def test_the_longest_rows_equal_the_reference(shape: tuple[int, int]) -> None:
     found = differences(list(cases([shape], rows=2)), "cuda", list(ENTRY_POINTS))
@@ -402,9 +483,23 @@ def test_the_host_does_not_wait(entry_point: str) -> None:
 
 
 @needs_cuda
+@pytest.mark.parametrize("seed", range(3))
+def test_the_host_does_not_wait_for_settle(seed: int) -> None:
+    case = next(settle_cases([(16, 8, 3, 3)], rows=4, seed=seed)).on("cuda")
+    case.settled(cuda)  # compiles
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        case.settled(cuda)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@needs_cuda
 def test_weights_of_the_cpu_come_back_there() -> None:
     assert not differences(list(cases([(4, 6)], rows=4)), "cpu", ["pack", "finish", "refine", "polish"])
     assert not differences(list(replicated([(6, 4, 3)], rows=4)), "cpu", WITH_REPLICAS)
+    assert not settle_differences(list(settle_cases([(6, 4, 3, 2)], rows=4)), "cpu")
 
 
 # --- without one ------------------------------------------------------------------------------------------------
@@ -474,3 +569,36 @@ def test_a_table_of_another_shape_is_refused() -> None:
         cuda.polish(torch.tensor([[1, 2]]), torch.tensor([[0, 1]]).int(), 1)
     with pytest.raises(DistplbError, match=r"table is torch.int64 of shape \(2, 2\); pass int64 of shape \(1, 2\)"):
         cuda.polish(torch.tensor([[1, 2]]), torch.tensor([[0, 1], [0, 1]]), 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "wording"),
+    [
+        ("load", ZERO, r"load is torch.int64 of shape \(1,\); pass int64 of shape \[layers, steps, experts\]"),
+        ("load", torch.zeros(1, 1, 4), r"load is torch.float32 of shape \(1, 1, 4\); pass int64 of shape"),
+        ("region", ZERO, r"region is torch.int64 of shape \(1,\); pass int64 of shape \(4,\)"),
+        (
+            "distance",
+            torch.zeros(1, 4, 2),
+            r"distance is torch.float32 of shape \(1, 4, 2\); pass int8 of shape \(1, 4",
+        ),
+        ("distance", None, "distance is None alone; pass distance and price, or neither"),
+        ("price", None, "price is None alone; pass distance and price, or neither"),
+        ("price", ZERO, r"price is torch.int64 of shape \(1,\); pass int64 of shape \(1, 3\)"),
+        ("table", ZERO, r"table is torch.int64 of shape \(1,\); pass int64 of shape \[rows, slots\]"),
+        ("layer", ZERO.int(), r"layer is torch.int32 of shape \(1,\); pass int64 of shape \(1,\)"),
+        ("ceiling", ZERO[:0], r"ceiling is torch.int64 of shape \(0,\); pass int64 of shape \(1,\)"),
+        ("num_packs", 3, "4 items cannot be packed evenly into 3 packs; pass a divisor of 4"),
+    ],
+)
+def test_what_settle_would_read_wrongly_is_refused(name: str, value: object, wording: str) -> None:
+    whole = torch.zeros(1, 1, 4, dtype=torch.int64)
+    distance, price = torch.zeros(1, 4, 2, dtype=torch.int8), torch.zeros(1, 3, dtype=torch.int64)
+    terms = Terms(whole, whole[0, 0], distance=distance, price=price)
+    case = Settling(2, terms, torch.arange(4)[None], ZERO, ZERO)
+    if name in Terms._fields:
+        case = case._replace(terms=terms._replace(**{name: value}))
+    else:
+        case = case._replace(**{name: value})
+    with pytest.raises(DistplbError, match=wording):
+        case.settled(cuda)

@@ -20,7 +20,7 @@ from torch.nn.functional import pad
 
 from distplb.errors import DistplbError
 from distplb.packing.candidates import noisy_keys
-from distplb.packing.settling import Terms
+from distplb.packing.settling import Terms, scans
 
 __all__ = [
     "MOST_ITEMS",
@@ -164,7 +164,10 @@ def settle(terms: Terms, table: Tensor, num_packs: int, *, layer: Tensor, ceilin
     result = torch.empty_like(table)
     at_once = min(_STEPS_AT_ONCE, _power_of_two(terms.load.shape[1]))
     tokens = pad(terms.load, (0, 0, 0, -terms.load.shape[1] % at_once))  # a step without tokens costs nothing
-    given = [None if value is None else value.to(table.device).contiguous() for value in (tokens, *terms[1:])]
+    given = [
+        None if value is None else value.to(table.device).contiguous()
+        for value in (tokens, terms.region, terms.distance, terms.price)
+    ]
     layer, ceiling = layer.to(table.device).contiguous(), ceiling.to(table.device).contiguous()
     (_, num_steps, num_experts), num_slots, warps = tokens.shape, table.shape[1], 4
     packs, slots = _power_of_two(num_packs), _block(num_slots)
@@ -176,11 +179,8 @@ def settle(terms: Terms, table: Tensor, num_packs: int, *, layer: Tensor, ceilin
         count = rows.stop - rows.start
         made = [torch.empty(count, *shape, dtype=dtype, device=table.device) for shape, dtype in room]
         tensors = table[rows], result[rows], *made, *given, layer[rows], ceiling[rows]
-        _launch(
-            _kernels().settle_kernel,
-            (*tensors, num_steps, num_experts, num_slots, num_packs),
-            {**blocks, "num_warps": warps},
-        )
+        numbers = num_steps, num_experts, num_slots, num_packs, scans(num_packs), int(terms.apart)
+        _launch(_kernels().settle_kernel, (*tensors, *numbers), {**blocks, "num_warps": warps})
     return result.to(home)
 
 
@@ -400,13 +400,13 @@ def _check_settle(terms: Terms, table: Tensor, num_packs: int, layer: Tensor, ce
     _check_one("layer", layer, table.shape[:1])
     _check_one("ceiling", ceiling, table.shape[:1])
     _check_one("region", terms.region, table.shape[1:])
+    _check_packs(table.shape[1], num_packs)
     if (terms.distance is None) != (terms.price is None):
         missing = "distance" if terms.distance is None else "price"
         raise DistplbError(f"{missing} is None alone; pass distance and price, or neither")
     if terms.distance is not None and terms.price is not None:
         _check_one("distance", terms.distance, (num_layers, num_experts, num_packs), torch.int8)
         _check_one("price", terms.price, (num_layers, 3))
-    _check_packs(table.shape[1], num_packs)
 
 
 def _check_one(name: str, value: Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.int64) -> None:

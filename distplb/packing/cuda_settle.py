@@ -49,6 +49,8 @@ def settle_kernel(
     num_experts,
     num_slots,
     num_packs,
+    num_scans,
+    apart,
     N: tl.constexpr,
     M: tl.constexpr,
     S: tl.constexpr,
@@ -67,7 +69,7 @@ def settle_kernel(
         rest: `[X, T, M]` int32, room: the fullest pack but for the one at work and this one.
         lower: `[X, T]` int32, room: how far the second ceiling lies below the first.
         above: `[X, M]` int32, room: how much a pack stands out.
-        holds: `[X, E, M]` int8, room: whether a pack holds an expert; where there are replicas only.
+        holds: `[X, E, M]` int8, room: whether a pack holds an expert; only where replicas stay apart.
         tokens: `[L, T, E]` int64.
         region: `[P]` int64.
         distance: `[L, E, M]` int8, or None where moving is free.
@@ -75,6 +77,8 @@ def settle_kernel(
         layer: `[X]` int64.
         ceiling: `[X]` int64.
         num_steps, num_experts, num_slots, num_packs: T, E, P, M.
+        num_scans: how often a pack looks for an exchange under each ceiling, and in step 11, at most.
+        apart: 1 where no exchange may bring two replicas of an expert into one pack, else 0.
         N: power of two from P up.
         M: power of two from the number of packs up.
         S: steps in a tile; a power of two.
@@ -101,7 +105,7 @@ def settle_kernel(
     _copied(items, table, position, num_slots)
     _copied(items, best, position, num_slots)
     # An exchange leaves replica counts as they are, so this is said once.
-    apart = _weighed(table, tokens, share, load, num_steps, num_experts, num_slots, num_packs, N, M, S, A)
+    apart *= _weighed(table, tokens, share, load, num_steps, num_experts, num_slots, num_packs, N, M, S, A)
     _marked(table, holds, position, num_slots, num_packs, apart)
 
     # Step 10. Tolls count from the start.
@@ -127,6 +131,7 @@ def settle_kernel(
             num_steps,
             num_slots,
             num_packs,
+            num_scans,
             N,
             M,
             S,
@@ -159,6 +164,7 @@ def settle_kernel(
         num_steps,
         num_slots,
         num_packs,
+        num_scans,
         N,
         M,
         S,
@@ -186,6 +192,7 @@ def _exchanged_while_it_helps(
     num_steps,
     num_slots,
     num_packs,
+    num_scans,
     N: tl.constexpr,
     M: tl.constexpr,
     S: tl.constexpr,
@@ -200,15 +207,16 @@ def _exchanged_while_it_helps(
         limits: the ceilings, added up over the steps.
         least: cost of the packing in `best`.
         paid: tolls of the packing in `table` above those of the first.
-        apart: 1 where there are replicas, else 0.
+        apart: 1 where there are replicas and no exchange may bring two of an expert into one pack, else 0.
     """
+    size = num_slots // num_packs
     position, pack = tl.arange(0, N), tl.arange(0, M)
     tired = tl.full([M], 0, tl.int32)
     if rest is None:
         over, fullest = _standing_out(load, above, num_steps, num_packs, M, S)
     else:
         over, fullest = _alone(load, num_steps, num_packs, M, S)
-    left = 64 + 16 * num_packs
+    left = num_scans
     while left > 0:
         left -= 1
         most = tl.max(tl.where(tired > 0, 0, over), 0)
@@ -257,14 +265,15 @@ def _exchanged_while_it_helps(
                     M,
                     S,
                 )
-                tired = tl.full([M], 0, tl.int32)
                 if rest is None:
+                    tired = tl.where((pack == here) | (pack == flat % num_slots // size), 0, tired)
                     over, fullest = _standing_out(load, above, num_steps, num_packs, M, S)
                     cost = limits + fullest + paid
                     if cost < least:
                         least = cost
                         _copied(table, best, position, num_slots)
                 else:
+                    tired = tl.full([M], 0, tl.int32)
                     over, fullest = _alone(load, num_steps, num_packs, M, S)
             else:
                 tired = tl.where(pack == here, 1, tired)
@@ -310,7 +319,8 @@ def _best_exchange(
         slot, place = here * size + flat // num_slots, flat % num_slots
         there = place // size
         leaving, coming = tl.load(table + slot), tl.load(table + place)
-        may = (nth == flat) & (there != here) & (tl.load(region + slot) == tl.load(region + place))
+        may = (nth == flat) & (there != here) & (leaving != coming)
+        may = may & (tl.load(region + slot) == tl.load(region + place))
         is_bound = may & (flat < apart * size * num_slots)
         goes = tl.load(holds + leaving * num_packs + there, mask=is_bound, other=0)
         comes = tl.load(holds + coming * num_packs + here, mask=is_bound, other=0)
@@ -468,7 +478,6 @@ def _ceilings_set(load, lower, ceiling, num_steps, num_packs, M: tl.constexpr, S
     Answers the fullest packs, the first ceilings and the second ones, each added up over the steps.
     """
     fullest, highs, lows = ceiling * 0, ceiling * 0, ceiling * 0
-    tl.debug_barrier()
     for first in range(0, num_steps, S):
         step, cell, is_cell = _tile(first, num_steps, num_packs, M, S)
         value = tl.load(load + cell, mask=is_cell, other=0)

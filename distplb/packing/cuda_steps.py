@@ -44,7 +44,7 @@ HUGE = tl.constexpr(1 << 62)  # above every load and every packed key: what padd
 _NONE = tl.constexpr((1 << 31) - 1)  # above every flat index, which stay in int32
 # Numbers that change from call to call, which would each get a compiled version of their own where they are 1.
 NUMBERS = ["num_experts", "num_slots", "num_packs", "num_pairs", "pair_rounds", "attempts", "begin_with", "end_with"]
-NUMBERS += ["num_steps"]
+NUMBERS += ["num_steps", "num_scans", "apart"]
 
 
 # --- steps 0 to 2 with replicas ---------------------------------------------------------------------------------
