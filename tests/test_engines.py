@@ -1,6 +1,6 @@
 """One contract, several engines: each answers what the reference answers, to the bit. (`cuda`: test_cuda_engine.)
 
-Shapes: X rows, E experts, P slots, M packs, G = P / M slots in each.
+Shapes: X rows, E experts, P slots, M packs, G = P / M slots in each; T steps, L layers.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from settle_cases import Settling, settle_cases
 from torch import Tensor
 
 import distplb
 from distplb import DistplbError
 from distplb.packing import cpu, reference
 from distplb.packing.engines import engine_named
+from distplb.packing.settling import Terms
 
 ROWS = 24
 # (E, M, G): no replicas, a few, many; one pack, one slot a pack, more slots a pack than experts, pairs of all sizes.
@@ -47,6 +49,25 @@ SHAPES += [
     (10, 4, 10),
     (60, 12, 6),
     (48, 16, 4),
+]
+# (E, M, G, T) of steps 10 and 11: one pack, one slot in each, experts of which some have no slot, replicas, one step.
+SETTLED = [
+    (6, 1, 6, 2),
+    (6, 2, 3, 1),
+    (6, 2, 3, 3),
+    (9, 3, 3, 4),
+    (10, 5, 2, 3),
+    (8, 3, 2, 5),
+    (16, 8, 2, 3),
+    (8, 8, 1, 3),
+    (4, 2, 3, 3),
+    (3, 2, 4, 2),
+    (6, 3, 3, 2),
+    (7, 5, 2, 1),
+    (5, 8, 1, 2),
+    (12, 8, 2, 2),
+    (20, 5, 5, 9),
+    (32, 8, 4, 17),
 ]
 
 
@@ -126,6 +147,52 @@ def test_the_size_of_a_real_model_equals_the_reference() -> None:
         wanted = reference.refine(weight, num_packs, num_slots, **names)
         assert torch.equal(cpu.refine(weight, num_packs, num_slots, **names), wanted)
         assert torch.equal(cpu.polish(weight, wanted, num_packs), reference.polish(weight, wanted, num_packs))
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("shape", SETTLED)
+def test_settle_equals_the_reference(shape: tuple[int, int, int, int], seed: int) -> None:
+    (case,) = settle_cases([shape], rows=ROWS, seed=seed)
+    before = case.table.clone()
+    assert torch.equal(case.settled(cpu), case.settled(reference))
+    assert torch.equal(case.table, before)
+
+
+@pytest.mark.parametrize("num_slots", [256, 288])
+def test_settle_on_the_size_of_a_real_model_equals_the_reference(num_slots: int) -> None:
+    """From balanced packings, free, and priced from another packing within nodes."""
+    case = real_model(num_slots)
+    free = case._replace(
+        terms=case.terms._replace(distance=None, price=None, region=torch.zeros_like(case.terms.region))
+    )
+    for one in (case, free):
+        wanted = one.settled(reference)
+        assert torch.equal(one.settled(cpu), wanted)
+        assert (one.costs(wanted) < one.costs(one.table)).all()
+
+
+def real_model(num_slots: int) -> Settling:
+    """Two layers of 256 experts on 32 GPUs of 4 nodes, 4 steps."""
+    generator = torch.Generator().manual_seed(4)
+    skew = torch.randn(2, 1, 256, generator=generator).mul(0.9)
+    load = (skew + torch.randn(2, 4, 256, generator=generator).mul(0.4)).exp().mul(1e4).long()
+    names = {"layer": torch.arange(2), "candidate": torch.tensor([0, 5])}
+    table, current = (cpu.refine(load.sum(1), 32, num_slots, seed=seed, **names) for seed in (1, 2))
+    distance = torch.full((2, 256, 32), 2, dtype=torch.int8)
+    for layer in range(2):
+        distance[layer, current[layer], torch.arange(num_slots) // (num_slots // 32)] = 0
+    region = torch.arange(num_slots) // (num_slots // 4)
+    terms = Terms(load, region, distance=distance, price=torch.tensor([[0, 300, 900], [0, 4000, 4000]]))
+    return Settling(32, terms, table, torch.arange(2), torch.tensor([2**14, 2**16]))
+
+
+def test_rows_are_settled_alike_in_any_company_and_by_any_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    (case,) = settle_cases([(12, 8, 2, 2)], rows=ROWS)
+    alone = torch.cat([case.row(x).settled(cpu) for x in range(ROWS)])
+    monkeypatch.setattr(cpu, "_ROOM_FOR_THREADS", 1)
+    for threads in (1, 2, 4, 100):
+        monkeypatch.setattr(cpu, "_threads", lambda threads=threads: threads)
+        assert torch.equal(case.settled(cpu), alone)
 
 
 def test_rows_are_packed_alike_in_any_company_and_by_any_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,10 +304,13 @@ def test_no_plan_pays_for_compiling() -> None:
         return [len(kernel.signatures) for kernel in kernels]
 
     before = versions()
-    assert before == [1, 1, 1, 1]
+    assert before == [1, 1, 1, 1, 1]
     weight, names = case((60, 12, 6), 2)
     for num_slots, shared in ((60, True), (72, False), (84, True)):
         table = cpu.refine(weight, 12, num_slots, shared=shared, **names)
         cpu.polish(weight.expand(ROWS, 60), table, 12)
     cpu.finish(weight.T.contiguous().T, cpu.pack((weight >> 20).to(torch.int32), 12, **names), 12)
+    for one in settle_cases([(6, 2, 3, 1), (4, 2, 3, 3), (16, 8, 2, 3)], rows=2):  # free and priced, with replicas
+        one.settled(cpu)
+        one._replace(terms=one.terms._replace(apart=not one.terms.apart)).settled(cpu)
     assert versions() == before
