@@ -12,7 +12,7 @@ from distplb.errors import DistplbError
 from distplb.load import as_tokens
 from distplb.placement import Placement
 
-__all__ = ["COST_BITS", "MAX_COST", "imbalance", "layer_cost"]
+__all__ = ["COST_BITS", "MAX_COST", "gpu_tokens", "imbalance", "layer_cost"]
 
 COST_BITS = 41
 MAX_COST = (1 << COST_BITS) - 1
@@ -27,19 +27,40 @@ def layer_cost(load: Tensor, expert_of_slot: Tensor, num_gpus: int, moving: Tens
         num_gpus: M.
         moving: `[..., L]` int64, what the moves to this placement cost, in tokens; nothing where None.
     """
-    shape = expert_of_slot.shape
-    num_experts = load.shape[-1]
-    replicas = None
-    if shape[-1] > num_experts:
-        counts = torch.zeros((*shape[:-1], num_experts), dtype=torch.int64, device=load.device)
-        counts.scatter_add_(-1, expert_of_slot, torch.ones_like(expert_of_slot))
-        replicas = counts.gather(-1, expert_of_slot)  # [..., L, P]
+    shape, replicas = expert_of_slot.shape, _replicas(load.shape[-1], expert_of_slot)
     cost = torch.zeros(shape[:-1], dtype=torch.int64, device=load.device) if moving is None else moving.clone()
     for step in load:  # [L, E]; a step at a time: the whole would be T times as large
-        of_slot = step.expand(*shape[:-1], -1).gather(-1, expert_of_slot)  # [..., L, P]
-        share = of_slot if replicas is None else of_slot // replicas
-        cost += share.unflatten(-1, (num_gpus, -1)).sum(-1).amax(-1)
+        cost += _of_gpus(step, expert_of_slot, replicas, num_gpus).amax(-1)
     return cost.clamp_(max=MAX_COST)
+
+
+def gpu_tokens(load: Tensor, expert_of_slot: Tensor, num_gpus: int) -> Tensor:
+    """`[T, L, M]` int64: the tokens of each GPU.
+
+    Args:
+        load: `[T, L, E]` int64; replicas share an expert's tokens by integer division.
+        expert_of_slot: `[L, P]`.
+        num_gpus: M.
+    """
+    replicas = _replicas(load.shape[-1], expert_of_slot)
+    return torch.stack([_of_gpus(step, expert_of_slot, replicas, num_gpus) for step in load])
+
+
+def _replicas(num_experts: int, table: Tensor) -> Tensor | None:
+    """`[..., L, P]`: replicas of the expert of each slot of a table `[..., L, P]`; None where there are none."""
+    if table.shape[-1] == num_experts:
+        return None
+    counts = torch.zeros((*table.shape[:-1], num_experts), dtype=torch.int64, device=table.device)
+    counts.scatter_add_(-1, table, torch.ones_like(table))
+    return counts.gather(-1, table)
+
+
+def _of_gpus(step: Tensor, table: Tensor, replicas: Tensor | None, num_gpus: int) -> Tensor:
+    """`[..., L, M]`: the tokens of each GPU in one step `[L, E]`."""
+    of_slot = step.expand(*table.shape[:-1], -1).gather(-1, table)  # [..., L, P]
+    share: Tensor = of_slot if replicas is None else of_slot // replicas
+    of_gpu: Tensor = share.unflatten(-1, (num_gpus, -1)).sum(-1)
+    return of_gpu
 
 
 def imbalance(load: Tensor, placement: Placement) -> Tensor:

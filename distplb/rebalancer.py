@@ -5,34 +5,43 @@ Shapes: T steps, L layers, E experts, P slots, M GPUs.
 
 from __future__ import annotations
 
+import os
+import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 from torch.optim import Optimizer
 
-from distplb.bound import lower_bound
-from distplb.comm.agreement import agree
+from distplb.account import Account, completed
+from distplb.comm.agreement import agree, told_by_root
 from distplb.comm.base import Comm, WorldOfOne
-from distplb.cost import imbalance
 from distplb.errors import DistplbError, HalfMovedError
 from distplb.events import RebalanceEvent
 from distplb.layer import MoELayer
 from distplb.load import LoadWindow
+from distplb.measure import measured_bandwidths
+from distplb.migrate.budget import within_budget
 from distplb.migrate.mover import Mover, Travelling
 from distplb.migrate.transfer import Move
+from distplb.observer import Observer, steps_digest
 from distplb.placement import Placement
 from distplb.planner import Planned, plan_in_stages
 from distplb.planning.options import SearchOptions
+from distplb.price import MoveModel, TimeCurve
 from distplb.stages import Stages
+from distplb.stoploss import Pace, StopLoss
 from distplb.topology import Topology
+from distplb.trace import TraceWriter
 
 __all__ = ["Rebalancer"]
 
-_STATE_VERSION = 1
+_STATE_VERSION = 2
 _VERIFIED_BY_DEFAULT = 3  # rebalances
+# What all ranks must share from the start.
+_FIELDS = ("the number of layers", "every", "verify", "dry_run", "max_bytes", "stop_loss", "the model (digest)")
 
 
 class Rebalancer:
@@ -61,6 +70,15 @@ class Rebalancer:
         num_candidates: randomised starts of each layer's search, dealt to the ranks.
         seed: of the search.
         engine: of the search; the fastest that is there where None.
+        time_curve: from an expert's tokens to its time, as from `measured_curve`; what is balanced then is time.
+        move_model: what tokens and moves cost, so that only what repays itself is moved. Where None and a time curve
+            is there, it is measured: seconds from the curve, bytes from what travels, bandwidths by a short transfer
+            before the first rebalance. Without either, moves are free.
+        max_bytes: that the experts moved by one rebalance may have, with their state, over all ranks; the moves that
+            save most come first. No limit where None.
+        stop_loss: after so many rebalances in a row whose iterations did not become faster by what they took,
+            rebalancing turns itself off (`enabled` is then False) and says so; 0 for never.
+        record: folder for a trace of all windows, written by rank 0; `Trace.read` reads it.
         dry_run: plan and report, but move nothing.
         verify: "digest" compares a checksum of every expert before and after each move; "off" does not; "first"
             does so for the first three rebalances of the job.
@@ -81,9 +99,14 @@ class Rebalancer:
         every: int,
         comm: Comm | None = None,
         gpu: int | None = None,
-        num_candidates: int = 64,
+        num_candidates: int = 16,
         seed: int = 0,
         engine: str | None = None,
+        time_curve: TimeCurve | None = None,
+        move_model: MoveModel | None = None,
+        max_bytes: int | None = None,
+        stop_loss: int = 3,
+        record: str | os.PathLike[str] | None = None,
         dry_run: bool = False,
         verify: Literal["first", "digest", "off"] = "first",
         on_event: Callable[[RebalanceEvent], None] | None = None,
@@ -91,13 +114,19 @@ class Rebalancer:
         self.enabled = True
         self._comm: Comm = WorldOfOne() if comm is None else comm
         self._topology, self._window, self._every = topology, window, every
-        self._options = SearchOptions(num_candidates=num_candidates, seed=seed, engine=engine, mode="permute")
+        self._options = SearchOptions(
+            num_candidates=num_candidates, seed=seed, engine=engine, mode="permute", time_curve=time_curve
+        )
+        self._model, self._max_bytes, self._stop_loss = move_model, max_bytes, StopLoss(stop_loss)
         self._dry_run, self._verify, self._on_event = dry_run, verify, on_event
         self._iteration, self._rebalances = 0, 0
         self._pending: _Pending | None = None
         self._names = tuple(layer.name for layer in layers)
         optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
         self._mover = self._agreed_mover(layers, optimizers, gpu)
+        self._observer = Observer(window, self._comm, topology, self._mover.gpu, seed)
+        is_writer = self._comm.rank == 0
+        self._trace = TraceWriter(record, layers=self._names) if record is not None and is_writer else None
         self._first = self._placement = Placement.contiguous(len(layers), window.shape[2], topology.num_gpus)
 
     @property
@@ -119,8 +148,10 @@ class Rebalancer:
         """
         self._refuse_if_poisoned()
         self._iteration += 1
+        self._observer.iteration_ends()
         if self.enabled and self._iteration % self._every == 0:
             self._rebalance()
+        self._observer.loop_goes_on()
 
     def apply(self, placement: Placement) -> None:
         """Move every expert to the slot that `placement` gives it, now. Counts so far are forgotten.
@@ -148,6 +179,8 @@ class Rebalancer:
             "version": _STATE_VERSION,
             "iteration": self._iteration,
             "rebalances": self._rebalances,
+            "enabled": self.enabled,
+            "strikes": self._stop_loss.strikes,
             "num_gpus": self._placement.num_gpus,
             "placement": self._by_name(self._placement),
             "first": self._by_name(self._first),
@@ -170,47 +203,114 @@ class Rebalancer:
         placement, first = self._from_names(state["placement"]), self._from_names(state["first"])
         self._placement, self._first = placement, first
         self._iteration, self._rebalances = state["iteration"], state["rebalances"]
+        self.enabled, self._stop_loss.strikes = state["enabled"], state["strikes"]
         self._forget_counts()
 
     # --- one rebalance ---------------------------------------------------------------------------------------
 
     def _rebalance(self) -> None:
-        stages, old = Stages(), self._placement
-        planned, travelling = self._plan(stages)
-        events = [] if self._pending is None else [self._pending.completed(planned.load)]
-        moved = None
-        if not self._dry_run:
-            moved = self._move(planned.placement, travelling, stages)
+        began, stages, old = time.perf_counter(), Stages(), self._placement
+        with stages.stage("count"):
+            # A dry run asks nothing of the optimizer: its state may be of a kind that could not be moved.
+            travelling, error = ([], None) if self._dry_run else self._travelling()
+            pace, took, seen, slot_bytes = self._told_by_root(travelling)
+            options = self._priced(slot_bytes, seen)
+        planned = self._plan(options, stages, error)
+        if self._trace is not None:
+            iterations = self._iteration - self._every + 1 + self._observer.steps() * self._every // max(1, seen)
+            self._trace.add(planned.load, old, iterations)
+        events = self._completed_event(planned, pace, took)
+        target, moved = self._within_budget(planned, slot_bytes), None
+        decision, reason = self._decision(target)
+        if decision in ("moved", "kept"):  # ranks agree on the placement also where nothing has to be moved
+            moved = self._move(target, travelling, stages)
         self._rebalances += 1
-        event = self._event(planned, old, moved, stages)
-        self._pending = _Pending(event, planned.placement)
-        self._window.clear()
+        account = Account(
+            iteration=self._iteration,
+            layers=self._names,
+            topology=self._topology,
+            old=old,
+            planned=planned,
+            target=target,
+            options=options,
+            model=self._model,
+            pace=pace,
+            steps_until_next=seen,
+        )
+        event = account.event(moved, decision, reason, stages.seconds)
+        self._pending = _Pending(event, target, pace, time.perf_counter() - began)
+        self._observer.clear()
         if self._on_event is not None:
             for told in (*events, event):
                 self._on_event(told)
 
-    def _plan(self, stages: Stages) -> tuple[Planned, Travelling]:
+    def _told_by_root(self, travelling: Travelling) -> tuple[Pace, float, int, int]:
+        """Rank 0's word for what each rank measures for itself.
+
+        The pace since the last rebalance, the seconds which that one took, the steps in the window, kept or not, and
+        the bytes of a slot, 0 where nothing travels.
+        """
+        pace, took = self._observer.pace(), 0.0 if self._pending is None else self._pending.took
+        seconds = [round(1e9 * value) for value in (pace.median, pace.error, took)]
+        counts = [pace.iterations, self._observer.seen, self._mover.bytes_per_slot(travelling)]
+        *seconds, iterations, seen, slot_bytes = told_by_root(self._comm, [*seconds, *counts])
+        median, error, took = (value * 1e-9 for value in seconds)
+        return Pace(median, error, iterations), took, seen, slot_bytes
+
+    def _priced(self, slot_bytes: int, seen: int) -> SearchOptions:
+        """The options of this rebalance: from where, and at what price."""
+        options = replace(self._options, current=self._placement)
+        if self._model is None and options.time_curve is not None and slot_bytes:
+            links = measured_bandwidths(self._comm, self._topology, self._observer.peers, self._observer.gpu)
+            self._model = MoveModel(max(options.time_curve.nanoseconds_per_token, 1e-6) * 1e-9, slot_bytes, *links)
+        steps = min(seen, self._window.shape[0])
+        if self._model is None or not steps:
+            return options
+        return replace(options, move_price=self._model.price(steps, seen))
+
+    def _plan(self, options: SearchOptions, stages: Stages, error: Exception | None) -> Planned:
         with stages.stage("count"):
-            # A dry run asks nothing of the optimizer: its state may be of a kind that could not be moved.
-            travelling, error = ([], None) if self._dry_run else self._travelling()
-            counts = self._window.load()  # [T, L, P], by the router's outputs, which are slots
-            slot = self._placement.inverse[..., 0].to(counts.device)  # [L, E]
-            load = counts.gather(2, slot.expand(len(counts), -1, -1))  # [T, L, E]
-            if error is None and not len(load):
-                error = DistplbError(
-                    "the window has no steps of some layer; have each layer's forward call "
-                    "window.add(index, counts) in training"
-                )
-        planned = plan_in_stages(
-            load,
-            self._topology,
-            self._comm,
-            replace(self._options, current=self._placement),
-            stages=stages,
-            fields={"the rebalancer's iteration": self._iteration},
-            error=error,
-        )
-        return planned, travelling
+            load, steps = torch.zeros(1, len(self._names), self._window.shape[2], dtype=torch.int64), 0
+            try:
+                steps = steps_digest(self._observer.steps())
+                load = self._observer.load(self._placement)
+            except Exception as caught:
+                error = error or caught
+        fields = {"the rebalancer's iteration": self._iteration, "the steps in the window (digest)": steps}
+        return plan_in_stages(load, self._topology, self._comm, options, stages=stages, fields=fields, error=error)
+
+    def _completed_event(self, planned: Planned, pace: Pace, took: float) -> list[RebalanceEvent]:
+        """The last rebalance's record, now that a window has told how it fared; whether it repaid itself counts."""
+        if self._pending is None:
+            return []
+        last, repaid = self._pending, None
+        if last.event.slots_moved and pace.iterations and last.pace.iterations:
+            repaid = self._stop_loss.repaid(last.pace, pace, took)
+        return [completed(last.event, planned.load, last.placement, pace, repaid)]
+
+    def _within_budget(self, planned: Planned, slot_bytes: int) -> Placement:
+        """What of the plan is carried out."""
+        if self._max_bytes is None or not slot_bytes:
+            return planned.placement
+        curve = self._options.time_curve
+        load = planned.load if curve is None else curve.time(planned.load)
+        return within_budget(load, self._placement, planned.placement, self._max_bytes // slot_bytes)
+
+    def _decision(self, target: Placement) -> tuple[str, str]:
+        """What is done with the plan, and why."""
+        if self._dry_run:
+            return "dry run", "a dry run was asked for"
+        if self._stop_loss.is_over:
+            reason = (
+                f"{self._stop_loss.strikes} rebalances in a row did not repay themselves; set enabled to go on, or "
+                "rebalance less often"
+            )
+            self.enabled, self._stop_loss.strikes = False, 0
+            warnings.warn(f"distplb has turned rebalancing off: {reason}", RuntimeWarning, stacklevel=4)
+            return "stopped", reason
+        if target == self._placement:
+            return "kept", "no layer has a placement that is worth its moves"
+        return "moved", "the moves lower the cost by more than their price"
 
     def _move(
         self, placement: Placement, travelling: Travelling, stages: Stages, error: Exception | None = None
@@ -230,35 +330,19 @@ class Rebalancer:
         self._placement = placement
         self._forget_counts()
 
-    def _event(self, planned: Planned, old: Placement, moved: Move | None, stages: Stages) -> RebalanceEvent:
-        load, placement = planned.load, planned.placement
-        return RebalanceEvent(
-            iteration=self._iteration,
-            layers=self._names,
-            steps=len(load),
-            imbalance_before=_by_layer(load, old),
-            imbalance_after=_by_layer(load, placement),
-            imbalance_bound=tuple(lower_bound(load, self._topology, placement.num_slots).tolist()),
-            imbalance_next=None,
-            slots_moved=moved.slots if moved else 0,
-            bytes_moved=moved.bytes if moved else 0,
-            seconds=stages.seconds,
-            engine=planned.engine,
-            placement_digest=placement.digest(),
-            dry_run=self._dry_run,
-        )
-
     # --- what is refused -------------------------------------------------------------------------------------
 
     def _agreed_mover(self, layers: Sequence[MoELayer], optimizers: Sequence[Optimizer], gpu: int | None) -> Mover:
         """What moves this rank's part of the layers, once all ranks have the same layers and options."""
         error: Exception | None = None
-        fields = dict.fromkeys(("the number of layers", "every", "verify", "dry_run", "the model (digest)"), 0)
+        fields = dict.fromkeys(_FIELDS, 0)
         try:
             self._check_options(layers)
             mover = Mover(layers, optimizers, self._comm, self._topology, self._window.shape[2], gpu)
             verify = ("first", "digest", "off").index(self._verify)
-            values = (len(layers), self._every, verify, int(self._dry_run), mover.digest())
+            limit = -1 if self._max_bytes is None else self._max_bytes
+            what = (int(self._dry_run), limit, self._stop_loss.patience, mover.digest())
+            values = (len(layers), self._every, verify, *what)
             fields = dict(zip(fields, values, strict=True))
         except Exception as caught:
             error = caught
@@ -269,6 +353,9 @@ class Rebalancer:
     def _check_options(self, layers: Sequence[MoELayer]) -> None:
         if not isinstance(self._every, int) or self._every < 1:
             raise DistplbError(f"every is {self._every!r}; pass iterations, at least 1")
+        for name, value in (("max_bytes", self._max_bytes), ("stop_loss", self._stop_loss.patience)):
+            if value is not None and (not isinstance(value, int) or value < 0):
+                raise DistplbError(f"{name} is {value!r}; pass a whole number of at least 0")
         if self._verify not in ("first", "digest", "off"):
             raise DistplbError(f"verify is {self._verify!r}; pass 'first', 'digest' or 'off'")
         names = [layer.name for layer in layers]
@@ -334,14 +421,9 @@ class Rebalancer:
 
 @dataclass(frozen=True)
 class _Pending:
-    """A record that waits for the next window."""
+    """A record that waits for the next window: the placement that it will tell of, the pace before, what it took."""
 
     event: RebalanceEvent
     placement: Placement
-
-    def completed(self, load: Tensor) -> RebalanceEvent:
-        return replace(self.event, imbalance_next=_by_layer(load, self.placement))
-
-
-def _by_layer(load: Tensor, placement: Placement) -> tuple[float, ...]:
-    return tuple(imbalance(load, placement).mean(0).tolist())
+    pace: Pace
+    took: float

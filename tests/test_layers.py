@@ -25,12 +25,13 @@ SOURCES = {
 
 # Import only downward. A name stands for a module or for all modules of a folder.
 LEVELS = [
-    {"errors", "topology", "stages", "hashing"},
+    {"errors", "topology", "stages", "hashing", "stoploss"},
     {"placement", "load", "layer", "events", "trace", "trace_files", "trace_megatron"},
     {"cost", "bound", "price"},
     {"packing", "planning", "comm"},
-    {"migrate", "replay"},
-    {"planner"},
+    {"migrate", "replay", "measure"},
+    {"planner", "observer"},
+    {"account"},
     {"rebalancer"},
 ]
 # Names of one level do not import each other, but for these.
@@ -49,6 +50,7 @@ SIDEWAYS = {
     ("migrate.transfer", "migrate.state"),
     ("migrate.checksum", "migrate.state"),
     ("migrate.schedule", "migrate.pieces"),
+    ("migrate.budget", "migrate.schedule"),
 }
 # Folders whose modules see each other; those of `migrate` only as told above.
 OPEN_FOLDERS = {"packing", "planning", "comm"}
@@ -74,7 +76,8 @@ NEEDS = {
 }
 PURE = [name for name in SOURCES if name.startswith(("distplb.planning", "distplb.packing"))]
 PURE += ["distplb.price", "distplb.replay"]
-PURE += ["distplb.cost", "distplb.bound", "distplb.migrate.schedule", "distplb.migrate.pieces"]
+PURE += ["distplb.cost", "distplb.bound", "distplb.stoploss", "distplb.account"]
+PURE += ["distplb.migrate.schedule", "distplb.migrate.pieces", "distplb.migrate.budget"]
 IMPURE_MODULES = {"time", "os", "random", "io", "socket", "subprocess", "threading", "pathlib", "datetime", "secrets"}
 IMPURE_MODULES |= {"numpy.random", "torch.random", "torch.distributed", "distplb.comm", "distplb.stages"}
 IMPURE_MODULES |= {"tempfile", "concurrent", "multiprocessing", "filelock"}

@@ -148,7 +148,7 @@ def refused(case: str) -> str:
 CASES = {
     "experts": "7 slots cannot be spread evenly over 2 GPUs (1 nodes × 2); make the number of slots a multiple of 2",
     "every": "ranks disagree on every: 2 on one, 3 on another",
-    "candidates": "ranks disagree on num_candidates: 5 on one, 64 on another",
+    "candidates": "ranks disagree on num_candidates: 5 on one, 16 on another",
     "names": "ranks disagree on the model (digest)",
     "shapes": "ranks disagree on the model (digest)",
     "unknown": "rank 1: moe.0.experts.w requires a gradient but is in no param_group of the optimizer; pass",

@@ -5,7 +5,7 @@ An error on one rank becomes the same error on all, with nobody left waiting in 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
 import torch
@@ -13,7 +13,7 @@ import torch
 from distplb.comm.base import Comm
 from distplb.errors import DistplbError, HalfMovedError
 
-__all__ = ["agree", "raise_everywhere"]
+__all__ = ["agree", "raise_everywhere", "told_by_root"]
 
 _TEXT_BYTES = 2048
 
@@ -59,3 +59,10 @@ def raise_everywhere(
     comm.broadcast(text, rank)
     told = bytes(text.tolist()).rstrip(b"\0").decode(errors="replace")
     raise kind(told if comm.size == 1 else f"rank {rank}: {told}") from error
+
+
+def told_by_root(comm: Comm, values: Sequence[int]) -> list[int]:
+    """Rank 0's integers on all ranks: what is measured must be one number everywhere. One broadcast."""
+    told = torch.tensor(list(values), dtype=torch.int64, device=comm.device)
+    comm.broadcast(told, 0)
+    return told.tolist()

@@ -56,10 +56,10 @@ class Mover:
         gpu: int | None,
     ) -> None:
         self._comm, self._optimizers, self._num_slots = comm, optimizers, num_slots
-        gpu, slots_per_gpu = _checked_gpu(gpu, comm, topology), topology.slots_per_gpu(num_slots)
+        self.gpu, self._slots_per_gpu = _checked_gpu(gpu, comm, topology), topology.slots_per_gpu(num_slots)
         self._names = [layer.name for layer in layers]
         self._tensors: list[list[RowTensor]] = [
-            row_tensors(layer, gpu, slots_per_gpu, topology.num_gpus) for layer in layers
+            row_tensors(layer, self.gpu, self._slots_per_gpu, topology.num_gpus) for layer in layers
         ]
         for tensors in self._tensors:
             check_known(tensors, optimizers)
@@ -83,6 +83,19 @@ class Mover:
         """
         self._backward.refuse_if_begun()
         return [travellers(tensors, self._optimizers) for tensors in self._tensors]
+
+    def bytes_per_slot(self, travelling: Travelling) -> int:
+        """Of one expert's weights with all that travels with them on this rank, in the largest layer; 0 for none.
+
+        Router rows travel too; they are on every rank and cross no link.
+        """
+        if not travelling:
+            return 0
+        experts = [
+            sum(t.flat.nbytes for t in layer if tensors[t.of].tensor.numel() < tensors[t.of].row * self._num_slots)
+            for tensors, layer in zip(self._tensors, travelling, strict=True)
+        ]
+        return max(experts, default=0) // self._slots_per_gpu
 
     def move(
         self,

@@ -1,0 +1,144 @@
+"""The account of a rebalance: what it was decided from, what follows from it, and the event that tells it.
+
+Shapes: T steps, L layers, M GPUs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from distplb.bound import lower_bound
+from distplb.cost import gpu_tokens, imbalance, layer_cost
+from distplb.events import RebalanceEvent
+from distplb.migrate.transfer import Move
+from distplb.placement import Placement
+from distplb.planner import Planned
+from distplb.planning.options import SearchOptions
+from distplb.price import MoveModel, moved_slots
+from distplb.stoploss import Pace
+from distplb.topology import Topology
+
+__all__ = ["Account"]
+
+_UNEVEN = 1e-3  # of imbalance above the bound, below which there is nothing to say of a layer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Account:
+    """One rebalance, from the window to the plan; `event` closes it.
+
+    Args:
+        iteration: of the job.
+        layers: the L names.
+        topology: of the EP group.
+        old: the placement in force while the window was counted.
+        planned: the plan, the load that it was made from, and the engine.
+        target: the part of the plan that is carried out.
+        options: of the search.
+        model: what moves cost, if they have a price.
+        pace: of the iterations before.
+        steps_until_next: as many as the price was made for.
+    """
+
+    iteration: int
+    layers: tuple[str, ...]
+    topology: Topology
+    old: Placement
+    planned: Planned
+    target: Placement
+    options: SearchOptions
+    model: MoveModel | None
+    pace: Pace
+    steps_until_next: float
+
+    def event(self, moved: Move | None, decision: str, reason: str, seconds: dict[str, float]) -> RebalanceEvent:
+        """The record; what the next window tells is left open."""
+        load, model, curve = self.planned.load, self.model, self.options.time_curve
+        peaks = [_tokens(load, placement) for placement in (self.old, self.target)]
+        saved, moving = self._modelled()
+        return RebalanceEvent(
+            iteration=self.iteration,
+            layers=self.layers,
+            steps=len(load),
+            imbalance_before=by_layer(load, self.old),
+            imbalance_after=by_layer(load, self.target),
+            imbalance_bound=tuple(lower_bound(load, self.topology, self.target.num_slots).tolist()),
+            imbalance_next=None,
+            tokens_peak_before=peaks[0][0],
+            tokens_p99_before=peaks[0][1],
+            tokens_peak_after=peaks[1][0],
+            tokens_p99_after=peaks[1][1],
+            slots_moved=moved.slots if moved else 0,
+            bytes_moved=moved.bytes if moved else 0,
+            decision=decision,
+            reason=reason,
+            left_out=self._left_out(),
+            move_price=self.options.prices,
+            saved_seconds=saved,
+            move_seconds=moving,
+            seconds_per_token=None if model is None else model.seconds_per_token,
+            bytes_per_slot=None if model is None else model.bytes_per_slot,
+            bandwidth_inside=None if model is None else model.bandwidth_inside,
+            bandwidth_between=None if model is None else model.bandwidth_between,
+            time_curve=None if curve is None else tuple(zip(curve.tokens, curve.nanoseconds, strict=True)),
+            iteration_seconds=self.pace.median,
+            iteration_seconds_next=None,
+            repaid=None,
+            num_candidates=self.options.candidates,
+            seed=self.options.seed,
+            seconds=seconds,
+            engine=self.planned.engine,
+            placement_digest=self.planned.placement.digest(),
+            dry_run=decision == "dry run",
+        )
+
+    def _modelled(self) -> tuple[float | None, float | None]:
+        """Seconds saved until the next rebalance, and seconds of the moves."""
+        if self.model is None:
+            return None, None
+        load, curve = self.planned.load, self.options.time_curve
+        time = load if curve is None else curve.time(load)
+        second = 1e-9 if curve is not None else self.model.seconds_per_token
+        before, after = (
+            layer_cost(time, placement.expert_of_slot.to(time.device), placement.num_gpus).sum()
+            for placement in (self.old, self.target)
+        )
+        inside, between = moved_slots(self.old, self.target, self.topology).sum(0).tolist()
+        saved = int(before - after) * second * self.steps_until_next / len(load)
+        return saved, self.model.seconds(inside, between)
+
+    def _left_out(self) -> tuple[str, ...]:
+        """Layer by layer, why the plan stops short of the bound, or this of the plan."""
+        load = self.planned.load
+        bound = lower_bound(load, self.topology, self.target.num_slots)
+        above = imbalance(load, self.target).mean(0).cpu() - bound.cpu() > _UNEVEN
+        over = (self.target.expert_of_slot != self.planned.placement.expert_of_slot).sum(1)
+        is_priced = any(self.options.prices)
+        texts = []
+        for uneven, slots in zip(above.tolist(), over.tolist(), strict=True):
+            if slots:
+                texts.append(f"{slots} slots are over the budget")
+            else:
+                texts.append("no other move repays itself" if uneven and is_priced else "")
+        return tuple(texts)
+
+
+def completed(
+    event: RebalanceEvent, load: Tensor, plan: Placement, pace: Pace, repaid: bool | None
+) -> RebalanceEvent:
+    """The record with what the next window told."""
+    return replace(event, imbalance_next=by_layer(load, plan), iteration_seconds_next=pace.median, repaid=repaid)
+
+
+def by_layer(load: Tensor, placement: Placement) -> tuple[float, ...]:
+    """Imbalance of each layer, the mean over the steps."""
+    return tuple(imbalance(load, placement).mean(0).tolist())
+
+
+def _tokens(load: Tensor, placement: Placement) -> tuple[int, int]:
+    """Peak and 99th percentile of tokens per GPU and step, all layers added up."""
+    tokens = gpu_tokens(load, placement.expert_of_slot.to(load.device), placement.num_gpus).sum(1).flatten()  # [T · M]
+    return int(tokens.max()), int(torch.quantile(tokens.double(), 0.99, interpolation="higher"))

@@ -1,0 +1,73 @@
+"""Which moves of a plan to make when not all may be made: those that save most for the slots that they move. Pure.
+
+Shapes: T steps, L layers, E experts, P slots.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from distplb.cost import layer_cost
+from distplb.migrate.schedule import cycles
+from distplb.placement import Placement
+
+__all__ = ["within_budget"]
+
+
+def within_budget(load: Tensor, old: Placement, new: Placement, max_slots: int) -> Placement:
+    """The part of a change of placement that changes at most so many slots; without replicas.
+
+    Whole layers first, those that save most for each slot; of the others single closed cycles, as long as there is one
+    that saves anything and fits, again the one that saves most for each slot.
+
+    >>> load = torch.tensor([[[9, 9, 1, 1], [5, 4, 1, 1]]])
+    >>> old = Placement.contiguous(num_layers=2, num_experts=4, num_gpus=2)
+    >>> new = Placement(torch.tensor([[0, 2, 1, 3], [0, 2, 1, 3]]), num_experts=4, num_gpus=2)
+    >>> within_budget(load, old, new, max_slots=2).expert_of_slot
+    tensor([[0, 2, 1, 3],
+            [0, 1, 2, 3]])
+
+    Args:
+        load: `[T, L, E]` int64, tokens or times.
+        old: the placement in force.
+        new: the plan.
+        max_slots: that may receive another expert, over all layers.
+    """
+    table, wanted = old.expert_of_slot.clone(), new.expert_of_slot
+    slots = (table != wanted).sum(1)  # [L]
+    left = max_slots
+    if int(slots.sum()) <= left:
+        return new
+    load = load.cpu()
+    saved = layer_cost(load, table, old.num_gpus) - layer_cost(load, wanted, old.num_gpus)
+    worth = saved.double() / slots.clamp(min=1)
+    for layer in worth.sort(descending=True, stable=True).indices.tolist():
+        if saved[layer] > 0 and slots[layer] <= left:
+            table[layer] = wanted[layer]
+            left -= int(slots[layer])
+    for layer in worth.sort(descending=True, stable=True).indices.tolist():
+        if saved[layer] > 0 and slots[layer] and bool((table[layer] != wanted[layer]).any()):
+            left -= _best_cycles(load[:, layer : layer + 1], table[layer], wanted[layer], old.num_gpus, left)
+    return Placement(table, old.num_experts, old.num_gpus)
+
+
+def _best_cycles(load: Tensor, table: Tensor, wanted: Tensor, num_gpus: int, left: int) -> int:
+    """Make some of a layer's cycles in its `table [P]`, in place; the slots that change."""
+    open_cycles = cycles(table.tolist(), wanted.tolist())
+    changed = 0
+    while open_cycles:
+        tables = table.repeat(len(open_cycles), 1, 1)  # [cycles, 1, P]
+        for nth, cycle in enumerate(open_cycles):
+            tables[nth, 0, cycle] = wanted[cycle]
+        now = layer_cost(load, table[None], num_gpus)
+        saved = (now - layer_cost(load, tables, num_gpus))[:, 0]  # [cycles]
+        size = torch.tensor([len(cycle) for cycle in open_cycles])
+        worth = (saved.double() / size).masked_fill((saved <= 0) | (size > left - changed), 0)
+        best = int(worth.argmax())
+        if worth[best] <= 0:
+            break
+        cycle = open_cycles.pop(best)
+        table[cycle] = wanted[cycle]
+        changed += len(cycle)
+    return changed

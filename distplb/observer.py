@@ -1,0 +1,118 @@
+"""What a job shows of itself between two rebalances: the load of its steps, and how long its iterations take.
+
+Shapes: T steps, L layers, E experts, P slots, M GPUs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from distplb.comm.base import Comm
+from distplb.errors import DistplbError
+from distplb.load import LoadWindow, group_of_steps
+from distplb.placement import Placement
+from distplb.stoploss import Pace
+from distplb.topology import Topology
+
+__all__ = ["Observer"]
+
+
+class Observer:
+    """This rank's window and clock. Making one is collective: the ranks tell each other which GPU they are.
+
+    Where EP groups stand side by side, each step's counts are those of one of them, each as often as the others:
+    every group waits for the fullest GPU of its own step, not of a sum over groups.
+
+    Args:
+        window: that the layers' forwards fill.
+        comm: the ranks that hold the layers.
+        topology: of one EP group.
+        gpu: this rank's number in its EP group.
+        seed: of the choice of groups.
+    """
+
+    def __init__(self, window: LoadWindow, comm: Comm, topology: Topology, gpu: int, seed: int) -> None:
+        self._window, self._seed, self.gpu = window, seed, gpu
+        self._num_groups = comm.size // topology.num_gpus
+        gpus = torch.zeros(comm.size, dtype=torch.int64, device=comm.device)
+        gpus[comm.rank] = gpu
+        comm.all_reduce_sum(gpus)
+        gpu_of_rank = gpus.tolist()
+        # Ranks that are the same GPU of their groups tell the groups apart, in the order of ranks.
+        group = [gpu_of_rank[:rank].count(own) for rank, own in enumerate(gpu_of_rank)]
+        self._group = group[comm.rank]
+        self.peers = _peers(gpu_of_rank, group, self._group, topology.num_gpus)
+        self._resumed: float | None = None
+        self._seconds: list[float] = []
+
+    # --- the clock -------------------------------------------------------------------------------------------
+
+    def iteration_ends(self) -> None:
+        """Take the time since the training loop went on."""
+        if self._resumed is not None:
+            self._seconds.append(time.perf_counter() - self._resumed)
+
+    def loop_goes_on(self) -> None:
+        """From here on it is the training loop's time."""
+        self._resumed = time.perf_counter()
+
+    def pace(self) -> Pace:
+        """Of the iterations since the last one was taken, which are forgotten; of none at first."""
+        seconds, self._seconds = self._seconds, []
+        return Pace.of(seconds) if seconds else Pace(0.0, 0.0, 0)
+
+    # --- the load --------------------------------------------------------------------------------------------
+
+    def steps(self) -> Tensor:
+        """`[T]`: the numbers of the steps that are kept, since the last clear. Waits for the device."""
+        return self._window.steps().cpu()
+
+    @property
+    def seen(self) -> int:
+        """Steps since the last clear, kept or not. Waits for the device."""
+        return self._window.seen
+
+    def load(self, placement: Placement) -> Tensor:
+        """`[T, L, E]`: this rank's part, by expert; 0 in steps that are other groups'. Waits for the device.
+
+        Raises:
+            DistplbError: if some layer has not counted.
+        """
+        counts = self._window.load()  # [T, L, P], by the router's outputs, which are slots
+        if not len(counts):
+            raise DistplbError(
+                "the window has no steps of some layer; have each layer's forward call "
+                "window.add(index, counts) in training"
+            )
+        slot = placement.inverse[..., 0].to(counts.device)  # [L, E]
+        load = counts.gather(2, slot.expand(len(counts), -1, -1))
+        if self._num_groups == 1:
+            return load
+        mine = group_of_steps(self._window.steps(), self._num_groups, self._seed) == self._group
+        return load * mine[:, None, None]
+
+    def clear(self) -> None:
+        """Begin a new window."""
+        self._window.clear()
+
+
+def steps_digest(steps: Tensor) -> int:
+    """Which steps are kept, as one number: the ranks' counts of a step go together only if they are of the same."""
+    data = steps.numpy().astype("<i8").tobytes()
+    return int.from_bytes(hashlib.sha256(data).digest()[:8], "big") >> 2
+
+
+def _peers(gpu_of_rank: Sequence[int], group: Sequence[int], own: int, num_gpus: int) -> list[int]:
+    """`[M]`: the ranks of group number `own`, by GPU."""
+    rank_of = {gpu: rank for rank, gpu in enumerate(gpu_of_rank) if group[rank] == own}
+    if sorted(rank_of) != list(range(num_gpus)):
+        raise DistplbError(
+            f"the ranks are GPUs {list(gpu_of_rank)} of their EP groups, which makes no whole groups of {num_gpus}; "
+            "pass gpu=, this rank's number in its EP group"
+        )
+    return [rank_of[gpu] for gpu in range(num_gpus)]
