@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from settle_cases import Settling, settle_cases
+from settle_cases import Settling, settle_cases, woken
 from torch import Tensor
 
 import distplb
@@ -308,7 +308,7 @@ def settle_interpreted() -> None:
 
 def small_settling() -> list[Settling]:
     """What the interpreter manages in half a minute."""
-    return [*settle_cases(SETTLED, rows=8), *settle_cases(SETTLED, rows=4, seed=2)]
+    return [*settle_cases(SETTLED, rows=8), *settle_cases(SETTLED, rows=4, seed=2), *woken()]
 
 
 def patch_once() -> None:
@@ -454,7 +454,7 @@ def test_compiled_kernels_equal_the_reference_with_replicas(entry_point: str, se
 @needs_cuda
 @pytest.mark.parametrize("seed", range(10))
 def test_compiled_settle_equals_the_reference(seed: int) -> None:
-    found = settle_differences(list(settle_cases(SETTLED_LARGE, rows=12, seed=seed)), "cuda")
+    found = settle_differences([*settle_cases(SETTLED_LARGE, rows=12, seed=seed), *woken()], "cuda")
     assert not found, "\n".join(found)
 
 

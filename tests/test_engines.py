@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from settle_cases import Settling, settle_cases
+from settle_cases import Settling, settle_cases, woken
 from torch import Tensor
 
 import distplb
@@ -156,6 +156,11 @@ def test_settle_equals_the_reference(shape: tuple[int, int, int, int], seed: int
     before = case.table.clone()
     assert torch.equal(case.settled(cpu), case.settled(reference))
     assert torch.equal(case.table, before)
+
+
+def test_settle_equals_the_reference_where_a_pack_looks_again() -> None:
+    for case in woken():
+        assert torch.equal(case.settled(cpu), case.settled(reference))
 
 
 @pytest.mark.parametrize("num_slots", [256, 288])

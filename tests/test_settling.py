@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from settle_cases import Settling, settle_cases
+from settle_cases import Settling, settle_cases, woken
 
 from distplb.packing import cpu, reference, settling
 from distplb.packing.settling import Terms
@@ -101,10 +101,14 @@ class Oracle:
                 if highest == 0:
                     tired.add(here)
                     continue
-                table, tired = chosen, tired - {here, partner}
+                table, tired = chosen, self.still_tired(tired, here, partner)
                 if self.cost(table) < self.cost(best):
                     best = table
         return best
+
+    def still_tired(self, tired: set[int], here: int, partner: int) -> set[int]:
+        """After an exchange of two packs in step 10."""
+        return tired - {here, partner}
 
     def step_11(self, table: Table) -> Table:
         tired: set[int] = set()
@@ -143,6 +147,17 @@ def test_settle_is_what_plain_loops_make_of_its_docstring(shape: tuple[int, int,
     (case,) = settle_cases([shape], rows=8, seed=seed)
     wanted = [Oracle(case, x).settled() for x in range(len(case.table))]
     assert case.settled(reference).tolist() == wanted
+
+
+def test_a_pack_that_found_nothing_looks_again_once_another_changed_it() -> None:
+    class Forgetful(Oracle):
+        def still_tired(self, tired: set[int], here: int, partner: int) -> set[int]:
+            return tired - {here}
+
+    for case in woken():
+        wanted = Oracle(case, 0).settled()
+        assert Forgetful(case, 0).settled() != wanted  # else this tests nothing
+        assert case.settled(reference).tolist() == [wanted]
 
 
 def test_it_stops_after_as_many_scans_as_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
