@@ -16,6 +16,7 @@ from torch import Tensor
 
 from distplb import DistplbError, Placement, Topology, plan
 from distplb.planning.options import SearchOptions
+from distplb.price import TimeCurve
 
 LOAD = torch.tensor([[9, 1, 5, 5, 7, 2, 8, 3, 1, 1, 4, 6]])  # 12 experts
 
@@ -29,6 +30,9 @@ def random_placement(num_layers: int, num_experts: int, num_slots: int, num_gpus
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------
+
+NO_PRICES = [-1.0, float("nan"), (1.0, -1e-9), (float("nan"), 1.0), (1.0,), (1.0, 2.0, 3.0), (), [1.0, 2.0], "5", None]
+NO_PRICES += [True, (1.0, None), 1j, torch.tensor(1.0)]
 
 REFUSED = {
     "fewer slots than experts": (
@@ -144,6 +148,24 @@ REFUSED = {
         {"engine": "warp"},
         "engine 'warp' is not there; pass one of reference, cpu, cuda, or None",
     ),
+    "a price of nothing": (
+        (1, 2),
+        {"move_price": 3.5},
+        "move_price is 3.5 without current; pass the placement in force, or no price",
+    ),
+    "a pair of prices of nothing": (
+        (1, 2),
+        {"move_price": (0.0, 1e30)},
+        "move_price is (0.0, 1e+30) without current; pass the placement in force, or no price",
+    ),
+    **{
+        f"the price {price!r}": (
+            (1, 2),
+            {"move_price": price, "current": random_placement(1, 12, 12, 2)},
+            f"move_price is {price!r}; pass tokens of the window for each moved slot, at least 0: one number, or a ",
+        )
+        for price in NO_PRICES
+    },
     "current with replicas": (
         (1, 2),
         {"current": random_placement(1, 12, 14, 2)},
@@ -202,6 +224,7 @@ def test_what_is_not_a_load_is_refused_with_the_value_and_a_remedy(load: Tensor,
 
 
 def test_the_least_and_the_largest_numbers_are_taken() -> None:
+    placed = random_placement(1, 12, 12, 2)
     for options in (
         {"num_slots": 12, "mode": "permute"},
         {"num_slots": 24, "allow_shared_replicas": False},
@@ -212,6 +235,15 @@ def test_the_least_and_the_largest_numbers_are_taken() -> None:
         {"seed": 2**62 - 1, "num_candidates": 3},
         {"num_slots": 240},
         {"slot_class": torch.tensor([2**63 - 1, -(2**63)] * 6), "num_candidates": 2},
+        {"slot_class": torch.tensor([2**63 - 1, -(2**63)] * 6), "current": placed, "move_price": 0.5},
+        {"current": placed, "move_price": 0},
+        {"current": placed, "move_price": 5e-324},
+        {"current": placed, "move_price": float("inf")},
+        {"current": placed, "move_price": 10**400},
+        {"current": placed, "move_price": (float("inf"), 0), "time_curve": TimeCurve((0, 10), (0, 0))},
+        {"time_curve": TimeCurve((0, 2**40), (0, 2**20)), "num_slots": 24},
+        {"time_curve": TimeCurve((0, 1), (2**40, 2**40)), "num_candidates": 3},
+        {"move_price": 0.0},
     ):
         assert plan(LOAD, Topology(1, 2), **options).num_slots == options.get("num_slots", 12)
     SearchOptions(num_candidates=2**22).check(Topology(1, 2), 1, 12)
@@ -266,7 +298,8 @@ def test_no_tokens_at_all_are_planned_under_every_combination_of_options() -> No
     assert len(combinations) > 90
     for topology, options in combinations:
         for load, num_candidates in ((torch.zeros(3, 16), 1), (torch.zeros(2, 3, 16, dtype=torch.int64), 2)):
-            found = plan(load, topology, num_candidates=num_candidates, **options)
+            price = 0.0 if options["current"] is None else num_candidates - 0.75
+            found = plan(load, topology, num_candidates=num_candidates, move_price=price, **options)
             assert found.num_slots == (options["num_slots"] or 16)  # a Placement has checked the rest itself
             assert options["current"] is None or found == options["current"]
 
@@ -276,6 +309,7 @@ def test_some_layers_without_tokens_change_nothing_in_the_others() -> None:
     without = load.clone()
     without[1] = 0
     for topology, options in all_options():
+        options["move_price"] = 0.0 if options["current"] is None else (1.0, 20.0)
         found, wanted = (plan(each, topology, num_candidates=2, **options).expert_of_slot for each in (without, load))
         assert torch.equal(found[[0, 2]], wanted[[0, 2]])
 
@@ -284,7 +318,8 @@ def test_some_layers_without_tokens_change_nothing_in_the_others() -> None:
 
 
 def test_every_option_but_the_engine_is_a_field_of_its_own() -> None:
-    plain = SearchOptions().fields(12)
+    one = {"num_candidates": 1}  # the default depends on `current`
+    plain = SearchOptions(**one).fields(12)
     changed = {
         "num_slots": 14,
         "num_groups": 2,
@@ -295,20 +330,55 @@ def test_every_option_but_the_engine_is_a_field_of_its_own() -> None:
         "engine": "reference",
         "allow_shared_replicas": False,
         "mode": "permute",
+        "time_curve": TimeCurve((0, 10), (0, 20)),
     }
-    assert set(changed) == {field.name for field in dataclasses.fields(SearchOptions)}
+    assert set(changed) | {"move_price"} == {field.name for field in dataclasses.fields(SearchOptions)}
     told = set()
     for option, value in changed.items():
-        fields = SearchOptions(**{option: value}).fields(12)
+        fields = SearchOptions(**one | {option: value}).fields(12)
         assert list(fields) == list(plain)
         assert all(isinstance(number, int) and abs(number) < 2**63 for number in fields.values())
         differing = [name for name in fields if fields[name] != plain[name]]
         assert len(differing) == (option != "engine")
         assert option == "engine" or option.replace("current", "the current") in differing[0]
         told |= set(differing)
-    assert told == set(plain)
+    assert told | {name for name in plain if name.startswith("move_price")} == set(plain)
     # Left out, P is E.
-    assert SearchOptions(num_slots=12).fields(12) == plain
+    assert SearchOptions(12, **one).fields(12) == plain
+
+
+def test_prices_are_told_apart_to_the_last_bit_and_mean_nothing_without_a_current_placement() -> None:
+    current = random_placement(1, 12, 12, 2)
+
+    def fields(price: float | tuple[float, float]) -> dict[str, int]:
+        return SearchOptions(current=current, move_price=price).fields(12)
+
+    prices = [0, 1e-300, 1e-9, 2e-9, 1.0, 1.0 + 2**-52, 2.0**46, 2.0**47, 1e30, (0, 1.0), (1.0, 0), (2.5, 1e9)]
+    digests = {fields(price)["move_price (digest)"] for price in prices}
+    assert len(digests) == len(prices)
+    for price in prices:
+        assert all(0 <= number < 2**63 for name, number in fields(price).items() if "price" in name)
+    pair = fields((2.5, 1e9))
+    assert pair["move_price inside a node (in 2^-16)"] == 2.5 * 2**16
+    assert pair["move_price between nodes (in 2^-16)"] == 1e9 * 2**16
+    assert fields(3) == fields(3.0) == fields((3.0, 3.0))
+    assert fields(float("inf")) == fields(10**400) == fields(1e300)  # all is saturated
+    assert SearchOptions(move_price=5.0).prices == (0.0, 0.0)
+
+
+def test_the_default_number_of_candidates_is_1_or_4_with_a_current_placement() -> None:
+    current = random_placement(1, 12, 12, 2)
+    assert [SearchOptions(current=each).candidates for each in (None, current)] == [1, 4]
+    for each, number in ((None, 1), (current, 4)):
+        assert plan(LOAD, Topology(1, 2), current=each) == plan(
+            LOAD, Topology(1, 2), current=each, num_candidates=number
+        )
+        assert SearchOptions(current=each).fields(12) == SearchOptions(current=each, num_candidates=number).fields(12)
+
+
+def test_other_curves_have_another_digest() -> None:
+    curves = [None, TimeCurve((0, 10), (0, 20)), TimeCurve((0, 10), (0, 21)), TimeCurve((0, 5, 10), (0, 10, 20))]
+    assert len({SearchOptions(time_curve=curve).fields(4)["time_curve (digest)"] for curve in curves}) == 4
 
 
 def test_other_classes_have_another_digest() -> None:
