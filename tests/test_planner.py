@@ -6,6 +6,7 @@ Shapes: T steps, L layers, E experts, P slots.
 from __future__ import annotations
 
 import importlib.util
+import json
 import random
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,11 +20,12 @@ from ranks import errors_on_ranks, on_ranks
 from torch import Tensor
 
 from distplb import DistplbError, Placement, Topology, imbalance, lower_bound, plan
-from distplb.comm.base import WorldOfOne
+from distplb.comm.base import Comm, WorldOfOne
 from distplb.comm.torchdist import TorchComm
 from distplb.planner import plan_in_stages
 from distplb.planning.options import SearchOptions
 from distplb.planning.problem import Problem
+from distplb.price import TimeCurve
 
 BASELINES = Path(__file__).parent.parent / "benchmarks" / "baselines.py"
 _spec = importlib.util.spec_from_file_location("baselines", BASELINES)
@@ -49,6 +51,7 @@ def random_placement(num_slots: int) -> Placement:
 
 # --- on any number of ranks -------------------------------------------------------------------------------------
 
+CURVE = TimeCurve((0, 200, 400, 4000), (0, 900, 1000, 30000))
 PLANS: dict[str, dict[str, Any]] = {
     "plain": {"num_candidates": 1},
     "fewer candidates than ranks": {"num_candidates": 3},
@@ -66,7 +69,29 @@ PLANS: dict[str, dict[str, Any]] = {
     "classes": {"num_candidates": 6, "slot_class": torch.tensor([0, 1, 2, 3] * 8)},
     "two slots of a class": {"num_candidates": 6, "slot_class": torch.tensor([0, 1, 1, 2] * 8)},
     "uneven classes": {"num_candidates": 6, "slot_class": torch.arange(32) % 3, "current": random_placement(32)},
+    "a price": {"num_candidates": 6, "current": random_placement(32), "move_price": 120.5},
+    "a pair of prices": {"current": random_placement(32), "move_price": (0.25, 400.0)},
+    "a price with replicas": {"num_slots": 48, "current": random_placement(48), "move_price": (10.0, 90.0)},
+    "a price with groups": {"num_groups": 4, "num_slots": 48, "current": random_placement(48), "move_price": 50.0},
+    "a price with classes": {"slot_class": torch.arange(32) % 3, "current": random_placement(32), "move_price": 50.0},
+    "a curve": {"num_candidates": 3, "time_curve": CURVE},
+    "a curve with replicas and a price": {
+        "num_slots": 48,
+        "current": random_placement(48),
+        "move_price": (2.0, 30.0),
+        "time_curve": CURVE,
+        "num_candidates": 7,
+    },
+    "one step": {"steps": 1, "num_candidates": 6},
+    "one step with a price": {"steps": 1, "current": random_placement(32), "move_price": 60.0},
+    "one step from replicas": {"steps": 1, "num_slots": 48, "current": random_placement(48)},
 }
+
+
+def planned(whole: Tensor, name: str, comm: Comm | None = None) -> Placement:
+    """One of the plans above, from this rank's counts."""
+    options = {option: value for option, value in PLANS[name].items() if option != "steps"}
+    return plan(whole[: PLANS[name].get("steps")], Topology(2, 4), comm=comm, seed=7, **options)
 
 
 def shared_plans(whole: Tensor) -> dict[str, list[list[int]]]:
@@ -74,10 +99,7 @@ def shared_plans(whole: Tensor) -> dict[str, list[list[int]]]:
     rank, size = dist.get_rank(), dist.get_world_size()
     mine = whole // size if rank else whole - (size - 1) * (whole // size)
     comm = TorchComm()
-    return {
-        name: plan(mine, Topology(2, 4), comm=comm, seed=7, **options).expert_of_slot.tolist()
-        for name, options in PLANS.items()
-    }
+    return {name: planned(mine, name, comm).expert_of_slot.tolist() for name in PLANS}
 
 
 @pytest.fixture(scope="module")
@@ -90,9 +112,39 @@ def plans_of_ranks() -> dict[int, list[dict[str, list[list[int]]]]]:
 def test_plans_of_1_2_and_4_ranks_are_equal_to_the_bit(
     name: str, plans_of_ranks: dict[int, list[dict[str, list[list[int]]]]]
 ) -> None:
-    alone = plan(skewed_load(), Topology(2, 4), seed=7, **PLANS[name]).expert_of_slot.tolist()
+    alone = planned(skewed_load(), name).expert_of_slot.tolist()
     for ranks, found in plans_of_ranks.items():
         assert [plans[name] for plans in found] == [alone] * ranks
+
+
+def replayed(record: str) -> int:
+    """The digest of the plan that a record tells of, in a process that knows nothing else."""
+    told = json.loads(record)
+    options = {name: value for name, value in told["options"].items() if value is not None}
+    if "time_curve" in options:
+        options["time_curve"] = TimeCurve(*(tuple(points) for points in options["time_curve"]))
+    if "move_price" in options:
+        options["move_price"] = tuple(options["move_price"])
+    if "current" in options:
+        options["current"] = Placement(torch.tensor(options["current"]), EXPERTS, 8)
+    return plan(torch.tensor(told["load"]), Topology(*told["topology"]), **options).digest()
+
+
+def test_a_plan_is_replayed_from_its_load_and_options() -> None:
+    """What was measured comes back from a text to the last bit, prices and curves included."""
+    start = random_placement(48)
+    price, curve = (1 / 3, 1e3 * 2**0.5), TimeCurve.through([100, 1000, 4000], [1e-6 / 3, 2e-5 / 7, 1e-4 / 9])
+    fresh = {"num_slots": 48, "num_candidates": 2, "seed": 11, "time_curve": curve}
+    warm = {"num_slots": 48, "current": start, "seed": 12, "move_price": price, "time_curve": curve}
+    load, records, digests = skewed_load(5), [], []
+    for options in (fresh, warm):
+        digests.append(plan(load, Topology(2, 4), **options).digest())
+        told = options | {"time_curve": (curve.tokens, curve.nanoseconds)}
+        if "current" in options:
+            told["current"] = start.expert_of_slot.tolist()
+        records.append(json.dumps({"load": load.tolist(), "topology": (2, 4), "options": told}))
+    assert [on_ranks(1, replayed, record) for record in records] == [[digest] for digest in digests]
+    assert digests[1] != start.digest()
 
 
 def test_a_plan_is_better_than_contiguous_on_steps_it_has_not_seen() -> None:
@@ -181,6 +233,23 @@ ODD: dict[str, tuple[dict[str, Any], str]] = {
         "rank 2: num_slots is 48 for 32 experts, and mode 'permute' knows no replicas; pass mode='remap'",
     ),
 }
+# The same, where all ranks start from what is in force, and moves have a price.
+PRICED: dict[str, tuple[dict[str, Any], str]] = {
+    "price": (
+        {"move_price": 3.5},
+        "ranks disagree on move_price inside a node (in 2^-16): 163840 on one, 229376 on another",
+    ),
+    "pair": (
+        {"move_price": (2.5, 3.5)},
+        "ranks disagree on move_price between nodes (in 2^-16): 163840 on one, 229376",
+    ),
+    "the last bit of the price": ({"move_price": 2.5 + 2**-50}, "ranks disagree on move_price (digest): "),
+    "no price": ({"move_price": 0.0}, "ranks disagree on move_price inside a node (in 2^-16): 0 on one, 163840"),
+    "no current": ({"move_price": 0.0, "current": None}, "ranks disagree on the current placement (digest): -1 on one"),
+    "curve": ({"time_curve": CURVE}, "ranks disagree on time_curve (digest): -1 on one, "),
+    "no number": ({"move_price": float("nan")}, "rank 2: move_price is nan; pass tokens of the window for each moved "),
+    "a price of nothing": ({"current": None}, "rank 2: move_price is 2.5 without current; pass the placement in force"),
+}
 # What all ranks do alike.
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "slots": (
@@ -192,12 +261,17 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
+CASES = {"odd": ODD, "priced": PRICED, "wrong": WRONG}
+
+
 def refusals() -> dict[str, str]:
     """The errors of one plan after another; a rank left waiting would take the next one's calls for its own."""
     comm, told = TorchComm(), {}
-    for kind, cases in (("odd", ODD), ("wrong", WRONG)):
+    for kind, cases in CASES.items():
         for case, (changed, _) in cases.items():
             options: dict[str, Any] = {"load": skewed_load(), "topology": Topology(1, 4), "num_candidates": 4}
+            if kind == "priced":
+                options |= {"current": Placement.contiguous(LAYERS, EXPERTS, 4), "move_price": 2.5}
             if kind == "wrong" or comm.rank == comm.size - 1:
                 options |= changed
             try:
@@ -214,10 +288,10 @@ def refusals_of_ranks() -> list[dict[str, str]]:
     return on_ranks(3, refusals, deadline=90)
 
 
-@pytest.mark.parametrize("case", [*(f"odd {case}" for case in ODD), *(f"wrong {case}" for case in WRONG)])
+@pytest.mark.parametrize("case", [f"{kind} {case}" for kind, cases in CASES.items() for case in cases])
 def test_what_is_wrong_is_told_on_every_rank(case: str, refusals_of_ranks: list[dict[str, str]]) -> None:
     kind, name = case.split(" ", 1)
-    _, wording = (ODD if kind == "odd" else WRONG)[name]
+    _, wording = CASES[kind][name]
     for told in refusals_of_ranks:
         assert wording in told[case]
         assert "rank" in told[case]
