@@ -54,6 +54,18 @@ def costs(load: Tensor, placement: Placement) -> Tensor:
     return share.gather(2, slots).unflatten(2, (placement.num_gpus, -1)).sum(3).amax(2).sum(0)
 
 
+def assert_no_dearer_than_afresh(load: Tensor, topology: Topology, other: Placement, options: dict) -> Placement:
+    """A plan from `other`: no dearer than what of its candidates starts afresh. Returns the plan."""
+    one, fresh = (plan(load, topology, current=each, **options | {"num_candidates": 1}) for each in (other, None))
+    assert (costs(load, one) <= costs(load, fresh) * (1 + 1e-9)).all()  # cells are named anew as wholes
+    found = plan(load, topology, current=other, **options)
+    names = {name: value for name, value in options.items() if name != "num_candidates"}
+    least = Problem(load, topology, SearchOptions(**names)).costs(torch.arange(0, options["num_candidates"], 2)).amin(0)
+    problem = Problem(load, topology, SearchOptions(current=other, **names))
+    assert (problem._cost(found.expert_of_slot) <= least).all()
+    return found
+
+
 def sharing(placement: Placement) -> Tensor:
     """`[L]` bool: whether a GPU holds an expert twice."""
     inside = placement.expert_of_slot.unflatten(1, (placement.num_gpus, -1)).sort(2).values
@@ -88,8 +100,7 @@ def test_a_node_holds_whole_groups_with_all_their_replicas(shape: tuple[int, ...
     topology = Topology(nodes, gpus)
     options = {"num_slots": num_slots, "num_groups": groups, "num_candidates": 3}
     fresh = plan(load, topology, **options)
-    again = plan(load, topology, current=plan(load.flip(2), topology, **options), **options)
-    assert (costs(load, again) <= costs(load, fresh) * (1 + 1e-9)).all()  # cells are named anew as wholes
+    again = assert_no_dearer_than_afresh(load, topology, plan(load.flip(2), topology, **options), options)
     for placement in (fresh, again):
         group = placement.expert_of_slot * groups // num_experts  # [L, P]
         for layer in group.unflatten(1, (nodes, -1)).tolist():
@@ -135,8 +146,7 @@ def test_a_block_holds_the_experts_of_one_group(shape: tuple[int, ...], num_step
     load = steps_of(rows_of_every_kind(0, num_experts), num_steps)
     options = {"num_groups": groups, "mode": "permute", "num_candidates": 3}
     fresh, other = (plan(each, Topology(1, num_gpus), **options) for each in (load, load.flip(2)))
-    again = plan(load, Topology(1, num_gpus), current=other, **options)
-    assert (costs(load, again) <= costs(load, fresh)).all()  # blocks and GPUs are named anew as wholes
+    again = assert_no_dearer_than_afresh(load, Topology(1, num_gpus), other, options)
     random_current = random_placement(1, load.shape[1], num_experts, num_experts, num_gpus)
     kept = plan(load, Topology(1, num_gpus), current=random_current, **options)
     same = (kept.expert_of_slot == random_current.expert_of_slot).all(1)
@@ -315,13 +325,20 @@ def test_replicas_that_must_not_share_a_gpu_do_not(shape: tuple) -> None:
 @pytest.mark.parametrize("num_steps", [1, 4])
 @pytest.mark.parametrize("shape", [shape for shape in REPLICAS if shape[3] < shape[1] * shape[2]])
 def test_a_candidate_lets_replicas_share_a_gpu_only_where_that_costs_less(shape: tuple, num_steps: int) -> None:
+    """With several steps all tables are settled afterwards, in which replicas may also come together or part."""
     nodes, gpus, num_experts, num_slots, groups = shape
     load, topology = steps_of(rows_of_every_kind(1, num_experts), num_steps), Topology(nodes, gpus)
-    free, apart = (
-        Problem(load, topology, SearchOptions(num_slots, num_groups=groups, allow_shared_replicas=shared))
-        for shared in (True, False)
-    )
-    found = False
+
+    def problems() -> list[Problem]:
+        return [
+            Problem(load, topology, SearchOptions(num_slots, num_groups=groups, allow_shared_replicas=shared))
+            for shared in (True, False)
+        ]
+
+    (free, apart), found = problems(), False
+    for problem in (free, apart):
+        assert (problem._terms is None) == (num_steps == 1)
+        problem._terms = None  # what is searched, before it is settled
     for candidate in range(3):
         cost, least = (problem.costs(torch.tensor([candidate]))[0] for problem in (free, apart))
         assert num_steps > 1 or (cost <= least).all()  # what is searched is the sum over the steps
@@ -330,6 +347,11 @@ def test_a_candidate_lets_replicas_share_a_gpu_only_where_that_costs_less(shape:
         together = sharing(Placement(tables[0], num_experts, topology.num_gpus))
         assert (cost[together] < least[together]).all()
         found |= bool(together.any())
+        for settling, before in zip(problems(), (cost, least), strict=True):
+            after = settling.costs(torch.tensor([candidate]))[0]
+            assert (after <= before * (1 + 2**-20)).all()  # settled in coarser units
+            assert num_steps == 1 or not settling._shares or after.sum() < before.sum()
+        assert not sharing(Placement(settling.build(names), num_experts, topology.num_gpus)).any()
     assert found
 
 
