@@ -5,26 +5,36 @@ from distplb.cost import imbalance
 from distplb.errors import DistplbError
 from distplb.layer import FlatShard, MoELayer
 from distplb.load import LoadWindow
+from distplb.measure import measured_curve
 from distplb.packing.balanced import balanced_packing
 from distplb.placement import Placement
 from distplb.planner import plan
 from distplb.planning.eplb import rebalance_experts
+from distplb.price import MoveModel, TimeCurve
 from distplb.rebalancer import Rebalancer
+from distplb.replay import replay
 from distplb.topology import Topology
+from distplb.trace import Trace, TraceWriter
 
 __all__ = [
     "DistplbError",
     "FlatShard",
     "LoadWindow",
     "MoELayer",
+    "MoveModel",
     "Placement",
     "Rebalancer",
+    "TimeCurve",
     "Topology",
+    "Trace",
+    "TraceWriter",
     "balanced_packing",
     "imbalance",
     "lower_bound",
+    "measured_curve",
     "plan",
     "rebalance_experts",
+    "replay",
 ]
 
 __version__ = "0.1.0"

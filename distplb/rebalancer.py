@@ -172,6 +172,11 @@ class Rebalancer:
         """Move every expert back to where the job started from."""
         self.apply(self._first)
 
+    def close(self) -> None:
+        """Wait until the trace is written, if one is recorded. Not collective."""
+        if self._trace is not None:
+            self._trace.close()
+
     def state_dict(self) -> dict[str, Any]:
         """Placement, first placement (both by layer name) and counters, to be saved with the model."""
         self._refuse_if_poisoned()

@@ -74,6 +74,14 @@ def exchange(rows: Tensor, send: list[int], receive: list[int], group: Group) ->
     return received
 
 
+def expert(rows: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
+    """One expert on its rows: [R, D], [D, H], [H, D] -> [R, D].
+
+    ROWS at a time: a hot expert's hidden rows would fall out of the cache, and each of its tokens cost more.
+    """
+    return torch.cat([F.gelu(part @ w_in) @ w_out for part in rows.split(ROWS)])
+
+
 class MoE(nn.Module):
     """A feed-forward layer made of E experts, of which every token visits K.
 
@@ -142,15 +150,19 @@ class MoE(nn.Module):
         outputs = []  # [G][M] pieces
         # unbind, not w_in[g]: its backward writes one gradient, where indexing would add up G of full size
         for g, (w_in, w_out) in enumerate(zip(self.w_in.unbind(), self.w_out.unbind(), strict=True)):
-            # ROWS at a time: a hot expert's hidden rows would fall out of the cache, and each of its tokens cost more
-            parts = torch.cat(pieces[g::G]).split(ROWS)  # each [at most ROWS, D], of slot g
-            outputs.append(torch.cat([F.gelu(part @ w_in) @ w_out for part in parts]).split(received[:, g].tolist()))
+            outputs.append(expert(torch.cat(pieces[g::G]), w_in, w_out).split(received[:, g].tolist()))
         output = torch.cat([outputs[g][m] for m in range(M) for g in range(G)])
         self.forward_seconds, self.tokens_received = self.clock(rows) - start, rows.shape[0]
         if output.requires_grad:  # the two gradients arrive just before and just after the experts' backward
             output.register_hook(self.backward_begins)
             rows.register_hook(self.backward_ends)
         return output
+
+    def run_one_expert(self, tokens: int) -> None:
+        """Forward and backward of one expert on so many rows, for its time curve; changes nothing."""
+        w_in, w_out = (weight[0].detach().requires_grad_() for weight in (self.w_in, self.w_out))
+        rows = w_in.new_ones(tokens, self.config.dim, requires_grad=True)
+        expert(rows, w_in, w_out).sum().backward()  # type: ignore[no-untyped-call]  # in torch's stubs
 
     def backward_begins(self, gradient: Tensor) -> None:
         self.backward_seconds = -self.clock(gradient)

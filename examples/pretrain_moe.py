@@ -4,12 +4,14 @@
     torchrun --standalone --nproc-per-node 2 examples/pretrain_moe.py --router plain --balance rebalanced
     python examples/pretrain_moe.py --balance static --data ~/my_text
     python examples/pretrain_moe.py --text code --switch-at 61  # then prose
+    python examples/pretrain_moe.py --balance static --record trace.npz  # the loads, for distplb.replay
 
 The text is the source of Python's standard library or its manual (there on every machine), or a folder of one's own;
 `--switch-at` goes over to the other part-way, which shifts the loads. `--compare` trains six models, {plain, loss-free}
 x {static, rebalanced, forced}, in turns of `--turn` iterations in the same processes, so that whatever else the machine
 does hits all of them alike, and closes with a table. What distplb needs from a training loop is in `Run`: a window that
-counts, a list of layers, and one call after `optimizer.step()`.
+counts, a list of layers, and one call after `optimizer.step()`. With the time curve of an expert it balances seconds
+and moves what repays itself.
 
 Shapes: B batch of one rank, S sequence, I iterations, L layers, M GPUs (ranks), E experts.
 """
@@ -17,8 +19,10 @@ Shapes: B batch of one rank, S sequence, I iterations, L layers, M GPUs (ranks),
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +56,8 @@ def main() -> None:
     say(format_table(table, runs))
     if args.json and rank() == 0:
         Path(args.json).write_text(json.dumps(table, indent=2) + "\n")
+    for run in runs:
+        run.save_trace()
     if group is not None:
         dist.destroy_process_group()
 
@@ -111,7 +117,8 @@ class Run:
         )
         self.model = Transformer(config, group, args.seed).to(device)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=args.lr, fused=True)
-        self.rebalancer = self.make_rebalancer() if balance == "rebalanced" else None
+        self.recorded = tempfile.TemporaryDirectory() if args.record else None
+        self.rebalancer = self.make_rebalancer() if balance == "rebalanced" or args.record else None
         self.turns: list[Measured] = []
 
     def make_rebalancer(self) -> distplb.Rebalancer:
@@ -135,8 +142,28 @@ class Run:
             window=window,
             every=self.args.every,
             seed=self.args.seed,
+            time_curve=self.measure_curve(),
+            record=self.recorded and self.recorded.name,
+            dry_run=self.balance != "rebalanced",
             on_event=report,
         )
+
+    def measure_curve(self) -> distplb.TimeCurve:
+        """How long an expert takes for so many tokens, forward and backward, up to twice what is likely."""
+        most = 8 * self.args.top_k * self.tokens() // self.args.experts
+        points = [most >> halvings for halvings in range(8) if most >> halvings]
+        comm = None if self.group is None else TorchComm(self.group)
+        return distplb.measured_curve(self.model.moes[0].run_one_expert, points, comm=comm)
+
+    def save_trace(self) -> None:
+        """What the rebalancer saw, window by window, in one file."""
+        if self.recorded is None or self.rebalancer is None:
+            return
+        self.rebalancer.close()
+        if rank() == 0:
+            trace = distplb.Trace.read(self.recorded.name)
+            dataclasses.replace(trace, note=self.args.note).save(self.args.record)
+        self.recorded.cleanup()
 
     def train_turn(self, text: list[Tensor], first: int, last: int) -> None:
         """Iterations first to last - 1; what each rank measured is shared at the end, outside the time taken."""
@@ -376,9 +403,13 @@ def parse_arguments() -> argparse.Namespace:
     add("--data", metavar="FOLDER", help="text to train on instead of --text")
     add("--switch-at", type=int, metavar="ITERATION", help="from then on, batches come from the other --text")
     add("--json", metavar="FILE", help="write the closing table there")
+    add("--record", metavar="FILE", help="write the loads there, as a trace (.npz); not with --compare")
+    add("--note", default="", help="to be kept in the trace, for example how it was made")
     args = parser.parse_args()
     if args.iterations <= args.every:
         parser.error(f"--iterations {args.iterations} must exceed --every {args.every}: until then it is warm-up")
+    if args.record and args.compare:
+        parser.error("--record takes one model: leave out --compare")
     if args.turn < 1 or args.every % args.turn:
         parser.error(f"--turn {args.turn} must divide --every {args.every}")
     if args.switch_at is not None and not 1 < args.switch_at <= args.iterations:
