@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from distplb.comm.agreement import agree, told_by_root
+from distplb.comm.agreement import agree, digest, told_by_root
 from distplb.comm.base import Comm, WorldOfOne
 from distplb.price import TimeCurve
 from distplb.topology import Topology
@@ -45,7 +45,7 @@ def measured_curve(run: Callable[[int], object], tokens: Sequence[int], *, comm:
         nanoseconds = [round(1e9 * seconds) for seconds in _timed(run, tokens)]
     except Exception as caught:
         error = caught
-    agree(comm, {"the number of points of the time curve": len(tokens)}, error)
+    agree(comm, {"the tokens of the time curve (digest)": digest(list(tokens))}, error)
     told = told_by_root(comm, nanoseconds)
     return TimeCurve.through(tokens, [value * 1e-9 for value in told])
 

@@ -11,17 +11,16 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from jobs import DIM, EXPERTS, LAYERS, Job, by_slot, skewed
 from ranks import errors_on_ranks, on_ranks
 from torch import Tensor, nn
 
 import distplb
-from distplb import DistplbError, LoadWindow, MoELayer, Placement, Rebalancer, Topology
+from distplb import DistplbError, LoadWindow, MoELayer, Placement, Topology
 from distplb.comm.torchdist import TorchComm
 from distplb.errors import HalfMovedError
 from distplb.events import RebalanceEvent
 from distplb.migrate import transfer
-
-LAYERS, EXPERTS, DIM = 2, 8, 6
 
 
 class Blockwise8bit(torch.optim.Optimizer):
@@ -36,50 +35,6 @@ class Blockwise8bit(torch.optim.Optimizer):
             scale = blocks.abs().amax(1) / 127
             rounded = (blocks / scale.clamp(min=1e-12)[:, None]).round().to(torch.int8)
             self.state[parameter] = {"state1": rounded.view_as(parameter), "absmax1": scale}
-
-
-class Job:
-    """A model of two linear experts' layers on each rank, as small as can be, and its training step."""
-
-    def __init__(self, optimizer: Any = torch.optim.AdamW, experts: int = EXPERTS, ranks: int | None = None) -> None:
-        ranks = ranks or dist.get_world_size()
-        rank = dist.get_rank() if dist.is_initialized() else 0
-        slots = max(1, experts // ranks)
-        self.weights = [nn.Parameter(torch.randn(slots, DIM, 2 * DIM)) for _ in range(LAYERS)]
-        self.routers = [nn.Parameter(torch.randn(experts, DIM)) for _ in range(LAYERS)]
-        torch.manual_seed(0)
-        for router in self.routers:  # replicated
-            router.data.normal_()
-        self.optimizer = optimizer([*self.weights, *self.routers])
-        self.window = LoadWindow(LAYERS, experts, 4)
-        self.topology, self.rank = Topology(1, ranks), rank
-
-    def layers(self, **changed: Any) -> list[MoELayer]:
-        return [
-            MoELayer(**{"name": f"moe.{layer}", "experts": {"w": weight}, "router": {"weight": router}} | changed)
-            for layer, (weight, router) in enumerate(zip(self.weights, self.routers, strict=True))
-        ]
-
-    def rebalancer(self, layers: list[MoELayer] | None = None, **options: Any) -> Rebalancer:
-        comm = TorchComm() if dist.is_initialized() else None
-        options = {"topology": self.topology, "window": self.window, "every": 2, "comm": comm} | options
-        return Rebalancer(self.layers() if layers is None else layers, self.optimizer, **options)
-
-    def backward(self) -> None:
-        sum((p**2).sum() for p in (*self.weights, *self.routers)).backward()
-
-    def iterate(self, counts: Tensor | None = None) -> None:
-        """One iteration, with the slots' counts `[L, P]` of this rank."""
-        if counts is None:
-            counts = torch.arange(1, EXPERTS + 1).expand(LAYERS, -1) * 10
-        for layer in range(LAYERS):
-            self.window.add(layer, counts[layer])
-        self.optimizer.zero_grad()
-        self.backward()
-        self.optimizer.step()
-
-    def values(self) -> list[Tensor]:
-        return [p.detach().clone() for p in (*self.weights, *self.routers)]
 
 
 # --- what it refuses -------------------------------------------------------------------------------------------------
@@ -206,18 +161,6 @@ def test_state_of_a_whole_tensor_travels_even_where_a_shard_of_it_is_declared() 
 
 
 # --- what it does and tells ------------------------------------------------------------------------------------------
-
-
-def skewed(hot: tuple[int, ...]) -> Tensor:
-    """`[L, E]`: logical experts `hot` have nine times the others' tokens."""
-    counts = torch.full((LAYERS, EXPERTS), 10)
-    counts[:, list(hot)] = 90
-    return counts
-
-
-def by_slot(counts: Tensor, placement: Placement) -> Tensor:
-    """What the router's outputs count when the logical experts receive `counts`."""
-    return counts.gather(1, placement.expert_of_slot)
 
 
 def eventful(dry_run: bool) -> tuple[list[RebalanceEvent], list[list[int]], bool]:

@@ -5,6 +5,7 @@ An error on one rank becomes the same error on all, with nobody left waiting in 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
@@ -13,7 +14,7 @@ import torch
 from distplb.comm.base import Comm
 from distplb.errors import DistplbError, HalfMovedError
 
-__all__ = ["agree", "raise_everywhere", "told_by_root"]
+__all__ = ["agree", "digest", "raise_everywhere", "told_by_root"]
 
 _TEXT_BYTES = 2048
 
@@ -45,6 +46,11 @@ def agree(comm: Comm, fields: Mapping[str, int], error: Exception | None = None)
                 f"ranks disagree on {name}: {low} on one, {high} on another, {fields[name]} on rank {comm.rank}; "
                 "pass the same on every rank"
             )
+
+
+def digest(value: object) -> int:
+    """What is too much for fields of its own, by its `repr`: one field that differs where it does."""
+    return int.from_bytes(hashlib.sha256(repr(value).encode()).digest()[:8], "big") >> 2
 
 
 def raise_everywhere(

@@ -5,14 +5,12 @@ Shapes: L layers, E experts, P slots, M GPUs.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 
-from distplb.comm.agreement import agree
+from distplb.comm.agreement import agree, digest
 from distplb.comm.base import Comm
 from distplb.errors import DistplbError, HalfMovedError
 from distplb.layer import MoELayer
@@ -69,7 +67,7 @@ class Mover:
 
     def digest(self) -> int:
         """What must be equal on all ranks: names, types and rows of all declared tensors, as one number."""
-        return _digest([(t.name, str(t.tensor.dtype), t.row) for tensors in self._tensors for t in tensors])
+        return digest([(t.name, str(t.tensor.dtype), t.row) for tensors in self._tensors for t in tensors])
 
     def agree_on_layouts(self) -> None:
         """Learn which rank holds what; once, before anything moves."""
@@ -149,7 +147,7 @@ class Mover:
             if error is not None:
                 raise error
             move = Move(old, new, list(zip(self._tensors, self._layouts, travelling, strict=True)), self._comm)
-            what = _digest([(t.name, str(t.flat.dtype)) for layer in travelling for t in layer])
+            what = digest([(t.name, str(t.flat.dtype)) for layer in travelling for t in layer])
             fields = dict(zip(fields, (new.digest(), what), strict=True))
         except Exception as caught:
             error = caught
@@ -187,7 +185,3 @@ def _checked_gpu(gpu: int | None, comm: Comm, topology: Topology) -> int:
     if not 0 <= gpu < num_gpus:
         raise DistplbError(f"gpu is {gpu}; pass this rank's number in its EP group, 0 to {num_gpus - 1}")
     return gpu
-
-
-def _digest(parts: Sequence[tuple[Any, ...]]) -> int:
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 2

@@ -1,0 +1,179 @@
+"""What is measured is one number on all ranks: rank 0's."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+from jobs import Clock
+from ranks import on_ranks
+
+from distplb import DistplbError, TimeCurve, Topology, measure, measured_curve
+from distplb.comm.base import Message, WorldOfOne
+from distplb.comm.torchdist import TorchComm
+
+TOKENS = [64, 16, 256]
+
+
+# --- the curve ------------------------------------------------------------------------------------------------------
+
+
+class Expert:
+    """Takes 3 µs and 10 ns a token on rank 0, ten times that on rank 1; every third run is disturbed."""
+
+    def __init__(self, clock: Clock, rank: int = 0) -> None:
+        self.clock, self.slowness, self.runs = clock, 10**rank, list[int]()
+
+    def __call__(self, tokens: int) -> None:
+        self.runs.append(tokens)
+        disturbed = 5e-3 if len(self.runs) % 8 == 0 or len(self.runs) <= len(TOKENS) else 0.0
+        self.clock.now += self.slowness * (3e-6 + 1e-8 * tokens) + disturbed
+
+
+def test_a_curve_is_the_medians_of_points_that_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr(measure, "_now", clock.perf_counter)
+    expert = Expert(clock)
+    assert measured_curve(expert, TOKENS) == TimeCurve((0, 16, 64, 256), (0, 3160, 3640, 5560))
+    assert expert.runs == TOKENS * 8
+
+
+def test_a_real_run_that_takes_longer_for_more_tokens_gives_a_rising_curve() -> None:
+    curve = measured_curve(lambda tokens: time.sleep(tokens * 2e-5), TOKENS)
+    assert curve.tokens == (0, 16, 64, 256)
+    assert all(least < most for least, most in zip(curve.nanoseconds, curve.nanoseconds[1:], strict=False))
+    assert curve.nanoseconds[-1] >= 256 * 20_000
+
+
+def test_a_curve_that_was_measured_falling_never_falls(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr(measure, "_now", clock.perf_counter)
+
+    def run(tokens: int) -> None:
+        clock.now += {16: 4e-6, 64: 2e-6, 256: 9e-6}[tokens]
+
+    assert measured_curve(run, TOKENS).nanoseconds == (0, 3000, 3000, 9000)
+
+
+def root_curve() -> TimeCurve:
+    clock = Clock()
+    measure._now = clock.perf_counter
+    return measured_curve(Expert(clock, dist.get_rank()), TOKENS, comm=TorchComm())
+
+
+def failing_curve(case: str) -> str:
+    odd = dist.get_rank() == 1
+    tokens = {"tokens": [64, 17, 256], "fewer": [64], "none": []}.get(case, TOKENS) if odd else TOKENS
+    tokens = [] if case == "none" else tokens
+
+    def run(tokens: int) -> None:
+        if odd and case == "run" and tokens == 256:
+            raise MemoryError("256 tokens do not fit")
+
+    try:
+        measured_curve(run, tokens, comm=TorchComm())
+    except DistplbError as error:
+        return str(error)
+    return "no error"
+
+
+def curves() -> dict[str, Any]:
+    return {"curve": root_curve()} | {case: failing_curve(case) for case in ("run", "tokens", "fewer", "none")}
+
+
+def test_a_curve_is_rank_0s_on_all_ranks_and_so_is_an_error() -> None:
+    """Ranks that measured as many points at other numbers of tokens went on with different curves."""
+    for found in on_ranks(2, curves, deadline=60):
+        assert found["curve"] == TimeCurve((0, 16, 64, 256), (0, 3160, 3640, 5560))
+        assert found["run"] == "rank 1: MemoryError('256 tokens do not fit')"
+        assert "ranks disagree on the tokens of the time curve (digest)" in found["tokens"]
+        assert "ranks disagree on the tokens of the time curve (digest)" in found["fewer"]
+        assert found["none"] == "0 tokens and 0 seconds were measured; pass as many of both"
+
+
+# --- the links ------------------------------------------------------------------------------------------------------
+
+
+class Listening(TorchComm):
+    """Notes whom it sends to and receives from."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heard: set[tuple[int, int, int]] = set()
+
+    def exchange(self, sends: list[Message], receives: list[Message]) -> None:
+        for (data, to), (room, source) in zip(sends, receives, strict=True):
+            assert data.data_ptr() != room.data_ptr()
+            self.heard.add((to, source, data.numel()))
+        super().exchange(sends, receives)
+
+
+def links(layouts: list[tuple[tuple[int, int], list[int]]]) -> list[dict[str, Any]]:
+    """For each topology and each rank's GPU of its group, what was measured: really, and with a clock of a test."""
+    really, found = measure._now, []
+    for (nodes, gpus), gpu_of_rank in layouts:
+        comm, topology = Listening(), Topology(nodes, gpus)
+        gpu = gpu_of_rank[comm.rank]
+        group = gpu_of_rank[: comm.rank].count(gpu)
+        peers = [
+            [rank for rank, own in enumerate(gpu_of_rank) if own == number][group] for number in range(nodes * gpus)
+        ]
+        measure._now = really
+        bandwidths = measure.measured_bandwidths(comm, topology, peers, gpu)
+        measure._now = Clock(tick=0.5 if comm.rank == 0 else 2.0).perf_counter
+        timed = measure.measured_bandwidths(comm, topology, peers, gpu)
+        found.append({"bandwidths": bandwidths, "timed": timed, "heard": {(a, b) for a, b, _ in comm.heard}})
+    return found
+
+
+def test_bandwidths_of_two_ranks_are_positive_and_equal_on_both() -> None:
+    for found in on_ranks(2, links, [((1, 2), [0, 1]), ((2, 1), [0, 1]), ((2, 1), [1, 0])], deadline=60):
+        for of_topology in found:
+            inside, between = of_topology["bandwidths"]
+            assert inside == between > 0  # there is one kind of link only
+            assert of_topology["timed"] == (2 * (4 << 20) * 2, 2 * (4 << 20) * 2)  # both GPUs send 4 MiB in 0.5 s
+    ranks = on_ranks(2, links, [((1, 2), [0, 1])], deadline=60)
+    assert len({found[0]["bandwidths"] for found in ranks}) == 1
+
+
+def test_bandwidths_of_four_ranks_are_of_neighbours_inside_nodes_and_between_them() -> None:
+    layouts = [((2, 2), [0, 1, 2, 3]), ((2, 2), [3, 1, 0, 2]), ((1, 2), [0, 0, 1, 1])]
+    ranks = on_ranks(4, links, layouts, deadline=60)
+    for nth in range(len(layouts)):
+        assert len({found[nth]["bandwidths"] for found in ranks}) == 1
+        assert min(ranks[0][nth]["bandwidths"]) > 0
+    assert {found[0]["timed"] for found in ranks} == {(4 * (4 << 20) * 2, 4 * (4 << 20) * 2)}
+    assert {found[2]["timed"] for found in ranks} == {(2 * (4 << 20) * 2, 2 * (4 << 20) * 2)}  # of one EP group
+    # Of each rank: (to, from), inside and between.
+    assert [found[0]["heard"] for found in ranks] == [
+        {(1, 1), (2, 2)},
+        {(0, 0), (3, 3)},
+        {(3, 3), (0, 0)},
+        {(2, 2), (1, 1)},
+    ]
+    assert [found[1]["heard"] for found in ranks] == [  # ranks 2, 1 are node 0, ranks 3, 0 are node 1
+        {(3, 3), (1, 1)},
+        {(2, 2), (0, 0)},
+        {(1, 1), (3, 3)},
+        {(0, 0), (2, 2)},
+    ]
+    assert [found[2]["heard"] for found in ranks] == [{(2, 2)}, {(3, 3)}, {(0, 0)}, {(1, 1)}]
+
+
+def test_a_ring_of_three_sends_one_way() -> None:
+    assert measure._ring(Topology(2, 3), inside=True) == [1, 2, 0, 4, 5, 3]
+    assert measure._ring(Topology(3, 2), inside=False) == [2, 3, 4, 5, 0, 1]
+
+
+def test_a_gpu_alone_has_links_that_cost_nothing() -> None:
+    assert measure.measured_bandwidths(WorldOfOne(), Topology(1, 1), [0], 0) == (1 << 60, 1 << 60)
+
+
+def test_alone_an_error_is_told_as_it_is() -> None:
+    def run(tokens: int) -> None:
+        raise DistplbError(f"{tokens} tokens are too many")
+
+    with pytest.raises(DistplbError, match=r"^64 tokens are too many$"):
+        measured_curve(run, TOKENS)
