@@ -31,8 +31,10 @@ class Pace:
 
     @classmethod
     def of(cls, seconds: Sequence[float]) -> Pace:
-        """Of single iterations, at least one."""
+        """Of single iterations, at least one. One alone does not tell its error, which may be as large as itself."""
         median = statistics.median(seconds)
+        if len(seconds) == 1:
+            return cls(median, median, 1)
         # 1.4826 and 1.2533: from the median absolute deviation to sigma, and to the median's error, of a normal law.
         deviation = 1.4826 * statistics.median(abs(value - median) for value in seconds)
         return cls(median, 1.2533 * deviation / math.sqrt(len(seconds)), len(seconds))
