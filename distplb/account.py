@@ -21,7 +21,7 @@ from distplb.price import MoveModel, moved_slots
 from distplb.stoploss import Pace
 from distplb.topology import Topology
 
-__all__ = ["Account"]
+__all__ = ["Account", "completed"]
 
 _UNEVEN = 1e-3  # of imbalance above the bound, below which there is nothing to say of a layer
 
@@ -126,9 +126,7 @@ class Account:
         return tuple(texts)
 
 
-def completed(
-    event: RebalanceEvent, load: Tensor, plan: Placement, pace: Pace, repaid: bool | None
-) -> RebalanceEvent:
+def completed(event: RebalanceEvent, load: Tensor, plan: Placement, pace: Pace, repaid: bool | None) -> RebalanceEvent:
     """The record with what the next window told."""
     return replace(event, imbalance_next=by_layer(load, plan), iteration_seconds_next=pace.median, repaid=repaid)
 

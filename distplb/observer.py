@@ -5,13 +5,13 @@ Shapes: T steps, L layers, E experts, P slots, M GPUs.
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from distplb.comm.agreement import digest
 from distplb.comm.base import Comm
 from distplb.errors import DistplbError
 from distplb.load import LoadWindow, group_of_steps
@@ -19,7 +19,7 @@ from distplb.placement import Placement
 from distplb.stoploss import Pace
 from distplb.topology import Topology
 
-__all__ = ["Observer"]
+__all__ = ["Observer", "steps_digest"]
 
 
 class Observer:
@@ -34,6 +34,13 @@ class Observer:
         topology: of one EP group.
         gpu: this rank's number in its EP group.
         seed: of the choice of groups.
+
+    Attributes:
+        peers: `[M]`, the ranks of this rank's EP group, by GPU.
+        iterations: that have ended since the last clear.
+
+    Raises:
+        DistplbError: on every rank, if the ranks' GPUs make no whole groups.
     """
 
     def __init__(self, window: LoadWindow, comm: Comm, topology: Topology, gpu: int, seed: int) -> None:
@@ -46,7 +53,8 @@ class Observer:
         # Ranks that are the same GPU of their groups tell the groups apart, in the order of ranks.
         group = [gpu_of_rank[:rank].count(own) for rank, own in enumerate(gpu_of_rank)]
         self._group = group[comm.rank]
-        self.peers = _peers(gpu_of_rank, group, self._group, topology.num_gpus)
+        self.peers = _ranks_of_groups(gpu_of_rank, group, topology.num_gpus)[self._group]
+        self.iterations = 0
         self._resumed: float | None = None
         self._seconds: list[float] = []
 
@@ -54,6 +62,7 @@ class Observer:
 
     def iteration_ends(self) -> None:
         """Take the time since the training loop went on."""
+        self.iterations += 1
         if self._resumed is not None:
             self._seconds.append(time.perf_counter() - self._resumed)
 
@@ -96,23 +105,28 @@ class Observer:
         mine = group_of_steps(self._window.steps(), self._num_groups, self._seed) == self._group
         return load * mine[:, None, None]
 
+    def iterations_of_steps(self, last: int, seen: int) -> Tensor:
+        """`[T]`: the iteration of each step that is kept, where the window has `seen` up to iteration `last`."""
+        return last + 1 - self.iterations + self.steps() * self.iterations // max(1, seen)
+
     def clear(self) -> None:
-        """Begin a new window."""
+        """Begin a new window; of the iterations before, and of what goes on until the loop does, no time is kept."""
         self._window.clear()
+        self.iterations, self._seconds, self._resumed = 0, [], None
 
 
 def steps_digest(steps: Tensor) -> int:
     """Which steps are kept, as one number: the ranks' counts of a step go together only if they are of the same."""
-    data = steps.numpy().astype("<i8").tobytes()
-    return int.from_bytes(hashlib.sha256(data).digest()[:8], "big") >> 2
+    return digest(steps.tolist())
 
 
-def _peers(gpu_of_rank: Sequence[int], group: Sequence[int], own: int, num_gpus: int) -> list[int]:
-    """`[M]`: the ranks of group number `own`, by GPU."""
-    rank_of = {gpu: rank for rank, gpu in enumerate(gpu_of_rank) if group[rank] == own}
-    if sorted(rank_of) != list(range(num_gpus)):
+def _ranks_of_groups(gpu_of_rank: Sequence[int], group: Sequence[int], num_gpus: int) -> list[list[int]]:
+    """`[groups][M]`: the ranks of each group, by GPU. All ranks look at all groups, so that all refuse."""
+    gpus = list(range(num_gpus))
+    members = [[rank for rank in range(len(group)) if group[rank] == number] for number in range(max(group) + 1)]
+    if any(sorted(gpu_of_rank[rank] for rank in ranks) != gpus for ranks in members):
         raise DistplbError(
             f"the ranks are GPUs {list(gpu_of_rank)} of their EP groups, which makes no whole groups of {num_gpus}; "
             "pass gpu=, this rank's number in its EP group"
         )
-    return [rank_of[gpu] for gpu in range(num_gpus)]
+    return [sorted(ranks, key=lambda rank: gpu_of_rank[rank]) for ranks in members]

@@ -16,7 +16,7 @@ import torch
 from torch.optim import Optimizer
 
 from distplb.account import Account, completed
-from distplb.comm.agreement import agree, told_by_root
+from distplb.comm.agreement import agree, digest, told_by_root
 from distplb.comm.base import Comm, WorldOfOne
 from distplb.errors import DistplbError, HalfMovedError
 from distplb.events import RebalanceEvent
@@ -41,7 +41,10 @@ __all__ = ["Rebalancer"]
 _STATE_VERSION = 2
 _VERIFIED_BY_DEFAULT = 3  # rebalances
 # What all ranks must share from the start.
-_FIELDS = ("the number of layers", "every", "verify", "dry_run", "max_bytes", "stop_loss", "the model (digest)")
+_FIELDS = (
+    *("the number of layers", "every", "verify", "dry_run", "max_bytes", "stop_loss"),
+    *("the model (digest)", "time_curve (digest)", "move_model (digest)"),
+)
 
 
 class Rebalancer:
@@ -79,7 +82,8 @@ class Rebalancer:
         stop_loss: after so many rebalances in a row whose iterations did not become faster by what they took,
             rebalancing turns itself off (`enabled` is then False) and says so; 0 for never.
         record: folder for a trace of all windows, written by rank 0; `Trace.read` reads it.
-        dry_run: plan and report, but move nothing.
+        dry_run: plan and report, but move nothing. What travels is not looked at: moves are then free without a
+            `move_model`, and `max_bytes` is of no account.
         verify: "digest" compares a checksum of every expert before and after each move; "off" does not; "first"
             does so for the first three rebalances of the job.
         on_event: called with a `RebalanceEvent` after each rebalance, and once more with the same record when the
@@ -219,14 +223,15 @@ class Rebalancer:
             # A dry run asks nothing of the optimizer: its state may be of a kind that could not be moved.
             travelling, error = ([], None) if self._dry_run else self._travelling()
             pace, took, seen, slot_bytes = self._told_by_root(travelling)
-            options = self._priced(slot_bytes, seen)
+            # At the rate of the window, which may have more or fewer iterations: not all began with a rebalance.
+            until_next = seen * self._every / self._observer.iterations
+            options = self._priced(slot_bytes, seen, until_next)
         planned = self._plan(options, stages, error)
         if self._trace is not None:
-            iterations = self._iteration - self._every + 1 + self._observer.steps() * self._every // max(1, seen)
-            self._trace.add(planned.load, old, iterations)
+            self._trace.add(planned.load, old, self._observer.iterations_of_steps(self._iteration, seen))
         events = self._completed_event(planned, pace, took)
         target, moved = self._within_budget(planned, slot_bytes), None
-        decision, reason = self._decision(target)
+        decision, reason = self._decision(planned, target)
         if decision in ("moved", "kept"):  # ranks agree on the placement also where nothing has to be moved
             moved = self._move(target, travelling, stages)
         self._rebalances += 1
@@ -240,7 +245,7 @@ class Rebalancer:
             options=options,
             model=self._model,
             pace=pace,
-            steps_until_next=seen,
+            steps_until_next=until_next,
         )
         event = account.event(moved, decision, reason, stages.seconds)
         self._pending = _Pending(event, target, pace, time.perf_counter() - began)
@@ -262,7 +267,7 @@ class Rebalancer:
         median, error, took = (value * 1e-9 for value in seconds)
         return Pace(median, error, iterations), took, seen, slot_bytes
 
-    def _priced(self, slot_bytes: int, seen: int) -> SearchOptions:
+    def _priced(self, slot_bytes: int, seen: int, until_next: float) -> SearchOptions:
         """The options of this rebalance: from where, and at what price."""
         options = replace(self._options, current=self._placement)
         if self._model is None and options.time_curve is not None and slot_bytes:
@@ -271,7 +276,7 @@ class Rebalancer:
         steps = min(seen, self._window.shape[0])
         if self._model is None or not steps:
             return options
-        return replace(options, move_price=self._model.price(steps, seen))
+        return replace(options, move_price=self._model.price(steps, until_next))
 
     def _plan(self, options: SearchOptions, stages: Stages, error: Exception | None) -> Planned:
         with stages.stage("count"):
@@ -299,9 +304,10 @@ class Rebalancer:
             return planned.placement
         curve = self._options.time_curve
         load = planned.load if curve is None else curve.time(planned.load)
-        return within_budget(load, self._placement, planned.placement, self._max_bytes // slot_bytes)
+        copies = self._comm.size // self._topology.num_gpus  # EP groups side by side, each of which moves its own
+        return within_budget(load, self._placement, planned.placement, self._max_bytes // (slot_bytes * copies))
 
-    def _decision(self, target: Placement) -> tuple[str, str]:
+    def _decision(self, planned: Planned, target: Placement) -> tuple[str, str]:
         """What is done with the plan, and why."""
         if self._dry_run:
             return "dry run", "a dry run was asked for"
@@ -313,8 +319,10 @@ class Rebalancer:
             self.enabled, self._stop_loss.strikes = False, 0
             warnings.warn(f"distplb has turned rebalancing off: {reason}", RuntimeWarning, stacklevel=4)
             return "stopped", reason
-        if target == self._placement:
+        if planned.placement == self._placement:
             return "kept", "no layer has a placement that is worth its moves"
+        if target == self._placement:
+            return "kept", "nothing that is worth moving fits in max_bytes"
         return "moved", "the moves lower the cost by more than their price"
 
     def _move(
@@ -346,7 +354,8 @@ class Rebalancer:
             mover = Mover(layers, optimizers, self._comm, self._topology, self._window.shape[2], gpu)
             verify = ("first", "digest", "off").index(self._verify)
             limit = -1 if self._max_bytes is None else self._max_bytes
-            what = (int(self._dry_run), limit, self._stop_loss.patience, mover.digest())
+            prices = (digest(self._options.time_curve), digest(self._model))
+            what = (int(self._dry_run), limit, self._stop_loss.patience, mover.digest(), *prices)
             values = (len(layers), self._every, verify, *what)
             fields = dict(zip(fields, values, strict=True))
         except Exception as caught:
@@ -405,7 +414,7 @@ class Rebalancer:
 
     def _forget_counts(self) -> None:
         """Counts are by slot: those made under another placement would be credited to the wrong experts."""
-        self._window.clear()
+        self._observer.clear()
         self._pending = None
 
     def _by_name(self, placement: Placement) -> dict[str, list[int]]:
