@@ -1,0 +1,170 @@
+"""What an event says of memory, of seconds and of what was left out, against plain Python.
+
+Shapes: T steps, L layers, E experts, P slots, M GPUs.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from distplb import MoveModel, Placement, TimeCurve, Topology, lower_bound
+from distplb.account import Account, completed
+from distplb.planner import Planned
+from distplb.planning.options import SearchOptions
+from distplb.stoploss import Pace
+
+MODEL = MoveModel(seconds_per_token=0.25, bytes_per_slot=600, bandwidth_inside=300, bandwidth_between=100)
+
+
+def account(load: Tensor, old: Placement, planned: Placement, target: Placement | None = None, **other: Any) -> Account:
+    fields: dict[str, Any] = {
+        "iteration": 7,
+        "layers": tuple(str(layer) for layer in range(old.num_layers)),
+        "topology": Topology(1, old.num_gpus),
+        "options": SearchOptions(current=old, move_price=2.0, mode="permute"),
+        "model": None,
+        "pace": Pace(1.5, 0.1, 10),
+        "steps_until_next": len(load),
+    }
+    target = planned if target is None else target
+    return Account(old=old, planned=Planned(planned, load, "reference"), target=target, **fields | other)
+
+
+def random_case(seed: int, steps: int, gpus: int, layers: int = 2) -> tuple[Tensor, Placement, Placement]:
+    random_ = random.Random(seed)
+    experts = 2 * gpus
+    load = [[[random_.randrange(1000) for _ in range(experts)] for _ in range(layers)] for _ in range(steps)]
+    tables = [[random_.sample(range(experts), experts) for _ in range(layers)] for _ in range(2)]
+    old, new = (Placement(torch.tensor(table), experts, gpus) for table in tables)
+    return torch.tensor(load), old, new
+
+
+def plain_fullest(load: Tensor, placement: Placement, curve: TimeCurve | None = None) -> int:
+    """The fullest GPU of every step and layer, added up."""
+    load = load if curve is None else curve.time(load)
+    size, found = placement.slots_per_gpu, 0
+    for step in load.tolist():
+        for row, table in zip(step, placement.expert_of_slot.tolist(), strict=True):
+            found += max(sum(row[e] for e in table[at : at + size]) for at in range(0, len(table), size))
+    return found
+
+
+# --- memory ---------------------------------------------------------------------------------------------------------
+
+
+def plain_tokens(load: Tensor, placement: Placement) -> list[int]:
+    """Of every GPU and step, all layers added up, ascending."""
+    size, found = placement.slots_per_gpu, []
+    for step in load.tolist():
+        for gpu in range(placement.num_gpus):
+            tables = [table[gpu * size : (gpu + 1) * size] for table in placement.expert_of_slot.tolist()]
+            found.append(sum(row[e] for row, table in zip(step, tables, strict=True) for e in table))
+    return sorted(found)
+
+
+@pytest.mark.parametrize(("steps", "gpus"), [(1, 1), (1, 2), (3, 4), (25, 4), (100, 1), (101, 1), (101, 4), (201, 2)])
+def test_peak_and_99th_percentile_of_tokens_before_and_after(steps: int, gpus: int) -> None:
+    load, old, new = random_case(steps * gpus, steps, gpus)
+    event = account(load, old, new).event(None, "kept", "", {})
+    for placement, peak, p99 in (
+        (old, event.tokens_peak_before, event.tokens_p99_before),
+        (new, event.tokens_peak_after, event.tokens_p99_after),
+    ):
+        tokens = plain_tokens(load, placement)
+        assert peak == tokens[-1]
+        assert p99 == tokens[-(-99 * (len(tokens) - 1) // 100)]  # no less than 99 in 100 of them
+        assert sum(one > p99 for one in tokens) <= len(tokens) / 100
+
+
+def test_memory_is_that_of_what_is_carried_out() -> None:
+    load, old, new = random_case(5, 4, 2)
+    event = account(load, old, new, target=old).event(None, "kept", "", {})
+    assert event.tokens_peak_after == event.tokens_peak_before == plain_tokens(load, old)[-1]
+    assert event.imbalance_after == event.imbalance_before
+    assert event.placement_digest == new.digest()
+
+
+# --- seconds --------------------------------------------------------------------------------------------------------
+
+
+def test_modelled_seconds_by_hand() -> None:
+    load = torch.tensor([[[8, 6, 1, 1]], [[6, 8, 1, 1]]])
+    old = Placement.contiguous(1, 4, 2)
+    new = Placement(torch.tensor([[0, 2, 1, 3]]), 4, 2)
+    event = account(load, old, new, model=MODEL, steps_until_next=20).event(None, "moved", "", {})
+    # 14 + 14 tokens become 9 + 9; ten such windows until the next one. Two slots of 600 bytes at 300 a second.
+    assert event.saved_seconds == pytest.approx(10 * 10 * 0.25)
+    assert event.move_seconds == pytest.approx(4.0)
+    between = account(load, old, new, model=MODEL, topology=Topology(2, 1)).event(None, "moved", "", {})
+    assert between.saved_seconds == pytest.approx(10 * 0.25)
+    assert between.move_seconds == pytest.approx(12.0)
+    assert (event.seconds_per_token, event.bytes_per_slot) == (0.25, 600)
+    assert (event.bandwidth_inside, event.bandwidth_between) == (300, 100)
+
+
+@pytest.mark.parametrize("curved", [False, True])
+def test_modelled_seconds_against_plain_python(curved: bool) -> None:
+    load, old, new = random_case(9, 5, 3)
+    curve = TimeCurve((0, 100, 1000), (0, 5_000_000, 6_000_000)) if curved else None
+    options = SearchOptions(current=old, move_price=2.0, time_curve=curve)
+    event = account(load, old, new, model=MODEL, options=options, steps_until_next=12.5).event(None, "", "", {})
+    saved = plain_fullest(load, old, curve) - plain_fullest(load, new, curve)
+    assert event.saved_seconds == pytest.approx(saved * (1e-9 if curved else 0.25) * 2.5)
+    where = [[set(row[at : at + 2]) for at in range(0, 6, 2)] for row in old.expert_of_slot.tolist()]
+    crossed = sum(
+        expert not in where[layer][slot // 2]
+        for layer, row in enumerate(new.expert_of_slot.tolist())
+        for slot, expert in enumerate(row)
+    )
+    assert event.move_seconds == pytest.approx(crossed * 2.0)
+    assert event.time_curve == (((0, 0), (100, 5_000_000), (1000, 6_000_000)) if curved else None)
+
+
+def test_without_a_model_no_seconds_are_told() -> None:
+    event = account(*random_case(1, 2, 2)).event(None, "moved", "", {})
+    assert event.saved_seconds is event.move_seconds is event.seconds_per_token is event.bytes_per_slot is None
+    assert event.bandwidth_inside is event.bandwidth_between is event.time_curve is None
+
+
+# --- left out -------------------------------------------------------------------------------------------------------
+
+
+def test_what_was_left_out_is_told_layer_by_layer() -> None:
+    load = torch.tensor([[[8, 8, 1, 1], [8, 8, 1, 1], [2, 2, 2, 2]]])
+    old = Placement.contiguous(3, 4, 2)
+    plan = Placement(torch.tensor([[0, 2, 1, 3], [0, 1, 2, 3], [0, 1, 2, 3]]), 4, 2)
+    unmoved, repaying = "2 slots are over the budget", "no other move repays itself"
+    assert account(load, old, plan, target=old).event(None, "", "", {}).left_out == (unmoved, repaying, "")
+    assert account(load, old, plan).event(None, "", "", {}).left_out == ("", repaying, "")
+    free = SearchOptions(current=old)
+    assert account(load, old, plan, options=free).event(None, "", "", {}).left_out == ("", "", "")
+
+
+def test_bounds_are_of_the_window() -> None:
+    load, old, new = random_case(2, 3, 2)
+    event = account(load, old, new).event(None, "", "", {})
+    assert event.imbalance_bound == tuple(lower_bound(load, Topology(1, 2), 4).tolist())
+    assert (event.iteration, event.steps, event.layers) == (7, 3, ("0", "1"))
+    assert (event.iteration_seconds, event.iteration_seconds_next, event.repaid) == (1.5, None, None)
+    assert (event.move_price, event.num_candidates, event.seed) == ((2.0, 2.0), 4, 0)
+
+
+def test_the_next_window_completes_a_record() -> None:
+    load, old, new = random_case(3, 3, 2)
+    event = account(load, old, new).event(None, "", "", {})
+    following, _, _ = random_case(4, 6, 2)
+    told = completed(event, following, new, Pace(2.5, 0.1, 3), repaid=False)
+    size, wanted = new.slots_per_gpu, []
+    for layer, table in enumerate(new.expert_of_slot.tolist()):
+        ratios = []
+        for row in following[:, layer].tolist():
+            fullest = max(sum(row[e] for e in table[at : at + size]) for at in range(0, len(table), size))
+            ratios.append(fullest * 2 / sum(row))
+        wanted.append(sum(ratios) / len(ratios))
+    assert told.imbalance_next == pytest.approx(wanted)
+    assert (told.iteration_seconds_next, told.repaid, told.iteration) == (2.5, False, 7)
