@@ -570,6 +570,33 @@ def test_even_candidates_start_afresh_and_odd_ones_from_the_current_placement(po
 
 @pytest.mark.parametrize("num_steps", [1, 3])
 @pytest.mark.parametrize("policy", POLICIES)
+def test_what_starts_from_the_current_placement_moves_only_what_pays(policy: str, num_steps: int) -> None:
+    """Also whole blocks, each of whose experts has its price; in units that are a little coarser."""
+    topology, options = POLICIES[policy]
+    load = skewed(19, num_steps, 40, 16)
+    current, total = placement_of(policy, load.flip(2)), int(load.sum()) / 40
+    for part in (0.003, 0.01, 0.03, 0.1):
+        problem = Problem(load, topology, SearchOptions(current=current, move_price=part * total, **options))
+        table = problem.build(torch.ones(40, dtype=torch.int64))
+        costs = [
+            plain_costs(load, each, topology.num_gpus, current, part * total)
+            for each in (table, current.expert_of_slot)
+        ]
+        assert all(a <= b * (1 + 2**-20) for a, b in zip(*costs, strict=True))
+
+
+def test_what_costs_anything_costs_something_in_coarser_units_too() -> None:
+    load = skewed(20, 2, 3, 16)
+    for price, wanted in ((1e-9, [0, 1, 1]), ((0.0, 1e-9), [0, 0, 1]), (1e30, [0, 2**30, 2**30])):
+        options = SearchOptions(current=Placement.contiguous(3, 16, 4), move_price=price)
+        problem = Problem(load, Topology(2, 2), options)
+        assert problem._load.sum((0, 2)).min() > 2**39
+        assert problem._terms.load.sum((1, 2)).max() <= 2**30
+        assert problem._terms.price.tolist() == [wanted] * 3
+
+
+@pytest.mark.parametrize("num_steps", [1, 3])
+@pytest.mark.parametrize("policy", POLICIES)
 def test_every_candidate_and_every_plan_keeps_the_rules(policy: str, num_steps: int) -> None:
     """Starting from what keeps them; and from what breaks them, which a layer may only keep as it is."""
     topology, options = POLICIES[policy]
