@@ -6,17 +6,23 @@ Shapes: L layers, E experts, G slots on each GPU.
 from __future__ import annotations
 
 import copy
+import time
+import warnings
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 import torch.distributed as dist
-from jobs import DIM, EXPERTS, LAYERS, Job, by_slot, skewed
+from jobs import DIM, EXPERTS, LAYERS, SLOT_BYTES, Clock, Job, by_slot, skewed
 from ranks import errors_on_ranks, on_ranks
 from torch import Tensor, nn
 
 import distplb
-from distplb import DistplbError, LoadWindow, MoELayer, Placement, Topology
+from distplb import DistplbError, LoadWindow, MoELayer, MoveModel, Placement, TimeCurve, Topology, observer
+from distplb import rebalancer as rebalancer_module
 from distplb.comm.torchdist import TorchComm
 from distplb.errors import HalfMovedError
 from distplb.events import RebalanceEvent
@@ -37,6 +43,12 @@ class Blockwise8bit(torch.optim.Optimizer):
             self.state[parameter] = {"state1": rounded.view_as(parameter), "absmax1": scale}
 
 
+CURVE = TimeCurve((0, 20, 180, 2000), (0, 20, 140, 1240))
+CHEAP, DEAR = MoveModel(1.0, 1, 1e12, 1e12), MoveModel(1e-9, 10**9, 1.0, 1.0)
+BY_HAND = MoveModel(seconds_per_token=2.0, bytes_per_slot=1000, bandwidth_inside=100, bandwidth_between=50)
+HOT_SLOTS = torch.tensor([[90, 90, 10, 10, 10, 10, 10, 10]] * LAYERS)  # [L, P], whoever is in them
+
+
 # --- what it refuses -------------------------------------------------------------------------------------------------
 
 
@@ -51,6 +63,10 @@ def refused(case: str) -> str:
         options["every"] = 3
     if odd and case == "candidates":
         options["num_candidates"] = 5
+    if odd and case == "curve":
+        options["time_curve"] = CURVE
+    if odd and case == "model":
+        options["move_model"] = CHEAP
     if odd and case == "names":
         layers = job.layers()[::-1]
     if odd and case == "shapes":
@@ -104,6 +120,8 @@ CASES = {
     "experts": "7 slots cannot be spread evenly over 2 GPUs (1 nodes × 2); make the number of slots a multiple of 2",
     "every": "ranks disagree on every: 2 on one, 3 on another",
     "candidates": "ranks disagree on num_candidates: 5 on one, 16 on another",
+    "curve": "ranks disagree on time_curve (digest)",  # one would have measured links, the other planned: for ever
+    "model": "ranks disagree on move_model (digest)",
     "names": "ranks disagree on the model (digest)",
     "shapes": "ranks disagree on the model (digest)",
     "unknown": "rank 1: moe.0.experts.w requires a gradient but is in no param_group of the optimizer; pass",
@@ -229,26 +247,75 @@ def test_each_stage_is_a_range_in_a_profile() -> None:
     assert ranges == {f"distplb::{stage}" for stage in ("count", "search", "choose", "polish", "share", "move")}
 
 
-def quiet_steps() -> int:
-    calls = 0
+class Counting(TorchComm):
+    """Notes its calls."""
 
-    class Counting(TorchComm):
-        def all_reduce_min(self, tensor: Tensor) -> None:
-            nonlocal calls
-            calls += 1
-            super().all_reduce_min(tensor)
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[str] = []
 
-    job = Job()
-    rebalancer = job.rebalancer(every=5, comm=Counting())
-    built, job.window.load = calls, None  # neither a collective nor a look at the counts
-    for _ in range(4):
+    def all_reduce_sum(self, tensor: Tensor) -> None:
+        self.calls.append("sum")
+        super().all_reduce_sum(tensor)
+
+    def all_reduce_min(self, tensor: Tensor) -> None:
+        self.calls.append("min")
+        super().all_reduce_min(tensor)
+
+    def broadcast(self, tensor: Tensor, root: int) -> None:
+        self.calls.append("broadcast")
+        super().broadcast(tensor, root)
+
+    def exchange(self, sends: Any, receives: Any) -> None:
+        self.calls.append("exchange")
+        super().exchange(sends, receives)
+
+
+def quiet_steps() -> tuple[list[str], int]:
+    def looked_at(*_: Any) -> Any:
+        raise AssertionError("waited for the device")
+
+    job, comm, clock = Job(), Counting(), Clock()
+    observer.time = clock
+    rebalancer = job.rebalancer(every=6, comm=comm, time_curve=CURVE, record="never written")
+    comm.calls.clear()
+    # None of what waits for the device, of the window or in general.
+    job.window.load = job.window.steps = torch.cuda.synchronize = looked_at
+    LoadWindow.seen = property(looked_at)
+    for _ in range(5):
         job.iterate()
-        rebalancer.step()
-    return calls - built
+        clock.now += 2.0
+        with patch.multiple(Tensor, item=looked_at, tolist=looked_at, cpu=looked_at, __bool__=looked_at):
+            rebalancer.step()
+    return comm.calls, rebalancer._observer.pace().iterations
 
 
 def test_iterations_that_do_not_rebalance_cost_no_collective_and_no_look_at_the_device() -> None:
-    assert on_ranks(2, quiet_steps) == [0, 0]
+    assert on_ranks(2, quiet_steps) == [([], 4)] * 2
+
+
+def calls_of_a_rebalance() -> list[list[str]]:
+    found = []
+    for options in ({}, {"dry_run": True}, {"move_model": DEAR}, {"time_curve": TimeCurve.linear(1e6)}):
+        job, comm = Job(), Counting()
+        rebalancer = job.rebalancer(every=1, comm=comm, verify="off", engine="reference", **options)
+        for _ in range(2):
+            comm.calls.clear()
+            job.iterate(HOT_SLOTS)
+            rebalancer.step()
+            found.append(list(comm.calls))
+    return found
+
+
+def test_a_rebalance_costs_one_broadcast_more_than_a_plan_and_the_agreements_of_its_moves() -> None:
+    told, plan_ = ["broadcast"], ["min", "sum", "min", "broadcast"]
+    kept, moved = [*told, *plan_, "min"], [*told, *plan_, "min", "exchange", "min", "min"]  # one commit
+    for free, again, dry, dry_again, dear, dear_again, measured, priced in on_ranks(2, calls_of_a_rebalance):
+        assert free == again == priced == moved
+        assert dry == dry_again == [*told, *plan_]
+        assert dear == dear_again == kept
+        # Bandwidths, once: four rounds and a broadcast.
+        assert measured == [*told, *["exchange"] * 4, "broadcast", *moved[1:]]
 
 
 def disabled_and_enabled() -> list[int]:
@@ -302,6 +369,238 @@ def test_state_is_keyed_by_layer_name() -> None:
     state["placement"] = {"moe.1": state["placement"]["moe.1"], "block.0": state["placement"]["moe.0"]}
     with pytest.raises(DistplbError, match=r"state and model differ in layer 'block\.0'; load the state of this model"):
         Job(ranks=1).rebalancer(every=1).load_state_dict(state)
+
+
+# --- what moves are worth --------------------------------------------------------------------------------------------
+
+
+def priced() -> dict[str, RebalanceEvent]:
+    """One rebalance of each kind: six steps since the last one, of which four are kept."""
+    cases: dict[str, dict[str, Any]] = {
+        "free": {},
+        "cheap": {"move_model": CHEAP},
+        "dear": {"move_model": DEAR},
+        "by hand": {"move_model": BY_HAND, "topology": Topology(2, 1)},
+        "dry": {"move_model": BY_HAND, "time_curve": CURVE, "dry_run": True, "max_bytes": 0},
+        "dry and dear": {"move_model": DEAR, "time_curve": CURVE, "dry_run": True},
+        "dry without a model": {"time_curve": CURVE, "dry_run": True},
+    }
+    found: dict[str, RebalanceEvent] = {}
+    for name, options in cases.items():
+        told: list[RebalanceEvent] = []
+        job = Job()
+        rebalancer = job.rebalancer(every=6, on_event=told.append, engine="reference", **options)
+        for _ in range(6):
+            job.iterate(HOT_SLOTS)
+            rebalancer.step()
+        [found[name]] = told
+        if found[name].decision != "moved":
+            assert rebalancer.placement == Placement.contiguous(LAYERS, EXPERTS, 2)
+    return found
+
+
+@pytest.fixture(scope="module")
+def events_of_prices() -> list[dict[str, RebalanceEvent]]:
+    return on_ranks(2, priced)
+
+
+def test_what_is_worth_its_price_is_moved_and_nothing_else(
+    events_of_prices: list[dict[str, RebalanceEvent]],
+) -> None:
+    for found in events_of_prices:
+        free, cheap, dear = found["free"], found["cheap"], found["dear"]
+        assert free.decision == cheap.decision == "moved"
+        assert free.imbalance_after == cheap.imbalance_after == cheap.imbalance_bound == pytest.approx((1.0,) * LAYERS)
+        assert dear.decision == "kept"
+        assert dear.reason == "no layer has a placement that is worth its moves"
+        assert dear.left_out == ("no other move repays itself",) * LAYERS
+        assert dear.slots_moved == dear.bytes_moved == dear.saved_seconds == dear.move_seconds == 0
+        assert dear.imbalance_after == dear.imbalance_before
+        assert dear.placement_digest == Placement.contiguous(LAYERS, EXPERTS, 2).digest()
+        assert free.move_price == (0.0, 0.0)
+        assert free.saved_seconds is free.move_seconds is None
+        assert free.left_out == cheap.left_out == ("",) * LAYERS
+
+
+def test_seconds_of_an_event_by_hand(events_of_prices: list[dict[str, RebalanceEvent]]) -> None:
+    event = events_of_prices[0]["by hand"]
+    assert event.steps == 4
+    # A slot is 1000 bytes, at 100 a second in a node and at 50 between two. A token is 2 s, but of 6 steps there are 4.
+    assert event.move_price == pytest.approx((10 / 2 * 4 / 6, 20 / 2 * 4 / 6))
+    assert event.move_seconds == pytest.approx(event.slots_moved * 20)  # on each node is one GPU
+    # Both ranks count 2 × 90 + 2 × 10 tokens of 240 on GPU 0, and 120 after; in 4 steps of 2 layers.
+    assert event.saved_seconds == pytest.approx(2 * (200 - 120) * 4 * LAYERS * 2.0 * 6 / 4)
+    assert (event.seconds_per_token, event.bytes_per_slot) == (2.0, 1000)
+    assert (event.bandwidth_inside, event.bandwidth_between) == (100, 50)
+
+
+def test_a_dry_run_with_a_curve_and_a_model_tells_what_would_be_gained_and_paid(
+    events_of_prices: list[dict[str, RebalanceEvent]],
+) -> None:
+    for found in events_of_prices:
+        event, dear, free = found["dry"], found["dry and dear"], found["dry without a model"]
+        for one in (event, dear, free):
+            assert one.decision == "dry run"
+            assert one.dry_run
+            assert one.slots_moved == one.bytes_moved == 0
+            assert one.time_curve == tuple(zip(CURVE.tokens, CURVE.nanoseconds, strict=True))
+        # A hot expert has 180 tokens of both ranks and takes 140 ns, another one 20 and 20 ns.
+        assert event.saved_seconds == pytest.approx((2 * 140 + 2 * 20 - (2 * 140 + 6 * 20) / 2) * 6 * LAYERS * 1e-9)
+        assert event.move_seconds is not None
+        assert event.move_seconds > 0
+        assert event.imbalance_after == pytest.approx((1.0,) * LAYERS)
+        assert dear.imbalance_after == dear.imbalance_before
+        assert dear.saved_seconds == dear.move_seconds == 0
+        assert free.saved_seconds is None
+
+
+def test_events_are_equal_on_all_ranks_but_for_the_seconds_of_stages_and_iterations(
+    events_of_prices: list[dict[str, RebalanceEvent]],
+) -> None:
+    first, second = ({name: replace(event, seconds={}) for name, event in found.items()} for found in events_of_prices)
+    assert first == second
+
+
+def measured_once() -> tuple[list[RebalanceEvent], int]:
+    told: list[RebalanceEvent] = []
+    measuring, calls = rebalancer_module.measured_bandwidths, 0
+
+    def counted(*args: Any) -> tuple[int, int]:
+        nonlocal calls
+        calls += 1
+        return measuring(*args)
+
+    rebalancer_module.measured_bandwidths = counted
+    job = Job()
+    rebalancer = job.rebalancer(time_curve=CURVE, on_event=told.append, engine="reference")
+    for _ in range(6):
+        job.iterate(HOT_SLOTS)
+        rebalancer.step()
+    return [replace(event, seconds={}) for event in told], calls
+
+
+def test_with_a_time_curve_alone_the_price_is_measured_once() -> None:
+    (events, calls), other = on_ranks(2, measured_once)
+    assert (events, calls) == other
+    assert calls == 1
+    assert len(events) == 5
+    assert {event.bytes_per_slot for event in events} == {SLOT_BYTES}
+    assert [event.seconds_per_token for event in events] == pytest.approx([1240e-9 / 2000] * 5)
+    assert len({(event.bandwidth_inside, event.bandwidth_between) for event in events}) == 1
+    assert events[0].bandwidth_inside == events[0].bandwidth_between > 0
+    assert all(event.move_price[0] > 0 for event in events)
+
+
+# --- what it records -------------------------------------------------------------------------------------------------
+
+EVERY, ITERATIONS, APPLIED = 4, 16, 14
+
+
+def counts_at(iteration: int, rank: int) -> Tensor:
+    """`[L, E]`."""
+    generator = torch.Generator().manual_seed(10 * iteration + rank)
+    return torch.randint(1, 100, (LAYERS, EXPERTS), generator=generator) ** 2
+
+
+def recorded(folder: str) -> tuple[list[RebalanceEvent], list[list[list[int]]]]:
+    """All events, and the table in force in each iteration; in the middle of the last window it is changed by hand."""
+    told: list[RebalanceEvent] = []
+    job, rank, tables = Job(), dist.get_rank(), []
+    rebalancer = job.rebalancer(
+        every=EVERY,
+        time_curve=CURVE,
+        move_model=MoveModel(1e-9, 50, 1e9, 1e9),
+        seed=5,
+        num_candidates=6,
+        engine="reference",
+        record=f"{folder}/of rank {rank}",
+        on_event=told.append,
+    )
+    for iteration in range(1, ITERATIONS + 1):
+        tables.append(rebalancer.placement.expert_of_slot.tolist())
+        job.iterate(by_slot(counts_at(iteration, rank), rebalancer.placement))
+        rebalancer.step()
+        if iteration == APPLIED:
+            rebalancer.apply(scattered(6))
+    return [event for event in told if event.imbalance_next is None], tables
+
+
+@pytest.fixture(scope="module")
+def record(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, list[RebalanceEvent], list[list[list[int]]]]:
+    """What rank 0 wrote, told and had in force; written is all when its process has ended."""
+    folder = tmp_path_factory.mktemp("record")
+    (events, tables), (_, others) = on_ranks(2, recorded, str(folder))
+    assert tables == others
+    return folder, events, tables
+
+
+def test_a_record_is_all_windows_with_the_placement_that_was_in_force(record: Any) -> None:
+    folder, events, tables = record
+    assert [path.name for path in folder.iterdir()] == ["of rank 0"]  # nobody else writes
+    trace = distplb.Trace.read(folder / "of rank 0")
+    assert trace.layers == ("moe.0", "moe.1")
+    # What was counted before the change by hand is forgotten with it.
+    wanted = [iteration for iteration in range(1, ITERATIONS + 1) if iteration not in (APPLIED - 1, APPLIED)]
+    assert trace.iteration.tolist() == wanted
+    for nth, iteration in enumerate(wanted):
+        assert torch.equal(trace.load[nth], counts_at(iteration, 0) + counts_at(iteration, 1))
+        in_force = trace.placements[int(trace.placement_of_step[nth])]
+        assert in_force.expert_of_slot.tolist() == tables[iteration - 1]
+    assert [event.iteration for event in events] == [4, 8, 12, 16]
+    assert sum(event.decision == "moved" for event in events) >= 2
+    assert len(trace.placements) >= 3
+
+
+def test_an_events_options_plan_its_plan_again(record: Any) -> None:
+    folder, events, _ = record
+    trace = distplb.Trace.read(folder / "of rank 0")
+    for event in events:
+        steps = (trace.iteration > event.iteration - EVERY) & (trace.iteration <= event.iteration)
+        current = trace.placements[int(trace.placement_of_step[steps][0])]
+        tokens, nanoseconds = zip(*event.time_curve, strict=True)
+        again = distplb.plan(
+            trace.load[steps],
+            Topology(1, 2),
+            current=current,
+            move_price=event.move_price,
+            time_curve=TimeCurve(tokens, nanoseconds),
+            num_candidates=event.num_candidates,
+            seed=event.seed,
+            mode="permute",
+        )
+        assert event.steps == int(steps.sum())
+        assert again.digest() == event.placement_digest
+
+
+def test_a_window_that_was_cut_short_is_priced_for_all_iterations_until_the_next_rebalance(record: Any) -> None:
+    """The steps seen since the change by hand were taken for those until the next rebalance: half as many."""
+    _, events, _ = record
+    prices = [event.move_price[0] for event in events]
+    # A slot is 50 ns; a token, at the curve's last point, is counted as 1 ns here.
+    assert prices == pytest.approx([50.0, 50.0, 50.0, 25.0])
+
+
+def unwritable(folder: str) -> list[str]:
+    job = Job()
+    rebalancer = job.rebalancer(every=1, record=f"{folder}/file/record", engine="reference")
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        for _ in range(4):
+            job.iterate(HOT_SLOTS)
+            rebalancer.step()
+            end = time.monotonic() + 10
+            while dist.get_rank() == 0 and rebalancer._trace.error is None and time.monotonic() < end:
+                time.sleep(0.01)
+    assert rebalancer.iteration == 4
+    return [str(one.message) for one in warned if "trace" in str(one.message)]
+
+
+def test_a_folder_that_cannot_be_written_is_warned_of_once_and_stops_nobody(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    warned, none = on_ranks(2, unwritable, str(tmp_path))
+    assert none == []
+    assert len(warned) == 1
+    assert warned[0].startswith(f"the trace in {tmp_path}/file/record ends here: ")
 
 
 # --- when something breaks in the middle -----------------------------------------------------------------------------
