@@ -1,0 +1,65 @@
+"""Loads of single sequences: steps that are made of them, and what a perfectly bias-balanced router would leave.
+
+Shapes: N sequences, S steps, L layers, E experts.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["halves", "read_sequences", "rescaled", "steps_of"]
+
+_ROUNDS = 100  # of rescaling experts and steps in turn
+
+
+def read_sequences(folder: Path, pattern: str = "deepseek-v2-lite_*_steps.npy") -> dict[str, Tensor]:
+    """By the text's name, `[N, L, E]` int64."""
+    paths = sorted(folder.glob(pattern))
+    if not paths:
+        raise SystemExit(f"no {pattern} in {folder}")
+    return {path.stem.split("_")[1]: torch.from_numpy(np.load(path).astype(np.int64)) for path in paths}
+
+
+def halves(sequences: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """Two parts of `[N, L, E]`, drawn at random, that share no sequence: to plan on, and to judge."""
+    order = torch.from_numpy(np.random.default_rng(seed).permutation(len(sequences)))
+    return sequences[order[: len(order) // 2]], sequences[order[len(order) // 2 :]]
+
+
+def steps_of(sequences: Tensor, steps: int, size: int, seed: int | list[int]) -> Tensor:
+    """`[S, L, E]`: so many steps of `size` sequences each, added up; no step holds a sequence twice."""
+    if size > len(sequences):
+        raise SystemExit(f"a step of {size} sequences cannot be drawn from {len(sequences)}")
+    generator = np.random.default_rng(seed)
+    drawn = np.stack([generator.choice(len(sequences), size, replace=False) for _ in range(steps)])
+    return torch.stack([sequences[torch.from_numpy(rows)].sum(0) for rows in drawn])
+
+
+def rescaled(load: Tensor, *, keep_steps: bool = False) -> Tensor:
+    """`[S, L, E]`: every expert's counts times what gives all experts of a layer the same mean over dim 0.
+
+    That is a router whose biases balance it perfectly over all of `load`, and still not in every step. A layer's
+    total stays as it is, and totals of experts differ by one token at most: fractions are carried to the next step.
+    An expert without a token has its share spread evenly.
+
+    >>> rescaled(torch.tensor([[[1, 6]], [[3, 2]]])).tolist()
+    [[[2, 5]], [[4, 1]]]
+
+    Args:
+        load: `[S, L, E]` int64.
+        keep_steps: whether each step keeps its tokens too (but for rounding), as it would under any router; steps and
+            experts are then rescaled in turn.
+    """
+    counts = load.numpy()
+    counts = np.where(counts.sum(0) > 0, counts, 1).astype(np.float64)
+    total, experts = load.sum((0, 2)).numpy(), load.shape[2]  # total: [L]
+    share = total[:, None] // experts + (np.arange(experts) < total[:, None] % experts)  # [L, E]
+    for _ in range(_ROUNDS if keep_steps else 0):
+        counts *= share / counts.sum(0)
+        counts *= (load.numpy().sum(2) / counts.sum(2).clip(min=1e-300))[..., None]
+    so_far = np.rint(counts.cumsum(0) * (share / counts.sum(0)))  # [S, L, E]
+    return torch.from_numpy(np.diff(so_far, axis=0, prepend=0).astype(np.int64))
