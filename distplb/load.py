@@ -18,6 +18,7 @@ _MAX_TOTAL_BITS = 40
 # Each rank's own total stays below this, so that the sum over 2^14 of them cannot leave an int64.
 _MAX_RANK_TOTAL = 2.0**48
 _NONE = -1  # the number of no step
+_MOST_STEPS = 30_000  # between two clears; below what torch hands to several threads
 
 
 class LoadWindow:
@@ -25,7 +26,7 @@ class LoadWindow:
 
     Up to T steps, all are kept. From then on each step, old or new, is among the kept with the same chance. Which
     ones depends on the seed, on how often the window was cleared and on the number of the step, on nothing else: all
-    layers and ranks keep the same.
+    layers and ranks keep the same. Steps after the 30,000th are counted, but none of them is kept any more.
 
     `add` belongs in the forward of a layer. It never waits for the device, writes in place and keeps its write
     index on the device, so it may be part of a captured CUDA graph.
@@ -74,7 +75,7 @@ class LoadWindow:
         self._counts = torch.zeros(rows + 1, num_layers, num_experts, dtype=torch.int64, device=device)
         self._numbers = torch.empty(rows + 1, num_layers, dtype=torch.int64, device=device)  # whose counts these are
         self._written = torch.empty(num_layers, dtype=torch.int64, device=device)  # steps since the last clear
-        self._stream = torch.empty(1, dtype=torch.int64, device=device)  # hash of the seed and the clears
+        self._rows = torch.empty(_MOST_STEPS + 1, dtype=torch.int64, device=device)  # where each step goes
         self._seed, self._clears = seed, 0
         self._start()
 
@@ -106,7 +107,7 @@ class LoadWindow:
         if not (torch.is_grad_enabled() if training is None else training):
             return
         number = self._written[layer : layer + 1]  # [1], a view: nothing is read on the host
-        row = self._row_of(number)
+        row = self._rows.index_select(0, number.clamp(max=_MOST_STEPS))  # [1]
         self._counts[:, layer].index_copy_(0, row, counts.detach().to(torch.int64).reshape(1, -1))
         self._numbers[:, layer].index_copy_(0, row, number)
         number.add_(1)
@@ -131,18 +132,21 @@ class LoadWindow:
     def _start(self) -> None:
         self._written.zero_()
         self._numbers.fill_(_NONE)
-        # Another hash for each window: the same positions every time would miss what happens in between.
-        self._stream.copy_(hashed(torch.zeros_like(self._stream), self._seed, self._seed >> 32, self._clears))
+        # Drawn once and in place: `add` is a part of every forward, and of captured graphs, and only looks them up.
+        self._rows.copy_(self._drawn_rows())
 
-    def _row_of(self, number: Tensor) -> Tensor:
-        """`[1]`: where a step goes, by reservoir sampling.
+    def _drawn_rows(self) -> Tensor:
+        """`[_MOST_STEPS + 1]`: the row of each step, by reservoir sampling; T, which is not read, for what is not kept.
 
         Vitter, "Random Sampling with a Reservoir" (1985), algorithm R. Of 32 bits modulo N, some remainders are more
         frequent by one part in 2^32 / N.
         """
-        num_steps = self.shape[0]
-        drawn = hashed(self._stream, number) % (number + 1)
-        return torch.where(number < num_steps, number, drawn.clamp(max=num_steps))
+        num_steps, number = self.shape[0], torch.arange(len(self._rows), device=self._rows.device)
+        # Another hash for each window: the same positions every time would miss what happens in between.
+        drawn = hashed(torch.zeros_like(number), self._seed, self._seed >> 32, self._clears, number) % (number + 1)
+        row = torch.where(number < num_steps, number, drawn.clamp(max=num_steps))
+        row[-1] = num_steps
+        return row
 
     def _common_rows(self) -> Tensor:
         """`[T']`: rows in which all layers have the same step, in the order of time."""

@@ -101,9 +101,10 @@ def test_the_sample_is_that_of_the_oracle_after_every_step_and_every_clear(num_s
         window.clear()
 
 
-def test_every_step_has_the_same_chance_and_so_has_every_pair() -> None:
+def test_every_step_has_the_same_chance_and_so_has_every_pair(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 20 steps a window keeps 5, in 800 windows: half by other seeds, half after other clears."""
     T, N = 5, 20
+    monkeypatch.setattr("distplb.load._MOST_STEPS", N)  # rows are drawn ahead, which takes the time here
     kept = torch.zeros(800, N)
     cleared = LoadWindow(1, 1, T, seed=1000)
     for trial in range(800):
@@ -121,6 +122,18 @@ def test_every_step_has_the_same_chance_and_so_has_every_pair() -> None:
 def deviation(found: Tensor, chance: float, trials: int) -> Tensor:
     """In standard deviations of a binomial distribution."""
     return (found - trials * chance) / (trials * chance * (1 - chance)) ** 0.5
+
+
+def test_steps_beyond_the_last_that_has_a_row_are_counted_and_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("distplb.load._MOST_STEPS", 6)
+    window = LoadWindow(1, 1, 2)
+    for number in range(6):
+        window.add(0, torch.tensor([number]), training=True)
+    before = window.load().clone()
+    for number in range(6, 40):
+        window.add(0, torch.tensor([number]), training=True)
+    assert torch.equal(window.load(), before)
+    assert window.seen == 40
 
 
 def test_early_and_late_steps_of_a_long_window_are_kept_alike() -> None:
@@ -225,7 +238,7 @@ def test_bytes_for_not_even_one_step_are_refused_with_what_is_needed() -> None:
 
 def test_the_window_writes_in_place_and_hands_out_copies() -> None:
     window = LoadWindow(1, 2, 2)
-    tensors = [window._counts, window._numbers, window._written, window._stream]
+    tensors = [window._counts, window._numbers, window._written, window._rows]
     addresses = [tensor.data_ptr() for tensor in tensors]
     counts = torch.tensor([1, 2])
     window.add(0, counts, training=True)
@@ -235,7 +248,7 @@ def test_the_window_writes_in_place_and_hands_out_copies() -> None:
         window.add(0, torch.tensor([number, number]), training=True)
     window.clear()
     assert taken.tolist() == [[[1, 2]]]
-    tensors = [window._counts, window._numbers, window._written, window._stream]
+    tensors = [window._counts, window._numbers, window._written, window._rows]
     assert [tensor.data_ptr() for tensor in tensors] == addresses
 
 
