@@ -14,7 +14,8 @@ from distplb.price import MoveModel, TimeCurve
 from distplb.rebalancer import Rebalancer
 from distplb.replay import replay
 from distplb.topology import Topology
-from distplb.trace import Trace, TraceWriter
+from distplb.traces.trace import Trace
+from distplb.traces.writer import TraceWriter
 
 __all__ = [
     "DistplbError",

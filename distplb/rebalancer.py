@@ -34,7 +34,7 @@ from distplb.price import MoveModel, TimeCurve
 from distplb.stages import Stages
 from distplb.stoploss import Pace, StopLoss
 from distplb.topology import Topology
-from distplb.trace import TraceWriter
+from distplb.traces.writer import TraceWriter
 
 __all__ = ["Rebalancer"]
 

@@ -15,7 +15,7 @@ from distplb.errors import DistplbError
 from distplb.placement import Placement
 from distplb.price import MoveModel, TimeCurve, moved_slots
 from distplb.topology import Topology
-from distplb.trace import Trace
+from distplb.traces.trace import Trace
 
 __all__ = ["Planner", "Replay", "replay"]
 

@@ -26,7 +26,7 @@ SOURCES = {
 # Import only downward. A name stands for a module or for all modules of a folder.
 LEVELS = [
     {"errors", "topology", "stages", "hashing", "stoploss"},
-    {"placement", "load", "layer", "events", "trace", "trace_files", "trace_megatron"},
+    {"placement", "load", "layer", "events", "traces"},
     {"cost", "bound", "price"},
     {"packing", "planning", "comm"},
     {"migrate", "replay", "measure"},
@@ -37,9 +37,7 @@ LEVELS = [
 # Names of one level do not import each other, but for these.
 SIDEWAYS = {
     ("topology", "errors"),
-    ("trace", "placement"),
-    ("trace", "trace_files"),
-    ("trace", "trace_megatron"),
+    ("traces", "placement"),
     ("planning", "packing"),
     ("migrate.mover", "migrate.transfer"),
     ("migrate.mover", "migrate.checksum"),
@@ -53,14 +51,14 @@ SIDEWAYS = {
     ("migrate.budget", "migrate.schedule"),
 }
 # Folders whose modules see each other; those of `migrate` only as told above.
-OPEN_FOLDERS = {"packing", "planning", "comm"}
+OPEN_FOLDERS = {"packing", "planning", "comm", "traces"}
 # Libraries that only one place may know, and those that none may.
 KEPT_IN = {
     "torch.distributed": {"distplb.comm.torchdist"},
     "scipy": {"distplb.planning.relabel"},
     "numba": {"distplb.packing.cpu", "distplb.packing.cpu_steps"},
     "filelock": {"distplb.packing.cpu"},
-    "concurrent": {"distplb.packing.cpu", "distplb.trace"},
+    "concurrent": {"distplb.packing.cpu", "distplb.traces.writer"},
     "triton": {"distplb.packing.cuda_kernels", "distplb.packing.cuda_settle", "distplb.packing.cuda_steps"},
 }
 NOWHERE = {"mpi4py", "matplotlib", "transformers", "torchtitan", "megatron", "deepspeed", "accelerate"}

@@ -16,7 +16,7 @@ from distplb import DistplbError, Placement, Topology, imbalance, plan
 from distplb.cost import layer_cost
 from distplb.price import MoveModel, TimeCurve, moved_slots
 from distplb.replay import Replay, replay
-from distplb.trace import Trace
+from distplb.traces.trace import Trace
 
 MODEL = MoveModel(seconds_per_token=1e-6, bytes_per_slot=10**6, bandwidth_inside=1e9, bandwidth_between=1e8)
 TOPOLOGY = Topology(num_nodes=2, gpus_per_node=2)

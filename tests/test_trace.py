@@ -21,8 +21,7 @@ import numpy as np
 import pytest
 import torch
 
-from distplb import DistplbError, Placement
-from distplb.trace import Trace, TraceWriter
+from distplb import DistplbError, Placement, Trace, TraceWriter
 
 
 def random_trace(seed: int = 0, steps: int = 6, first: int = 0) -> Trace:
@@ -357,8 +356,7 @@ def test_counts_that_do_not_fit_are_a_failure_too(tmp_path: Path) -> None:
 
 UNCLOSED = """
 import sys, torch
-from distplb import Placement
-from distplb.trace import TraceWriter
+from distplb import Placement, TraceWriter
 writer = TraceWriter(sys.argv[1])
 for iteration in range(3):
     writer.add(torch.ones(1, 1, 2, dtype=torch.int64), Placement.contiguous(1, 2, 2), [iteration])

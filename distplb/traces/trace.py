@@ -7,11 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-import threading
-import warnings
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +18,10 @@ from torch import Tensor
 
 from distplb.errors import DistplbError
 from distplb.placement import Placement
-from distplb.trace_files import ArrayFile, write_arrays
-from distplb.trace_megatron import read_megatron
+from distplb.traces.files import ArrayFile, write_arrays
+from distplb.traces.megatron import read_megatron
 
-__all__ = ["Trace", "TraceWriter"]
+__all__ = ["Trace"]
 
 _FORMAT_VERSION = 1
 _MAX_ABOUT_BYTES = 1 << 22
@@ -217,85 +213,6 @@ class Trace:
             found.layers,
             note=f"from Megatron-LM's tokens per expert, {', '.join(str(path) for path in paths)}",
         )
-
-
-class TraceWriter:
-    """Writes a trace in parts while a job runs, from one thread beside it; holds two parts at most.
-
-    Something that fails while a part is written never stops the job: it is warned of once, by the next call, kept in
-    `error`, and nothing more is written. Closed or not, what was added is on disk when the process ends in order.
-
-    >>> import tempfile
-    >>> folder = tempfile.TemporaryDirectory()
-    >>> with TraceWriter(folder.name) as writer:
-    ...     for iteration in (0, 1):
-    ...         writer.add(torch.tensor([[[3, 1]]]), Placement.contiguous(1, 2, 2), [iteration])
-    >>> Trace.read(folder.name).load.shape
-    torch.Size([2, 1, 2])
-    >>> folder.cleanup()
-
-    Args:
-        folder: made if need be. Parts are named by their first iteration; a part of the same name is replaced.
-        layers: names, as in `Trace`.
-        note: as in `Trace`.
-    """
-
-    def __init__(self, folder: str | os.PathLike[str], *, layers: Sequence[str] = (), note: str = "") -> None:
-        self.error: Exception | None = None
-        self._folder, self._layers, self._note = Path(folder), tuple(layers), note
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="distplb-trace")
-        self._room = threading.Semaphore(2)
-        self._warned = self._closed = False
-
-    def add(self, load: Tensor, placement: Placement, iterations: Sequence[int] | Tensor) -> None:
-        """Take a copy of one part and go on; waits only while two earlier parts are still being written.
-
-        Args:
-            load: `[T, L, E]`, tokens of each expert.
-            placement: that they ran under.
-            iterations: `[T]`, of the job.
-
-        Raises:
-            DistplbError: if the writer was closed.
-        """
-        self._warn()
-        if self._closed:
-            raise DistplbError(f"the trace in {self._folder} was closed; open a TraceWriter anew")
-        if self.error is not None or not len(load):
-            return
-        counts = load.detach().to("cpu", copy=True)
-        numbers = torch.as_tensor(iterations).to("cpu", copy=True)
-        self._room.acquire()
-        self._thread.submit(self._write, counts, placement, numbers)
-
-    def close(self) -> None:
-        """Wait until all parts are written."""
-        self._closed = True
-        self._thread.shutdown()
-        self._warn()
-
-    def __enter__(self) -> TraceWriter:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def _write(self, load: Tensor, placement: Placement, iteration: Tensor) -> None:
-        try:
-            if self.error is None:
-                trace = Trace(load, (placement,), torch.zeros(len(load), dtype=torch.int64), iteration)
-                trace = replace(trace, layers=self._layers or trace.layers, note=self._note)
-                self._folder.mkdir(parents=True, exist_ok=True)
-                trace.save(self._folder / f"{int(trace.iteration[0]):012d}.npz")
-        except Exception as error:
-            self.error = error
-        finally:
-            self._room.release()
-
-    def _warn(self) -> None:
-        if self.error is not None and not self._warned:
-            self._warned = True
-            warnings.warn(f"the trace in {self._folder} ends here: {self.error}", RuntimeWarning, stacklevel=3)
 
 
 def _smallest(values: NDArray[np.int64]) -> NDArray[Any]:
