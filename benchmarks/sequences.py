@@ -46,8 +46,8 @@ def rescaled(load: Tensor, *, keep_steps: bool = False) -> Tensor:
     total stays as it is, and totals of experts differ by one token at most: fractions are carried to the next step.
     An expert without a token has its share spread evenly.
 
-    >>> rescaled(torch.tensor([[[1, 6]], [[3, 2]]])).tolist()
-    [[[2, 5]], [[4, 1]]]
+    >>> rescaled(torch.tensor([[[10, 60]], [[30, 20]]])).tolist()
+    [[[15, 45]], [[45, 15]]]
 
     Args:
         load: `[S, L, E]` int64.

@@ -5,6 +5,7 @@ Shapes: N sequences, S steps, L layers, E experts.
 
 from __future__ import annotations
 
+import doctest
 import importlib
 import sys
 from collections.abc import Callable
@@ -40,6 +41,13 @@ def counts(*shape: int, seed: int = 0) -> Tensor:
     generator = np.random.default_rng(seed)
     popular = generator.lognormal(0, 1, shape[1:])
     return torch.from_numpy(generator.poisson(20 * popular, shape).astype(np.int64))
+
+
+@pytest.mark.parametrize("module", [sequences, windows], ids=lambda module: module.__name__)
+def test_examples_print_what_they_say(module: ModuleType) -> None:
+    found = doctest.testmod(module)
+    assert found.attempted
+    assert not found.failed
 
 
 # --- sequences and steps ----------------------------------------------------------------------------------------
