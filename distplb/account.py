@@ -83,6 +83,7 @@ class Account:
             bytes_per_slot=None if model is None else model.bytes_per_slot,
             bandwidth_inside=None if model is None else model.bandwidth_inside,
             bandwidth_between=None if model is None else model.bandwidth_between,
+            trust=None if model is None else model.trust,
             time_curve=None if curve is None else tuple(zip(curve.tokens, curve.nanoseconds, strict=True)),
             iteration_seconds=self.pace.median,
             iteration_seconds_next=None,
@@ -107,7 +108,7 @@ class Account:
             for placement in (self.old, self.target)
         )
         inside, between = moved_slots(self.old, self.target, self.topology).sum(0).tolist()
-        saved = int(before - after) * second * self.steps_until_next / len(load)
+        saved = int(before - after) * second * self.steps_until_next / len(load) * self.model.trust
         return saved, self.model.seconds(inside, between)
 
     def _left_out(self) -> tuple[str, ...]:

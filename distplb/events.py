@@ -34,10 +34,10 @@ class RebalanceEvent:
         reason: of the decision, in words.
         left_out: for each layer, why moves that would even it out were not made; empty where there is nothing to say.
         move_price: tokens of the window for a moved slot, inside a node and between nodes.
-        saved_seconds: modelled, by the plan until the next rebalance; None without a price.
+        saved_seconds: modelled, by the plan until the next rebalance, as far as it is trusted; None without a price.
         move_seconds: modelled, of the moves; None without a price.
-        seconds_per_token, bytes_per_slot, bandwidth_inside, bandwidth_between: what the price was made from; None
-            without one.
+        seconds_per_token, bytes_per_slot, bandwidth_inside, bandwidth_between, trust: what the price was made from, as
+            in `MoveModel`; None without one.
         time_curve: (tokens, nanoseconds) of the points of the curve that was balanced; None where that was tokens.
         iteration_seconds: the median iteration before this rebalance; 0 where none was timed.
         iteration_seconds_next: the median one after it; None until the record is given a second time.
@@ -72,6 +72,7 @@ class RebalanceEvent:
     bytes_per_slot: int | None
     bandwidth_inside: float | None
     bandwidth_between: float | None
+    trust: float | None
     time_curve: tuple[tuple[int, int], ...] | None
     iteration_seconds: float
     iteration_seconds_next: float | None

@@ -6,6 +6,7 @@ Shapes: T steps, L layers, E experts, P slots, M GPUs.
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Sequence
 
 import torch
@@ -20,6 +21,8 @@ from distplb.stoploss import Pace
 from distplb.topology import Topology
 
 __all__ = ["Observer", "steps_digest"]
+
+_MOST_ITERATIONS = 10_000  # whose seconds are kept, also where nobody asks for them because rebalancing is off
 
 
 class Observer:
@@ -56,7 +59,7 @@ class Observer:
         self.peers = _ranks_of_groups(gpu_of_rank, group, topology.num_gpus)[self._group]
         self.iterations = 0
         self._resumed: float | None = None
-        self._seconds: list[float] = []
+        self._seconds: deque[float] = deque(maxlen=_MOST_ITERATIONS)
 
     # --- the clock -------------------------------------------------------------------------------------------
 
@@ -72,7 +75,8 @@ class Observer:
 
     def pace(self) -> Pace:
         """Of the iterations since the last one was taken, which are forgotten; of none at first."""
-        seconds, self._seconds = self._seconds, []
+        seconds = list(self._seconds)
+        self._seconds.clear()
         return Pace.of(seconds) if seconds else Pace(0.0, 0.0, 0)
 
     # --- the load --------------------------------------------------------------------------------------------
@@ -112,7 +116,8 @@ class Observer:
     def clear(self) -> None:
         """Begin a new window; of the iterations before, and of what goes on until the loop does, no time is kept."""
         self._window.clear()
-        self.iterations, self._seconds, self._resumed = 0, [], None
+        self.iterations, self._resumed = 0, None
+        self._seconds.clear()
 
 
 def steps_digest(steps: Tensor) -> int:

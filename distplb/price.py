@@ -155,7 +155,7 @@ class MoveModel:
 
     >>> model = MoveModel(seconds_per_token=0.5, bytes_per_slot=640, bandwidth_inside=128, bandwidth_between=64)
     >>> model.price(window_steps=32, steps_until_next=320)
-    (1.0, 2.0)
+    (2.0, 4.0)
 
     Args:
         seconds_per_token: that the fullest GPU needs for one more token of a layer, forward and backward.
@@ -163,17 +163,22 @@ class MoveModel:
         bandwidth_inside: bytes per second of the whole EP group between GPUs of the same node, all of them
             exchanging at once.
         bandwidth_between: the same between nodes.
+        trust: how much of what a plan saves on the steps that it was made from it is expected to save on those to
+            come, in (0, 1]. A half did best over the traces and generators of `benchmarks/bench_replay.py`.
 
     Raises:
-        DistplbError: if one of them is not a positive number.
+        DistplbError: if one of them is not a positive number, or `trust` is above 1.
     """
 
     seconds_per_token: float
     bytes_per_slot: int
     bandwidth_inside: float
     bandwidth_between: float
+    trust: float = 0.5
 
     def __post_init__(self) -> None:
+        if not 0 < self.trust <= 1:
+            raise DistplbError(f"MoveModel: trust is {self.trust!r}; pass a share, above 0 and at most 1")
         for name in ("seconds_per_token", "bytes_per_slot", "bandwidth_inside", "bandwidth_between"):
             _check_positive(f"MoveModel: {name}", getattr(self, name))
 
@@ -181,7 +186,7 @@ class MoveModel:
         """Tokens of the window that one moved slot costs, inside a node and between nodes.
 
         A token that a plan saves in each window of T steps is saved steps_until_next / T times before the next
-        rebalance; a move pays if it saves more tokens of the window than its price.
+        rebalance, if `trust` is 1; a move pays if it saves more tokens of the window than its price.
 
         Args:
             window_steps: T, of the load that is planned on.
@@ -189,7 +194,7 @@ class MoveModel:
         """
         _check_positive("price: window_steps", window_steps)
         _check_positive("price: steps_until_next", steps_until_next)
-        share = window_steps / steps_until_next / self.seconds_per_token
+        share = window_steps / steps_until_next / self.seconds_per_token / self.trust
         return self.seconds(1, 0) * share, self.seconds(0, 1) * share
 
     def seconds(self, inside: int, between: int) -> float:

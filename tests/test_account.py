@@ -18,7 +18,7 @@ from distplb.planner import Planned
 from distplb.planning.options import SearchOptions
 from distplb.stoploss import Pace
 
-MODEL = MoveModel(seconds_per_token=0.25, bytes_per_slot=600, bandwidth_inside=300, bandwidth_between=100)
+MODEL = MoveModel(0.25, bytes_per_slot=600, bandwidth_inside=300, bandwidth_between=100, trust=0.8)
 
 
 def account(load: Tensor, old: Placement, planned: Placement, target: Placement | None = None, **other: Any) -> Account:
@@ -98,13 +98,13 @@ def test_modelled_seconds_by_hand() -> None:
     new = Placement(torch.tensor([[0, 2, 1, 3]]), 4, 2)
     event = account(load, old, new, model=MODEL, steps_until_next=20).event(None, "moved", "", {})
     # 14 + 14 tokens become 9 + 9; ten such windows until the next one. Two slots of 600 bytes at 300 a second.
-    assert event.saved_seconds == pytest.approx(10 * 10 * 0.25)
+    assert event.saved_seconds == pytest.approx(10 * 10 * 0.25 * 0.8)
     assert event.move_seconds == pytest.approx(4.0)
     between = account(load, old, new, model=MODEL, topology=Topology(2, 1)).event(None, "moved", "", {})
-    assert between.saved_seconds == pytest.approx(10 * 0.25)
+    assert between.saved_seconds == pytest.approx(10 * 0.25 * 0.8)
     assert between.move_seconds == pytest.approx(12.0)
     assert (event.seconds_per_token, event.bytes_per_slot) == (0.25, 600)
-    assert (event.bandwidth_inside, event.bandwidth_between) == (300, 100)
+    assert (event.bandwidth_inside, event.bandwidth_between, event.trust) == (300, 100, 0.8)
 
 
 @pytest.mark.parametrize("curved", [False, True])
@@ -114,7 +114,7 @@ def test_modelled_seconds_against_plain_python(curved: bool) -> None:
     options = SearchOptions(current=old, move_price=2.0, time_curve=curve)
     event = account(load, old, new, model=MODEL, options=options, steps_until_next=12.5).event(None, "", "", {})
     saved = plain_fullest(load, old, curve) - plain_fullest(load, new, curve)
-    assert event.saved_seconds == pytest.approx(saved * (1e-9 if curved else 0.25) * 2.5)
+    assert event.saved_seconds == pytest.approx(saved * (1e-9 if curved else 0.25) * 2.5 * 0.8)
     where = [[set(row[at : at + 2]) for at in range(0, 6, 2)] for row in old.expert_of_slot.tolist()]
     crossed = sum(
         expert not in where[layer][slot // 2]
@@ -128,6 +128,7 @@ def test_modelled_seconds_against_plain_python(curved: bool) -> None:
 def test_without_a_model_no_seconds_are_told() -> None:
     event = account(*random_case(1, 2, 2)).event(None, "moved", "", {})
     assert event.saved_seconds is event.move_seconds is event.seconds_per_token is event.bytes_per_slot is None
+    assert event.trust is None
     assert event.bandwidth_inside is event.bandwidth_between is event.time_curve is None
 
 

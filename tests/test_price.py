@@ -154,11 +154,14 @@ def test_other_measurements_are_refused() -> None:
 
 
 @pytest.mark.parametrize(("window", "until_next"), [(32, 320), (32, 32), (64, 16), (1, 12.5)])
-def test_a_move_that_saves_its_price_repays_itself_exactly(window: int, until_next: float) -> None:
-    model = MoveModel(3e-7, 600 * 10**6, 4e12, 5e10)
+@pytest.mark.parametrize("trust", [1.0, 0.5, 0.2])
+def test_a_move_that_saves_its_price_as_far_as_it_is_trusted_repays_itself(
+    window: int, until_next: float, trust: float
+) -> None:
+    model = MoveModel(3e-7, 600 * 10**6, 4e12, 5e10, trust)
     for price, seconds in zip(model.price(window, until_next), (model.seconds(1, 0), model.seconds(0, 1)), strict=True):
         saved_in_a_window = price * model.seconds_per_token
-        assert saved_in_a_window * until_next / window == pytest.approx(seconds)
+        assert saved_in_a_window * until_next / window * trust == pytest.approx(seconds)
 
 
 def test_seconds_add_up_over_both_kinds_of_links() -> None:
@@ -173,6 +176,12 @@ def test_a_model_needs_positive_numbers(name: str, value: Any) -> None:
     numbers = {"seconds_per_token": 1e-6, "bytes_per_slot": 1, "bandwidth_inside": 1.0, "bandwidth_between": 1.0}
     with pytest.raises(DistplbError, match=f"MoveModel: {name} is {value!r}; pass a number above 0"):
         MoveModel(**numbers | {name: value})
+
+
+@pytest.mark.parametrize("trust", [0.0, -0.5, 1.01, float("nan")])
+def test_trust_is_a_share(trust: float) -> None:
+    with pytest.raises(DistplbError, match=f"MoveModel: trust is {trust!r}; pass a share, above 0 and at most 1"):
+        MoveModel(1e-6, 1, 1.0, 1.0, trust)
 
 
 def test_a_price_needs_steps() -> None:

@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from ranks import on_ranks
 
+from distplb import Placement, Trace
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
@@ -38,12 +40,18 @@ def snippets_run(folder: str) -> int:
         "num_experts": 8,
         "num_nodes": 1,
         "gpus_per_node": 1,
+        "run_expert": model.moes[0].run_one_expert,
     }
     os.chdir(folder)
-    torch.save(torch.randint(1000, (8, 2, 16)), "counts.pt")
+    counts = torch.randint(1000, (120, 2, 16))
+    torch.save(counts, "counts.pt")
+    start = Placement.contiguous(2, 16, 4)
+    Trace(counts, (start,), torch.zeros(120, dtype=torch.int64), torch.arange(120)).save("trace.npz")
+    iterations = []
     for block in blocks("python"):
         exec(compile(textwrap.dedent(block), "README.md", "exec"), names)
-    assert names["rebalancer"].iteration == 4
+        iterations.append(names["rebalancer"].iteration)
+    assert iterations[0] == 4
     return len(blocks("python"))
 
 

@@ -45,7 +45,7 @@ class Blockwise8bit(torch.optim.Optimizer):
 
 CURVE = TimeCurve((0, 20, 180, 2000), (0, 20, 140, 1240))
 CHEAP, DEAR = MoveModel(1.0, 1, 1e12, 1e12), MoveModel(1e-9, 10**9, 1.0, 1.0)
-BY_HAND = MoveModel(seconds_per_token=2.0, bytes_per_slot=1000, bandwidth_inside=100, bandwidth_between=50)
+BY_HAND = MoveModel(2.0, bytes_per_slot=1000, bandwidth_inside=100, bandwidth_between=50, trust=0.8)
 HOT_SLOTS = torch.tensor([[90, 90, 10, 10, 10, 10, 10, 10]] * LAYERS)  # [L, P], whoever is in them
 
 
@@ -426,10 +426,10 @@ def test_seconds_of_an_event_by_hand(events_of_prices: list[dict[str, RebalanceE
     event = events_of_prices[0]["by hand"]
     assert event.steps == 4
     # A slot is 1000 bytes, at 100 a second in a node and at 50 between two. A token is 2 s, but of 6 steps there are 4.
-    assert event.move_price == pytest.approx((10 / 2 * 4 / 6, 20 / 2 * 4 / 6))
+    assert event.move_price == pytest.approx((10 / 2 * 4 / 6 / 0.8, 20 / 2 * 4 / 6 / 0.8))
     assert event.move_seconds == pytest.approx(event.slots_moved * 20)  # on each node is one GPU
     # Both ranks count 2 × 90 + 2 × 10 tokens of 240 on GPU 0, and 120 after; in 4 steps of 2 layers.
-    assert event.saved_seconds == pytest.approx(2 * (200 - 120) * 4 * LAYERS * 2.0 * 6 / 4)
+    assert event.saved_seconds == pytest.approx(2 * (200 - 120) * 4 * LAYERS * 2.0 * 6 / 4 * 0.8)
     assert (event.seconds_per_token, event.bytes_per_slot) == (2.0, 1000)
     assert (event.bandwidth_inside, event.bandwidth_between) == (100, 50)
 
@@ -445,7 +445,8 @@ def test_a_dry_run_with_a_curve_and_a_model_tells_what_would_be_gained_and_paid(
             assert one.slots_moved == one.bytes_moved == 0
             assert one.time_curve == tuple(zip(CURVE.tokens, CURVE.nanoseconds, strict=True))
         # A hot expert has 180 tokens of both ranks and takes 140 ns, another one 20 and 20 ns.
-        assert event.saved_seconds == pytest.approx((2 * 140 + 2 * 20 - (2 * 140 + 6 * 20) / 2) * 6 * LAYERS * 1e-9)
+        saved = (2 * 140 + 2 * 20 - (2 * 140 + 6 * 20) / 2) * 6 * LAYERS * 1e-9
+        assert event.saved_seconds == pytest.approx(saved * BY_HAND.trust)
         assert event.move_seconds is not None
         assert event.move_seconds > 0
         assert event.imbalance_after == pytest.approx((1.0,) * LAYERS)
@@ -576,8 +577,8 @@ def test_a_window_that_was_cut_short_is_priced_for_all_iterations_until_the_next
     """The steps seen since the change by hand were taken for those until the next rebalance: half as many."""
     _, events, _ = record
     prices = [event.move_price[0] for event in events]
-    # A slot is 50 ns; a token, at the curve's last point, is counted as 1 ns here.
-    assert prices == pytest.approx([50.0, 50.0, 50.0, 25.0])
+    # A slot is 50 ns; a token, at the curve's last point, is counted as 1 ns here; half of what is saved is trusted.
+    assert prices == pytest.approx([100.0, 100.0, 100.0, 50.0])
 
 
 def unwritable(folder: str) -> list[str]:
