@@ -42,9 +42,10 @@ TEXT = (
     "brackets their share of all slots in a rebalance. Seconds are modelled, of the whole trace: the fullest GPU's "
     "tokens of every step and layer, and the moves. `over even` is the total over that of GPUs that are equally full, "
     "without a move. The sum and the steps are planned from the placement in force too, but at no price. What a move "
-    "saves on the steps that were planned on is more than it saves on those after them, so planning at several times "
-    "the true price is shown too. Drawn traces are steps of random sequences out of 200, which recur, so a planner has "
-    "met them in other company (bench_steps.py keeps them apart). Nothing depends on the machine."
+    "saves on the steps that were planned on is more than it saves on those after them, so the price counts half of it "
+    "(MoveModel.trust); other multiples of that price are shown too. Drawn traces are steps of random sequences out of "
+    "200, which recur, so a planner has met them in other company (bench_steps.py keeps them apart). "
+    "Nothing depends on the machine."
 )
 BALANCED = (
     "This is what decides whether anyone needs a rebalancer whose router balances itself: biases that hold every "
@@ -133,7 +134,7 @@ def parsed_options() -> argparse.Namespace:
     parser.add_argument("--windows", action="store_true", help="instead: which steps to plan on")
     parser.add_argument("--every", type=int, default=32, metavar="N", help="steps between rebalances, all planned on")
     parser.add_argument("--candidates", type=int, default=4, metavar="K")
-    parser.add_argument("--dearer", type=float, nargs="*", default=[4.0], help="also at so many times the price")
+    parser.add_argument("--dearer", type=float, nargs="*", default=[0.5, 2.0], help="also at so many times the price")
     parser.add_argument("--experts-per-gpu", type=int, default=8, metavar="G")
     parser.add_argument("--nodes", type=int, metavar="N", help="by default two for four GPUs or more")
     parser.add_argument("--engine", help="distplb's; by default the fastest that is there")

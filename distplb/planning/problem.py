@@ -83,10 +83,11 @@ class Problem:
             spare = spare_bits(self._load)
             self._load, shift = self._load << spare[:, None], shift + spare
         self._weight = self._load.sum(0) if len(self._load) > 1 else self._load[0]  # [L, E]
-        self._distance = self._price = None
+        self._distance = self._price = self._cost_of_current = None
         if self.current is not None and any(prices):
             self._distance = distances(self.current, topology).to(load.device)
             self._price = in_units(prices, shift)
+            self._cost_of_current = self._cost(self.current.expert_of_slot.to(load.device))  # [L]
         self._terms: Terms | None = None
         if len(load) > 1 or self.current is not None:
             self._terms = self._coarse_terms()
@@ -158,13 +159,21 @@ class Problem:
         if len(others):
             own: Names = {"layer": layer[others], "candidate": candidate[others], "seed": names["seed"]}
             table[others] = self._afresh(self._weight[layer[others]], own)
-        # One step of load without a price is what the fresh search is for.
-        settling = rows if len(self._load) == 1 and self._price is None else torch.arange(len(layer))
-        if self._terms is not None and len(settling):
-            names = {"layer": layer[settling], "candidate": candidate[settling], "seed": names["seed"]}
+        rows = (warm | self._may_gain(layer, table)).nonzero()[:, 0]
+        if self._terms is not None and len(rows):
+            names = {"layer": layer[rows], "candidate": candidate[rows], "seed": names["seed"]}
             ceiling = ceilings(**names)
-            table[settling] = self._policy.settle(self._terms, table[settling], layer=names["layer"], ceiling=ceiling)
+            table[rows] = self._policy.settle(self._terms, table[rows], layer=names["layer"], ceiling=ceiling)
         return table
+
+    def _may_gain(self, layer: Tensor, table: Tensor) -> Tensor:
+        """`[X]` bool: whether steps 10 and 11 may make something of a fresh table."""
+        if self._price is None or self._distance is None or self._cost_of_current is None:
+            # One step of load without a price is what the fresh search is for.
+            return torch.full_like(layer, len(self._load) > 1, dtype=torch.bool)
+        # Where its moves alone cost more than staying can, it is no candidate.
+        paid = tolls(table, self._distance[layer], self._price[layer])
+        return paid + self._weight.sum(1)[layer] // self.num_gpus < self._cost_of_current[layer]
 
     def _may_start_from_current(self, layer: Tensor) -> Tensor:
         """`[X]` bool."""
