@@ -5,6 +5,7 @@ Shapes: T steps, L layers, M GPUs.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -59,13 +60,15 @@ class Account:
         load, model, curve = self.planned.load, self.model, self.options.time_curve
         peaks = [_tokens(load, placement) for placement in (self.old, self.target)]
         saved, moving = self._modelled()
+        after = by_layer(load, self.target)
+        bound = tuple(lower_bound(load, self.topology, self.target.num_slots).tolist())
         return RebalanceEvent(
             iteration=self.iteration,
             layers=self.layers,
             steps=len(load),
             imbalance_before=by_layer(load, self.old),
-            imbalance_after=by_layer(load, self.target),
-            imbalance_bound=tuple(lower_bound(load, self.topology, self.target.num_slots).tolist()),
+            imbalance_after=after,
+            imbalance_bound=bound,
             imbalance_next=None,
             tokens_peak_before=peaks[0][0],
             tokens_p99_before=peaks[0][1],
@@ -75,7 +78,7 @@ class Account:
             bytes_moved=moved.bytes if moved else 0,
             decision=decision,
             reason=reason,
-            left_out=self._left_out(),
+            left_out=self._left_out(after, bound),
             move_price=self.options.prices,
             saved_seconds=saved,
             move_seconds=moving,
@@ -111,19 +114,17 @@ class Account:
         saved = int(before - after) * second * self.steps_until_next / len(load) * self.model.trust
         return saved, self.model.seconds(inside, between)
 
-    def _left_out(self) -> tuple[str, ...]:
+    def _left_out(self, after: Sequence[float], bound: Sequence[float]) -> tuple[str, ...]:
         """Layer by layer, why the plan stops short of the bound, or this of the plan."""
-        load = self.planned.load
-        bound = lower_bound(load, self.topology, self.target.num_slots)
-        above = imbalance(load, self.target).mean(0).cpu() - bound.cpu() > _UNEVEN
-        over = (self.target.expert_of_slot != self.planned.placement.expert_of_slot).sum(1)
+        over = (self.target.expert_of_slot != self.planned.placement.expert_of_slot).sum(1).tolist()
         is_priced = any(self.options.prices)
         texts = []
-        for uneven, slots in zip(above.tolist(), over.tolist(), strict=True):
+        for reached, possible, slots in zip(after, bound, over, strict=True):
             if slots:
                 texts.append(f"{slots} slots are over the budget")
             else:
-                texts.append("no other move repays itself" if uneven and is_priced else "")
+                is_uneven = reached - possible > _UNEVEN
+                texts.append("no other move was found that repays itself" if is_uneven and is_priced else "")
         return tuple(texts)
 
 

@@ -139,7 +139,7 @@ def test_what_was_left_out_is_told_layer_by_layer() -> None:
     load = torch.tensor([[[8, 8, 1, 1], [8, 8, 1, 1], [2, 2, 2, 2]]])
     old = Placement.contiguous(3, 4, 2)
     plan = Placement(torch.tensor([[0, 2, 1, 3], [0, 1, 2, 3], [0, 1, 2, 3]]), 4, 2)
-    unmoved, repaying = "2 slots are over the budget", "no other move repays itself"
+    unmoved, repaying = "2 slots are over the budget", "no other move was found that repays itself"
     assert account(load, old, plan, target=old).event(None, "", "", {}).left_out == (unmoved, repaying, "")
     assert account(load, old, plan).event(None, "", "", {}).left_out == ("", repaying, "")
     free = SearchOptions(current=old)

@@ -413,7 +413,7 @@ def test_what_is_worth_its_price_is_moved_and_nothing_else(
         assert free.imbalance_after == cheap.imbalance_after == cheap.imbalance_bound == pytest.approx((1.0,) * LAYERS)
         assert dear.decision == "kept"
         assert dear.reason == "no layer has a placement that is worth its moves"
-        assert dear.left_out == ("no other move repays itself",) * LAYERS
+        assert dear.left_out == ("no other move was found that repays itself",) * LAYERS
         assert dear.slots_moved == dear.bytes_moved == dear.saved_seconds == dear.move_seconds == 0
         assert dear.imbalance_after == dear.imbalance_before
         assert dear.placement_digest == Placement.contiguous(LAYERS, EXPERTS, 2).digest()
