@@ -90,6 +90,12 @@ class Observer:
         """Steps since the last clear, kept or not. Waits for the device."""
         return self._window.seen
 
+    @property
+    def tokens(self) -> int:
+        """That this rank has routed in the steps that are kept, in a layer, on average. Waits for the device."""
+        counts = self._window.load()
+        return int(counts.sum()) // counts.shape[1]
+
     def load(self, placement: Placement) -> Tensor:
         """`[T, L, E]`: this rank's part, by expert; 0 in steps that are other groups'. Waits for the device.
 

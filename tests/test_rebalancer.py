@@ -417,9 +417,33 @@ def test_what_is_worth_its_price_is_moved_and_nothing_else(
         assert dear.slots_moved == dear.bytes_moved == dear.saved_seconds == dear.move_seconds == 0
         assert dear.imbalance_after == dear.imbalance_before
         assert dear.placement_digest == Placement.contiguous(LAYERS, EXPERTS, 2).digest()
-        assert free.move_price == (0.0, 0.0)
+        least = 4 * int(HOT_SLOTS.sum()) / LAYERS * 2**-13  # of what rank 0 counts in the four steps that are kept
+        assert free.move_price == pytest.approx((least, least))
         assert free.saved_seconds is free.move_seconds is None
         assert free.left_out == cheap.left_out == ("",) * LAYERS
+
+
+def nearly_even() -> list[tuple[str, int]]:
+    """What is done, at no known price, where a swap takes so many tokens from GPU 0, which has half a million."""
+    found = []
+    for excess in (100, 1000):
+        told: list[RebalanceEvent] = []
+        job = Job()
+        rebalancer = job.rebalancer(every=1, on_event=told.append)
+        counts = torch.full((LAYERS, EXPERTS), 500_000 // EXPERTS)
+        counts[:, :2] += excess // 2  # on both ranks
+        job.iterate(counts)
+        rebalancer.step()
+        found.append((told[0].decision, told[0].slots_moved))
+    return found
+
+
+def test_experts_do_not_move_for_next_to_nothing_where_moves_have_no_known_price() -> None:
+    """They did: four fifths of them, for a thousandth of the imbalance."""
+    for (little, none), (more, some) in on_ranks(2, nearly_even):
+        assert (little, none) == ("kept", 0)
+        assert more == "moved"
+        assert some == 2 * LAYERS
 
 
 def test_seconds_of_an_event_by_hand(events_of_prices: list[dict[str, RebalanceEvent]]) -> None:
