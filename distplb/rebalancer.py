@@ -9,20 +9,19 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch.optim import Optimizer
 
 from distplb.account import Account, completed
-from distplb.comm.agreement import agree, digest, told_by_root
+from distplb.comm.agreement import agree, digest
 from distplb.comm.base import Comm, WorldOfOne
 from distplb.errors import DistplbError, HalfMovedError
 from distplb.events import RebalanceEvent
 from distplb.layer import MoELayer
 from distplb.load import LoadWindow
-from distplb.measure import measured_bandwidths
 from distplb.migrate.budget import within_budget
 from distplb.migrate.mover import Mover, Travelling
 from distplb.migrate.transfer import Move
@@ -31,6 +30,7 @@ from distplb.placement import Placement
 from distplb.planner import Planned, plan_in_stages
 from distplb.planning.options import SearchOptions
 from distplb.price import MoveModel, TimeCurve
+from distplb.pricer import Pricer, Told
 from distplb.stages import Stages
 from distplb.stoploss import Pace, StopLoss
 from distplb.topology import Topology
@@ -40,9 +40,6 @@ __all__ = ["Rebalancer"]
 
 _STATE_VERSION = 2
 _VERIFIED_BY_DEFAULT = 3  # rebalances
-# What a moved slot must save where nobody knows what moves cost: this share of the mean GPU's tokens. On DeepSeek-V3's
-# loads it leaves an imbalance of 1.002 with 13 % of the slots moved, where moving for nothing leaves 1.0001 with 79 %.
-_LEAST_SAVING = 2.0**-13
 # What all ranks must share from the start.
 _FIELDS = (
     *("the number of layers", "every", "verify", "dry_run", "max_bytes", "stop_loss"),
@@ -125,14 +122,15 @@ class Rebalancer:
         self._options = SearchOptions(
             num_candidates=num_candidates, seed=seed, engine=engine, mode="permute", time_curve=time_curve
         )
-        self._model, self._max_bytes, self._stop_loss = move_model, max_bytes, StopLoss(stop_loss)
+        self._max_bytes, self._stop_loss = max_bytes, StopLoss(stop_loss)
         self._dry_run, self._verify, self._on_event = dry_run, verify, on_event
         self._iteration, self._rebalances = 0, 0
         self._pending: _Pending | None = None
         self._names = tuple(layer.name for layer in layers)
         optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
-        self._mover = self._agreed_mover(layers, optimizers, gpu)
+        self._mover = self._agreed_mover(layers, optimizers, gpu, move_model)
         self._observer = Observer(window, self._comm, topology, self._mover.gpu, seed)
+        self._pricer = Pricer(self._observer, self._comm, topology, move_model, window.shape[0])
         is_writer = self._comm.rank == 0
         self._trace = TraceWriter(record, layers=self._names) if record is not None and is_writer else None
         self._first = self._placement = Placement.contiguous(len(layers), window.shape[2], topology.num_gpus)
@@ -226,10 +224,11 @@ class Rebalancer:
         with stages.stage("count"):
             # A dry run asks nothing of the optimizer: its state may be of a kind that could not be moved.
             travelling, error = ([], None) if self._dry_run else self._travelling()
-            told = self._told_by_root(travelling)
+            took = 0.0 if self._pending is None else self._pending.took
+            told = self._pricer.told_by_root(took, self._mover.bytes_per_slot(travelling))
             # At the rate of the window, which may have more or fewer iterations: not all began with a rebalance.
             until_next = told.seen * self._every / self._observer.iterations
-            options = self._priced(told, until_next)
+            options = self._pricer.priced(self._options, old, told, until_next)
         planned = self._plan(options, stages, error)
         if self._trace is not None:
             self._trace.add(planned.load, old, self._observer.iterations_of_steps(self._iteration, told.seen))
@@ -247,7 +246,7 @@ class Rebalancer:
             planned=planned,
             target=target,
             options=options,
-            model=self._model,
+            model=self._pricer.model,
             pace=told.pace,
             steps_until_next=until_next,
         )
@@ -257,27 +256,6 @@ class Rebalancer:
         if self._on_event is not None:
             for record in (*events, event):
                 self._on_event(record)
-
-    def _told_by_root(self, travelling: Travelling) -> _Told:
-        """Rank 0's word for what each rank measures for itself."""
-        pace, took = self._observer.pace(), 0.0 if self._pending is None else self._pending.took
-        seconds = [round(1e9 * value) for value in (pace.median, pace.error, took)]
-        counts = [pace.iterations, self._observer.seen, self._mover.bytes_per_slot(travelling), self._observer.tokens]
-        *seconds, iterations, seen, slot_bytes, tokens = told_by_root(self._comm, [*seconds, *counts])
-        median, error, took = (value * 1e-9 for value in seconds)
-        return _Told(Pace(median, error, iterations), took, seen, slot_bytes, tokens)
-
-    def _priced(self, told: _Told, until_next: float) -> SearchOptions:
-        """The options of this rebalance: from where, and at what price."""
-        options = replace(self._options, current=self._placement)
-        if self._model is None and options.time_curve is not None and told.slot_bytes:
-            links = measured_bandwidths(self._comm, self._topology, self._observer.peers, self._observer.gpu)
-            speed = max(options.time_curve.nanoseconds_per_token, 1e-6) * 1e-9
-            self._model = MoveModel(speed, told.slot_bytes, *links)
-        steps = min(told.seen, self._window.shape[0])
-        if self._model is None or not steps:
-            return replace(options, move_price=told.tokens * _LEAST_SAVING)
-        return replace(options, move_price=self._model.price(steps, until_next))
 
     def _plan(self, options: SearchOptions, stages: Stages, error: Exception | None) -> Planned:
         with stages.stage("count"):
@@ -290,7 +268,7 @@ class Rebalancer:
         fields = {"the rebalancer's iteration": self._iteration, "the steps in the window (digest)": steps}
         return plan_in_stages(load, self._topology, self._comm, options, stages=stages, fields=fields, error=error)
 
-    def _completed_event(self, planned: Planned, told: _Told) -> list[RebalanceEvent]:
+    def _completed_event(self, planned: Planned, told: Told) -> list[RebalanceEvent]:
         """The last rebalance's record, now that a window has told how it fared; whether it repaid itself counts."""
         if self._pending is None:
             return []
@@ -346,7 +324,9 @@ class Rebalancer:
 
     # --- what is refused -------------------------------------------------------------------------------------
 
-    def _agreed_mover(self, layers: Sequence[MoELayer], optimizers: Sequence[Optimizer], gpu: int | None) -> Mover:
+    def _agreed_mover(
+        self, layers: Sequence[MoELayer], optimizers: Sequence[Optimizer], gpu: int | None, model: MoveModel | None
+    ) -> Mover:
         """What moves this rank's part of the layers, once all ranks have the same layers and options."""
         error: Exception | None = None
         fields = dict.fromkeys(_FIELDS, 0)
@@ -355,7 +335,7 @@ class Rebalancer:
             mover = Mover(layers, optimizers, self._comm, self._topology, self._window.shape[2], gpu)
             verify = ("first", "digest", "off").index(self._verify)
             limit = -1 if self._max_bytes is None else self._max_bytes
-            prices = (digest(self._options.time_curve), digest(self._model))
+            prices = (digest(self._options.time_curve), digest(model))
             what = (int(self._dry_run), limit, self._stop_loss.patience, mover.digest(), *prices)
             values = (len(layers), self._every, verify, *what)
             fields = dict(zip(fields, values, strict=True))
@@ -432,16 +412,6 @@ class Rebalancer:
         )
         self._check_placement(placement)
         return placement
-
-
-class _Told(NamedTuple):
-    """What rank 0 measured, and all ranks go by."""
-
-    pace: Pace  # of the iterations since the last rebalance
-    took: float  # seconds of that one
-    seen: int  # steps in the window, kept or not
-    slot_bytes: int  # of an expert with all that travels with it; 0 where nothing travels
-    tokens: int  # that rank 0 routed in the steps that are kept, in a layer: about as many as the mean GPU receives
 
 
 @dataclass(frozen=True)

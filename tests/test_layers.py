@@ -31,7 +31,7 @@ LEVELS = [
     {"packing", "planning", "comm"},
     {"migrate", "replay", "measure"},
     {"planner", "observer"},
-    {"account"},
+    {"account", "pricer"},
     {"rebalancer"},
 ]
 # Names of one level do not import each other, but for these.

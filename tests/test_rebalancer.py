@@ -21,8 +21,7 @@ from ranks import errors_on_ranks, on_ranks
 from torch import Tensor, nn
 
 import distplb
-from distplb import DistplbError, LoadWindow, MoELayer, MoveModel, Placement, TimeCurve, Topology, observer
-from distplb import rebalancer as rebalancer_module
+from distplb import DistplbError, LoadWindow, MoELayer, MoveModel, Placement, TimeCurve, Topology, observer, pricer
 from distplb.comm.torchdist import TorchComm
 from distplb.errors import HalfMovedError
 from distplb.events import RebalanceEvent
@@ -488,14 +487,14 @@ def test_events_are_equal_on_all_ranks_but_for_the_seconds_of_stages_and_iterati
 
 def measured_once() -> tuple[list[RebalanceEvent], int]:
     told: list[RebalanceEvent] = []
-    measuring, calls = rebalancer_module.measured_bandwidths, 0
+    measuring, calls = pricer.measured_bandwidths, 0
 
     def counted(*args: Any) -> tuple[int, int]:
         nonlocal calls
         calls += 1
         return measuring(*args)
 
-    rebalancer_module.measured_bandwidths = counted
+    pricer.measured_bandwidths = counted
     job = Job()
     rebalancer = job.rebalancer(time_curve=CURVE, on_event=told.append, engine="reference")
     for _ in range(6):
