@@ -309,7 +309,7 @@ def describe(args: argparse.Namespace, modes: list[tuple[str, str]], ranks: int,
         f"{ranks} ranks x {args.batch} sequences x {args.sequence} bytes from {len(text[0]) / 1e6:.0f} MB of text\n"
         f"text: {describe_text(args)}\n"
         f"{len(modes)} x {args.iterations} iterations in turns of {args.turn}: {names}\n"
-        f"The six runs of --compare at default sizes take six to eight minutes on two cores."
+        f"The six runs of --compare at default sizes take five to eight minutes on two cores."
     )
 
 
