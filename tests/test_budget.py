@@ -172,8 +172,8 @@ def with_budget() -> list[dict[str, Any]]:
 
 
 def heavy() -> Tensor:
-    """`[L, E]`: three hot experts of layer 0 and two, less hot, of layer 1 are all on GPU 0."""
-    counts = skewed((0, 1, 2))
+    """`[L, E]`: four hot experts of layer 0 and two, less hot, of layer 1 are all on GPU 0."""
+    counts = skewed((0, 1, 2, 3))
     counts[1] = skewed((0, 1))[1]
     counts[1, 1] = 60
     return counts
