@@ -11,7 +11,7 @@ from torch import Tensor
 from distplb.errors import DistplbError
 from distplb.hashing import hashed
 
-__all__ = ["LoadWindow", "as_tokens", "excess_bits", "group_of_steps", "scaled", "spare_bits", "widened"]
+__all__ = ["LoadWindow", "as_tokens", "excess_bits", "group_of_steps", "scaled", "spare_bits"]
 
 # Packing multiplies a weight by a 14-bit noise and the packed key holds 41 bits of cost: 2^40 leaves room for both.
 _MAX_TOTAL_BITS = 40
@@ -258,8 +258,3 @@ def spare_bits(load: Tensor) -> Tensor:
 def scaled(load: Tensor) -> Tensor:
     """Shift each layer of `[T, L, E]` int64 right until its total over the window is at most 2^40."""
     return load >> excess_bits(load)[:, None]
-
-
-def widened(load: Tensor) -> Tensor:
-    """Shift each layer of `[T, L, E]` int64 left as far as its total stays at most 2^40."""
-    return load << spare_bits(load)[:, None]

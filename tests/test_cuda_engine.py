@@ -378,7 +378,7 @@ def test_the_cases_with_replicas_reach_every_branch(monkeypatch: pytest.MonkeyPa
     crowded, moved, tried = [], [], []
     for case in small_replicated():
         table = ENTRY_POINTS["refine"](reference, case)
-        crowded.append(reference._crowded(table, case.num_packs))
+        crowded.append(steps.crowded(table, case.num_packs))
         moved.append((ENTRY_POINTS["polish"](reference, case) != case.start).any(1))
         key = noisy_keys(case.weight, layer=case.layer, candidate=case.candidate, seed=case.seed)
         most = case.num_packs if case.num_slots <= case.num_packs * case.weight.shape[1] else case.num_slots

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from distplb import DistplbError, LoadWindow
 from distplb.hashing import hashed
-from distplb.load import as_tokens, group_of_steps, scaled, widened
+from distplb.load import as_tokens, group_of_steps, scaled, spare_bits
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -520,7 +520,7 @@ def test_other_layers_are_left_untouched() -> None:
     assert scaled(load)[:, 2].tolist() == [[2**38, 0], [0, 2**38]]
 
 
-# --- widened ----------------------------------------------------------------------------------------------------
+# --- spare_bits -------------------------------------------------------------------------------------------------
 
 
 def test_totals_go_up_to_2_to_the_40_by_a_power_of_two() -> None:
@@ -534,7 +534,7 @@ def test_totals_go_up_to_2_to_the_40_by_a_power_of_two() -> None:
         load[:, layer, 0] = torch.tensor([first, second - first])
         load[1, layer, 2] = total - second
     before = load.clone()
-    found = widened(load)
+    found = load << spare_bits(load)[:, None]
     assert found.dtype == torch.int64
     assert torch.equal(load, before)
     for layer, total in enumerate(totals):
@@ -548,4 +548,4 @@ def test_totals_go_up_to_2_to_the_40_by_a_power_of_two() -> None:
 
 def test_a_layer_without_tokens_stays_without() -> None:
     load = torch.tensor([[[0, 0], [3, 5]], [[0, 0], [0, 0]]])  # [T, L, E]
-    assert widened(load).tolist() == [[[0, 0], [3 << 37, 5 << 37]], [[0, 0], [0, 0]]]
+    assert (load << spare_bits(load)[:, None]).tolist() == [[[0, 0], [3 << 37, 5 << 37]], [[0, 0], [0, 0]]]

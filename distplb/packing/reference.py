@@ -13,6 +13,7 @@ from distplb.packing.settling import Terms, settled
 from distplb.packing.steps import (
     MAX_ROUNDS,
     PAIR_ROUNDS,
+    crowded,
     divide,
     greedy,
     lower_max,
@@ -87,7 +88,7 @@ def refine(
         return table
     replicas = divide(key, num_slots, num_slots)
     start = greedy(weight // replicas, key, replicas, num_packs, apart=False)
-    rows = _crowded(start, num_packs).nonzero()[:, 0]
+    rows = crowded(start, num_packs).nonzero()[:, 0]
     if len(rows):
         other = _searched(weight[rows], key[rows], num_packs, num_slots, apart=False)
         lighter = _peak(weight[rows], other, num_packs) < _peak(weight[rows], table[rows], num_packs)
@@ -107,9 +108,9 @@ def polish(weight: Tensor, table: Tensor, num_packs: int) -> Tensor:
     """
     table = table.clone()
     share = weight // _replicas(table, weight.shape[1])
-    crowded = _crowded(table, num_packs)
+    is_crowded = crowded(table, num_packs)
     for apart in (False, True):
-        rows = (crowded != apart).nonzero()[:, 0]
+        rows = (is_crowded != apart).nonzero()[:, 0]
         for _ in range(PAIR_ROUNDS):
             helped = [rows[:0]]
             for partner in range(_PARTNERS):
@@ -208,9 +209,3 @@ def _replicas(table: Tensor, num_experts: int) -> Tensor:
 def _peak(weight: Tensor, table: Tensor, num_packs: int) -> Tensor:
     """`[X]`: the heaviest pack."""
     return pack_loads(weight // _replicas(table, weight.shape[1]), table, num_packs).amax(1)
-
-
-def _crowded(table: Tensor, num_packs: int) -> Tensor:
-    """`[X]` bool: whether a pack holds an expert twice."""
-    inside = table.view(len(table), num_packs, -1).sort(dim=2).values
-    return (inside[..., 1:] == inside[..., :-1]).any(2).any(1)

@@ -16,7 +16,7 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-__all__ = ["divide", "greedy", "lower_max", "lower_variance", "pack_loads", "swap_pairs"]
+__all__ = ["crowded", "divide", "greedy", "lower_max", "lower_variance", "pack_loads", "swap_pairs"]
 
 MAX_ROUNDS = 50
 PAIR_ROUNDS = 20
@@ -173,6 +173,12 @@ def swap_pairs(
 def pack_loads(share: Tensor, table: Tensor, num_packs: int) -> Tensor:
     """`[X, M]`: the total weight of each pack."""
     return _per_pack(share.gather(1, table), num_packs)
+
+
+def crowded(table: Tensor, num_packs: int) -> Tensor:
+    """`[X]` bool: whether a pack holds an expert twice."""
+    inside = table.view(len(table), num_packs, -1).sort(dim=2).values
+    return (inside[..., 1:] == inside[..., :-1]).any(2).any(1)
 
 
 def _while_better(table: Tensor, best_swap: BestSwap, rounds: int, row_elements: int) -> Tensor:

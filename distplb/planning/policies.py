@@ -16,7 +16,7 @@ from torch import Tensor
 from distplb.packing.candidates import Names, noisy_keys
 from distplb.packing.engines import Engine
 from distplb.packing.settling import MOST_BITS, Terms
-from distplb.packing.steps import greedy, pack_loads
+from distplb.packing.steps import crowded, greedy, pack_loads
 
 __all__ = ["Blocks", "Flat", "Hierarchy", "Policy"]
 
@@ -88,8 +88,7 @@ class Flat:
         """As `Policy`."""
         if self.shared:
             return torch.ones(len(table), dtype=torch.bool, device=table.device)
-        inside = table.view(len(table), self.num_gpus, -1).sort(dim=2).values
-        return (inside[..., 1:] != inside[..., :-1]).flatten(1).all(1)
+        return ~crowded(table, self.num_gpus)
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from distplb.cost import layer_cost
-from distplb.load import excess_bits, scaled, spare_bits
+from distplb.load import excess_bits, spare_bits
 from distplb.packing.candidates import Names, ceilings
 from distplb.packing.engines import Engine, engine_named
 from distplb.packing.settling import MOST_BITS, Terms
+from distplb.packing.steps import crowded
 from distplb.placement import Placement
 from distplb.planning.classes import Classes
 from distplb.planning.moves import distances, in_units, tolls
@@ -75,8 +76,8 @@ class Problem:
         """What is minimised, in units that leave room: at most 2^40 in a layer's window."""
         time = load if options.time_curve is None else options.time_curve.time(load)
         token = 1.0 if options.time_curve is None else options.time_curve.nanoseconds_per_token
-        self._load = scaled(time)
-        shift = -excess_bits(time)
+        excess = excess_bits(time)
+        self._load, shift = time >> excess[:, None], -excess
         prices = options.prices[0] * token, options.prices[1] * token
         if options.slots(load.shape[2]) > load.shape[2] or any(prices):
             # Shares are integer divisions, and prices may be fractions: the rest must not count.
@@ -197,7 +198,7 @@ class Problem:
         Where moving has a price, by the names under which most experts stay in place.
         """
         table = self._policy.search(weight, **names)
-        if self._apart is not None and len(rows := self._sharing(table)):
+        if self._apart is not None and len(rows := crowded(table, self.num_gpus).nonzero()[:, 0]):
             layer = names["layer"][rows]
             own: Names = {"layer": layer, "candidate": names["candidate"][rows], "seed": names["seed"]}
             other = self._apart.search(weight[rows], **own)
@@ -216,11 +217,6 @@ class Problem:
         fresh = Placement(table, num_experts, self.num_gpus)
         named = relabelled(fresh, current, self._policy.cells, self._slot_class, self._gpus_per_node)
         return named.expert_of_slot.to(table.device)
-
-    def _sharing(self, table: Tensor) -> Tensor:
-        """The rows in which a GPU holds an expert twice."""
-        inside = table.view(len(table), self.num_gpus, -1).sort(dim=2).values
-        return (inside[..., 1:] == inside[..., :-1]).any(2).any(1).nonzero()[:, 0]
 
     def _remember(self, candidate: Tensor, cost: Tensor, tables: Tensor) -> None:
         first = cost.argmin(0)  # ties stay with the first
