@@ -272,7 +272,8 @@ def test_replay_end_to_end(loads: Path, run: Callable[..., None]) -> None:
     assert str(loads) not in text
     assert output.with_suffix(".png").stat().st_size > 10_000
     lines = table.read_text().splitlines()
-    assert len(lines) == 1 + 2 * 6 * 24
+    # Two traces under static, greedy, the sum, the steps, and three prices.
+    assert len(lines) == 1 + 2 * 7 * 24
     own = [line.split(",") for line in lines if line.startswith("short,greedy,")]
     assert [int(line[2]) for line in own] == list(range(24))
     assert {int(line[2]) for line in own if int(line[4])} <= {8, 16}
