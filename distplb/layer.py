@@ -1,25 +1,27 @@
-"""What distplb is told of one MoE layer: its router's and its experts' tensors, and who holds what of them.
+"""What distplb is told of one MoE layer: its router's and its experts' tensors, who holds what of them, its counts.
 
 Shapes: E experts, P slots, G slots on this GPU.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
+
+from distplb.ties import RouterTies
 
 __all__ = ["FlatShard", "MoELayer"]
 
 
 @dataclass(frozen=True)
 class FlatShard:
-    """The part of an expert tensor that this rank's optimizer holds, where it is sharded over data-parallel ranks.
+    """The part of a tensor that this rank's optimizer steps on, where that is not the tensor itself.
 
     Args:
-        values: `[n]`, elements `start` to `start + n` of this GPU's expert tensor, flattened: the tensor that the
-            optimizer steps on (a master copy of the parameter's range).
+        values: of any shape; flattened, elements `start` to `start + n` of this GPU's tensor, flattened. A master copy
+            of the whole starts at 0.
         start: in elements.
     """
 
@@ -38,17 +40,38 @@ class MoELayer:
     ...     router={"weight": torch.zeros(16, 64)},
     ... )
 
+    A tensor may be plain and contiguous, or a DTensor whose rows (dim 0) are sharded over expert-parallel ranks and
+    then, along dim 0 or 1, over others; the layout is read off it.
+
     Args:
         name: fully qualified and unique in the model; placements and checkpoints are keyed by it.
-        experts: `[G, ...]` each, contiguous: row g belongs to the expert in this GPU's slot g.
-        router: `[P, ...]` each, contiguous and equal on all ranks: row p belongs to the expert in slot p. Parameters
-            (weight) and buffers (a balancing bias) alike; whatever has a row for each expert and is left out here
-            would stay behind when experts move.
-        shards: for expert tensors (by their name in `experts`) whose optimizer state is sharded over the ranks that
-            hold the same experts: this rank's shard. The tensor itself is then whole on each of those ranks.
+        experts: `[G, ...]` each: row g belongs to the expert in this GPU's slot g; or, where every expert has tensors
+            of its own, a sequence of G equal ones. A DTensor is `[P, ...]` over all its ranks. Whatever has a row for
+            each expert and is left out here would stay behind when experts move: a moving average of the weights is
+            declared like the weights.
+        router: `[P, ...]` each, the same on all ranks, or sharded: row p belongs to the expert in slot p. Parameters
+            (weight) and buffers (a balancing bias) alike. Left empty where `slot_of_expert` is given.
+        shards: for tensors (by their name in `experts` or `router`) that the optimizer does not step on itself, but on
+            a shard or a copy: this rank's; for a sequence, one or None for each of its tensors. The tensor itself is
+            then whole on each of the ranks that share it.
+        num_groups: of group-limited routing; experts then keep to blocks of groups, unless `slot_of_expert` is given.
+        slot_of_expert: `[E]` int64, the table by which the layer's dispatcher finds an expert's slot after the
+            router's choice. It is written in place after every move, and the router keeps its rows. Any placement is
+            possible then.
+        counts: is called once with the function that takes this layer's counts `[P]` (`[E]` with `slot_of_expert`) of
+            each forward, as `LoadWindow.add` does, and a keyword `training`. None where the loop fills the window.
+        ties: to be filled by the layer with its router's scores, so that the event can tell how many tokens are
+            routed by chance.
+        invalidate: called after each commit that changed this layer, to drop what is derived from its tensors: cached
+            low-precision weights, unsharded copies.
     """
 
     name: str
-    experts: Mapping[str, Tensor]
-    router: Mapping[str, Tensor]
-    shards: Mapping[str, FlatShard] = field(default_factory=dict)
+    experts: Mapping[str, Tensor | Sequence[Tensor]]
+    router: Mapping[str, Tensor] = field(default_factory=dict)
+    shards: Mapping[str, FlatShard | Sequence[FlatShard | None]] = field(default_factory=dict)
+    num_groups: int | None = None
+    slot_of_expert: Tensor | None = None
+    counts: Callable[[Callable[..., None]], object] | None = None
+    ties: RouterTies | None = None
+    invalidate: Callable[[], None] | None = None

@@ -1,0 +1,1 @@
+"""Adapters: each finds a framework's routers, expert tensors and counts, and says which layout they have."""

@@ -1,0 +1,45 @@
+"""How many tokens a router sends by chance, because two scores at the edge of its choice are equal.
+
+Shapes: N tokens, E experts, K experts of each token.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+__all__ = ["RouterTies"]
+
+
+class RouterTies:
+    """Counts tokens whose K-th and (K + 1)-th score tie: after a permutation they may be routed to the other expert.
+
+    Looks at one forward after each `take`, so that it costs one sorting a rebalance. Never waits for the device until
+    the counts are taken.
+
+    >>> import torch
+    >>> ties = RouterTies(top_k=1)
+    >>> ties.add(torch.tensor([[0.5, 0.5, 0.1], [0.6, 0.2, 0.2]]))
+    >>> ties.take()
+    0.5
+
+    Args:
+        top_k: K.
+    """
+
+    def __init__(self, top_k: int) -> None:
+        self._top_k = top_k
+        self._seen: tuple[Tensor, int] | None = None
+
+    def add(self, scores: Tensor) -> None:
+        """Take in the scores `[..., E]` that a forward chose by, in the precision that it chose in."""
+        if self._seen is not None or scores.shape[-1] <= self._top_k:
+            return
+        edge = scores.detach().topk(self._top_k + 1, dim=-1).values[..., -2:]  # [..., 2]
+        # Experts that were masked out tie among themselves, and are chosen by nobody.
+        tied = (edge[..., 0] == edge[..., 1]) & edge[..., 0].isfinite()
+        self._seen = tied.sum(), tied.numel()
+
+    def take(self) -> float | None:
+        """The share of tokens that tied, None where no forward was looked at; the next forward is looked at again."""
+        seen, self._seen = self._seen, None
+        return None if seen is None or not seen[1] else int(seen[0]) / seen[1]
