@@ -30,6 +30,11 @@ class RouterTies:
         self._top_k = top_k
         self._seen: tuple[Tensor, int] | None = None
 
+    @property
+    def is_due(self) -> bool:
+        """Whether the next forward is looked at; where not, its scores need not be made."""
+        return self._seen is None
+
     def add(self, scores: Tensor) -> None:
         """Take in the scores `[..., E]` that a forward chose by, in the precision that it chose in."""
         if self._seen is not None or scores.shape[-1] <= self._top_k:
