@@ -1,0 +1,297 @@
+"""Hugging Face Transformers 5: Mixtral, Qwen3-MoE, OLMoE, DeepSeek-V3, gpt-oss, under its own expert parallelism.
+
+Shapes: N tokens, E experts, P slots, K experts of each token.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP
+from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
+
+from distplb.comm.torchdist import TorchComm
+from distplb.errors import DistplbError
+from distplb.integrations.common import counts_of, named_parts, not_found
+from distplb.layer import MoELayer
+from distplb.rebalancer import Rebalancer
+from distplb.ties import RouterTies
+from distplb.topology import Topology
+
+__all__ = ["moe_layers", "rebalancer"]
+
+_EP_AXIS = "ep"  # what transformers calls it on the experts' mesh
+
+
+# --- what is known of each model ---------------------------------------------------------------------------------
+
+
+def _softmax(router: nn.Module, logits: Tensor) -> Tensor:
+    return logits.float().softmax(-1)
+
+
+def _logits(router: nn.Module, logits: Tensor) -> Tensor:
+    return logits
+
+
+def _within_groups(router: Any, logits: Tensor) -> Tensor:
+    """Those of groups that were not chosen are masked out: nobody ties with them."""
+    scores = logits.sigmoid() + router.e_score_correction_bias
+    groups = scores.unflatten(-1, (router.num_group, -1))  # [N, groups, E / groups]
+    best = groups.topk(2, -1).values.sum(-1)  # [N, groups]
+    closed = torch.ones_like(best, dtype=torch.bool)
+    closed.scatter_(-1, best.topk(router.topk_group, -1).indices, False)
+    open_only: Tensor = groups.masked_fill(closed[..., None], -torch.inf)
+    return open_only.flatten(-2)
+
+
+class _Block(NamedTuple):
+    """What a class of MoE blocks calls its router, and the scores `[N, E]` that this chooses by, from its logits.
+
+    Its experts it calls `experts`; they take (hidden states, chosen experts `[N, K]`, weights). A router gives back
+    (logits `[N, E]`, weights, chosen experts `[N, K]`). All that router and experts hold has a row for each expert.
+    """
+
+    router: str
+    scores: Callable[[Any, Tensor], Tensor]
+
+
+_BLOCKS: dict[type[nn.Module], _Block] = {
+    MixtralSparseMoeBlock: _Block("gate", _softmax),
+    Qwen3MoeSparseMoeBlock: _Block("gate", _softmax),
+    OlmoeSparseMoeBlock: _Block("gate", _softmax),
+    DeepseekV3MoE: _Block("gate", _within_groups),
+    GptOssMLP: _Block("router", _logits),
+}
+
+
+# --- the door ----------------------------------------------------------------------------------------------------
+
+
+def moe_layers(
+    model: nn.Module | Sequence[nn.Module], *, mode: Literal["permute", "remap"] = "permute"
+) -> list[MoELayer]:
+    """Every MoE layer of a model, in the order of its modules; for a `Rebalancer` made by hand.
+
+    Args:
+        model: any module with blocks of a known class somewhere in it, or the parts of one.
+        mode: "permute": router rows move with the experts. "remap": the router keeps its rows, and what it chose is
+            looked up in a table on the way to the experts; any placement is legal then, also for DeepSeek-V3.
+
+    Raises:
+        DistplbError: if there is none, or one that differs from what is known of its class.
+    """
+    if mode not in ("permute", "remap"):
+        raise DistplbError(f"mode is {mode!r}; pass 'permute' or 'remap'")
+    parts = named_parts(model)
+    layers = [layer for part in parts for layer in _layers_of(part, mode)]
+    if not layers:
+        looked_for = [f"{block.__name__} with .{known.router} and .experts" for block, known in _BLOCKS.items()]
+        raise not_found("Hugging Face Transformers", looked_for, parts)
+    return layers
+
+
+def rebalancer(
+    model: nn.Module | Sequence[nn.Module],
+    optimizers: Optimizer | Sequence[Optimizer],
+    *,
+    every: int,
+    group: Any = None,
+    gpus_per_node: int | None = None,
+    mode: Literal["permute", "remap"] = "permute",
+    **options: Any,
+) -> Rebalancer:
+    """A `Rebalancer` for a model that transformers has made expert-parallel, or for a process alone.
+
+    Made expert-parallel by `DistributedConfig(ep_size=...)`; the experts' mesh then tells the EP group, this rank's
+    GPU in it, and which ranks hold copies or shards of the same experts. In the loop::
+
+        rebalancer = huggingface.rebalancer(model, optimizer, every=100)
+        ...
+        optimizer.step()
+        optimizer.zero_grad()
+        rebalancer.step()
+
+    Args:
+        model: or its parts.
+        optimizers: that step on it.
+        every: iterations between rebalances.
+        group: process group of all ranks that hold the experts; the default group where None.
+        gpus_per_node: what `torchrun` says where None, or one node where nobody says.
+        mode: as of `moe_layers`.
+        **options: as of `Rebalancer`.
+
+    Raises:
+        DistplbError: as of `moe_layers` and `Rebalancer`; and if several ranks hold all experts each, because then
+            there is nothing to balance.
+    """
+    layers = moe_layers(model, mode=mode)
+    name, mesh, comm = layers[0].name, _mesh(layers[0].experts), _comm(group)
+    if mesh is None or _EP_AXIS not in (mesh.mesh_dim_names or ()):
+        if comm is not None and comm.size > 1:
+            held = "whole" if mesh is None else f"in parts, on a mesh of axes {mesh.mesh_dim_names}"
+            raise DistplbError(
+                f"{name}: each of {comm.size} ranks computes all experts, which it holds {held}: that is not expert "
+                "parallelism, and leaves nothing to balance; distribute the model with "
+                "transformers.distributed.DistributedConfig(ep_size=...)"
+            )
+        return Rebalancer(layers, optimizers, topology=Topology(1, 1), every=every, **options)
+    if comm is None or comm.size != mesh.size():
+        raise DistplbError(
+            f"{name}: the experts lie on {mesh.size()} ranks, the group has {1 if comm is None else comm.size}; "
+            "pass group=, the process group of exactly these ranks"
+        )
+    ranks = mesh[_EP_AXIS].mesh.tolist()
+    topology = Topology.of_ranks(ranks, gpus_per_node or _gpus_per_node(len(ranks)))
+    gpu = mesh.get_local_rank(_EP_AXIS)
+    return Rebalancer(layers, optimizers, topology=topology, every=every, comm=comm, gpu=gpu, **options)
+
+
+# --- finding -----------------------------------------------------------------------------------------------------
+
+
+def _layers_of(part: nn.Module, mode: str) -> Iterator[MoELayer]:
+    sharers = _ranks_of_a_batch(part)
+    for name, module in part.named_modules():
+        known = next((kind for kind in type(module).__mro__ if kind in _BLOCKS), None)
+        if known is None:
+            continue
+        block = _BLOCKS[known]
+        router, experts = module.get_submodule(block.router), module.get_submodule("experts")
+        # The plan for expert parallelism puts a forward of its own on the experts: it takes and gives the same.
+        written = {
+            module: _forward_of(module),
+            router: _forward_of(router),
+            experts: _forward_of(experts, of_class=True),
+        }
+        for each, where in written.items():
+            if where != known.__module__:
+                raise DistplbError(
+                    f"{name} is a {known.__name__}, but the forward of its {type(each).__qualname__} is that of "
+                    f"{where}: what it does with experts is not known; describe the layer yourself with "
+                    "distplb.MoELayer"
+                )
+        yield _described(name or known.__name__, module, block, router, experts, sharers, mode)
+
+
+def _forward_of(module: nn.Module, *, of_class: bool = False) -> str:
+    """Where the forward that is run was written: a Python module, or "this object" if it was put there.
+
+    Wrappers such as FSDP2 derive a class without a forward; kernels from the hub put one on the object.
+    """
+    if not of_class and "forward" in vars(module):
+        return "this object"
+    return next(kind.__module__ for kind in type(module).__mro__ if "forward" in vars(kind))
+
+
+def _described(
+    name: str, module: nn.Module, block: _Block, router: Any, experts: nn.Module, sharers: int, mode: str
+) -> MoELayer:
+    num_experts, ties = int(router.weight.shape[0]), RouterTies(int(router.top_k))
+    _rows(name, module, num_experts)
+    expert_rows = _rows(f"{name}.experts", experts, num_experts)
+    router_rows = _rows(f"{name}.{block.router}", router, num_experts)
+
+    def look_for_ties(_: nn.Module, arguments: tuple[Any, ...], choice: tuple[Tensor, ...]) -> None:
+        if ties.is_due:
+            ties.add(block.scores(router, choice[0].detach()))
+
+    router.register_forward_hook(look_for_ties)
+    share, remaps = _share_of_tokens(expert_rows, sharers), mode == "remap"
+    return MoELayer(
+        name=name,
+        experts=expert_rows,
+        router={} if remaps else router_rows,
+        num_groups=None if remaps else _num_groups(router),
+        slot_of_expert=_remapped(experts, num_experts, router.weight.device) if remaps else None,
+        counts=counts_of(router, lambda arguments, choice: _counted(choice[2][share], num_experts)),
+        ties=ties,
+    )
+
+
+def _rows(name: str, module: nn.Module, num_experts: int) -> dict[str, Tensor]:
+    """All that a module holds itself, each with a row for each expert.
+
+    Raises:
+        DistplbError: if one has not.
+    """
+    found = dict([*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)])
+    for key, tensor in found.items():
+        if tensor.dim() == 0 or tensor.shape[0] != num_experts:
+            raise DistplbError(
+                f"{name}.{key} has shape {tuple(tensor.shape)}, which is no row for each of {num_experts} experts, so "
+                "how it goes with them is not known; describe the layer yourself with distplb.MoELayer"
+            )
+    return found
+
+
+def _num_groups(router: Any) -> int | None:
+    """Of a choice that is limited to the experts of some groups."""
+    groups = int(getattr(router, "num_group", 1))
+    return groups if groups > 1 and int(router.topk_group) < groups else None
+
+
+def _remapped(experts: nn.Module, num_experts: int, device: torch.device) -> Tensor:
+    """A table `[E]` in which the experts look up, from now on, whom the router chose."""
+    slot_of_expert = torch.arange(num_experts, device=device)
+
+    def look_up(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        hidden_states, chosen, *others = arguments
+        return hidden_states, slot_of_expert[chosen], *others
+
+    # Runs before the forward that expert parallelism puts in place, which takes the numbers of slots of all ranks.
+    experts.register_forward_pre_hook(look_up)
+    return slot_of_expert
+
+
+# --- ranks and tokens --------------------------------------------------------------------------------------------
+
+
+def _ranks_of_a_batch(part: nn.Module) -> int:
+    """How many ranks route the same tokens: those that are tensor-parallel outside of the experts."""
+    configs = (getattr(module, "config", None) for module in part.modules())
+    distributed = (getattr(config, "distributed_config", None) for config in configs)
+    return next((int(config.tp_size or 1) for config in distributed if config is not None), 1)
+
+
+def _share_of_tokens(experts: Mapping[str, Tensor], sharers: int) -> slice:
+    """The tokens that this rank counts, so that none is counted twice."""
+    mesh = _mesh(experts)
+    if mesh is None or _EP_AXIS not in (mesh.mesh_dim_names or ()):
+        return slice(None)
+    # Ranks that route the same tokens follow each other, within an EP group.
+    return slice(mesh.get_local_rank(_EP_AXIS) % sharers, None, sharers)
+
+
+def _mesh(experts: Mapping[str, Any]) -> Any:
+    """The device mesh that the experts lie on, None where each rank holds plain tensors."""
+    return getattr(next(iter(experts.values())), "device_mesh", None)
+
+
+def _counted(chosen: Tensor, num_experts: int) -> Tensor:
+    """`[E]`: how often each expert is in `[N, K]`. Never waits for the device."""
+    flat = chosen.detach().flatten()
+    return torch.zeros(num_experts, dtype=torch.int64, device=flat.device).scatter_add_(0, flat, torch.ones_like(flat))
+
+
+def _comm(group: Any) -> TorchComm | None:
+    """The ranks of a group, None where there is but this process."""
+    try:
+        return TorchComm(group)
+    except DistplbError:
+        if group is not None:
+            raise
+        return None
+
+
+def _gpus_per_node(num_gpus: int) -> int:
+    """Of one EP group, as `torchrun` tells it; all of them where it does not."""
+    return min(num_gpus, int(os.environ.get("LOCAL_WORLD_SIZE", num_gpus)))
