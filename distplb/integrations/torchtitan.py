@@ -1,0 +1,365 @@
+"""torchtitan 0.3: the MoE layers of its decoders, and a `Rebalancer` for the ranks of its meshes.
+
+The layers are built from `torchtitan.models.common.moe`, as those of its DeepSeek-V3, Qwen3 and gpt-oss are. Their
+expert weights are DTensors over the mesh axis "ep", with FSDP2 along dim 0 or dim 1; the router's gate is sharded by
+FSDP2. Nothing of torchtitan is replaced: counts, ties and the table of `mode="remap"` hang on forward hooks.
+
+Shapes: B sequences, S tokens of each, K experts of each token, E experts, P slots.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torchtitan.components.checkpointer.utils import canonical_fqn
+from torchtitan.components.optimizer import OptimizersContainer
+from torchtitan.distributed import ParallelDims
+from torchtitan.models.common.moe import MoE, TokenChoiceTopKRouter
+from torchtitan.models.common.token_dispatcher import AllToAllTokenDispatcher
+
+from distplb.comm.torchdist import TorchComm
+from distplb.errors import DistplbError
+from distplb.integrations.common import Tell, named_parts, not_found
+from distplb.layer import MoELayer
+from distplb.rebalancer import Rebalancer
+from distplb.ties import RouterTies
+from distplb.topology import Topology
+
+__all__ = ["moe_layers", "rebalancer"]
+
+Mode = Literal["permute", "remap"]
+
+# Axes of torchtitan's mesh of experts: these ranks together hold each layer of a pipeline stage.
+_AXES = ["dp_replicate", "efsdp", "ep"]
+_LOOKED_FOR = (
+    "torchtitan.models.common.moe.MoE with a TokenChoiceTopKRouter",
+    "its routed_experts.inner_experts with one row for each expert in every parameter",
+)
+
+
+def moe_layers(model_parts: nn.Module | Sequence[nn.Module], *, mode: Mode = "permute") -> list[MoELayer]:
+    """The MoE layers of a parallelised model, or of the parts that this pipeline stage holds, in their order.
+
+    Call it when the weights are there: after `parallelize_fn` or `pipelining_fn`, and `init_weights`. Names are those
+    of the whole model ("layers.3.moe"), so no two stages share one.
+
+    Args:
+        model_parts: the model, or `Trainer.model_parts`.
+        mode: "permute" moves router rows and `expert_bias_E` along with the experts. "remap" leaves them, and puts a
+            table between the router's choice and the dispatcher; `tokens_per_expert_E` and `expert_bias_E` then stay
+            by expert.
+
+    Raises:
+        DistplbError: if nothing is found, or a layer is of a kind that cannot be moved; with its name and why.
+    """
+    if mode not in ("permute", "remap"):
+        raise DistplbError(f"mode is {mode!r}; pass 'permute' or 'remap'")
+    parts = named_parts(model_parts)
+    layers = [_layer(name, moe, part, around, mode) for name, moe, part, around in _found(parts)]
+    if not layers:
+        raise not_found("torchtitan", _LOOKED_FOR, parts)
+    return layers
+
+
+def rebalancer(
+    model_parts: nn.Module | Sequence[nn.Module],
+    optimizers: Optimizer | Iterable[Optimizer],
+    *,
+    every: int,
+    parallel_dims: ParallelDims | None = None,
+    gpus_per_node: int | None = None,
+    mode: Mode = "permute",
+    **options: Any,
+) -> Rebalancer:
+    """A `Rebalancer` for a torchtitan job. Collective: all ranks of all pipeline stages call it.
+
+    In a Trainer, once its optimizers are built::
+
+        self.rebalancer = rebalancer(
+            self.model_parts, self.optimizers, every=500, parallel_dims=self.parallel_dims
+        )
+
+    and in `train_step`, after `self.lr_schedulers.step()`::
+
+        self.optimizers.zero_grad()  # gradients that are still held would travel too
+        self.rebalancer.step()
+
+    Args:
+        model_parts: the model, or `Trainer.model_parts`.
+        optimizers: torchtitan's `OptimizersContainer`, or torch optimizers.
+        every: iterations between rebalances.
+        parallel_dims: torchtitan's. Where None, the mesh is that of the experts' own weights, which a pipeline stage
+            without MoE layers does not have.
+        gpus_per_node: ranks on each node; what `torchrun` says where None.
+        mode: as of `moe_layers`.
+        options: of `Rebalancer`.
+
+    Returns:
+        One that does nothing, on a pipeline stage without MoE layers.
+
+    Raises:
+        DistplbError: as `moe_layers`; if experts are not spread over an EP group; or as `Rebalancer`.
+    """
+    parts = named_parts(model_parts)
+    layers: list[MoELayer] = []
+    # A stage may lack MoE layers; a whole model that does is a mistake.
+    if parallel_dims is None or not parallel_dims.pp_enabled or any(_alike(part) for part in parts):
+        layers = moe_layers(parts, mode=mode)
+    mesh = _mesh(layers, parallel_dims)
+    ep = mesh["ep"]
+    return Rebalancer(
+        layers,
+        _unwrapped(optimizers),
+        topology=Topology.of_ranks(ep.mesh.flatten().tolist(), _gpus_per_node(gpus_per_node)),
+        every=every,
+        comm=TorchComm(mesh if mesh.ndim == 1 else mesh._flatten("distplb")),
+        gpu=ep.get_local_rank(),
+        **options,
+    )
+
+
+# --- where the layers are ---------------------------------------------------------------------------------------
+
+
+def _found(parts: Sequence[nn.Module]) -> Iterator[tuple[str, MoE, nn.Module, list[Any]]]:
+    """Each MoE layer's name in the whole model, the layer, its part of the model, and the FSDP2 modules around it."""
+    for part in parts:
+        modules = dict(part.named_modules())
+        for name, module in modules.items():
+            if isinstance(module, MoE):
+                words = name.split(".")
+                outer = [modules[".".join(words[:length])] for length in range(len(words) + 1)]
+                # `fully_shard` gives a module these methods.
+                around = [one for one in outer if hasattr(one, "reshard") and hasattr(one, "unshard")]
+                yield canonical_fqn(name), module, part, around
+
+
+def _alike(part: nn.Module) -> bool:
+    """Whether some module's class tells of experts."""
+    return any(
+        word in type(module).__qualname__.lower() for module in part.modules() for word in ("moe", "expert", "router")
+    )
+
+
+def _layer(name: str, moe: MoE, part: nn.Module, around: list[Any], mode: Mode) -> MoELayer:
+    for module in around:
+        module.reshard()  # else the whole weights of a forward would be taken for this rank's own
+    _refuse_what_routes_otherwise(name, moe, mode)
+    experts, router = _expert_tensors(name, moe), _router_tensors(name, moe)
+    ties = RouterTies(top_k=moe.router.top_k)
+    table = None if mode == "permute" else _table(moe, next(iter(experts.values())).device)
+
+    def invalidate() -> None:
+        for module in around:
+            module.reshard()
+        if table is None:
+            # Counts by slot, for the balancing bias: 0 anyway between its update and the next forward.
+            _local(moe.tokens_per_expert_E).zero_()
+
+    return MoELayer(
+        name=name,
+        experts=experts,
+        router=router if table is None else {},
+        num_groups=moe.router.num_expert_groups,
+        slot_of_expert=table,
+        counts=_Counts(part, moe, ties),
+        ties=ties,
+        invalidate=invalidate,
+    )
+
+
+def _expert_tensors(name: str, moe: MoE) -> dict[str, Tensor]:
+    """Everything that has a row for each expert, as this rank holds it."""
+    inner, num_experts = moe.routed_experts.inner_experts, moe.router.num_experts
+    if type(inner).__module__.startswith("torchtitan.components.quantization"):
+        raise DistplbError(
+            f"{name}: experts are a {type(inner).__qualname__}, whose grouped products are quantised; moving those "
+            "was never run: train without that converter, or describe the layer yourself with distplb.MoELayer"
+        )
+    tensors: dict[str, Any] = {**dict(inner.named_parameters()), **dict(inner.named_buffers())}
+    for key, tensor in tensors.items():
+        where = f"{name}.routed_experts.inner_experts.{key}"
+        if not tensor.dim() or tensor.shape[0] != num_experts:
+            raise DistplbError(
+                f"{where} has shape {tuple(tensor.shape)}, not a row for each of {num_experts} experts; "
+                "describe the layer yourself with distplb.MoELayer"
+            )
+        axes = getattr(getattr(tensor, "device_mesh", None), "mesh_dim_names", None) or ()
+        if "ep" not in axes:
+            raise DistplbError(
+                f"{where} is not sharded over expert-parallel ranks (its mesh has the axes {list(axes)}), so every "
+                "rank computes all experts and there is nothing to balance; set expert_parallel_degree above 1"
+            )
+        for axis, placement in zip(axes, tensor.placements, strict=True):
+            dim = getattr(placement, "dim", None)
+            if (axis == "ep" and dim != 0) or axis not in _AXES or dim not in (None, 0, 1):
+                raise DistplbError(
+                    f"{where} lies as {placement} on the mesh axis {axis!r}; understood are dim 0 on 'ep', "
+                    "and dim 0, dim 1 or a copy on 'efsdp' and 'dp_replicate'"
+                )
+    return tensors
+
+
+def _router_tensors(name: str, moe: MoE) -> dict[str, Tensor]:
+    """The router's rows, and the bias by which it is balanced."""
+    tensors = {f"router.{key}": tensor for key, tensor in moe.router.named_parameters()}
+    tensors |= dict(moe.router.named_buffers(prefix="router"))
+    # The layer's own, among them the running counts, which are dropped instead of moved.
+    own = {**dict(moe.named_parameters(recurse=False)), **dict(moe.named_buffers(recurse=False))}
+    tensors |= {key: tensor for key, tensor in own.items() if key != "tokens_per_expert_E"}
+    for key in tensors.keys() - {"router.gate.weight", "router.gate.bias", "expert_bias_E"}:
+        raise DistplbError(
+            f"{name}.{key} is of a router that distplb does not know, so it cannot tell what of it belongs to which "
+            "expert; describe the layer yourself with distplb.MoELayer"
+        )
+    return tensors
+
+
+def _refuse_what_routes_otherwise(name: str, moe: MoE, mode: Mode) -> None:
+    router, dispatcher = moe.router, moe.routed_experts.token_dispatcher
+    if type(router).forward is not TokenChoiceTopKRouter.forward:
+        raise DistplbError(
+            f"{name}.router is a {type(router).__qualname__} with a forward of its own; describe the layer yourself "
+            "with distplb.MoELayer"
+        )
+    if router._debug_force_load_balance:
+        raise DistplbError(
+            f"{name}.router forces the load to be balanced, by the experts' numbers, so that moving experts would "
+            "change the model; unset debug.moe_force_load_balance"
+        )
+    capacity = getattr(dispatcher, "non_blocking_capacity_factor", None)
+    if capacity is not None and capacity < 1:
+        raise DistplbError(
+            f"{name} drops tokens above the capacity of a rank (non_blocking_capacity_factor {capacity}), so that what "
+            "is dropped depends on where experts are; set it to 1.0 or None"
+        )
+    if mode == "remap" and not isinstance(dispatcher, AllToAllTokenDispatcher):
+        raise DistplbError(
+            f"{name} dispatches by {type(dispatcher).__qualname__}, with which mode='remap' was never run; "
+            "pass mode='permute', or use the dispatcher of moe_comm_backend='standard'"
+        )
+
+
+# --- hooks ------------------------------------------------------------------------------------------------------
+
+
+class _Counts:
+    """`MoELayer.counts`: this rank's tokens of each slot (or expert), after each forward of the model.
+
+    That is what the layer's own running counts grow by during the forward. They are only read, before torchtitan's
+    optimizer hook reduces and zeroes them; what recomputation in the backward adds comes after. The hooks are the whole
+    model's, outside of what is checkpointed, compiled or captured block by block.
+    """
+
+    def __init__(self, part: nn.Module, moe: MoE, ties: RouterTies) -> None:
+        self._part, self._moe, self._ties = part, moe, ties
+
+    def __call__(self, tell: Tell) -> object:
+        """Tell of every forward from now on; tied scores go where the event finds them."""
+        before = torch.zeros_like(_local(self._moe.tokens_per_expert_E))  # [P]
+
+        def remember(*_: Any) -> None:
+            counts = _local(self._moe.tokens_per_expert_E)
+            if self._moe.load_balance_coeff is None:
+                # Nobody reads or zeroes them then; in float32 they would lose tokens beyond 2^24.
+                counts.zero_()
+            before.copy_(counts)
+
+        def count(*_: Any) -> None:
+            tell(_local(self._moe.tokens_per_expert_E) - before, training=self._moe.training)
+
+        return (
+            self._part.register_forward_pre_hook(remember),
+            self._part.register_forward_hook(count),
+            self._moe.router.register_forward_hook(self._look_for_ties),
+        )
+
+    def _look_for_ties(self, router: Any, arguments: tuple[Any, ...], output: Any) -> None:
+        if torch.compiler.is_compiling() or not router.training or not self._ties.is_due:
+            return
+        with torch.no_grad():
+            scores = _local(output[2])  # [B, S, E]
+            bias = arguments[1] if len(arguments) > 1 else None  # [E]
+            if bias is not None:
+                scores = scores + _local(bias)
+            if router.num_expert_groups is not None:
+                scores = router._get_node_limited_routing_scores(scores)
+            self._ties.add(scores)
+
+
+class _Remap:
+    """A forward pre-hook of `RoutedExperts` that turns experts' numbers into those of their slots.
+
+    Args:
+        table: `[E]`, the slot of each expert; written in place by the rebalancer.
+    """
+
+    def __init__(self, table: Tensor) -> None:
+        self.table = table
+
+    def __call__(self, module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        tokens, scores, experts, counts = arguments  # [B, S, K] experts, [E] counts
+        by_slot = torch.empty_like(_local(counts)).scatter(0, self.table, _local(counts))  # [P]
+        return tokens, scores, _like(experts, self.table[_local(experts)]), _like(counts, by_slot)
+
+
+def _table(moe: MoE, device: torch.device) -> Tensor:
+    """The layer's table; the one that is there where it was asked for before, because two would both be applied."""
+    for hook in moe.routed_experts._forward_pre_hooks.values():
+        if isinstance(hook, _Remap):
+            return hook.table
+    table = torch.arange(moe.router.num_experts, device=device)
+    moe.routed_experts.register_forward_pre_hook(_Remap(table))
+    return table
+
+
+def _local(tensor: Any) -> Tensor:
+    """This rank's part of a DTensor, or the tensor."""
+    found: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return found
+
+
+def _like(tensor: Any, local: Tensor) -> Any:
+    """A DTensor that lies as `tensor` does, if that is one."""
+    if not hasattr(tensor, "to_local"):
+        return local
+    return tensor.from_local(
+        local, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+    )
+
+
+# --- meshes and optimizers --------------------------------------------------------------------------------------
+
+
+def _mesh(layers: Sequence[MoELayer], parallel_dims: ParallelDims | None) -> Any:
+    """The mesh over all ranks that hold these layers; its axis "ep" is the EP group."""
+    if parallel_dims is None:
+        tensors: list[Any] = [next(iter(layer.experts.values())) for layer in layers]
+        return tensors[0].device_mesh
+    if not parallel_dims.ep_enabled:
+        raise DistplbError(
+            "expert_parallel_degree is 1, so every rank computes all experts and there is nothing to balance; "
+            "set it above 1"
+        )
+    return parallel_dims.get_activated_mesh(_AXES)
+
+
+def _unwrapped(optimizers: Optimizer | Iterable[Optimizer]) -> list[Optimizer]:
+    """Torch's own optimizers."""
+    if isinstance(optimizers, OptimizersContainer):
+        return list(optimizers.optimizers)
+    return [optimizers] if isinstance(optimizers, Optimizer) else [one for o in optimizers for one in _unwrapped(o)]
+
+
+def _gpus_per_node(given: int | None) -> int:
+    if given is not None:
+        return given
+    told = os.environ.get("LOCAL_WORLD_SIZE")
+    if told is None:
+        raise DistplbError("torchrun's LOCAL_WORLD_SIZE is not set; pass gpus_per_node")
+    return int(told)
