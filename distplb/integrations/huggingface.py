@@ -179,7 +179,12 @@ def _layers_of(part: nn.Module, mode: str) -> Iterator[MoELayer]:
                     f"{where}: what it does with experts is not known; describe the layer yourself with "
                     "distplb.MoELayer"
                 )
-        yield _described(name or known.__name__, module, block, router, experts, sharers, mode)
+        yield _described(_plain(name) or known.__name__, module, block, router, experts, sharers, mode)
+
+
+def _plain(name: str) -> str:
+    """Without what torch.compile puts into it, so that a checkpoint is of the model either way."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
 def _forward_of(module: nn.Module, *, of_class: bool = False) -> str:
