@@ -54,6 +54,11 @@ class TorchComm:
             else torch.device("cpu")
         )
 
+    @property
+    def global_ranks(self) -> list[int]:
+        """The global rank of each of this group's ranks, in its order."""
+        return [self._global(rank) for rank in range(self.size)]
+
     def all_reduce_sum(self, tensor: Tensor) -> None:
         """Add up over ranks, in place."""
         dist.all_reduce(tensor, dist.ReduceOp.SUM, group=self._group)
