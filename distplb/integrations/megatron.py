@@ -1,0 +1,461 @@
+"""Megatron-Core 0.16: the MoE layers of its models, its optimizers' main parameters, and a `Rebalancer` on its groups.
+
+Router rows, `expert_bias` and the experts' weights travel, with what the optimizer steps on: the flat shards of
+`DistributedOptimizer` (main parameters and moments of this rank's range of the buffers), the main copies of
+`Float16OptimizerWithFloat16Params`, or the parameters themselves. Counts and ties hang on the router's forward hook.
+Nothing of Megatron-Core is replaced.
+
+Run on CPU processes only, in tests: SequentialMLP, the all-to-all and the all-gather dispatcher, GroupedMLP over a
+plain product, both DDP modes, gloo. Never run: CUDA, NCCL, Transformer Engine (and so TEGroupedMLP, whose parameters
+are found by their names), the grouped GEMM kernels, the flex dispatcher (DeepEP, HybridEP), activation recomputation,
+virtual pipelines, context parallelism.
+
+Refused, each with its reason: expert tensor parallelism above 1, FP8 and FP4, CUDA graphs, latent projections, shared
+experts overlapped with communication, routing replay, Megatron's and torch's FSDP, CPU-offloaded, precision-aware,
+layer-wise and Muon optimizers.
+
+Shapes: N tokens, E experts, P slots, G slots on this GPU.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer.cpu_offloading.hybrid_optimizer import HybridDeviceOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
+from megatron.core.optimizer.optimizer import ChainedOptimizer, Float16OptimizerWithFloat16Params, FP32Optimizer
+from megatron.core.transformer.moe.experts import GroupedMLP, SequentialMLP, TEGroupedMLP
+from megatron.core.transformer.moe.moe_layer import BaseMoELayer
+from megatron.core.transformer.moe.moe_layer import MoELayer as MegatronMoELayer
+from megatron.core.transformer.moe.router import TopKRouter
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from distplb.comm.torchdist import TorchComm
+from distplb.errors import DistplbError
+from distplb.integrations.common import counts_of, named_parts, not_found
+from distplb.layer import ExpertTensor, FlatShard, MoELayer, Rows
+from distplb.placement import Placement
+from distplb.rebalancer import Rebalancer
+from distplb.ties import RouterTies
+from distplb.topology import Topology
+
+__all__ = ["MegatronRebalancer", "moe_layers", "rebalancer"]
+
+_LOOKED_FOR = (
+    "megatron.core.transformer.moe.moe_layer.MoELayer",
+    "its router, a TopKRouter",
+    "its experts, a SequentialMLP, TEGroupedMLP or GroupedMLP",
+)
+# What the router keeps by expert. The last two add up within an iteration and are zeroed before its optimizer step.
+_ROUTER_TENSORS = ("weight", "bias", "expert_bias", "local_tokens_per_expert", "global_tokens_per_expert")
+# By parameter: what the optimizer steps on in its stead; None where this rank steps on nothing of it.
+_Shards = Mapping[int, FlatShard | None]
+
+
+def moe_layers(model_chunks: nn.Module | Sequence[nn.Module], optimizer: Any = None) -> list[MoELayer]:
+    """The MoE layers that this rank holds, in the order of its model chunks; for a `Rebalancer` made by hand.
+
+    Names are those of the whole model ("decoder.layers.3.mlp", counted from 0), whatever the pipeline split.
+
+    Args:
+        model_chunks: what `get_model` returned: the model, or its chunks, with or without DDP and Float16Module.
+        optimizer: what `get_megatron_optimizer` returned, or torch optimizers that step on the parameters themselves.
+            Made before this is called: it lays the parameters out anew. None where nothing is to be moved.
+
+    Returns:
+        None of them, on a pipeline stage of an MoE model that has only dense layers.
+
+    Raises:
+        DistplbError: if the model is not an MoE model, or a layer or optimizer is of a kind that cannot be moved; with
+            its name and why.
+    """
+    parts = [_unwrapped(chunk) for chunk in named_parts(model_chunks)]
+    shards = _shards(_megatron_optimizers(optimizer))
+    found = [_layer(name, module, shards) for part in parts for name, module in _found(part)]
+    if not found and not any(getattr(getattr(part, "config", None), "num_moe_experts", None) for part in parts):
+        raise not_found("Megatron-Core", _LOOKED_FOR, parts)
+    names = [layer.name for layer in found]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise DistplbError(f"two MoE layers are called {twice[0]!r}; pass each model chunk once")
+    return found
+
+
+def rebalancer(
+    model_chunks: nn.Module | Sequence[nn.Module],
+    optimizer: Any,
+    *,
+    every: int,
+    gpus_per_node: int | None = None,
+    keep_shards_aligned: bool = False,
+    **options: Any,
+) -> MegatronRebalancer:
+    """A `Rebalancer` for a Megatron-Core job. Collective: all ranks of all pipeline stages call it.
+
+    Once model and optimizer are made, and loaded from a checkpoint if there is one::
+
+        rebalancer = megatron.rebalancer(model, optimizer, every=500)
+
+    and in the loop, after `train_step` or what stands for it::
+
+        update_successful, grad_norm, num_zeros = optimizer.step()
+        if update_successful:
+            opt_param_scheduler.step(increment=...)
+            optimizer.zero_grad()  # gradients that are still held would travel too
+            rebalancer.step()
+
+    Args:
+        model_chunks: as of `moe_layers`.
+        optimizer: as of `moe_layers`.
+        every: iterations between rebalances.
+        gpus_per_node: ranks on each node; what `torchrun` says where None.
+        keep_shards_aligned: an expert then only goes to slots of its own number within the GPU, where the distributed
+            optimizer's shards of it lie with the ranks of the same number in their expert-data-parallel groups. Moves
+            are fewer and larger messages; on loads of DeepSeek-V3 it costs 0.01 to 0.03 of imbalance.
+        options: of `Rebalancer`.
+
+    Returns:
+        One that does nothing, on a pipeline stage without MoE layers.
+
+    Raises:
+        DistplbError: as `moe_layers` and `Rebalancer`; or if Megatron's parallel state is not initialised.
+    """
+    if not parallel_state.model_parallel_is_initialized():
+        raise DistplbError("Megatron's groups are not there yet; call parallel_state.initialize_model_parallel first")
+    layers = moe_layers(model_chunks, optimizer)
+    ep = TorchComm(parallel_state.get_expert_model_parallel_group())
+    for layer, module in zip(layers, _moe_modules(model_chunks), strict=True):
+        if TorchComm(module.ep_group).global_ranks != ep.global_ranks:
+            raise DistplbError(
+                f"{layer.name} has an expert-parallel group of its own, which is not Megatron's parallel_state's; "
+                "make a Rebalancer of moe_layers(...), and pass it the groups"
+            )
+    if keep_shards_aligned:
+        options["slot_class"] = _numbers_within_gpu(layers, ep.size)
+    return MegatronRebalancer(
+        layers,
+        _torch_optimizers(optimizer),
+        chunks=[chunk for chunk in named_parts(model_chunks) if isinstance(chunk, DistributedDataParallel)],
+        topology=Topology.of_ranks(ep.global_ranks, _gpus_per_node(gpus_per_node)),
+        every=every,
+        # All ranks of this pipeline stage, which are those that hold its layers.
+        comm=TorchComm(parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)),
+        gpu=ep.rank,
+        **options,
+    )
+
+
+class MegatronRebalancer(Rebalancer):
+    """A `Rebalancer` that has the parameters whole before it moves them.
+
+    Under `overlap_param_gather` each rank has, after `optimizer.step()`, new values of its own range of the parameters
+    only, and the next forward gathers the rest. What is moved must be the same on all ranks that hold it, so the
+    gather is made first where experts may move. The forward then need not make it again.
+
+    Args:
+        chunks: the model chunks in DDP.
+        arguments: of `Rebalancer`.
+        options: of `Rebalancer`.
+    """
+
+    def __init__(self, *arguments: Any, chunks: Sequence[Any], **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._late = [chunk for chunk in chunks if chunk.ddp_config.overlap_param_gather]
+        self._own_every = options["every"]
+
+    def step(self) -> None:
+        """As `Rebalancer.step`. Call it after Megatron's `optimizer.step()`, where that was successful."""
+        if self.enabled and (self.iteration + 1) % self._own_every == 0:
+            self._gather()
+        super().step()
+
+    def apply(self, placement: Placement) -> None:
+        """As `Rebalancer.apply`."""
+        self._gather()
+        super().apply(placement)
+
+    def attach(self) -> Any:
+        """Refused: the inner optimizers' steps end before Megatron's own.
+
+        Raises:
+            DistplbError: always.
+        """
+        raise DistplbError(
+            "Megatron copies main parameters into the model after the inner optimizer's step, where attach() would "
+            "already move them; call rebalancer.step() after Megatron's optimizer.step()"
+        )
+
+    def _gather(self) -> None:
+        for chunk in self._late:
+            chunk.start_param_sync(force_sync=True)
+
+
+# --- layers ------------------------------------------------------------------------------------------------------
+
+
+def _unwrapped(chunk: nn.Module) -> nn.Module:
+    """The model in its wrappers, of which those that shard parameters are refused."""
+    while isinstance(getattr(chunk, "module", None), nn.Module):
+        config = getattr(chunk, "ddp_config", None)
+        if "FullyShardedDataParallel" in type(chunk).__name__ or getattr(config, "use_megatron_fsdp", False):
+            raise DistplbError(
+                f"the model is in {type(chunk).__name__}, whose shards of experts are not understood; use "
+                "DistributedDataParallel with use_distributed_optimizer"
+            )
+        chunk = chunk.module  # type: ignore[assignment]  # a module: looked at above
+    return chunk
+
+
+def _found(part: nn.Module) -> Iterator[tuple[str, Any]]:
+    """The global name of each MoE layer of one chunk, and the layer."""
+    for path, module in part.named_modules():
+        if isinstance(module, BaseMoELayer):
+            yield _global_name(path, module.layer_number), module
+
+
+def _moe_modules(model_chunks: nn.Module | Sequence[nn.Module]) -> list[Any]:
+    return [module for chunk in named_parts(model_chunks) for _, module in _found(_unwrapped(chunk))]
+
+
+def _global_name(path: str, layer_number: int | None) -> str:
+    """The path with the number that the layer has in the whole model, counted from 0, instead of in its chunk.
+
+    Layers of multi-token prediction are counted on their own and are not split over stages.
+    """
+    if layer_number is None or path.startswith("mtp."):
+        return path
+    return re.sub(r"(^|\.)layers\.\d+(?=\.|$)", rf"\g<1>layers.{layer_number - 1}", path, count=1)
+
+
+def _layer(name: str, module: Any, shards: _Shards) -> MoELayer:
+    _refuse_unknown(name, module)
+    router, config = module.router, module.config
+    experts = _expert_tensors(name, module.experts, module.num_local_experts)
+    rows = {key: tensor for key in _ROUTER_TENSORS if (tensor := getattr(router, key, None)) is not None}
+    unknown = sorted({key for key, _ in chain(router.named_parameters(), router.named_buffers())} - {*rows, "ga_steps"})
+    if unknown:
+        raise DistplbError(f"{name}.router.{unknown[0]} is not known: it may have a row for each expert")
+    ties = RouterTies(router.topk) if _choice_is_told_by_scores(config) else None
+
+    def counts(arguments: tuple[Any, ...], output: Any) -> Tensor:
+        if ties is not None and ties.is_due:
+            ties.add(_scores(router, arguments[0]))
+        chosen: Tensor = output[1]  # [N, E] bool
+        return chosen.sum(0)
+
+    return MoELayer(
+        name=name,
+        experts=experts,
+        router=rows,
+        shards=_shards_of_layer(name, {**experts, **rows}, shards),
+        num_groups=config.moe_router_num_groups if config.moe_router_group_topk else None,
+        counts=counts_of(router, counts),
+        ties=ties,
+    )
+
+
+def _refuse_unknown(name: str, module: Any) -> None:
+    """Raise for what would be moved wrongly, or might be."""
+    config = module.config
+    if not isinstance(module, MegatronMoELayer) or not isinstance(module.router, TopKRouter):
+        raise DistplbError(
+            f"{name} is a {type(module).__name__} with a {type(module.router).__name__}; only an MoELayer with a "
+            "TopKRouter is understood: describe it yourself with distplb.MoELayer"
+        )
+    reasons = {
+        "expert tensor parallelism": _tp_size(module) > 1 and "each rank then has a part of every row",
+        "fp8": config.fp8 and "scales and cached weights belong to experts and would stay behind",
+        "fp4": config.fp4 and "scales and cached weights belong to experts and would stay behind",
+        "CUDA graphs": config.cuda_graph_impl != "none" and "a replayed graph calls no hooks, so nothing is counted",
+        "moe_latent_size": config.moe_latent_size and "it needs Transformer Engine, and was never run with distplb",
+        "moe_shared_expert_overlap": config.moe_shared_expert_overlap and "it was never run with distplb",
+        "moe_enable_routing_replay": config.moe_enable_routing_replay and "recorded choices are numbers of slots",
+    }
+    for what, why in reasons.items():
+        if why:
+            raise DistplbError(f"{name} has {what}, with which experts cannot be moved: {why}; turn it off")
+
+
+def _tp_size(module: Any) -> int:
+    """Ranks that share each expert of a layer."""
+    group = getattr(module.experts, "tp_group", None)
+    return 1 if group is None else int(group.size())
+
+
+def _expert_tensors(name: str, experts: nn.Module, num_slots: int) -> dict[str, ExpertTensor]:
+    """By name: one tensor of each local expert, in their order, or all of them in one."""
+    found: dict[str, ExpertTensor] = {}
+    parameters = dict(experts.named_parameters())
+    if isinstance(experts, GroupedMLP):
+        # Their shapes are [hidden, G * ffn] and [G * ffn, hidden], but they are used as views [G, ...].
+        found = {key: Rows(parameters.pop(key)) for key in ("weight1", "weight2")}
+    else:
+        separate: dict[str, dict[int, Tensor]] = {}
+        for key in list(parameters):
+            what = _of_one_expert(experts, key)
+            if what is not None:
+                separate.setdefault(what[0], {})[what[1]] = parameters.pop(key)
+        for key, by_slot in separate.items():
+            if sorted(by_slot) != list(range(num_slots)):
+                raise DistplbError(f"{name}.experts: {key} is there for slots {sorted(by_slot)} of {num_slots}")
+            found[key] = [by_slot[slot] for slot in range(num_slots)]
+    left = [*parameters, *(key for key, _ in experts.named_buffers())]
+    if left or not found:
+        raise DistplbError(
+            f"{name}.experts is a {type(experts).__name__}, of which {left or 'nothing'} is not understood; "
+            "SequentialMLP, TEGroupedMLP and GroupedMLP are: describe it yourself with distplb.MoELayer"
+        )
+    return found
+
+
+def _of_one_expert(experts: nn.Module, key: str) -> tuple[str, int] | None:
+    """What a parameter is called for every expert, and whose it is among this GPU's slots."""
+    if isinstance(experts, SequentialMLP) and (match := re.fullmatch(r"local_experts\.(\d+)\.(.+)", key)):
+        return match[2], int(match[1])
+    if isinstance(experts, TEGroupedMLP) and (match := re.fullmatch(r"(linear_fc[12]\.(?:weight|bias))(\d+)", key)):
+        return match[1], int(match[2])
+    return None
+
+
+def _numbers_within_gpu(layers: Sequence[MoELayer], num_gpus: int) -> list[int] | None:
+    """`[P]`: each slot's number within its GPU."""
+    if not layers:
+        return None
+    num_slots = len(layers[0].router["weight"])
+    slots_per_gpu = num_slots // num_gpus
+    return [slot % slots_per_gpu for slot in range(num_slots)]
+
+
+def _gpus_per_node(given: int | None) -> int:
+    if given is not None:
+        return given
+    told = os.environ.get("LOCAL_WORLD_SIZE")
+    if told is None:
+        raise DistplbError("torchrun's LOCAL_WORLD_SIZE is not set; pass gpus_per_node")
+    return int(told)
+
+
+# --- the router's scores -----------------------------------------------------------------------------------------
+
+
+def _choice_is_told_by_scores(config: Any) -> bool:
+    """Whether a second look at the same tokens shows the scores that the router chose by."""
+    by_chance = config.moe_input_jitter_eps is not None or config.moe_router_force_load_balancing
+    return not by_chance and config.moe_router_load_balancing_type != "sinkhorn"
+
+
+@torch.no_grad()
+def _scores(router: Any, hidden: Tensor) -> Tensor:
+    """`[N, E]`: what the router chooses the largest of; -inf in groups that it does not choose from."""
+    config = router.config
+    logits: Tensor = router.gating(hidden).flatten(0, -2)
+    scores = logits
+    if router.score_function == "sigmoid":
+        scores = logits.float().sigmoid().type_as(logits)
+        if router.expert_bias is not None:
+            scores = scores + router.expert_bias
+    elif config.moe_router_pre_softmax:
+        scores = logits.softmax(-1, dtype=torch.float32).type_as(logits)
+    if not config.moe_router_group_topk:
+        return scores
+    groups = scores.unflatten(-1, (config.moe_router_num_groups, -1))  # [N, groups, E / groups]
+    best = groups.topk(router.topk // config.moe_router_group_topk, -1).values.sum(-1)  # [N, groups]
+    closed = torch.ones_like(best, dtype=torch.bool)
+    closed.scatter_(-1, best.topk(config.moe_router_group_topk, -1).indices, False)
+    open_only: Tensor = groups.masked_fill(closed[..., None], -torch.inf)
+    return open_only.flatten(-2)
+
+
+# --- optimizers --------------------------------------------------------------------------------------------------
+
+
+def _megatron_optimizers(optimizer: Any) -> list[Any]:
+    """Megatron's optimizers in their chain, without those of nothing; torch optimizers as they are."""
+    if optimizer is None:
+        return []
+    if isinstance(optimizer, Sequence):
+        return [each for one in optimizer for each in _megatron_optimizers(one)]
+    if isinstance(optimizer, LayerWiseDistributedOptimizer):
+        raise DistplbError(
+            "a LayerWiseDistributedOptimizer deals whole parameters to ranks, and the state of experts with them; "
+            "use DistributedOptimizer"
+        )
+    if isinstance(optimizer, ChainedOptimizer):
+        return [each for one in optimizer.chained_optimizers for each in _megatron_optimizers(one)]
+    if getattr(optimizer, "is_stub_optimizer", False):
+        return []
+    inner = _inner(optimizer)
+    if isinstance(inner, HybridDeviceOptimizer):
+        raise DistplbError("the optimizer is offloaded to the CPU, where copies of experts are kept; do not offload it")
+    if "Muon" in type(inner).__name__:
+        raise DistplbError(f"{type(inner).__name__} was never run with distplb; use Adam or SGD")
+    if not isinstance(inner, Optimizer):
+        raise DistplbError(
+            f"{type(optimizer).__name__} is not understood; pass what get_megatron_optimizer returned, with Adam or SGD"
+        )
+    if inner is not optimizer and optimizer.config.use_precision_aware_optimizer:
+        raise DistplbError(
+            "use_precision_aware_optimizer keeps main parameters and moments in forms of its own; turn it off"
+        )
+    return [optimizer]
+
+
+def _inner(optimizer: Any) -> Any:
+    """The torch optimizer in one of Megatron's."""
+    known = (DistributedOptimizer, Float16OptimizerWithFloat16Params, FP32Optimizer)
+    return optimizer.optimizer if isinstance(optimizer, known) else optimizer
+
+
+def _torch_optimizers(optimizer: Any) -> list[Optimizer]:
+    return [_inner(one) for one in _megatron_optimizers(optimizer)]
+
+
+def _shards(optimizers: Sequence[Any]) -> _Shards:
+    found: dict[int, FlatShard | None] = {}
+    for optimizer in optimizers:
+        if isinstance(optimizer, DistributedOptimizer):
+            found |= _shards_of_distributed(optimizer)
+        elif isinstance(optimizer, Float16OptimizerWithFloat16Params):
+            for parameters, mains in zip(optimizer.float16_groups, optimizer.fp32_from_float16_groups, strict=True):
+                found |= {id(p): FlatShard(main, 0) for p, main in zip(parameters, mains, strict=True)}
+    return found
+
+
+def _shards_of_distributed(optimizer: Any) -> _Shards:
+    """Of this rank's range of each buffer, the part that lies in each parameter."""
+    found: dict[int, FlatShard | None] = {id(p): None for buffer in optimizer.buffers for p in buffer.params}
+    groups = chain(
+        zip(optimizer.model_float16_groups, optimizer.shard_fp32_from_float16_groups, strict=True),
+        zip(optimizer.model_fp32_groups, optimizer.shard_fp32_groups, strict=True),
+    )
+    for parameters, shards in groups:
+        for parameter, shard in zip(parameters, shards, strict=True):
+            start = optimizer._get_model_param_range_map(parameter)["param"].start
+            found[id(parameter)] = FlatShard(shard, start)
+    return found
+
+
+def _shards_of_layer(
+    name: str, declared: Mapping[str, ExpertTensor], shards: _Shards
+) -> dict[str, FlatShard | Sequence[FlatShard | None]]:
+    found: dict[str, FlatShard | Sequence[FlatShard | None]] = {}
+    for key, value in declared.items():
+        tensors = [value] if isinstance(value, Tensor) else [value.tensor] if isinstance(value, Rows) else list(value)
+        sharded = [id(tensor) in shards for tensor in tensors]
+        if any(sharded) and not all(sharded):
+            raise DistplbError(
+                f"{name}: of {key}, the optimizer steps on itself for some experts and on a copy or shard for others; "
+                "experts that change places must be alike"
+            )
+        if any(sharded):
+            found[key] = [shards[id(tensor)] for tensor in tensors]
+    return found
