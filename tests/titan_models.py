@@ -1,8 +1,9 @@
 """Tiny torchtitan models for tests: its own modules, meshes, optimizers and functions, on processes without a GPU.
 
 Four things differ from a job of torchtitan's Trainer, because it expects a GPU: the device type of its meshes is set
-to "cpu", its reductions are plain sums, attention is its `ScaledDotProductAttention` (its language models' own needs CUDA), and `exact=True` replaces
-the grouped product, which rounds to bfloat16, by the same product in the precision of the weights.
+to "cpu", FSDP2's reductions are plain sums, attention is `ScaledDotProductAttention` (torchtitan's language models come
+with others, which need CUDA), and `exact=True` replaces the grouped product, which rounds to bfloat16, by the same
+product in the precision of the weights.
 
 Shapes: E experts, e experts on this GPU, R rows routed to them, D model width, F hidden width, V words.
 """
@@ -42,7 +43,7 @@ from torchtitan.models.common.moe_sharding import set_moe_sharding_config
 from torchtitan.models.gpt_oss.moe import GptOssGroupedExperts
 from torchtitan.models.qwen3.model import Qwen3Model, Qwen3TransformerBlock
 
-__all__ = ["EXPERTS", "VOCABULARY", "Job", "meshes", "tiny_model"]
+__all__ = ["EXPERTS", "SEQUENCE", "TOP_K", "Job", "meshes", "tiny_model"]
 
 EXPERTS, DIM, HIDDEN, VOCABULARY, TOP_K, SEQUENCE = 8, 16, 24, 64, 2, 16
 WEIGHT = partial(nn.init.normal_, std=0.2)
@@ -69,15 +70,15 @@ class ExactExperts(GroupedExperts):
         return torch.cat(outputs)
 
 
-def meshes(ep: int, backend: str = "partial_dtensor", pp: int = 1, replicate: int = 1) -> ParallelDims:
-    """Torchtitan's meshes over all ranks: `ep` × FSDP, × pipeline and replicas."""
+def meshes(ep: int, backend: str = "partial_dtensor", tp: int = 1, pp: int = 1, replicate: int = 1) -> ParallelDims:
+    """Torchtitan's meshes over all ranks: `ep` × FSDP × whatever else is asked for."""
     titan_meshes.device_type = "cpu"
     set_spmd_backend(backend)
     dims = ParallelDims(
         dp_replicate=replicate,
         dp_shard=-1,
         cp=1,
-        tp=1,
+        tp=tp,
         pp=pp,
         ep=ep,
         world_size=dist.get_world_size(),
@@ -117,7 +118,6 @@ def moe_config(*, groups: int | None, bias: bool, score: str, exact: bool, gpt_o
             ),
             token_dispatcher=make_token_dispatcher_config(num_experts=EXPERTS, top_k=TOP_K, comm_backend="standard"),
         ),
-        shared_experts=make_ffn_config(dim=DIM, hidden_dim=HIDDEN, w1_param_init=LINEAR, w2w3_param_init=LINEAR),
     )
 
 
@@ -125,7 +125,6 @@ def tiny_model(
     dims: ParallelDims,
     *,
     seed: int = 0,
-    layers: int = 2,
     dense: tuple[int, ...] = (),
     groups: int | None = None,
     bias: bool = True,
@@ -148,7 +147,7 @@ def tiny_model(
     """
     rope = CosSinRoPE.Config(dim=8, max_seq_len=SEQUENCE, theta=1e4)
     blocks = []
-    for number in range(layers):
+    for number in range(2):
         ffn = make_ffn_config(dim=DIM, hidden_dim=HIDDEN, w1_param_init=LINEAR, w2w3_param_init=LINEAR)
         moe = moe_config(groups=groups, bias=bias, score=score, exact=exact, gpt_oss=gpt_oss)
         blocks.append(
@@ -243,10 +242,11 @@ class Job:
     """
 
     def __init__(self, dims: ParallelDims, *, steps: int, batch: int = 4, **model: Any) -> None:
-        self.dims, self.batch = dims, batch
+        self.dims, self.batch, self.groups = dims, batch, model.get("groups")
+        self.moe_layers = [number for number in range(2) if number not in model.get("dense", ())]
         self.model = tiny_model(dims, **model)
         optimizers = default_adamw(lr=1e-2)
-        optimizers.implementation = "for-loop"  # fused where there is a GPU
+        optimizers.implementation = "foreach"  # fused where there is a GPU
         self.optimizers: OptimizersContainer[Any] = optimizers.build(model_parts=[self.model])
         register_moe_load_balancing_hook(self.optimizers, [self.model], dims)
         schedule = LRSchedulersContainer.Config(warmup_steps=4, decay_ratio=0.5, decay_type="cosine", min_lr_factor=0.1)
@@ -260,8 +260,10 @@ class Job:
         words = (torch.rand(self.batch, 1, generator=generator) ** 3 * VOCABULARY).long()
         noise = torch.randint(0, 3, (self.batch, SEQUENCE), generator=generator)
         words = torch.cat([words, noise], 1).cumsum(1).mul(5) % VOCABULARY
-        each = self.batch // dist.get_world_size()
-        return words[dist.get_rank() * each :][:each]
+        sharing = self.dims.get_optional_mesh("batch")  # the ranks that have sequences of their own
+        each = self.batch // (1 if sharing is None else sharing.size())
+        first = 0 if sharing is None else sharing.get_local_rank() * each
+        return words[first : first + each]
 
     def logits(self, iteration: int) -> Tensor:
         """`[B, S, V]` for this rank's sequences, in evaluation."""
@@ -278,18 +280,22 @@ class Job:
         found: Tensor = logits.to_local() if hasattr(logits, "to_local") else logits
         return found
 
-    def step(self, iteration: int) -> float:
-        """One iteration; the mean loss over all ranks' tokens."""
-        self.optimizers.zero_grad()
+    def backward(self, iteration: int) -> Tensor:
+        """Add an iteration's gradients up; this rank's part of the mean loss over all ranks' tokens."""
         words = self.tokens(iteration)
         with self.context():
             logits = self.forward(words[:, :-1])
             loss = F.cross_entropy(logits.flatten(0, 1), words[:, 1:].flatten(), reduction="sum")
             loss = loss / (self.batch * SEQUENCE)
             loss.backward()
+        return loss.detach()
+
+    def step(self, iteration: int) -> float:
+        """One iteration; the mean loss over all ranks' tokens."""
+        self.optimizers.zero_grad()
+        loss = self.backward(iteration)
         clip_grad_norm_(list(self.model.parameters()), 1.0, foreach=False, ep_enabled=self.dims.ep_enabled)
         self.optimizers.step()
         self.schedulers.step()
-        total = loss.detach().clone()
-        dist.all_reduce(total)
-        return float(total)
+        dist.all_reduce(loss)
+        return float(loss)

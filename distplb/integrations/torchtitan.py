@@ -189,6 +189,8 @@ def _expert_tensors(name: str, moe: MoE) -> dict[str, Tensor]:
                 f"{where} has shape {tuple(tensor.shape)}, not a row for each of {num_experts} experts; "
                 "describe the layer yourself with distplb.MoELayer"
             )
+    for key, tensor in tensors.items():
+        where = f"{name}.routed_experts.inner_experts.{key}"
         axes = getattr(getattr(tensor, "device_mesh", None), "mesh_dim_names", None) or ()
         if "ep" not in axes:
             raise DistplbError(
