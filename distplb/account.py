@@ -42,6 +42,7 @@ class Account:
         model: what moves cost, if they have a price.
         pace: of the iterations before.
         steps_until_next: as many as the price was made for.
+        router_ties: by layer, the share of tokens that were routed by chance.
     """
 
     iteration: int
@@ -54,6 +55,7 @@ class Account:
     model: MoveModel | None
     pace: Pace
     steps_until_next: float
+    router_ties: tuple[float | None, ...]
 
     def event(self, moved: Move | None, decision: str, reason: str, seconds: dict[str, float]) -> RebalanceEvent:
         """The record; what the next window tells is left open."""
@@ -91,6 +93,7 @@ class Account:
             iteration_seconds=self.pace.median,
             iteration_seconds_next=None,
             repaid=None,
+            router_ties=self.router_ties,
             num_candidates=self.options.candidates,
             seed=self.options.seed,
             seconds=seconds,

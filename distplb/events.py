@@ -42,6 +42,8 @@ class RebalanceEvent:
         iteration_seconds: the median iteration before this rebalance; 0 where none was timed.
         iteration_seconds_next: the median one after it; None until the record is given a second time.
         repaid: whether iterations became faster by what the rebalance took; None until then, and where nothing moved.
+        router_ties: by layer, the share of rank 0's tokens whose last chosen and first rejected score were equal in one
+            forward of the window: after a permutation these may go to the other expert. None where nobody looked.
         num_candidates, seed: of the search.
         seconds: on this rank, by stage.
         engine: the packing engine's name.
@@ -77,6 +79,7 @@ class RebalanceEvent:
     iteration_seconds: float
     iteration_seconds_next: float | None
     repaid: bool | None
+    router_ties: tuple[float | None, ...]
     num_candidates: int
     seed: int
     seconds: dict[str, float]

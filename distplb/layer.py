@@ -12,7 +12,20 @@ from torch import Tensor
 
 from distplb.ties import RouterTies
 
-__all__ = ["FlatShard", "MoELayer"]
+__all__ = ["ExpertTensor", "FlatShard", "MoELayer", "Rows"]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A tensor of any shape whose memory is one contiguous row after the other, one for each of this GPU's slots.
+
+    Megatron-Core keeps the weights of all local experts as one matrix, and views it so where it computes.
+    """
+
+    tensor: Tensor
+
+
+ExpertTensor = Tensor | Rows | Sequence[Tensor]
 
 
 @dataclass(frozen=True)
@@ -45,10 +58,10 @@ class MoELayer:
 
     Args:
         name: fully qualified and unique in the model; placements and checkpoints are keyed by it.
-        experts: `[G, ...]` each: row g belongs to the expert in this GPU's slot g; or, where every expert has tensors
-            of its own, a sequence of G equal ones. A DTensor is `[P, ...]` over all its ranks. Whatever has a row for
-            each expert and is left out here would stay behind when experts move: a moving average of the weights is
-            declared like the weights.
+        experts: `[G, ...]` each: row g belongs to the expert in this GPU's slot g; `Rows` of a tensor of another
+            shape; or, where every expert has tensors of its own, a sequence of G equal ones. A DTensor is `[P, ...]`
+            over all its ranks. Whatever has a row for each expert and is left out here would stay behind when experts
+            move: a moving average of the weights is declared like the weights.
         router: `[P, ...]` each, the same on all ranks, or sharded: row p belongs to the expert in slot p. Parameters
             (weight) and buffers (a balancing bias) alike. Left empty where `slot_of_expert` is given.
         shards: for tensors (by their name in `experts` or `router`) that the optimizer does not step on itself, but on
@@ -67,7 +80,7 @@ class MoELayer:
     """
 
     name: str
-    experts: Mapping[str, Tensor | Sequence[Tensor]]
+    experts: Mapping[str, ExpertTensor]
     router: Mapping[str, Tensor] = field(default_factory=dict)
     shards: Mapping[str, FlatShard | Sequence[FlatShard | None]] = field(default_factory=dict)
     num_groups: int | None = None

@@ -96,20 +96,24 @@ class Observer:
         counts = self._window.load()
         return int(counts.sum()) // counts.shape[1]
 
-    def load(self, placement: Placement) -> Tensor:
+    def load(self, placement: Placement | None) -> Tensor:
         """`[T, L, E]`: this rank's part, by expert; 0 in steps that are other groups'. Waits for the device.
+
+        Args:
+            placement: in force, where the router's outputs are slots; None where they are experts.
 
         Raises:
             DistplbError: if some layer has not counted.
         """
-        counts = self._window.load()  # [T, L, P], by the router's outputs, which are slots
-        if not len(counts):
+        load = self._window.load()  # [T, L, P], by the router's outputs
+        if not len(load):
             raise DistplbError(
                 "the window has no steps of some layer; have each layer's forward call "
                 "window.add(index, counts) in training"
             )
-        slot = placement.inverse[..., 0].to(counts.device)  # [L, E]
-        load = counts.gather(2, slot.expand(len(counts), -1, -1))
+        if placement is not None:
+            slot = placement.inverse[..., 0].to(load.device)  # [L, E]
+            load = load.gather(2, slot.expand(len(load), -1, -1))
         if self._num_groups == 1:
             return load
         mine = group_of_steps(self._window.steps(), self._num_groups, self._seed) == self._group

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -30,6 +31,7 @@ class Told(NamedTuple):
     seen: int  # steps in the window, kept or not
     slot_bytes: int  # of an expert with all that travels with it; 0 where nothing travels
     tokens: int  # that rank 0 routed in the steps that are kept, in a layer: about as many as the mean GPU receives
+    ties: tuple[float | None, ...]  # by layer, the share of tokens that its routers sent by chance, in one forward
 
 
 class Pricer:
@@ -49,19 +51,23 @@ class Pricer:
         self.model = model
         self._observer, self._comm, self._topology, self._window_steps = observer, comm, topology, window_steps
 
-    def told_by_root(self, took: float, slot_bytes: int) -> Told:
+    def told_by_root(self, took: float, slot_bytes: int, ties: Sequence[float | None]) -> Told:
         """Rank 0's word for what each rank measures for itself; the pace starts anew. One broadcast.
 
         Args:
             took: seconds of the last rebalance on this rank.
             slot_bytes: of an expert on this rank.
+            ties: by layer, the share of tokens that tied; None where nobody looked.
         """
         pace = self._observer.pace()
         seconds = [round(1e9 * value) for value in (pace.median, pace.error, took)]
         counts = [pace.iterations, self._observer.seen, slot_bytes, self._observer.tokens]
-        *seconds, iterations, seen, slot_bytes, tokens = told_by_root(self._comm, [*seconds, *counts])
-        median, error, took = (value * 1e-9 for value in seconds)
-        return Told(Pace(median, error, iterations), took, seen, slot_bytes, tokens)
+        shares = [-1 if share is None else round(1e9 * share) for share in ties]
+        told = told_by_root(self._comm, [*seconds, *counts, *shares])
+        median, error, took = (value * 1e-9 for value in told[:3])
+        iterations, seen, slot_bytes, tokens = told[3:7]
+        tied = tuple(None if share < 0 else share * 1e-9 for share in told[7:])
+        return Told(Pace(median, error, iterations), took, seen, slot_bytes, tokens, tied)
 
     def priced(self, options: SearchOptions, current: Placement, told: Told, steps_until_next: float) -> SearchOptions:
         """The options of one rebalance: from which placement, and at what price."""

@@ -8,11 +8,13 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from distplb.account import Account, completed
@@ -28,9 +30,12 @@ from distplb.migrate.transfer import Move
 from distplb.observer import Observer, steps_digest
 from distplb.placement import Placement
 from distplb.planner import Planned, plan_in_stages
+from distplb.planning.legal import check_legal
 from distplb.planning.options import SearchOptions
 from distplb.price import MoveModel, TimeCurve
 from distplb.pricer import Pricer, Told
+from distplb.routing import Routing
+from distplb.saved import Counters, Saved
 from distplb.stages import Stages
 from distplb.stoploss import Pace, StopLoss
 from distplb.topology import Topology
@@ -38,12 +43,12 @@ from distplb.traces.writer import TraceWriter
 
 __all__ = ["Rebalancer"]
 
-_STATE_VERSION = 2
+_STAGING_SECONDS = 1800.0  # that an asynchronous save may take to stage what it writes
 _VERIFIED_BY_DEFAULT = 3  # rebalances
 # What all ranks must share from the start.
 _FIELDS = (
     *("the number of layers", "every", "verify", "dry_run", "max_bytes", "stop_loss"),
-    *("the model (digest)", "time_curve (digest)", "move_model (digest)"),
+    *("the model (digest)", "time_curve (digest)", "move_model (digest)", "slot_class (digest)"),
 )
 
 
@@ -58,18 +63,22 @@ class Rebalancer:
         rebalancer.step()
 
     Experts change slots, and router rows with them, so the router's outputs stay numbers of slots, the dispatcher
-    stays as it is, and the model computes what it computed before.
+    stays as it is, and the model computes what it computed before. Where layers have a table (`slot_of_expert`) the
+    router stays as it is, and the dispatcher looks up the slot.
 
     Args:
-        layers: the MoE layers, the same on all ranks and in the same order.
+        layers: the MoE layers, the same on all ranks of `comm` and in the same order; none on a rank without any, as
+            in a stage of a pipeline, where every method then does nothing but count iterations.
         optimizer: the one that steps on their parameters, or all of them.
         topology: of one EP group.
         comm: the ranks that hold these layers: those of the EP group, or of all EP groups side by side that hold
             copies of the same experts. None for this process alone.
-        window: the counts; its layers in the order of `layers`, its experts the router's outputs. Each layer's forward
-            calls `window.add(index, counts)`.
         every: iterations between rebalances.
+        window: the counts; its layers in the order of `layers`, its experts the router's outputs. Each layer's forward
+            calls `window.add(index, counts)`. Where None, one is made that the layers fill (`MoELayer.counts`).
+        window_steps: the most steps that such a window keeps.
         gpu: which GPU of its EP group this rank is; its rank in `comm` where `comm` is the EP group alone.
+        slot_class: `[P]` integers; experts then stay in slots of their class, as of `plan`.
         num_candidates: randomised starts of each layer's search, dealt to the ranks.
         seed: of the search.
         engine: of the search; the fastest that is there where None.
@@ -100,10 +109,12 @@ class Rebalancer:
         optimizer: Optimizer | Sequence[Optimizer],
         *,
         topology: Topology,
-        window: LoadWindow,
         every: int,
+        window: LoadWindow | None = None,
+        window_steps: int = 64,
         comm: Comm | None = None,
         gpu: int | None = None,
+        slot_class: Tensor | None = None,
         num_candidates: int = 16,
         seed: int = 0,
         engine: str | None = None,
@@ -117,23 +128,24 @@ class Rebalancer:
         on_event: Callable[[RebalanceEvent], None] | None = None,
     ) -> None:
         self.enabled = True
-        self._comm: Comm = WorldOfOne() if comm is None else comm
-        self._topology, self._window, self._every = topology, window, every
-        self._options = SearchOptions(
-            num_candidates=num_candidates, seed=seed, engine=engine, mode="permute", time_curve=time_curve
-        )
+        self._comm: Comm = WorldOfOne() if comm is None or not layers else comm
+        self._topology, self._every = (topology if layers else Topology(1, 1)), every
+        self._given_window, self._window_steps, self._slot_class, self._seed = window, window_steps, slot_class, seed
+        self._search: dict[str, Any] = {"num_candidates": num_candidates, "engine": engine, "time_curve": time_curve}
         self._max_bytes, self._stop_loss = max_bytes, StopLoss(stop_loss)
         self._dry_run, self._verify, self._on_event = dry_run, verify, on_event
         self._iteration, self._rebalances = 0, 0
         self._pending: _Pending | None = None
+        self._saves: list[Any] = []
         self._names = tuple(layer.name for layer in layers)
         optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
         self._mover = self._agreed_mover(layers, optimizers, gpu, move_model)
-        self._observer = Observer(window, self._comm, topology, self._mover.gpu, seed)
-        self._pricer = Pricer(self._observer, self._comm, topology, move_model, window.shape[0])
-        is_writer = self._comm.rank == 0
+        self._observer = Observer(self._window, self._comm, self._topology, self._mover.gpu, seed)
+        self._pricer = Pricer(self._observer, self._comm, self._topology, move_model, self._window.shape[0])
+        is_writer = self._comm.rank == 0 and bool(layers)
         self._trace = TraceWriter(record, layers=self._names) if record is not None and is_writer else None
-        self._first = self._placement = Placement.contiguous(len(layers), window.shape[2], topology.num_gpus)
+        self._first = self._placement = self._logical_order()
+        self._routing.follow(None, self._placement)
 
     @property
     def placement(self) -> Placement:
@@ -154,19 +166,48 @@ class Rebalancer:
         """
         self._refuse_if_poisoned()
         self._iteration += 1
+        if not self._names:
+            return
         self._observer.iteration_ends()
         if self.enabled and self._iteration % self._every == 0:
             self._rebalance()
         self._observer.loop_goes_on()
+
+    def attach(self) -> Attached:
+        """Call `step` by itself whenever the optimizers have stepped, each once; instead of calling it in the loop.
+
+        Gradients are still held then, and travel with the experts: a quarter more bytes with AdamW.
+
+        Returns:
+            What calls it; its `remove()` ends that.
+        """
+        return Attached(self._optimizers, self.step)
+
+    def saving(self, response: Any) -> None:
+        """Have the next move wait until an asynchronous save has staged what it writes. Not collective.
+
+        A move in the middle of the staging would mix two placements in one checkpoint. So would an optimizer step:
+        most trainers wait for the staging before it, and then this finds it complete.
+
+        Args:
+            response: what `torch.distributed.checkpoint.async_save` returned. Where that is a plain future the state
+                was staged before it returned.
+        """
+        staging = getattr(response, "staging_completion", None)
+        if staging is not None:
+            self._saves.append(staging)
 
     def apply(self, placement: Placement) -> None:
         """Move every expert to the slot that `placement` gives it, now. Counts so far are forgotten.
 
         Raises:
             DistplbError: on every rank, if the placement is of another model, has replicas or differs between
-                ranks, or if the state of a layer is refused: nothing has moved then.
+                ranks, takes apart a routing group or a class of slots, or if the state of a layer is refused: nothing
+                has moved then.
         """
         self._refuse_if_poisoned()
+        if not self._names:
+            return
         travelling, error = self._travelling()
         try:
             self._check_placement(placement)
@@ -178,43 +219,48 @@ class Rebalancer:
         """Move every expert back to where the job started from."""
         self.apply(self._first)
 
+    @contextmanager
+    def in_logical_order(self) -> Iterator[None]:
+        """Expert e in slot e of every layer, for a checkpoint that others can read; afterwards all is as before.
+
+        The block saves model, optimizer and, if it likes, this rebalancer. Give `saving` what an asynchronous save
+        returns. If the block raises, experts stay in logical order, and `placement` says so.
+        """
+        there = self._placement
+        self.apply(self._logical_order())
+        yield
+        self.apply(there)
+
     def close(self) -> None:
-        """Wait until the trace is written, if one is recorded. Not collective."""
+        """Take in no more counts, and wait until the trace is written, if one is recorded. Not collective."""
+        self._routing.close()
         if self._trace is not None:
             self._trace.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """Placement, first placement (both by layer name) and counters, to be saved with the model."""
+        """Placement, first placement and counters as tensors, by layer name, to be saved with the model.
+
+        With `torch.distributed.checkpoint` the rebalancer itself is passed beside model and optimizer. It is loaded on
+        any number of GPUs, and by any stages of a pipeline.
+        """
         self._refuse_if_poisoned()
-        return {
-            "version": _STATE_VERSION,
-            "iteration": self._iteration,
-            "rebalances": self._rebalances,
-            "enabled": self.enabled,
-            "strikes": self._stop_loss.strikes,
-            "num_gpus": self._placement.num_gpus,
-            "placement": self._by_name(self._placement),
-            "first": self._by_name(self._first),
-        }
+        counters = Counters(self._iteration, self._rebalances, self.enabled, self._stop_loss.strikes)
+        return Saved(self._placement, self._first, counters).to_state(self._names)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up where `state_dict` was called, with the model and optimizer as they were saved. Moves nothing.
 
         Raises:
-            DistplbError: if the state is of another version, model or number of GPUs.
+            DistplbError: if the state is of another version or model.
         """
         self._refuse_if_poisoned()
-        if state.get("version") != _STATE_VERSION:
-            raise DistplbError(f"state has version {state.get('version')}; this distplb reads {_STATE_VERSION}")
-        if state["num_gpus"] != self._topology.num_gpus:
-            raise DistplbError(
-                f"state was saved on {state['num_gpus']} GPUs, this topology has {self._topology.num_gpus}; "
-                "resume on as many"
-            )
-        placement, first = self._from_names(state["placement"]), self._from_names(state["first"])
-        self._placement, self._first = placement, first
-        self._iteration, self._rebalances = state["iteration"], state["rebalances"]
-        self.enabled, self._stop_loss.strikes = state["enabled"], state["strikes"]
+        if not self._names:
+            return
+        saved = Saved.from_state(state, self._names, self._window.shape[2], self._topology.num_gpus)
+        check_legal(saved.placement, saved.first, self._routing.num_groups)
+        self._placement, self._first = saved.placement, saved.first
+        self._iteration, self._rebalances, self.enabled, self._stop_loss.strikes = saved.counters
+        self._routing.follow(None, self._placement)
         self._forget_counts()
 
     # --- one rebalance ---------------------------------------------------------------------------------------
@@ -225,7 +271,8 @@ class Rebalancer:
             # A dry run asks nothing of the optimizer: its state may be of a kind that could not be moved.
             travelling, error = ([], None) if self._dry_run else self._travelling()
             took = 0.0 if self._pending is None else self._pending.took
-            told = self._pricer.told_by_root(took, self._mover.bytes_per_slot(travelling))
+            slot_bytes = self._mover.bytes_per_slot(travelling)
+            told = self._pricer.told_by_root(took, slot_bytes, self._routing.ties())
             # At the rate of the window, which may have more or fewer iterations: not all began with a rebalance.
             until_next = told.seen * self._every / self._observer.iterations
             options = self._pricer.priced(self._options, old, told, until_next)
@@ -249,6 +296,7 @@ class Rebalancer:
             model=self._pricer.model,
             pace=told.pace,
             steps_until_next=until_next,
+            router_ties=told.ties,
         )
         event = account.event(moved, decision, reason, stages.seconds)
         self._pending = _Pending(event, target, told.pace, time.perf_counter() - began)
@@ -262,7 +310,7 @@ class Rebalancer:
             load, steps = torch.zeros(1, len(self._names), self._window.shape[2], dtype=torch.int64), 0
             try:
                 steps = steps_digest(self._observer.steps())
-                load = self._observer.load(self._placement)
+                load = self._observer.load(self._placement if self._routing.mode == "permute" else None)
             except Exception as caught:
                 error = error or caught
         fields = {"the rebalancer's iteration": self._iteration, "the steps in the window (digest)": steps}
@@ -319,6 +367,7 @@ class Rebalancer:
 
     def _take_up(self, placement: Placement) -> None:
         """After each commit, so that a move that breaks off leaves the placement that is in force."""
+        self._routing.follow(self._placement, placement)
         self._placement = placement
         self._forget_counts()
 
@@ -332,10 +381,23 @@ class Rebalancer:
         fields = dict.fromkeys(_FIELDS, 0)
         try:
             self._check_options(layers)
-            mover = Mover(layers, optimizers, self._comm, self._topology, self._window.shape[2], gpu)
+            self._optimizers = optimizers
+            self._routing = Routing(layers)
+            self._window = self._checked_window(layers)
+            num_slots = self._window.shape[2]
+            self._options = SearchOptions(
+                mode=self._routing.mode,
+                num_groups=self._routing.num_groups,
+                slot_class=self._slot_class,
+                seed=self._seed,
+                **self._search,
+            )
+            self._options.check(self._topology, len(layers), num_slots)
+            mover = Mover(layers, optimizers, self._comm, self._topology, num_slots, gpu)
             verify = ("first", "digest", "off").index(self._verify)
             limit = -1 if self._max_bytes is None else self._max_bytes
-            prices = (digest(self._options.time_curve), digest(model))
+            classes = None if self._slot_class is None else torch.as_tensor(self._slot_class).tolist()
+            prices = (digest(self._options.time_curve), digest(model), digest(classes))
             what = (int(self._dry_run), limit, self._stop_loss.patience, mover.digest(), *prices)
             values = (len(layers), self._every, verify, *what)
             fields = dict(zip(fields, values, strict=True))
@@ -354,21 +416,25 @@ class Rebalancer:
         if self._verify not in ("first", "digest", "off"):
             raise DistplbError(f"verify is {self._verify!r}; pass 'first', 'digest' or 'off'")
         names = [layer.name for layer in layers]
-        if len(set(names)) != len(names) or len(names) != self._window.shape[1]:
+        if len(set(names)) != len(names):
             raise DistplbError(
-                f"{len(names)} layers of {len(set(names))} names for a window of {self._window.shape[1]}; "
-                "pass each layer once, by a name of its own, and a window of as many layers"
+                f"{len(names)} layers of {len(set(names))} names; pass each layer once, by a name of its own"
             )
-        for layer in layers:
-            if not layer.experts or not layer.router:
-                raise DistplbError(
-                    f"{layer.name} has {len(layer.experts)} expert tensors and {len(layer.router)} router tensors; "
-                    "declare all of both: what is not declared does not travel"
-                )
+
+    def _checked_window(self, layers: Sequence[MoELayer]) -> LoadWindow:
+        window = self._given_window
+        if window is None:
+            return self._routing.window(self._window_steps, self._seed)
+        if layers and len(layers) != window.shape[1]:
+            raise DistplbError(
+                f"{len(layers)} layers for a window of {window.shape[1]}; pass a window of as many layers"
+            )
+        return window if layers else self._routing.window(1, 0)
 
     def _travelling(self) -> tuple[Travelling, Exception | None]:
         """All that travels now; or why it may not."""
         try:
+            self._wait_for_saves()
             return self._mover.travelling(), None
         except Exception as refused:
             return [], refused
@@ -383,6 +449,19 @@ class Rebalancer:
             found, wanted = getattr(placement, what), getattr(self._placement, what)
             if found != wanted:
                 raise DistplbError(f"the placement has {what} {found}, the model {wanted}; pass one of this model")
+        check_legal(placement, self._placement, self._routing.num_groups, self._slot_class)
+
+    def _wait_for_saves(self) -> None:
+        """Until what is being saved has been staged; whether the save succeeds is not for us to say."""
+        while self._saves:
+            try:
+                self._saves[0].exception(timeout=_STAGING_SECONDS)
+            except TimeoutError as late:
+                raise DistplbError(
+                    f"an asynchronous save has not staged its state in {_STAGING_SECONDS:.0f} s, and nothing may move "
+                    "before it has; look for what holds it up"
+                ) from late
+            self._saves.pop(0)
 
     # --- small things ----------------------------------------------------------------------------------------
 
@@ -398,20 +477,27 @@ class Rebalancer:
         self._observer.clear()
         self._pending = None
 
-    def _by_name(self, placement: Placement) -> dict[str, list[int]]:
-        return dict(zip(self._names, placement.expert_of_slot.tolist(), strict=True))
+    def _logical_order(self) -> Placement:
+        return Placement.contiguous(len(self._names), self._window.shape[2], self._topology.num_gpus)
 
-    def _from_names(self, tables: Mapping[str, list[int]]) -> Placement:
-        if set(tables) != set(self._names):
-            differing = sorted(set(tables) ^ set(self._names))
-            raise DistplbError(f"state and model differ in layer {differing[0]!r}; load the state of this model")
-        placement = Placement(
-            torch.tensor([tables[name] for name in self._names]),
-            self._window.shape[2],
-            self._topology.num_gpus,
-        )
-        self._check_placement(placement)
-        return placement
+
+class Attached:
+    """Calls a rebalancer's step whenever all of its optimizers have stepped."""
+
+    def __init__(self, optimizers: Sequence[Optimizer], step: Callable[[], None]) -> None:
+        self._all, self._stepped, self._step = {id(optimizer) for optimizer in optimizers}, set[int](), step
+        self._handles = [optimizer.register_step_post_hook(self._note) for optimizer in optimizers]
+
+    def remove(self) -> None:
+        """Call it no more."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _note(self, optimizer: Optimizer, *_: Any) -> None:
+        self._stepped.add(id(optimizer))
+        if self._stepped == self._all:
+            self._stepped.clear()
+            self._step()
 
 
 @dataclass(frozen=True)

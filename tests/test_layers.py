@@ -27,7 +27,7 @@ SOURCES = {
 LEVELS = [
     {"errors", "topology", "stages", "hashing", "stoploss", "ties"},
     {"placement", "load", "layer", "events", "traces"},
-    {"cost", "bound", "price"},
+    {"cost", "bound", "price", "routing", "saved"},
     {"packing", "planning", "comm"},
     {"migrate", "replay", "measure"},
     {"planner", "observer"},
@@ -48,6 +48,11 @@ SIDEWAYS = {
     ("migrate.transfer", "migrate.pieces"),
     ("migrate.transfer", "migrate.state"),
     ("migrate.checksum", "migrate.state"),
+    ("migrate.state", "migrate.pieces"),
+    ("migrate.state", "migrate.dtensors"),
+    ("migrate.mover", "migrate.kinds"),
+    ("migrate.kinds", "migrate.state"),
+    ("migrate.kinds", "migrate.pieces"),
     ("migrate.schedule", "migrate.pieces"),
     ("migrate.budget", "migrate.schedule"),
     ("integrations.huggingface", "integrations.common"),
@@ -58,7 +63,7 @@ SIDEWAYS = {
 OPEN_FOLDERS = {"packing", "planning", "comm", "traces"}
 # Libraries that only one place may know, and those that none may.
 KEPT_IN = {
-    "torch.distributed": {"distplb.comm.torchdist"},
+    "torch.distributed": {"distplb.comm.torchdist", "distplb.migrate.dtensors"},
     "scipy": {"distplb.planning.relabel"},
     "numba": {"distplb.packing.cpu", "distplb.packing.cpu_steps"},
     "filelock": {"distplb.packing.cpu"},
@@ -85,7 +90,7 @@ NEEDS = {
 }
 PURE = [name for name in SOURCES if name.startswith(("distplb.planning", "distplb.packing"))]
 PURE += ["distplb.price", "distplb.replay"]
-PURE += ["distplb.cost", "distplb.bound", "distplb.stoploss", "distplb.account"]
+PURE += ["distplb.saved", "distplb.cost", "distplb.bound", "distplb.stoploss", "distplb.account"]
 PURE += ["distplb.migrate.schedule", "distplb.migrate.pieces", "distplb.migrate.budget"]
 IMPURE_MODULES = {"time", "os", "random", "io", "socket", "subprocess", "threading", "pathlib", "datetime", "secrets"}
 IMPURE_MODULES |= {"numpy.random", "torch.random", "torch.distributed", "distplb.comm", "distplb.stages"}

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from distplb import DistplbError, Placement
-from distplb.migrate.pieces import Layout, Piece
+from distplb.migrate.pieces import Layout, Part, Piece, joined
 from distplb.migrate.schedule import Copy, SlotMove, commits, copies, cycles, rank_step, rounds
 
 ITEM_BYTES = 8  # of the simulated tensors
@@ -51,16 +51,36 @@ class World:
         """Who holds what of a tensor of that kind."""
         each = self.slots_per_gpu * row
         if kind == "everywhere":
-            return Layout(row, self.num_slots, ((0, self.num_slots * row),) * len(self.gpus))
+            return Layout.flat(row, self.num_slots, ((0, self.num_slots * row),) * len(self.gpus))
         if kind == "whole":
-            return Layout(row, self.num_slots, tuple((gpu * each, (gpu + 1) * each) for gpu in self.gpus))
+            return Layout.flat(row, self.num_slots, tuple((gpu * each, (gpu + 1) * each) for gpu in self.gpus))
+        if kind == "rows":  # over all ranks, evenly or not
+            cuts = [rank * self.num_slots // len(self.gpus) * row for rank in range(len(self.gpus) + 1)]
+            return Layout.flat(row, self.num_slots, pairwise(cuts))
+        if kind in ("columns", "cut one by one"):
+            return Layout(row, self.num_slots, self.cut_within_rows(row, in_place=kind == "columns"))
         held = [(0, 0)] * len(self.gpus)
         for gpu in range(self.num_gpus):
             ranks = [rank for rank, of in enumerate(self.gpus) if of == gpu]
             cuts = sorted(self.random.randrange(each + 1) for _ in ranks[1:])  # an empty shard now and then
             for rank, (start, stop) in zip(ranks, pairwise([0, *cuts, each]), strict=True):
                 held[rank] = (gpu * each + start, gpu * each + stop)
-        return Layout(row, self.num_slots, tuple(held))
+        return Layout.flat(row, self.num_slots, tuple(held))
+
+    def cut_within_rows(self, row: int, in_place: bool) -> tuple[tuple[Part, ...], ...]:
+        """Each row is cut over the ranks of its GPU: all in the same places, or each in others."""
+        held: list[list[Part]] = [[] for _ in self.gpus]
+        for gpu in range(self.num_gpus):
+            ranks = [rank for rank, of in enumerate(self.gpus) if of == gpu]
+            cuts = [0, *sorted(self.random.randrange(row + 1) for _ in ranks[1:]), row]
+            for slot in range(gpu * self.slots_per_gpu, (gpu + 1) * self.slots_per_gpu):
+                for rank, (low, high) in zip(ranks, pairwise(cuts), strict=True):
+                    width = high - low
+                    columns = Part(slot * width, (slot + 1) * width, low, high)
+                    held[rank].append(columns if in_place else Part(slot * row + low, slot * row + high, 0, row))
+                if not in_place:
+                    cuts = [0, *sorted(self.random.randrange(row + 1) for _ in ranks[1:]), row]
+        return tuple(joined(parts) for parts in held)
 
     def random_placement(self) -> Placement:
         """A permutation of the experts in every layer; some layers stay contiguous."""
@@ -74,14 +94,16 @@ class World:
         for table, layer in zip(placement.expert_of_slot.numpy(), self.tensors, strict=True):
             for number, layout in layer:
                 own = table[:, None] * layout.row + np.arange(layout.row) + number * 10**6  # [P, row]
-                for rank, (start, stop) in enumerate(layout.held):
-                    found[rank, number] = own.reshape(-1)[start:stop].copy()
+                for rank, parts in enumerate(layout.held):
+                    held = [own[:, part.low : part.high].reshape(-1)[part.start : part.stop] for part in parts]
+                    found[rank, number] = np.concatenate([own.reshape(-1)[:0], *held])
         return found
 
     def bytes_of_rows(self) -> tuple[list[int], list[int]]:
         """By layer, the bytes of a slot's rows that its GPU stages, and those that every rank stages."""
-        own = [sum(row for kind, row in layer if kind != "everywhere") * ITEM_BYTES for layer in self.kinds]
-        every = [sum(row for kind, row in layer if kind == "everywhere") * ITEM_BYTES for layer in self.kinds]
+        by_rank = ("everywhere", "rows")
+        own = [sum(row for kind, row in layer if kind not in by_rank) * ITEM_BYTES for layer in self.kinds]
+        every = [sum(row for kind, row in layer if kind in by_rank) * ITEM_BYTES for layer in self.kinds]
         return own, every
 
     def swap_bytes(self) -> int:
@@ -135,7 +157,8 @@ def cycle_of(num_slots: int) -> tuple[list[int], list[int]]:
     return list(range(num_slots)), wanted
 
 
-EVERY_KIND = [("whole", 6), ("shards", 6), ("shards", 1), ("everywhere", 3), ("whole", 5)]
+EVERY_KIND = [("whole", 6), ("shards", 6), ("shards", 1), ("everywhere", 3), ("whole", 5), ("columns", 6), ("rows", 2)]
+EVERY_KIND += [("cut one by one", 5)]
 WORLDS = {
     "experts owned by one rank": ([0, 1, 2, 3], 3, [[("whole", 4), ("everywhere", 2)], [("whole", 7)]]),
     "a single rank": ([0], 6, [EVERY_KIND]),
@@ -143,7 +166,9 @@ WORLDS = {
     "EP 2 × EDP 2, copies in turn": ([0, 1, 0, 1], 3, [EVERY_KIND, [("whole", 2), ("everywhere", 1)]]),
     "EP 2 × EDP 3, shards cut through experts": ([0, 0, 0, 1, 1, 1], 2, [[("shards", 7), ("shards", 4)], EVERY_KIND]),
     "EP 3 × EDP 2, all kinds in three layers": ([2, 0, 1, 1, 2, 0], 2, [EVERY_KIND] * 3),
+    "EP 2 × EDP 2, sharded in both ways": ([0, 1, 1, 0], 3, [[("columns", 8), ("rows", 3)], [("cut one by one", 7)]]),
     "nothing but the router": ([0, 1], 3, [[("everywhere", 2)]]),
+    "nothing but a sharded router": ([0, 1, 0], 3, [[("rows", 2)]]),
 }
 
 
@@ -241,7 +266,7 @@ def test_layers_are_counted_at_their_own_size() -> None:
 
 def test_a_rank_that_holds_what_it_needs_asks_nobody() -> None:
     """Slots 0 and 1 of the same GPU change places, and ranks 0 and 1 both hold both."""
-    layout = Layout(4, 4, ((0, 8), (0, 8), (8, 16), (8, 16)))
+    layout = Layout.flat(4, 4, ((0, 8), (0, 8), (8, 16), (8, 16)))
     moves = [SlotMove(0, 0, 1), SlotMove(0, 1, 0)]
     for rank in range(4):
         found = copies(moves, [[(0, layout)]], rank)
@@ -250,26 +275,26 @@ def test_a_rank_that_holds_what_it_needs_asks_nobody() -> None:
 
 def test_a_rank_takes_its_own_copy_also_where_others_hold_other_parts() -> None:
     """Rank 1 holds both slots, ranks 0 and 2 one each."""
-    layout = Layout(4, 2, ((0, 4), (0, 8), (4, 8)))
+    layout = Layout.flat(4, 2, ((0, 4), (0, 8), (4, 8)))
     found = copies([SlotMove(0, 0, 1)], [[(0, layout)]], rank=1)
     assert found == [Copy(0, 1, 0, 1, 4, 4), Copy(0, 1, 0, 2, 0, 4)]
 
 
 def test_copies_of_an_expert_are_each_given_by_another_holder() -> None:
-    layout = Layout(4, 2, ((0, 4), (0, 4), (4, 8), (4, 8)))
+    layout = Layout.flat(4, 2, ((0, 4), (0, 4), (4, 8), (4, 8)))
     found = copies([SlotMove(0, 0, 1), SlotMove(0, 1, 0)], [[(5, layout)]], rank=0)
     assert {(copy.source_rank, copy.target_rank) for copy in found} == {(0, 2), (1, 3), (2, 0), (3, 1)}
     assert {copy.tensor for copy in found} == {5}
 
 
 def test_shards_that_are_cut_elsewhere_are_put_together_from_several_ranks() -> None:
-    layout = Layout(6, 2, ((0, 2), (2, 6), (6, 11), (11, 12)))  # slot 0 on ranks 0 and 1, slot 1 on ranks 2 and 3
+    layout = Layout.flat(6, 2, ((0, 2), (2, 6), (6, 11), (11, 12)))  # slot 0 on ranks 0 and 1, slot 1 on ranks 2 and 3
     found = copies([SlotMove(0, 1, 0)], [[(0, layout)]], rank=0)
     assert found == [Copy(0, 2, 0, 0, 0, 2), Copy(0, 2, 2, 1, 0, 3), Copy(0, 3, 0, 1, 3, 1)]
 
 
 def test_router_rows_never_cross_ranks() -> None:
-    layout = Layout(3, 4, ((0, 12),) * 3)
+    layout = Layout.flat(3, 4, ((0, 12),) * 3)
     assert layout.everywhere
     for rank in range(3):
         found = copies([SlotMove(0, 0, 3), SlotMove(0, 3, 0)], [[(1, layout)]], rank)
@@ -277,7 +302,7 @@ def test_router_rows_never_cross_ranks() -> None:
 
 
 def test_only_the_tensors_of_the_moved_layer_are_copied() -> None:
-    layout = Layout(1, 2, ((0, 1), (1, 2)))
+    layout = Layout.flat(1, 2, ((0, 1), (1, 2)))
     found = copies([SlotMove(1, 0, 1), SlotMove(1, 1, 0)], [[(0, layout)], [(1, layout), (2, layout)]], rank=0)
     assert Counter(copy.tensor for copy in found) == {1: 2, 2: 2}
 
@@ -310,7 +335,7 @@ def test_what_one_rank_sends_is_what_the_other_expects_in_the_same_order(name: s
 
 
 def test_a_shard_that_cuts_through_experts_is_a_piece_of_each() -> None:
-    layout = Layout(row=4, num_slots=3, held=((0, 6), (6, 7), (7, 7), (7, 12)))
+    layout = Layout.flat(row=4, num_slots=3, held=((0, 6), (6, 7), (7, 7), (7, 12)))
     assert not layout.everywhere
     assert layout.pieces == (
         (Piece(0, 0, 4, 0),),
@@ -320,36 +345,57 @@ def test_a_shard_that_cuts_through_experts_is_a_piece_of_each() -> None:
 
 
 def test_a_range_held_twice_comes_once_for_each_rank() -> None:
-    layout = Layout(row=2, num_slots=2, held=((2, 4), (0, 2), (2, 4)))
+    layout = Layout.flat(row=2, num_slots=2, held=((2, 4), (0, 2), (2, 4)))
     assert layout.pieces == ((Piece(1, 0, 2, 0),), (Piece(0, 0, 2, 0), Piece(2, 0, 2, 0)))
 
 
 @pytest.mark.parametrize(
-    ("held", "reached"),
+    ("held", "slot", "reached"),
     [
-        (((4, 8),), 0),
-        (((0, 4),), 4),
-        (((0, 3), (5, 8)), 3),
-        (((5, 8), (0, 3)), 3),
-        (((0, 4), (0, 4)), 4),
-        (((0, 0), (8, 8)), 0),
-        (((0, 7), (2, 5), (7, 7)), 7),
-        ((), 0),
+        (((4, 8),), 0, 0),
+        (((0, 4),), 1, 0),
+        (((0, 3), (5, 8)), 0, 3),
+        (((5, 8), (0, 3)), 0, 3),
+        (((0, 4), (0, 4)), 1, 0),
+        (((0, 0), (8, 8)), 0, 0),
+        (((0, 7), (2, 5), (7, 7)), 1, 3),
+        ((), 0, 0),
     ],
 )
-def test_elements_that_no_rank_holds_are_refused(held: tuple[tuple[int, int], ...], reached: int) -> None:
+def test_elements_that_no_rank_holds_are_refused(held: tuple[tuple[int, int], ...], slot: int, reached: int) -> None:
     with pytest.raises(DistplbError) as refused:
-        Layout(row=4, num_slots=2, held=held)
-    assert f"elements from {reached} on of 2 slots × 4 are held by no rank" in str(refused.value)
-    assert f"(held by rank: {list(held)}); check `gpu` and the starts of the shards" in str(refused.value)
+        Layout.flat(row=4, num_slots=2, held=held)
+    assert f"element {reached} of the 4 of slot {slot} is held by no rank (slots held by rank: [" in str(refused.value)
+    assert "check `gpu`, the starts of the shards, and that the communicator has all ranks" in str(refused.value)
 
 
-@pytest.mark.parametrize("part", [(4, 12), (-2, 4), (6, 2), (9, 9)])
-def test_a_part_outside_of_all_slots_is_refused(part: tuple[int, int]) -> None:
+def test_columns_that_no_rank_holds_are_refused() -> None:
+    with pytest.raises(DistplbError, match="element 2 of the 4 of slot 0 is held by no rank"):
+        Layout(row=4, num_slots=2, held=((Part(0, 4, 0, 2),), (Part(0, 2, 3, 4),)))
+
+
+@pytest.mark.parametrize("part", [Part(4, 12, 0, 4), Part(-2, 4, 0, 4), Part(0, 8, 2, 5), Part(0, 5, 0, 2)])
+def test_a_part_outside_of_all_slots_is_refused(part: Part) -> None:
     """A part that went beyond the last slot was reported as elements that nobody holds."""
     with pytest.raises(DistplbError) as refused:
-        Layout(row=4, num_slots=2, held=((0, 8), part))
-    assert f"rank 1 holds elements {part[0]} to {part[1]} of 2 slots × 4, which end at 8; check" in str(refused.value)
+        Layout(row=4, num_slots=2, held=((Part(0, 8, 0, 4),), (part,)))
+    words = f"rank 1 holds elements {part.start} to {part.stop} of columns {part.low} to {part.high} of 2 slots × 4"
+    assert words in str(refused.value)
+
+
+def test_the_most_that_a_rank_holds_of_a_slot_and_whether_ranks_hold_slots_of_one_gpu() -> None:
+    columns = Layout(row=4, num_slots=2, held=((Part(0, 2, 0, 1),), (Part(0, 6, 1, 4),)))
+    assert columns.most == 3
+    assert columns.slots == ((0, 1), (0, 1))
+    assert columns.is_by_gpu(2)
+    assert not columns.is_by_gpu(1)
+    assert Layout.flat(4, 2, ((0, 4), (4, 8), (5, 5))).is_by_gpu(1)
+    assert Layout.flat(4, 2, ((0, 4), (4, 8), (5, 5))).is_nowhere_on_some
+
+
+def test_parts_that_continue_each_other_are_one() -> None:
+    parts = [Part(0, 4, 0, 4), Part(4, 6, 0, 4), Part(6, 6, 0, 4), Part(7, 8, 0, 4), Part(8, 9, 0, 2)]
+    assert joined(parts) == (Part(0, 6, 0, 4), Part(7, 8, 0, 4), Part(8, 9, 0, 2))
 
 
 # --- rounds -----------------------------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ def expert_checksums(
         for number, traveller in enumerate(travelling):
             row_tensor = declared[traveller.of]
             salt = 2 * number + 1  # odd, so that two tensors of one expert cannot change places unseen
-            for slot, part in _slot_sums(traveller.flat, row_tensor.row, row_tensor.start, weights):
+            for slot, part in _slot_sums(traveller, row_tensor, weights):
                 sums[layer, slot] += (part * salt) & _MASK
     by_expert = torch.zeros(placement.num_layers, placement.num_experts, dtype=torch.int64)
     by_expert.scatter_add_(1, placement.expert_of_slot, sums)
@@ -48,25 +48,23 @@ def expert_checksums(
 
 
 def _slot_sums(
-    flat: Tensor, row: int, start: int, weights: dict[tuple[int, torch.device], Tensor]
+    traveller: Traveller, row_tensor: RowTensor, weights: dict[tuple[int, torch.device], Tensor]
 ) -> list[tuple[int, int]]:
-    """(slot, checksum of what is held of it), for each slot that the local part touches."""
-    if not flat.numel():
-        return []
-    words_each = max(1, flat.element_size() // 4)
-    words = flat.view(_INTEGERS[flat.element_size()]).to(torch.int32)
-    key = (row * words_each, flat.device)
-    if key not in weights:
-        weights[key] = _odd_weights(*key)
-    weight, stop = weights[key], start + flat.numel()
-    slots = range(start // row, -(-stop // row))
-    sums = []
-    for slot in slots:
-        low, high = max(start, slot * row), min(stop, (slot + 1) * row)
-        held = words[(low - start) * words_each : (high - start) * words_each]
-        place = weight[(low - slot * row) * words_each : (high - slot * row) * words_each]
-        sums.append((held * place).sum(dtype=torch.int64) & _MASK)  # int32 products wrap, as they should
-    return list(zip(slots, torch.stack(sums).tolist(), strict=True))
+    """(slot, checksum of what is held of it), for each span that is held here."""
+    slots, sums, base = [], [], 0
+    words_each = max(1, traveller.dtype.itemsize // 4)
+    for part in row_tensor.parts:
+        for span in part.spans:
+            held = traveller.at(base + span.offset, span.stop - span.start)
+            words = held.view(_INTEGERS[traveller.dtype.itemsize]).to(torch.int32)
+            key = (row_tensor.row * words_each, held.device)
+            if key not in weights:
+                weights[key] = _odd_weights(*key)
+            place = weights[key][span.start * words_each : span.stop * words_each]
+            sums.append((words * place).sum(dtype=torch.int64) & _MASK)  # int32 products wrap, as they should
+            slots.append(span.slot)
+        base += part.numel
+    return list(zip(slots, torch.stack(sums).tolist(), strict=True)) if sums else []
 
 
 def _odd_weights(count: int, device: torch.device) -> Tensor:

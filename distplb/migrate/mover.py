@@ -15,6 +15,7 @@ from distplb.comm.base import Comm
 from distplb.errors import DistplbError, HalfMovedError
 from distplb.layer import MoELayer
 from distplb.migrate.checksum import expert_checksums
+from distplb.migrate.kinds import completed, what_travels
 from distplb.migrate.pieces import Layout
 from distplb.migrate.state import BackwardWatch, RowTensor, Traveller, check_known, row_tensors, travellers
 from distplb.migrate.transfer import Move, agreed_layouts
@@ -66,8 +67,8 @@ class Mover:
         self.broken: str | None = None  # why the experts may not be whole any more
 
     def digest(self) -> int:
-        """What must be equal on all ranks: names, types and rows of all declared tensors, as one number."""
-        return digest([(t.name, str(t.tensor.dtype), t.row) for tensors in self._tensors for t in tensors])
+        """What must be equal on all ranks: names and rows of all declared tensors, as one number."""
+        return digest([(t.name, t.row) for tensors in self._tensors for t in tensors])
 
     def agree_on_layouts(self) -> None:
         """Learn which rank holds what; once, before anything moves."""
@@ -90,7 +91,7 @@ class Mover:
         if not travelling:
             return 0
         experts = [
-            sum(t.flat.nbytes for t in layer if tensors[t.of].tensor.numel() < tensors[t.of].row * self._num_slots)
+            sum(traveller.nbytes for traveller in layer if tensors[traveller.of].of_experts)
             for tensors, layer in zip(self._tensors, travelling, strict=True)
         ]
         return max(experts, default=0) // self._slots_per_gpu
@@ -144,11 +145,14 @@ class Mover:
     def _agreed_move(self, old: Placement, new: Placement, travelling: Travelling, error: Exception | None) -> Move:
         fields = {"the placement (digest)": 0, "what travels with the experts (digest)": 0}
         try:
+            travelling[:] = completed(self._tensors, self._layouts, travelling, self._comm)
+        except DistplbError as differing:
+            error = error or differing
+        try:
             if error is not None:
                 raise error
             move = Move(old, new, list(zip(self._tensors, self._layouts, travelling, strict=True)), self._comm)
-            what = digest([(t.name, str(t.flat.dtype)) for layer in travelling for t in layer])
-            fields = dict(zip(fields, (new.digest(), what), strict=True))
+            fields = dict(zip(fields, (new.digest(), what_travels(travelling)), strict=True))
         except Exception as caught:
             error = caught
         agree(self._comm, fields, error)

@@ -1,18 +1,75 @@
 """Layouts: which rank holds which elements of a slot's row.
 
-A tensor with a row for every slot is, seen over all ranks, one flat range of P × row elements. Each rank holds one
-contiguous part of it: experts owned by one rank, copies on data-parallel ranks, flat shards of an optimizer that may
-cut through an expert, and router rows on every rank are all of this kind.
+A tensor with a row for every slot is, seen over all ranks, one range of P rows. What a rank holds of it comes in
+parts, each contiguous in its memory: the rows of its slots, a flat range that cuts through rows (the shard of an
+optimizer), or the same columns of several rows (a tensor sharded along its second dim). Experts owned by one rank,
+copies on data-parallel ranks, and router rows on every rank are all of this kind.
 """
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 from distplb.errors import DistplbError
 
-__all__ = ["Layout", "Piece"]
+__all__ = ["Layout", "Part", "Piece", "Span", "joined"]
+
+
+class Span(NamedTuple):
+    """Elements `start` to `stop` of a slot's row, held from element `offset` on of the part's memory."""
+
+    slot: int
+    start: int
+    stop: int
+    offset: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """Of each slot's row the elements `low` to `high`; of these, slot after slot, the elements `start` to `stop`.
+
+    >>> list(Part(4, 12, 0, 8).spans)  # a flat range that cuts through two rows of 8
+    [Span(slot=0, start=4, stop=8, offset=0), Span(slot=1, start=0, stop=4, offset=4)]
+    >>> list(Part(0, 4, 2, 4).spans)  # two columns of two rows
+    [Span(slot=0, start=2, stop=4, offset=0), Span(slot=1, start=2, stop=4, offset=2)]
+    """
+
+    start: int
+    stop: int
+    low: int
+    high: int
+
+    @property
+    def numel(self) -> int:
+        """Elements held."""
+        return self.stop - self.start
+
+    @property
+    def spans(self) -> Iterator[Span]:
+        """What is held, slot by slot."""
+        width = self.high - self.low
+        if self.start == self.stop:
+            return
+        for slot in range(self.start // width, -(-self.stop // width)):
+            first = slot * width
+            begin, end = max(self.start, first), min(self.stop, first + width)
+            yield Span(slot, begin - first + self.low, end - first + self.low, begin - self.start)
+
+
+def joined(parts: Iterable[Part]) -> tuple[Part, ...]:
+    """Parts that follow each other in one rank's memory, those that continue each other as one; empty ones left out."""
+    found: list[Part] = []
+    for part in parts:
+        last = found[-1] if found else None
+        if last is not None and (last.stop, last.low, last.high) == (part.start, part.low, part.high):
+            found[-1] = Part(last.start, part.stop, part.low, part.high)
+        elif part.numel:
+            found.append(part)
+    return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -29,14 +86,14 @@ class Piece:
 class Layout:
     """Who holds what of one tensor.
 
-    >>> whole = Layout(row=4, num_slots=2, held=((0, 4), (4, 8)))  # a slot on each of two ranks
+    >>> whole = Layout.flat(row=4, num_slots=2, held=((0, 4), (4, 8)))  # a slot on each of two ranks
     >>> whole.pieces[1]
     (Piece(rank=1, start=0, stop=4, offset=0),)
 
     Args:
         row: elements of one slot.
         num_slots: P.
-        held: by rank, the (start, stop) of its part in slot-major elements; equal numbers where it holds none.
+        held: by rank, its parts in the order of its memory; none where it holds nothing.
 
     Raises:
         DistplbError: if some element of a slot is held by no rank, or a part lies outside of all slots.
@@ -44,39 +101,72 @@ class Layout:
 
     row: int
     num_slots: int
-    held: tuple[tuple[int, int], ...]
+    held: tuple[tuple[Part, ...], ...]
 
     def __post_init__(self) -> None:
-        total, reached = self.row * self.num_slots, 0
-        for rank, (start, stop) in enumerate(self.held):
-            if not 0 <= start <= stop <= total:
+        for rank, parts in enumerate(self.held):
+            for part in parts:
+                inside = 0 <= part.low < part.high <= self.row
+                if not inside or not 0 <= part.start <= part.stop <= (part.high - part.low) * self.num_slots:
+                    raise DistplbError(
+                        f"rank {rank} holds elements {part.start} to {part.stop} of columns {part.low} to {part.high} "
+                        f"of {self.num_slots} slots × {self.row}, and there are no such; check `gpu` and the starts "
+                        "of the shards"
+                    )
+        for slot, pieces in enumerate(self.pieces):
+            reached = 0
+            for piece in pieces:  # by start
+                if piece.start > reached:
+                    break
+                reached = max(reached, piece.stop)
+            if reached != self.row:
                 raise DistplbError(
-                    f"rank {rank} holds elements {start} to {stop} of {self.num_slots} slots × {self.row}, "
-                    f"which end at {total}; check `gpu` and the starts of the shards"
+                    f"element {reached} of the {self.row} of slot {slot} is held by no rank (slots held by rank: "
+                    f"{[list(own) for own in self.slots]}); check `gpu`, the starts "
+                    "of the shards, and that the communicator has all ranks that the tensor is sharded over"
                 )
-        for start, stop in sorted(self.held):
-            if start > reached:
-                break
-            reached = max(reached, stop)
-        if reached != total:
-            raise DistplbError(
-                f"elements from {reached} on of {self.num_slots} slots × {self.row} are held by no rank "
-                f"(held by rank: {list(self.held)}); check `gpu` and the starts of the shards"
-            )
+
+    @classmethod
+    def flat(cls, row: int, num_slots: int, held: Iterable[tuple[int, int]]) -> Layout:
+        """A layout in which each rank holds one range (start, stop) of slot-major elements."""
+        return cls(row, num_slots, tuple(joined([Part(start, stop, 0, row)]) for start, stop in held))
 
     @property
     def everywhere(self) -> bool:
         """Whether every rank holds all of it, so that nothing ever crosses ranks."""
-        return all(part == (0, self.row * self.num_slots) for part in self.held)
+        return all(parts == (Part(0, self.row * self.num_slots, 0, self.row),) for parts in self.held)
+
+    @property
+    def is_nowhere_on_some(self) -> bool:
+        """Whether some rank holds nothing of it."""
+        return not all(self.held)
+
+    @cached_property
+    def slots(self) -> tuple[tuple[int, ...], ...]:
+        """By rank, the slots of which it holds something, in ascending order."""
+        return tuple(tuple(sorted({span.slot for part in parts for span in part.spans})) for parts in self.held)
+
+    def is_by_gpu(self, slots_per_gpu: int) -> bool:
+        """Whether no rank holds anything of two GPUs' slots."""
+        return all(own[0] // slots_per_gpu == own[-1] // slots_per_gpu for own in self.slots if own)
+
+    @cached_property
+    def most(self) -> int:
+        """Elements of one slot's row on the rank that holds most of one."""
+        held = Counter[tuple[int, int]]()
+        for slot, pieces in enumerate(self.pieces):
+            for piece in pieces:
+                held[slot, piece.rank] += piece.stop - piece.start
+        return max(held.values())
 
     @cached_property
     def pieces(self) -> tuple[tuple[Piece, ...], ...]:
         """For each slot its pieces, by start and then by rank. A range held by several ranks comes once for each."""
         found: list[list[Piece]] = [[] for _ in range(self.num_slots)]
-        for rank, (start, stop) in enumerate(self.held):
-            for slot in range(start // self.row, -(-stop // self.row)):
-                first = slot * self.row
-                low, high = max(start, first), min(stop, first + self.row)
-                if low < high:
-                    found[slot].append(Piece(rank, low - first, high - first, low - start))
+        for rank, parts in enumerate(self.held):
+            base = 0
+            for part in parts:
+                for span in part.spans:
+                    found[span.slot].append(Piece(rank, span.start, span.stop, base + span.offset))
+                base += part.numel
         return tuple(tuple(sorted(slot, key=lambda piece: (piece.start, piece.rank))) for slot in found)

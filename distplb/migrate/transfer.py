@@ -13,7 +13,7 @@ from torch import Tensor
 from distplb.comm.agreement import agree
 from distplb.comm.base import Comm
 from distplb.errors import DistplbError, HalfMovedError
-from distplb.migrate.pieces import Layout
+from distplb.migrate.pieces import Layout, Part, joined
 from distplb.migrate.schedule import Copy, RankStep, SlotMove, commits, copies, rank_step
 from distplb.migrate.state import RowTensor, Traveller
 from distplb.placement import Placement
@@ -27,24 +27,29 @@ LayerTensors = tuple[Sequence[RowTensor], Sequence[Layout], Sequence[Traveller]]
 
 
 def agreed_layouts(layers: Sequence[Sequence[RowTensor]], num_slots: int, comm: Comm) -> list[list[Layout]]:
-    """By layer, the layout of each declared tensor: every rank tells the others which part it holds.
+    """By layer, the layout of each declared tensor: every rank tells the others which parts it holds.
 
-    One all-reduce of [tensors, ranks, 2] integers.
+    Two all-reduces: of the largest number of parts, and of [tensors, ranks, parts, 4] integers.
 
     Raises:
         DistplbError: if the ranks together do not hold a tensor whole.
     """
     flat = [tensor for layer in layers for tensor in layer]
-    table = torch.zeros(len(flat), comm.size, 2, dtype=torch.int64)
-    for number, tensor in enumerate(flat):
-        table[number, comm.rank] = torch.tensor([tensor.start, tensor.start + tensor.tensor.numel()])
+    own = [tensor.parts for tensor in flat]
+    most = torch.tensor([-max((len(parts) for parts in own), default=0)], device=comm.device)
+    comm.all_reduce_min(most)
+    table = torch.zeros(len(flat), comm.size, -int(most), 4, dtype=torch.int64)
+    for number, parts in enumerate(own):
+        for place, part in enumerate(parts):
+            table[number, comm.rank, place] = torch.tensor([part.start, part.stop, part.low, part.high])
     table = table.to(comm.device)
     comm.all_reduce_sum(table)
     shared: dict[Layout, Layout] = {}  # equal layouts are one object, whose pieces are made once
     found = []
-    for tensor, parts in zip(flat, table.tolist(), strict=True):
+    for tensor, ranks in zip(flat, table.tolist(), strict=True):
         try:
-            layout = Layout(tensor.row, num_slots, tuple((start, stop) for start, stop in parts))
+            held = tuple(joined(Part(*part) for part in parts) for parts in ranks)
+            layout = Layout(tensor.row, num_slots, held)
         except DistplbError as error:
             raise DistplbError(f"{tensor.name}: {error}") from error
         found.append(shared.setdefault(layout, layout))
@@ -71,8 +76,10 @@ class Move:
 
     def __init__(self, old: Placement, new: Placement, layers: Sequence[LayerTensors], comm: Comm) -> None:
         self._old, self._comm = old, comm
-        self._flats = [traveller.flat for _, _, travelling in layers for traveller in travelling]
-        self._commits = commits(old, new, *_row_bytes(layers), _budget(layers))
+        self._travelling = [traveller for _, _, travelling in layers for traveller in travelling]
+        self._sizes = [traveller.dtype.itemsize for traveller in self._travelling]
+        row_bytes = _row_bytes(layers, old.slots_per_gpu)
+        self._commits = commits(old, new, *row_bytes, _budget(*row_bytes))
         self.slots = sum(len(moves) for moves in self._commits)
         self.bytes = 0
         self._steps: list[RankStep] = []
@@ -83,7 +90,7 @@ class Move:
             self._steps.append(rank_step(wanted, comm.rank, _OPERATIONS))
         self._outgoing = self._buffer((_all(step.sends) for step in self._steps), comm.device)
         self._incoming = self._buffer((_all(step.receives) for step in self._steps), comm.device)
-        own = self._flats[0].device if self._flats else comm.device
+        own = next((flat.device for each in self._travelling for flat in each.flats), comm.device)
         self._inside = self._buffer((step.local for step in self._steps), own)
 
     def run(self, on_commit: Callable[[Placement], None]) -> None:
@@ -162,13 +169,13 @@ class Move:
 
     def _bytes(self, tensor: int, offset: int, count: int) -> Tensor:
         """A view of some elements of a tensor as bytes."""
-        return self._flats[tensor][offset : offset + count].view(torch.uint8)
+        return self._travelling[tensor].at(offset, count).view(torch.uint8)
 
     def _total(self, some: Sequence[Copy]) -> int:
         return sum(self._size(copy) for copy in some)
 
     def _size(self, copy: Copy) -> int:
-        return copy.count * self._flats[copy.tensor].element_size()
+        return copy.count * self._sizes[copy.tensor]
 
 
 def _all(messages: dict[int, list[Copy]]) -> list[Copy]:
@@ -192,17 +199,20 @@ def _numbered(layers: Sequence[LayerTensors]) -> list[list[tuple[int, Layout]]]:
     return found
 
 
-def _row_bytes(layers: Sequence[LayerTensors]) -> tuple[list[int], list[int]]:
-    """By layer, the bytes of one slot's rows that its own GPU stages, and those that every rank stages."""
+def _row_bytes(layers: Sequence[LayerTensors], slots_per_gpu: int) -> tuple[list[int], list[int]]:
+    """By layer, the bytes of one slot's rows that a rank of its own GPU stages, and those that any rank may stage."""
     own, every = [], []
     for _, layouts, travelling in layers:
-        sizes = [(layouts[t.of].everywhere, layouts[t.of].row * t.flat.element_size()) for t in travelling]
-        own.append(sum(size for everywhere, size in sizes if not everywhere))
-        every.append(sum(size for everywhere, size in sizes if everywhere))
+        sizes = {True: 0, False: 0}
+        for traveller in travelling:
+            layout = layouts[traveller.of]
+            sizes[layout.is_by_gpu(slots_per_gpu)] += layout.most * traveller.dtype.itemsize
+        own.append(sizes[True])
+        every.append(sizes[False])
     return own, every
 
 
-def _budget(layers: Sequence[LayerTensors]) -> int:
+def _budget(own: Sequence[int], every: Sequence[int]) -> int:
     """Bytes staged on a rank in one commit: 256 MiB, or a swap of two of the largest experts."""
-    largest = max((own + every for own, every in zip(*_row_bytes(layers), strict=True)), default=0)
+    largest = max((one + other for one, other in zip(own, every, strict=True)), default=0)
     return max(_STAGING_BYTES, 2 * largest)

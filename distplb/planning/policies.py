@@ -17,6 +17,7 @@ from distplb.packing.candidates import Names, noisy_keys
 from distplb.packing.engines import Engine
 from distplb.packing.settling import MOST_BITS, Terms
 from distplb.packing.steps import crowded, greedy, pack_loads
+from distplb.planning.legal import keeps_blocks
 
 __all__ = ["Blocks", "Flat", "Hierarchy", "Policy"]
 
@@ -249,8 +250,7 @@ class Blocks:
 
     def allows(self, table: Tensor) -> Tensor:
         """As `Policy`."""
-        group = table // (table.shape[1] // self.num_groups)
-        return (group.view(len(table), self.num_groups, -1).diff(dim=2) == 0).flatten(1).all(1)
+        return keeps_blocks(table, self.num_groups)
 
     def _in_order(self, blocks: Tensor, order: Tensor) -> Tensor:
         """`[X, P]`: the `blocks [X, B, E / B]` of a table as they are inside, their groups in the order `[X, B]`."""

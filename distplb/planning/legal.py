@@ -1,0 +1,59 @@
+"""Which placements leave the model what it is. Pure. Shapes: L layers, P slots."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from distplb.errors import DistplbError
+from distplb.placement import Placement
+
+__all__ = ["check_legal", "keeps_blocks"]
+
+
+def keeps_blocks(table: Tensor, num_groups: int) -> Tensor:
+    """`[X]` bool: whether in tables `[X, P]` each block of P / B slots holds the experts of one group.
+
+    >>> keeps_blocks(torch.tensor([[2, 3, 1, 0], [0, 2, 1, 3]]), num_groups=2)
+    tensor([ True, False])
+    """
+    group = table // (table.shape[1] // num_groups)
+    return (group.view(len(table), num_groups, -1).diff(dim=2) == 0).flatten(1).all(1)
+
+
+def check_legal(
+    placement: Placement, current: Placement, num_groups: int | None = None, slot_class: Tensor | None = None
+) -> None:
+    """Refuse a placement that group-limited routing or the layout does not let pass.
+
+    Args:
+        placement: wanted; without replicas.
+        current: in force, which tells the experts' classes.
+        num_groups: of the router, whose rows move; None where there are none.
+        slot_class: `[P]`, as of `plan`.
+
+    Raises:
+        DistplbError: with the first layer that breaks the rule.
+    """
+    if num_groups is not None:
+        broken = (~keeps_blocks(placement.expert_of_slot, num_groups)).nonzero()
+        if len(broken):
+            raise DistplbError(
+                f"layer {int(broken[0])} of the placement takes experts of one routing group apart: with {num_groups} "
+                f"groups, each block of {placement.num_slots // num_groups} slots must hold the experts of one group, "
+                "or the router would choose others than before"
+            )
+    if slot_class is not None:
+        classes = torch.as_tensor(slot_class).cpu().expand_as(placement.expert_of_slot)  # [L, P]
+        before, after = (
+            torch.empty_like(one.expert_of_slot).scatter_(1, one.expert_of_slot, classes)  # [L, E]
+            for one in (current, placement)
+        )
+        broken = (before != after).nonzero()
+        if len(broken):
+            layer, expert = broken[0].tolist()
+            raise DistplbError(
+                f"layer {layer} of the placement takes expert {expert} from a slot of class "
+                f"{int(before[layer, expert])} to one of class {int(after[layer, expert])}; slot_class keeps experts "
+                "within their class"
+            )

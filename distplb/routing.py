@@ -1,0 +1,128 @@
+"""How the layers follow a placement: by their routers' rows, or by a table after the router's choice.
+
+Shapes: L layers, E experts, P slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distplb.errors import DistplbError
+from distplb.layer import MoELayer, Rows
+from distplb.load import LoadWindow
+from distplb.placement import Placement
+
+__all__ = ["Routing"]
+
+
+class Routing:
+    """What the layers have in common, and what is done to them so that tokens find the experts after a move.
+
+    Args:
+        layers: the MoE layers of this rank; there may be none.
+
+    Attributes:
+        mode: "remap" where the layers have tables, else "permute".
+        num_groups: of group-limited routing, where the placement must keep to its blocks.
+
+    Raises:
+        DistplbError: if layers differ in how they follow, or one has neither a router nor a table.
+    """
+
+    def __init__(self, layers: Sequence[MoELayer]) -> None:
+        self._layers = list(layers)
+        self._subscriptions: list[Any] = []
+        for layer in layers:
+            _check(layer)
+        has_tables = self._common(
+            "having slot_of_expert", [layer.slot_of_expert is not None for layer in layers], False
+        )
+        groups: int | None = self._common("num_groups", [layer.num_groups for layer in layers], None)
+        self.mode = "remap" if has_tables else "permute"
+        self.num_groups = None if has_tables else groups
+
+    def window(self, num_steps: int, seed: int) -> LoadWindow:
+        """A window that the layers fill by themselves.
+
+        Raises:
+            DistplbError: if a layer does not say how its counts are had.
+        """
+        missing = [layer.name for layer in self._layers if layer.counts is None]
+        if missing:
+            raise DistplbError(
+                f"{missing[0]} has no counts; pass window=, a LoadWindow that its forward fills, or MoELayer.counts"
+            )
+        sizes = [self._num_experts(layer) for layer in self._layers]
+        num_experts = self._common("the number of experts", sizes, 1)
+        window = LoadWindow(max(1, len(self._layers)), num_experts, num_steps, device=self._device(), seed=seed)
+        for index, layer in enumerate(self._layers):
+            assert layer.counts is not None
+            self._subscriptions.append(layer.counts(partial(window.add, index)))
+        return window
+
+    def follow(self, old: Placement | None, new: Placement) -> None:
+        """Have tokens find the experts where `new` has them; `old` is None where all layers may have changed."""
+        slot = new.inverse[..., 0]  # [L, E]
+        for index, layer in enumerate(self._layers):
+            if old is not None and torch.equal(old.expert_of_slot[index], new.expert_of_slot[index]):
+                continue
+            if layer.slot_of_expert is not None:
+                layer.slot_of_expert.copy_(slot[index])
+            if layer.invalidate is not None:
+                layer.invalidate()
+
+    def ties(self) -> list[float | None]:
+        """By layer, the share of tokens that were routed by chance in one forward since the last call."""
+        return [None if layer.ties is None else layer.ties.take() for layer in self._layers]
+
+    def close(self) -> None:
+        """Take in no more counts."""
+        for subscription in self._subscriptions:
+            if hasattr(subscription, "remove"):
+                subscription.remove()
+        self._subscriptions.clear()
+
+    def _common(self, what: str, values: Sequence[Any], default: Any) -> Any:
+        for layer, value in zip(self._layers, values, strict=True):
+            if value != values[0]:
+                raise DistplbError(
+                    f"layers differ in {what}: {values[0]} in {self._layers[0].name}, {value} in {layer.name}; "
+                    "give each kind a Rebalancer of its own"
+                )
+        return values[0] if values else default
+
+    def _num_experts(self, layer: MoELayer) -> int:
+        if layer.slot_of_expert is not None:
+            return layer.slot_of_expert.numel()
+        return int(next(iter(layer.router.values())).shape[0])
+
+    def _device(self) -> torch.device:
+        for layer in self._layers:
+            for declared in layer.experts.values():
+                tensor = declared if isinstance(declared, Tensor) else _first(declared)
+                return tensor.device
+        return torch.device("cpu")
+
+
+def _first(declared: Rows | Sequence[Tensor]) -> Tensor:
+    return declared.tensor if isinstance(declared, Rows) else declared[0]
+
+
+def _check(layer: MoELayer) -> None:
+    if not layer.experts or bool(layer.router) == (layer.slot_of_expert is not None):
+        raise DistplbError(
+            f"{layer.name} has {len(layer.experts)} expert tensors, {len(layer.router)} router tensors and "
+            f"{'a' if layer.slot_of_expert is not None else 'no'} table; declare all expert tensors, and either all "
+            "router tensors or a table slot_of_expert: what is not declared does not travel"
+        )
+    table = layer.slot_of_expert
+    if table is not None and (table.dim() != 1 or table.dtype != torch.int64):
+        raise DistplbError(
+            f"{layer.name}: slot_of_expert is {table.dtype} of shape {tuple(table.shape)}; pass an int64 for each "
+            "expert"
+        )
