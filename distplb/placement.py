@@ -114,7 +114,8 @@ class Placement:
         R is the largest number of replicas, 1 where there are none.
         """
         replicas = self.replicas
-        slots = torch.full((self.num_layers, self.num_experts, int(replicas.max())), -1)
+        most = int(replicas.max()) if self.num_layers else 1
+        slots = torch.full((self.num_layers, self.num_experts, most), -1)
         by_expert = torch.sort(self.expert_of_slot, dim=1, stable=True)
         first = replicas.cumsum(1) - replicas  # [L, E], where an expert's run begins in the sorted order
         position = torch.arange(self.num_slots).expand_as(by_expert.values)

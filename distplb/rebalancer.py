@@ -139,7 +139,7 @@ class Rebalancer:
         self._saves: list[Any] = []
         self._names = tuple(layer.name for layer in layers)
         optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
-        self._mover = self._agreed_mover(layers, optimizers, gpu, move_model)
+        self._mover = self._agreed_mover(layers, optimizers, gpu if layers else None, move_model)
         self._observer = Observer(self._window, self._comm, self._topology, self._mover.gpu, seed)
         self._pricer = Pricer(self._observer, self._comm, self._topology, move_model, self._window.shape[0])
         is_writer = self._comm.rank == 0 and bool(layers)
