@@ -30,6 +30,7 @@ def account(load: Tensor, old: Placement, planned: Placement, target: Placement 
         "model": None,
         "pace": Pace(1.5, 0.1, 10),
         "steps_until_next": len(load),
+        "router_ties": (0.25,) * load.shape[1],
     }
     target = planned if target is None else target
     return Account(old=old, planned=Planned(planned, load, "reference"), target=target, **fields | other)

@@ -101,7 +101,7 @@ def refused(case: str) -> str:
         if case == "other model":
             rebalancer.apply(Placement.contiguous(LAYERS + 1, EXPERTS, 2))
         if case == "loaded":
-            rebalancer.load_state_dict(rebalancer.state_dict() | {"num_gpus": 4})
+            rebalancer.load_state_dict(rebalancer.state_dict() | {"version": torch.tensor(2)})
         if odd and case == "iteration":
             rebalancer.enabled = False
             rebalancer.step()
@@ -127,7 +127,7 @@ CASES = {
     "rows": "rank 1: moe.0.experts.w has shape (3, 6); its first dim must be 4, this GPU's slots",
     "strides": "rank 1: moe.0.experts.w has strides (1, 4) and is not contiguous; store it contiguously",
     "gpus": "the topology has 4 GPUs, the communicator 2 ranks; pass a topology whose GPUs are the ranks",
-    "undeclared": "moe.0 has 1 expert tensors and 0 router tensors; declare all of both",
+    "undeclared": "moe.0 has 1 expert tensors, 0 router tensors and no table; declare all expert tensors, and either",
     "no counts": "the window has no steps of some layer; have each layer's forward call window.add(index, counts)",
     "counts": "rank 1: load is -1 at index [1, 0, 0] (16 such); counts must be non-negative",
     "adafactor": "moe.0.experts.w:col_var of Adafactor is torch.float32 of shape (4, 1, 12), the parameter (4, 6, 12)",
@@ -136,7 +136,7 @@ CASES = {
     "placement": "ranks disagree on the placement (digest)",
     "replicas": "the placement has 10 slots for 8 experts; replicas cannot be trained yet",
     "other model": "the placement has num_layers 3, the model 2; pass one of this model",
-    "loaded": "state was saved on 4 GPUs, this topology has 2; resume on as many",
+    "loaded": "state has version 2; this distplb reads 3",
     "iteration": "ranks disagree on the rebalancer's iteration: 2 on one, 4 on another",
 }
 
@@ -361,12 +361,27 @@ def test_a_job_resumes_with_the_placement_that_belongs_to_its_weights() -> None:
     assert on_ranks(2, resumed) == [True, True]
 
 
-def test_state_is_keyed_by_layer_name() -> None:
+def test_state_is_tensors_by_layer_and_of_other_layers_takes_only_its_own() -> None:
     job = Job(ranks=1)
     state = job.rebalancer(every=1).state_dict()
-    assert state["placement"] == {"moe.0": list(range(EXPERTS)), "moe.1": list(range(EXPERTS))}
-    state["placement"] = {"moe.1": state["placement"]["moe.1"], "block.0": state["placement"]["moe.0"]}
-    with pytest.raises(DistplbError, match=r"state and model differ in layer 'block\.0'; load the state of this model"):
+    assert set(state["layers"]) == {"moe.0", "moe.1"}
+    for layer in state["layers"].values():
+        assert layer["expert_of_slot"].tolist() == layer["first"].tolist() == list(range(EXPERTS))
+        assert layer["counters"].tolist() == [0, 0, 1, 0]
+    table = torch.arange(EXPERTS).flip(0)
+    # As if another stage of the pipeline had been further, and had stopped.
+    state["layers"]["moe.1"] = {"expert_of_slot": table, "first": table, "counters": torch.tensor([9, 2, 0, 1])}
+    again = Job(ranks=1).rebalancer(every=1)
+    again.load_state_dict(state | {"layers": state["layers"] | {"moe.7": {}}})
+    assert again.placement.expert_of_slot.tolist() == [list(range(EXPERTS)), table.tolist()]
+    assert (again.iteration, again.enabled) == (9, False)
+    found = again.state_dict()["layers"]["moe.0"]["counters"]
+    assert found.tolist() == [9, 2, 0, 1]
+    del state["layers"]["moe.0"]
+    with pytest.raises(DistplbError, match=r"state has no layer 'moe\.0'; it has moe\.1: load the state of this model"):
+        Job(ranks=1).rebalancer(every=1).load_state_dict(state)
+    state["layers"]["moe.0"] = {key: torch.arange(4) for key in ("expert_of_slot", "first", "counters")}
+    with pytest.raises(DistplbError, match=r"state has 4 slots in layer 'moe\.0', the model 8"):
         Job(ranks=1).rebalancer(every=1).load_state_dict(state)
 
 
