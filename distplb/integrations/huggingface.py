@@ -83,8 +83,9 @@ def moe_layers(
 
     Args:
         model: any module with blocks of a known class somewhere in it, or the parts of one.
-        mode: "permute": router rows move with the experts. "remap": the router keeps its rows, and what it chose is
-            looked up in a table on the way to the experts; any placement is legal then, also for DeepSeek-V3.
+        mode: "permute": router rows move with the experts, and the model's `router_logits` are by slot. "remap": the
+            router keeps its rows, and what it chose is looked up in a table on the way to the experts; any placement
+            is legal then, also for DeepSeek-V3, and so is the auxiliary loss of `output_router_logits`.
 
     Raises:
         DistplbError: if there is none, or one that differs from what is known of its class.
@@ -125,7 +126,7 @@ def rebalancer(
         optimizers: that step on it.
         every: iterations between rebalances.
         group: process group of all ranks that hold the experts; the default group where None.
-        gpus_per_node: what `torchrun` says where None, or one node where nobody says.
+        gpus_per_node: of the whole job; what `torchrun` says where None, or one node where nobody says.
         mode: as of `moe_layers`.
         **options: as of `Rebalancer`.
 
@@ -150,7 +151,7 @@ def rebalancer(
             "pass group=, the process group of exactly these ranks"
         )
     ranks = mesh[_EP_AXIS].mesh.tolist()
-    topology = Topology.of_ranks(ranks, gpus_per_node or _gpus_per_node(len(ranks)))
+    topology = Topology.of_ranks(ranks, gpus_per_node or _gpus_per_node(max(ranks) + 1))
     gpu = mesh.get_local_rank(_EP_AXIS)
     return Rebalancer(layers, optimizers, topology=topology, every=every, comm=comm, gpu=gpu, **options)
 
@@ -160,6 +161,8 @@ def rebalancer(
 
 def _layers_of(part: nn.Module, mode: str) -> Iterator[MoELayer]:
     sharers = _ranks_of_a_batch(part)
+    if mode == "permute":
+        _refuse_loss_over_layers(part)
     for name, module in part.named_modules():
         known = next((kind for kind in type(module).__mro__ if kind in _BLOCKS), None)
         if known is None:
@@ -180,6 +183,31 @@ def _layers_of(part: nn.Module, mode: str) -> Iterator[MoELayer]:
                     "distplb.MoELayer"
                 )
         yield _described(_plain(name) or known.__name__, module, block, router, experts, sharers, mode)
+
+
+def _refuse_loss_over_layers(part: nn.Module) -> None:
+    """Refuse the auxiliary loss of transformers, now and in every forward to come.
+
+    It adds up each expert's tokens, and its probabilities, over all layers and multiplies the sums: what is expert 3 in
+    one layer is tied to expert 3 of the others, so that it changes when experts of one layer change places.
+    """
+
+    def refuse_if(asked: bool, model: Any) -> None:
+        if asked:
+            raise DistplbError(
+                f"{type(model).__name__} is trained with output_router_logits and router_aux_loss_coef "
+                f"{model.router_aux_loss_coef}: this loss ties the experts of all layers to each other by their "
+                "numbers, which permuting changes; pass mode='remap', or make router_aux_loss_coef 0"
+            )
+
+    def look(model: Any, arguments: tuple[Any, ...], options: Mapping[str, Any]) -> None:
+        asked = options.get("output_router_logits")
+        refuse_if(model.training and (model.config.output_router_logits if asked is None else asked), model)
+
+    models: list[Any] = [module for module in part.modules() if getattr(module, "router_aux_loss_coef", 0)]
+    for model in models:
+        refuse_if(model.config.output_router_logits, model)
+        model.register_forward_pre_hook(look, with_kwargs=True)
 
 
 def _plain(name: str) -> str:
@@ -297,6 +325,6 @@ def _comm(group: Any) -> TorchComm | None:
         return None
 
 
-def _gpus_per_node(num_gpus: int) -> int:
-    """Of one EP group, as `torchrun` tells it; all of them where it does not."""
-    return min(num_gpus, int(os.environ.get("LOCAL_WORLD_SIZE", num_gpus)))
+def _gpus_per_node(default: int) -> int:
+    """Of the whole job, as `torchrun` tells it."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", default))
