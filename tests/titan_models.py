@@ -11,7 +11,7 @@ Shapes: E experts, e experts on this GPU, R rows routed to them, D model width, 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -72,18 +72,16 @@ class ExactExperts(GroupedExperts):
 
 def meshes(ep: int, backend: str = "partial_dtensor", tp: int = 1, pp: int = 1, replicate: int = 1) -> ParallelDims:
     """Torchtitan's meshes over all ranks: `ep` × FSDP × whatever else is asked for."""
-    titan_meshes.device_type = "cpu"
     set_spmd_backend(backend)
-    dims = ParallelDims(
-        dp_replicate=replicate,
-        dp_shard=-1,
-        cp=1,
-        tp=tp,
-        pp=pp,
-        ep=ep,
-        world_size=dist.get_world_size(),
-        spmd_backend=backend,  # type: ignore[arg-type]  # one of its three words
-    )
+    return _meshes(ep, backend, tp, pp, replicate)
+
+
+@cache  # as a job has them once: FSDP2 refuses parameters on an equal mesh that is another object
+def _meshes(ep: int, backend: Any, tp: int, pp: int, replicate: int) -> ParallelDims:
+    titan_meshes.device_type = "cpu"
+    world = dist.get_world_size()
+    degrees = {"dp_replicate": replicate, "dp_shard": -1, "cp": 1, "tp": tp, "pp": pp, "ep": ep}
+    dims = ParallelDims(**degrees, world_size=world, spmd_backend=backend)
     dims.build_mesh()
     return dims
 

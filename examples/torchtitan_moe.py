@@ -1,0 +1,89 @@
+"""Pretrain torchtitan's debug Qwen3-MoE, cut down, expert-parallel, with its experts rebalanced.
+
+    torchrun --standalone --nproc-per-node 2 examples/torchtitan_moe.py
+
+Under a minute on two CPU cores. Each rank trains on bytes of its own from the manual of Python. The model is built and
+parallelised as torchtitan's Trainer does it; lines marked "CPU" stand in for a GPU. For a job of the Trainer itself see
+`distplb.integrations.torchtitan.rebalancer`.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import texts
+import torch
+import torch.distributed as dist
+import torchtitan.distributed.parallel_dims as titan_meshes
+from torch import nn
+from torchtitan.components.optimizer import default_adamw
+from torchtitan.config import CompileConfig, ParallelismConfig, TrainingConfig
+from torchtitan.distributed import ParallelDims
+from torchtitan.distributed.utils import set_spmd_backend
+from torchtitan.models.common.attention import ScaledDotProductAttention
+from torchtitan.models.qwen3 import model_registry
+
+import distplb
+from distplb.integrations import torchtitan
+
+ITERATIONS, EVERY, SEQUENCES, LENGTH = 45, 15, 4, 64
+
+
+def main() -> None:
+    dist.init_process_group("gloo")
+    torch.manual_seed(0)
+    parallelism = ParallelismConfig(expert_parallel_degree=2, spmd_backend="partial_dtensor")
+    set_spmd_backend(parallelism.spmd_backend)
+    titan_meshes.device_type = "cpu"  # CPU
+    parallel_dims = ParallelDims.from_config(parallelism, dist.get_world_size())
+    spec = model_registry("debugmodel_moe", moe_comm_backend="standard")
+    del spec.model.layers[2:]
+    for layer in spec.model.layers:
+        layer.attention.inner_attention = ScaledDotProductAttention.Config()  # CPU
+        layer.moe.routed_experts.inner_experts.hidden_dim = 64
+    spec.model.update_from_config(config=SimpleNamespace(parallelism=parallelism))
+    model = spec.model.build()
+    model.init_states()
+    configs = {"training": TrainingConfig(mixed_precision_param="float32"), "compile_config": CompileConfig()}
+    configs |= {"parallelism": parallelism, "ac_config": None, "dump_folder": ""}
+    model = spec.parallelize_fn(model, parallel_dims=parallel_dims, **configs)
+    for module in model.modules():
+        if hasattr(module, "set_force_sum_reduction_for_comms"):
+            module.set_force_sum_reduction_for_comms(True)  # CPU: gloo has no sum with a factor
+
+    adamw = default_adamw(lr=1e-3)
+    adamw.implementation = "for-loop"  # CPU
+    optimizers = adamw.build(model_parts=[model])
+    spec.post_optimizer_build_fn(optimizers, [model], parallel_dims)
+    rebalancer = torchtitan.rebalancer([model], optimizers, every=EVERY, parallel_dims=parallel_dims, on_event=report)
+
+    text = texts.prose()
+    for iteration in range(1, ITERATIONS + 1):
+        words = batch(text, iteration)
+        loss = nn.functional.cross_entropy(model(words[:, :-1]).flatten(0, 1), words[:, 1:].flatten())
+        (loss / dist.get_world_size()).backward()  # torchtitan's FSDP adds gradients up
+        optimizers.step()
+        optimizers.zero_grad()
+        rebalancer.step()
+        if iteration % EVERY == 0 and dist.get_rank() == 0:
+            print(f"iteration {iteration}  loss {loss.item():.3f}", flush=True)
+    dist.destroy_process_group()
+
+
+def batch(text: torch.Tensor, iteration: int) -> torch.Tensor:
+    """`[SEQUENCES, LENGTH + 1]`, another on each rank."""
+    generator = torch.Generator().manual_seed(1000 * iteration + dist.get_rank())
+    starts = torch.randint(len(text) - LENGTH - 1, (SEQUENCES, 1), generator=generator)
+    return text[starts + torch.arange(LENGTH + 1)].long()
+
+
+def report(event: distplb.RebalanceEvent) -> None:
+    if event.imbalance_next is not None or dist.get_rank():
+        return  # the last record once more, now that its plan has been tried
+    for layer, before, after in zip(event.layers, event.imbalance_before, event.imbalance_after, strict=True):
+        print(f"{layer}: imbalance {before:.4f} -> {after:.4f}")
+    print(f"{event.slots_moved} slots moved ({event.reason})")
+
+
+if __name__ == "__main__":
+    main()
