@@ -4,8 +4,9 @@ What is replaced, because Megatron-Core expects CUDA and Transformer Engine; not
 
 - `device="cuda"` in any call of torch becomes "cpu", `torch.cuda.current_device()` says "cpu", and `tensor.type()` of a
   CPU tensor says what it would on CUDA, because the optimizers look at that (a `TorchFunctionMode`);
-- with `precise`, every float32 that Megatron-Core asks torch for becomes float64, and `.float()` is `.double()`, so
-  that a run can be compared to 1e-8;
+- in "float64", every float32 that Megatron-Core asks torch for becomes float64, and `.float()` is `.double()`, so that
+  a run can be compared to 1e-8; "mixed" is float32 with main parameters in float64 where a job has bfloat16 with
+  float32, so that a run can be compared to 1e-3 with main parameters of their own; "bfloat16" is as in a job;
 - the all-to-all dispatcher's CUDA stream does nothing, and its counts become NumPy arrays as they do from CUDA;
 - `torch.compile` is off, the random states are the inference tracker's (there is no dropout), and
   `moe_utils.te_general_gemm`, which Megatron-Core 0.16.1 leaves undefined without Transformer Engine, is None;
@@ -18,7 +19,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import wraps
 from types import SimpleNamespace
 from typing import Any
 
@@ -42,29 +44,34 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["EXPERTS", "Job", "groups", "on_cpu"]
+__all__ = ["EXPERTS", "Job", "groups"]
 
 # Three experts on each of two GPUs: in three layers, half of the buffer that two ranks share ends within an expert.
 EXPERTS, DIM, HIDDEN, VOCABULARY, SEQUENCE, BATCH = 6, 16, 12, 32, 8, 2
 
 
+_WIDER = {"DoubleTensor": "FloatTensor"}
+
+
 class _AsOnCuda(TorchFunctionMode):
-    def __init__(self, precise: bool) -> None:
+    def __init__(self, precision: str) -> None:
         super().__init__()
-        self.precise = precise
+        self.precision = precision
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         if "cuda" in str(kwargs.get("device")):
             kwargs["device"] = "cpu"
-        if self.precise:
+        if self.precision == "float64":
             args = tuple(torch.float64 if value is torch.float32 else value for value in args)
             kwargs = {key: torch.float64 if value is torch.float32 else value for key, value in kwargs.items()}
-            func = torch.Tensor.double if func is torch.Tensor.float else func
+        if self.precision != "bfloat16" and func is torch.Tensor.float:
+            func = torch.Tensor.double
         found = func(*args, **kwargs)
         if func is torch.Tensor.type and isinstance(found, str):
-            found = found.replace("torch.", "torch.cuda.")
-            return found.replace("Double", "Float") if self.precise else found
+            kind = found.removeprefix("torch.")
+            known = {"bfloat16": {}, "float64": _WIDER, "mixed": _WIDER | {"FloatTensor": "HalfTensor"}}
+            return "torch.cuda." + known[self.precision].get(kind, kind)
         return found
 
 
@@ -88,9 +95,8 @@ def _grouped_product(rows: Tensor, weights: Tensor, counts: Tensor, trans_b: boo
     return torch.cat([part @ weight for part, weight in zip(parts, weights, strict=True)])
 
 
-@contextlib.contextmanager
-def on_cpu(precise: bool) -> Iterator[None]:
-    """Let Megatron-Core run in this process, which has no GPU and is thrown away afterwards."""
+def _prepare() -> None:
+    """Replace, in this process, which has no GPU and is thrown away afterwards, what no `TorchFunctionMode` can."""
     torch.compiler.set_stance("force_eager")
     initialize_rng_tracker(inference_rng_tracker=True)
     cuda: Any = torch.cuda
@@ -104,13 +110,23 @@ def on_cpu(precise: bool) -> Iterator[None]:
     megatron_experts.gg = SimpleNamespace(
         ops=SimpleNamespace(gmm=_grouped_product), assert_grouped_gemm_is_available=lambda: None
     )
-    with _AsOnCuda(precise):
-        yield
+
+
+def _as_on_cuda(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Only Megatron-Core is told that this is CUDA: distplb moves experts without it."""
+
+    @wraps(method)
+    def inside(job: Job, *arguments: Any, **options: Any) -> Any:
+        with _AsOnCuda(job.precision):
+            return method(job, *arguments, **options)
+
+    return inside
 
 
 @contextlib.contextmanager
 def groups(expert_parallel: int = 2, pipeline: int = 1) -> Iterator[None]:
     """Megatron's process groups, for as long as it lasts."""
+    _prepare()
     parallel_state.initialize_model_parallel(
         expert_model_parallel_size=expert_parallel,
         pipeline_model_parallel_size=pipeline,
@@ -126,7 +142,7 @@ class Job:
     """A model of MoE layers, its optimizer and schedule; made and trained as Megatron-LM's `train_step` does.
 
     Args:
-        precise: float64 instead of bfloat16 with float32 main parameters.
+        precision: "float64", "mixed" or "bfloat16", as told above.
         distributed: with DistributedOptimizer.
         overlap: gradients are reduced during the backward pass, and parameters gathered during the next forward.
         config: of TransformerConfig, over what is here.
@@ -135,13 +151,19 @@ class Job:
     def __init__(
         self,
         *,
-        precise: bool = True,
+        precision: str = "float64",
         distributed: bool = True,
         overlap: bool = False,
         grouped: bool = False,
         **config: Any,
     ) -> None:
-        dtype = torch.float64 if precise else torch.bfloat16
+        self.precision = precision
+        self._build(distributed, overlap, grouped, config)
+
+    @_as_on_cuda
+    def _build(self, distributed: bool, overlap: bool, grouped: bool, config: dict[str, Any]) -> None:
+        dtype = {"float64": torch.float64, "mixed": torch.float32, "bfloat16": torch.bfloat16}[self.precision]
+        half = self.precision == "bfloat16"
         stages = parallel_state.get_pipeline_model_parallel_world_size()
         self.config = TransformerConfig(
             **{
@@ -162,7 +184,7 @@ class Job:
                 "add_bias_linear": False,
                 "params_dtype": dtype,
                 "pipeline_dtype": dtype,
-                "bf16": not precise,
+                "bf16": half,
                 "init_method_std": 0.3,
                 "use_cpu_initialization": True,
                 "attention_dropout": 0.0,
@@ -199,7 +221,7 @@ class Job:
         if overlap:
             ddp.bucket_size = 2000  # several buckets
         self.model = DistributedDataParallel(
-            self.config, ddp, model.double() if precise else Float16Module(self.config, model)
+            self.config, ddp, Float16Module(self.config, model) if half else model.to(dtype)
         )
         self.chunks = [self.model]
         self.optimizer: Any = get_megatron_optimizer(
@@ -209,7 +231,7 @@ class Job:
                 min_lr=1e-3,
                 weight_decay=0.1,
                 clip_grad=0.5,
-                bf16=not precise,
+                bf16=half,
                 params_dtype=dtype,
                 use_distributed_optimizer=distributed,
                 overlap_param_gather=overlap,
@@ -232,6 +254,7 @@ class Job:
         )
         self.norms: list[float] = []
 
+    @_as_on_cuda
     def train(self, iteration: int, micro_batches: int = 2) -> float:
         """One iteration; the loss over all ranks, on all ranks."""
         self.model.zero_grad_buffer()
@@ -246,6 +269,7 @@ class Job:
         dist.all_reduce(losses)
         return float(losses[0] / losses[1])
 
+    @_as_on_cuda
     @torch.no_grad()
     def logits(self, iteration: int = 0) -> Tensor:
         """Of one batch, on a pipeline of one stage."""
@@ -253,6 +277,7 @@ class Job:
         found: Tensor = self.model(tokens, positions, None)
         return found.detach().clone()
 
+    @_as_on_cuda
     def evaluate(self, iteration: int) -> None:
         """A forward that is no step."""
         self.model.eval()
@@ -285,12 +310,15 @@ class Job:
 
     # --- what experts are, without the adapter ----------------------------------------------------------------
 
+    @_as_on_cuda
     @torch.no_grad()
     def by_slot(self) -> dict[str, Tensor]:
         """`[P, ...]` each: weights, main parameters and moments of all experts and router rows, from all ranks.
 
         Read from the optimizers' own maps. Main parameters and moments are put together from all their shards.
         """
+        if self.model.ddp_config.overlap_param_gather:
+            self.model.start_param_sync(force_sync=True)  # as before a checkpoint
         found: dict[str, Tensor] = {}
         for moe in self.moes:
             name = f"layer {moe.layer_number - 1}"
@@ -362,7 +390,7 @@ def _draw_weights(moe: Any) -> None:
     moe.router.weight.copy_(torch.randn(moe.router.weight.shape, generator=generator))
     for _, parameters in _of_experts(moe):
         own = torch.cat([parameter.data.view(-1) for parameter in parameters])  # [G * row]
-        drawn = 0.3 * torch.randn(EXPERTS, own.numel() // moe.num_local_experts, generator=generator)
+        drawn = 0.3 * torch.randn(moe.router.num_experts, own.numel() // moe.num_local_experts, generator=generator)
         held = drawn[moe.local_expert_indices].flatten()
         for parameter, values in zip(parameters, held.chunk(len(parameters)), strict=True):
             parameter.copy_(values.view(parameter.shape))

@@ -21,7 +21,7 @@ pytest.importorskip("megatron.core")
 from megatron.core.optimizer.cpu_offloading.hybrid_optimizer import HybridDeviceOptimizer
 from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
 from megatron.core.transformer.moe.experts import TEGroupedMLP
-from megatron_models import EXPERTS, Job, groups, on_cpu
+from megatron_models import EXPERTS, Job, groups
 
 from distplb.integrations import megatron
 
@@ -34,26 +34,26 @@ ROUTERS: dict[str, dict[str, Any]] = {
     "groups": {
         "moe_router_score_function": "sigmoid",
         "moe_router_enable_expert_bias": True,
-        "moe_router_num_groups": 3,
-        "moe_router_group_topk": 1,
+        "num_moe_experts": 8,
+        "moe_router_num_groups": 4,
+        "moe_router_group_topk": 2,
     },
 }
 
 
 def rebalancer_of(job: Job, **options: Any) -> distplb.Rebalancer:
-    options = {"every": EVERY, "gpus_per_node": GPUS, "verify": "digest"} | options
+    options = {"every": EVERY, "gpus_per_node": GPUS, "verify": "digest", "engine": "reference"} | options
     return megatron.rebalancer(job.chunks, job.optimizer, **options)
 
 
-def drawn(layers: int, generator: torch.Generator, blocks: int = 1) -> distplb.Placement:
-    """Any placement; or one in which whole blocks change places, and the experts within each."""
-    size = EXPERTS // blocks
-    tables = []
-    for _ in range(layers):
-        within = [torch.randperm(size, generator=generator) for _ in range(blocks)]
-        order = torch.randperm(blocks, generator=generator).tolist()
-        tables.append(torch.cat([within[block] + size * block for block in order]) if blocks > 1 else within[0])
-    return distplb.Placement(torch.stack(tables), EXPERTS, GPUS)
+def drawn(job: Job, generator: torch.Generator) -> distplb.Placement:
+    """Any legal placement: with groups, whole groups change places, and the experts within each."""
+    experts, groups_of = job.config.num_moe_experts, job.config.moe_router_num_groups or 1
+    size, tables = experts // groups_of, []
+    for _ in job.moes:
+        order = torch.randperm(groups_of, generator=generator).tolist()
+        tables.append(torch.cat([torch.randperm(size, generator=generator) + size * group for group in order]))
+    return distplb.Placement(torch.stack(tables), experts, GPUS)
 
 
 def logical(job: Job, placement: distplb.Placement) -> dict[str, Tensor]:
@@ -72,7 +72,12 @@ def furthest(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
 
 
 def trained(
-    moves: bool, leave_behind: str | None = None, iterations: int = ITERATIONS, pipeline: int = 1, **options: Any
+    moves: bool,
+    leave_behind: str | None = None,
+    iterations: int = ITERATIONS,
+    micro_batches: int = 1,
+    pipeline: int = 1,
+    **options: Any,
 ) -> dict[str, Tensor]:
     """Losses, norms and, at the end, all that experts have, by expert.
 
@@ -80,22 +85,23 @@ def trained(
         moves: rebalance, and move at random in between.
         leave_behind: "exp_avg" or "main": what is put back to where it was after each move at random.
         iterations: of the run.
+        micro_batches: of each.
         pipeline: stages.
         options: of Job.
     """
     told: list[distplb.RebalanceEvent] = []
-    with on_cpu(options.get("precise", True)), groups(pipeline=pipeline):
+    with groups(pipeline=pipeline):
         job = Job(**options)
         rebalancer = rebalancer_of(job, on_event=told.append)
         rebalancer.enabled = moves
         generator = torch.Generator().manual_seed(1)
         losses = []
         for iteration in range(iterations):
-            losses.append(job.train(iteration))
+            losses.append(job.train(iteration, micro_batches))
             rebalancer.step()
             if moves and iteration % RANDOM_EVERY == 0 and job.moes:
                 kept = stepped_on(job, leave_behind)
-                rebalancer.apply(drawn(len(job.moes), generator, blocks=job.config.moe_router_num_groups or 1))
+                rebalancer.apply(drawn(job, generator))
                 for values, old in kept:
                     values.copy_(old)
         found = logical(job, rebalancer.placement) if job.moes else {}
@@ -111,25 +117,191 @@ def stepped_on(job: Job, what: str | None) -> list[tuple[Tensor, Tensor]]:
     return [(value.detach(), value.detach().clone()) for value in values]
 
 
+def two_ranks() -> dict[str, Any]:
+    found: dict[str, Any] = {name: logits_moved(options) for name, options in ROUTERS.items()}
+    found["all-gather dispatcher"] = logits_moved({"moe_token_dispatcher_type": "allgather"})
+    found["GroupedMLP"] = logits_moved({"grouped": True})
+    found["illegal"] = illegal_groups()
+    for name, options in (
+        ("one for all", {"distributed": False}),
+        ("groups", ROUTERS["groups"]),
+        ("grouped", {"grouped": True}),
+    ):
+        few = ITERATIONS if name == "one for all" else 10
+        quiet = trained(moves=False, iterations=few, num_layers=2, **options)
+        found[f"run, {name}"] = furthest(quiet, trained(moves=True, iterations=few, num_layers=2, **options))
+        found[f"learned, {name}"] = quiet["losses"]
+    return found
+
+
+def logits_moved(options: dict[str, Any]) -> tuple[float, float]:
+    """How far logits are from those before after experts have moved, and after their router has gone back alone."""
+    with groups():
+        job = Job(num_layers=2, **options)
+        job.train(0)
+        rebalancer = rebalancer_of(job)
+        before, generator = job.logits(), torch.Generator().manual_seed(5)
+        furthest_off = 0.0
+        for _ in range(3):
+            rebalancer.apply(drawn(job, generator))
+            furthest_off = max(furthest_off, float((job.logits() - before).abs().max()))
+        with torch.no_grad():  # the router alone is put back
+            job.moes[0].router.weight.copy_(job.moes[0].router.weight[rebalancer.placement.inverse[0, :, 0]])
+        return furthest_off, float((job.logits() - before).abs().max())
+
+
+def illegal_groups() -> tuple[str, bool]:
+    with groups():
+        job = Job(num_layers=2, **ROUTERS["groups"])
+        job.train(0)
+        rebalancer, before = rebalancer_of(job), job.by_slot()
+        table = torch.arange(8).repeat(2, 1)
+        table[1, 1], table[1, 2] = 2, 1  # of two groups
+        with pytest.raises(distplb.DistplbError) as caught:
+            rebalancer.apply(distplb.Placement(table, 8, GPUS))
+        after = job.by_slot()
+        return str(caught.value), all(torch.equal(before[key], after[key]) for key in before)
+
+
+@pytest.fixture(scope="module")
+def at_two() -> list[dict[str, Any]]:
+    return on_ranks(2, two_ranks, deadline=200)
+
+
+@pytest.mark.parametrize("router", [*ROUTERS, "all-gather dispatcher", "GroupedMLP"])
+def test_logits_are_what_they_were_after_moves_and_not_if_the_router_stays(
+    at_two: list[dict[str, Any]], router: str
+) -> None:
+    for same, stayed in (one[router] for one in at_two):
+        assert same <= 1e-10
+        assert stayed > 1e-3
+
+
+def test_experts_do_not_leave_their_groups(at_two: list[dict[str, Any]]) -> None:
+    for wording, untouched in (one["illegal"] for one in at_two):
+        assert "group" in wording
+        assert untouched
+
+
+@pytest.mark.parametrize("run", ["one for all", "groups", "grouped"])
+def test_a_run_on_two_ranks_with_moves_is_the_run_without(at_two: list[dict[str, Any]], run: str) -> None:
+    for one in at_two:
+        assert one[f"learned, {run}"][-1] < 0.98 * one[f"learned, {run}"][0]
+        assert one[f"run, {run}"] <= 1e-8
+
+
+def four_ranks() -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    quiet = trained(moves=False)
+    found["same"], found["losses"] = furthest(quiet, trained(moves=True)), quiet["losses"]
+    found["moments left behind"] = furthest_loss(quiet, trained(moves=True, leave_behind="exp_avg", iterations=12))
+    for name, options in {
+        "overlapped": {"overlap": True},
+        "pipeline": {"pipeline": 2, "num_layers": 2},
+        "a dense stage": {"pipeline": 2, "num_layers": 2, "moe_layer_freq": [0, 1]},
+    }.items():
+        few: dict[str, Any] = {"iterations": 8, "micro_batches": 2, **options}
+        found[name] = furthest(trained(moves=False, **few), trained(moves=True, **few))
+    few = {"precision": "mixed", "num_layers": 1, "iterations": 12}
+    quiet = trained(moves=False, **few)
+    found["mixed"] = furthest_loss(quiet, trained(moves=True, **few))
+    found["main parameters left behind"] = furthest_loss(quiet, trained(moves=True, leave_behind="main", **few))
+    found["many moves"] = many_moves()
+    found["aligned"] = aligned()
+    return found
+
+
+def furthest_loss(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    """Of the losses, as far as the shorter run goes."""
+    return max(float((a - b).abs() / a) for a, b in zip(one["losses"], other["losses"], strict=False))
+
+
+def many_moves() -> bool:
+    """Whether experts in bfloat16, with float32 main parameters and moments, are to the bit what they were."""
+    with groups():
+        biased = {"moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True}
+        job = Job(precision="bfloat16", num_layers=1, **biased)
+        for iteration in range(2):
+            job.train(iteration)
+        rebalancer, generator = rebalancer_of(job, verify="off"), torch.Generator().manual_seed(3)
+        before, same = logical(job, rebalancer.placement), True
+        for number in range(200):
+            rebalancer.apply(drawn(job, generator))
+            if number % 20 == 19:
+                after = logical(job, rebalancer.placement)
+                same = same and all(torch.equal(before[key], after[key]) for key in before)
+        return same
+
+
+def aligned() -> tuple[list[list[int]], int]:
+    told: list[distplb.RebalanceEvent] = []
+    with groups():
+        job = Job()
+        rebalancer = rebalancer_of(job, keep_shards_aligned=True, on_event=told.append, every=2)
+        for iteration in range(4):
+            job.train(iteration, micro_batches=1)
+            rebalancer.step()
+        return rebalancer.placement.expert_of_slot.tolist(), sum(event.slots_moved for event in told)
+
+
+@pytest.fixture(scope="module")
+def at_four() -> list[dict[str, Any]]:
+    return on_ranks(4, four_ranks, deadline=300)
+
+
+def test_a_run_with_sharded_state_and_moves_is_the_run_without(at_four: list[dict[str, Any]]) -> None:
+    for one in at_four:
+        assert one["losses"][-1] < 0.9 * one["losses"][0]
+        assert one["same"] <= 1e-8
+        assert one["moments left behind"] > 1e-2
+
+
+def test_parameters_that_are_gathered_late_are_whole_when_they_move(at_four: list[dict[str, Any]]) -> None:
+    assert all(one["overlapped"] <= 1e-8 for one in at_four)
+
+
+def test_main_parameters_move_with_the_parameters(at_four: list[dict[str, Any]]) -> None:
+    for one in at_four:
+        assert one["mixed"] <= 1e-3
+        assert one["main parameters left behind"] > 1e-2
+
+
+def test_each_stage_of_a_pipeline_rebalances_its_layers(at_four: list[dict[str, Any]]) -> None:
+    assert all(one["pipeline"] <= 1e-8 for one in at_four)
+    assert all(one["a dense stage"] <= 1e-8 for one in at_four)
+
+
+def test_two_hundred_moves_leave_every_expert_as_it_was(at_four: list[dict[str, Any]]) -> None:
+    assert all(one["many moves"] for one in at_four)
+
+
+def test_aligned_experts_keep_their_number_within_the_gpu(at_four: list[dict[str, Any]]) -> None:
+    slots_per_gpu = EXPERTS // GPUS
+    for table, moved in (one["aligned"] for one in at_four):
+        assert moved
+        for experts in table:
+            assert [expert % slots_per_gpu for expert in experts] == [slot % slots_per_gpu for slot in range(EXPERTS)]
+
+
 # --- what the adapter says ---------------------------------------------------------------------------------------
 
 
 def told_of_layers() -> dict[str, Any]:
     found: dict[str, Any] = {"ranges": [], "errors": {}}
-    with on_cpu(True), groups(pipeline=2):
+    with groups(pipeline=2):
         for name, frequency in (("names", 1), ("names of a dense stage", [0, 1])):
             job = Job(num_layers=2, moe_layer_freq=frequency)
             found[name] = [layer.name for layer in megatron.moe_layers(job.chunks, job.optimizer)]
-    with on_cpu(True), groups():
+    with groups():
         job = Job(moe_router_enable_expert_bias=True, moe_router_score_function="sigmoid")
         layers = megatron.moe_layers(job.chunks, job.optimizer)
         found["router"], found["num_groups"] = list(layers[0].router), layers[0].num_groups
         found["counts"] = counts_are_what_experts_get(job, layers)
         found["ties"] = [shares_of_ties(job) for _ in range(2)]
         found["ranges"] += [how_shards_lie(job, layers)]
-    with on_cpu(False), groups():
+    with groups():
         for distributed in (True, False):
-            job = Job(precise=False, distributed=distributed)
+            job = Job(precision="bfloat16", distributed=distributed)
             job.train(0)
             found["ranges"] += [how_shards_lie(job, megatron.moe_layers(job.chunks, job.optimizer))]
         found["errors"] = refusals(job)

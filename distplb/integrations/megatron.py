@@ -23,7 +23,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from megatron.core import parallel_state
@@ -169,7 +169,8 @@ class MegatronRebalancer(Rebalancer):
 
     def __init__(self, *arguments: Any, chunks: Sequence[Any], **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self._late = [chunk for chunk in chunks if chunk.ddp_config.overlap_param_gather]
+        layers: Sequence[MoELayer] = arguments[0]
+        self._late = [chunk for chunk in chunks if layers and chunk.ddp_config.overlap_param_gather]
         self._own_every = options["every"]
 
     def step(self) -> None:
@@ -183,7 +184,7 @@ class MegatronRebalancer(Rebalancer):
         self._gather()
         super().apply(placement)
 
-    def attach(self) -> Any:
+    def attach(self) -> NoReturn:
         """Refused: the inner optimizers' steps end before Megatron's own.
 
         Raises:
@@ -326,13 +327,12 @@ def _of_one_expert(experts: nn.Module, key: str) -> tuple[str, int] | None:
     return None
 
 
-def _numbers_within_gpu(layers: Sequence[MoELayer], num_gpus: int) -> list[int] | None:
+def _numbers_within_gpu(layers: Sequence[MoELayer], num_gpus: int) -> Tensor | None:
     """`[P]`: each slot's number within its GPU."""
     if not layers:
         return None
     num_slots = len(layers[0].router["weight"])
-    slots_per_gpu = num_slots // num_gpus
-    return [slot % slots_per_gpu for slot in range(num_slots)]
+    return torch.arange(num_slots) % (num_slots // num_gpus)
 
 
 def _gpus_per_node(given: int | None) -> int:
