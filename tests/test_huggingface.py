@@ -397,7 +397,6 @@ def trained(
         optimizer,
         every=EVERY,
         mode=mode,  # type: ignore[arg-type]  # one of MODES
-        verify="digest",
         on_event=events.append,
     )
     rebalancer.enabled = moves
@@ -471,37 +470,15 @@ def test_a_row_left_behind_shows_in_the_losses(left: str) -> None:
 # --- several ranks ------------------------------------------------------------------------------------------------
 
 OWN_BATCHES, ONE_BATCH = {"fsdp_size": 2, "ep_size": 2}, {"tp_size": 2, "ep_size": 2}
+FOUR_RANKS = {"fsdp_size": 4, "ep_size": 2}
+Case = tuple[str, str, str]  # model, mode, what is left behind
+CASES: list[Case] = [*((name, "permute", "") for name in MODELS), ("deepseek_v3", "remap", "")]
+CASES += [("gpt_oss", "permute", "moment")]
+CASES_OF_ONE_BATCH: list[Case] = [("mixtral", "permute", ""), ("deepseek_v3", "remap", "")]
 
 
-def all_compared(cases: list[tuple[str, str, str]], sizes: dict[str, int]) -> list[dict[str, Any]]:
-    return [compared(name, mode, left, **sizes) for name, mode, left in cases]
-
-
-def check(found: list[list[dict[str, Any]]], cases: list[tuple[str, str, str]]) -> None:
-    for (name, mode, left), ranks in zip(cases, zip(*found, strict=True), strict=True):
-        print(name, mode, left, *ranks, sep="\n  ")
-        assert sum(rank["learned"] for rank in ranks) / len(ranks) > 0.02, name
-        assert all(rank["slots"] > 0 for rank in ranks), name
-        for rank in ranks:
-            assert (rank["loss"] > 1e-4) if left else (rank["loss"] <= CLOSE[name]), (name, mode, left)
-
-
-def test_a_run_on_two_ranks_with_moves_is_the_run_without() -> None:
-    cases = [(name, "permute", "") for name in MODELS] + [
-        ("deepseek_v3", "remap", ""),
-        ("gpt_oss", "permute", "moment"),
-    ]
-    check(on_ranks(2, all_compared, cases, OWN_BATCHES | {"layers": 1}), cases)
-
-
-def test_a_run_on_two_ranks_that_share_each_batch_with_moves_is_the_run_without() -> None:
-    cases = [("mixtral", "permute", ""), ("deepseek_v3", "remap", "")]
-    check(on_ranks(2, all_compared, cases, ONE_BATCH), cases)
-
-
-def test_a_run_with_two_shards_of_each_expert_and_moves_is_the_run_without() -> None:
-    cases = [("mixtral", "permute", "")]
-    check(on_ranks(4, all_compared, cases, {"fsdp_size": 4, "ep_size": 2}), cases)
+def all_compared(cases: list[Case], sizes: dict[str, int]) -> list[dict[str, Any]]:
+    return [compared(*case, layers=1, **sizes) for case in cases]
 
 
 def tokens_of_a_step(sizes: dict[str, int]) -> int:
@@ -512,32 +489,63 @@ def tokens_of_a_step(sizes: dict[str, int]) -> int:
     return int(told[0][0].sum())
 
 
-def refused(sizes: dict[str, int]) -> str:
+def refused(group: Any = None, **sizes: int) -> str:
     model = distributed(made("mixtral"), **sizes) if sizes else made("mixtral")
     with pytest.raises(DistplbError) as error:
-        huggingface.rebalancer(model, torch.optim.SGD(model.parameters()), every=1)
+        huggingface.rebalancer(model, torch.optim.SGD(model.parameters()), every=1, group=group)
     return str(error.value)
 
 
-def counts_and_refusals() -> tuple[list[int], list[str]]:
-    counts = [tokens_of_a_step(OWN_BATCHES), tokens_of_a_step(ONE_BATCH)]
-    texts = [refused(sizes) for sizes in ({}, {"fsdp_size": 2}, {"tp_size": 2})]
-    model = distributed(made("mixtral"), **OWN_BATCHES)
+def all_of_two_ranks() -> dict[str, Any]:
+    """In one pair of processes, because importing transformers takes longer than most of what is done."""
     alone = [dist.new_group([rank]) for rank in range(2)][dist.get_rank()]
-    with pytest.raises(DistplbError) as error:
-        huggingface.rebalancer(model, torch.optim.SGD(model.parameters()), every=1, group=alone)
-    return counts, [*texts, str(error.value)]
+    return {
+        "tokens": [tokens_of_a_step(OWN_BATCHES), tokens_of_a_step(ONE_BATCH)],
+        "refused": [refused(), refused(fsdp_size=2), refused(tp_size=2), refused(alone, **OWN_BATCHES)],
+        "own batches": all_compared(CASES, OWN_BATCHES),
+        "one batch": all_compared(CASES_OF_ONE_BATCH, ONE_BATCH),
+    }
 
 
-def test_each_token_is_counted_once_and_experts_that_all_ranks_compute_are_refused() -> None:
-    for counts, (replicated, sharded, tensor_parallel, alone) in on_ranks(2, counts_and_refusals):
-        assert counts == [48, 48]  # of 48 tokens × 2 experts, on two ranks
+@pytest.fixture(scope="module")
+def two_ranks() -> list[dict[str, Any]]:
+    return on_ranks(2, all_of_two_ranks)
+
+
+def check(found: list[list[dict[str, Any]]], cases: list[Case]) -> None:
+    for (name, mode, left), ranks in zip(cases, zip(*found, strict=True), strict=True):
+        print(name, mode, left, *ranks)
+        assert sum(rank["learned"] for rank in ranks) / len(ranks) > 0.02, name
+        for rank in ranks:
+            assert rank["slots"] > 0, name
+            assert (rank["loss"] > 1e-4) if left else (rank["loss"] <= CLOSE[name]), (name, mode, left)
+
+
+def test_a_run_on_two_ranks_with_moves_is_the_run_without(two_ranks: list[dict[str, Any]]) -> None:
+    check([rank["own batches"] for rank in two_ranks], CASES)
+
+
+def test_a_run_on_two_ranks_that_share_each_batch_is_the_run_without(two_ranks: list[dict[str, Any]]) -> None:
+    check([rank["one batch"] for rank in two_ranks], CASES_OF_ONE_BATCH)
+
+
+def test_each_token_is_counted_once(two_ranks: list[dict[str, Any]]) -> None:
+    assert [rank["tokens"] for rank in two_ranks] == [[48, 48]] * 2  # of 48 tokens × 2 experts, on two ranks
+
+
+def test_experts_that_all_ranks_compute_are_refused(two_ranks: list[dict[str, Any]]) -> None:
+    for replicated, sharded, tensor_parallel, alone in (rank["refused"] for rank in two_ranks):
         assert (
             "each of 2 ranks computes all experts, which it holds whole: that is not expert parallelism" in replicated
         )
         assert "in parts, on a mesh of axes ('fsdp',)" in sharded
         assert "in parts, on a mesh of axes ('tp',)" in tensor_parallel
         assert "the experts lie on 2 ranks, the group has 1" in alone
+
+
+def test_a_run_with_two_shards_of_each_expert_and_moves_is_the_run_without() -> None:
+    cases: list[Case] = [("mixtral", "permute", "")]
+    check(on_ranks(4, all_compared, cases, FOUR_RANKS), cases)
 
 
 # --- the example --------------------------------------------------------------------------------------------------

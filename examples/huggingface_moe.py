@@ -1,0 +1,82 @@
+"""Pretrain a tiny Qwen3-MoE of Hugging Face Transformers, expert-parallel, with its experts rebalanced.
+
+    torchrun --standalone --nproc-per-node 2 examples/huggingface_moe.py
+
+Half a minute on two CPU cores; on GPUs the same lines run over NCCL. Each rank trains on bytes of its own from the
+manual of Python.
+"""
+
+from __future__ import annotations
+
+import texts
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers.distributed import DistributedConfig
+
+import distplb
+from distplb.integrations import huggingface
+
+ITERATIONS, EVERY, SEQUENCES, LENGTH = 45, 15, 8, 64
+
+
+def main() -> None:
+    config = Qwen3MoeConfig(
+        vocab_size=256,
+        hidden_size=64,
+        moe_intermediate_size=128,
+        num_experts=16,
+        num_experts_per_tok=2,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        head_dim=16,
+    )
+    torch.manual_seed(0)
+    model = Qwen3MoeForCausalLM(config)
+    # Half of the experts on each rank, the rest under FSDP2; this also starts torch.distributed.
+    parallel, _, meshes = model.prepare_distribute_model(DistributedConfig(fsdp_size=2, ep_size=2))
+    model = model.maybe_distribute_model(model, parallel, meshes).train()
+
+    # Experts lie on a mesh of their own, and AdamW takes the parameters of one mesh at a time.
+    meshed: list[list[torch.nn.Parameter]] = [[], []]
+    for name, parameter in model.named_parameters():
+        meshed[".experts." in name].append(parameter)
+    optimizer = torch.optim.AdamW([{"params": some} for some in meshed], lr=1e-3)
+    rebalancer = huggingface.rebalancer(model, optimizer, every=EVERY, on_event=report)
+
+    text = texts.prose()
+    for iteration in range(1, ITERATIONS + 1):
+        tokens = batch(text, iteration)
+        loss = model(tokens, labels=tokens).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        rebalancer.step()
+        if iteration % EVERY == 0:
+            say(f"iteration {iteration}  loss {loss.item():.3f}")
+    dist.destroy_process_group()
+
+
+def batch(text: Tensor, iteration: int) -> Tensor:
+    """`[SEQUENCES, LENGTH]`, another on each rank."""
+    generator = torch.Generator().manual_seed(1000 * iteration + dist.get_rank())
+    starts = torch.randint(len(text) - LENGTH, (SEQUENCES, 1), generator=generator)
+    return text[starts + torch.arange(LENGTH)].long()
+
+
+def report(event: distplb.RebalanceEvent) -> None:
+    if event.imbalance_next is not None:
+        return  # the last record once more, now that its plan has been tried
+    for layer, before, after in zip(event.layers, event.imbalance_before, event.imbalance_after, strict=True):
+        say(f"{layer}: imbalance {before:.4f} -> {after:.4f}")
+    say(f"{event.slots_moved} slots moved ({event.reason}); router ties {event.router_ties}")
+
+
+def say(line: str) -> None:
+    if dist.get_rank() == 0:
+        print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()
