@@ -106,11 +106,9 @@ def groups_of(name: str, mode: str) -> int:
     return DEEPSEEK["n_group"] if (name, mode) == ("deepseek_v3", "permute") else 1
 
 
-def rebalanced(model: nn.Module, mode: str = "permute", **options: Any) -> tuple[distplb.Rebalancer, list[MoELayer]]:
-    """A rebalancer, and what it was told of the model."""
-    optimizer = options.pop("optimizer", None) or torch.optim.SGD(model.parameters())
-    rebalancer = huggingface.rebalancer(model, optimizer, **({"every": EVERY, "mode": mode} | options))
-    return rebalancer, huggingface.moe_layers(model, mode=mode)  # type: ignore[arg-type]  # one of MODES
+def rebalanced(model: nn.Module, mode: str = "permute") -> distplb.Rebalancer:
+    optimizer = torch.optim.SGD(model.parameters())
+    return huggingface.rebalancer(model, optimizer, every=EVERY, mode=mode)  # type: ignore[arg-type]  # one of MODES
 
 
 @torch.no_grad()
@@ -136,14 +134,16 @@ def furthest(one: Tensor, other: Tensor) -> float:
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_stay_wherever_the_experts_lie(name: str, mode: str) -> None:
     model = made(name)
-    rebalancer, layers = rebalanced(model, mode)
+    rebalancer, layer = rebalanced(model, mode), huggingface.moe_layers(model)[0]
     before, generator = logits(model), torch.Generator().manual_seed(1)
     for _ in range(4):
         weights = copy.deepcopy(model.state_dict())
         rebalancer.apply(random_placement(rebalancer.placement, generator, groups_of(name, mode)))
         changed = [key for key, tensor in model.state_dict().items() if not torch.equal(tensor, weights[key])]
-        assert sum(".experts." in key for key in changed) == LAYERS * len(layers[0].experts)
-        assert sum(".experts." not in key for key in changed) == LAYERS * len(layers[0].router)
+        assert sum(".experts." in key for key in changed) == LAYERS * len(layer.experts)
+        assert sum(".experts." not in key for key in changed) == (
+            LAYERS * len(layer.router) if mode == "permute" else 0
+        )
         assert furthest(logits(model), before) <= 1e-5
     rebalancer.restore()
     assert torch.equal(logits(model), before)
@@ -159,8 +159,8 @@ def test_a_router_row_left_behind_shows_in_the_logits(name: str) -> None:
 
 def test_groups_are_not_torn_apart_and_would_show_in_the_logits() -> None:
     model = made("deepseek_v3")
-    rebalancer, layers = rebalanced(model)
-    assert layers[0].num_groups == 4
+    rebalancer, layer = rebalanced(model), huggingface.moe_layers(model)[0]
+    assert layer.num_groups == 4
     before, weights = logits(model), copy.deepcopy(model.state_dict())
     swapped = torch.arange(EXPERTS)
     swapped[[2, 3]] = swapped[[3, 2]]  # of groups 0 and 1
@@ -168,16 +168,34 @@ def test_groups_are_not_torn_apart_and_would_show_in_the_logits() -> None:
         rebalancer.apply(Placement(swapped.repeat(LAYERS, 1), EXPERTS, 1))
     assert all(torch.equal(tensor, weights[key]) for key, tensor in model.state_dict().items())
     assert rebalancer.placement == Placement.contiguous(LAYERS, EXPERTS, 1)
-    permuted_by_hand(layers[0], swapped)
+    permuted_by_hand(layer, swapped)
     assert furthest(logits(model), before) > 1e-3
 
 
 def test_a_table_allows_groups_to_be_torn_apart() -> None:
     model = made("deepseek_v3")
-    rebalancer, _ = rebalanced(model, "remap")
+    rebalancer = rebalanced(model, "remap")
     before = logits(model)
     rebalancer.apply(Placement(torch.arange(EXPERTS).roll(3).repeat(LAYERS, 1), EXPERTS, 1))
     assert furthest(logits(model), before) <= 1e-5
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_checkpoint_in_logical_order_is_the_model_for_those_who_know_nothing_of_moves(
+    mode: str, tmp_path: Path
+) -> None:
+    model = made("deepseek_v3")
+    rebalancer, before = rebalanced(model, mode), logits(model)
+    rebalancer.apply(
+        random_placement(rebalancer.placement, torch.Generator().manual_seed(1), groups_of("deepseek_v3", mode))
+    )
+    model.save_pretrained(tmp_path / "as it lies")
+    with rebalancer.in_logical_order():
+        model.save_pretrained(tmp_path / "logical")
+    assert furthest(logits(model), before) <= 1e-5
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "logical")), before)
+    if mode == "remap":
+        assert furthest(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "as it lies")), before) > 1e-3
 
 
 # --- what is found, and what is refused ---------------------------------------------------------------------------
@@ -261,7 +279,7 @@ def test_a_loss_that_ties_experts_of_all_layers_by_their_numbers_is_refused_but_
     model = made("mixtral", output_router_logits=True)
     with pytest.raises(DistplbError, match=r"MixtralForCausalLM is trained with .*pass mode='remap'"):
         huggingface.moe_layers(model)
-    rebalancer, _ = rebalanced(model, "remap")
+    rebalancer = rebalanced(model, "remap")
     before = model(batch(0))
     rebalancer.apply(random_placement(rebalancer.placement, torch.Generator().manual_seed(1)))
     assert model(batch(0)).aux_loss == before.aux_loss

@@ -120,6 +120,9 @@ def rebalancer(
         optimizer.step()
         optimizer.zero_grad()
         rebalancer.step()
+        ...
+        with rebalancer.in_logical_order():  # everybody else knows experts by where they began
+            model.save_pretrained(folder)
 
     Args:
         model: or its parts.
@@ -151,7 +154,9 @@ def rebalancer(
             "pass group=, the process group of exactly these ranks"
         )
     ranks = mesh[_EP_AXIS].mesh.tolist()
-    topology = Topology.of_ranks(ranks, gpus_per_node or _gpus_per_node(max(ranks) + 1))
+    if gpus_per_node is None:  # of the whole job, as torchrun tells it
+        gpus_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", max(ranks) + 1))
+    topology = Topology.of_ranks(ranks, gpus_per_node)
     gpu = mesh.get_local_rank(_EP_AXIS)
     return Rebalancer(layers, optimizers, topology=topology, every=every, comm=comm, gpu=gpu, **options)
 
@@ -323,8 +328,3 @@ def _comm(group: Any) -> TorchComm | None:
         if group is not None:
             raise
         return None
-
-
-def _gpus_per_node(default: int) -> int:
-    """Of the whole job, as `torchrun` tells it."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", default))
