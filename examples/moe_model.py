@@ -86,10 +86,12 @@ class MoE(nn.Module):
     """A feed-forward layer made of E experts, of which every token visits K.
 
     A rebalancer exchanges rows (dim 0) of w_in and w_out between ranks, and the same rows of the router and of its
-    bias on all ranks: then the expert that the router calls i still lives on rank i // G, and forward needs no table.
+    bias on all ranks: then the expert that the router calls i still lives on rank i // G, and the table stays as it
+    was. Or it leaves the router alone, and writes into the table in which slot each expert is found.
     """
 
     expert_bias: Tensor
+    slot_of_expert: Tensor
 
     def __init__(self, config: Config, group: Group) -> None:
         super().__init__()
@@ -100,6 +102,7 @@ class MoE(nn.Module):
         self.num_slots = config.experts // self.num_gpus
         self.router = nn.Linear(config.dim, config.experts, bias=False)
         self.register_buffer("expert_bias", torch.zeros(config.experts, dtype=torch.float32))  # [E]
+        self.register_buffer("slot_of_expert", torch.arange(config.experts), persistent=False)  # [E]
         self.w_in = nn.Parameter(torch.empty(self.num_slots, config.dim, config.ffn))  # [G, D, H]
         self.w_out = nn.Parameter(torch.empty(self.num_slots, config.ffn, config.dim))  # [G, H, D]
         self.counts = torch.zeros(config.experts, dtype=torch.int64)  # [E] tokens of this rank, last forward
@@ -114,12 +117,14 @@ class MoE(nn.Module):
         if self.on_counts is not None:
             self.on_counts(self.counts)
 
-        # Rows sorted by expert are sorted by rank too, because rank m holds experts m * G to (m + 1) * G - 1.
-        order = expert.flatten().argsort(stable=True)  # [N * K]
+        # Rows sorted by slot are sorted by rank too, because rank m holds slots m * G to (m + 1) * G - 1.
+        slot = self.slot_of_expert[expert].flatten()  # [N * K]
+        order = slot.argsort(stable=True)
         rows = tokens.repeat_interleave(K, dim=0).index_select(0, order)  # [N * K, D]
         even = [G] * M
-        sent = self.counts.view(M, G)
-        received = exchange(self.counts, even, even, self.group).view(M, G)  # from each rank, for each slot
+        by_slot = slot.bincount(minlength=G * M)
+        sent = by_slot.view(M, G)
+        received = exchange(by_slot, even, even, self.group).view(M, G)  # from each rank, for each slot
         send, receive = sent.sum(1).tolist(), received.sum(1).tolist()
 
         rows = all_to_all(rows, send, receive, self.group)  # [R, D]

@@ -127,11 +127,15 @@ class Run:
         layers = []
         for index, moe in enumerate(moes):
             moe.on_counts = lambda counts, index=index: window.add(index, counts)
+            # Either the router's rows move with the experts, or the dispatcher looks up where an expert has gone.
+            router = {"weight": moe.router.weight, "expert_bias": moe.expert_bias}  # dim 0: E
+            remap = self.args.apply == "remap"
             layers.append(
                 distplb.MoELayer(
                     name=f"blocks.{index}.moe",
                     experts={"w_in": moe.w_in, "w_out": moe.w_out},  # dim 0: this rank's slots
-                    router={"weight": moe.router.weight, "expert_bias": moe.expert_bias},  # dim 0: E
+                    router={} if remap else router,
+                    slot_of_expert=moe.slot_of_expert if remap else None,
                 )
             )
         return distplb.Rebalancer(
@@ -379,6 +383,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--router", choices=ROUTERS, default="plain", help="plain: nothing balances it; loss-free: a nudged bias")
     add("--balance", choices=BALANCES, default="rebalanced", help="forced: a perfectly even choice, for reference")
     add("--compare", action="store_true", help="all balances with both routers, in turns, and a table")
+    add("--apply", choices=("permute", "remap"), default="permute", help="remap: a table after the router's choice")
     add("--every", type=int, default=25, help="iterations between rebalances")
     add("--turn", type=int, default=5, help="iterations of one run before it is another's turn; divides --every")
     add("--iterations", type=int, default=100)

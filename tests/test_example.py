@@ -52,6 +52,15 @@ def test_one_mode_trains_on_own_text_without_a_process_group(tmp_path: Path) -> 
     assert "plain     rebalanced iteration   12" in said
 
 
+def test_a_table_after_the_routers_choice_gives_the_same_losses_as_moved_router_rows() -> None:
+    rows, table = (
+        re.findall(r"iteration +\d+  loss (\S+)", trained("--balance=rebalanced", f"--apply={how}"))
+        for how in ("permute", "remap")
+    )
+    assert len(rows) == 3
+    assert [float(loss) for loss in table] == pytest.approx([float(loss) for loss in rows], rel=1e-3)
+
+
 def losses(said: str) -> list[str]:
     """Means over iterations 1 to 4, 5 to 8 and 9 to 12."""
     return re.findall(r"static +iteration +\d+  loss (\S+)", said)

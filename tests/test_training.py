@@ -31,7 +31,8 @@ OPTIMIZERS = {
 def trained(optimizer_name: str, dtype: torch.dtype, moves: str) -> dict[str, Tensor]:
     """The losses of a run, and all its tensors at the end in logical order, on every rank.
 
-    moves: "none", "all", or "left behind": as all, but the first slot keeps its first moment of one tensor.
+    moves: "none", "all", "remap" (all, applied by tables), or "left behind": as all, but the first slot keeps its first
+        moment of one tensor.
     """
     sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
     from moe_model import Config, Transformer
@@ -44,7 +45,7 @@ def trained(optimizer_name: str, dtype: torch.dtype, moves: str) -> dict[str, Te
     optimizer = OPTIMIZERS[optimizer_name](model.parameters())
     window = distplb.LoadWindow(len(model.moes), EXPERTS, EVERY)
     rebalancer = distplb.Rebalancer(
-        described(model, window),
+        described(model, window, moves == "remap"),
         optimizer,
         topology=distplb.Topology(1, dist.get_world_size()),
         window=window,
@@ -68,15 +69,16 @@ def trained(optimizer_name: str, dtype: torch.dtype, moves: str) -> dict[str, Te
         optimizer.zero_grad()
         dist.all_reduce(loss.detach())
         losses.append(loss.detach() / dist.get_world_size())
-    return {"loss": torch.stack(losses)} | in_logical_order(model, optimizer, rebalancer.placement)
+    return {"loss": torch.stack(losses)} | in_logical_order(model, optimizer, rebalancer.placement, moves == "remap")
 
 
-def described(model: Any, window: distplb.LoadWindow) -> list[distplb.MoELayer]:
+def described(model: Any, window: distplb.LoadWindow, remap: bool = False) -> list[distplb.MoELayer]:
     layers = []
     for index, moe in enumerate(model.moes):
         moe.on_counts = lambda counts, index=index: window.add(index, counts)
         router = {"weight": moe.router.weight, "bias": moe.expert_bias}
-        layers.append(distplb.MoELayer(name=str(index), experts={"in": moe.w_in, "out": moe.w_out}, router=router))
+        applied: dict[str, Any] = {"slot_of_expert": moe.slot_of_expert} if remap else {"router": router}
+        layers.append(distplb.MoELayer(name=str(index), experts={"in": moe.w_in, "out": moe.w_out}, **applied))
     return layers
 
 
@@ -100,16 +102,21 @@ def scatter(
         moment[0] = kept
 
 
-def in_logical_order(model: Any, optimizer: Any, placement: distplb.Placement) -> dict[str, Tensor]:
+def in_logical_order(
+    model: Any, optimizer: Any, placement: distplb.Placement, remapped: bool = False
+) -> dict[str, Tensor]:
     found = {}
+    same = torch.arange(EXPERTS)  # where a table is looked up, router rows stay
     slot = placement.inverse[..., 0]  # [L, E]
     for layer, moe in enumerate(model.moes):
         by_slot = {"router": (moe.router.weight, False), "in": (moe.w_in, True), "out": (moe.w_out, True)}
         for name, (parameter, spread) in by_slot.items():
             moments = {k: v for k, v in optimizer.state[parameter].items() if v is not None and v.dim()}
             for kind, tensor in {"": parameter.detach(), **moments}.items():
-                found[f"{layer}.{name}{kind}"] = (gathered(tensor) if spread else tensor)[slot[layer]]
-        found[f"{layer}.bias"] = moe.expert_bias[slot[layer]]
+                found[f"{layer}.{name}{kind}"] = (
+                    gathered(tensor)[slot[layer]] if spread else tensor[same if remapped else slot[layer]]
+                )
+        found[f"{layer}.bias"] = moe.expert_bias[same if remapped else slot[layer]]
     for name, parameter in model.named_parameters():
         if "moe." not in name:
             found[name] = parameter.detach()
@@ -138,6 +145,7 @@ def compared() -> dict[str, tuple[float, str]]:
             found[f"{optimizer} {dtype}"] = furthest(quiet, trained(optimizer, dtype, "all"))
             if dtype == torch.float64:
                 assert float(quiet["loss"][-1]) < 0.9 * float(quiet["loss"][0])  # it did learn
+                found[f"{optimizer} remap"] = furthest(quiet, trained(optimizer, dtype, "remap"))
                 found[f"{optimizer} left behind"] = furthest(quiet, trained(optimizer, dtype, "left behind"))
     return found
 
@@ -154,6 +162,12 @@ def test_a_run_with_moves_is_the_run_without(
 ) -> None:
     difference, where = differences[f"{optimizer} {dtype}"]
     assert difference <= TOLERANCE[dtype], where
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_run_with_tables_is_the_run_without(differences: dict[str, tuple[float, str]], optimizer: str) -> None:
+    difference, where = differences[f"{optimizer} remap"]
+    assert difference <= TOLERANCE[torch.float64], where
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
