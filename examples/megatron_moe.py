@@ -1,0 +1,100 @@
+"""Pretrain a small GPT of Megatron-Core, expert-parallel, with its experts rebalanced.
+
+    torchrun --standalone --nproc-per-node 2 examples/megatron_moe.py
+
+Under a minute on two CPU cores. Each rank trains on bytes of its own from the manual of Python, with Megatron-Core's
+DDP, DistributedOptimizer and schedule. Megatron-Core 0.16 expects CUDA and Transformer Engine: `OnCpu` turns every
+device="cuda" into "cpu" and lets the optimizers believe it, the random states are those of inference (there is no
+dropout), torch.compile is off, and the one name that is undefined without Transformer Engine is given.
+"""
+
+from __future__ import annotations
+
+import texts
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel.random import initialize_rng_tracker
+from megatron.core.transformer.moe import moe_utils
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.overrides import TorchFunctionMode
+
+import distplb
+from distplb.integrations import megatron
+
+ITERATIONS, EVERY, SEQUENCES, LENGTH = 60, 20, 4, 64
+
+
+class OnCpu(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if "cuda" in str(kwargs.get("device")):
+            kwargs["device"] = "cpu"
+        found = func(*args, **kwargs)  # a text, where a tensor's type() is asked for
+        return found.replace("torch.", "torch.cuda.") if isinstance(found, str) else found
+
+
+def main() -> None:
+    dist.init_process_group("gloo")
+    parallel_state.initialize_model_parallel(expert_model_parallel_size=2, create_gloo_process_groups=False)
+    sizes = {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 2, "attention_dropout": 0.0}
+    moe = {"num_moe_experts": 16, "moe_ffn_hidden_size": 128, "moe_router_load_balancing_type": "none"}
+    moe |= {"expert_model_parallel_size": 2, "moe_token_dispatcher_type": "allgather", "add_bias_linear": False}
+    on_cpu = {"use_cpu_initialization": True, "gradient_accumulation_fusion": False, "hidden_dropout": 0.0}
+    config = TransformerConfig(**sizes, **moe, **on_cpu)
+    config.finalize_model_grads_func = finalize_model_grads
+    spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization="LayerNorm")
+    torch.manual_seed(dist.get_rank())  # experts are this rank's own; what ranks share is broadcast
+    model = GPTModel(config, spec, vocab_size=256, max_sequence_length=LENGTH)
+    model = DistributedDataParallel(config, DistributedDataParallelConfig(use_distributed_optimizer=True), model)
+    model.broadcast_params()
+    settings = OptimizerConfig(optimizer="adam", lr=3e-3, clip_grad=1.0, use_distributed_optimizer=True)
+    optimizer = get_megatron_optimizer(settings, [model], use_gloo_process_groups=False)
+    rebalancer = megatron.rebalancer([model], optimizer, every=EVERY, on_event=report)
+    text = texts.prose()
+    for iteration in range(ITERATIONS):
+        loss = train_step(model, optimizer, text, seed=2 * iteration + dist.get_rank())
+        optimizer.zero_grad()  # gradients that are still held would travel too
+        rebalancer.step()
+        if iteration % 10 == 9 and dist.get_rank() == 0:
+            print(f"iteration {iteration + 1:3}  loss {loss:.3f}", flush=True)
+    dist.destroy_process_group()
+
+
+def train_step(model, optimizer, text: torch.Tensor, seed: int) -> float:
+    """What Megatron-LM's own does, for one micro-batch."""
+    model.zero_grad_buffer()
+    starts = torch.randint(len(text) - LENGTH, (SEQUENCES, 1), generator=torch.Generator().manual_seed(seed))
+    tokens = text[starts + torch.arange(LENGTH + 1)].long()
+    told = []
+
+    def forward(_, model):
+        losses = model(tokens[:, :-1], torch.arange(LENGTH).expand(SEQUENCES, -1), None, labels=tokens[:, 1:])
+        return losses, lambda losses: (losses.mean(), told.append(float(losses.detach().mean())))
+
+    shapes = {"num_microbatches": 1, "seq_length": LENGTH, "micro_batch_size": SEQUENCES, "forward_only": False}
+    get_forward_backward_func()(forward_step_func=forward, data_iterator=None, model=[model], **shapes)
+    optimizer.step()
+    return told[0]
+
+
+def report(event: distplb.RebalanceEvent) -> None:
+    """A rebalance's record comes twice; the second time it knows how its plan did on tokens that it had not seen."""
+    before, after = (sum(v) / len(v) for v in (event.imbalance_before, event.imbalance_next or event.imbalance_after))
+    tokens = "the same" if event.imbalance_next is None else "the next"
+    if dist.get_rank() == 0:
+        print(f"rebalance at {event.iteration}: imbalance {before:.3f} -> {after:.3f} on {tokens} tokens", flush=True)
+
+
+if __name__ == "__main__":
+    torch.compiler.set_stance("force_eager")
+    torch.cuda.current_device = lambda: "cpu"
+    initialize_rng_tracker(inference_rng_tracker=True)
+    moe_utils.te_general_gemm = None
+    with OnCpu():
+        main()
