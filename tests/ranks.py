@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-__all__ = ["errors_on_ranks", "on_ranks"]
+__all__ = ["errors_on_ranks", "on_ranks", "outcomes_on_ranks"]
 
 DEADLINE_SECONDS = 120
 
@@ -39,6 +39,13 @@ def errors_on_ranks(size: int, body: Callable[..., Any], *args: Any, deadline: f
     found = on_ranks(size, body, *args, deadline=deadline)
     assert all(isinstance(text, str) for text in found), found
     return found
+
+
+def outcomes_on_ranks(
+    size: int, body: Callable[..., Any], *args: Any, deadline: float = DEADLINE_SECONDS
+) -> list[tuple[bool, Any]]:
+    """As `on_ranks`, for ranks that are expected to fail: by rank, whether it answered, and the answer or why not."""
+    return _run(size, body, args, deadline)
 
 
 def _run(size: int, body: Callable[..., Any], args: tuple[Any, ...], deadline: float) -> list[tuple[bool, Any]]:
