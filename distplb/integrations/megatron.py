@@ -8,7 +8,8 @@ Nothing of Megatron-Core is replaced.
 Run on CPU processes only, in tests: SequentialMLP, the all-to-all and the all-gather dispatcher, GroupedMLP over a
 plain product, both DDP modes, gloo. Never run: CUDA, NCCL, Transformer Engine (and so TEGroupedMLP, whose parameters
 are found by their names), the grouped GEMM kernels, the flex dispatcher (DeepEP, HybridEP), activation recomputation,
-virtual pipelines, context parallelism.
+virtual pipelines, context parallelism, tensor parallelism of the attention, float16 with a loss scale, Megatron's own
+asynchronous checkpoints.
 
 Refused, each with its reason: expert tensor parallelism above 1, FP8 and FP4, CUDA graphs, latent projections, shared
 experts overlapped with communication, routing replay, Megatron's and torch's FSDP, CPU-offloaded, precision-aware,
@@ -112,6 +113,11 @@ def rebalancer(
             opt_param_scheduler.step(increment=...)
             optimizer.zero_grad()  # gradients that are still held would travel too
             rebalancer.step()
+
+    and for a checkpoint that is like one of a job without rebalances::
+
+        with rebalancer.in_logical_order():
+            save_checkpoint(...)
 
     Args:
         model_chunks: as of `moe_layers`.
