@@ -76,7 +76,7 @@ KEPT_IN = {
 NOWHERE = {"mpi4py", "matplotlib", "deepspeed", "accelerate"}
 # Imported when they are used, and by modules that nothing imports before.
 FRAMEWORKS = {"transformers", "torchtitan", "megatron"}
-LATE = {"numba", "triton", "filelock"}
+LATE = {"numba", "triton", "filelock", "scipy"}
 NEEDS = {
     "distplb.packing.cpu_kernels": "numba",
     "distplb.packing.cpu_settle": "numba",
@@ -295,6 +295,7 @@ assert torch.equal(state, torch.get_rng_state()), "the random state changed"
 assert torch.get_num_threads() == threads, "the number of threads changed"
 assert not torch.cuda.is_initialized(), "CUDA was initialised"
 assert not torch.distributed.is_initialized(), "torch.distributed was initialised"
+assert "torch.distributed.tensor" not in sys.modules, "it takes as long to import as torch itself"
 print(*sorted({name.split(".")[0] for name in set(sys.modules) - before}))
 """
 

@@ -1,17 +1,16 @@
 """DTensors: what of a tensor with a row for every slot this rank holds.
 
 Beside `comm.torchdist` the only place that knows `torch.distributed`: a layout is read off a tensor here, nothing is
-sent.
+sent. It is imported when the first DTensor is met, because that takes as long as importing torch.
 """
 
 from __future__ import annotations
 
+import sys
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Shard
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from distplb.errors import DistplbError
 
@@ -30,6 +29,10 @@ class Block(NamedTuple):
 
 def is_dtensor(tensor: Tensor) -> bool:
     """Whether it is spread over a device mesh."""
+    if "torch.distributed.tensor" not in sys.modules:  # then nobody has made one
+        return False
+    from torch.distributed.tensor import DTensor
+
     return isinstance(tensor, DTensor)
 
 
@@ -39,6 +42,9 @@ def block_of(name: str, tensor: Tensor) -> Block:
     Raises:
         DistplbError: if that is not some whole columns of consecutive rows.
     """
+    from torch.distributed.tensor import DTensor, Shard
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
     assert isinstance(tensor, DTensor)
     for placement in tensor.placements:
         # A strided shard is one that FSDP2 puts over another of the same dim.
@@ -69,8 +75,10 @@ def local_like(name: str, value: Tensor, like: Tensor) -> Tensor:
     Raises:
         DistplbError: if it does not.
     """
-    if not isinstance(like, DTensor) and not isinstance(value, DTensor):
+    if not is_dtensor(like) and not is_dtensor(value):
         return value
+    from torch.distributed.tensor import DTensor
+
     if (
         not isinstance(like, DTensor)
         or not isinstance(value, DTensor)
