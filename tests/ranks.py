@@ -51,7 +51,9 @@ def outcomes_on_ranks(
 def _run(size: int, body: Callable[..., Any], args: tuple[Any, ...], deadline: float) -> list[tuple[bool, Any]]:
     # A fork server that has imported torch: each process starts in tenths of a second, from a clean state.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed", "distplb"])
+    # Frameworks too, where they are installed: they take longer to import than most tests take to run.
+    frameworks = [f"distplb.integrations.{name}" for name in ("huggingface", "torchtitan", "megatron")]
+    context.set_forkserver_preload(["torch", "torch.distributed", "distplb", *frameworks])
     with tempfile.TemporaryDirectory() as folder:
         pipes, processes = [], []
         for rank in range(size):
