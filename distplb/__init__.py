@@ -3,6 +3,7 @@
 from distplb.bound import lower_bound
 from distplb.cost import imbalance
 from distplb.errors import DistplbError
+from distplb.events import RebalanceEvent
 from distplb.layer import FlatShard, MoELayer
 from distplb.load import LoadWindow
 from distplb.measure import measured_curve
@@ -24,6 +25,7 @@ __all__ = [
     "MoELayer",
     "MoveModel",
     "Placement",
+    "RebalanceEvent",
     "Rebalancer",
     "TimeCurve",
     "Topology",

@@ -284,6 +284,22 @@ class Job:
         self._forwards(iteration, 1, forward_only=True)
         self.model.train()
 
+    @_as_on_cuda
+    def forward_backward(self, iteration: int) -> None:
+        """The gradients of one iteration."""
+        self.model.zero_grad_buffer()
+        self._forwards(iteration, 2, forward_only=False)
+
+    def have_it_step_as_on_cuda(self) -> None:
+        """For loops that call the optimizer themselves."""
+        step = self.optimizer.step
+
+        def inside(*arguments: Any) -> Any:
+            with _AsOnCuda(self.precision):
+                return step(*arguments)
+
+        self.optimizer.step = inside
+
     def _forwards(self, iteration: int, micro_batches: int, forward_only: bool) -> list[float]:
         told: list[float] = []
 

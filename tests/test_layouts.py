@@ -7,13 +7,17 @@ hand, and never asked of the code under test. Shapes: E = P experts and slots, G
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from ranks import on_ranks
 from torch import Tensor, nn
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
@@ -179,6 +183,17 @@ class World:
                         wrong += not torch.equal(found, wanted)
         return wrong
 
+    def on_this_rank(self) -> dict[str, Tensor]:
+        """Views of everything that travels."""
+        found = {}
+        for number, held in enumerate(self.held):
+            for part, param in enumerate(held.params):
+                state = self.optimizer.state.get(param, {})
+                for key in ("", "exp_avg", "exp_avg_sq"):
+                    if not key or key in state:
+                        found[f"{self.rank}.{number}.{part}.{key}"] = local(state[key] if key else param)
+        return found
+
 
 def local(tensor: Tensor) -> Tensor:
     tensor = tensor.detach()
@@ -196,23 +211,68 @@ LAYOUTS = {  # and how many random moves
 }
 
 
-def moved_about() -> dict[str, tuple[int, int, int]]:
+class Saves:
+    """Asynchronous saves of a world, beside its moves; only their staging is awaited, by the rebalancer."""
+
+    def __init__(self, world: World, folder: Path) -> None:
+        self.world, self.folder = world, folder
+        self.stager = DefaultStager(StagingOptions(False, False, True, False))  # in a thread, without pinned memory
+        self.group = dist.new_group()
+        self.upload: Any = None
+        self.placement = world.rebalancer.placement
+
+    def begin(self) -> None:
+        """What this rank holds now, under keys of its own."""
+        self.end()
+        self.placement = self.world.rebalancer.placement
+        writer = dcp.FileSystemWriter(self.folder, overwrite=True)
+        response = dcp.async_save(
+            self.world.on_this_rank(), storage_writer=writer, process_group=self.group, async_stager=self.stager
+        )
+        assert isinstance(response, AsyncSaveResponse)
+        self.world.rebalancer.saving(response)
+        self.upload = response.upload_completion
+
+    def end(self) -> None:
+        if self.upload is not None:
+            self.upload.result(timeout=60)
+
+    def wrong(self) -> int:
+        """Tensors of the last save that are not those of its placement, once it has been read back."""
+        self.end()
+        self.stager.close()
+        before = {key: value.clone() for key, value in self.world.on_this_rank().items()}
+        state = {key: torch.zeros_like(value) for key, value in before.items()}
+        dcp.load(state, checkpoint_id=self.folder)
+        for key, value in self.world.on_this_rank().items():
+            value.copy_(state[key])
+        wrong = self.world.wrong(self.placement)
+        for key, value in self.world.on_this_rank().items():
+            value.copy_(before[key])
+        return wrong
+
+
+def moved_about(folder: str) -> dict[str, tuple[int, int, int]]:
     found = {}
     for name, moves in LAYOUTS.items():
         torch.manual_seed(dist.get_rank())  # nothing may depend on it
         world, wrong = World(name), 0
+        saves = Saves(world, Path(folder) / name)
         generator = torch.Generator().manual_seed(5)
-        for _ in range(moves):
+        for move in range(moves):
+            if move % 25 == 1:
+                saves.begin()
             placement = Placement(torch.randperm(EXPERTS, generator=generator)[None], EXPERTS, GPUS)
             world.rebalancer.apply(placement)
             wrong += world.wrong(placement)
         elsewhere = Placement(torch.randperm(EXPERTS, generator=generator)[None], EXPERTS, GPUS)
+        wrong += saves.wrong()
         found[name] = wrong, world.wrong(elsewhere), world.wrong(world.rebalancer.placement)
     return found
 
 
-def test_random_moves_leave_every_element_where_it_belongs() -> None:
-    for rank in on_ranks(4, moved_about, deadline=280):
+def test_random_moves_beside_saves_leave_every_element_where_it_belongs(tmp_path: Path) -> None:
+    for rank in on_ranks(4, moved_about, str(tmp_path), deadline=280):
         for name, (wrong, elsewhere, left) in rank.items():
             assert (name, wrong) == (name, 0)
             assert elsewhere > 0  # the comparison can fail

@@ -7,7 +7,9 @@ import re
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from ranks import on_ranks
@@ -20,6 +22,17 @@ README = (ROOT / "README.md").read_text()
 
 def blocks(language: str) -> list[str]:
     return re.findall(rf" *```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def own_blocks() -> list[str]:
+    """Those that need no framework."""
+    return [block for block in blocks("python") if "distplb.integrations" not in block]
+
+
+def lines_of(framework: str) -> str:
+    """The block that uses a framework's adapter."""
+    (found,) = (block for block in blocks("python") if f"distplb.integrations import {framework}" in block)
+    return found
 
 
 def snippets_run(folder: str) -> int:
@@ -48,15 +61,57 @@ def snippets_run(folder: str) -> int:
     start = Placement.contiguous(2, 16, 4)
     Trace(counts, (start,), torch.zeros(120, dtype=torch.int64), torch.arange(120)).save("trace.npz")
     iterations = []
-    for block in blocks("python"):
+    for block in own_blocks():
         exec(compile(textwrap.dedent(block), "README.md", "exec"), names)
         iterations.append(names["rebalancer"].iteration)
     assert iterations[0] == 4
-    return len(blocks("python"))
+    return len(own_blocks())
 
 
 def test_every_python_snippet_runs(tmp_path: Path) -> None:
     assert on_ranks(1, snippets_run, str(tmp_path), deadline=60)[0] >= 2
+
+
+def huggingface_lines(folder: str) -> tuple[int, bool]:
+    """On one rank; a rebalance is asked for in every second iteration instead of every 500th."""
+    from transformers import AutoModelForCausalLM, MixtralConfig
+
+    os.chdir(folder)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = MixtralConfig(**sizes, num_key_value_heads=2, vocab_size=64, num_local_experts=4)
+    model = AutoModelForCausalLM.from_config(config)
+    tokens = torch.randint(64, (2, 16))
+    names = {"model": model, "optimizer": torch.optim.AdamW(model.parameters())}
+    names["data"] = [{"input_ids": tokens, "labels": tokens}] * 4
+    exec(lines_of("huggingface").replace("every=500", "every=2"), names)
+    return names["rebalancer"].iteration, Path("checkpoint/config.json").exists()
+
+
+def test_the_lines_of_transformers_run(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    assert on_ranks(1, huggingface_lines, str(tmp_path), deadline=60) == [(4, True)]
+
+
+def megatron_lines() -> tuple[int, int, int]:
+    """On two stages of a pipeline, of which the first has no MoE layer."""
+    from megatron_models import Job, groups
+
+    events: list[Any] = []
+    with groups(expert_parallel=2, pipeline=2):
+        job = Job(num_layers=2, moe_layer_freq=[0, 1])
+        job.have_it_step_as_on_cuda()
+        names = {"model": job.chunks, "optimizer": job.optimizer, "train_iters": 4, "batch_size": 1}
+        names |= {"forward_backward": job.forward_backward, "opt_param_scheduler": job.schedule}
+        names["told"] = events.append
+        exec(lines_of("megatron").replace("every=500", "every=2, gpus_per_node=4, on_event=told"), names)
+        return names["rebalancer"].iteration, len(events), job.schedule.num_steps
+
+
+def test_the_lines_of_megatron_run_on_a_pipeline() -> None:
+    pytest.importorskip("megatron.core")
+    found = on_ranks(4, megatron_lines, deadline=90)
+    assert found[:2] == [(4, 0, 4)] * 2
+    assert found[2:] == [(4, 3, 4)] * 2  # two rebalances, and the first once more
 
 
 def test_working_code_stands_by_line_15() -> None:
