@@ -9,6 +9,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent import futures
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -456,7 +457,9 @@ class Rebalancer:
         while self._saves:
             try:
                 self._saves[0].exception(timeout=_STAGING_SECONDS)
-            except TimeoutError as late:
+            except futures.CancelledError:
+                pass
+            except futures.TimeoutError as late:
                 raise DistplbError(
                     f"an asynchronous save has not staged its state in {_STAGING_SECONDS:.0f} s, and nothing may move "
                     "before it has; look for what holds it up"

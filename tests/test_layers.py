@@ -67,7 +67,7 @@ KEPT_IN = {
     "scipy": {"distplb.planning.relabel"},
     "numba": {"distplb.packing.cpu", "distplb.packing.cpu_steps"},
     "filelock": {"distplb.packing.cpu"},
-    "concurrent": {"distplb.packing.cpu", "distplb.traces.writer"},
+    "concurrent": {"distplb.packing.cpu", "distplb.traces.writer", "distplb.rebalancer"},
     "triton": {"distplb.packing.cuda_kernels", "distplb.packing.cuda_settle", "distplb.packing.cuda_steps"},
     "transformers": {"distplb.integrations.huggingface"},
     "torchtitan": {"distplb.integrations.torchtitan"},
