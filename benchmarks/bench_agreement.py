@@ -19,11 +19,12 @@ from typing import Any
 from tables import command_line, header, markdown, progress
 
 TESTS = Path(__file__).parent.parent / "tests"
-HEAD = ["run", "ranks", "losses", "tensors", "slots moved"]
+HEAD = ["run", "ranks", "losses", "tensors", "slots moved by rebalances"]
 Line = list[str]
 TEXT = (
     "Largest difference between a run in which experts move and the one in which they do not, relative to the largest "
-    "value: of the losses, and of weights and moments in logical order. Rows that say what was left behind are "
+    "value: of the losses (of torchtitan absolute), and of weights and moments in logical order. Between rebalances, "
+    "which find nothing to do on one rank, random placements are applied. Rows that say what was left behind are "
     "controls: a moment, a router row or main parameters that did not travel. Runs on CPU processes; differences do "
     "not depend on how busy the machine was."
 )
