@@ -1,19 +1,21 @@
-"""What all adapters share: counts from hooks, and the error for a model that is not understood.
+"""What adapters share: counts from hooks, scores within groups, and the error for a model that is not understood.
 
-Shapes: P slots.
+Shapes: N tokens, E experts, P slots.
 """
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from distplb.errors import DistplbError
 
-__all__ = ["Tell", "counts_of", "named_parts", "not_found"]
+__all__ = ["Tell", "counts_of", "gpus_of_a_node", "named_parts", "not_found", "within_groups"]
 
 # Takes a layer's counts [P] of one forward, and `training=`.
 Tell = Callable[..., None]
@@ -34,6 +36,41 @@ def counts_of(module: nn.Module, read: Callable[[tuple[Any, ...], Any], Tensor])
         return module.register_forward_hook(hook)
 
     return subscribe
+
+
+def within_groups(scores: Tensor, num_groups: int, best: int, chosen: int) -> Tensor:
+    """`[N, E]`: scores of a group-limited router, −inf in the groups that it does not choose from.
+
+    Args:
+        scores: `[N, E]`, that it chooses by.
+        num_groups: blocks of consecutive experts.
+        best: of its experts, whose scores add up to that of a group.
+        chosen: groups of each token.
+    """
+    groups = scores.unflatten(-1, (num_groups, -1))  # [N, groups, E / groups]
+    worth = groups.topk(best, -1).values.sum(-1)  # [N, groups]
+    closed = torch.ones_like(worth, dtype=torch.bool)
+    closed.scatter_(-1, worth.topk(chosen, -1).indices, False)
+    open_only: Tensor = groups.masked_fill(closed[..., None], -torch.inf)
+    return open_only.flatten(-2)
+
+
+def gpus_of_a_node(given: int | None, otherwise: int | None = None) -> int:
+    """GPUs of the whole job on each node.
+
+    Args:
+        given: by the user.
+        otherwise: what holds where neither the user nor torchrun says.
+
+    Raises:
+        DistplbError: if nobody says.
+    """
+    if given is not None:
+        return given
+    told = os.environ.get("LOCAL_WORLD_SIZE", otherwise)
+    if told is None:
+        raise DistplbError("torchrun's LOCAL_WORLD_SIZE is not set; pass gpus_per_node")
+    return int(told)
 
 
 def named_parts(model: nn.Module | Sequence[nn.Module]) -> list[nn.Module]:

@@ -5,7 +5,6 @@ Shapes: N tokens, E experts, P slots, K experts of each token.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -20,7 +19,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBl
 
 from distplb.comm.torchdist import TorchComm
 from distplb.errors import DistplbError
-from distplb.integrations.common import counts_of, named_parts, not_found
+from distplb.integrations.common import counts_of, gpus_of_a_node, named_parts, not_found, within_groups
 from distplb.layer import MoELayer
 from distplb.rebalancer import Rebalancer
 from distplb.ties import RouterTies
@@ -44,13 +43,7 @@ def _logits(router: nn.Module, logits: Tensor) -> Tensor:
 
 def _within_groups(router: Any, logits: Tensor) -> Tensor:
     """Those of groups that were not chosen are masked out: nobody ties with them."""
-    scores = logits.sigmoid() + router.e_score_correction_bias
-    groups = scores.unflatten(-1, (router.num_group, -1))  # [N, groups, E / groups]
-    best = groups.topk(2, -1).values.sum(-1)  # [N, groups]
-    closed = torch.ones_like(best, dtype=torch.bool)
-    closed.scatter_(-1, best.topk(router.topk_group, -1).indices, False)
-    open_only: Tensor = groups.masked_fill(closed[..., None], -torch.inf)
-    return open_only.flatten(-2)
+    return within_groups(logits.sigmoid() + router.e_score_correction_bias, router.num_group, 2, router.topk_group)
 
 
 class _Block(NamedTuple):
@@ -154,9 +147,7 @@ def rebalancer(
             "pass group=, the process group of exactly these ranks"
         )
     ranks = mesh[_EP_AXIS].mesh.tolist()
-    if gpus_per_node is None:  # of the whole job, as torchrun tells it
-        gpus_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", max(ranks) + 1))
-    topology = Topology.of_ranks(ranks, gpus_per_node)
+    topology = Topology.of_ranks(ranks, gpus_of_a_node(gpus_per_node, otherwise=max(ranks) + 1))
     gpu = mesh.get_local_rank(_EP_AXIS)
     return Rebalancer(layers, optimizers, topology=topology, every=every, comm=comm, gpu=gpu, **options)
 

@@ -20,7 +20,6 @@ Shapes: N tokens, E experts, P slots, G slots on this GPU.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
@@ -42,7 +41,7 @@ from torch.optim import Optimizer
 
 from distplb.comm.torchdist import TorchComm
 from distplb.errors import DistplbError
-from distplb.integrations.common import counts_of, named_parts, not_found
+from distplb.integrations.common import counts_of, gpus_of_a_node, named_parts, not_found, within_groups
 from distplb.layer import ExpertTensor, FlatShard, MoELayer, Rows
 from distplb.placement import Placement
 from distplb.rebalancer import Rebalancer
@@ -151,7 +150,7 @@ def rebalancer(
         layers,
         _torch_optimizers(optimizer),
         chunks=[chunk for chunk in named_parts(model_chunks) if isinstance(chunk, DistributedDataParallel)],
-        topology=Topology.of_ranks(ep.global_ranks, _gpus_per_node(gpus_per_node)),
+        topology=Topology.of_ranks(ep.global_ranks, gpus_of_a_node(gpus_per_node)),
         every=every,
         # All ranks of this pipeline stage, which are those that hold its layers.
         comm=TorchComm(parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)),
@@ -341,15 +340,6 @@ def _numbers_within_gpu(layers: Sequence[MoELayer], num_gpus: int) -> Tensor | N
     return torch.arange(num_slots) % (num_slots // num_gpus)
 
 
-def _gpus_per_node(given: int | None) -> int:
-    if given is not None:
-        return given
-    told = os.environ.get("LOCAL_WORLD_SIZE")
-    if told is None:
-        raise DistplbError("torchrun's LOCAL_WORLD_SIZE is not set; pass gpus_per_node")
-    return int(told)
-
-
 # --- the router's scores -----------------------------------------------------------------------------------------
 
 
@@ -373,12 +363,8 @@ def _scores(router: Any, hidden: Tensor) -> Tensor:
         scores = logits.softmax(-1, dtype=torch.float32).type_as(logits)
     if not config.moe_router_group_topk:
         return scores
-    groups = scores.unflatten(-1, (config.moe_router_num_groups, -1))  # [N, groups, E / groups]
-    best = groups.topk(router.topk // config.moe_router_group_topk, -1).values.sum(-1)  # [N, groups]
-    closed = torch.ones_like(best, dtype=torch.bool)
-    closed.scatter_(-1, best.topk(config.moe_router_group_topk, -1).indices, False)
-    open_only: Tensor = groups.masked_fill(closed[..., None], -torch.inf)
-    return open_only.flatten(-2)
+    chosen = config.moe_router_group_topk
+    return within_groups(scores, config.moe_router_num_groups, router.topk // chosen, chosen)
 
 
 # --- optimizers --------------------------------------------------------------------------------------------------

@@ -9,7 +9,6 @@ Shapes: B sequences, S tokens of each, K experts of each token, E experts, P slo
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
@@ -24,7 +23,7 @@ from torchtitan.models.common.token_dispatcher import AllToAllTokenDispatcher
 
 from distplb.comm.torchdist import TorchComm
 from distplb.errors import DistplbError
-from distplb.integrations.common import Tell, named_parts, not_found
+from distplb.integrations.common import Tell, gpus_of_a_node, named_parts, not_found
 from distplb.layer import MoELayer
 from distplb.rebalancer import Rebalancer
 from distplb.ties import RouterTies
@@ -115,7 +114,7 @@ def rebalancer(
     return Rebalancer(
         layers,
         _unwrapped(optimizers),
-        topology=Topology.of_ranks(ep.mesh.flatten().tolist(), _gpus_per_node(gpus_per_node)),
+        topology=Topology.of_ranks(ep.mesh.flatten().tolist(), gpus_of_a_node(gpus_per_node)),
         every=every,
         comm=TorchComm(mesh if mesh.ndim == 1 else mesh._flatten("distplb")),
         gpu=ep.get_local_rank(),
@@ -356,12 +355,3 @@ def _unwrapped(optimizers: Optimizer | Iterable[Optimizer]) -> list[Optimizer]:
     if isinstance(optimizers, OptimizersContainer):
         return list(optimizers.optimizers)
     return [optimizers] if isinstance(optimizers, Optimizer) else [one for o in optimizers for one in _unwrapped(o)]
-
-
-def _gpus_per_node(given: int | None) -> int:
-    if given is not None:
-        return given
-    told = os.environ.get("LOCAL_WORLD_SIZE")
-    if told is None:
-        raise DistplbError("torchrun's LOCAL_WORLD_SIZE is not set; pass gpus_per_node")
-    return int(told)
