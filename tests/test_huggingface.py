@@ -469,8 +469,9 @@ def compared(name: str, mode: str = "permute", left: str = "", **sizes: int) -> 
     }
 
 
+# The others' routers choose as Mixtral's does; they are compared on two ranks.
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3", "gpt_oss"])
 def test_a_run_with_moves_is_the_run_without(name: str, mode: str) -> None:
     found = compared(name, mode)
     print(found)
