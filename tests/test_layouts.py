@@ -6,6 +6,7 @@ hand, and never asked of the code under test. Shapes: E = P experts and slots, G
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -211,12 +212,20 @@ LAYOUTS = {  # and how many random moves
 }
 
 
+class SlowStager(DefaultStager):
+    """Copies in a thread as ever, but late: the next move comes first, unless it waits."""
+
+    def _stage(self, state_dict: Any, **options: Any) -> Any:
+        time.sleep(0.05)
+        return super()._stage(state_dict, **options)
+
+
 class Saves:
     """Asynchronous saves of a world, beside its moves; only their staging is awaited, by the rebalancer."""
 
     def __init__(self, world: World, folder: Path) -> None:
         self.world, self.folder = world, folder
-        self.stager = DefaultStager(StagingOptions(False, False, True, False))  # in a thread, without pinned memory
+        self.stager = SlowStager(StagingOptions(False, False, True, False))  # in a thread, without pinned memory
         self.group = dist.new_group()
         self.upload: Any = None
         self.placement = world.rebalancer.placement
