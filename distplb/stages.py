@@ -8,6 +8,8 @@ from contextlib import contextmanager
 
 from torch.profiler import record_function
 
+from distplb.errors import LostRanksError
+
 __all__ = ["Stages"]
 
 
@@ -19,10 +21,13 @@ class Stages:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Time what runs inside under `name`; the same name adds up."""
+        """Time what runs inside under `name`; the same name adds up. Who is lost inside is told with the name."""
         start = time.perf_counter()
         try:
             with record_function(f"distplb::{name}"):
                 yield
+        except LostRanksError as lost:
+            lost.stage = lost.stage or name
+            raise
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start

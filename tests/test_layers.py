@@ -38,6 +38,7 @@ LEVELS = [
 # Names of one level do not import each other, but for these.
 SIDEWAYS = {
     ("topology", "errors"),
+    ("stages", "errors"),
     ("traces", "placement"),
     ("planning", "packing"),
     ("migrate.mover", "migrate.transfer"),

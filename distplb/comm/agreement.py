@@ -12,7 +12,7 @@ from typing import NoReturn
 import torch
 
 from distplb.comm.base import Comm
-from distplb.errors import DistplbError, HalfMovedError
+from distplb.errors import DisagreementError, DistplbError, HalfMovedError
 
 __all__ = ["agree", "digest", "raise_everywhere", "told_by_root"]
 
@@ -28,8 +28,9 @@ def agree(comm: Comm, fields: Mapping[str, int], error: Exception | None = None)
         error: what went wrong on this rank, if anything did; the fields are then not looked at.
 
     Raises:
-        DistplbError: on every rank, with the text of the lowest failed rank; or, where a field differs, with the
-            field's name and the least and the largest value. A HalfMovedError of one rank is one on all.
+        DistplbError: on every rank, with the text of the lowest failed rank. A HalfMovedError of one rank is one on
+            all.
+        DisagreementError: on every rank, where a field differs, with its name, the least and the largest value.
     """
     values = [0] * len(fields) if error else list(fields.values())
     ill = comm.rank if error else comm.size  # the least ill rank speaks
@@ -42,9 +43,10 @@ def agree(comm: Comm, fields: Mapping[str, int], error: Exception | None = None)
     least, largest = reduced[: len(fields)], [-value for value in reduced[len(fields) :]]
     for name, low, high in zip(fields, least, largest, strict=True):
         if low != high:
-            raise DistplbError(
+            raise DisagreementError(
                 f"ranks disagree on {name}: {low} on one, {high} on another, {fields[name]} on rank {comm.rank}; "
-                "pass the same on every rank"
+                "pass the same on every rank",
+                name,
             )
 
 

@@ -17,7 +17,8 @@ Message = tuple[Tensor, int]
 class Comm(Protocol):
     """Ranks 0 to `size` − 1 that call the same methods in the same order.
 
-    All tensors are contiguous and lie on `device`; collectives work in place.
+    All tensors are contiguous and lie on `device`; collectives work in place. No call waits for ever: where ranks do
+    not come in time, or the connection to them breaks, it raises a `LostRanksError`, and so does every call after it.
     """
 
     @property

@@ -1,21 +1,46 @@
 """A communicator over torch.distributed: gloo with host buffers, NCCL with device buffers.
 
 The only file that imports `torch.distributed`, and the only one that translates ranks of a group into global ones.
+
+No call waits longer than its deadline. gloo: collectives are waited for in slices, so that a rank hears from the store
+when another has lost somebody; whoever gives up calls the roll there. NCCL: an unfinished kernel cannot be called
+back, so before each collective the ranks meet in a gloo group beside it, where waiting can end in an error; a kernel
+that hangs all the same ends the process.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import logging
+import os
+import re
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.distributed_c10d import PrefixStore
 
 from distplb.comm.base import Message
-from distplb.errors import DistplbError
+from distplb.comm.rollcall import RollCall, Store
+from distplb.errors import DistplbError, LostRanksError
 
 __all__ = ["TorchComm"]
+
+_SLICE_SECONDS = 1.0  # of waiting, between two looks at the store
+_MOST_GRACE_SECONDS = 10.0  # of a deadline, kept for the roll call
+_NCCL_PAUSE_SECONDS = 2e-5  # between two looks at a kernel
+_LEAST_SECONDS = 1e-3  # 0 would mean the group's own timeout
+_EXIT_STATUS = 75  # "temporary failure" of sysexits.h: the launcher may try again
+_SOURCE_LINE = re.compile(r"^\[[^\]]*\] ")  # gloo begins with a place in its sources
+
+_log = logging.getLogger("distplb")
+_made: Counter[tuple[int, ...]] = Counter()  # communicators of the same ranks, in the same order on all of them
 
 
 class TorchComm:
@@ -24,23 +49,35 @@ class TorchComm:
     Args:
         group_or_mesh: a ProcessGroup that this process belongs to, a DeviceMesh of one axis, or None for the
             default group. The group is the user's own; it is neither created nor destroyed here.
+        deadline: seconds that a call may wait for the other ranks. Longer than the ranks ever drift apart, such as by
+            a slow checkpoint on one of them, and shorter than the group's own timeout.
+        side_group: whether to make a gloo group of the same ranks, in which they meet before each call on the group
+            itself; making it is collective. None for NCCL only, which needs it.
 
     Raises:
         DistplbError: if torch.distributed is not initialised, this process is not in the group, or a mesh has
             more than one axis.
     """
 
-    def __init__(self, group_or_mesh: dist.ProcessGroup | DeviceMesh | None = None) -> None:
+    def __init__(
+        self,
+        group_or_mesh: dist.ProcessGroup | DeviceMesh | None = None,
+        *,
+        deadline: float = 300.0,
+        side_group: bool | None = None,
+    ) -> None:
         if not dist.is_available() or not dist.is_initialized():
             raise DistplbError(
                 "torch.distributed is not initialised; call torch.distributed.init_process_group first, "
                 "or pass comm=None to run on one rank alone"
             )
+        if not deadline > 0:
+            raise DistplbError(f"deadline is {deadline!r}; pass seconds, more than 0")
         if isinstance(group_or_mesh, DeviceMesh):
             if group_or_mesh.ndim != 1:
                 raise DistplbError(
                     f"the mesh has {group_or_mesh.ndim} axes {group_or_mesh.mesh_dim_names}; "
-                    "pass one of them, as in mesh['ep']"
+                    "pass one of them, as in mesh['ep'], or a GridComm of two"
                 )
             group_or_mesh = group_or_mesh.get_group()
         self._group: dist.ProcessGroup = group_or_mesh or dist.distributed_c10d._get_default_group()
@@ -48,11 +85,21 @@ class TorchComm:
         if self.rank < 0:
             raise DistplbError(f"global rank {dist.get_rank()} is not in the group; pass a group of its own")
         self.size = dist.get_world_size(self._group)
-        self.device = (
-            torch.device("cuda", torch.cuda.current_device())
-            if dist.get_backend(self._group) == "nccl"
-            else torch.device("cpu")
-        )
+        self._is_nccl = dist.get_backend(self._group) == "nccl"
+        self.device = torch.device("cuda", torch.cuda.current_device()) if self._is_nccl else torch.device("cpu")
+        self._grace = min(deadline / 4, _MOST_GRACE_SECONDS)
+        self._deadline, self._patience = deadline, deadline - self._grace
+        self._lost: LostRanksError | None = None
+        self._roll = RollCall(self._store(), self.rank, self.size)
+        self._side: dist.ProcessGroup | None = None
+        if self.size > 1 and (self._is_nccl if side_group is None else side_group):
+            # Only the ranks of the group need to be here, as of everything that this class does.
+            self._side = dist.new_group(
+                self.global_ranks,
+                backend="gloo",
+                timeout=timedelta(seconds=deadline),
+                use_local_synchronization=True,
+            )
 
     @property
     def global_ranks(self) -> list[int]:
@@ -61,26 +108,118 @@ class TorchComm:
 
     def all_reduce_sum(self, tensor: Tensor) -> None:
         """Add up over ranks, in place."""
-        dist.all_reduce(tensor, dist.ReduceOp.SUM, group=self._group)
+        self._all_reduce(tensor, dist.ReduceOp.SUM)
 
     def all_reduce_min(self, tensor: Tensor) -> None:
         """The least over ranks, in place."""
-        dist.all_reduce(tensor, dist.ReduceOp.MIN, group=self._group)
+        self._all_reduce(tensor, dist.ReduceOp.MIN)
 
     def broadcast(self, tensor: Tensor, root: int) -> None:
         """The root's values, in place."""
-        dist.broadcast(tensor, self._global(root), group=self._group)
+        self._meet()
+        options = dist.BroadcastOptions()
+        options.rootRank, options.timeout = root, timedelta(seconds=self._patience)
+        with self._in_time() as started:
+            self._wait(self._group.broadcast([tensor], options), started, self._is_nccl)
 
     def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> None:
         """One batch of sends and receives; waits for all of them."""
+        self._meet()
         operations = [
             dist.P2POp(way, tensor, self._global(peer), group=self._group)
             for way, messages in ((dist.isend, sends), (dist.irecv, receives))
             for tensor, peer in messages
         ]
-        if operations:
+        if not operations:
+            return
+        with self._in_time() as started:
             for work in dist.batch_isend_irecv(operations):
-                work.wait()
+                if self._is_nccl:
+                    self._wait_for_kernel(work, started)
+                else:
+                    # Gloo breaks the connection of a message whose wait has ended: no slices here.
+                    work.wait(timedelta(seconds=max(_LEAST_SECONDS, started + self._patience - time.monotonic())))
 
     def _global(self, rank: int) -> int:
         return int(dist.get_global_rank(self._group, rank))
+
+    # --- waiting, and for how long ---------------------------------------------------------------------------
+
+    def _all_reduce(self, tensor: Tensor, operation: dist.ReduceOp.RedOpType) -> None:
+        self._meet()
+        with self._in_time() as started:
+            self._wait(self._group.allreduce([tensor], self._options(operation)), started, self._is_nccl)
+
+    def _meet(self) -> None:
+        """Wait in the side group, if there is one, until all ranks are here."""
+        if self._side is not None:
+            with self._in_time() as started:
+                here = torch.zeros(1, dtype=torch.uint8)
+                self._wait(self._side.allreduce([here], self._options(dist.ReduceOp.SUM)), started, False)
+
+    def _options(self, operation: dist.ReduceOp.RedOpType) -> dist.AllreduceOptions:
+        options = dist.AllreduceOptions()
+        # Gloo's own end of the operation: its threads are not left waiting behind ours.
+        options.reduceOp, options.timeout = dist.ReduceOp(operation), timedelta(seconds=self._patience)
+        return options
+
+    @contextmanager
+    def _in_time(self) -> Iterator[float]:
+        """A call on the library, which begins now; whatever ends it in an error has lost the other ranks."""
+        if self._lost is not None:
+            raise self._lost
+        started = time.monotonic()
+        try:
+            yield started
+        except RuntimeError as error:
+            self._lost = self._loss(started, error)
+            raise self._lost from error
+
+    def _wait(self, work: dist.Work, started: float, is_kernel: bool) -> None:
+        if is_kernel:
+            self._wait_for_kernel(work, started)
+            return
+        until, some = started + self._patience, min(_SLICE_SECONDS, self._grace / 2)
+        while True:
+            try:
+                work.wait(timedelta(seconds=max(_LEAST_SECONDS, min(some, until - time.monotonic()))))
+            except RuntimeError:
+                if work.is_completed():
+                    work.wait()  # has ended since, or raises why it could not
+                elif time.monotonic() >= until or self._roll.was_called(some):
+                    raise
+                else:
+                    continue
+            return
+
+    def _wait_for_kernel(self, work: dist.Work, started: float) -> None:
+        """All ranks have met: they have issued it. Where it hangs nothing can be raised, because nothing would end."""
+        while not work.is_completed():
+            if time.monotonic() > started + self._deadline:
+                missing = self._roll.missing(self._grace)
+                _log.critical(
+                    "an NCCL kernel did not end in %.0f s; ranks that do not answer: %s", self._deadline, missing
+                )
+                if self._side is not None:
+                    self._side.abort()
+                logging.shutdown()
+                os._exit(_EXIT_STATUS)
+            time.sleep(_NCCL_PAUSE_SECONDS)
+        work.wait()
+
+    def _loss(self, started: float, error: RuntimeError) -> LostRanksError:
+        waited = time.monotonic() - started
+        missing = self._roll.missing(max(self._grace / 2, started + self._deadline - time.monotonic()))
+        why = (
+            f"waited {waited:.1f} s, deadline {self._deadline:g} s; {_SOURCE_LINE.sub('', str(error)).splitlines()[0]}"
+        )
+        if missing is None:
+            why += "; the store that ranks could be called in does not answer either"
+        return LostRanksError(missing or (), why)
+
+    def _store(self) -> Store:
+        """The job's, under a name that all ranks of this communicator make up alike."""
+        ranks = tuple(self.global_ranks)
+        _made[ranks] += 1
+        name = hashlib.sha256(repr(ranks).encode()).hexdigest()[:16]
+        return PrefixStore(f"distplb/{name}/{_made[ranks]}", dist.distributed_c10d._get_default_store())
