@@ -65,6 +65,7 @@ OPEN_FOLDERS = {"packing", "planning", "comm", "traces"}
 # Libraries that only one place may know, and those that none may.
 KEPT_IN = {
     "torch.distributed": {"distplb.comm.torchdist", "distplb.migrate.dtensors"},
+    "mpi4py": {"distplb.comm.mpi"},
     "scipy": {"distplb.planning.relabel"},
     "numba": {"distplb.packing.cpu", "distplb.packing.cpu_steps"},
     "filelock": {"distplb.packing.cpu"},
@@ -74,10 +75,10 @@ KEPT_IN = {
     "torchtitan": {"distplb.integrations.torchtitan"},
     "megatron": {"distplb.integrations.megatron"},
 }
-NOWHERE = {"mpi4py", "matplotlib", "deepspeed", "accelerate"}
+NOWHERE = {"matplotlib", "deepspeed", "accelerate"}
 # Imported when they are used, and by modules that nothing imports before.
 FRAMEWORKS = {"transformers", "torchtitan", "megatron"}
-LATE = {"numba", "triton", "filelock", "scipy"}
+LATE = {"numba", "triton", "filelock", "scipy", "mpi4py"}
 NEEDS = {
     "distplb.packing.cpu_kernels": "numba",
     "distplb.packing.cpu_settle": "numba",

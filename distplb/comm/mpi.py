@@ -1,0 +1,125 @@
+"""A communicator over MPI, for planning: host buffers, no pickles.
+
+The only file that knows mpi4py, which is imported when an `MpiComm` is made.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from distplb.comm.base import Message
+from distplb.errors import DistplbError, LostRanksError
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+__all__ = ["MpiComm"]
+
+_ROLL_CALL_TAG = 0x6470  # of the only point-to-point messages
+_MOST_GRACE_SECONDS = 5.0  # for the others to answer a roll call
+# Between two looks at a request: short at first, because a plan's collectives are, then long enough to leave the core
+# to the ranks that are waited for, where ranks outnumber cores.
+_LEAST_PAUSE_SECONDS, _MOST_PAUSE_SECONDS = 2e-5, 1e-3
+
+
+class MpiComm:
+    """The ranks of an MPI communicator, which plan together; experts travel over a `TorchComm`.
+
+    No call waits longer than its deadline. Whoever gives up calls the roll, which ends the others' waiting as well; a
+    rank that comes later hears of it in the first call that it has to wait in.
+    Start scripts by `mpiexec python -m mpi4py script.py`: an error then ends all ranks, where MPI_Finalize would wait
+    for those that are lost.
+
+    Args:
+        comm: an intracommunicator of mpi4py, over which nothing else is sent meanwhile; COMM_WORLD where None.
+        deadline: seconds that a call may wait for the other ranks.
+
+    Raises:
+        DistplbError: if mpi4py is not installed, or `comm` is no intracommunicator that this process belongs to.
+    """
+
+    device = torch.device("cpu")
+
+    def __init__(self, comm: MPI.Intracomm | None = None, *, deadline: float = 300.0) -> None:
+        try:
+            from mpi4py import MPI
+        except ImportError as missing:
+            raise DistplbError(f"MpiComm takes mpi4py ({missing}); pip install 'distplb[mpi]', and an MPI") from missing
+        if not deadline > 0:
+            raise DistplbError(f"deadline is {deadline!r}; pass seconds, more than 0")
+        comm = MPI.COMM_WORLD if comm is None else comm
+        if not isinstance(comm, MPI.Intracomm) or comm == MPI.COMM_NULL:
+            raise DistplbError(f"comm is {comm!r}; pass an mpi4py Intracomm that this process belongs to, or None")
+        self._mpi, self._comm, self._deadline = MPI, comm, deadline
+        self.rank, self.size = comm.Get_rank(), comm.Get_size()
+        self._lost: LostRanksError | None = None
+        self._given_up: list[MPI.Request] = []  # MPI may still write into their buffers
+
+    def all_reduce_sum(self, tensor: Tensor) -> None:
+        """Add up over ranks, in place."""
+        self._all_reduce(tensor, self._mpi.SUM)
+
+    def all_reduce_min(self, tensor: Tensor) -> None:
+        """The least over ranks, in place."""
+        self._all_reduce(tensor, self._mpi.MIN)
+
+    def broadcast(self, tensor: Tensor, root: int) -> None:
+        """The root's values, in place."""
+        self._finish(lambda: self._comm.Ibcast(tensor.numpy(), root))
+
+    def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> None:
+        """Refused: experts are moved where they are trained, by torch.distributed."""
+        raise DistplbError("MpiComm only plans, it moves no experts; pass a TorchComm to what moves them")
+
+    def _all_reduce(self, tensor: Tensor, operation: MPI.Op) -> None:
+        self._finish(lambda: self._comm.Iallreduce(self._mpi.IN_PLACE, tensor.numpy(), operation))
+
+    # --- waiting, and for how long ---------------------------------------------------------------------------
+
+    def _finish(self, start: Callable[[], MPI.Request]) -> None:
+        """Start a collective and wait until it is done here."""
+        if self._lost is not None:
+            raise self._lost
+        began = time.monotonic()
+        try:
+            request = start()
+            if self._wait(request.Test, began + self._deadline, self._roll_is_called):
+                return
+            self._given_up.append(request)
+            waited = time.monotonic() - began
+            why = f"waited {waited:.1f} s, deadline {self._deadline:g} s"
+            if waited < self._deadline:
+                why += ", when others had given up"
+            self._lost = LostRanksError(self._silent(), why)
+        except self._mpi.Exception as broken:
+            self._lost = LostRanksError((), f"MPI says: {broken}")
+        raise self._lost
+
+    def _wait(self, is_done: Callable[[], bool], until: float, is_over: Callable[[], bool] = lambda: False) -> bool:
+        """Whether it is done, before the time has come or it is over."""
+        pause = _LEAST_PAUSE_SECONDS
+        while not is_done():
+            if time.monotonic() >= until or is_over():
+                return False
+            time.sleep(pause)
+            pause = min(2 * pause, _MOST_PAUSE_SECONDS)
+        return True
+
+    def _roll_is_called(self) -> bool:
+        return self._comm.Iprobe(self._mpi.ANY_SOURCE, _ROLL_CALL_TAG)
+
+    def _silent(self) -> list[int]:
+        """Say to all that this rank is here and has given up; who does not say so too."""
+        others = [rank for rank in range(self.size) if rank != self.rank]
+        nothing = torch.empty(0, dtype=torch.uint8).numpy()
+        self._given_up += [self._comm.Isend(nothing, other, _ROLL_CALL_TAG) for other in others]
+        answers = [self._comm.Irecv(nothing, other, _ROLL_CALL_TAG) for other in others]
+        self._given_up += answers
+        until = time.monotonic() + min(self._deadline, _MOST_GRACE_SECONDS)
+        self._wait(lambda: all(answer.Test() for answer in answers), until)
+        return [other for other, answer in zip(others, answers, strict=True) if not answer.Test()]
