@@ -1,0 +1,157 @@
+"""Random changes of placement of random models, one after the other in one process group: every byte is compared.
+
+DISTPLB_TRANSFERS is the number of transfers for each number of ranks.
+Shapes: L layers, E experts, P slots, G slots on each GPU.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections import Counter
+
+import pytest
+import torch
+from ranks import on_ranks
+from torch import Tensor
+
+from distplb import LoadWindow, MoELayer, Placement, Rebalancer, Topology
+from distplb.comm.base import Comm
+from distplb.comm.torchdist import TorchComm
+from distplb.migrate import transfer
+
+TRANSFERS = int(os.environ.get("DISTPLB_TRANSFERS", "150"))
+PER_MODEL = 10
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.int64)
+KINDS = ("random", "derangement", "few", "return", "identity")
+
+
+class Model:
+    """Layers of random tensors filled with random bytes, which the seed alone decides; and what they should hold."""
+
+    def __init__(self, seed: int, comm: Comm) -> None:
+        random_ = random.Random(seed)
+        self.gpus = random_.choice([comm.size, comm.size, comm.size // 2])  # the last: two copies of each expert
+        self.experts = self.gpus * random_.randint(-(-2 // self.gpus), 64 // self.gpus)
+        size, gpu = self.experts // self.gpus, comm.rank % self.gpus
+        self.mine = slice(gpu * size, (gpu + 1) * size)
+        self.bytes = torch.Generator().manual_seed(seed)
+        self.found: list[tuple[int, slice, list[Tensor], Tensor]] = []  # layer, its slots, tensors, [E, bytes of a row]
+        self.commits = Counter[int]()  # by layer
+        self.tables: list[Tensor] = []  # [E] of each layer, or none
+        self.is_remapped = random_.random() < 0.3
+        layers = [self.layer(number, random_) for number in range(random_.randint(1, 4))]
+        self.placement = Placement.contiguous(len(layers), self.experts, self.gpus)
+        self.rebalancer = Rebalancer(
+            layers,
+            [],
+            topology=Topology(1, self.gpus),
+            every=1,
+            window=LoadWindow(len(layers), self.experts, 1),
+            comm=comm,
+            gpu=gpu,
+            verify=random_.choice(["off", "off", "off", "digest"]),
+        )
+
+    def layer(self, number: int, random_: random.Random) -> MoELayer:
+        experts = {}
+        for key in "wxyz"[: random_.randint(1, 4)]:
+            rows = self.rows(number, random_, self.mine)
+            if random_.random() < 0.3:  # a tensor for each expert, not one for all
+                apart = [row.clone() for row in rows]
+                self.found[-1] = (*self.found[-1][:2], apart, self.found[-1][3])
+                experts[key] = apart
+            else:
+                experts[key] = rows
+        if self.is_remapped:
+            router, table = {}, torch.arange(self.experts)
+            self.tables.append(table)
+        else:
+            router = {str(nth): self.rows(number, random_, slice(None)) for nth in range(random_.randint(1, 2))}
+            table = None
+        return MoELayer(
+            name=str(number),
+            experts=experts,
+            router=router,
+            slot_of_expert=table,
+            invalidate=lambda: self.commits.update([number]),
+        )
+
+    def rows(self, layer: int, random_: random.Random, slots: slice) -> Tensor:
+        """`[slots, ...]`: a tensor of this rank, noted down with what all experts own of it."""
+        dtype, shape = random_.choice(DTYPES), (random_.choice([1, 2, 5, 33]), random_.choice([1, 3, 8]))
+        row_bytes = shape[0] * shape[1] * dtype.itemsize
+        own = torch.randint(0, 256, (self.experts, row_bytes), generator=self.bytes, dtype=torch.uint8)
+        rows = own[slots].clone().view(dtype).unflatten(1, shape)
+        self.found.append((layer, slots, [rows], own))
+        return rows
+
+    def change(self, kind: str, random_: random.Random, before: Placement) -> Placement:
+        """A placement that differs from the one in force as `kind` says, in each layer otherwise."""
+        table = self.placement.expert_of_slot.clone()
+        if kind == "return":
+            return before
+        for row in table:
+            if kind == "random":
+                row.copy_(row[random_.sample(range(self.experts), self.experts)])
+            elif kind == "derangement":
+                order = random_.sample(range(self.experts), self.experts)
+                row[order] = row[order].roll(random_.randrange(1, self.experts))
+            elif kind == "few":
+                for _ in range(random_.randint(0, 2)):
+                    one, other = random_.sample(range(self.experts), 2)
+                    row[[one, other]] = row[[other, one]]
+        return Placement(table, self.experts, self.gpus)
+
+    def wrong(self) -> list[str]:
+        """The tensors that are not, to the byte, what the experts in force own; the tables that do not find them."""
+        inverse = self.placement.inverse[..., 0]
+        lost = [f"table {n}" for n, table in enumerate(self.tables) if not torch.equal(table, inverse[n])]
+        return lost + [
+            f"layer {layer}, {tensors[0].dtype} {tuple(tensors[0].shape)}"
+            for layer, slots, tensors, own in self.found
+            if not torch.equal(
+                torch.cat([tensor.contiguous().view(-1).view(torch.uint8) for tensor in tensors]),
+                own[self.placement.expert_of_slot[layer, slots]].flatten(),
+            )
+        ]
+
+
+def transferred(times: int) -> dict[str, int | list[str]]:
+    """So many transfers, each from where the one before ended; how many of which kind, and what was wrong."""
+    comm, seen = TorchComm(), Counter[str]()
+    for seed in range(-(-times // PER_MODEL)):
+        model, random_ = Model(seed, comm), random.Random(seed)
+        # Least: a swap of the largest experts, so that longer cycles are split; most: everything in one commit.
+        transfer._STAGING_BYTES = random_.choice([1, 2000, 20_000, 256 << 20])
+        before = model.placement
+        for number in range(seed * PER_MODEL, min((seed + 1) * PER_MODEL, times)):
+            kind = random_.choice(KINDS)
+            after = model.change(kind, random_, before)
+            before, model.placement = model.placement, after
+            model.commits.clear()
+            model.rebalancer.apply(after)
+            wrong = model.wrong()
+            if wrong or model.rebalancer.placement != after:
+                return {
+                    "wrong": [f"transfer {number} (model {seed}, {kind}): {name}" for name in wrong] or ["placement"]
+                }
+            seen.update([kind, f"{'many' if max(model.commits.values(), default=0) > 1 else 'one'} at most in a layer"])
+            seen["slots"] += int((before.expert_of_slot != after.expert_of_slot).sum())
+            seen["nothing moved"] += not model.commits
+        model.rebalancer.close()
+    return {"wrong": [], **seen}
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_every_byte_is_its_experts_own_after_each_of_many_random_transfers(ranks: int) -> None:
+    first, *others = on_ranks(ranks, transferred, TRANSFERS, deadline=120 + TRANSFERS)
+    print(first)
+    assert first["wrong"] == []
+    assert all(other == first for other in others)
+    assert sum(first[kind] for kind in KINDS) == TRANSFERS
+    assert first["nothing moved"] >= first["identity"]
+    if TRANSFERS >= 100:
+        assert min(first[kind] for kind in KINDS) > 0
+        assert first["many at most in a layer"] > TRANSFERS / 10
+        assert first["slots"] > 10 * TRANSFERS
