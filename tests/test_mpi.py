@@ -46,7 +46,11 @@ def conforming_and_planning() -> dict[str, Any]:
     ]
     whole = skewed_load()
     mine = whole // comm.size if comm.rank else whole - (comm.size - 1) * (whole // comm.size)
-    return {"refused": refused, "plans": {name: planned(mine, name, comm).expert_of_slot.tolist() for name in SOME}}
+    return {
+        "refused": refused,
+        "plans": {name: planned(mine, name, comm).expert_of_slot.tolist() for name in SOME},
+        "topology": [Topology.from_env().num_nodes, Topology.from_env().gpus_per_node],
+    }
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +63,7 @@ def test_mpi_conforms_and_plans_what_one_process_plans(ranks: int, alone: dict[s
     assert set(SOME) <= set(PLANS)
     for answer in on_mpi_ranks(ranks, conforming_and_planning):
         assert answer["plans"] == alone
+        assert answer["topology"] == [1, ranks]
         move, null, deadline, differing = answer["refused"]
         assert move == "DistplbError MpiComm only plans, it moves no experts; pass a TorchComm to what moves them"
         assert "pass an mpi4py Intracomm that this process belongs to, or None" in null
