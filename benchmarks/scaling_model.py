@@ -1,0 +1,188 @@
+"""What a plan costs at how many ranks: figures of one turn, a model of them, and how sure its parameters are. Pure.
+
+The model, in seconds; K candidates on R ranks, C cores that they share, s = max(1, R / C) ranks on a core:
+- a collective: s × (call + step × messages one after the other + byte × bytes through one rank). gloo's all-reduce is a
+  ring, 2 (R − 1) messages and 2 (R − 1) / R of its bytes; its broadcast a tree, ⌈log2 R⌉ messages, each of all bytes;
+- the slowest rank's search: set-up + candidate × ⌈K / R⌉, in CPU seconds;
+- the root's polish: polish + rebuild × (1 − ⌈K / R⌉ / K), because it has met the winners that it found itself.
+Parameters are not negative. They are fitted to medians over turns by least squares of relative errors, and their
+intervals come from drawing the turns again.
+Shapes: N measured cells, C parameters, D draws, M predictions.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+__all__ = [
+    "COLLECTIVE",
+    "POLISH",
+    "SEARCH",
+    "STAGES",
+    "Fit",
+    "Turn",
+    "collective_row",
+    "fitted",
+    "interval",
+    "polish_row",
+    "search_row",
+    "share_of_core",
+]
+
+STAGES = ("count", "search", "choose", "polish", "share")
+COLLECTIVE, SEARCH, POLISH = ("call", "step", "byte"), ("set-up", "candidate"), ("polish", "rebuild")
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Seconds of one plan, and of the same collectives alone, over all ranks.
+
+    Args:
+        wall: from the first rank's begin to the last one's end.
+        stages: the wall's five parts, of STAGES. Searching lasts from the first rank's begin to the last one's end,
+            and polishing is the root's; the others are what lies between, in which all wait for the last.
+        slowest: search of the rank that took longest over it.
+        collectives: of each alone, from the last rank's end of the one before to the last rank's end.
+        cpu: of a rank in the whole plan, mean.
+        search_cpu, polish_cpu: CPU seconds of the search, most of all ranks; and of the root's polish.
+    """
+
+    wall: float
+    stages: tuple[float, ...]
+    slowest: float
+    collectives: tuple[float, ...]
+    cpu: float
+    search_cpu: float
+    polish_cpu: float
+
+    @property
+    def bare(self) -> float:
+        """All collectives alone."""
+        return sum(self.collectives)
+
+    @property
+    def overhead(self) -> float:
+        """What is neither the slowest rank's search nor the root's polish; waiting for late ranks is in it."""
+        return self.wall - self.slowest - self.stages[STAGES.index("polish")]
+
+    @classmethod
+    def of_marks(cls, ranks: Sequence[Mapping[str, Any]]) -> Turn:
+        """From each rank's "plan" (stage: begin, end, CPU seconds) and "bare" (begin, and the end of each)."""
+        plans = [rank["plan"] for rank in ranks]
+        begin, end = min(plan["whole"][0] for plan in plans), max(plan["whole"][1] for plan in plans)
+        polish = plans[0]["polish"]
+        edges = [
+            begin,
+            min(plan["search"][0] for plan in plans),
+            max(plan["search"][1] for plan in plans),
+            polish[0],
+            polish[1],
+            end,
+        ]
+        bare = np.array([rank["bare"] for rank in ranks])
+        dones = [bare[:, 0].min(), *bare[:, 1:].max(0)]
+        return cls(
+            wall=end - begin,
+            stages=tuple(np.diff(edges).tolist()),
+            slowest=max(plan["search"][1] - plan["search"][0] for plan in plans),
+            collectives=tuple(np.diff(dones).tolist()),
+            cpu=float(np.mean([plan["whole"][2] for plan in plans])),
+            search_cpu=max(plan["search"][2] for plan in plans),
+            polish_cpu=polish[2],
+        )
+
+
+def share_of_core(ranks: int, cores: float) -> float:
+    """Ranks on each core; 1 where each has its own."""
+    return max(1.0, ranks / cores)
+
+
+def collective_row(kind: str, num_bytes: int, ranks: int, cores: float = float("inf")) -> list[float]:
+    """What COLLECTIVE is multiplied by; kind is "broadcast", or anything else for an all-reduce.
+
+    >>> collective_row("sum", 800, 4)
+    [1.0, 6.0, 1200.0]
+    >>> collective_row("broadcast", 800, 4, cores=2)
+    [2.0, 4.0, 3200.0]
+    """
+    rounds = (ranks - 1).bit_length()  # log2, rounded up
+    steps, moved = (rounds, rounds * num_bytes)
+    if kind != "broadcast":
+        steps, moved = 2 * (ranks - 1), 2 * (ranks - 1) / ranks * num_bytes
+    share = share_of_core(ranks, cores)
+    return [share, share * steps, share * moved]
+
+
+def search_row(candidates: int, ranks: int) -> list[float]:
+    """What SEARCH is multiplied by."""
+    return [1.0, float(-(-candidates // ranks))]
+
+
+def polish_row(candidates: int, ranks: int) -> list[float]:
+    """What POLISH is multiplied by."""
+    return [1.0, 1 - -(-candidates // ranks) / candidates]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Parameters.
+
+    Args:
+        parameters: `[C]`.
+        draws: `[D, C]`, the same from turns that were drawn again.
+    """
+
+    parameters: np.ndarray
+    draws: np.ndarray
+
+    def at(self, rows: Sequence[Sequence[float]]) -> tuple[np.ndarray, np.ndarray]:
+        """Predictions for rows `[M, C]`: `[M]`, and those of all draws, `[D, M]`."""
+        return np.asarray(rows) @ self.parameters, self.draws @ np.asarray(rows).T
+
+
+def interval(draws: np.ndarray, share: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
+    """The ends between which so many of the draws lie, along dim 0."""
+    low, high = np.quantile(draws, [(1 - share) / 2, (1 + share) / 2], axis=0)
+    return low, high
+
+
+def fitted(
+    rows: Sequence[Sequence[float]], samples: Sequence[Sequence[float]], draws: int = 1000, seed: int = 0
+) -> Fit:
+    """Parameters that explain the median of each cell, from its row of factors and its turns.
+
+    Args:
+        rows: `[N, C]`.
+        samples: N cells, each the seconds of its turns.
+        draws: D.
+        seed: of the draws.
+    """
+    generator, factors = np.random.default_rng(seed), np.asarray(rows, dtype=float)
+    given = [np.asarray(cell, dtype=float) for cell in samples]
+    again = np.stack(
+        [np.median(cell[generator.integers(len(cell), size=(draws, len(cell)))], axis=1) for cell in given], 1
+    )
+    medians = np.array([np.median(cell) for cell in given])
+    return Fit(_solved(factors, medians), np.stack([_solved(factors, drawn) for drawn in again]))
+
+
+def _solved(factors: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """`[C]`, none negative, with the least sum of squared relative errors: the best of all sets of parameters."""
+    relative, ones, count = factors / values[:, None], np.ones(len(values)), factors.shape[1]
+    best, least = np.zeros(count), float(len(values))  # what all zeros leave
+    for size in range(count, 0, -1):
+        for chosen in itertools.combinations(range(count), size):
+            part = list(chosen)
+            solution = np.linalg.lstsq(relative[:, part], ones, rcond=None)[0]
+            left = float(((relative[:, part] @ solution - ones) ** 2).sum())
+            if (solution >= 0).all() and left < least:
+                best, least = np.zeros(count), left
+                best[part] = solution
+        if size == count and least < len(values):  # nothing had to be left out
+            break
+    return best
