@@ -14,6 +14,7 @@ from distplb.planning.eplb import rebalance_experts
 from distplb.price import MoveModel, TimeCurve
 from distplb.rebalancer import Rebalancer
 from distplb.replay import replay
+from distplb.spread import Spread
 from distplb.topology import Topology
 from distplb.traces.trace import Trace
 from distplb.traces.writer import TraceWriter
@@ -27,6 +28,7 @@ __all__ = [
     "Placement",
     "RebalanceEvent",
     "Rebalancer",
+    "Spread",
     "TimeCurve",
     "Topology",
     "Trace",

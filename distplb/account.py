@@ -14,7 +14,7 @@ from torch import Tensor
 from distplb.bound import lower_bound
 from distplb.cost import gpu_tokens, imbalance, layer_cost
 from distplb.events import RebalanceEvent
-from distplb.migrate.transfer import Move
+from distplb.migrate.transfer import Moved
 from distplb.placement import Placement
 from distplb.planner import Planned
 from distplb.planning.options import SearchOptions
@@ -22,7 +22,7 @@ from distplb.price import MoveModel, moved_slots
 from distplb.stoploss import Pace
 from distplb.topology import Topology
 
-__all__ = ["Account", "completed"]
+__all__ = ["Account", "completed", "skipped_event"]
 
 _UNEVEN = 1e-3  # of imbalance above the bound, below which there is nothing to say of a layer
 
@@ -43,6 +43,7 @@ class Account:
         pace: of the iterations before.
         steps_until_next: as many as the price was made for.
         router_ties: by layer, the share of tokens that were routed by chance.
+        last_applied: the iteration of the last rebalance that was carried out.
     """
 
     iteration: int
@@ -56,8 +57,9 @@ class Account:
     pace: Pace
     steps_until_next: float
     router_ties: tuple[float | None, ...]
+    last_applied: int
 
-    def event(self, moved: Move | None, decision: str, reason: str, seconds: dict[str, float]) -> RebalanceEvent:
+    def event(self, moved: Moved, decision: str, reason: str, seconds: dict[str, float]) -> RebalanceEvent:
         """The record; what the next window tells is left open."""
         load, model, curve = self.planned.load, self.model, self.options.time_curve
         peaks = [_tokens(load, placement) for placement in (self.old, self.target)]
@@ -76,8 +78,8 @@ class Account:
             tokens_p99_before=peaks[0][1],
             tokens_peak_after=peaks[1][0],
             tokens_p99_after=peaks[1][1],
-            slots_moved=moved.slots if moved else 0,
-            bytes_moved=moved.bytes if moved else 0,
+            slots_moved=moved.slots,
+            bytes_moved=moved.bytes,
             decision=decision,
             reason=reason,
             left_out=self._left_out(after, bound),
@@ -100,6 +102,7 @@ class Account:
             engine=self.planned.engine,
             placement_digest=self.planned.placement.digest(),
             dry_run=decision == "dry run",
+            last_applied=self.last_applied,
         )
 
     def _modelled(self) -> tuple[float | None, float | None]:
@@ -129,6 +132,50 @@ class Account:
                 is_uneven = reached - possible > _UNEVEN
                 texts.append("no other move was found that repays itself" if is_uneven and is_priced else "")
         return tuple(texts)
+
+
+def skipped_event(
+    iteration: int, layers: tuple[str, ...], reason: str, last_applied: int, seconds: dict[str, float]
+) -> RebalanceEvent:
+    """The record of a rebalance for which there is no load that the ranks agree on."""
+    return RebalanceEvent(
+        iteration=iteration,
+        layers=layers,
+        steps=0,
+        imbalance_before=(),
+        imbalance_after=(),
+        imbalance_bound=(),
+        imbalance_next=None,
+        tokens_peak_before=0,
+        tokens_p99_before=0,
+        tokens_peak_after=0,
+        tokens_p99_after=0,
+        slots_moved=0,
+        bytes_moved=0,
+        decision="skipped",
+        reason=reason,
+        left_out=(),
+        move_price=(0.0, 0.0),
+        saved_seconds=None,
+        move_seconds=None,
+        seconds_per_token=None,
+        bytes_per_slot=None,
+        bandwidth_inside=None,
+        bandwidth_between=None,
+        trust=None,
+        time_curve=None,
+        iteration_seconds=0.0,
+        iteration_seconds_next=None,
+        repaid=None,
+        router_ties=(),
+        num_candidates=0,
+        seed=0,
+        seconds=seconds,
+        engine="",
+        placement_digest=0,
+        dry_run=False,
+        last_applied=last_applied,
+    )
 
 
 def completed(event: RebalanceEvent, load: Tensor, plan: Placement, pace: Pace, repaid: bool | None) -> RebalanceEvent:

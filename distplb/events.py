@@ -30,7 +30,9 @@ class RebalanceEvent:
         tokens_peak_after, tokens_p99_after: of the same window under the plan.
         slots_moved: slots that received another expert, over all layers.
         bytes_moved: what crossed from rank to rank, over all ranks.
-        decision: "moved", "kept" (nothing moved), "dry run" or "stopped" (rebalancing has turned itself off).
+        decision: "moved", "kept" (nothing moved), "dry run", "stopped" (rebalancing has turned itself off), or
+            "skipped" where ranks had different digests: of the steps they had counted, and then nothing is known of the
+            load and all that follows from it is empty; or of the placement.
         reason: of the decision, in words.
         left_out: for each layer, why moves that would even it out were not made; empty where there is nothing to say.
         move_price: tokens of the window for a moved slot, inside a node and between nodes.
@@ -49,6 +51,8 @@ class RebalanceEvent:
         engine: the packing engine's name.
         placement_digest: of the placement that was planned.
         dry_run: whether nothing was moved because that was asked for.
+        last_applied: the iteration of the last rebalance that was carried out, this one included; 0 for none. Where it
+            falls behind, rebalancing has stopped, whatever the reason.
     """
 
     iteration: int
@@ -86,3 +90,4 @@ class RebalanceEvent:
     engine: str
     placement_digest: int
     dry_run: bool
+    last_applied: int

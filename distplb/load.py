@@ -124,6 +124,22 @@ class LoadWindow:
         """`[T']` int64: the numbers of the steps of `load`, counted from 0 at the last clear. Waits for the device."""
         return self._numbers[self._common_rows(), 0]
 
+    def rename(self, source: Tensor) -> None:
+        """The router's outputs have changed places: credit each with what another has counted. In place.
+
+        >>> window = LoadWindow(num_layers=1, num_experts=3, num_steps=1)
+        >>> window.add(0, torch.tensor([10, 20, 30]), training=True)
+        >>> window.rename(torch.tensor([[1, 0, 2]]))
+        >>> window.load()
+        tensor([[[20, 10, 30]]])
+
+        Args:
+            source: `[L, E]` int64, the former number of each output; a permutation of each layer's.
+        """
+        source = source.to(self._counts.device)
+        for layer in (source != torch.arange(source.shape[1], device=source.device)).any(1).nonzero()[:, 0].tolist():
+            self._counts[:, layer] = self._counts[:, layer, source[layer]]
+
     def clear(self) -> None:
         """Forget all steps, without waiting for the device. The next sample is drawn anew."""
         self._clears += 1

@@ -79,6 +79,11 @@ class Observer:
         self._seconds.clear()
         return Pace.of(seconds) if seconds else Pace(0.0, 0.0, 0)
 
+    def restart_clock(self) -> None:
+        """Forget the time of the iterations so far, and of what goes on until the loop does."""
+        self._resumed = None
+        self._seconds.clear()
+
     # --- the load --------------------------------------------------------------------------------------------
 
     def steps(self) -> Tensor:
@@ -123,11 +128,15 @@ class Observer:
         """`[T]`: the iteration of each step that is kept, where the window has `seen` up to iteration `last`."""
         return last + 1 - self.iterations + self.steps() * self.iterations // max(1, seen)
 
+    def follow(self, old: Placement, new: Placement) -> None:
+        """Experts have changed slots, and the router's outputs are slots: counts go with their expert."""
+        self._window.rename(old.inverse[..., 0].gather(1, new.expert_of_slot))
+
     def clear(self) -> None:
-        """Begin a new window; of the iterations before, and of what goes on until the loop does, no time is kept."""
+        """Begin a new window, and restart the clock."""
         self._window.clear()
-        self.iterations, self._resumed = 0, None
-        self._seconds.clear()
+        self.iterations = 0
+        self.restart_clock()
 
 
 def steps_digest(steps: Tensor) -> int:

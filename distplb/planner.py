@@ -23,7 +23,7 @@ from distplb.price import TimeCurve
 from distplb.stages import Stages
 from distplb.topology import Topology
 
-__all__ = ["Planned", "plan", "plan_in_stages"]
+__all__ = ["Planned", "Planning", "plan", "plan_in_stages"]
 
 _WORST_KEY = torch.iinfo(torch.int64).max
 
@@ -109,62 +109,97 @@ def plan(
 
 
 def plan_in_stages(
-    load: Tensor,
-    topology: Topology,
-    comm: Comm,
-    options: SearchOptions,
-    *,
-    stages: Stages | None = None,
-    fields: Mapping[str, int] | None = None,
-    error: Exception | None = None,
+    load: Tensor, topology: Topology, comm: Comm, options: SearchOptions, *, stages: Stages | None = None
 ) -> Planned:
-    """`plan`, for a caller that wants its seconds, and has something of its own to agree on in the same header.
+    """`plan`, for a caller that wants its seconds.
 
     Args:
         load, topology, comm, options: as for `plan`.
         stages: receives the seconds of each stage.
-        fields: more integers that all ranks must share.
+    """
+    planning = Planning(load, topology, comm, options, stages=stages)
+    planning.search()
+    planning.choose()
+    planning.polish()
+    return planning.share()
+
+
+class Planning:
+    """A plan under way, in the five stages: making one counts, then `search`, `choose`, `polish` and `share`, in turn.
+
+    Counting, choosing and sharing are collective; searching and polishing are local, run where the caller likes (in
+    another thread, say), and do not raise: what went wrong there is raised on all ranks by the collective that follows.
+
+    Args:
+        load, topology, comm, options: as for `plan`.
+        stages: receives the seconds of each stage.
+        fields: more integers that all ranks must share, agreed on in the same header.
         error: what the caller met on this rank; all ranks then raise it instead of planning.
     """
-    stages = Stages() if stages is None else stages
-    with stages.stage("count"):
-        tokens = _agreed_load(load, topology, comm, options, dict(fields or {}), error)
-        comm.all_reduce_sum(tokens)
-    key, problem = _searched(tokens, topology, comm, options, stages)
-    num_slots = options.slots(tokens.shape[2])
-    table = torch.full((tokens.shape[1], num_slots), -1, device=comm.device)  # says that the root failed
-    with stages.stage("polish"):
-        if comm.rank == 0:
+
+    def __init__(
+        self,
+        load: Tensor,
+        topology: Topology,
+        comm: Comm,
+        options: SearchOptions,
+        *,
+        stages: Stages | None = None,
+        fields: Mapping[str, int] | None = None,
+        error: Exception | None = None,
+    ) -> None:
+        self._topology, self._comm, self._options = topology, comm, options
+        self._stages = Stages() if stages is None else stages
+        self._error: Exception | None = None
+        with self._stages.stage("count"):
+            self._load = _agreed_load(load, topology, comm, options, dict(fields or {}), error)
+            comm.all_reduce_sum(self._load)
+        _, num_layers, num_experts = self._load.shape
+        # Negative entries say that a rank failed, and which.
+        self._key = torch.full((num_layers,), -1 - comm.rank, device=self._load.device)
+        self._table = torch.full((num_layers, options.slots(num_experts)), -1, device=comm.device)
+
+    @property
+    def load(self) -> Tensor:
+        """`[T, L, E]`, of all ranks."""
+        return self._load
+
+    def search(self) -> None:
+        """(2) This rank's share of the candidates."""
+        with self._stages.stage("search"):
             try:
-                best = problem.build(key & ((1 << CANDIDATE_BITS) - 1))
-                table = problem.polish(best).to(comm.device)
+                self._problem = Problem(self._load, self._topology, self._options)
+                self._key = _best_keys(self._problem, self._options.candidates, self._comm, self._load)
             except Exception as caught:
-                error = caught
-    with stages.stage("share"):
-        comm.broadcast(table, 0)
-        if int(table.min()) < 0:
-            raise_everywhere(comm, 0, error)
-    placement = Placement(table, tokens.shape[2], topology.num_gpus)
-    return Planned(placement, tokens, problem.engine_name)
+                self._error = caught
 
+    def choose(self) -> None:
+        """(3) The best candidate of every layer, over all ranks."""
+        with self._stages.stage("choose"):
+            self._comm.all_reduce_min(self._key)
+            worst = int(self._key.min())
+            if worst < 0:
+                raise_everywhere(self._comm, -1 - worst, self._error)
 
-def _searched(
-    tokens: Tensor, topology: Topology, comm: Comm, options: SearchOptions, stages: Stages
-) -> tuple[Tensor, Problem]:
-    """Stages 2 and 3: the best key of each layer `[L]`, equal on all ranks, and the problem that it answers."""
-    error: Exception | None = None
-    key = torch.full(tokens.shape[1:2], -1 - comm.rank, device=tokens.device)  # [L], says who failed
-    try:
-        with stages.stage("search"):
-            problem = Problem(tokens, topology, options)
-            key = _best_keys(problem, options.candidates, comm, tokens)
-    except Exception as caught:
-        error = caught
-    with stages.stage("choose"):
-        comm.all_reduce_min(key)
-        if int(key.min()) < 0:
-            raise_everywhere(comm, -1 - int(key.min()), error)
-    return key, problem
+    def polish(self) -> None:
+        """(4) The root's refinement of the winners; nothing on other ranks."""
+        with self._stages.stage("polish"):
+            if self._comm.rank != 0:
+                return
+            try:
+                best = self._problem.build(self._key & ((1 << CANDIDATE_BITS) - 1))
+                self._table = self._problem.polish(best).to(self._comm.device)
+            except Exception as caught:
+                self._error = caught
+
+    def share(self) -> Planned:
+        """(5) The root's placement, on all ranks."""
+        with self._stages.stage("share"):
+            self._comm.broadcast(self._table, 0)
+            if int(self._table.min()) < 0:
+                raise_everywhere(self._comm, 0, self._error)
+            placement = Placement(self._table, self._load.shape[2], self._topology.num_gpus)
+        return Planned(placement, self._load, self._problem.engine_name)
 
 
 def _agreed_load(

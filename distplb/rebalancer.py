@@ -9,7 +9,6 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent import futures
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -18,25 +17,28 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from distplb.account import Account, completed
+from distplb.account import Account, completed, skipped_event
+from distplb.background import Background
 from distplb.comm.agreement import agree, digest
 from distplb.comm.base import Comm, WorldOfOne
-from distplb.errors import DistplbError, HalfMovedError
+from distplb.errors import DisagreementError, DistplbError, HalfMovedError
 from distplb.events import RebalanceEvent
 from distplb.layer import MoELayer
 from distplb.load import LoadWindow
 from distplb.migrate.budget import within_budget
 from distplb.migrate.mover import Mover, Travelling
-from distplb.migrate.transfer import Move
+from distplb.migrate.transfer import Limits, Moved
 from distplb.observer import Observer, steps_digest
 from distplb.placement import Placement
-from distplb.planner import Planned, plan_in_stages
+from distplb.planner import Planned, Planning
 from distplb.planning.legal import check_legal
 from distplb.planning.options import SearchOptions
 from distplb.price import MoveModel, TimeCurve
 from distplb.pricer import Pricer, Told
 from distplb.routing import Routing
 from distplb.saved import Counters, Saved
+from distplb.saves import Saves
+from distplb.spread import Spread
 from distplb.stages import Stages
 from distplb.stoploss import Pace, StopLoss
 from distplb.topology import Topology
@@ -44,11 +46,13 @@ from distplb.traces.writer import TraceWriter
 
 __all__ = ["Rebalancer"]
 
-_STAGING_SECONDS = 1800.0  # that an asynchronous save may take to stage what it writes
 _VERIFIED_BY_DEFAULT = 3  # rebalances
+_AT_ONCE = Spread(0, 0)
+# Of a spread move: small commits, so that the time is looked at often, but not so small that agreeing takes longer.
+_COMMIT_BYTES = 16 << 20
 # What all ranks must share from the start.
 _FIELDS = (
-    *("the number of layers", "every", "verify", "dry_run", "max_bytes", "stop_loss"),
+    *("the number of layers", "every", "verify", "dry_run", "max_bytes", "stop_loss", "spread (digest)"),
     *("the model (digest)", "time_curve (digest)", "move_model (digest)", "slot_class (digest)"),
 )
 
@@ -56,7 +60,8 @@ _FIELDS = (
 class Rebalancer:
     """Counts loads, plans a better placement every few iterations, and moves experts with their optimizer state.
 
-    All methods but the properties are collective: all ranks of `comm` call them, in the same order. In the loop::
+    All methods but the properties are collective: all ranks of `comm` call them, in the same order and from the
+    thread that trains. In the loop::
 
         loss.backward()
         optimizer.step()
@@ -92,6 +97,9 @@ class Rebalancer:
             save most come first. No limit where None.
         stop_loss: after so many rebalances in a row whose iterations did not become faster by what they took,
             rebalancing turns itself off (`enabled` is then False) and says so; 0 for never.
+        spread: over which iterations a rebalance is spread, so that none of them takes long; all in one where None.
+            Between them the placement in force is a valid one, and may be saved. Another rebalance begins when the last
+            has ended.
         record: folder for a trace of all windows, written by rank 0; `Trace.read` reads it.
         dry_run: plan and report, but move nothing. What travels is not looked at: moves are then free without a
             `move_model`, and `max_bytes` is of no account.
@@ -123,6 +131,7 @@ class Rebalancer:
         move_model: MoveModel | None = None,
         max_bytes: int | None = None,
         stop_loss: int = 3,
+        spread: Spread | None = None,
         record: str | os.PathLike[str] | None = None,
         dry_run: bool = False,
         verify: Literal["first", "digest", "off"] = "first",
@@ -133,11 +142,14 @@ class Rebalancer:
         self._topology, self._every = (topology if layers else Topology(1, 1)), every
         self._given_window, self._window_steps, self._slot_class, self._seed = window, window_steps, slot_class, seed
         self._search: dict[str, Any] = {"num_candidates": num_candidates, "engine": engine, "time_curve": time_curve}
-        self._max_bytes, self._stop_loss = max_bytes, StopLoss(stop_loss)
+        self._max_bytes, self._stop_loss, self._spread = max_bytes, StopLoss(stop_loss), spread
         self._dry_run, self._verify, self._on_event = dry_run, verify, on_event
-        self._iteration, self._rebalances = 0, 0
+        self._iteration, self._rebalances, self._last_applied = 0, 0, 0
+        self._under_way: Iterator[int] | None = None
+        self._due = 0  # the iteration at which that goes on
+        self._took, self._since = 0.0, 0.0  # its seconds in earlier calls of `step`; when it went on in this one
         self._pending: _Pending | None = None
-        self._saves: list[Any] = []
+        self._saves, self._background = Saves(), Background(self._comm.device)
         self._names = tuple(layer.name for layer in layers)
         optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
         self._mover = self._agreed_mover(layers, optimizers, gpu if layers else None, move_model)
@@ -158,11 +170,24 @@ class Rebalancer:
         """Calls of `step` so far."""
         return self._iteration
 
+    @property
+    def last_applied(self) -> int:
+        """The last iteration at which a rebalance began that was carried out, whether or not anything had to move.
+
+        0 where none was in this process. One that stays behind `iteration` by much more than `every` tells of a
+        rebalancer that goes on without doing anything: switched off, or skipped each time.
+        """
+        return self._last_applied
+
     def step(self) -> None:
         """Call once an iteration, after `optimizer.step()`; rebalances on every `every`-th call while `enabled`.
 
+        A rebalance whose digests differ between ranks is skipped, with a warning and an event that say so. One that is
+        under way, spread over iterations, is dropped when `enabled` is set to False.
+
         Raises:
             DistplbError: on every rank, if the rebalance is refused: nothing has moved then.
+            LostRanksError: if ranks do not come, before anything was written.
             HalfMovedError: if a move broke off in the middle, now or before.
         """
         self._refuse_if_poisoned()
@@ -170,8 +195,11 @@ class Rebalancer:
         if not self._names:
             return
         self._observer.iteration_ends()
-        if self.enabled and self._iteration % self._every == 0:
-            self._rebalance()
+        if not self.enabled:
+            self._drop()
+        elif self._under_way is None and self._iteration % self._every == 0:
+            self._under_way, self._due, self._took = self._rebalance(), self._iteration, 0.0
+        self._go_on()
         self._observer.loop_goes_on()
 
     def attach(self) -> Attached:
@@ -194,12 +222,12 @@ class Rebalancer:
             response: what `torch.distributed.checkpoint.async_save` returned. Where that is a plain future the state
                 was staged before it returned.
         """
-        staging = getattr(response, "staging_completion", None)
-        if staging is not None:
-            self._saves.append(staging)
+        self._saves.add(response)
 
     def apply(self, placement: Placement) -> None:
-        """Move every expert to the slot that `placement` gives it, now. Counts so far are forgotten.
+        """Move every expert to the slot that `placement` gives it, now; a rebalance that is under way is dropped.
+
+        Counts so far are forgotten.
 
         Raises:
             DistplbError: on every rank, if the placement is of another model, has replicas or differs between
@@ -209,12 +237,9 @@ class Rebalancer:
         self._refuse_if_poisoned()
         if not self._names:
             return
-        travelling, error = self._travelling()
-        try:
-            self._check_placement(placement)
-        except DistplbError as refused:
-            error = error or refused
-        self._move(placement, travelling, Stages(), error)
+        self._drop()
+        self._apply(placement)
+        self._forget_counts()
 
     def restore(self) -> None:
         """Move every expert back to where the job started from."""
@@ -225,21 +250,25 @@ class Rebalancer:
         """Expert e in slot e of every layer, for a checkpoint that others can read; afterwards all is as before.
 
         The block saves model, optimizer and, if it likes, this rebalancer. Give `saving` what an asynchronous save
-        returns. If the block raises, experts stay in logical order, and `placement` says so.
+        returns. If the block raises, experts stay in logical order, and `placement` says so. A rebalance that is under
+        way goes on afterwards.
         """
+        self._refuse_if_poisoned()
         there = self._placement
-        self.apply(self._logical_order())
+        self._apply(self._logical_order())
         yield
-        self.apply(there)
+        self._apply(there)
 
     def close(self) -> None:
         """Take in no more counts, and wait until the trace is written, if one is recorded. Not collective."""
+        self._drop()
+        self._background.close()
         self._routing.close()
         if self._trace is not None:
             self._trace.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """Placement, first placement and counters as tensors, by layer name, to be saved with the model.
+        """Placement in force, first placement and counters as tensors, by layer name, to be saved with the model.
 
         With `torch.distributed.checkpoint` the rebalancer itself is passed beside model and optimizer. It is loaded on
         any number of GPUs, and by any stages of a pipeline.
@@ -251,6 +280,8 @@ class Rebalancer:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up where `state_dict` was called, with the model and optimizer as they were saved. Moves nothing.
 
+        A rebalance that was under way then is not taken up; the next one begins as if it had ended.
+
         Raises:
             DistplbError: if the state is of another version or model.
         """
@@ -259,6 +290,7 @@ class Rebalancer:
             return
         saved = Saved.from_state(state, self._names, self._window.shape[2], self._topology.num_gpus)
         check_legal(saved.placement, saved.first, self._routing.num_groups)
+        self._drop()
         self._placement, self._first = saved.placement, saved.first
         self._iteration, self._rebalances, self.enabled, self._stop_loss.strikes = saved.counters
         self._routing.follow(None, self._placement)
@@ -266,8 +298,29 @@ class Rebalancer:
 
     # --- one rebalance ---------------------------------------------------------------------------------------
 
-    def _rebalance(self) -> None:
-        began, stages, old = time.perf_counter(), Stages(), self._placement
+    def _go_on(self) -> None:
+        """With the rebalance under way, as far as it may go in this iteration."""
+        self._since = time.perf_counter()
+        try:
+            while self._under_way is not None and self._due <= self._iteration:
+                due = next(self._under_way, None)
+                if due is None:
+                    self._under_way = None
+                else:
+                    self._due = due
+        except BaseException:
+            self._under_way = None
+            raise
+        self._took += time.perf_counter() - self._since
+
+    def _drop(self) -> None:
+        """The rebalance under way, wherever it is: between two commits every placement is as good as another."""
+        self._under_way = None
+
+    def _rebalance(self) -> Iterator[int]:
+        """One rebalance, from the window to the event; each time it yields the iteration at which it goes on."""
+        stages, old, began = Stages(), self._placement, self._iteration
+        spread = self._spread or _AT_ONCE
         with stages.stage("count"):
             # A dry run asks nothing of the optimizer: its state may be of a kind that could not be moved.
             travelling, error = ([], None) if self._dry_run else self._travelling()
@@ -277,17 +330,45 @@ class Rebalancer:
             # At the rate of the window, which may have more or fewer iterations: not all began with a rebalance.
             until_next = told.seen * self._every / self._observer.iterations
             options = self._pricer.priced(self._options, old, told, until_next)
-        planned = self._plan(options, stages, error)
-        if self._trace is not None:
-            self._trace.add(planned.load, old, self._observer.iterations_of_steps(self._iteration, told.seen))
-        events = self._completed_event(planned, told)
-        target, moved = self._within_budget(planned, told.slot_bytes), None
-        decision, reason = self._decision(planned, target)
-        if decision in ("moved", "kept"):  # ranks agree on the placement also where nothing has to be moved
-            moved = self._move(target, travelling, stages)
         self._rebalances += 1
+        try:
+            planning = self._counted(options, stages, error)
+        except DisagreementError as differing:
+            self._warn_of_skipping(differing)
+            self._forget_counts()
+            self._tell(skipped_event(began, self._names, str(differing), self._last_applied, stages.seconds))
+            return
+        if self._trace is not None:
+            self._trace.add(planning.load, old, self._observer.iterations_of_steps(began, told.seen))
+        self._complete_event(planning.load, told)
+        self._observer.clear()
+        searched = self._beside(planning.search)
+        yield began + spread.choose_after
+        searched(stages)
+        planning.choose()
+        polished = self._beside(planning.polish)
+        yield began + spread.share_after
+        polished(stages)
+        planned = planning.share()
+        target, moved = self._within_budget(planned, told.slot_bytes), Moved()
+        decision, reason = self._decision(planned, target)
+        limits = None if self._spread is None else Limits(1, _COMMIT_BYTES, spread.move_seconds)
+        while decision in ("moved", "kept"):  # ranks agree on the placement also where nothing has to be moved
+            try:
+                done = self._move(target, stages, limits)
+            except DisagreementError as differing:
+                self._warn_of_skipping(differing)
+                decision, reason = "skipped", str(differing)
+                break
+            moved = Moved(*map(sum, zip(moved, done, strict=True)))
+            if self._placement == target:
+                self._last_applied = began
+                break
+            # Twice as many as there was time for: what is made ready and not done is made ready again.
+            limits = Limits(2 * done.commits, _COMMIT_BYTES, spread.move_seconds)
+            yield self._iteration + 1
         account = Account(
-            iteration=self._iteration,
+            iteration=began,
             layers=self._names,
             topology=self._topology,
             old=old,
@@ -298,15 +379,15 @@ class Rebalancer:
             pace=told.pace,
             steps_until_next=until_next,
             router_ties=told.ties,
+            last_applied=self._last_applied,
         )
         event = account.event(moved, decision, reason, stages.seconds)
-        self._pending = _Pending(event, target, told.pace, time.perf_counter() - began)
-        self._observer.clear()
-        if self._on_event is not None:
-            for record in (*events, event):
-                self._on_event(record)
+        self._observer.restart_clock()
+        self._pending = _Pending(event, target, told.pace, self._took + time.perf_counter() - self._since)
+        self._tell(event)
 
-    def _plan(self, options: SearchOptions, stages: Stages, error: Exception | None) -> Planned:
+    def _counted(self, options: SearchOptions, stages: Stages, error: Exception | None) -> Planning:
+        """The plan, begun with the counts of all ranks."""
         with stages.stage("count"):
             load, steps = torch.zeros(1, len(self._names), self._window.shape[2], dtype=torch.int64), 0
             try:
@@ -315,16 +396,39 @@ class Rebalancer:
             except Exception as caught:
                 error = error or caught
         fields = {"the rebalancer's iteration": self._iteration, "the steps in the window (digest)": steps}
-        return plan_in_stages(load, self._topology, self._comm, options, stages=stages, fields=fields, error=error)
+        return Planning(load, self._topology, self._comm, options, stages=stages, fields=fields, error=error)
 
-    def _completed_event(self, planned: Planned, told: Told) -> list[RebalanceEvent]:
+    def _beside(self, run: Callable[[], None]) -> Callable[[Stages], None]:
+        """Run it beside the training, or at once where the rebalance is not spread; what waits for its end."""
+        if self._spread is None:
+            run()
+            return lambda stages: None
+        wait = self._background.start(run)
+
+        def timed(stages: Stages) -> None:
+            with stages.stage("wait"):
+                wait()
+
+        return timed
+
+    def _complete_event(self, load: Tensor, told: Told) -> None:
         """The last rebalance's record, now that a window has told how it fared; whether it repaid itself counts."""
         if self._pending is None:
-            return []
-        last, repaid = self._pending, None
+            return
+        last, repaid, self._pending = self._pending, None, None
         if last.event.slots_moved and told.pace.iterations and last.pace.iterations:
             repaid = self._stop_loss.repaid(last.pace, told.pace, told.took)
-        return [completed(last.event, planned.load, last.placement, told.pace, repaid)]
+        self._tell(completed(last.event, load, last.placement, told.pace, repaid))
+
+    def _tell(self, event: RebalanceEvent) -> None:
+        if self._on_event is not None:
+            self._on_event(event)
+
+    def _warn_of_skipping(self, differing: DisagreementError) -> None:
+        """Ranks that counted or planned differently keep training; where they differ in more, they must not."""
+        if not differing.field.endswith("(digest)"):
+            raise differing
+        warnings.warn(f"distplb has skipped a rebalance: {differing}", RuntimeWarning, stacklevel=5)
 
     def _within_budget(self, planned: Planned, slot_bytes: int) -> Placement:
         """What of the plan is carried out."""
@@ -345,7 +449,7 @@ class Rebalancer:
                 "rebalance less often"
             )
             self.enabled, self._stop_loss.strikes = False, 0
-            warnings.warn(f"distplb has turned rebalancing off: {reason}", RuntimeWarning, stacklevel=4)
+            warnings.warn(f"distplb has turned rebalancing off: {reason}", RuntimeWarning, stacklevel=5)
             return "stopped", reason
         if planned.placement == self._placement:
             return "kept", "no layer has a placement that is worth its moves"
@@ -353,24 +457,39 @@ class Rebalancer:
             return "kept", "nothing that is worth moving fits in max_bytes"
         return "moved", "the moves lower the cost by more than their price"
 
+    def _apply(self, placement: Placement) -> None:
+        error: Exception | None = None
+        try:
+            self._check_placement(placement)
+        except DistplbError as refused:
+            error = refused
+        self._move(placement, Stages(), error=error)
+
     def _move(
-        self, placement: Placement, travelling: Travelling, stages: Stages, error: Exception | None = None
-    ) -> Move | None:
+        self, placement: Placement, stages: Stages, limits: Limits | None = None, error: Exception | None = None
+    ) -> Moved:
+        self._before_a_move()
+        travelling, refused = self._travelling()
         return self._mover.move(
             self._placement,
             placement,
             travelling,
             on_commit=self._take_up,
-            verify=self._verify == "digest" or (self._verify == "first" and self._rebalances < _VERIFIED_BY_DEFAULT),
+            verify=self._verify == "digest" or (self._verify == "first" and self._rebalances <= _VERIFIED_BY_DEFAULT),
             stages=stages,
-            error=error,
+            error=refused or error,
+            limits=limits,
         )
+
+    def _before_a_move(self) -> None:
+        """For a framework whose parameters have to be made whole first."""
 
     def _take_up(self, placement: Placement) -> None:
         """After each commit, so that a move that breaks off leaves the placement that is in force."""
         self._routing.follow(self._placement, placement)
+        if self._routing.mode == "permute":
+            self._observer.follow(self._placement, placement)
         self._placement = placement
-        self._forget_counts()
 
     # --- what is refused -------------------------------------------------------------------------------------
 
@@ -399,7 +518,7 @@ class Rebalancer:
             limit = -1 if self._max_bytes is None else self._max_bytes
             classes = None if self._slot_class is None else torch.as_tensor(self._slot_class).tolist()
             prices = (digest(self._options.time_curve), digest(model), digest(classes))
-            what = (int(self._dry_run), limit, self._stop_loss.patience, mover.digest(), *prices)
+            what = (int(self._dry_run), limit, self._stop_loss.patience, digest(self._spread), mover.digest(), *prices)
             values = (len(layers), self._every, verify, *what)
             fields = dict(zip(fields, values, strict=True))
         except Exception as caught:
@@ -416,6 +535,11 @@ class Rebalancer:
                 raise DistplbError(f"{name} is {value!r}; pass a whole number of at least 0")
         if self._verify not in ("first", "digest", "off"):
             raise DistplbError(f"verify is {self._verify!r}; pass 'first', 'digest' or 'off'")
+        if self._spread is not None and self._spread.share_after >= self._every:
+            raise DistplbError(
+                f"a rebalance is spread over {self._spread.share_after} iterations and more, and one begins every "
+                f"{self._every}; pass a smaller share_after or rebalance less often"
+            )
         names = [layer.name for layer in layers]
         if len(set(names)) != len(names):
             raise DistplbError(
@@ -435,7 +559,7 @@ class Rebalancer:
     def _travelling(self) -> tuple[Travelling, Exception | None]:
         """All that travels now; or why it may not."""
         try:
-            self._wait_for_saves()
+            self._saves.wait()
             return self._mover.travelling(), None
         except Exception as refused:
             return [], refused
@@ -452,20 +576,6 @@ class Rebalancer:
                 raise DistplbError(f"the placement has {what} {found}, the model {wanted}; pass one of this model")
         check_legal(placement, self._placement, self._routing.num_groups, self._slot_class)
 
-    def _wait_for_saves(self) -> None:
-        """Until what is being saved has been staged; whether the save succeeds is not for us to say."""
-        while self._saves:
-            try:
-                self._saves[0].exception(timeout=_STAGING_SECONDS)
-            except futures.CancelledError:
-                pass
-            except futures.TimeoutError as late:
-                raise DistplbError(
-                    f"an asynchronous save has not staged its state in {_STAGING_SECONDS:.0f} s, and nothing may move "
-                    "before it has; look for what holds it up"
-                ) from late
-            self._saves.pop(0)
-
     # --- small things ----------------------------------------------------------------------------------------
 
     def _refuse_if_poisoned(self) -> None:
@@ -476,7 +586,7 @@ class Rebalancer:
             )
 
     def _forget_counts(self) -> None:
-        """Counts are by slot: those made under another placement would be credited to the wrong experts."""
+        """Counts, and how the last plan fared: neither is what was planned for."""
         self._observer.clear()
         self._pending = None
 

@@ -2,6 +2,7 @@
 
     torchrun --standalone --nproc-per-node 2 examples/pretrain_moe.py --compare
     torchrun --standalone --nproc-per-node 2 examples/pretrain_moe.py --router plain --balance rebalanced
+    torchrun --standalone --nproc-per-node 2 examples/pretrain_moe.py --balance spread  # over several iterations
     python examples/pretrain_moe.py --balance static --data ~/my_text
     python examples/pretrain_moe.py --text code --switch-at 61  # then prose
     python examples/pretrain_moe.py --balance static --record trace.npz  # the loads, for distplb.replay
@@ -38,8 +39,11 @@ import distplb
 from distplb.comm.torchdist import TorchComm
 
 ROUTERS = ("plain", "loss-free")
-BALANCES = ("static", "rebalanced", "forced")
+COMPARED = ("static", "rebalanced", "forced")
+BALANCES = (*COMPARED, "spread")
+BALANCE_HELP = "spread: rebalanced, a part in each of several iterations; forced: a perfectly even choice, for reference"
 TEXTS = {"code": texts.code, "prose": texts.prose}
+SPREAD = distplb.Spread(choose_after=1, share_after=2, move_seconds=0.05)
 Table = dict[str, dict[str, dict[str, float]]]  # router, balance, figure
 
 
@@ -48,7 +52,7 @@ def main() -> None:
     group, device = start(args.device)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     text = text_of_iterations(args)
-    modes = [(r, b) for r in ROUTERS for b in BALANCES] if args.compare else [(args.router, args.balance)]
+    modes = [(r, b) for r in ROUTERS for b in COMPARED] if args.compare else [(args.router, args.balance)]
     say(describe(args, modes, world_size(group), text))
     runs = [Run(args, router, balance, group, device) for router, balance in modes]
     train(args, runs, text)
@@ -118,8 +122,12 @@ class Run:
         self.model = Transformer(config, group, args.seed).to(device)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=args.lr, fused=True)
         self.recorded = tempfile.TemporaryDirectory() if args.record else None
-        self.rebalancer = self.make_rebalancer() if balance == "rebalanced" or args.record else None
+        self.rebalancer = self.make_rebalancer() if self.is_rebalanced or args.record else None
         self.turns: list[Measured] = []
+
+    @property
+    def is_rebalanced(self) -> bool:
+        return self.balance in ("rebalanced", "spread")
 
     def make_rebalancer(self) -> distplb.Rebalancer:
         moes = self.model.moes
@@ -148,7 +156,8 @@ class Run:
             seed=self.args.seed,
             time_curve=self.measure_curve(),
             record=self.recorded and self.recorded.name,
-            dry_run=self.balance != "rebalanced",
+            spread=SPREAD if self.balance == "spread" else None,
+            dry_run=not self.is_rebalanced,
             on_event=report,
         )
 
@@ -381,7 +390,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
     add("--router", choices=ROUTERS, default="plain", help="plain: nothing balances it; loss-free: a nudged bias")
-    add("--balance", choices=BALANCES, default="rebalanced", help="forced: a perfectly even choice, for reference")
+    add("--balance", choices=BALANCES, default="rebalanced", help=BALANCE_HELP)
     add("--compare", action="store_true", help="all balances with both routers, in turns, and a table")
     add("--apply", choices=("permute", "remap"), default="permute", help="remap: a table after the router's choice")
     add("--every", type=int, default=25, help="iterations between rebalances")

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from distplb import MoveModel, Placement, TimeCurve, Topology, lower_bound
 from distplb.account import Account, completed
+from distplb.migrate.transfer import Moved
 from distplb.planner import Planned
 from distplb.planning.options import SearchOptions
 from distplb.stoploss import Pace
@@ -31,6 +32,7 @@ def account(load: Tensor, old: Placement, planned: Placement, target: Placement 
         "pace": Pace(1.5, 0.1, 10),
         "steps_until_next": len(load),
         "router_ties": (0.25,) * load.shape[1],
+        "last_applied": 7,
     }
     target = planned if target is None else target
     return Account(old=old, planned=Planned(planned, load, "reference"), target=target, **fields | other)
@@ -71,7 +73,7 @@ def plain_tokens(load: Tensor, placement: Placement) -> list[int]:
 @pytest.mark.parametrize(("steps", "gpus"), [(1, 1), (1, 2), (3, 4), (25, 4), (100, 1), (101, 1), (101, 4), (201, 2)])
 def test_peak_and_99th_percentile_of_tokens_before_and_after(steps: int, gpus: int) -> None:
     load, old, new = random_case(steps * gpus, steps, gpus)
-    event = account(load, old, new).event(None, "kept", "", {})
+    event = account(load, old, new).event(Moved(), "kept", "", {})
     for placement, peak, p99 in (
         (old, event.tokens_peak_before, event.tokens_p99_before),
         (new, event.tokens_peak_after, event.tokens_p99_after),
@@ -84,7 +86,7 @@ def test_peak_and_99th_percentile_of_tokens_before_and_after(steps: int, gpus: i
 
 def test_memory_is_that_of_what_is_carried_out() -> None:
     load, old, new = random_case(5, 4, 2)
-    event = account(load, old, new, target=old).event(None, "kept", "", {})
+    event = account(load, old, new, target=old).event(Moved(), "kept", "", {})
     assert event.tokens_peak_after == event.tokens_peak_before == plain_tokens(load, old)[-1]
     assert event.imbalance_after == event.imbalance_before
     assert event.placement_digest == new.digest()
@@ -97,11 +99,11 @@ def test_modelled_seconds_by_hand() -> None:
     load = torch.tensor([[[8, 6, 1, 1]], [[6, 8, 1, 1]]])
     old = Placement.contiguous(1, 4, 2)
     new = Placement(torch.tensor([[0, 2, 1, 3]]), 4, 2)
-    event = account(load, old, new, model=MODEL, steps_until_next=20).event(None, "moved", "", {})
+    event = account(load, old, new, model=MODEL, steps_until_next=20).event(Moved(), "moved", "", {})
     # 14 + 14 tokens become 9 + 9; ten such windows until the next one. Two slots of 600 bytes at 300 a second.
     assert event.saved_seconds == pytest.approx(10 * 10 * 0.25 * 0.8)
     assert event.move_seconds == pytest.approx(4.0)
-    between = account(load, old, new, model=MODEL, topology=Topology(2, 1)).event(None, "moved", "", {})
+    between = account(load, old, new, model=MODEL, topology=Topology(2, 1)).event(Moved(), "moved", "", {})
     assert between.saved_seconds == pytest.approx(10 * 0.25 * 0.8)
     assert between.move_seconds == pytest.approx(12.0)
     assert (event.seconds_per_token, event.bytes_per_slot) == (0.25, 600)
@@ -113,7 +115,7 @@ def test_modelled_seconds_against_plain_python(curved: bool) -> None:
     load, old, new = random_case(9, 5, 3)
     curve = TimeCurve((0, 100, 1000), (0, 5_000_000, 6_000_000)) if curved else None
     options = SearchOptions(current=old, move_price=2.0, time_curve=curve)
-    event = account(load, old, new, model=MODEL, options=options, steps_until_next=12.5).event(None, "", "", {})
+    event = account(load, old, new, model=MODEL, options=options, steps_until_next=12.5).event(Moved(), "", "", {})
     saved = plain_fullest(load, old, curve) - plain_fullest(load, new, curve)
     assert event.saved_seconds == pytest.approx(saved * (1e-9 if curved else 0.25) * 2.5 * 0.8)
     where = [[set(row[at : at + 2]) for at in range(0, 6, 2)] for row in old.expert_of_slot.tolist()]
@@ -127,7 +129,7 @@ def test_modelled_seconds_against_plain_python(curved: bool) -> None:
 
 
 def test_without_a_model_no_seconds_are_told() -> None:
-    event = account(*random_case(1, 2, 2)).event(None, "moved", "", {})
+    event = account(*random_case(1, 2, 2)).event(Moved(), "moved", "", {})
     assert event.saved_seconds is event.move_seconds is event.seconds_per_token is event.bytes_per_slot is None
     assert event.trust is None
     assert event.bandwidth_inside is event.bandwidth_between is event.time_curve is None
@@ -141,15 +143,15 @@ def test_what_was_left_out_is_told_layer_by_layer() -> None:
     old = Placement.contiguous(3, 4, 2)
     plan = Placement(torch.tensor([[0, 2, 1, 3], [0, 1, 2, 3], [0, 1, 2, 3]]), 4, 2)
     unmoved, repaying = "2 slots are over the budget", "no other move was found that repays itself"
-    assert account(load, old, plan, target=old).event(None, "", "", {}).left_out == (unmoved, repaying, "")
-    assert account(load, old, plan).event(None, "", "", {}).left_out == ("", repaying, "")
+    assert account(load, old, plan, target=old).event(Moved(), "", "", {}).left_out == (unmoved, repaying, "")
+    assert account(load, old, plan).event(Moved(), "", "", {}).left_out == ("", repaying, "")
     free = SearchOptions(current=old)
-    assert account(load, old, plan, options=free).event(None, "", "", {}).left_out == ("", "", "")
+    assert account(load, old, plan, options=free).event(Moved(), "", "", {}).left_out == ("", "", "")
 
 
 def test_bounds_are_of_the_window() -> None:
     load, old, new = random_case(2, 3, 2)
-    event = account(load, old, new).event(None, "", "", {})
+    event = account(load, old, new).event(Moved(), "", "", {})
     assert event.imbalance_bound == tuple(lower_bound(load, Topology(1, 2), 4).tolist())
     assert (event.iteration, event.steps, event.layers) == (7, 3, ("0", "1"))
     assert (event.iteration_seconds, event.iteration_seconds_next, event.repaid) == (1.5, None, None)
@@ -158,7 +160,7 @@ def test_bounds_are_of_the_window() -> None:
 
 def test_the_next_window_completes_a_record() -> None:
     load, old, new = random_case(3, 3, 2)
-    event = account(load, old, new).event(None, "", "", {})
+    event = account(load, old, new).event(Moved(), "", "", {})
     following, _, _ = random_case(4, 6, 2)
     told = completed(event, following, new, Pace(2.5, 0.1, 3), repaid=False)
     size, wanted = new.slots_per_gpu, []

@@ -26,7 +26,7 @@ SOURCES = {
 # Import only downward. A name stands for a module or for all modules of a folder.
 LEVELS = [
     {"errors", "topology", "stages", "hashing", "stoploss", "ties"},
-    {"placement", "load", "layer", "events", "traces"},
+    {"placement", "load", "layer", "events", "traces", "spread", "saves", "background"},
     {"cost", "bound", "price", "routing", "saved"},
     {"packing", "planning", "comm"},
     {"migrate", "replay", "measure"},
@@ -69,7 +69,7 @@ KEPT_IN = {
     "scipy": {"distplb.planning.relabel"},
     "numba": {"distplb.packing.cpu", "distplb.packing.cpu_steps"},
     "filelock": {"distplb.packing.cpu"},
-    "concurrent": {"distplb.packing.cpu", "distplb.traces.writer", "distplb.rebalancer"},
+    "concurrent": {"distplb.packing.cpu", "distplb.traces.writer", "distplb.background", "distplb.saves"},
     "triton": {"distplb.packing.cuda_kernels", "distplb.packing.cuda_settle", "distplb.packing.cuda_steps"},
     "transformers": {"distplb.integrations.huggingface"},
     "torchtitan": {"distplb.integrations.torchtitan"},

@@ -22,7 +22,7 @@ from torch import Tensor
 from distplb import DistplbError, Placement, Topology, imbalance, lower_bound, plan
 from distplb.comm.base import Comm, WorldOfOne
 from distplb.comm.torchdist import TorchComm
-from distplb.planner import plan_in_stages
+from distplb.planner import Planning, plan_in_stages
 from distplb.planning.options import SearchOptions
 from distplb.planning.problem import Problem
 from distplb.price import TimeCurve
@@ -323,11 +323,17 @@ def test_a_rank_that_fails_in_the_middle_leaves_nobody_waiting(stage: str, rank:
         assert text == f"rank {rank}: MemoryError('no room')"
 
 
-def test_a_caller_can_add_fields_to_the_header() -> None:
+def test_a_caller_can_add_fields_to_the_header_and_goes_from_stage_to_stage() -> None:
     options = SearchOptions(num_candidates=2, engine="reference")
-    planned = plan_in_stages(skewed_load(), Topology(1, 4), WorldOfOne(), options, fields={"x": 1})
+    planning = Planning(skewed_load(), Topology(1, 4), WorldOfOne(), options, fields={"x": 1})
+    assert torch.equal(planning.load, skewed_load())
+    planning.search()
+    planning.choose()
+    planning.polish()
+    planned = planning.share()
     assert planned.engine == "reference"
     assert torch.equal(planned.load, skewed_load())
+    assert planned.placement == plan_in_stages(skewed_load(), Topology(1, 4), WorldOfOne(), options).placement
 
 
 @pytest.mark.skipif(find_spec("numba") is None, reason="needs Numba")

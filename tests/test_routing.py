@@ -301,7 +301,7 @@ def test_a_move_waits_until_what_is_being_saved_is_staged() -> None:
 
 
 def test_a_save_that_is_never_staged_is_an_error_and_not_a_hang(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("distplb.rebalancer._STAGING_SECONDS", 0.1)
+    monkeypatch.setattr("distplb.saves._STAGING_SECONDS", 0.1)
     job = Job(ranks=1)
     rebalancer = job.rebalancer(every=1)
     rebalancer.saving(Saving(_future()))

@@ -19,13 +19,19 @@ __all__ = ["agree", "digest", "raise_everywhere", "told_by_root"]
 _TEXT_BYTES = 2048
 
 
-def agree(comm: Comm, fields: Mapping[str, int], error: Exception | None = None) -> None:
+def agree(
+    comm: Comm, fields: Mapping[str, int], error: Exception | None = None, *, least: Sequence[int] = ()
+) -> list[int]:
     """One all-reduce (MIN) of each field, of its negative, of "I am well" and of "my experts are whole".
 
     Args:
         comm: all its ranks call this together, with the same names of fields.
         fields: integers (below 2^63 in magnitude) that must be equal on all ranks.
         error: what went wrong on this rank, if anything did; the fields are then not looked at.
+        least: integers that may differ, as many on all ranks.
+
+    Returns:
+        The least over ranks of each of `least`.
 
     Raises:
         DistplbError: on every rank, with the text of the lowest failed rank. A HalfMovedError of one rank is one on
@@ -35,19 +41,20 @@ def agree(comm: Comm, fields: Mapping[str, int], error: Exception | None = None)
     values = [0] * len(fields) if error else list(fields.values())
     ill = comm.rank if error else comm.size  # the least ill rank speaks
     whole = 0 if isinstance(error, HalfMovedError) else 1
-    header = torch.tensor([ill, whole, *values, *(-value for value in values)], device=comm.device)
+    header = torch.tensor([ill, whole, *values, *(-value for value in values), *least], device=comm.device)
     comm.all_reduce_min(header)
     ill, whole, *reduced = header.tolist()
     if ill < comm.size:
         raise_everywhere(comm, ill, error, DistplbError if whole else HalfMovedError)
-    least, largest = reduced[: len(fields)], [-value for value in reduced[len(fields) :]]
-    for name, low, high in zip(fields, least, largest, strict=True):
-        if low != high:
+    number = len(fields)
+    for name, low, negative in zip(fields, reduced[:number], reduced[number : 2 * number], strict=True):
+        if low != (high := -negative):
             raise DisagreementError(
                 f"ranks disagree on {name}: {low} on one, {high} on another, {fields[name]} on rank {comm.rank}; "
                 "pass the same on every rank",
                 name,
             )
+    return reduced[2 * number :]
 
 
 def digest(value: object) -> int:

@@ -43,7 +43,6 @@ from distplb.comm.torchdist import TorchComm
 from distplb.errors import DistplbError
 from distplb.integrations.common import counts_of, gpus_of_a_node, named_parts, not_found, within_groups
 from distplb.layer import ExpertTensor, FlatShard, MoELayer, Rows
-from distplb.placement import Placement
 from distplb.rebalancer import Rebalancer
 from distplb.ties import RouterTies
 from distplb.topology import Topology
@@ -176,18 +175,6 @@ class MegatronRebalancer(Rebalancer):
         super().__init__(*arguments, **options)
         layers: Sequence[MoELayer] = arguments[0]
         self._late = [chunk for chunk in chunks if layers and chunk.ddp_config.overlap_param_gather]
-        self._own_every = options["every"]
-
-    def step(self) -> None:
-        """As `Rebalancer.step`. Call it after Megatron's `optimizer.step()`, where that was successful."""
-        if self.enabled and (self.iteration + 1) % self._own_every == 0:
-            self._gather()
-        super().step()
-
-    def apply(self, placement: Placement) -> None:
-        """As `Rebalancer.apply`."""
-        self._gather()
-        super().apply(placement)
 
     def attach(self) -> NoReturn:
         """Refused: the inner optimizers' steps end before Megatron's own.
@@ -200,7 +187,7 @@ class MegatronRebalancer(Rebalancer):
             "already move them; call rebalancer.step() after Megatron's optimizer.step()"
         )
 
-    def _gather(self) -> None:
+    def _before_a_move(self) -> None:
         for chunk in self._late:
             chunk.start_param_sync(force_sync=True)
 

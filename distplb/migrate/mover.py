@@ -18,7 +18,7 @@ from distplb.migrate.checksum import expert_checksums
 from distplb.migrate.kinds import completed, what_travels
 from distplb.migrate.pieces import Layout
 from distplb.migrate.state import BackwardWatch, RowTensor, Traveller, check_known, row_tensors, travellers
-from distplb.migrate.transfer import Move, agreed_layouts
+from distplb.migrate.transfer import Limits, Move, Moved, agreed_layouts
 from distplb.placement import Placement
 from distplb.stages import Stages
 from distplb.topology import Topology
@@ -106,8 +106,9 @@ class Mover:
         verify: bool,
         stages: Stages,
         error: Exception | None = None,
-    ) -> Move | None:
-        """Move from one placement to another; returns what was done, None where nothing had to be.
+        limits: Limits | None = None,
+    ) -> Moved:
+        """Move from one placement to another, or make the beginning of it; returns what was done.
 
         Args:
             old: the placement in force.
@@ -117,22 +118,24 @@ class Mover:
             verify: compare every expert's checksum before and after.
             stages: receives the seconds.
             error: why this rank cannot; all ranks then raise it.
+            limits: of what is done at once; all is where None.
 
         Raises:
+            DisagreementError: on all ranks, where they want different placements, or different things travel.
             DistplbError: on all ranks, if any refuses, before anything of the commit at hand is written.
             HalfMovedError: if the experts are not whole any more; `broken` then says why.
         """
         with stages.stage("move"):
-            move = self._agreed_move(old, new, travelling, error)
-        if not move.slots:
-            return None
-        before = self._checksums(old, travelling, stages) if verify else None
+            move = self._agreed_move(old, new, travelling, error, limits)
+        if not move.layers:
+            return Moved()
+        before = self._checksums(move, travelling, stages) if verify else None
         self.broken = "a move was interrupted"
         try:
             with stages.stage("move"):
-                move.run(on_commit)
+                moved = move.run(on_commit)
             if before is not None:
-                self._compare(before, self._checksums(new, travelling, stages))
+                self._compare(before, self._checksums(move, travelling, stages))
         except HalfMovedError as why:
             self.broken = str(why)
             raise
@@ -140,9 +143,16 @@ class Mover:
             self.broken = None  # refused before anything of that commit was written
             raise
         self.broken = None
-        return move
+        return moved
 
-    def _agreed_move(self, old: Placement, new: Placement, travelling: Travelling, error: Exception | None) -> Move:
+    def _agreed_move(
+        self,
+        old: Placement,
+        new: Placement,
+        travelling: Travelling,
+        error: Exception | None,
+        limits: Limits | None,
+    ) -> Move:
         fields = {"the placement (digest)": 0, "what travels with the experts (digest)": 0}
         try:
             travelling[:] = completed(self._tensors, self._layouts, travelling, self._comm)
@@ -151,17 +161,19 @@ class Mover:
         try:
             if error is not None:
                 raise error
-            move = Move(old, new, list(zip(self._tensors, self._layouts, travelling, strict=True)), self._comm)
+            layers = list(zip(self._tensors, self._layouts, travelling, strict=True))
+            move = Move(old, new, layers, self._comm, limits)
             fields = dict(zip(fields, (new.digest(), what_travels(travelling)), strict=True))
         except Exception as caught:
             error = caught
         agree(self._comm, fields, error)
         return move
 
-    def _checksums(self, placement: Placement, travelling: Travelling, stages: Stages) -> Tensor:
-        """`[L, E]`: of every expert, where `placement` has it."""
+    def _checksums(self, move: Move, travelling: Travelling, stages: Stages) -> Tensor:
+        """`[L, E]`: of every expert of the layers that change, where the placement in force has it; else 0."""
         with stages.stage("verify"):
-            return expert_checksums(list(zip(self._tensors, travelling, strict=True)), placement, self._comm)
+            changing = [some if layer in move.layers else [] for layer, some in enumerate(travelling)]
+            return expert_checksums(list(zip(self._tensors, changing, strict=True)), move.placement, self._comm)
 
     def _compare(self, before: Tensor, after: Tensor) -> None:
         wrong = before.ne(after).nonzero()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from distplb.migrate.pieces import Layout, Piece
 from distplb.placement import Placement
@@ -62,7 +63,12 @@ def cycles(old: Sequence[int], new: Sequence[int]) -> list[list[int]]:
 
 
 def commits(
-    old: Placement, new: Placement, gpu_bytes: Sequence[int], router_bytes: Sequence[int], budget: int
+    old: Placement,
+    new: Placement,
+    gpu_bytes: Sequence[int],
+    router_bytes: Sequence[int],
+    budget: int,
+    most: int | None = None,
 ) -> list[list[SlotMove]]:
     """The moves of each commit, in order; none stages more than `budget` bytes on any rank if a swap of two fits.
 
@@ -72,20 +78,27 @@ def commits(
         gpu_bytes: by layer, what the GPU of a slot stages when that slot receives an expert.
         router_bytes: by layer, what every rank stages besides for each slot that receives.
         budget: in bytes, on each rank.
+        most: commits that are wanted, the first ones; all where None.
     """
-    done: list[list[SlotMove]] = []
+    return list(islice(_all_commits(old, new, gpu_bytes, router_bytes, budget), most))
+
+
+def _all_commits(
+    old: Placement, new: Placement, gpu_bytes: Sequence[int], router_bytes: Sequence[int], budget: int
+) -> Iterator[list[SlotMove]]:
     batch: list[SlotMove] = []
     staged = _Staged(gpu_bytes, router_bytes, old)
     for layer in range(old.num_layers):
         for cycle in cycles(old.expert_of_slot[layer].tolist(), new.expert_of_slot[layer].tolist()):
             for part in _split(layer, cycle, staged, budget):
                 if batch and staged.peak(batch + part) > budget:
-                    done.append(batch)
+                    yield batch
                     batch = []
                 # Parts of one cycle read what the one before writes. They never share a commit: a cycle is only cut
                 # where one more of its slots would exceed the budget.
                 batch = batch + part
-    return [*done, batch] if batch else done
+    if batch:
+        yield batch
 
 
 @dataclass(frozen=True)

@@ -5,20 +5,22 @@ Nothing is half moved: until all ranks have staged a commit, nobody has written 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from distplb.comm.agreement import agree
 from distplb.comm.base import Comm
-from distplb.errors import DistplbError, HalfMovedError
+from distplb.errors import DistplbError, HalfMovedError, LostRanksError
 from distplb.migrate.pieces import Layout, Part, joined
 from distplb.migrate.schedule import Copy, RankStep, SlotMove, commits, copies, rank_step
 from distplb.migrate.state import RowTensor, Traveller
 from distplb.placement import Placement
 
-__all__ = ["Move", "agreed_layouts"]
+__all__ = ["Limits", "Move", "Moved", "agreed_layouts"]
 
 _STAGING_BYTES = 256 << 20
 _OPERATIONS = 32  # in one round, on one rank
@@ -57,6 +59,22 @@ def agreed_layouts(layers: Sequence[Sequence[RowTensor]], num_slots: int, comm: 
     return [[next(following) for _ in layer] for layer in layers]
 
 
+class Limits(NamedTuple):
+    """How much of a change of placement is made at once; at least one commit of it is."""
+
+    commits: int  # at most
+    bytes: int  # staged on a rank in one of them; more where a swap of two experts takes more
+    seconds: float  # after which no further one begins: when the first rank's time is over
+
+
+class Moved(NamedTuple):
+    """What was done."""
+
+    slots: int = 0  # that received another expert, over all layers
+    bytes: int = 0  # that crossed from rank to rank, over all ranks
+    commits: int = 0
+
+
 class Move:
     """A change of placement made ready: scheduled, and holding the memory that its staging takes.
 
@@ -68,60 +86,81 @@ class Move:
         new: of the same shape; neither with replicas.
         layers: by layer, the declared tensors, their layouts, and what travels with them on this rank.
         comm: the ranks that hold the tensors.
+        limits: to do the beginning of it only; all of it where None.
 
     Attributes:
-        slots: that receive another expert, over all layers.
-        bytes: that cross from rank to rank, over all ranks.
+        layers: indices of those in which slots receive another expert.
+        placement: in force; after each commit another one.
     """
 
-    def __init__(self, old: Placement, new: Placement, layers: Sequence[LayerTensors], comm: Comm) -> None:
-        self._old, self._comm = old, comm
+    def __init__(
+        self,
+        old: Placement,
+        new: Placement,
+        layers: Sequence[LayerTensors],
+        comm: Comm,
+        limits: Limits | None = None,
+    ) -> None:
+        self.placement, self._comm, self._limits = old, comm, limits
         self._travelling = [traveller for _, _, travelling in layers for traveller in travelling]
         self._sizes = [traveller.dtype.itemsize for traveller in self._travelling]
         row_bytes = _row_bytes(layers, old.slots_per_gpu)
-        self._commits = commits(old, new, *row_bytes, _budget(*row_bytes))
-        self.slots = sum(len(moves) for moves in self._commits)
-        self.bytes = 0
+        budget = _budget(*row_bytes) if limits is None else limits.bytes
+        self._commits = commits(old, new, *row_bytes, budget, None if limits is None else limits.commits)
+        self.layers = {move.layer for moves in self._commits for move in moves}
         self._steps: list[RankStep] = []
+        self._crossing: list[int] = []  # bytes of each commit
         numbered = _numbered(layers)
         for moves in self._commits:
             wanted = copies(moves, numbered, comm.rank)
-            self.bytes += sum(self._size(copy) for copy in wanted if copy.source_rank != copy.target_rank)
+            self._crossing.append(sum(self._size(copy) for copy in wanted if copy.source_rank != copy.target_rank))
             self._steps.append(rank_step(wanted, comm.rank, _OPERATIONS))
         self._outgoing = self._buffer((_all(step.sends) for step in self._steps), comm.device)
         self._incoming = self._buffer((_all(step.receives) for step in self._steps), comm.device)
         own = next((flat.device for each in self._travelling for flat in each.flats), comm.device)
         self._inside = self._buffer((step.local for step in self._steps), own)
 
-    def run(self, on_commit: Callable[[Placement], None]) -> None:
+    def run(self, on_commit: Callable[[Placement], None]) -> Moved:
         """Bring experts and all that travels with them to their new slots, commit by commit.
 
         Args:
             on_commit: told the placement in force after each commit, before the next begins.
 
+        Returns:
+            What was done: all that was made ready, unless the time was over before.
+
         Raises:
             DistplbError: if a commit could not be staged: it and those after it did not happen.
-            HalfMovedError: if one could not be written: the model is not whole any more.
+            HalfMovedError: if one could not be written, or ranks were lost after the first had been staged: the
+                model is not whole any more.
         """
-        placement = self._old
+        done = Moved()
         error: Exception | None = None
+        ends = time.monotonic() + self._limits.seconds if self._limits is not None else None
         for number, (moves, step) in enumerate(zip(self._commits, self._steps, strict=True)):
             staged: list[tuple[Copy, Tensor]] = []
             try:
                 # Also after a write that failed here: the others wait for this rank's part before they agree.
                 staged = self._stage(step)
+            except LostRanksError as lost:
+                if not number:  # no rank writes before this one agrees
+                    raise
+                raise _half_moved(number, lost) from lost
             except Exception as caught:
                 error = error or caught
-            self._agree_on(number, error)
+            is_time_left = self._agree_on(number, error, ends is None or time.monotonic() < ends)
             try:
                 for copy, data in staged:
                     self._bytes(copy.tensor, copy.target_offset, copy.count).copy_(data)
+                self.placement = _after(self.placement, moves)
+                done = Moved(done.slots + len(moves), done.bytes + self._crossing[number], done.commits + 1)
+                on_commit(self.placement)
             except Exception as caught:
                 error = HalfMovedError(f"commit {number} was not written whole: {caught!r}")
-                continue
-            placement = _after(placement, moves)
-            on_commit(placement)
-        self._agree_on(len(self._commits), error)
+            if not is_time_left:
+                break
+        self._agree_on(done.commits, error, False)
+        return done
 
     def _stage(self, step: RankStep) -> list[tuple[Copy, Tensor]]:
         """Each copy into this rank with its bytes, read before anything is written."""
@@ -147,14 +186,17 @@ class Move:
             )
         return staged
 
-    def _agree_on(self, number: int, error: Exception | None) -> None:
+    def _agree_on(self, number: int, error: Exception | None, is_time_left: bool) -> bool:
+        """Whether all ranks have time for another commit after this one."""
         try:
-            agree(self._comm, {"the number of the commit": number}, error)
-        except DistplbError:
+            (all_have_time,) = agree(self._comm, {"the number of the commit": number}, error, least=[is_time_left])
+        except DistplbError as refused:
+            if isinstance(refused, LostRanksError):
+                raise _half_moved(number, refused) from refused
             raise
         except Exception as lost:
-            # Without an answer nobody knows whether the others went on to write.
-            raise HalfMovedError(f"the ranks could not agree on commit {number}: {lost!r}") from lost
+            raise _half_moved(number, lost) from lost
+        return bool(all_have_time)
 
     def _laid_out(self, some: Sequence[Copy], buffer: Tensor) -> Iterator[tuple[Copy, Tensor]]:
         """Each copy with its part of the buffer, one behind the other."""
@@ -176,6 +218,13 @@ class Move:
 
     def _size(self, copy: Copy) -> int:
         return copy.count * self._sizes[copy.tensor]
+
+
+def _half_moved(number: int, why: Exception) -> HalfMovedError:
+    """Without an answer nobody knows whether the others went on to write."""
+    if isinstance(why, LostRanksError):
+        why.stage = "move"
+    return HalfMovedError(f"the ranks could not agree on commit {number}: {why}")
 
 
 def _all(messages: dict[int, list[Copy]]) -> list[Copy]:

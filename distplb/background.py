@@ -1,0 +1,58 @@
+"""What runs beside the training thread: one thing at a time, in a thread and on a CUDA stream of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+
+__all__ = ["Background"]
+
+
+class Background:
+    """A thread that is made when it is first used.
+
+    Args:
+        device: whose stream is used where it is a GPU; the work sees what the training stream has written so far.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._thread: ThreadPoolExecutor | None = None
+        self._stream: torch.cuda.Stream | None = None
+
+    def start(self, run: Callable[[], None]) -> Callable[[], None]:
+        """Run it beside the caller, behind what was started before.
+
+        Returns:
+            What waits until it has ended, and raises what it raised.
+        """
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="distplb")
+        if self._device.type != "cuda":
+            return _waiting(self._thread.submit(run))
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(self._device)
+        written = torch.cuda.current_stream(self._device).record_event()
+        return _waiting(self._thread.submit(self._on_stream, run, self._stream, written))
+
+    def close(self) -> None:
+        """Wait for what is running, and end the thread."""
+        if self._thread is not None:
+            self._thread.shutdown()
+            self._thread = None
+
+    def _on_stream(self, run: Callable[[], None], stream: torch.cuda.Stream, written: torch.cuda.Event) -> None:
+        with torch.cuda.stream(stream):
+            stream.wait_event(written)
+            run()
+        # The training stream may then use what was made here without waiting for this one.
+        stream.synchronize()
+
+
+def _waiting(future: Future[None]) -> Callable[[], None]:
+    def wait() -> None:
+        future.result()
+
+    return wait
