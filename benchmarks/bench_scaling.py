@@ -54,8 +54,10 @@ TEXT = (
     "search and less the root's polish, so waiting for late ranks, Python, checks and copies are all in it. `bare` are "
     "the same collectives (sizes and types as the plan asked for them) straight from torch.distributed, back to back, "
     "in the same processes, turn by turn with the plans. Given are medians over turns and, in brackets, quartiles; × "
-    "is the median of overhead / bare, turn by turn."
+    "is the median of overhead / bare, turn by turn. A turn begins when nothing else runs on the machine, or after "
+    "--patience seconds all the same; where {least} turns or more began in quiet, only they are counted (`quiet`)."
 )
+LEAST_QUIET = 5
 SHARED = (
     "Rows marked * have more ranks than cores. Their walls are of processes that take turns on a core, also in what "
     "is called overhead, and say nothing about as many cores; the CPU seconds of a rank do."
@@ -72,7 +74,7 @@ DRAWS = 1000
 
 @dataclass(frozen=True)
 class Cell:
-    """One load at one number of ranks and candidates."""
+    """One load at one number of ranks and candidates; `turns` are those that count, `quiet` says which."""
 
     case: str
     ranks: int
@@ -82,13 +84,17 @@ class Cell:
     bound: float
     digest: int
     turns: tuple[Turn, ...]
+    quiet: str
 
     @classmethod
     def of(cls, found: dict[str, Any]) -> Cell:
         """From what scaling_turns.py writes."""
         own = {name: found[name] for name in ("case", "ranks", "candidates", "imbalance", "bound", "digest")}
         collectives = tuple((kind, size) for kind, size in found["collectives"])
-        return cls(**own, collectives=collectives, turns=tuple(map(Turn.of_marks, found["turns"])))
+        turns = tuple(map(Turn.of_marks, found["turns"]))
+        quiet = tuple(turn for turn in turns if turn.quiet)
+        counted = quiet if len(quiet) >= LEAST_QUIET else turns
+        return cls(**own, collectives=collectives, turns=counted, quiet=f"{len(quiet)} of {len(turns)}")
 
     def every(self, figure: Callable[[Turn], float]) -> list[float]:
         """A figure of each turn."""
@@ -162,7 +168,8 @@ def numbers(name: str, ranks: int) -> list[int]:
 
 def arguments(options: argparse.Namespace, what: list[Any], output: Path) -> list[str]:
     """Of scaling_turns.py."""
-    return ["--loads", str(options.loads.resolve()), "--what", json.dumps(what), "--output", str(output)]
+    given = ["--loads", str(options.loads.resolve()), "--what", json.dumps(what), "--output", str(output)]
+    return [*given, "--patience", str(options.patience)]
 
 
 def on_this_host(options: argparse.Namespace, ranks: int, what: list[Any]) -> list[dict[str, Any]]:
@@ -273,7 +280,10 @@ def reported(
 ) -> str:
     """The whole result."""
     given = {"--loads": "DIR", "--ranks": options.ranks, "--hosts": options.hosts, "--megabits": options.megabits}
-    parts = [header(title(options), TEXT, command_line("bench_scaling.py", given), "cpu"), wrapped(SHARED)]
+    parts = [
+        header(title(options), TEXT.format(least=LEAST_QUIET), command_line("bench_scaling.py", given), "cpu"),
+        wrapped(SHARED),
+    ]
     if options.output:
         parts.append(f"![Seconds against ranks, measured and modelled]({options.output.with_suffix('.png').name})")
     parts.append(f"## Overhead at {TARGET_RANKS} ranks\n\n{targets(cells)}")
@@ -320,7 +330,19 @@ def targets(cells: Sequence[Cell]) -> str:
 
 def times(cells: Sequence[Cell], cores: int) -> str:
     """A row for each cell of one load."""
-    head = ["ranks", "K", "wall ms", "slowest search", "polish", "overhead", "bare", "×", "CPU ms a rank", "imbalance"]
+    head = [
+        "ranks",
+        "K",
+        "wall ms",
+        "slowest search",
+        "polish",
+        "overhead",
+        "bare",
+        "×",
+        "CPU ms a rank",
+        "imbalance",
+        "quiet",
+    ]
     lines = [
         [
             marked(cell, cores),
@@ -338,6 +360,7 @@ def times(cells: Sequence[Cell], cores: int) -> str:
             f"{cell.median(lambda turn: turn.overhead / turn.bare):.2f}",
             ms(cell.median(lambda turn: turn.cpu)),
             f"{cell.imbalance:.5f}",
+            cell.quiet,
         ]
         for cell in cells
     ]
@@ -441,6 +464,7 @@ def parsed_options() -> argparse.Namespace:
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 3, 4, 6, 8], help="multiples of --hosts")
     parser.add_argument("--hosts", type=int, help="spread the ranks over so many network namespaces")
     parser.add_argument("--megabits", type=float, help="per second, of each host's link")
+    parser.add_argument("--patience", type=float, default=0.2, help="seconds to wait for a quiet machine, each time")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the result there, as markdown, and a figure")
     options = parser.parse_args()
     if options.hosts and any(ranks % options.hosts for ranks in options.ranks):

@@ -50,6 +50,7 @@ class Turn:
         collectives: of each alone, from the last rank's end of the one before to the last rank's end.
         cpu: of a rank in the whole plan, mean.
         search_cpu, polish_cpu: CPU seconds of the search, most of all ranks; and of the root's polish.
+        quiet: whether nothing else ran on the machine when it started.
     """
 
     wall: float
@@ -59,6 +60,7 @@ class Turn:
     cpu: float
     search_cpu: float
     polish_cpu: float
+    quiet: bool
 
     @property
     def bare(self) -> float:
@@ -72,7 +74,7 @@ class Turn:
 
     @classmethod
     def of_marks(cls, ranks: Sequence[Mapping[str, Any]]) -> Turn:
-        """From each rank's "plan" (stage: begin, end, CPU seconds) and "bare" (begin, and the end of each)."""
+        """From each rank's "plan" (stage: begin, end, CPU seconds) "bare" (begin, and the end of each), "quiet"."""
         plans = [rank["plan"] for rank in ranks]
         begin, end = min(plan["whole"][0] for plan in plans), max(plan["whole"][1] for plan in plans)
         polish = plans[0]["polish"]
@@ -94,6 +96,7 @@ class Turn:
             cpu=float(np.mean([plan["whole"][2] for plan in plans])),
             search_cpu=max(plan["search"][2] for plan in plans),
             polish_cpu=polish[2],
+            quiet=bool(ranks[0]["quiet"]),
         )
 
 

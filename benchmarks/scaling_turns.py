@@ -33,6 +33,8 @@ from distplb.stages import Stages
 
 __all__ = ["CASES", "Case", "dealt"]
 
+LOADAVG = Path("/proc/loadavg")
+LOOK_SECONDS, LOOKS = 5e-3, 4  # between two looks at the machine, and quiet ones in a row before a turn starts
 LEAD_SECONDS = 5e-3  # from the moment that a start is agreed on to the start
 STEPS, SEQUENCES = 32, 32  # of a window, and of each of its steps
 WAVER = 0.3  # of the logarithm of an expert's popularity from one step to the next, where a record has no steps
@@ -81,10 +83,10 @@ def _deepseek_in_steps(folder: Path) -> Tensor:
 
 
 CASES = {
-    "OLMoE": Case(_olmoe, Topology(1, 8), 64, fixed=64, each=8, turns=40, most=1 << 14),
+    "OLMoE": Case(_olmoe, Topology(1, 8), 64, fixed=64, each=8, turns=60, most=1 << 14),
     "DeepSeek-V2-Lite, T = 32": Case(_sequences, Topology(1, 8), 64, fixed=64, each=8, turns=15, most=1 << 10),
     "DeepSeek-V3": Case(_deepseek, Topology(4, 8), 288, fixed=64, each=8, turns=15, most=1 << 11),
-    "DeepSeek-V3, T = 32": Case(_deepseek_in_steps, Topology(4, 8), 256, fixed=8, each=1, turns=5, most=1 << 4),
+    "DeepSeek-V3, T = 32": Case(_deepseek_in_steps, Topology(4, 8), 256, fixed=8, each=1, turns=7, most=1 << 4),
 }
 
 
@@ -155,26 +157,49 @@ def bare(asked: Sequence[tuple[str, Tensor]]) -> list[float]:
     return marks
 
 
-def start_together() -> None:
-    """Return on all ranks at one moment, agreed on beforehand."""
+def start_together(patience: float) -> bool:
+    """Return on all ranks at one moment, agreed on beforehand, when nothing else runs on the machine.
+
+    Args:
+        patience: seconds that the root waits for that at most.
+
+    Returns:
+        Whether nothing else ran.
+    """
     dist.barrier()
-    moment = torch.tensor([time.perf_counter() + LEAD_SECONDS], dtype=torch.float64)
-    dist.broadcast(moment, 0)
-    time.sleep(max(0.0, moment.item() - time.perf_counter()))
+    until, looks = time.perf_counter() + patience, 0
+    # The others sleep in the broadcast.
+    while dist.get_rank() == 0 and looks < LOOKS and time.perf_counter() < until:
+        looks = looks + 1 if others_running() == 0 else 0
+        time.sleep(LOOK_SECONDS)
+    told = torch.tensor([time.perf_counter() + LEAD_SECONDS, looks == LOOKS], dtype=torch.float64)
+    dist.broadcast(told, 0)
+    moment, quiet = told.tolist()
+    time.sleep(max(0.0, moment - time.perf_counter()))
+    return bool(quiet)
 
 
-def measured(name: str, case: Case, load: Tensor, candidates: int, turns: int) -> dict[str, Any] | None:
-    """All ranks' marks in so many turns, on rank 0."""
+def others_running() -> int:
+    """Threads of the machine that run or wait for a core now, but for this one; 0 where the system does not tell."""
+    return int(LOADAVG.read_text().split()[3].split("/")[0]) - 1 if LOADAVG.exists() else 0
+
+
+def measured(
+    name: str, case: Case, load: Tensor, candidates: int, turns: int, patience: float
+) -> dict[str, Any] | None:
+    """All ranks' marks in so many turns, on rank 0; before each turn so long is waited for a quiet machine at most."""
     comm, options = TorchComm(), SearchOptions(num_slots=case.slots, num_candidates=candidates)
     mine = dealt(load, comm.rank, comm.size)
     listening = Listening(comm)
     placement = plan_in_stages(mine, case.topology, listening, options).placement
     asked = [(kind, torch.zeros_like(tensor)) for kind, tensor in listening.asked]
-    marks = [{"plan": None, "bare": None} for _ in range(turns)]
+    marks: list[dict[str, Any]] = [{} for _ in range(turns)]
     for turn in range(turns):
+        quiet = True
         for what in ("plan", "bare") if turn % 2 else ("bare", "plan"):
-            start_together()
+            quiet &= start_together(patience)
             marks[turn][what] = bare(asked) if what == "bare" else planned(mine, case, comm, options)
+        marks[turn]["quiet"] = quiet
     everyone: list[Any] = [None] * comm.size
     dist.all_gather_object(everyone, marks)
     if comm.rank:
@@ -210,13 +235,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="A rank of bench_scaling.py.")
     parser.add_argument("--loads", type=Path, required=True)
     parser.add_argument("--what", type=json.loads, required=True)
+    parser.add_argument("--patience", type=float, required=True)
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args()
     os.environ["LOCAL_WORLD_SIZE"] = str(os.cpu_count())  # one thread of the engine
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     loads = {name: CASES[name].load(options.loads) for name, _, _ in options.what}
-    found = [measured(name, CASES[name], loads[name], candidates, turns) for name, candidates, turns in options.what]
+    found = [
+        measured(name, CASES[name], loads[name], candidates, turns, options.patience)
+        for name, candidates, turns in options.what
+    ]
     if dist.get_rank() == 0:
         options.output.write_text(json.dumps(found))
     dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""The model of bench_scaling.py on made data whose parameters are known, and what is read from the ranks' marks."""
+"""The model of bench_scaling.py on made data, what is read from marks of ranks, and how bench_same.py judges curves."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def imported(name: str) -> ModuleType:
         sys.path.remove(str(BENCHMARKS))
 
 
-model, turns = imported("scaling_model"), imported("scaling_turns")
+model, turns, same = imported("scaling_model"), imported("scaling_turns"), imported("bench_same")
 
 RANKS, BYTES = (2, 3, 4, 6, 8), (300, 20_000, 4_000_000)
 TRUTH = np.array([40e-6, 25e-6, 1 / 2e9])  # seconds a call, a message, a byte
@@ -119,6 +119,7 @@ def test_a_turn_is_read_from_marks_of_all_ranks() -> None:
             "whole": [0.0, 9.0, 4.2],
         },
         "bare": [20.0, 21.0, 23.0],
+        "quiet": True,
     }
     other = {
         "plan": {
@@ -129,6 +130,7 @@ def test_a_turn_is_read_from_marks_of_all_ranks() -> None:
             "whole": [0.25, 9.5, 3.4],
         },
         "bare": [20.5, 21.5, 22.0],
+        "quiet": True,
     }
     turn = model.Turn.of_marks([root, other])
     assert turn.wall == 9.5
@@ -140,6 +142,7 @@ def test_a_turn_is_read_from_marks_of_all_ranks() -> None:
     assert turn.bare == 3.0
     assert (turn.search_cpu, turn.polish_cpu) == (3.0, 1.9)
     assert turn.cpu == pytest.approx(3.8)
+    assert turn.quiet
 
 
 def test_counts_dealt_to_ranks_add_up_and_are_not_all_on_one() -> None:
@@ -162,3 +165,38 @@ def test_a_stage_in_two_parts_keeps_its_first_begin_and_all_its_cpu_seconds() ->
     assert stages.marks["count"][0] == begin
     assert stages.marks["count"][1] > end
     assert stages.marks["count"][2] > cpu
+
+
+# --- bench_same: is the rebalanced run the odd one among the static ones? -------------------------------------------
+
+
+def test_a_curve_that_lies_apart_is_told_from_those_that_do_not() -> None:
+    """Three seeds of four runs: one run that is always furthest off is chance once in 4^3 ways to pick."""
+    curves = np.random.default_rng(0).normal(size=(3, 4, 50))
+    curves[:, 3] += 10
+    odd = same.oddness(curves)
+    assert (odd.argmax(1) == 3).all()
+    assert same.chance(odd, 3) == 1 / 64
+    assert same.chance(odd, int(odd[:, :3].sum(0).argmin())) > 0.5
+
+
+def test_a_curve_like_the_others_is_called_odd_as_rarely_as_chance_says() -> None:
+    curves = np.random.default_rng(1).normal(size=(400, 3, 4, 5))
+    called = np.mean([same.chance(same.oddness(one), 3) <= 0.05 for one in curves])
+    assert called < 0.09  # at most 0.05 expected
+
+
+def test_smoothed_curves_are_moving_means() -> None:
+    losses = np.random.default_rng(2).normal(size=(2, same.SMOOTH + 3))
+    found = same.smoothed(losses)
+    assert found.shape == (2, 4)
+    np.testing.assert_allclose(found[:, 3], losses[:, 3:].mean(1))
+
+
+def test_other_orders_hold_the_same_sequences_and_other_ranks_get_some() -> None:
+    crops = torch.arange(2 * same.BATCH)[:, None]
+    orders = [order(crops).flatten().tolist() for order in same.STATIC.values()]
+    assert all(sorted(order) == crops.flatten().tolist() for order in orders)
+    assert len(set(map(tuple, orders))) == len(orders)
+    halves = [set(order[: same.BATCH]) for order in orders]
+    assert halves[0] == halves[1] != halves[2]
