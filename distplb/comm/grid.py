@@ -1,0 +1,137 @@
+"""A communicator of two: ranks that stand in rows and columns and have no group in common."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from torch import Tensor
+
+from distplb.comm.agreement import agree
+from distplb.comm.base import Comm, Message
+from distplb.errors import DisagreementError, DistplbError, LostRanksError
+
+__all__ = ["GridComm"]
+
+
+class GridComm:
+    """The ranks of a device mesh of two axes: EP groups side by side, with copies of the same experts.
+
+    Each collective is one of every row and then one of every column, so a plan, which is a header and three, is two
+    headers and six. An exchange begins with a header of its own, because all ranks have to know if a message is
+    refused; experts do not need the diagonal as long as each EP group moves its own copy of them.
+
+    Args:
+        inner: the EP group of this rank: its row, `mesh["ep"]`.
+        outer: the ranks that hold the same experts in the other EP groups: its column, `mesh["edp"]`. Rank i of
+            `inner` and o of `outer` is rank o × `inner.size` + i of both.
+
+    Raises:
+        DistplbError: on every rank of a row or column whose ranks do not stand in one grid, or if the two want their
+            buffers on different devices.
+        LostRanksError: from any call; it names ranks of the grid. Where a rank is lost in one row, other rows may name
+            the ranks that waited for it.
+    """
+
+    def __init__(self, inner: Comm, outer: Comm) -> None:
+        if inner.device != outer.device:
+            raise DistplbError(
+                f"inner wants its buffers on {inner.device}, outer on {outer.device}; pass groups of one backend"
+            )
+        self._inner, self._outer, self.device = inner, outer, inner.device
+        self.rank, self.size = outer.rank * inner.size + inner.rank, outer.size * inner.size
+        self._lost: LostRanksError | None = None
+        self._check()
+
+    def all_reduce_sum(self, tensor: Tensor) -> None:
+        """Add up over rows, then over columns."""
+        for line in (self._inner, self._outer):
+            with self._named(line):
+                line.all_reduce_sum(tensor)
+
+    def all_reduce_min(self, tensor: Tensor) -> None:
+        """The least of each row, then of those."""
+        for line in (self._inner, self._outer):
+            with self._named(line):
+                line.all_reduce_min(tensor)
+
+    def broadcast(self, tensor: Tensor, root: int) -> None:
+        """The root's values: in its row, then along all columns."""
+        row, column = divmod(root, self._inner.size)
+        if row == self._outer.rank:
+            with self._named(self._inner):
+                self._inner.broadcast(tensor, column)
+        with self._named(self._outer):
+            self._outer.broadcast(tensor, row)
+
+    def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> None:
+        """Messages along rows, then along columns. All ranks call this together, also those without messages.
+
+        Raises:
+            DistplbError: on every rank, before anything is sent, if one has a message for neither its row nor column.
+        """
+        peers = {peer for messages in (sends, receives) for _, peer in messages}
+        far = sorted(peer for peer in peers if self._place(peer) == (None, None))
+        agree(self, {}, self._diagonal(far) if far else None)
+        for line, axis in ((self._inner, 0), (self._outer, 1)):
+            with self._named(line):
+                line.exchange(*(list(self._along(axis, messages)) for messages in (sends, receives)))
+
+    def _check(self) -> None:
+        """Rows know of columns and columns of rows; and rows once more, of what only a column saw."""
+        inner, outer, error = self._inner, self._outer, None
+        for line, fields in (
+            (inner, {"the row in the grid (outer.rank)": outer.rank, "the number of rows (outer.size)": outer.size}),
+            (outer, {"the column in the grid (inner.rank)": inner.rank, "the row's ranks (inner.size)": inner.size}),
+            (inner, {}),
+        ):
+            try:
+                with self._named(line):
+                    agree(line, fields, error)
+            except LostRanksError:
+                raise
+            except DisagreementError as unlike:
+                error = DistplbError(
+                    f"inner and outer are not the rows and columns of one grid ({unlike}); pass two axes of one mesh, "
+                    "as in GridComm(TorchComm(mesh['ep']), TorchComm(mesh['edp']))"
+                )
+            except DistplbError as told:
+                error = error or told
+        if error is not None:
+            raise error
+
+    def _place(self, peer: int) -> tuple[int | None, int | None]:
+        """A rank's number in this rank's row, or in its column; neither for those that stand in none of them."""
+        row, column = divmod(peer, self._inner.size)
+        if row == self._outer.rank:
+            return column, None
+        return None, row if column == self._inner.rank else None
+
+    def _along(self, axis: int, messages: Sequence[Message]) -> Iterator[Message]:
+        """Those of the messages that go along the row (0) or the column (1), by its ranks."""
+        for tensor, peer in messages:
+            number = self._place(peer)[axis]
+            if number is not None:
+                yield tensor, number
+
+    def _diagonal(self, far: Sequence[int]) -> DistplbError:
+        return DistplbError(
+            f"rank {self.rank} of the grid of {self._outer.size} × {self._inner.size} has messages for or from ranks "
+            f"{far}, in neither its row nor its column; where experts are sharded over EP groups, pass a communicator "
+            "of all ranks, such as TorchComm(dist.new_group(ranks))"
+        )
+
+    @contextmanager
+    def _named(self, line: Comm) -> Iterator[None]:
+        """Ranks that are lost in a row or column, as ranks of the grid."""
+        if self._lost is not None:
+            raise self._lost
+        try:
+            yield
+        except LostRanksError as lost:
+            size, row, column = self._inner.size, self._outer.rank, self._inner.rank
+            missing = [row * size + rank if line is self._inner else rank * size + column for rank in lost.missing]
+            _, why, stage = lost.args
+            where = f"row {row}" if line is self._inner else f"column {column}"
+            self._lost = LostRanksError(missing, f"in {where} of the grid: {why}", stage)
+            raise self._lost from lost
