@@ -15,6 +15,7 @@ import argparse
 import itertools
 import os
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
@@ -52,7 +53,8 @@ TEXT = (
     "Loss curves of the model of examples/moe_model.py in float32 on two ranks over gloo. All runs of a seed have the "
     "same initial weights and the same batches; static ones differ in the order of the sequences of each batch, which "
     "is an order of additions and nothing else. Figures are differences of losses, smoothed over "
-    f"{SMOOTH} iterations; a final loss is the mean over the last {LAST}. How busy the machine was has no influence."
+    f"{SMOOTH} iterations; a final loss is the mean over the last {LAST}; the band is the widest A/A difference of "
+    "each iteration, in either direction. How busy the machine was has no influence."
 )
 JUDGED = (
     "How it is judged: if a run whose experts move is one more run of the same training, it lies no further from the "
@@ -175,29 +177,33 @@ def reported(losses: np.ndarray, moved: np.ndarray, options: argparse.Namespace)
     command = command_line("bench_same.py", given).replace("python", "torchrun --standalone --nproc-per-node 2", 1)
     parts = [
         header("Rebalanced against static, beside static against static", TEXT, command, "cpu"),
-        f"{options.seeds} seeds, {options.iterations} iterations, a rebalance every {options.every}; {CONFIG.layers} "
-        f"layers, {CONFIG.experts} experts, top-{CONFIG.top_k}, {2 * BATCH * LENGTH} bytes an iteration.",
+        f"{options.seeds} seeds, {options.iterations:,} iterations, a rebalance every {options.every}; MoE layers: "
+        f"{CONFIG.layers}, {CONFIG.experts} experts, top-{CONFIG.top_k}; {2 * BATCH * LENGTH} bytes an iteration.",
     ]
     if options.output:
         figure = options.output.with_suffix(".png").name
         parts.append(f"![Differences of smoothed losses, and the curves]({figure})")
-    parts += [f"## How far apart\n\n{differences(losses)}", f"## Verdict\n\n{JUDGED}\n\n{verdict(losses)}"]
+    parts += [
+        f"## How far apart\n\n{differences(losses)}",
+        f"## Verdict\n\n{textwrap.fill(JUDGED, 110)}\n\n{verdict(losses)}",
+    ]
     parts.append(f"## Final losses, and slots moved\n\n{finals(losses, moved)}")
     return "\n\n".join(parts)
 
 
 def differences(losses: np.ndarray) -> str:
-    """Over all seeds: the largest, the root of the mean square, and that of final losses."""
+    """Over all seeds: the largest, the root of the mean square, what lies in the band of A/A, and final losses."""
     lines = []
-    for what, run in (
-        ("static less static (A/A)", 0),
-        *((f"{name} less static", RUNS.index(name)) for name in RUNS[-2:]),
-    ):
+    names = [("static less static (A/A)", 0), *((f"{name} less static", RUNS.index(name)) for name in RUNS[-2:])]
+    band = np.abs(against_static(smoothed(losses), 0)).max((0, 1))  # [I]
+    for what, run in names:
         curves = against_static(smoothed(losses), run)
+        inside = (np.abs(curves) <= band).mean()
         final = against_static(losses[..., -LAST:], run).mean(-1)
         figures = np.abs(curves).max(), np.sqrt((curves**2).mean()), np.abs(final).max(), np.sqrt((final**2).mean())
-        lines.append([what, str(curves.shape[0] * curves.shape[1]), *(f"{figure:.4f}" for figure in figures)])
-    return markdown(["difference", "curves", "largest", "rms", "final, largest", "final, rms"], lines)
+        texts = [f"{figure:.4f}" for figure in figures]
+        lines.append([what, str(curves.shape[0] * curves.shape[1]), *texts[:2], f"{inside:.1%}", *texts[2:]])
+    return markdown(["difference", "curves", "largest", "rms", "in the band", "final, largest", "final, rms"], lines)
 
 
 def verdict(losses: np.ndarray) -> str:

@@ -86,7 +86,7 @@ CASES = {
     "OLMoE": Case(_olmoe, Topology(1, 8), 64, fixed=64, each=8, turns=60, most=1 << 14),
     "DeepSeek-V2-Lite, T = 32": Case(_sequences, Topology(1, 8), 64, fixed=64, each=8, turns=15, most=1 << 10),
     "DeepSeek-V3": Case(_deepseek, Topology(4, 8), 288, fixed=64, each=8, turns=15, most=1 << 11),
-    "DeepSeek-V3, T = 32": Case(_deepseek_in_steps, Topology(4, 8), 256, fixed=8, each=1, turns=7, most=1 << 4),
+    "DeepSeek-V3, T = 32": Case(_deepseek_in_steps, Topology(4, 8), 256, fixed=8, each=1, turns=5, most=1 << 4),
 }
 
 

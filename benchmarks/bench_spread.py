@@ -1,0 +1,109 @@
+"""How long iterations take while experts are rebalanced: spread over iterations, all in one, and not at all.
+
+    torchrun --standalone --nproc-per-node 2 benchmarks/bench_spread.py --output benchmarks/results/DATE-spread.md
+
+Trains three models of examples/pretrain_moe.py in the same processes, in turns, so that whatever else the machine does
+hits all of them alike. All other options are the example's own.
+Shapes: I iterations.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tables import command_line, header, markdown
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+import pretrain_moe
+
+RUNS = ("static", "spread", "rebalanced")
+DEFAULTS = ["--every", "10", "--turn", "5", "--iterations", "130", "--ffn", "1536"]
+TARGET = 1.25  # of static's 95th percentile
+LEAST = 1e-3  # seconds in the rebalancer that say that an iteration was touched by a rebalance
+TEXT = (
+    "Seconds of whole iterations, rebalancing included, mean over ranks. Runs take turns of a few iterations; the "
+    "first window is left out. `÷ static` is the 95th percentile over that of the static run. `touched` are the "
+    "iterations in which the rebalancer took more than a millisecond, and their median and longest. A spread rebalance "
+    "searches in a thread beside the training; here it has no core of its own, so the iterations beside it are slower "
+    "too, and that is in their time."
+)
+
+
+def main() -> None:
+    """Train, print, and write where that is asked for."""
+    parser = argparse.ArgumentParser(description="Iteration times with spread rebalances.")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write the result there, as markdown")
+    options, rest = parser.parse_known_args()
+    given = rest or DEFAULTS
+    sys.argv[1:] = given
+    args = pretrain_moe.parse_arguments()
+    group, device = pretrain_moe.start(args.device)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    events: dict[str, list[Any]] = defaultdict(list)
+    runs = []
+    for balance in RUNS:
+        # The example's rebalancers tell this function of their events.
+        pretrain_moe.report = lambda event, balance=balance: noted(events[balance], event)
+        runs.append(pretrain_moe.Run(args, "plain", balance, group, device))
+    pretrain_moe.train(args, runs, pretrain_moe.text_of_iterations(args))
+    if pretrain_moe.rank() == 0:
+        command = command_line("bench_spread.py", {}).replace("python", "torchrun --standalone --nproc-per-node 2", 1)
+        report = "\n\n".join(
+            [
+                header("Iterations while experts are rebalanced", TEXT, f"{command} {' '.join(given)}", "cpu"),
+                f"{pretrain_moe.SPREAD}.",
+                table({run.balance: run.measured() for run in runs}, events),
+            ]
+        )
+        print(report)
+        if options.output:
+            options.output.write_text(f"{report}\n")
+    if group is not None:
+        dist.destroy_process_group()
+
+
+def noted(events: list[Any], event: Any) -> None:
+    """Keep an event when it comes first; it comes again when its plan has been followed for a window."""
+    if event.imbalance_next is None:
+        events.append(event)
+
+
+def table(found: dict[str, Any], events: dict[str, list[Any]]) -> str:
+    """A row for each run."""
+    head = ["run", "rebalances", "slots moved", "median s", "95th", "99th", "longest", "÷ static", "touched", "verdict"]
+    asked = percentiles(found["static"])[1]
+    lines = []
+    for balance, measured in found.items():
+        median, high, higher, longest = percentiles(measured)
+        touched = (measured.seconds + measured.rebalance_seconds)[measured.rebalance_seconds > LEAST].numpy()
+        about = f"{len(touched)}: {np.median(touched):.2f}, {touched.max():.2f}" if len(touched) else ""
+        verdict = "" if balance != "spread" else "met" if high <= TARGET * asked else "missed"
+        lines.append(
+            [
+                balance,
+                str(len(events[balance])),
+                str(sum(event.slots_moved for event in events[balance])),
+                *(f"{seconds:.3f}" for seconds in (median, high, higher, longest)),
+                f"{high / asked:.2f}",
+                about,
+                verdict,
+            ]
+        )
+    return markdown(head, lines)
+
+
+def percentiles(measured: Any) -> tuple[float, ...]:
+    """Median, 95th, 99th and the largest, in seconds."""
+    return tuple(np.quantile((measured.seconds + measured.rebalance_seconds).numpy(), [0.5, 0.95, 0.99, 1]).tolist())
+
+
+if __name__ == "__main__":
+    main()
