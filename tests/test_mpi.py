@@ -13,6 +13,7 @@ from test_comm import conforms
 from test_planner import PLANS, planned, skewed_load
 
 from distplb import DistplbError, Topology, plan
+from distplb.comm.base import Comm, WorldOfOne
 from distplb.comm.mpi import MpiComm
 from distplb.errors import LostRanksError
 
@@ -20,6 +21,13 @@ pytestmark = pytest.mark.skipif(MPIEXEC is None, reason="no mpiexec, or no mpi4p
 
 SOME = ["many candidates", "replicas", "current with groups", "blocks over GPUs", "a price with classes", "a curve"]
 DEADLINE = 2.0  # seconds; short, but longer than a process stands still where cores are shared
+
+
+def shared_plans(comm: Comm) -> dict[str, list[list[int]]]:
+    """Some plans, from counts that are spread unevenly over the ranks."""
+    whole = skewed_load()
+    mine = whole // comm.size if comm.rank else whole - (comm.size - 1) * (whole // comm.size)
+    return {name: planned(mine, name, comm).expert_of_slot.tolist() for name in SOME}
 
 
 def refusal(call: Any) -> str:
@@ -31,7 +39,7 @@ def refusal(call: Any) -> str:
 
 
 def conforming_and_planning() -> dict[str, Any]:
-    """All that ranks can show in one start of their processes; plans are made from counts that each has a part of."""
+    """All that ranks can show in one start of their processes."""
     from mpi4py import MPI
 
     comm, world = MpiComm(), MPI.COMM_WORLD
@@ -45,18 +53,16 @@ def conforming_and_planning() -> dict[str, Any]:
         refusal(lambda: MpiComm(deadline=0)),
         refusal(lambda: plan(skewed_load()[:, :, : 8 * (1 + comm.rank)], Topology(1, 4), comm=comm)),
     ]
-    whole = skewed_load()
-    mine = whole // comm.size if comm.rank else whole - (comm.size - 1) * (whole // comm.size)
     return {
         "refused": refused,
-        "plans": {name: planned(mine, name, comm).expert_of_slot.tolist() for name in SOME},
+        "plans": shared_plans(comm),
         "topology": [Topology.from_env().num_nodes, Topology.from_env().gpus_per_node],
     }
 
 
 @pytest.fixture(scope="module")
 def alone() -> dict[str, list[list[int]]]:
-    return {name: planned(skewed_load(), name).expert_of_slot.tolist() for name in SOME}
+    return shared_plans(WorldOfOne())
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
