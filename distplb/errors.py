@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-__all__ = ["DisagreementError", "DistplbError", "HalfMovedError", "LostRanksError"]
+__all__ = ["DisagreementError", "DistplbError", "HalfMovedError", "LostRanksError", "in_stage"]
 
 
 class DistplbError(RuntimeError):
@@ -58,3 +58,8 @@ class LostRanksError(DistplbError):
             f"{where}{who if self.missing else 'the ranks lost each other'} ({self._why}); stop this process and "
             "resume the job from its last checkpoint"
         )
+
+
+def in_stage(name: str, error: Exception) -> DistplbError:
+    """What went wrong in a stage, for all ranks to raise: what nobody foresaw is told with the stage's name."""
+    return error if isinstance(error, DistplbError) else DistplbError(f"in stage {name}: {error!r}")

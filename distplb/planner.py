@@ -14,6 +14,7 @@ from torch import Tensor
 
 from distplb.comm.agreement import agree, raise_everywhere
 from distplb.comm.base import Comm, WorldOfOne
+from distplb.errors import in_stage
 from distplb.load import as_tokens
 from distplb.packing.candidates import CANDIDATE_BITS
 from distplb.placement import Placement
@@ -171,7 +172,7 @@ class Planning:
                 self._problem = Problem(self._load, self._topology, self._options)
                 self._key = _best_keys(self._problem, self._options.candidates, self._comm, self._load)
             except Exception as caught:
-                self._error = caught
+                self._error = in_stage("search", caught)
 
     def choose(self) -> None:
         """(3) The best candidate of every layer, over all ranks."""
@@ -190,7 +191,7 @@ class Planning:
                 best = self._problem.build(self._key & ((1 << CANDIDATE_BITS) - 1))
                 self._table = self._problem.polish(best).to(self._comm.device)
             except Exception as caught:
-                self._error = caught
+                self._error = in_stage("polish", caught)
 
     def share(self) -> Planned:
         """(5) The root's placement, on all ranks."""

@@ -21,7 +21,7 @@ from distplb.account import Account, completed, skipped_event
 from distplb.background import Background
 from distplb.comm.agreement import agree, digest
 from distplb.comm.base import Comm, WorldOfOne
-from distplb.errors import DisagreementError, DistplbError, HalfMovedError
+from distplb.errors import DisagreementError, DistplbError, HalfMovedError, in_stage
 from distplb.events import RebalanceEvent
 from distplb.layer import MoELayer
 from distplb.load import LoadWindow
@@ -394,7 +394,7 @@ class Rebalancer:
                 steps = steps_digest(self._observer.steps())
                 load = self._observer.load(self._placement if self._routing.mode == "permute" else None)
             except Exception as caught:
-                error = error or caught
+                error = error or in_stage("count", caught)
         fields = {"the rebalancer's iteration": self._iteration, "the steps in the window (digest)": steps}
         return Planning(load, self._topology, self._comm, options, stages=stages, fields=fields, error=error)
 

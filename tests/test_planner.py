@@ -320,7 +320,7 @@ def fails_in_the_middle(stage: str) -> str:
 @pytest.mark.parametrize(("stage", "rank"), [("search", 1), ("polish", 0)])
 def test_a_rank_that_fails_in_the_middle_leaves_nobody_waiting(stage: str, rank: int) -> None:
     for text in errors_on_ranks(3, fails_in_the_middle, stage, deadline=60):
-        assert text == f"rank {rank}: MemoryError('no room')"
+        assert text == f"rank {rank}: in stage {stage}: MemoryError('no room')"
 
 
 def test_a_caller_can_add_fields_to_the_header_and_goes_from_stage_to_stage() -> None:

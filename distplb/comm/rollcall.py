@@ -5,13 +5,12 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from typing import Protocol, TypeVar
+from contextlib import suppress
+from typing import Protocol
 
 __all__ = ["RollCall", "Store"]
 
 _PAUSE_SECONDS = 0.05  # between two looks at who has answered
-
-_Answer = TypeVar("_Answer")
 
 
 class Store(Protocol):
@@ -37,10 +36,13 @@ class RollCall:
 
     def __init__(self, store: Store, rank: int, size: int) -> None:
         self._store, self._rank, self._size = store, rank, size
+        self._silent: list[int] | None = None  # ranks that had not answered when last looked at
 
     def was_called(self, seconds: float) -> bool:
         """Whether some rank has lost the others; False where the store does not answer in so many seconds."""
-        return bool(_within(seconds, lambda: self._store.check(["lost"])))
+        answers: list[bool] = []
+        _within(seconds, lambda: answers.append(self._store.check(["lost"])))
+        return any(answers)
 
     def missing(self, seconds: float) -> list[int] | None:
         """Say that this rank has lost the others, and wait for all to say so too; the ranks that do not.
@@ -51,30 +53,29 @@ class RollCall:
         Returns:
             None where the store does not answer.
         """
-        return _within(seconds + 4 * _PAUSE_SECONDS, lambda: self._silent(time.monotonic() + seconds))
+        self._silent = None
+        _within(seconds, lambda: self._call(time.monotonic() + seconds))
+        return self._silent
 
-    def _silent(self, until: float) -> list[int]:
+    def _call(self, until: float) -> None:
         self._store.set("lost", "1")
         self._store.set(f"here/{self._rank}", "1")
-        silent = list(range(self._size))
         while True:
-            silent = [rank for rank in silent if not self._store.check([f"here/{rank}"])]
-            if not silent or time.monotonic() >= until:
-                return silent
+            silent = list(range(self._size)) if self._silent is None else self._silent
+            self._silent = [rank for rank in silent if not self._store.check([f"here/{rank}"])]
+            if not self._silent or time.monotonic() >= until:
+                return
             time.sleep(_PAUSE_SECONDS)
 
 
-def _within(seconds: float, ask: Callable[[], _Answer]) -> _Answer | None:
-    """The answer, or None if there is none in time."""
-    answers: list[_Answer] = []
+def _within(seconds: float, ask: Callable[[], None]) -> None:
+    """Wait for it, but not longer."""
 
     def run() -> None:
-        try:
-            answers.append(ask())
-        except Exception:  # the store's host may be what was lost
-            return
+        # The store's host may be what was lost.
+        with suppress(Exception):
+            ask()
 
     thread = threading.Thread(target=run, name="distplb-rollcall", daemon=True)
     thread.start()
     thread.join(seconds)
-    return answers[0] if answers else None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from distplb.comm.agreement import agree
 from distplb.comm.base import Comm
-from distplb.errors import DistplbError, HalfMovedError, LostRanksError
+from distplb.errors import DistplbError, HalfMovedError, LostRanksError, in_stage
 from distplb.migrate.pieces import Layout, Part, joined
 from distplb.migrate.schedule import Copy, RankStep, SlotMove, commits, copies, rank_step
 from distplb.migrate.state import RowTensor, Traveller
@@ -138,53 +139,63 @@ class Move:
         error: Exception | None = None
         ends = time.monotonic() + self._limits.seconds if self._limits is not None else None
         for number, (moves, step) in enumerate(zip(self._commits, self._steps, strict=True)):
-            staged: list[tuple[Copy, Tensor]] = []
             try:
-                # Also after a write that failed here: the others wait for this rank's part before they agree.
-                staged = self._stage(step)
+                self._pack(step)
+            except Exception as caught:
+                error = error or in_stage("move", caught)
+            try:
+                # Also when something has failed here: the others wait for this rank's part before they agree.
+                self._exchange(step)
             except LostRanksError as lost:
                 if not number:  # no rank writes before this one agrees
                     raise
                 raise _half_moved(number, lost) from lost
             except Exception as caught:
-                error = error or caught
+                error = error or in_stage("move", caught)
             is_time_left = self._agree_on(number, error, ends is None or time.monotonic() < ends)
             try:
-                for copy, data in staged:
+                for copy, data in self._staged(step):
                     self._bytes(copy.tensor, copy.target_offset, copy.count).copy_(data)
                 self.placement = _after(self.placement, moves)
                 done = Moved(done.slots + len(moves), done.bytes + self._crossing[number], done.commits + 1)
                 on_commit(self.placement)
             except Exception as caught:
-                error = HalfMovedError(f"commit {number} was not written whole: {caught!r}")
+                error = HalfMovedError(f"in stage move: commit {number} was not written whole: {caught!r}")
             if not is_time_left:
                 break
         self._agree_on(done.commits, error, False)
         return done
 
-    def _stage(self, step: RankStep) -> list[tuple[Copy, Tensor]]:
-        """Each copy into this rank with its bytes, read before anything is written."""
-        staged = list(self._laid_out(step.local, self._inside))
-        sends, receives, sent = {}, {}, 0
-        for copy, place in staged:
+    def _pack(self, step: RankStep) -> None:
+        """Read what this rank gives, to itself and to others, before anything is written."""
+        sent = self._parts(step.sends, self._outgoing)
+        for copy, place in chain(self._laid_out(step.local, self._inside), sent):
             place.copy_(self._bytes(copy.tensor, copy.source_offset, copy.count))
-        for target, some in step.sends.items():
-            sends[target] = self._outgoing[sent : sent + self._total(some)]
-            sent += self._total(some)
-            for copy, place in self._laid_out(some, sends[target]):
-                place.copy_(self._bytes(copy.tensor, copy.source_offset, copy.count))
-        received = 0
-        for source, some in step.receives.items():
-            receives[source] = self._incoming[received : received + self._total(some)]
-            received += self._total(some)
-            staged.extend(self._laid_out(some, receives[source]))
+
+    def _exchange(self, step: RankStep) -> None:
         rank = self._comm.rank
+        sends, receives = self._messages(step.sends, self._outgoing), self._messages(step.receives, self._incoming)
         for pairs in step.rounds:
             self._comm.exchange(
                 [(sends[target], target) for source, target in pairs if source == rank],
                 [(receives[source], source) for source, target in pairs if target == rank],
             )
-        return staged
+
+    def _staged(self, step: RankStep) -> Iterator[tuple[Copy, Tensor]]:
+        """Each copy into this rank, with its bytes."""
+        return chain(self._laid_out(step.local, self._inside), self._parts(step.receives, self._incoming))
+
+    def _messages(self, messages: dict[int, list[Copy]], buffer: Tensor) -> dict[int, Tensor]:
+        """By rank, the message: its part of the buffer, one behind the other."""
+        found, start = {}, 0
+        for rank, some in messages.items():
+            found[rank] = buffer[start : start + self._total(some)]
+            start += self._total(some)
+        return found
+
+    def _parts(self, messages: dict[int, list[Copy]], buffer: Tensor) -> Iterator[tuple[Copy, Tensor]]:
+        for rank, message in self._messages(messages, buffer).items():
+            yield from self._laid_out(messages[rank], message)
 
     def _agree_on(self, number: int, error: Exception | None, is_time_left: bool) -> bool:
         """Whether all ranks have time for another commit after this one."""
