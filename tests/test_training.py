@@ -31,8 +31,9 @@ OPTIMIZERS = {
 def trained(optimizer_name: str, dtype: torch.dtype, moves: str) -> dict[str, Tensor]:
     """The losses of a run, and all its tensors at the end in logical order, on every rank.
 
-    moves: "none", "all", "remap" (all, applied by tables), or "left behind": as all, but the first slot keeps its first
-        moment of one tensor.
+    moves: "none", "all", "remap" (all, applied by tables), "spread" (all, each rebalance over several iterations, one
+        commit in each; the random placements drop some of them), or "left behind": as all, but the first slot keeps its
+        first moment of one tensor.
     """
     sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
     from moe_model import Config, Transformer
@@ -51,6 +52,7 @@ def trained(optimizer_name: str, dtype: torch.dtype, moves: str) -> dict[str, Te
         window=window,
         every=EVERY,
         comm=TorchComm(),
+        spread=distplb.Spread(1, 2, move_seconds=0) if moves == "spread" else None,
         verify="digest",
     )
     rebalancer.enabled = moves != "none"
@@ -149,6 +151,8 @@ def compared() -> dict[str, tuple[float, str]]:
                 assert float(quiet["loss"][-1]) < 0.9 * float(quiet["loss"][0])  # it did learn
                 if optimizer == "adamw":
                     found["remap"] = furthest(quiet, trained(optimizer, dtype, "remap"))
+                    if everything:
+                        found["spread"] = furthest(quiet, trained(optimizer, dtype, "spread"))
                 found[f"{optimizer} left behind"] = furthest(quiet, trained(optimizer, dtype, "left behind"))
     return found
 
@@ -169,8 +173,13 @@ def test_a_run_with_moves_is_the_run_without(
     assert difference <= TOLERANCE[dtype], where
 
 
-def test_a_run_with_tables_is_the_run_without(differences: dict[str, tuple[float, str]]) -> None:
-    difference, where = differences["remap"]
+@pytest.mark.parametrize("way", ["remap", "spread"])
+def test_a_run_with_tables_or_spread_moves_is_the_run_without(
+    differences: dict[str, tuple[float, str]], way: str
+) -> None:
+    if way not in differences:
+        pytest.skip("all ways are compared on two ranks")
+    difference, where = differences[way]
     assert difference <= TOLERANCE[torch.float64], where
 
 
