@@ -133,7 +133,7 @@ def main() -> None:
     cells = measured(options)
     cores = len(os.sched_getaffinity(0))
     model = modelled(cells, cores)
-    samples = {} if options.hosts else more_candidates(options.loads)
+    samples = {} if options.hosts else more_candidates(options.loads, options.cases)
     report = reported(cells, model, samples, cores, options)
     print(report)
     if options.output:
@@ -149,7 +149,7 @@ def measured(options: argparse.Namespace) -> list[Cell]:
     found: list[dict[str, Any]] = []
     for ranks in options.ranks:
         progress(f"{ranks} ranks")
-        what = [[name, candidates, CASES[name].turns] for name in CASES for candidates in numbers(name, ranks)]
+        what = [[name, candidates, CASES[name].turns] for name in options.cases for candidates in numbers(name, ranks)]
         found += on_hosts(options, ranks, what) if options.hosts else on_this_host(options, ranks, what)
     progress("")
     names = list(CASES)
@@ -199,10 +199,11 @@ def on_hosts(options: argparse.Namespace, ranks: int, what: list[Any]) -> list[d
         return json.loads(output.read_text())
 
 
-def more_candidates(folder: Path) -> dict[str, list[tuple[int, float, float]]]:
+def more_candidates(folder: Path, names: Sequence[str]) -> dict[str, list[tuple[int, float, float]]]:
     """By load: K, the imbalance that so many candidates reach, and its lower bound. A plan is the same on any ranks."""
     found = {}
-    for name, case in CASES.items():
+    for name in names:
+        case = CASES[name]
         load = case.load(folder)
         found[name] = []
         for candidates in (1 << power for power in range(case.most.bit_length())):
@@ -225,7 +226,7 @@ def modelled(cells: Sequence[Cell], cores: int) -> Model:
             rows.append(collective_row(kind, size, cell.ranks, cores))
             samples.append(cell.every(lambda turn, nth=nth: turn.collectives[nth]))
     rest, search, polish = {}, {}, {}
-    for name in CASES:
+    for name in names_of(cells):
         own = [cell for cell in cells if cell.case == name]
         # Beyond the cores it is waiting for a core; and in some turns it is nothing at all.
         unshared = [cell for cell in own if cell.ranks <= cores] or own
@@ -241,7 +242,8 @@ def modelled(cells: Sequence[Cell], cores: int) -> Model:
 def panels(cells: Sequence[Cell], model: Model, cores: int) -> list[scaling_figure.Panel]:
     """For each load one of a fixed K, and one of so many candidates for each rank."""
     found = []
-    for name, case in CASES.items():
+    for name in names_of(cells):
+        case = CASES[name]
         for title, number in (
             (f"{name}, K = {case.fixed}", lambda ranks, case=case: case.fixed),
             (f"{name}, {case.each} for each rank", lambda ranks, case=case: case.each * ranks),
@@ -280,6 +282,8 @@ def reported(
 ) -> str:
     """The whole result."""
     given = {"--loads": "DIR", "--ranks": options.ranks, "--hosts": options.hosts, "--megabits": options.megabits}
+    if options.cases != list(CASES):
+        given["--cases"] = options.cases
     parts = [
         header(title(options), TEXT.format(least=LEAST_QUIET), command_line("bench_scaling.py", given), "cpu"),
         wrapped(SHARED),
@@ -287,7 +291,7 @@ def reported(
     if options.output:
         parts.append(f"![Seconds against ranks, measured and modelled]({options.output.with_suffix('.png').name})")
     parts.append(f"## Overhead at {TARGET_RANKS} ranks\n\n{targets(cells)}")
-    for name in CASES:
+    for name in names_of(cells):
         own = [cell for cell in cells if cell.case == name]
         sizes = ", ".join(f"{kind} {size:,} B" for kind, size in own[0].collectives)
         parts.append(f"## {name}\n\n{times(own, cores)}\n\n{wrapped(f'Collectives: {sizes}. By stage, in ms:')}")
@@ -381,7 +385,7 @@ def stages(cells: Sequence[Cell], cores: int) -> str:
 def parameters(model: Model) -> str:
     """All of them, with their intervals."""
     parts = [("collectives", COLLECTIVE, model.collective)]
-    for name in CASES:
+    for name in model.search:
         parts += [(name, SEARCH, model.search[name]), (name, POLISH, model.polish[name])]
         parts.append((name, ("rest",), model.rest[name]))
     lines = []
@@ -397,7 +401,7 @@ def parameters(model: Model) -> str:
 def checked(cells: Sequence[Cell], model: Model, cores: int) -> str:
     """How far the model is from the walls, which it was not fitted on."""
     lines = []
-    for name in CASES:
+    for name in names_of(cells):
         ratios = [
             model.wall(cell, cell.ranks, cell.candidates, cores)[0] / cell.median(lambda turn: turn.wall)
             for cell in cells
@@ -415,8 +419,8 @@ def far(cells: Sequence[Cell], model: Model) -> str:
     """Walls in ms at more ranks than were measured."""
     ranks = FAR[::2]
     lines = []
-    for name, case in CASES.items():
-        cell = next(cell for cell in cells if cell.case == name)
+    for name in names_of(cells):
+        cell, case = next(cell for cell in cells if cell.case == name), CASES[name]
         for what, number in ((f"K = {case.fixed}", None), (f"{case.each} for each rank", case.each)):
             walls = [model.wall(cell, many, case.fixed if number is None else number * many) for many in ranks]
             ends = (interval(draws) for _, draws in walls)
@@ -437,6 +441,11 @@ def brought(samples: dict[str, list[tuple[int, float, float]]]) -> str:
         texts = [f"{reached[number]:.5f}" if number in reached else "" for number in numbers_of]
         lines.append([name, f"{found[0][2]:.5f}", *texts])
     return markdown(["imbalance at K", "bound", *(f"{number:,}" for number in numbers_of)], lines)
+
+
+def names_of(cells: Sequence[Cell]) -> list[str]:
+    """The loads, each once."""
+    return list(dict.fromkeys(cell.case for cell in cells))
 
 
 def marked(cell: Cell, cores: int) -> str:
@@ -462,6 +471,7 @@ def parsed_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Planning on more ranks, measured and modelled.")
     parser.add_argument("--loads", type=Path, required=True, help="folder of the recorded loads")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 3, 4, 6, 8], help="multiples of --hosts")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="LOAD", help=", ".join(CASES))
     parser.add_argument("--hosts", type=int, help="spread the ranks over so many network namespaces")
     parser.add_argument("--megabits", type=float, help="per second, of each host's link")
     parser.add_argument("--patience", type=float, default=0.2, help="seconds to wait for a quiet machine, each time")
