@@ -24,6 +24,7 @@ import distplb
 from distplb import Placement, Topology
 from distplb.comm.torchdist import TorchComm
 
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 STEPS, DEADLINE_SECONDS, SHORT_SECONDS = 3, 60.0, 6.0
 ENGINE = "reference"
 
@@ -36,6 +37,8 @@ def main(folder: Path) -> None:
     topology = Topology.of_ranks(range(comm.size), int(os.environ["LOCAL_WORLD_SIZE"]))
     found = {"topology": [topology.num_nodes, topology.gpus_per_node]}
     found |= planned(comm, topology) | moved(comm, topology)
+    if topology == Topology(2, 2):
+        found |= crossed(comm, topology)
     write(folder / f"rank{comm.rank}.json", found)
     impatient = TorchComm(deadline=SHORT_SECONDS)
     try:
@@ -96,7 +99,25 @@ def moved(comm: TorchComm, topology: Topology) -> dict[str, Any]:
         for moment in ("exp_avg", "exp_avg_sq"):
             pairs[moment] = job.optimizer.state[weight][moment], optimizer.state[whole][moment]
         wrong += [f"{layer}.{name}" for name, (own, all_) in pairs.items() if not torch.equal(own, all_[experts])]
-    return {"slots moved": sum(event.slots_moved for event in events), "wrong": wrong}
+    prices = sorted({event.move_price[1] / event.move_price[0] for event in events})
+    return {"slots moved": sum(event.slots_moved for event in events), "wrong": wrong, "prices": prices}
+
+
+def crossed(comm: TorchComm, topology: Topology) -> dict[str, Any]:
+    """Bytes over the links in a rebalance that knows the nodes, and in one that does not; and what both left."""
+    sys.path.append(str(BENCHMARKS))
+    import bench_hosts
+
+    bench_hosts.ROW = 1 << 12
+    generator = torch.Generator().manual_seed(7)
+    popular = torch.rand(4, 64, generator=generator) ** 2 * 1000 + 100
+    changed = popular * torch.exp(torch.randn(4, 64, generator=generator) / 3)
+    before, after = (torch.poisson(one.expand(4, -1, -1), generator=generator).long() for one in (popular, changed))
+    found = {}
+    for name, known in (("aware", topology), ("unaware", Topology(1, comm.size))):
+        told = bench_hosts.rebalanced(comm, known, None, before, after, 0)
+        found[name] = {key: told[key] for key in ("crossed", "imbalance", "before")}
+    return found
 
 
 def write(path: Path, found: dict[str, Any]) -> None:

@@ -68,6 +68,12 @@ def test_hosts_plan_move_and_miss_each_other_as_one_machine_does(
         assert found[0][name] == distplb.plan(whole, Topology(nodes, ranks), **options).digest()
     assert found[0]["slots moved"] >= 6
     assert found[0]["wrong"] == []
+    assert found[0]["prices"] == [4.0]  # between nodes and inside, where nobody knows what moves cost
+    if nodes == ranks == 2:
+        aware, unaware = found[0]["aware"], found[0]["unaware"]
+        assert aware["before"] == unaware["before"] > 1.05
+        assert aware["imbalance"] == pytest.approx(unaware["imbalance"], rel=0.01)
+        assert 100_000 < aware["crossed"] < 0.7 * unaware["crossed"]
     for one in lost:
         assert one["kind"] == "LostRanksError"
         assert f"rank{'s' * (len(gone) > 1)} {', '.join(map(str, gone))} did not answer" in one["text"]
