@@ -46,6 +46,8 @@ _made: Counter[tuple[int, ...]] = Counter()  # communicators of the same ranks, 
 class TorchComm:
     """The ranks of a process group, or of a one-dimensional device mesh.
 
+    All of them make it, and where they make several, in the same order.
+
     Args:
         group_or_mesh: a ProcessGroup that this process belongs to, a DeviceMesh of one axis, or None for the
             default group. The group is the user's own; it is neither created nor destroyed here.
@@ -222,4 +224,6 @@ class TorchComm:
         ranks = tuple(self.global_ranks)
         _made[ranks] += 1
         name = hashlib.sha256(repr(ranks).encode()).hexdigest()[:16]
-        return PrefixStore(f"distplb/{name}/{_made[ranks]}", dist.distributed_c10d._get_default_store())
+        # torchrun may hand the store of a job's former life to the next one, with all that was written there.
+        life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        return PrefixStore(f"distplb/{life}/{name}/{_made[ranks]}", dist.distributed_c10d._get_default_store())

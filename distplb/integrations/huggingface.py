@@ -101,6 +101,7 @@ def rebalancer(
     group: Any = None,
     gpus_per_node: int | None = None,
     mode: Literal["permute", "remap"] = "permute",
+    deadline: float = 300.0,
     **options: Any,
 ) -> Rebalancer:
     """A `Rebalancer` for a model that transformers has made expert-parallel, or for a process alone.
@@ -124,6 +125,7 @@ def rebalancer(
         group: process group of all ranks that hold the experts; the default group where None.
         gpus_per_node: of the whole job; what `torchrun` says where None, or one node where nobody says.
         mode: as of `moe_layers`.
+        deadline: seconds that a rank waits for the others, as of `TorchComm`.
         **options: as of `Rebalancer`.
 
     Raises:
@@ -131,7 +133,7 @@ def rebalancer(
             there is nothing to balance.
     """
     layers = moe_layers(model, mode=mode)
-    name, mesh, comm = layers[0].name, _mesh(layers[0].experts), _comm(group)
+    name, mesh, comm = layers[0].name, _mesh(layers[0].experts), _comm(group, deadline)
     if mesh is None or _EP_AXIS not in (mesh.mesh_dim_names or ()):
         if comm is not None and comm.size > 1:
             held = "whole" if mesh is None else f"in parts, on a mesh of axes {mesh.mesh_dim_names}"
@@ -311,10 +313,10 @@ def _counted(chosen: Tensor, num_experts: int) -> Tensor:
     return torch.zeros(num_experts, dtype=torch.int64, device=flat.device).scatter_add_(0, flat, torch.ones_like(flat))
 
 
-def _comm(group: Any) -> TorchComm | None:
+def _comm(group: Any, deadline: float) -> TorchComm | None:
     """The ranks of a group, None where there is but this process."""
     try:
-        return TorchComm(group)
+        return TorchComm(group, deadline=deadline)
     except DistplbError:
         if group is not None:
             raise

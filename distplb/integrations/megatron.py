@@ -96,6 +96,7 @@ def rebalancer(
     every: int,
     gpus_per_node: int | None = None,
     keep_shards_aligned: bool = False,
+    deadline: float = 300.0,
     **options: Any,
 ) -> MegatronRebalancer:
     """A `Rebalancer` for a Megatron-Core job. Collective: all ranks of all pipeline stages call it.
@@ -125,6 +126,7 @@ def rebalancer(
         keep_shards_aligned: an expert then only goes to slots of its own number within the GPU, where the distributed
             optimizer's shards of it lie with the ranks of the same number in their expert-data-parallel groups. Moves
             are fewer and larger messages; on loads of DeepSeek-V3 it costs 0.01 to 0.03 of imbalance.
+        deadline: seconds that a rank waits for the others, as of `TorchComm`.
         options: of `Rebalancer`.
 
     Returns:
@@ -136,9 +138,9 @@ def rebalancer(
     if not parallel_state.model_parallel_is_initialized():
         raise DistplbError("Megatron's groups are not there yet; call parallel_state.initialize_model_parallel first")
     layers = moe_layers(model_chunks, optimizer)
-    ep = TorchComm(parallel_state.get_expert_model_parallel_group())
+    ep = TorchComm(parallel_state.get_expert_model_parallel_group(), side_group=False)
     for layer, module in zip(layers, _moe_modules(model_chunks), strict=True):
-        if TorchComm(module.ep_group).global_ranks != ep.global_ranks:
+        if TorchComm(module.ep_group, side_group=False).global_ranks != ep.global_ranks:
             raise DistplbError(
                 f"{layer.name} has an expert-parallel group of its own, which is not Megatron's parallel_state's; "
                 "make a Rebalancer of moe_layers(...), and pass it the groups"
@@ -152,7 +154,9 @@ def rebalancer(
         topology=Topology.of_ranks(ep.global_ranks, gpus_of_a_node(gpus_per_node)),
         every=every,
         # All ranks of this pipeline stage, which are those that hold its layers.
-        comm=TorchComm(parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)),
+        comm=TorchComm(
+            parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True), deadline=deadline
+        ),
         gpu=ep.rank,
         **options,
     )

@@ -73,6 +73,7 @@ def rebalancer(
     parallel_dims: ParallelDims | None = None,
     gpus_per_node: int | None = None,
     mode: Mode = "permute",
+    deadline: float = 300.0,
     **options: Any,
 ) -> Rebalancer:
     """A `Rebalancer` for a torchtitan job. Collective: all ranks of all pipeline stages call it.
@@ -96,6 +97,7 @@ def rebalancer(
             without MoE layers does not have.
         gpus_per_node: ranks on each node; what `torchrun` says where None.
         mode: as of `moe_layers`.
+        deadline: seconds that a rank waits for the others, as of `TorchComm`.
         options: of `Rebalancer`.
 
     Returns:
@@ -116,7 +118,7 @@ def rebalancer(
         _unwrapped(optimizers),
         topology=Topology.of_ranks(ep.mesh.flatten().tolist(), gpus_of_a_node(gpus_per_node)),
         every=every,
-        comm=TorchComm(mesh if mesh.ndim == 1 else mesh._flatten("distplb")),
+        comm=TorchComm(mesh if mesh.ndim == 1 else mesh._flatten("distplb"), deadline=deadline),
         gpu=ep.get_local_rank(),
         **options,
     )
