@@ -1,7 +1,6 @@
-"""For torchrun: the job of `checkpoint_job`, in which a rank is killed in its first life; the second one resumes,
-as one stage of EP 4 where there were two of EP 2.
+"""For torchrun: the job of `checkpoint_job`, in which a rank is killed in its first life; the second one resumes.
 
-    torchrun --standalone --nproc-per-node 4 --max-restarts 1 tests/restart_job.py FOLDER "moving 12"
+    torchrun --standalone --nproc-per-node 2 --max-restarts 1 tests/restart_job.py FOLDER "moving 12"
 
 Each rank of the second life writes what `checkpoint_job.run` gives as FOLDER/rank<number>.json.
 """
@@ -22,8 +21,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     restarts = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
-    stages, killed = (1, "") if restarts else (2, killed)
-    found = run(stages, folder, moves=True, resume=restarts > 0, killed=killed)
+    found = run(1, folder, moves=True, resume=restarts > 0, killed="" if restarts else killed)
     if restarts:
         Path(folder, f"rank{dist.get_rank()}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
