@@ -23,7 +23,7 @@ MPIEXEC = shutil.which("mpiexec", path=f"{Path(sys.executable).parent}:{os.envir
 MPIEXEC = MPIEXEC if find_spec("mpi4py") else None
 
 
-def on_mpi_ranks(size: int, body: Callable[..., Any], *args: Any, deadline: float = 60.0) -> list[Any]:
+def on_mpi_ranks(size: int, body: Callable[..., Any], *args: Any, deadline: float = 120.0) -> list[Any]:
     """Call `body(*args)` on each of `size` ranks of COMM_WORLD, and return what each returned, by rank.
 
     Args:
