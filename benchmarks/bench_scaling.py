@@ -70,6 +70,7 @@ MODEL = (
     "again: that is noise, not whether the assumptions hold, and nothing beyond {most} ranks was measured."
 )
 DRAWS = 1000
+RING = COLLECTIVE.index("ring message")
 
 
 @dataclass(frozen=True)
@@ -290,6 +291,7 @@ def reported(
     ]
     if options.output:
         parts.append(f"![Seconds against ranks, measured and modelled]({options.output.with_suffix('.png').name})")
+    parts.append(f"## What to see\n\n{seen(cells, model)}")
     parts.append(f"## Overhead at {TARGET_RANKS} ranks\n\n{targets(cells)}")
     for name in names_of(cells):
         own = [cell for cell in cells if cell.case == name]
@@ -312,6 +314,34 @@ def title(options: argparse.Namespace) -> str:
     if not options.hosts:
         return "Planning on more ranks"
     return f"Planning on {options.hosts} hosts with links of {options.megabits:g} Mbit/s"
+
+
+def seen(cells: Sequence[Cell], model: Model) -> str:
+    """In words, from the figures."""
+    texts = []
+    ratios = [cell.median(lambda turn: turn.overhead / turn.bare) for cell in cells if cell.ranks == TARGET_RANKS]
+    if ratios:
+        met = sum(ratio <= TARGET for ratio in ratios)
+        texts.append(
+            f"At {TARGET_RANKS} ranks overhead is {min(ratios):.2f} to {max(ratios):.2f} × the bare collectives; "
+            f"{met} of {len(ratios)} are at most {TARGET:g} ×."
+        )
+    for name in names_of(cells):
+        cell, fixed = next(cell for cell in cells if cell.case == name), CASES[name].fixed
+        walls = {ranks: model.wall(cell, ranks, fixed)[0] for ranks in FAR}
+        best = min(walls, key=lambda ranks: walls[ranks])
+        texts.append(
+            f"{name}, K = {fixed}, modelled with a core each: {ms(walls[1])} ms on one rank, least on {best} "
+            f"({ms(walls[best])} ms), {ms(walls[FAR[-1]])} ms on {FAR[-1]:,}."
+        )
+    step, low, high = (1e6 * value[RING] for value in (model.collective.parameters, *interval(model.collective.draws)))
+    texts.append(
+        f"Far out it is gloo's ring that takes the time: its messages follow one another, and grow with the ranks. One "
+        f"took {step:.0f} µs [{low:.0f} – {high:.0f}] here, where ranks share cores and the machine was seldom quiet; "
+        "on hosts of their own it takes less, and NCCL's trees send fewer."
+    )
+    texts.append("Any number of ranks made the same plan of the same candidates: every run checks that.")
+    return "\n".join(textwrap.fill(text, 110, initial_indent="- ", subsequent_indent="  ") for text in texts)
 
 
 def targets(cells: Sequence[Cell]) -> str:

@@ -1,12 +1,13 @@
 """What a plan costs at how many ranks: figures of one turn, a model of them, and how sure its parameters are. Pure.
 
 The model, in seconds; K candidates on R ranks, C cores that they share, s = max(1, R / C) ranks on a core:
-- a collective: s × (call + step × messages one after the other + byte × bytes through one rank). gloo's all-reduce is a
-  ring, 2 (R − 1) messages and 2 (R − 1) / R of its bytes; its broadcast a tree, ⌈log2 R⌉ messages, each of all bytes;
+- a collective: s × (call + ring or tree message × messages one after the other + byte × bytes through one rank).
+  gloo's all-reduce is a ring, 2 (R − 1) messages and 2 (R − 1) / R of its bytes; its broadcast a tree, ⌈log2 R⌉
+  messages, each of all bytes;
 - the slowest rank's search: set-up + candidate × ⌈K / R⌉, in CPU seconds;
 - the root's polish: polish + rebuild × (1 − ⌈K / R⌉ / K), because it has met the winners that it found itself.
-Parameters are not negative. They are fitted to medians over turns by least squares of relative errors, and their
-intervals come from drawing the turns again.
+Parameters are not negative. They are fitted to medians over turns by least squares of logarithms, because noise is a
+factor, and their intervals come from drawing the turns again.
 Shapes: N measured cells, C parameters, D draws, M predictions.
 """
 
@@ -35,7 +36,13 @@ __all__ = [
 ]
 
 STAGES = ("count", "search", "choose", "polish", "share")
-COLLECTIVE, SEARCH, POLISH = ("call", "step", "byte"), ("set-up", "candidate"), ("polish", "rebuild")
+_ROUNDS = 8  # of fitting
+_LEAST = 1e-3  # of a value, that is predicted while fitting: a logarithm takes more than 0
+COLLECTIVE, SEARCH, POLISH = (
+    ("call", "ring message", "tree message", "byte"),
+    ("set-up", "candidate"),
+    ("polish", "rebuild"),
+)
 
 
 @dataclass(frozen=True)
@@ -109,16 +116,16 @@ def collective_row(kind: str, num_bytes: int, ranks: int, cores: float = float("
     """What COLLECTIVE is multiplied by; kind is "broadcast", or anything else for an all-reduce.
 
     >>> collective_row("sum", 800, 4)
-    [1.0, 6.0, 1200.0]
+    [1.0, 6.0, 0.0, 1200.0]
     >>> collective_row("broadcast", 800, 4, cores=2)
-    [2.0, 4.0, 3200.0]
+    [2.0, 0.0, 4.0, 3200.0]
     """
     rounds = (ranks - 1).bit_length()  # log2, rounded up
-    steps, moved = (rounds, rounds * num_bytes)
+    ring, tree, moved = 0.0, float(rounds), float(rounds * num_bytes)
     if kind != "broadcast":
-        steps, moved = 2 * (ranks - 1), 2 * (ranks - 1) / ranks * num_bytes
+        ring, tree, moved = 2.0 * (ranks - 1), 0.0, 2 * (ranks - 1) / ranks * num_bytes
     share = share_of_core(ranks, cores)
-    return [share, share * steps, share * moved]
+    return [share, share * ring, share * tree, share * moved]
 
 
 def search_row(candidates: int, ranks: int) -> list[float]:
@@ -175,17 +182,25 @@ def fitted(
 
 
 def _solved(factors: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """`[C]`, none negative, with the least sum of squared relative errors: the best of all sets of parameters."""
-    relative, ones, count = factors / values[:, None], np.ones(len(values)), factors.shape[1]
-    best, least = np.zeros(count), float(len(values))  # what all zeros leave
+    """`[C]`, none negative, with the least sum of squares of log(predicted / value); Gauss and Newton's method."""
+    solution = _non_negative(factors / values[:, None], np.ones(len(values)))
+    for _ in range(_ROUNDS):
+        predicted = np.maximum(factors @ solution, _LEAST * values)
+        solution = _non_negative(factors / predicted[:, None], 1 + np.log(values / predicted))
+    return solution
+
+
+def _non_negative(factors: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """`[C]`, none negative, with the least sum of squares: the best of all sets of parameters that are not zero."""
+    count = factors.shape[1]
+    best, least = np.zeros(count), float((values**2).sum())
     for size in range(count, 0, -1):
-        for chosen in itertools.combinations(range(count), size):
-            part = list(chosen)
-            solution = np.linalg.lstsq(relative[:, part], ones, rcond=None)[0]
-            left = float(((relative[:, part] @ solution - ones) ** 2).sum())
+        for chosen in map(list, itertools.combinations(range(count), size)):
+            solution = np.linalg.lstsq(factors[:, chosen], values, rcond=None)[0]
+            left = float(((factors[:, chosen] @ solution - values) ** 2).sum())
             if (solution >= 0).all() and left < least:
                 best, least = np.zeros(count), left
-                best[part] = solution
-        if size == count and least < len(values):  # nothing had to be left out
+                best[chosen] = solution
+        if size == count and best.any():  # nothing had to be left out
             break
     return best
