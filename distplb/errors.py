@@ -45,17 +45,18 @@ class LostRanksError(DistplbError):
     Attributes:
         missing: the ranks of the communicator that did not answer; empty where all did, or nobody could be asked.
         stage: in which this rank waited; None outside a rebalance.
+        why: for how long it waited, and what the library said.
     """
 
     def __init__(self, missing: Sequence[int], why: str, stage: str | None = None) -> None:
         super().__init__(tuple(missing), why, stage)
-        self.missing, self.stage, self._why = tuple(missing), stage, why
+        self.missing, self.stage, self.why = tuple(missing), stage, why
 
     def __str__(self) -> str:
         who = f"rank{'s' * (len(self.missing) > 1)} {', '.join(map(str, self.missing))} did not answer"
         where = f"in stage {self.stage}: " if self.stage else ""
         return (
-            f"{where}{who if self.missing else 'the ranks lost each other'} ({self._why}); stop this process and "
+            f"{where}{who if self.missing else 'the ranks lost each other'} ({self.why}); stop this process and "
             "resume the job from its last checkpoint"
         )
 

@@ -41,7 +41,7 @@ from distplb.comm.torchdist import TorchComm
 ROUTERS = ("plain", "loss-free")
 COMPARED = ("static", "rebalanced", "forced")
 BALANCES = (*COMPARED, "spread")
-BALANCE_HELP = "spread: rebalanced, a part in each of several iterations; forced: a perfectly even choice, for reference"
+BALANCE_HELP = "spread: rebalanced, over several iterations; forced: a perfectly even choice, for reference"
 TEXTS = {"code": texts.code, "prose": texts.prose}
 SPREAD = distplb.Spread(choose_after=1, share_after=2, move_seconds=0.05)
 Table = dict[str, dict[str, dict[str, float]]]  # router, balance, figure

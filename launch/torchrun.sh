@@ -4,6 +4,7 @@
 #   NPROC_PER_NODE=2 launch/torchrun.sh examples/pretrain_moe.py --compare
 # On several hosts, start the same on each of them; the first is named by MASTER_ADDR:
 #   NNODES=4 NODE_RANK=0 MASTER_ADDR=host0 launch/torchrun.sh train.py    # NODE_RANK 0 to 3, in the order of the hosts
+# MAX_RESTARTS=3 starts all processes anew where one fails; a script that resumes from its checkpoint then goes on.
 # Without NODE_RANK hosts are numbered as they come. MASTER_PORT is 29500 if it is not set.
 set -euo pipefail
 script=$(realpath "${1:?a script to run; launch/torchrun.sh train.py --steps 100}")
@@ -20,4 +21,7 @@ if [ "${NNODES:-1}" != 1 ]; then
         nodes=(--nnodes "$NNODES" --rdzv-backend c10d --rdzv-endpoint "$master:$port" --rdzv-id "${JOB_ID:-distplb}")
     fi
 fi
-exec "$PYTHON" -m torch.distributed.run "${nodes[@]}" --nproc-per-node "${NPROC_PER_NODE:-auto}" "$script" "$@"
+# Otherwise torch 2.13 starts them anew with the old store, in which gloo finds the addresses of those that are gone.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+each=(--nproc-per-node "${NPROC_PER_NODE:-auto}" --max-restarts "${MAX_RESTARTS:-0}")
+exec "$PYTHON" -m torch.distributed.run "${nodes[@]}" "${each[@]}" "$script" "$@"

@@ -79,6 +79,17 @@ def over_groups_and_meshes() -> int:
     return TorchComm(mesh["data"]).size
 
 
+def over_the_default_group_and_one_beside_it() -> int:
+    comm = TorchComm(side_group=True)
+    conforms(comm)
+    return comm.size
+
+
+def test_gloo_with_a_side_group_conforms() -> None:
+    """As NCCL has one; there what is done in it is the same."""
+    assert on_ranks(3, over_the_default_group_and_one_beside_it) == [3] * 3
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 def test_gloo_conforms(ranks: int) -> None:
     assert on_ranks(ranks, over_the_default_group) == [ranks] * ranks

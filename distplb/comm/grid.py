@@ -131,7 +131,6 @@ class GridComm:
         except LostRanksError as lost:
             size, row, column = self._inner.size, self._outer.rank, self._inner.rank
             missing = [row * size + rank if line is self._inner else rank * size + column for rank in lost.missing]
-            _, why, stage = lost.args
             where = f"row {row}" if line is self._inner else f"column {column}"
-            self._lost = LostRanksError(missing, f"in {where} of the grid: {why}", stage)
+            self._lost = LostRanksError(missing, f"in {where} of the grid: {lost.why}", lost.stage)
             raise self._lost from lost

@@ -79,7 +79,8 @@ class TorchComm:
             if group_or_mesh.ndim != 1:
                 raise DistplbError(
                     f"the mesh has {group_or_mesh.ndim} axes {group_or_mesh.mesh_dim_names}; "
-                    "pass one of them, as in mesh['ep'], or a GridComm of two"
+                    "pass one of them, as in mesh['ep'], or both, as in "
+                    "GridComm(TorchComm(mesh['ep']), TorchComm(mesh['edp']))"
                 )
             group_or_mesh = group_or_mesh.get_group()
         self._group: dist.ProcessGroup = group_or_mesh or dist.distributed_c10d._get_default_group()
