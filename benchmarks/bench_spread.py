@@ -33,7 +33,7 @@ TEXT = (
     "first window is left out. `÷ static` is the 95th percentile over that of the static run. `touched` are the "
     "iterations in which the rebalancer took more than a millisecond, and their median and longest. A spread rebalance "
     "searches in a thread beside the training; here it has no core of its own, so the iterations beside it are slower "
-    "too, and that is in their time."
+    "too, and that is in their time. What other jobs of the machine do is in the percentiles of all runs, static's too."
 )
 
 
