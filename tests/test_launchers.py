@@ -209,7 +209,7 @@ def test_hosts_are_numbered_by_node_rank_where_it_is_given(environment: dict[str
     assert launched("torchrun.sh", "train.py", "--steps", "7", env=env, cwd=tmp_path).returncode == 0
     assert (tmp_path / "called").read_text().split() == [
         *("-m", "torch.distributed.run", "--nnodes", "4", "--node-rank", "3"),
-        *("--master-addr", "host0", "--master-port", "29500", "--nproc-per-node", "auto"),
+        *("--master-addr", "host0", "--master-port", "29500", "--nproc-per-node", "auto", "--max-restarts", "0"),
         *(str(tmp_path / "train.py"), "--steps", "7"),
     ]
 
