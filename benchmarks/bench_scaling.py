@@ -75,7 +75,7 @@ RING = COLLECTIVE.index("ring message")
 
 @dataclass(frozen=True)
 class Cell:
-    """One load at one number of ranks and candidates; `turns` are those that count, `quiet` says which."""
+    """One load at one number of ranks and candidates; `turns` are those that count, `quiet` how many of all were quiet."""
 
     case: str
     ranks: int
@@ -85,7 +85,7 @@ class Cell:
     bound: float
     digest: int
     turns: tuple[Turn, ...]
-    quiet: str
+    quiet: tuple[int, int]
 
     @classmethod
     def of(cls, found: dict[str, Any]) -> Cell:
@@ -95,7 +95,7 @@ class Cell:
         turns = tuple(map(Turn.of_marks, found["turns"]))
         quiet = tuple(turn for turn in turns if turn.quiet)
         counted = quiet if len(quiet) >= LEAST_QUIET else turns
-        return cls(**own, collectives=collectives, turns=counted, quiet=f"{len(quiet)} of {len(turns)}")
+        return cls(**own, collectives=collectives, turns=counted, quiet=(len(quiet), len(turns)))
 
     def every(self, figure: Callable[[Turn], float]) -> list[float]:
         """A figure of each turn."""
@@ -335,10 +335,11 @@ def seen(cells: Sequence[Cell], model: Model) -> str:
             f"({ms(walls[best])} ms), {ms(walls[FAR[-1]])} ms on {FAR[-1]:,}."
         )
     step, low, high = (1e6 * value[RING] for value in (model.collective.parameters, *interval(model.collective.draws)))
+    quiet, turns = np.sum([cell.quiet for cell in cells], 0)
     texts.append(
         f"Far out it is gloo's ring that takes the time: its messages follow one another, and grow with the ranks. One "
-        f"took {step:.0f} µs [{low:.0f} – {high:.0f}] here, where ranks share cores and the machine was seldom quiet; "
-        "on hosts of their own it takes less, and NCCL's trees send fewer."
+        f"took {step:.0f} µs [{low:.0f} – {high:.0f}] here, where ranks share cores and {quiet} of {turns:,} turns "
+        "began in quiet; with cores of their own it takes less, and NCCL's trees send fewer."
     )
     texts.append("Any number of ranks made the same plan of the same candidates: every run checks that.")
     return "\n".join(textwrap.fill(text, 110, initial_indent="- ", subsequent_indent="  ") for text in texts)
@@ -394,7 +395,7 @@ def times(cells: Sequence[Cell], cores: int) -> str:
             f"{cell.median(lambda turn: turn.overhead / turn.bare):.2f}",
             ms(cell.median(lambda turn: turn.cpu)),
             f"{cell.imbalance:.5f}",
-            cell.quiet,
+            "{} of {}".format(*cell.quiet),
         ]
         for cell in cells
     ]
