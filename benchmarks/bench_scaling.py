@@ -75,7 +75,7 @@ RING = COLLECTIVE.index("ring message")
 
 @dataclass(frozen=True)
 class Cell:
-    """One load at one number of ranks and candidates; `turns` are those that count, `quiet` how many of all were quiet."""
+    """One load at one number of ranks and candidates; `turns` that count, and how many began in `quiet`, of all."""
 
     case: str
     ranks: int
