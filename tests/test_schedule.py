@@ -317,17 +317,21 @@ def test_what_one_rank_sends_is_what_the_other_expects_in_the_same_order(name: s
     ranks = range(len(world.gpus))
     for moves in commits(old, new, *world.bytes_of_rows(), 3 * world.swap_bytes()):
         wanted = [copies(moves, world.tensors, rank) for rank in ranks]
-        steps = [rank_step(wanted[rank], rank, limit=2) for rank in ranks]
+        steps = [rank_step(wanted[rank], rank, 2, lambda copy: copy.count > 4) for rank in ranks]
         for rank, step in enumerate(steps):
             assert all(copy.source_rank == copy.target_rank == rank for copy in step.local)
-            for peer, message in step.sends.items():
-                assert message == steps[peer].receives[rank]
-            for peer, message in step.receives.items():
-                assert message == steps[peer].sends[rank]
+            for peer, messages in step.sends.items():
+                assert messages == steps[peer].receives[rank]
+                copies_ = [copy for message in messages for copy in message]
+                small = [copy for copy in copies_ if copy.count <= 4]
+                assert messages == [small] * bool(small) + [[copy] for copy in copies_ if copy.count > 4]
+            for peer, messages in step.receives.items():
+                assert messages == steps[peer].sends[rank]
             assert step.rounds == steps[0].rounds
-        between = [(rank, peer) for rank, step in enumerate(steps) for peer in step.sends]
+        between = [(rank, peer) for rank, step in enumerate(steps) for peer, some in step.sends.items() for _ in some]
         assert sorted(pair for one_round in steps[0].rounds for pair in one_round) == sorted(between)
-        told = [copy for step in steps for some in ([step.local], step.sends.values()) for m in some for copy in m]
+        sent = [copy for step in steps for some in step.sends.values() for message in some for copy in message]
+        told = [copy for step in steps for copy in step.local] + sent
         assert Counter(told) == Counter(world.copies(moves))
 
 

@@ -124,6 +124,7 @@ def transferred(times: int) -> dict[str, int | list[str]]:
         model, random_ = Model(seed, comm), random.Random(seed)
         # Least: a swap of the largest experts, so that longer cycles are split; most: everything in one commit.
         transfer._STAGING_BYTES = random_.choice([1, 2000, 20_000, 256 << 20])
+        transfer._LARGE_BYTES = random_.choice([1, 500, 1 << 18])
         before = model.placement
         for number in range(seed * PER_MODEL, min((seed + 1) * PER_MODEL, times)):
             kind = random_.choice(KINDS)

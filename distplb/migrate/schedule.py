@@ -8,7 +8,7 @@ Shapes: L layers, P slots, M GPUs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -196,33 +196,42 @@ def rounds(pairs: Sequence[tuple[int, int]], limit: int) -> list[list[tuple[int,
 
 @dataclass(frozen=True)
 class RankStep:
-    """One commit as one rank sees it: one message for each rank that it sends to or receives from.
+    """One commit as one rank sees it. A message is one or more copies, whose bytes follow each other in it.
 
     Args:
         local: copies from this rank to itself.
-        sends: by target rank, the copies in the message, in the order of their bytes.
+        sends: by target rank, the messages in their order.
         receives: by source rank, likewise.
         rounds: (source rank, target rank) of every message between any two ranks, the same on all ranks.
     """
 
     local: list[Copy]
-    sends: dict[int, list[Copy]]
-    receives: dict[int, list[Copy]]
+    sends: dict[int, list[list[Copy]]]
+    receives: dict[int, list[list[Copy]]]
     rounds: list[list[tuple[int, int]]]
 
 
-def rank_step(wanted: Sequence[Copy], rank: int, limit: int) -> RankStep:
-    """The copies of a commit, sorted into this rank's messages; at most `limit` operations a rank and round."""
-    step = RankStep(local=[], sends={}, receives={}, rounds=[])
-    pairs = set()
+def rank_step(wanted: Sequence[Copy], rank: int, limit: int, is_large: Callable[[Copy], bool]) -> RankStep:
+    """The copies of a commit, sorted into this rank's messages; at most `limit` operations a rank and round.
+
+    A large copy is a message of its own, which can be sent from where it lies; the others that go the same way are
+    one message, ahead of these.
+    """
+    local: list[Copy] = []
+    ways: dict[tuple[int, int], list[list[Copy]]] = {}
     for copy in wanted:
         if copy.source_rank == copy.target_rank:
-            step.local.append(copy)
+            local.append(copy)
             continue
-        pairs.add((copy.source_rank, copy.target_rank))
-        if copy.source_rank == rank:
-            step.sends.setdefault(copy.target_rank, []).append(copy)
-        elif copy.target_rank == rank:
-            step.receives.setdefault(copy.source_rank, []).append(copy)
-    step.rounds.extend(rounds(sorted(pairs), limit))
-    return step
+        small, *_ = messages = ways.setdefault((copy.source_rank, copy.target_rank), [[]])
+        if is_large(copy):
+            messages.append([copy])
+        else:
+            small.append(copy)
+    messages_of = {way: [message for message in ways[way] if message] for way in sorted(ways)}
+    return RankStep(
+        local,
+        sends={target: messages for (source, target), messages in messages_of.items() if source == rank},
+        receives={source: messages for (source, target), messages in messages_of.items() if target == rank},
+        rounds=rounds([way for way, messages in messages_of.items() for _ in messages], limit),
+    )

@@ -6,7 +6,8 @@ Nothing is half moved: until all ranks have staged a commit, nobody has written 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import NamedTuple
 
@@ -25,6 +26,7 @@ __all__ = ["Limits", "Move", "Moved", "agreed_layouts"]
 
 _STAGING_BYTES = 256 << 20
 _OPERATIONS = 32  # in one round, on one rank
+_LARGE_BYTES = 1 << 18  # of a copy that is a message of its own: packing it would take longer than a message more
 
 LayerTensors = tuple[Sequence[RowTensor], Sequence[Layout], Sequence[Traveller]]
 
@@ -115,9 +117,9 @@ class Move:
         for moves in self._commits:
             wanted = copies(moves, numbered, comm.rank)
             self._crossing.append(sum(self._size(copy) for copy in wanted if copy.source_rank != copy.target_rank))
-            self._steps.append(rank_step(wanted, comm.rank, _OPERATIONS))
-        self._outgoing = self._buffer((_all(step.sends) for step in self._steps), comm.device)
-        self._incoming = self._buffer((_all(step.receives) for step in self._steps), comm.device)
+            self._steps.append(rank_step(wanted, comm.rank, _OPERATIONS, self._is_large))
+        self._outgoing = self._buffer((_all(self._packed(step)) for step in self._steps), comm.device)
+        self._incoming = self._buffer((_all(chain(*step.receives.values())) for step in self._steps), comm.device)
         own = next((flat.device for each in self._travelling for flat in each.flats), comm.device)
         self._inside = self._buffer((step.local for step in self._steps), own)
 
@@ -168,34 +170,47 @@ class Move:
 
     def _pack(self, step: RankStep) -> None:
         """Read what this rank gives, to itself and to others, before anything is written."""
-        sent = self._parts(step.sends, self._outgoing)
+        sent = self._laid_out(_all(self._packed(step)), self._outgoing)
         for copy, place in chain(self._laid_out(step.local, self._inside), sent):
-            place.copy_(self._bytes(copy.tensor, copy.source_offset, copy.count))
+            place.copy_(self._source(copy))
 
     def _exchange(self, step: RankStep) -> None:
-        rank = self._comm.rank
-        sends, receives = self._messages(step.sends, self._outgoing), self._messages(step.receives, self._incoming)
+        rank, packed, room = self._comm.rank, self._outgoing, self._incoming
+        sends: dict[int, deque[Tensor]] = {target: deque() for target in step.sends}
+        for target, message in _each(step.sends):
+            if self._goes_as_it_is(message):
+                sends[target].append(self._source(message[0]))
+            else:
+                sends[target].append(packed[: self._total(message)])
+                packed = packed[self._total(message) :]
+        receives: dict[int, deque[Tensor]] = {source: deque() for source in step.receives}
+        for source, message in _each(step.receives):
+            receives[source].append(room[: self._total(message)])
+            room = room[self._total(message) :]
         for pairs in step.rounds:
             self._comm.exchange(
-                [(sends[target], target) for source, target in pairs if source == rank],
-                [(receives[source], source) for source, target in pairs if target == rank],
+                [(sends[target].popleft(), target) for source, target in pairs if source == rank],
+                [(receives[source].popleft(), source) for source, target in pairs if target == rank],
             )
 
     def _staged(self, step: RankStep) -> Iterator[tuple[Copy, Tensor]]:
         """Each copy into this rank, with its bytes."""
-        return chain(self._laid_out(step.local, self._inside), self._parts(step.receives, self._incoming))
+        received = _all(chain(*step.receives.values()))
+        return chain(self._laid_out(step.local, self._inside), self._laid_out(received, self._incoming))
 
-    def _messages(self, messages: dict[int, list[Copy]], buffer: Tensor) -> dict[int, Tensor]:
-        """By rank, the message: its part of the buffer, one behind the other."""
-        found, start = {}, 0
-        for rank, some in messages.items():
-            found[rank] = buffer[start : start + self._total(some)]
-            start += self._total(some)
-        return found
+    def _packed(self, step: RankStep) -> list[list[Copy]]:
+        """The messages that are put together before they are sent."""
+        return [message for _, message in _each(step.sends) if not self._goes_as_it_is(message)]
 
-    def _parts(self, messages: dict[int, list[Copy]], buffer: Tensor) -> Iterator[tuple[Copy, Tensor]]:
-        for rank, message in self._messages(messages, buffer).items():
-            yield from self._laid_out(messages[rank], message)
+    def _goes_as_it_is(self, message: Sequence[Copy]) -> bool:
+        """Whether it is one range of memory that the communicator can read; until all have it, nobody writes there."""
+        return len(message) == 1 and self._source(message[0]).device == self._comm.device
+
+    def _is_large(self, copy: Copy) -> bool:
+        return self._size(copy) >= _LARGE_BYTES
+
+    def _source(self, copy: Copy) -> Tensor:
+        return self._bytes(copy.tensor, copy.source_offset, copy.count)
 
     def _agree_on(self, number: int, error: Exception | None, is_time_left: bool) -> bool:
         """Whether all ranks have time for another commit after this one."""
@@ -238,8 +253,13 @@ def _half_moved(number: int, why: Exception) -> HalfMovedError:
     return HalfMovedError(f"the ranks could not agree on commit {number}: {why}")
 
 
-def _all(messages: dict[int, list[Copy]]) -> list[Copy]:
-    return [copy for some in messages.values() for copy in some]
+def _each(messages: Mapping[int, Sequence[list[Copy]]]) -> Iterator[tuple[int, list[Copy]]]:
+    """Each message, and the rank at its other end."""
+    return ((rank, message) for rank, some in messages.items() for message in some)
+
+
+def _all(messages: Iterable[list[Copy]]) -> list[Copy]:
+    return [copy for message in messages for copy in message]
 
 
 def _after(placement: Placement, moves: Sequence[SlotMove]) -> Placement:
