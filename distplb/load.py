@@ -231,7 +231,8 @@ def as_tokens(load: Tensor) -> Tensor:
                 "pass token counts, or multiply the frequencies by the tokens they stand for"
             )
         load = load.double().round()
-    if float(load.double().sum((0, 2)).max()) >= _MAX_RANK_TOTAL:
+    most = int(load.max()) * load.shape[0] * load.shape[2]  # exact sums only where they may matter
+    if most >= _MAX_RANK_TOTAL and float(load.double().sum((0, 2)).max()) >= _MAX_RANK_TOTAL:
         raise DistplbError(
             f"load has a layer of {float(load.double().sum((0, 2)).max()):.3g} tokens; "
             "2^48 on each rank is the most that can be added up"
@@ -243,7 +244,7 @@ def check_weights(name: str, value: Tensor) -> None:
     """Refuse what is not a finite, non-negative number, with the first offender's place and value."""
     if value.is_floating_point() and not bool(value.isfinite().all()):
         wrong, what = ~value.isfinite(), "finite"
-    elif value.is_floating_point() or value.is_signed():
+    elif (value.is_floating_point() or value.is_signed()) and value.numel() and bool(value.min() < 0):
         wrong, what = value < 0, "non-negative"
     else:
         return

@@ -181,6 +181,9 @@ class Planning:
             worst = int(self._key.min())
             if worst < 0:
                 raise_everywhere(self._comm, -1 - worst, self._error)
+            self._engine_name = self._problem.engine_name
+            if self._comm.rank != 0:
+                del self._problem  # while the root polishes, not while all wait for what comes after
 
     def polish(self) -> None:
         """(4) The root's refinement of the winners; nothing on other ranks."""
@@ -200,7 +203,7 @@ class Planning:
             if int(self._table.min()) < 0:
                 raise_everywhere(self._comm, 0, self._error)
             placement = Placement(self._table, self._load.shape[2], self._topology.num_gpus)
-        return Planned(placement, self._load, self._problem.engine_name)
+        return Planned(placement, self._load, self._engine_name)
 
 
 def _agreed_load(

@@ -6,5 +6,5 @@ set -euo pipefail
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
 "$PYTHON" -m mypy
-# Two files at a time: half of the tests keep one core busy, the others start processes that wait for each other.
-exec "$PYTHON" -m pytest --numprocesses 2 --dist loadfile "$@"
+# Three files at a time: half of the tests keep a core busy, the others start processes that wait for each other.
+exec "$PYTHON" -m pytest --numprocesses 3 --dist loadfile "$@"

@@ -668,32 +668,31 @@ def broken(where: str) -> tuple[str, str, bool, bool]:
 
 def break_down(where: str) -> None:
     """From now on this rank fails, at one place of a move."""
-    stage, view = transfer.Move._stage, transfer.Move._bytes
+    staged, view = transfer.Move._staged, transfer.Move._bytes
 
     def no_memory(*_: Any) -> Any:
         raise MemoryError("no room")
 
-    def stage_then_fail(move: transfer.Move, step: Any) -> Any:
-        transfer.Move._bytes = view
-        staged = stage(move, step)
+    def staged_then_fail(move: transfer.Move, step: Any) -> Any:
+        found = list(staged(move, step))
         transfer.Move._bytes = no_memory
-        return staged
+        return found
 
     def garbled(move: transfer.Move, tensor: int, *place: int) -> Tensor:
         there = view(move, tensor, *place)
         return there.clone() if tensor == 0 else there  # what is written to the first tensor goes nowhere
 
     if where == "preparing":
-        transfer.Move._buffer = no_memory
+        transfer.Staging.room = no_memory
     elif where == "writing":
-        transfer.Move._stage = stage_then_fail
+        transfer.Move._staged = staged_then_fail
     else:
         transfer.Move._bytes = garbled
 
 
 def test_a_rank_without_memory_for_staging_is_known_to_all_before_anything_moves() -> None:
     for kind, text, poisoned, unmoved in on_ranks(2, broken, "preparing", deadline=60):
-        assert (kind, text) == ("DistplbError", "rank 1: MemoryError('no room')")
+        assert (kind, text) == ("DistplbError", "rank 1: in stage move: MemoryError('no room')")
         assert unmoved
         assert not poisoned
 
@@ -701,7 +700,7 @@ def test_a_rank_without_memory_for_staging_is_known_to_all_before_anything_moves
 def test_a_rank_that_cannot_write_poisons_the_rebalancer_on_all_ranks() -> None:
     for kind, text, poisoned, _ in on_ranks(2, broken, "writing", deadline=60):
         assert kind == "HalfMovedError"
-        assert "rank 1: commit 0 was not written whole: MemoryError('no room')" in text
+        assert "rank 1: in stage move: commit 0 was not written whole: MemoryError('no room')" in text
         assert poisoned
 
 

@@ -12,13 +12,13 @@ from torch.optim import Optimizer
 
 from distplb.comm.agreement import agree, digest
 from distplb.comm.base import Comm
-from distplb.errors import DistplbError, HalfMovedError
+from distplb.errors import DistplbError, HalfMovedError, in_stage
 from distplb.layer import MoELayer
 from distplb.migrate.checksum import expert_checksums
 from distplb.migrate.kinds import completed, what_travels
 from distplb.migrate.pieces import Layout
 from distplb.migrate.state import BackwardWatch, RowTensor, Traveller, check_known, row_tensors, travellers
-from distplb.migrate.transfer import Limits, Move, Moved, agreed_layouts
+from distplb.migrate.transfer import Limits, Move, Moved, Staging, agreed_layouts
 from distplb.placement import Placement
 from distplb.stages import Stages
 from distplb.topology import Topology
@@ -64,6 +64,7 @@ class Mover:
             check_known(tensors, optimizers)
         self._layouts: list[list[Layout]] = []
         self._backward = BackwardWatch(self._tensors, optimizers)
+        self._staging = Staging()
         self.broken: str | None = None  # why the experts may not be whole any more
 
     def digest(self) -> int:
@@ -162,10 +163,10 @@ class Mover:
             if error is not None:
                 raise error
             layers = list(zip(self._tensors, self._layouts, travelling, strict=True))
-            move = Move(old, new, layers, self._comm, limits)
+            move = Move(old, new, layers, self._comm, limits, self._staging)
             fields = dict(zip(fields, (new.digest(), what_travels(travelling)), strict=True))
         except Exception as caught:
-            error = caught
+            error = in_stage("move", caught)
         agree(self._comm, fields, error)
         return move
 

@@ -22,7 +22,7 @@ from distplb.migrate.schedule import Copy, RankStep, SlotMove, commits, copies, 
 from distplb.migrate.state import RowTensor, Traveller
 from distplb.placement import Placement
 
-__all__ = ["Limits", "Move", "Moved", "agreed_layouts"]
+__all__ = ["Limits", "Move", "Moved", "Staging", "agreed_layouts"]
 
 _STAGING_BYTES = 256 << 20
 _OPERATIONS = 32  # in one round, on one rank
@@ -78,6 +78,27 @@ class Moved(NamedTuple):
     commits: int = 0
 
 
+class Staging:
+    """Memory to stage in. The host's is kept from move to move: its first touch takes longer than a fast link.
+
+    Torch keeps a GPU's by itself, and gives it to others meanwhile.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[str, Tensor] = {}
+
+    def room(self, name: str, size: int, device: torch.device) -> Tensor:
+        """`[size]` uint8, of any content; `name` tells apart what is needed at once."""
+        if device.type != "cpu":
+            return torch.empty(size, dtype=torch.uint8, device=device)
+        kept = self._kept.pop(name, None)
+        if kept is None or kept.numel() < size:
+            del kept  # before there is more
+            kept = torch.empty(size, dtype=torch.uint8)
+        self._kept[name] = kept
+        return kept[:size]
+
+
 class Move:
     """A change of placement made ready: scheduled, and holding the memory that its staging takes.
 
@@ -90,6 +111,7 @@ class Move:
         layers: by layer, the declared tensors, their layouts, and what travels with them on this rank.
         comm: the ranks that hold the tensors.
         limits: to do the beginning of it only; all of it where None.
+        staging: memory that was staged in before; its own where None.
 
     Attributes:
         layers: indices of those in which slots receive another expert.
@@ -103,8 +125,10 @@ class Move:
         layers: Sequence[LayerTensors],
         comm: Comm,
         limits: Limits | None = None,
+        staging: Staging | None = None,
     ) -> None:
         self.placement, self._comm, self._limits = old, comm, limits
+        staging = Staging() if staging is None else staging
         self._travelling = [traveller for _, _, travelling in layers for traveller in travelling]
         self._sizes = [traveller.dtype.itemsize for traveller in self._travelling]
         row_bytes = _row_bytes(layers, old.slots_per_gpu)
@@ -118,10 +142,12 @@ class Move:
             wanted = copies(moves, numbered, comm.rank)
             self._crossing.append(sum(self._size(copy) for copy in wanted if copy.source_rank != copy.target_rank))
             self._steps.append(rank_step(wanted, comm.rank, _OPERATIONS, self._is_large))
-        self._outgoing = self._buffer((_all(self._packed(step)) for step in self._steps), comm.device)
-        self._incoming = self._buffer((_all(chain(*step.receives.values())) for step in self._steps), comm.device)
+        most = self._most(_all(self._packed(step)) for step in self._steps)
+        self._outgoing = staging.room("outgoing", most, comm.device)
+        most = self._most(_all(chain(*step.receives.values())) for step in self._steps)
+        self._incoming = staging.room("incoming", most, comm.device)
         own = next((flat.device for each in self._travelling for flat in each.flats), comm.device)
-        self._inside = self._buffer((step.local for step in self._steps), own)
+        self._inside = staging.room("inside", self._most(step.local for step in self._steps), own)
 
     def run(self, on_commit: Callable[[Placement], None]) -> Moved:
         """Bring experts and all that travels with them to their new slots, commit by commit.
@@ -231,9 +257,9 @@ class Move:
             yield copy, buffer[start : start + self._size(copy)]
             start += self._size(copy)
 
-    def _buffer(self, steps: Iterator[list[Copy]], device: torch.device) -> Tensor:
-        """Bytes for the largest of the steps."""
-        return torch.empty(max((self._total(some) for some in steps), default=0), dtype=torch.uint8, device=device)
+    def _most(self, steps: Iterator[list[Copy]]) -> int:
+        """Bytes of the largest of the steps."""
+        return max((self._total(some) for some in steps), default=0)
 
     def _bytes(self, tensor: int, offset: int, count: int) -> Tensor:
         """A view of some elements of a tensor as bytes."""
