@@ -13,13 +13,14 @@ import argparse
 import os
 import sys
 from collections import defaultdict
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from tables import command_line, header, markdown
+from tables import command_line, header, markdown, progress
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 import pretrain_moe
@@ -53,14 +54,14 @@ def main() -> None:
         # The example's rebalancers tell this function of their events.
         pretrain_moe.report = lambda event, balance=balance: noted(events[balance], event)
         runs.append(pretrain_moe.Run(args, "plain", balance, group, device))
-    pretrain_moe.train(args, runs, pretrain_moe.text_of_iterations(args))
+    train(args, runs, pretrain_moe.text_of_iterations(args))
     if pretrain_moe.rank() == 0:
         command = command_line("bench_spread.py", {}).replace("python", "torchrun --standalone --nproc-per-node 2", 1)
         report = "\n\n".join(
             [
                 header("Iterations while experts are rebalanced", TEXT, f"{command} {' '.join(given)}", "cpu"),
                 f"{pretrain_moe.SPREAD}.",
-                table({run.balance: run.measured() for run in runs}, events),
+                table({run.balance: after_the_first_window(run) for run in runs}, events),
             ]
         )
         print(report)
@@ -70,20 +71,47 @@ def main() -> None:
         dist.destroy_process_group()
 
 
+def train(args: argparse.Namespace, runs: list[Any], text: list[Any]) -> None:
+    """Every run's first turn, then every run's second turn, ...; who goes first rotates.
+
+    Turns end between rebalances, not at them: what is searched beside the training would be in another run's time.
+    """
+    ends = [*range(args.turn // 2, args.iterations, args.turn), args.iterations]
+    for turn, (first, last) in enumerate(pairwise([0, *ends])):
+        for i in range(len(runs)):
+            runs[(turn + i) % len(runs)].train_turn(text, first, last)
+        if pretrain_moe.rank() == 0:
+            progress(f"iteration {last} of {args.iterations}" if last < args.iterations else "")
+
+
+def after_the_first_window(run: Any) -> Iterations:
+    """All iterations but those of the warm-up, in which nothing has been rebalanced."""
+    measured = pretrain_moe.Measured.joined(run.turns)
+    rebalancing = measured.rebalance_seconds[run.args.every :].numpy()
+    return Iterations(measured.seconds[run.args.every :].numpy() + rebalancing, rebalancing)
+
+
+class Iterations(NamedTuple):
+    """Seconds `[I]` of whole iterations, and of the rebalancer in them."""
+
+    whole: np.ndarray
+    rebalancing: np.ndarray
+
+
 def noted(events: list[Any], event: Any) -> None:
     """Keep an event when it comes first; it comes again when its plan has been followed for a window."""
     if event.imbalance_next is None:
         events.append(event)
 
 
-def table(found: dict[str, Any], events: dict[str, list[Any]]) -> str:
+def table(found: dict[str, Iterations], events: dict[str, list[Any]]) -> str:
     """A row for each run."""
     head = ["run", "rebalances", "slots moved", "median s", "95th", "99th", "longest", "÷ static", "touched", "verdict"]
     asked = percentiles(found["static"])[1]
     lines = []
     for balance, measured in found.items():
         median, high, higher, longest = percentiles(measured)
-        touched = (measured.seconds + measured.rebalance_seconds)[measured.rebalance_seconds > LEAST].numpy()
+        touched = measured.whole[measured.rebalancing > LEAST]
         about = f"{len(touched)}: {np.median(touched):.2f}, {touched.max():.2f}" if len(touched) else ""
         verdict = "" if balance != "spread" else "met" if high <= TARGET * asked else "missed"
         lines.append(
@@ -100,9 +128,9 @@ def table(found: dict[str, Any], events: dict[str, list[Any]]) -> str:
     return markdown(head, lines)
 
 
-def percentiles(measured: Any) -> tuple[float, ...]:
+def percentiles(measured: Iterations) -> tuple[float, ...]:
     """Median, 95th, 99th and the largest, in seconds."""
-    return tuple(np.quantile((measured.seconds + measured.rebalance_seconds).numpy(), [0.5, 0.95, 0.99, 1]).tolist())
+    return tuple(np.quantile(measured.whole, [0.5, 0.95, 0.99, 1]).tolist())
 
 
 if __name__ == "__main__":
