@@ -7,4 +7,4 @@ set -euo pipefail
 "$PYTHON" -m ruff format --check .
 "$PYTHON" -m mypy
 # Three files at a time: half of the tests keep a core busy, the others start processes that wait for each other.
-exec "$PYTHON" -m pytest --numprocesses 3 --dist loadfile "$@"
+exec "$PYTHON" -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder "$@"
