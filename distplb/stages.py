@@ -5,12 +5,20 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 from torch.profiler import record_function
 
 from distplb.errors import LostRanksError
 
-__all__ = ["Stages"]
+__all__ = ["Stages", "current_stage"]
+
+_current: ContextVar[str | None] = ContextVar("distplb_stage", default=None)
+
+
+def current_stage() -> str | None:
+    """The stage that this thread is in; None outside all of them."""
+    return _current.get()
 
 
 class Stages:
@@ -22,7 +30,7 @@ class Stages:
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Time what runs inside under `name`; the same name adds up. Who is lost inside is told with the name."""
-        start = time.perf_counter()
+        start, outer = time.perf_counter(), _current.set(name)
         try:
             with record_function(f"distplb::{name}"):
                 yield
@@ -30,4 +38,5 @@ class Stages:
             lost.stage = lost.stage or name
             raise
         finally:
+            _current.reset(outer)
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start

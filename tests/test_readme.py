@@ -56,6 +56,7 @@ def snippets_run(folder: str) -> int:
         "run_expert": model.moes[0].run_one_expert,
     }
     os.chdir(folder)
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}  # as under torchrun
     counts = torch.randint(1000, (120, 2, 16))
     torch.save(counts, "counts.pt")
     start = Placement.contiguous(2, 16, 4)

@@ -29,6 +29,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 from distplb.comm.base import Message
 from distplb.comm.rollcall import RollCall, Store
 from distplb.errors import DistplbError, LostRanksError
+from distplb.stages import current_stage
 
 __all__ = ["TorchComm"]
 
@@ -200,9 +201,8 @@ class TorchComm:
         while not work.is_completed():
             if time.monotonic() > started + self._deadline:
                 missing = self._roll.missing(self._grace)
-                _log.critical(
-                    "an NCCL kernel did not end in %.0f s; ranks that do not answer: %s", self._deadline, missing
-                )
+                told = "in stage %s: an NCCL kernel did not end in %g s; ranks that do not answer: %s"
+                _log.critical(told, current_stage(), self._deadline, missing)
                 if self._side is not None:
                     self._side.abort()
                 logging.shutdown()

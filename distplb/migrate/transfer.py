@@ -144,10 +144,15 @@ class Move:
             self._steps.append(rank_step(wanted, comm.rank, _OPERATIONS, self._is_large))
         most = self._most(_all(self._packed(step)) for step in self._steps)
         self._outgoing = staging.room("outgoing", most, comm.device)
-        most = self._most(_all(chain(*step.receives.values())) for step in self._steps)
-        self._incoming = staging.room("incoming", most, comm.device)
+        # What arrives in a commit lies together, from this rank and from others, so that both are within the budget;
+        # but for a GPU's rows where the communicator wants its buffers on the host.
         own = next((flat.device for each in self._travelling for flat in each.flats), comm.device)
-        self._inside = staging.room("inside", self._most(step.local for step in self._steps), own)
+        self._inside: Tensor | None = None
+        if own != comm.device:
+            self._inside = staging.room("inside", self._most(step.local for step in self._steps), own)
+        local = [step.local if self._inside is None else [] for step in self._steps]
+        arriving = (some + _received(step) for some, step in zip(local, self._steps, strict=True))
+        self._arriving = staging.room("arriving", self._most(arriving), comm.device)
 
     def run(self, on_commit: Callable[[Placement], None]) -> Moved:
         """Bring experts and all that travels with them to their new slots, commit by commit.
@@ -197,11 +202,11 @@ class Move:
     def _pack(self, step: RankStep) -> None:
         """Read what this rank gives, to itself and to others, before anything is written."""
         sent = self._laid_out(_all(self._packed(step)), self._outgoing)
-        for copy, place in chain(self._laid_out(step.local, self._inside), sent):
+        for copy, place in chain(self._laid_out(step.local, self._rooms(step)[0]), sent):
             place.copy_(self._source(copy))
 
     def _exchange(self, step: RankStep) -> None:
-        rank, packed, room = self._comm.rank, self._outgoing, self._incoming
+        rank, packed, (_, room) = self._comm.rank, self._outgoing, self._rooms(step)
         sends: dict[int, deque[Tensor]] = {target: deque() for target in step.sends}
         for target, message in _each(step.sends):
             if self._goes_as_it_is(message):
@@ -221,8 +226,15 @@ class Move:
 
     def _staged(self, step: RankStep) -> Iterator[tuple[Copy, Tensor]]:
         """Each copy into this rank, with its bytes."""
-        received = _all(chain(*step.receives.values()))
-        return chain(self._laid_out(step.local, self._inside), self._laid_out(received, self._incoming))
+        inside, room = self._rooms(step)
+        return chain(self._laid_out(step.local, inside), self._laid_out(_received(step), room))
+
+    def _rooms(self, step: RankStep) -> tuple[Tensor, Tensor]:
+        """Where copies inside this rank are staged, and those from others."""
+        if self._inside is not None:
+            return self._inside, self._arriving
+        local = self._total(step.local)
+        return self._arriving[:local], self._arriving[local:]
 
     def _packed(self, step: RankStep) -> list[list[Copy]]:
         """The messages that are put together before they are sent."""
@@ -286,6 +298,10 @@ def _each(messages: Mapping[int, Sequence[list[Copy]]]) -> Iterator[tuple[int, l
 
 def _all(messages: Iterable[list[Copy]]) -> list[Copy]:
     return [copy for message in messages for copy in message]
+
+
+def _received(step: RankStep) -> list[Copy]:
+    return _all(chain(*step.receives.values()))
 
 
 def _after(placement: Placement, moves: Sequence[SlotMove]) -> Placement:
