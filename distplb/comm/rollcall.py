@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import threading
 import time
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import Protocol
 __all__ = ["RollCall", "Store"]
 
 _PAUSE_SECONDS = 0.05  # between two looks at who has answered
+_EXIT_SECONDS = 5.0  # that the end of the process waits for a question that has not been answered
 
 
 class Store(Protocol):
@@ -26,22 +28,25 @@ class Store(Protocol):
 class RollCall:
     """Each rank that loses the others says so and that it is there itself; those who say nothing are missing.
 
-    The store's host may be gone as well: whoever asks it waits in a thread of its own, which is left behind then.
+    The store's host may be gone as well, and a question to it never be answered: each is asked in a thread.
 
     Args:
-        store: shared by the ranks, for this communicator alone.
+        connect: opens a connection of our own to a store that the ranks share, for this communicator alone: where
+            others of this process wait in the job's, all questions wait behind them. Called when it is first needed.
         rank: of this process.
         size: the number of ranks.
     """
 
-    def __init__(self, store: Store, rank: int, size: int) -> None:
-        self._store, self._rank, self._size = store, rank, size
+    def __init__(self, connect: Callable[[], Store], rank: int, size: int) -> None:
+        self._connect, self._rank, self._size = connect, rank, size
+        self._store: Store | None = None
+        self._asking: threading.Thread | None = None
         self._silent: list[int] | None = None  # ranks that had not answered when last looked at
 
     def was_called(self, seconds: float) -> bool:
         """Whether some rank has lost the others; False where the store does not answer in so many seconds."""
         answers: list[bool] = []
-        _within(seconds, lambda: answers.append(self._store.check(["lost"])))
+        self._ask(seconds, lambda store: answers.append(store.check(["lost"])))
         return any(answers)
 
     def missing(self, seconds: float) -> list[int] | None:
@@ -54,28 +59,36 @@ class RollCall:
             None where the store does not answer.
         """
         self._silent = None
-        _within(seconds, lambda: self._call(time.monotonic() + seconds))
+        until = time.monotonic() + seconds
+        self._ask(seconds, lambda store: self._call(store, until))
         return self._silent
 
-    def _call(self, until: float) -> None:
-        self._store.set("lost", "1")
-        self._store.set(f"here/{self._rank}", "1")
+    def _call(self, store: Store, until: float) -> None:
+        store.set("lost", "1")
+        store.set(f"here/{self._rank}", "1")
         while True:
             silent = list(range(self._size)) if self._silent is None else self._silent
-            self._silent = [rank for rank in silent if not self._store.check([f"here/{rank}"])]
+            self._silent = [rank for rank in silent if not store.check([f"here/{rank}"])]
             if not self._silent or time.monotonic() >= until:
                 return
             time.sleep(_PAUSE_SECONDS)
 
+    def _ask(self, seconds: float, question: Callable[[Store], None]) -> None:
+        """Wait for the answer, but not longer; for none where an earlier question still waits for its own."""
+        if self._asking is not None:
+            self._asking.join(seconds)
+            if self._asking.is_alive():
+                return
 
-def _within(seconds: float, ask: Callable[[], None]) -> None:
-    """Wait for it, but not longer."""
+        def run() -> None:
+            with suppress(Exception):  # the store's host may be what was lost
+                if self._store is None:
+                    self._store = self._connect()
+                question(self._store)
 
-    def run() -> None:
-        # The store's host may be what was lost.
-        with suppress(Exception):
-            ask()
-
-    thread = threading.Thread(target=run, name="distplb-rollcall", daemon=True)
-    thread.start()
-    thread.join(seconds)
+        self._asking = threading.Thread(target=run, name="distplb-rollcall", daemon=True)
+        self._asking.start()
+        self._asking.join(seconds)
+        if self._asking.is_alive():
+            # A thread that is inside the library when the interpreter ends would take the process down with it.
+            atexit.register(self._asking.join, _EXIT_SECONDS)

@@ -16,7 +16,7 @@ import os
 import re
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -94,7 +94,7 @@ class TorchComm:
         self._grace = min(deadline / 4, _MOST_GRACE_SECONDS)
         self._deadline, self._patience = deadline, deadline - self._grace
         self._lost: LostRanksError | None = None
-        self._roll = RollCall(self._store(), self.rank, self.size)
+        self._roll = RollCall(self._connection(), self.rank, self.size)
         self._side: dist.ProcessGroup | None = None
         if self.size > 1 and (self._is_nccl if side_group is None else side_group):
             # Only the ranks of the group need to be here, as of everything that this class does.
@@ -220,11 +220,12 @@ class TorchComm:
             why += "; the store that ranks could be called in does not answer either"
         return LostRanksError(missing or (), why)
 
-    def _store(self) -> Store:
-        """The job's, under a name that all ranks of this communicator make up alike."""
+    def _connection(self) -> Callable[[], Store]:
+        """Opens one to the job's store, under a name that all ranks of this communicator make up alike."""
         ranks = tuple(self.global_ranks)
         _made[ranks] += 1
         name = hashlib.sha256(repr(ranks).encode()).hexdigest()[:16]
         # torchrun may hand the store of a job's former life to the next one, with all that was written there.
         life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        return PrefixStore(f"distplb/{life}/{name}/{_made[ranks]}", dist.distributed_c10d._get_default_store())
+        store = PrefixStore(f"distplb/{life}/{name}/{_made[ranks]}", dist.distributed_c10d._get_default_store())
+        return getattr(store, "clone", lambda: store)  # torch before 2.7 has one connection for all
