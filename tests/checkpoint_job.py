@@ -148,6 +148,7 @@ class Job:
         self.stager = DefaultStager(StagingOptions(False, False, True, False))  # in a thread, without pinned memory
         self.generator = torch.Generator().manual_seed(7)
         self.upload: Any = None
+        self.staging: Any = None
 
     def train(self, first: int) -> list[float]:
         """Losses of iterations `first` to the last, on every rank."""
@@ -184,6 +185,8 @@ class Job:
         if self.stage > 0:
             assert x.grad is not None
             dist.send(x.grad, rank - self.ep_size)
+        if self.staging is not None:  # a step in the middle of it would tear the checkpoint, as in every trainer
+            self.staging.result()
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.rebalancer.step()
@@ -215,6 +218,7 @@ class Job:
             self.state(), storage_writer=writer, process_group=self.saving_group, async_stager=self.stager
         )
         self.rebalancer.saving(response)
+        self.staging = getattr(response, "staging_completion", None)
         self.upload = getattr(response, "upload_completion", response)
 
     def resume(self, forgets: bool) -> int:

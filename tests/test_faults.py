@@ -35,7 +35,7 @@ STAGES = ("count", "search", "choose", "polish", "share", "move")
 FAULTS = ("kill", "stop", "raise")
 DEADLINE = 4.0
 SLACK = 3.0  # of busy cores
-SIDE_BY_SIDE = 6
+SIDE_BY_SIDE = 4
 
 
 def victim_of(stage: str, size: int) -> int:
