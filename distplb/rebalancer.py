@@ -235,8 +235,6 @@ class Rebalancer:
                 has moved then.
         """
         self._refuse_if_poisoned()
-        if not self._names:
-            return
         self._drop()
         self._apply(placement)
         self._forget_counts()
@@ -458,6 +456,8 @@ class Rebalancer:
         return "moved", "the moves lower the cost by more than their price"
 
     def _apply(self, placement: Placement) -> None:
+        if not self._names:
+            return
         error: Exception | None = None
         try:
             self._check_placement(placement)

@@ -6,7 +6,6 @@ Shapes: N sequences, S steps, L layers, E experts.
 from __future__ import annotations
 
 import doctest
-import importlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,22 +14,11 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from of_benchmarks import imported
 from torch import Tensor
 
 import distplb
 from distplb import Placement, Trace
-
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
-
-
-def imported(name: str) -> ModuleType:
-    """A module of the benchmarks, which import each other by their bare names."""
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.remove(str(BENCHMARKS))
-
 
 sequences, windows, replay_cases = imported("sequences"), imported("windows"), imported("replay_cases")
 bench_steps, bench_moves, bench_replay = imported("bench_steps"), imported("bench_moves"), imported("bench_replay")

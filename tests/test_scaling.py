@@ -3,26 +3,12 @@
 from __future__ import annotations
 
 import doctest
-import importlib
-import sys
-from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
-
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
-
-
-def imported(name: str) -> ModuleType:
-    """A module of the benchmarks, which import each other by their bare names."""
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.remove(str(BENCHMARKS))
-
+from of_benchmarks import imported
 
 model, turns, same = imported("scaling_model"), imported("scaling_turns"), imported("bench_same")
 
