@@ -1,0 +1,105 @@
+"""Options that several commands share, each group as one value."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from distplb.planning.options import SearchOptions
+from distplb.topology import Topology
+
+__all__ = ["search_options", "topology_options"]
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+_AT_LEAST_1 = click.IntRange(min=1)
+
+
+def _price(_context: click.Context, _parameter: click.Parameter, text: str) -> float | tuple[float, float]:
+    """Tokens for each moved slot: one number, or a pair."""
+    try:
+        prices = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        prices = ()
+    if len(prices) not in (1, 2) or not all(price >= 0 for price in prices):  # nor is a NaN
+        raise click.BadParameter(f"{text!r} is no price; pass tokens, at least 0: one number, or INSIDE,BETWEEN")
+    return prices[0] if len(prices) == 1 else (prices[0], prices[1])
+
+
+def topology_options(command: Command) -> Callable[..., Any]:
+    """`--nodes` and `--gpus-per-node`, as `topology`."""
+
+    @functools.wraps(command)
+    def with_topology(*, nodes: int, gpus_per_node: int, **others: Any) -> Any:
+        return command(topology=Topology(nodes, gpus_per_node), **others)
+
+    return _with(
+        with_topology,
+        click.option("--nodes", type=_AT_LEAST_1, default=1, show_default=True, help="Nodes of the EP group."),
+        click.option("--gpus-per-node", type=_AT_LEAST_1, required=True, help="GPUs of the EP group on each node."),
+    )
+
+
+def search_options(command: Command) -> Callable[..., Any]:
+    """What `distplb.plan` takes beside load and topology, as `options`; and `--current`, still a path, as `current`."""
+
+    @functools.wraps(command)
+    def with_options(
+        *,
+        slots: int | None,
+        groups: int | None,
+        candidates: int | None,
+        seed: int,
+        engine: str | None,
+        mode: str,
+        move_price: float | tuple[float, float],
+        **others: Any,
+    ) -> Any:
+        options = SearchOptions(
+            num_slots=slots,
+            num_groups=groups,
+            num_candidates=candidates,
+            seed=seed,
+            engine=engine,
+            mode=mode,
+            move_price=move_price,
+        )
+        return command(options=options, **others)
+
+    return _with(
+        with_options,
+        click.option("--slots", type=_AT_LEAST_1, help="Slots of all GPUs; more than experts means replicas."),
+        click.option("--groups", type=_AT_LEAST_1, help="Groups of experts of a group-limited router."),
+        click.option(
+            "--mode",
+            type=click.Choice(["remap", "permute"]),
+            default="remap",
+            show_default=True,
+            help="How the plan will be applied: by a table after the router, or by moving its rows too.",
+        ),
+        click.option(
+            "--current",
+            type=click.Path(path_type=Path),
+            help="The placement in force, as --output writes it; contiguous where left out.",
+        ),
+        click.option(
+            "--move-price",
+            callback=_price,
+            default="0",
+            metavar="TOKENS",
+            help="Tokens of the whole load that a moved slot must save: one number, or INSIDE,BETWEEN nodes.",
+        ),
+        click.option("--candidates", type=_AT_LEAST_1, help="Starts for each layer; 4 where left out."),
+        click.option("--seed", type=click.IntRange(min=0), default=0, help="Of all that is random."),
+        click.option("--engine", help="reference, cpu or cuda; the fastest that is there where left out."),
+    )
+
+
+def _with(command: Callable[..., Any], *options: Callable[[Any], Any]) -> Callable[..., Any]:
+    """The options in this order in `--help`."""
+    for option in reversed(options):
+        command = option(command)
+    return command

@@ -1,0 +1,58 @@
+"""What all commands print with: tables for people, JSON for scripts, progress where somebody watches."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+__all__ = ["console", "forgive_encodings", "json_option", "print_json", "progress"]
+
+_PIPE_WIDTH = 200  # columns; in a pipe nothing is cut off and lines are not wrapped
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError  # rich would end the process with 1, which means something here
+
+
+def json_option(command: Command) -> Command:
+    """`--json`, as `as_json`."""
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")(command)
+
+
+def console() -> Console:
+    """For what a person reads, on standard output; plain and wide in a pipe."""
+    return _Console(highlight=False, width=None if sys.stdout.isatty() else _PIPE_WIDTH, soft_wrap=False)
+
+
+def print_json(document: Mapping[str, Any]) -> None:
+    """One object on standard output, and nothing else."""
+    click.echo(json.dumps(document, indent=2, allow_nan=False))
+
+
+@contextmanager
+def progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """What is to be called with (done, all) now and then; a bar on standard error where that is a terminal."""
+    if not sys.stderr.isatty():
+        yield lambda done, total: None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def forgive_encodings() -> None:
+    """Print a question mark for what the terminal's encoding lacks, instead of raising."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
