@@ -27,17 +27,20 @@ SOURCES = {
 LEVELS = [
     {"errors", "topology", "stages", "hashing", "stoploss", "ties"},
     {"placement", "load", "layer", "events", "traces", "spread", "saves", "background"},
-    {"cost", "bound", "price", "routing", "saved"},
+    {"cost", "balance", "bound", "price", "routing", "saved", "saving", "eventlog"},
     {"packing", "planning", "comm"},
-    {"migrate", "replay", "measure"},
+    {"migrate", "replay", "measure", "assumed"},
     {"planner", "observer"},
     {"account", "pricer"},
     {"rebalancer"},
-    {"integrations"},
+    {"advice"},
+    {"integrations", "report"},
+    {"cli", "__main__"},
 ]
 # Names of one level do not import each other, but for these.
 SIDEWAYS = {
     ("topology", "errors"),
+    ("__main__", "cli"),
     ("stages", "errors"),
     ("traces", "placement"),
     ("planning", "packing"),
@@ -61,7 +64,7 @@ SIDEWAYS = {
     ("integrations.megatron", "integrations.common"),
 }
 # Folders whose modules see each other; those of `migrate` only as told above.
-OPEN_FOLDERS = {"packing", "planning", "comm", "traces"}
+OPEN_FOLDERS = {"packing", "planning", "comm", "traces", "report", "cli"}
 # Libraries that only one place may know, and those that none may.
 KEPT_IN = {
     "torch.distributed": {"distplb.comm.torchdist", "distplb.migrate.dtensors"},
@@ -69,16 +72,18 @@ KEPT_IN = {
     "scipy": {"distplb.planning.relabel"},
     "numba": {"distplb.packing.cpu", "distplb.packing.cpu_steps"},
     "filelock": {"distplb.packing.cpu"},
-    "concurrent": {"distplb.packing.cpu", "distplb.traces.writer", "distplb.background", "distplb.saves"},
+    "concurrent": {
+        *("distplb.packing.cpu", "distplb.traces.writer", "distplb.eventlog", "distplb.background", "distplb.saves"),
+    },
     "triton": {"distplb.packing.cuda_kernels", "distplb.packing.cuda_settle", "distplb.packing.cuda_steps"},
     "transformers": {"distplb.integrations.huggingface"},
     "torchtitan": {"distplb.integrations.torchtitan"},
     "megatron": {"distplb.integrations.megatron"},
 }
-NOWHERE = {"matplotlib", "deepspeed", "accelerate"}
+NOWHERE = {"deepspeed", "accelerate", "tensorboard"}
 # Imported when they are used, and by modules that nothing imports before.
 FRAMEWORKS = {"transformers", "torchtitan", "megatron"}
-LATE = {"numba", "triton", "filelock", "scipy", "mpi4py"}
+LATE = {"numba", "triton", "filelock", "scipy", "mpi4py", "matplotlib", "jinja2", "click", "rich"}
 NEEDS = {
     "distplb.packing.cpu_kernels": "numba",
     "distplb.packing.cpu_settle": "numba",
@@ -92,7 +97,7 @@ NEEDS = {
 }
 PURE = [name for name in SOURCES if name.startswith(("distplb.planning", "distplb.packing"))]
 PURE += ["distplb.price", "distplb.replay"]
-PURE += ["distplb.saved", "distplb.cost", "distplb.bound", "distplb.stoploss", "distplb.account"]
+PURE += ["distplb.saved", "distplb.cost", "distplb.balance", "distplb.bound", "distplb.stoploss", "distplb.account"]
 PURE += ["distplb.migrate.schedule", "distplb.migrate.pieces", "distplb.migrate.budget"]
 IMPURE_MODULES = {"time", "os", "random", "io", "socket", "subprocess", "threading", "pathlib", "datetime", "secrets"}
 IMPURE_MODULES |= {"numpy.random", "torch.random", "torch.distributed", "distplb.comm", "distplb.stages"}
