@@ -1,47 +1,28 @@
 """The planners that distplb is measured against, written here from their descriptions.
 
 Every planner takes the tokens `weight [L, E]` and returns `expert_of_slot [L, P]`, int64; slot p lives on GPU
-`p // G`. "Greedy" is what DeepSeek's expert-parallel load balancer (EPLB) does:
-
-1. Groups of experts, where there are any, go to nodes: in descending order of load, each to the lightest node that
-   is not full.
-2. Each spare slot of a node goes to the expert with the largest load / replicas.
-3. The node's slots go to its GPUs as the groups went to the nodes.
-
-Without groups, or with groups that cannot be spread evenly over the nodes, all GPUs count as one node and step 1 is
-void. There are three of it, equal to the bit: `greedy_loops` keeps its numbers in tensors and reads and writes them
-one by one, as the published program does; `greedy_lists` is leaner; `greedy_numpy` does all layers at once.
+`p // G`. "Greedy" is what DeepSeek's expert-parallel load balancer (EPLB) does, in the steps that `planning/greedy.py`
+numbers. There are three of it, equal to the bit: `greedy_loops` keeps its numbers in tensors and reads and writes them
+one by one, as the published program does; `greedy_lists` is leaner; `greedy_numpy`, which the package has, does all
+layers at once.
 Shapes: L layers, E experts, P slots, M GPUs, G = P / M slots on each, X = layers × nodes, n items, m packs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import numpy as np
 import torch
 from torch import Tensor
 
 from distplb import Topology
 from distplb import balanced_packing as searched_packing
+from distplb.planning.greedy import contiguous, greedy_numpy, in_three_steps, replicate_numpy
 
-# (weight [X, n], slots, most replicas of an expert) -> expert of each slot [X, slots], replicas [X, n]
-Replicate = Callable[[Tensor, int, int], tuple[Tensor, Tensor]]
-# (load [X, n], kind [X, n] or None, m) -> the item at each place [X, n], pack by pack. Items of one kind do not share
-# a pack; with None they may.
-Pack = Callable[[Tensor, Tensor | None, int], Tensor]
-
-
-def contiguous(weight: Tensor, topology: Topology, num_slots: int) -> Tensor:
-    """What a job starts with: experts in order; where P > E, spare slots repeat an expert next to it, evenly."""
-    topology.slots_per_gpu(num_slots)
-    layers, experts = weight.shape
-    return (torch.arange(num_slots) * experts // num_slots).expand(layers, -1).clone()
+__all__ = ["balanced_packing", "contiguous", "greedy_lists", "greedy_loops", "greedy_numpy", "snake"]
 
 
 def snake(weight: Tensor, topology: Topology, num_slots: int, *, num_groups: int | None = None) -> Tensor:
     """Slots in descending order of load, dealt over the GPUs forth and back; replicas as in greedy's step 2."""
-    return _in_three_steps(weight, topology, num_slots, num_groups, True, _replicate_numpy, _deal)
+    return in_three_steps(weight, topology, num_slots, num_groups, True, replicate_numpy, _deal)
 
 
 def greedy_loops(
@@ -57,9 +38,7 @@ def greedy_loops(
     It differs from the published program in double precision and stable sorts, which cost nothing and let the three
     variants agree.
     """
-    return _in_three_steps(
-        weight, topology, num_slots, num_groups, allow_shared_replicas, _replicate_torch, _pack_loops
-    )
+    return in_three_steps(weight, topology, num_slots, num_groups, allow_shared_replicas, _replicate_torch, _pack_loops)
 
 
 def greedy_lists(
@@ -71,23 +50,7 @@ def greedy_lists(
     allow_shared_replicas: bool = True,
 ) -> Tensor:
     """Greedy on plain Python lists."""
-    return _in_three_steps(
-        weight, topology, num_slots, num_groups, allow_shared_replicas, _replicate_lists, _pack_lists
-    )
-
-
-def greedy_numpy(
-    weight: Tensor,
-    topology: Topology,
-    num_slots: int,
-    *,
-    num_groups: int | None = None,
-    allow_shared_replicas: bool = True,
-) -> Tensor:
-    """Greedy on all layers at once: the only loops are over slots."""
-    return _in_three_steps(
-        weight, topology, num_slots, num_groups, allow_shared_replicas, _replicate_numpy, _pack_numpy
-    )
+    return in_three_steps(weight, topology, num_slots, num_groups, allow_shared_replicas, _replicate_lists, _pack_lists)
 
 
 def balanced_packing(weight: Tensor, topology: Topology, num_candidates: int) -> Tensor:
@@ -95,35 +58,6 @@ def balanced_packing(weight: Tensor, topology: Topology, num_candidates: int) ->
     pack, rank = searched_packing(weight, topology.num_gpus, num_candidates=num_candidates)
     place = pack * topology.slots_per_gpu(weight.shape[1]) + rank
     return place.argsort(1)
-
-
-def _in_three_steps(
-    weight: Tensor,
-    topology: Topology,
-    num_slots: int,
-    num_groups: int | None,
-    allow_shared_replicas: bool,
-    replicate: Replicate,
-    pack: Pack,
-) -> Tensor:
-    """Steps 1 to 3, with two functions that do the work."""
-    topology.slots_per_gpu(num_slots)
-    layers, experts = weight.shape
-    grouped = num_groups is not None and num_groups % topology.num_nodes == 0
-    nodes, groups = (topology.num_nodes, num_groups) if grouped else (1, 1)
-    gpus = topology.num_gpus // nodes
-    apart = not allow_shared_replicas and num_slots > experts
-    if apart and num_slots > experts * gpus:
-        raise ValueError(f"{num_slots} slots: {experts} experts have at most {gpus} replicas each; pass fewer slots")
-    weight = weight.double()
-    group_at = pack(weight.unflatten(1, (groups, -1)).sum(2), None, nodes)  # [L, groups], node by node
-    members = torch.arange(experts // groups)
-    expert_at = (group_at[..., None] * len(members) + members).reshape(layers * nodes, -1)  # [X, E / nodes]
-    of_node = weight.gather(1, expert_at.view(layers, -1)).view(layers * nodes, -1)  # [X, E / nodes]
-    kind, replicas = replicate(of_node, num_slots // nodes, gpus if apart else num_slots)
-    load = (of_node / replicas).gather(1, kind)  # [X, P / nodes]
-    item_at = pack(load, kind if apart else None, gpus)
-    return expert_at.gather(1, kind.gather(1, item_at)).view(layers, -1)
 
 
 # --- replicas ---------------------------------------------------------------------------------------------------
@@ -157,21 +91,6 @@ def _replicate_lists(weight: Tensor, num_slots: int, most: int) -> tuple[Tensor,
         kinds.append(kind)
         counts.append(replicas)
     return torch.tensor(kinds), torch.tensor(counts)
-
-
-def _replicate_numpy(weight: Tensor, num_slots: int, most: int) -> tuple[Tensor, Tensor]:
-    tokens = weight.numpy()
-    rows, experts = tokens.shape
-    row = np.arange(rows)
-    kind = np.tile(np.arange(num_slots), (rows, 1))
-    share, replicas = tokens.copy(), np.ones((rows, experts), dtype=np.int64)
-    for slot in range(experts, num_slots):
-        hottest = share.argmax(1)
-        kind[:, slot] = hottest
-        replicas[row, hottest] += 1
-        number = replicas[row, hottest]
-        share[row, hottest] = np.where(number < most, tokens[row, hottest] / number, -1)
-    return torch.from_numpy(kind), torch.from_numpy(replicas)
 
 
 # --- packing ----------------------------------------------------------------------------------------------------
@@ -225,34 +144,6 @@ def _pack_lists(load: Tensor, kind: Tensor | None, num_packs: int) -> Tensor:
     return torch.tensor(packed).flatten(1)
 
 
-def _pack_numpy(load: Tensor, kind: Tensor | None, num_packs: int) -> Tensor:
-    rows, items = load.shape
-    if items == num_packs:
-        return torch.arange(items).repeat(rows, 1)
-    size, of_item = items // num_packs, load.numpy()
-    row = np.arange(rows)
-    pack_load, filled = np.zeros((rows, num_packs)), np.zeros((rows, num_packs), dtype=np.int64)
-    content = np.full((rows, num_packs, size), -1)
-    kinds = None if kind is None else kind.numpy()
-    num_kinds = 0 if kinds is None else kinds.max() + 1
-    held = np.zeros((rows, num_packs, num_kinds), dtype=bool)  # which kinds a pack holds
-    for item in np.argsort(-of_item, axis=1, kind="stable").T:  # [X]
-        least = np.where(filled < size, pack_load, np.inf)  # [X, m]
-        if kinds is not None:
-            apart = np.where(held[row, :, kinds[row, item]], np.inf, least)
-            for stuck in np.flatnonzero(np.isinf(apart.min(1))):
-                light = least[stuck].argmin()
-                item[stuck] = _exchange_numpy(of_item, kinds, content, held, pack_load, stuck, light, item[stuck])
-                apart[stuck, light] = 0
-            least = apart
-            held[row, least.argmin(1), kinds[row, item]] = True
-        pack = least.argmin(1)
-        content[row, pack, filled[row, pack]] = item
-        pack_load[row, pack] += of_item[row, item]
-        filled[row, pack] += 1
-    return torch.from_numpy(content).flatten(1)
-
-
 # --- replicas of one expert on different GPUs -------------------------------------------------------------------
 
 
@@ -300,25 +191,4 @@ def _exchange(
     other, content[pack][place] = content[pack][place], item
     held[pack] ^= {kind[other], kind[item]}
     pack_load[pack] = pack_load[pack] - load[other] + load[item]  # in this order everywhere: floats
-    return other
-
-
-def _exchange_numpy(
-    of_item: np.ndarray,  # [X, n]
-    kinds: np.ndarray,  # [X, n]
-    content: np.ndarray,  # [X, m, places], -1 where empty
-    held: np.ndarray,  # [X, m, kinds]
-    pack_load: np.ndarray,  # [X, m]
-    row: int,
-    light: int,
-    item: int,
-) -> int:
-    """The same for one of the rows that are packed together."""
-    inside, kind = content[row], kinds[row]  # [m, size], [n]
-    possible = (inside >= 0) & ~held[row, :, kind[item], None] & ~held[row, light, kind[inside]]
-    difference = np.where(possible, abs(of_item[row, inside] - of_item[row, item]), np.inf)
-    pack, place = np.unravel_index(difference.argmin(), difference.shape)
-    other, inside[pack, place] = inside[pack, place], item
-    held[row, pack, kind[[other, item]]] = [False, True]
-    pack_load[row, pack] = pack_load[row, pack] - of_item[row, other] + of_item[row, item]
     return other
