@@ -3,6 +3,7 @@
 from distplb.bound import lower_bound
 from distplb.cost import imbalance
 from distplb.errors import DistplbError
+from distplb.eventlog import EventLog, read_events
 from distplb.events import RebalanceEvent
 from distplb.layer import FlatShard, MoELayer
 from distplb.load import LoadWindow
@@ -21,6 +22,7 @@ from distplb.traces.writer import TraceWriter
 
 __all__ = [
     "DistplbError",
+    "EventLog",
     "FlatShard",
     "LoadWindow",
     "MoELayer",
@@ -38,6 +40,7 @@ __all__ = [
     "lower_bound",
     "measured_curve",
     "plan",
+    "read_events",
     "rebalance_experts",
     "replay",
 ]

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from distplb.balance import balancedness_sglang, balancedness_vllm, max_violation
 from distplb.bound import lower_bound
 from distplb.cost import gpu_tokens, imbalance, layer_cost
 from distplb.events import RebalanceEvent
@@ -22,8 +24,9 @@ from distplb.price import MoveModel, moved_slots
 from distplb.stoploss import Pace
 from distplb.topology import Topology
 
-__all__ = ["Account", "completed", "skipped_event"]
+__all__ = ["Account", "completed"]
 
+_HOTTEST = 4  # experts of each layer that are named
 _UNEVEN = 1e-3  # of imbalance above the bound, below which there is nothing to say of a layer
 
 
@@ -62,27 +65,35 @@ class Account:
     def event(self, moved: Moved, decision: str, reason: str, seconds: dict[str, float]) -> RebalanceEvent:
         """The record; what the next window tells is left open."""
         load, model, curve = self.planned.load, self.model, self.options.time_curve
-        peaks = [_tokens(load, placement) for placement in (self.old, self.target)]
+        before, after = (_tokens(load, placement) for placement in (self.old, self.target))  # [T, L, M]
         saved, moving = self._modelled()
-        after = by_layer(load, self.target)
+        reached = by_layer(load, self.target)
         bound = tuple(lower_bound(load, self.topology, self.target.num_slots).tolist())
         return RebalanceEvent(
             iteration=self.iteration,
             layers=self.layers,
+            num_experts=load.shape[2],
+            num_nodes=self.topology.num_nodes,
             steps=len(load),
             imbalance_before=by_layer(load, self.old),
-            imbalance_after=after,
+            imbalance_after=reached,
             imbalance_bound=bound,
-            imbalance_next=None,
-            tokens_peak_before=peaks[0][0],
-            tokens_p99_before=peaks[0][1],
-            tokens_peak_after=peaks[1][0],
-            tokens_p99_after=peaks[1][1],
+            **_memory(before, "before"),
+            **_memory(after, "after"),
+            tokens_of_gpu_before=_table(before.sum(0)),
+            tokens_of_gpu_after=_table(after.sum(0)),
+            hottest_experts=_hottest(load.sum(0)),
+            balancedness_vllm_before=balancedness_vllm(before),
+            balancedness_vllm_after=balancedness_vllm(after),
+            balancedness_sglang_before=balancedness_sglang(before),
+            balancedness_sglang_after=balancedness_sglang(after),
+            max_violation=max_violation(load),
             slots_moved=moved.slots,
-            bytes_moved=moved.bytes,
+            bytes_inside=moved.bytes_inside,
+            bytes_between=moved.bytes_between,
             decision=decision,
             reason=reason,
-            left_out=self._left_out(after, bound),
+            left_out=self._left_out(reached, bound),
             move_price=self.options.prices,
             saved_seconds=saved,
             move_seconds=moving,
@@ -93,8 +104,6 @@ class Account:
             trust=None if model is None else model.trust,
             time_curve=None if curve is None else tuple(zip(curve.tokens, curve.nanoseconds, strict=True)),
             iteration_seconds=self.pace.median,
-            iteration_seconds_next=None,
-            repaid=None,
             router_ties=self.router_ties,
             num_candidates=self.options.candidates,
             seed=self.options.seed,
@@ -134,50 +143,6 @@ class Account:
         return tuple(texts)
 
 
-def skipped_event(
-    iteration: int, layers: tuple[str, ...], reason: str, last_applied: int, seconds: dict[str, float]
-) -> RebalanceEvent:
-    """The record of a rebalance for which there is no load that the ranks agree on."""
-    return RebalanceEvent(
-        iteration=iteration,
-        layers=layers,
-        steps=0,
-        imbalance_before=(),
-        imbalance_after=(),
-        imbalance_bound=(),
-        imbalance_next=None,
-        tokens_peak_before=0,
-        tokens_p99_before=0,
-        tokens_peak_after=0,
-        tokens_p99_after=0,
-        slots_moved=0,
-        bytes_moved=0,
-        decision="skipped",
-        reason=reason,
-        left_out=(),
-        move_price=(0.0, 0.0),
-        saved_seconds=None,
-        move_seconds=None,
-        seconds_per_token=None,
-        bytes_per_slot=None,
-        bandwidth_inside=None,
-        bandwidth_between=None,
-        trust=None,
-        time_curve=None,
-        iteration_seconds=0.0,
-        iteration_seconds_next=None,
-        repaid=None,
-        router_ties=(),
-        num_candidates=0,
-        seed=0,
-        seconds=seconds,
-        engine="",
-        placement_digest=0,
-        dry_run=False,
-        last_applied=last_applied,
-    )
-
-
 def completed(event: RebalanceEvent, load: Tensor, plan: Placement, pace: Pace, repaid: bool | None) -> RebalanceEvent:
     """The record with what the next window told."""
     return replace(event, imbalance_next=by_layer(load, plan), iteration_seconds_next=pace.median, repaid=repaid)
@@ -188,7 +153,24 @@ def by_layer(load: Tensor, placement: Placement) -> tuple[float, ...]:
     return tuple(imbalance(load, placement).mean(0).tolist())
 
 
-def _tokens(load: Tensor, placement: Placement) -> tuple[int, int]:
+def _tokens(load: Tensor, placement: Placement) -> Tensor:
+    return gpu_tokens(load, placement.expert_of_slot.to(load.device), placement.num_gpus)
+
+
+def _memory(of_gpu: Tensor, when: str) -> dict[str, Any]:
     """Peak and 99th percentile of tokens per GPU and step, all layers added up."""
-    tokens = gpu_tokens(load, placement.expert_of_slot.to(load.device), placement.num_gpus).sum(1).flatten()  # [T · M]
-    return int(tokens.max()), int(torch.quantile(tokens.double(), 0.99, interpolation="higher"))
+    tokens = of_gpu.sum(1).flatten()  # [T · M]
+    p99 = int(torch.quantile(tokens.double(), 0.99, interpolation="higher"))
+    return {f"tokens_peak_{when}": int(tokens.max()), f"tokens_p99_{when}": p99}
+
+
+def _table(values: Tensor) -> tuple[tuple[int, ...], ...]:
+    return tuple(map(tuple, values.tolist()))
+
+
+def _hottest(load: Tensor) -> tuple[tuple[tuple[int, int], ...], ...]:
+    """By layer of `[L, E]`, the experts with most tokens, and these; of equals the lower number first."""
+    tokens, experts = load.sort(dim=1, descending=True, stable=True)
+    few = slice(0, _HOTTEST)
+    pairs = zip(experts[:, few].tolist(), tokens[:, few].tolist(), strict=True)
+    return tuple(tuple(zip(*of_layer, strict=True)) for of_layer in pairs)

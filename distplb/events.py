@@ -1,10 +1,16 @@
-"""The record of one rebalance. Shapes: L layers."""
+"""The record of one rebalance, as a value and as JSON. Shapes: L layers, M GPUs."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, fields
+from typing import Any
+
+from distplb.errors import DistplbError
 
 __all__ = ["RebalanceEvent"]
+
+_FORMAT, _VERSION = "distplb.event", 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +24,8 @@ class RebalanceEvent:
     Args:
         iteration: calls of `Rebalancer.step` so far, this one included.
         layers: the L names, in the order of all that follows.
+        num_experts: E.
+        num_nodes: of the EP group; its GPUs go evenly on them.
         steps: in the window that the plan was made from.
         imbalance_before: of this window, under the placement in force while it was counted.
         imbalance_after: of this window, which the plan has seen, under the plan.
@@ -28,11 +36,19 @@ class RebalanceEvent:
         tokens_peak_before: tokens of the fullest GPU in the fullest step, all layers added up: what memory must hold.
         tokens_p99_before: the 99th percentile of tokens per GPU and step, likewise.
         tokens_peak_after, tokens_p99_after: of the same window under the plan.
+        tokens_of_gpu_before: `[L, M]`, of the window, all steps added up, under the placement in force.
+        tokens_of_gpu_after: the same under the plan.
+        hottest_experts: by layer, (expert, its tokens in the window) of those that got most, the first one most.
+        balancedness_vllm_before, balancedness_vllm_after: mean GPU's tokens of all layers and steps, added up, over the
+            fullest GPU's, added up: a ratio of sums, in (0, 1]; see `distplb.balance`.
+        balancedness_sglang_before, balancedness_sglang_after: mean over layers and steps of mean / fullest GPU.
+        max_violation: MaxVio, mean over layers and steps of the fullest expert / mean expert - 1. It is the router's:
+            no placement changes it.
         slots_moved: slots that received another expert, over all layers.
-        bytes_moved: what crossed from rank to rank, over all ranks.
+        bytes_inside, bytes_between: what crossed from rank to rank, over all ranks: inside nodes, and between them.
         decision: "moved", "kept" (nothing moved), "dry run", "stopped" (rebalancing has turned itself off), or
             "skipped" where ranks had different digests: of the steps they had counted, and then nothing is known of the
-            load and all that follows from it is empty; or of the placement.
+            load and all that follows from it is left at its default; or of the placement.
         reason: of the decision, in words.
         left_out: for each layer, why moves that would even it out were not made; empty where there is nothing to say.
         move_price: tokens of the window for a moved slot, inside a node and between nodes.
@@ -57,37 +73,78 @@ class RebalanceEvent:
 
     iteration: int
     layers: tuple[str, ...]
-    steps: int
-    imbalance_before: tuple[float, ...]
-    imbalance_after: tuple[float, ...]
-    imbalance_bound: tuple[float, ...]
-    imbalance_next: tuple[float, ...] | None
-    tokens_peak_before: int
-    tokens_p99_before: int
-    tokens_peak_after: int
-    tokens_p99_after: int
-    slots_moved: int
-    bytes_moved: int
     decision: str
     reason: str
-    left_out: tuple[str, ...]
-    move_price: tuple[float, float]
-    saved_seconds: float | None
-    move_seconds: float | None
-    seconds_per_token: float | None
-    bytes_per_slot: int | None
-    bandwidth_inside: float | None
-    bandwidth_between: float | None
-    trust: float | None
-    time_curve: tuple[tuple[int, int], ...] | None
-    iteration_seconds: float
-    iteration_seconds_next: float | None
-    repaid: bool | None
-    router_ties: tuple[float | None, ...]
-    num_candidates: int
-    seed: int
     seconds: dict[str, float]
-    engine: str
-    placement_digest: int
-    dry_run: bool
     last_applied: int
+    num_experts: int = 0
+    num_nodes: int = 0
+    steps: int = 0
+    imbalance_before: tuple[float, ...] = ()
+    imbalance_after: tuple[float, ...] = ()
+    imbalance_bound: tuple[float, ...] = ()
+    imbalance_next: tuple[float, ...] | None = None
+    tokens_peak_before: int = 0
+    tokens_p99_before: int = 0
+    tokens_peak_after: int = 0
+    tokens_p99_after: int = 0
+    tokens_of_gpu_before: tuple[tuple[int, ...], ...] = ()
+    tokens_of_gpu_after: tuple[tuple[int, ...], ...] = ()
+    hottest_experts: tuple[tuple[tuple[int, int], ...], ...] = ()
+    balancedness_vllm_before: float = 1.0
+    balancedness_vllm_after: float = 1.0
+    balancedness_sglang_before: float = 1.0
+    balancedness_sglang_after: float = 1.0
+    max_violation: float = 0.0
+    slots_moved: int = 0
+    bytes_inside: int = 0
+    bytes_between: int = 0
+    left_out: tuple[str, ...] = ()
+    move_price: tuple[float, float] = (0.0, 0.0)
+    saved_seconds: float | None = None
+    move_seconds: float | None = None
+    seconds_per_token: float | None = None
+    bytes_per_slot: int | None = None
+    bandwidth_inside: float | None = None
+    bandwidth_between: float | None = None
+    trust: float | None = None
+    time_curve: tuple[tuple[int, int], ...] | None = None
+    iteration_seconds: float = 0.0
+    iteration_seconds_next: float | None = None
+    repaid: bool | None = None
+    router_ties: tuple[float | None, ...] = ()
+    num_candidates: int = 0
+    seed: int = 0
+    engine: str = ""
+    placement_digest: int = 0
+    dry_run: bool = False
+
+    @property
+    def bytes_moved(self) -> int:
+        """What crossed from rank to rank, over all ranks."""
+        return self.bytes_inside + self.bytes_between
+
+    def to_json(self) -> str:
+        """One line: an object of `"format": "distplb.event"`, `"version": 1` and the fields by their names."""
+        values = {one.name: getattr(self, one.name) for one in fields(self)}
+        return json.dumps({"format": _FORMAT, "version": _VERSION} | values, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, line: str) -> RebalanceEvent:
+        """What `to_json` wrote, by this version or by one with fewer fields.
+
+        Raises:
+            DistplbError: if the line is not such an object, or of a version that is not known.
+        """
+        try:
+            document = json.loads(line)
+            found = (document.pop("format"), document.pop("version"))
+            if found != (_FORMAT, _VERSION):
+                raise DistplbError(f"it is {found[0]!r:.40}, version {found[1]!r:.40}; this distplb reads {_FORMAT} 1")
+            return cls(**{name: _frozen(value) for name, value in document.items()})
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise DistplbError(f"it is not a rebalance's record ({error})") from error
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value

@@ -40,6 +40,7 @@ class Observer:
 
     Attributes:
         peers: `[M]`, the ranks of this rank's EP group, by GPU.
+        node_of_rank: within its EP group, the node that each rank lies on.
         iterations: that have ended since the last clear.
 
     Raises:
@@ -53,6 +54,7 @@ class Observer:
         gpus[comm.rank] = gpu
         comm.all_reduce_sum(gpus)
         gpu_of_rank = gpus.tolist()
+        self.node_of_rank = [gpu // topology.gpus_per_node for gpu in gpu_of_rank]
         # Ranks that are the same GPU of their groups tell the groups apart, in the order of ranks.
         group = [gpu_of_rank[:rank].count(own) for rank, own in enumerate(gpu_of_rank)]
         self._group = group[comm.rank]

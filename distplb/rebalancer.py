@@ -5,23 +5,26 @@ Shapes: T steps, L layers, E experts, P slots, M GPUs.
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from distplb.account import Account, completed, skipped_event
+from distplb.account import Account, completed
 from distplb.background import Background
 from distplb.comm.agreement import agree, digest
 from distplb.comm.base import Comm, WorldOfOne
 from distplb.errors import DisagreementError, DistplbError, HalfMovedError, in_stage
+from distplb.eventlog import EventLog, SummaryWriter
 from distplb.events import RebalanceEvent
 from distplb.layer import MoELayer
 from distplb.load import LoadWindow
@@ -46,6 +49,7 @@ from distplb.traces.writer import TraceWriter
 
 __all__ = ["Rebalancer"]
 
+_LOGGER = logging.getLogger("distplb")
 _VERIFIED_BY_DEFAULT = 3  # rebalances
 _AT_ONCE = Spread(0, 0)
 # Of a spread move: small commits, so that the time is looked at often, but not so small that agreeing takes longer.
@@ -100,13 +104,16 @@ class Rebalancer:
         spread: over which iterations a rebalance is spread, so that none of them takes long; all in one where None.
             Between them the placement in force is a valid one, and may be saved. Another rebalance begins when the last
             has ended.
-        record: folder for a trace of all windows, written by rank 0; `Trace.read` reads it.
+        record: folder for a trace of all windows and a log of all events, written by rank 0 beside the training;
+            `Trace.read` and `distplb report` read it.
+        summary_writer: gets imbalance, bytes, seconds and so on as scalars after each rebalance, such as
+            `torch.utils.tensorboard.SummaryWriter`; that of rank 0.
         dry_run: plan and report, but move nothing. What travels is not looked at: moves are then free without a
             `move_model`, and `max_bytes` is of no account.
         verify: "digest" compares a checksum of every expert before and after each move; "off" does not; "first"
             does so for the first three rebalances of the job.
         on_event: called with a `RebalanceEvent` after each rebalance, and once more with the same record when the
-            next window has told how the plan fared.
+            next window has told how the plan fared. What it raises is logged, and does not reach the loop.
 
     Raises:
         DistplbError: on every rank, if any rank's arguments are refused or differ from the others'.
@@ -133,6 +140,7 @@ class Rebalancer:
         stop_loss: int = 3,
         spread: Spread | None = None,
         record: str | os.PathLike[str] | None = None,
+        summary_writer: SummaryWriter | None = None,
         dry_run: bool = False,
         verify: Literal["first", "digest", "off"] = "first",
         on_event: Callable[[RebalanceEvent], None] | None = None,
@@ -156,7 +164,11 @@ class Rebalancer:
         self._observer = Observer(self._window, self._comm, self._topology, self._mover.gpu, seed)
         self._pricer = Pricer(self._observer, self._comm, self._topology, move_model, self._window.shape[0])
         is_writer = self._comm.rank == 0 and bool(layers)
-        self._trace = TraceWriter(record, layers=self._names) if record is not None and is_writer else None
+        self._trace, self._log = None, None
+        if is_writer and record is not None:
+            self._trace = TraceWriter(record, layers=self._names)
+        if is_writer and (record is not None or summary_writer is not None):
+            self._log = EventLog(None if record is None else Path(record) / "events.jsonl", summary_writer)
         self._first = self._placement = self._logical_order()
         self._routing.follow(None, self._placement)
 
@@ -258,12 +270,13 @@ class Rebalancer:
         self._apply(there)
 
     def close(self) -> None:
-        """Take in no more counts, and wait until the trace is written, if one is recorded. Not collective."""
+        """Take in no more counts, and wait until trace and log are written, if they are recorded. Not collective."""
         self._drop()
         self._background.close()
         self._routing.close()
-        if self._trace is not None:
-            self._trace.close()
+        for writer in (self._trace, self._log):
+            if writer is not None:
+                writer.close()
 
     def state_dict(self) -> dict[str, Any]:
         """Placement in force, first placement and counters as tensors, by layer name, to be saved with the model.
@@ -334,7 +347,16 @@ class Rebalancer:
         except DisagreementError as differing:
             self._warn_of_skipping(differing)
             self._forget_counts()
-            self._tell(skipped_event(began, self._names, str(differing), self._last_applied, stages.seconds))
+            self._tell(
+                RebalanceEvent(
+                    iteration=began,
+                    layers=self._names,
+                    decision="skipped",
+                    reason=str(differing),
+                    seconds=stages.seconds,
+                    last_applied=self._last_applied,
+                )
+            )
             return
         if self._trace is not None:
             self._trace.add(planning.load, old, self._observer.iterations_of_steps(began, told.seen))
@@ -358,7 +380,7 @@ class Rebalancer:
                 self._warn_of_skipping(differing)
                 decision, reason = "skipped", str(differing)
                 break
-            moved = Moved(*map(sum, zip(moved, done, strict=True)))
+            moved = moved.plus(done)
             if self._placement == target:
                 self._last_applied = began
                 break
@@ -419,8 +441,12 @@ class Rebalancer:
         self._tell(completed(last.event, load, last.placement, told.pace, repaid))
 
     def _tell(self, event: RebalanceEvent) -> None:
-        if self._on_event is not None:
-            self._on_event(event)
+        for told in (self._log, self._on_event):
+            try:
+                if told is not None:
+                    told(event)
+            except Exception:  # nobody's training ends because of a figure
+                _LOGGER.exception("on_event failed at iteration %d; training goes on", event.iteration)
 
     def _warn_of_skipping(self, differing: DisagreementError) -> None:
         """Ranks that counted or planned differently keep training; where they differ in more, they must not."""
@@ -474,6 +500,7 @@ class Rebalancer:
             self._placement,
             placement,
             travelling,
+            node_of_rank=self._observer.node_of_rank,
             on_commit=self._take_up,
             verify=self._verify == "digest" or (self._verify == "first" and self._rebalances <= _VERIFIED_BY_DEFAULT),
             stages=stages,

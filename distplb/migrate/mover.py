@@ -103,6 +103,7 @@ class Mover:
         new: Placement,
         travelling: Travelling,
         *,
+        node_of_rank: Sequence[int],
         on_commit: Callable[[Placement], None],
         verify: bool,
         stages: Stages,
@@ -115,6 +116,7 @@ class Mover:
             old: the placement in force.
             new: the placement wanted.
             travelling: all that travels, on this rank.
+            node_of_rank: of the communicator.
             on_commit: told the placement in force after each commit.
             verify: compare every expert's checksum before and after.
             stages: receives the seconds.
@@ -127,7 +129,7 @@ class Mover:
             HalfMovedError: if the experts are not whole any more; `broken` then says why.
         """
         with stages.stage("move"):
-            move = self._agreed_move(old, new, travelling, error, limits)
+            move = self._agreed_move(old, new, travelling, node_of_rank, error, limits)
         if not move.layers:
             return Moved()
         before = self._checksums(move, travelling, stages) if verify else None
@@ -151,6 +153,7 @@ class Mover:
         old: Placement,
         new: Placement,
         travelling: Travelling,
+        node_of_rank: Sequence[int],
         error: Exception | None,
         limits: Limits | None,
     ) -> Move:
@@ -163,7 +166,7 @@ class Mover:
             if error is not None:
                 raise error
             layers = list(zip(self._tensors, self._layouts, travelling, strict=True))
-            move = Move(old, new, layers, self._comm, limits, self._staging)
+            move = Move(old, new, layers, self._comm, node_of_rank, limits, self._staging)
             fields = dict(zip(fields, (new.digest(), what_travels(travelling)), strict=True))
         except Exception as caught:
             error = in_stage("move", caught)

@@ -74,8 +74,13 @@ class Moved(NamedTuple):
     """What was done."""
 
     slots: int = 0  # that received another expert, over all layers
-    bytes: int = 0  # that crossed from rank to rank, over all ranks
+    bytes_inside: int = 0  # that crossed from rank to rank of a node, over all ranks
+    bytes_between: int = 0  # that crossed from node to node
     commits: int = 0
+
+    def plus(self, more: Moved) -> Moved:
+        """Both together."""
+        return Moved(*(one + other for one, other in zip(self, more, strict=True)))
 
 
 class Staging:
@@ -110,6 +115,7 @@ class Move:
         new: of the same shape; neither with replicas.
         layers: by layer, the declared tensors, their layouts, and what travels with them on this rank.
         comm: the ranks that hold the tensors.
+        node_of_rank: of the communicator; by what crosses between them is told apart. All are of one where None.
         limits: to do the beginning of it only; all of it where None.
         staging: memory that was staged in before; its own where None.
 
@@ -124,6 +130,7 @@ class Move:
         new: Placement,
         layers: Sequence[LayerTensors],
         comm: Comm,
+        node_of_rank: Sequence[int] | None = None,
         limits: Limits | None = None,
         staging: Staging | None = None,
     ) -> None:
@@ -136,11 +143,12 @@ class Move:
         self._commits = commits(old, new, *row_bytes, budget, None if limits is None else limits.commits)
         self.layers = {move.layer for moves in self._commits for move in moves}
         self._steps: list[RankStep] = []
-        self._crossing: list[int] = []  # bytes of each commit
+        nodes = [0] * comm.size if node_of_rank is None else node_of_rank
+        self._crossing: list[tuple[int, int]] = []  # bytes of each commit, inside nodes and between them
         numbered = _numbered(layers)
         for moves in self._commits:
             wanted = copies(moves, numbered, comm.rank)
-            self._crossing.append(sum(self._size(copy) for copy in wanted if copy.source_rank != copy.target_rank))
+            self._crossing.append(self._bytes_crossing(wanted, nodes))
             self._steps.append(rank_step(wanted, comm.rank, _OPERATIONS, self._is_large))
         most = self._most(_all(self._packed(step)) for step in self._steps)
         self._outgoing = staging.room("outgoing", most, comm.device)
@@ -190,7 +198,8 @@ class Move:
                 for copy, data in self._staged(step):
                     self._bytes(copy.tensor, copy.target_offset, copy.count).copy_(data)
                 self.placement = _after(self.placement, moves)
-                done = Moved(done.slots + len(moves), done.bytes + self._crossing[number], done.commits + 1)
+                inside, between = self._crossing[number]
+                done = done.plus(Moved(len(moves), inside, between, 1))
                 on_commit(self.placement)
             except Exception as caught:
                 error = HalfMovedError(f"in stage move: commit {number} was not written whole: {caught!r}")
@@ -276,6 +285,14 @@ class Move:
     def _bytes(self, tensor: int, offset: int, count: int) -> Tensor:
         """A view of some elements of a tensor as bytes."""
         return self._travelling[tensor].at(offset, count).view(torch.uint8)
+
+    def _bytes_crossing(self, some: Sequence[Copy], nodes: Sequence[int]) -> tuple[int, int]:
+        """From rank to rank, inside nodes and between them."""
+        found = [0, 0]
+        for copy in some:
+            if copy.source_rank != copy.target_rank:
+                found[nodes[copy.source_rank] != nodes[copy.target_rank]] += self._size(copy)
+        return found[0], found[1]
 
     def _total(self, some: Sequence[Copy]) -> int:
         return sum(self._size(copy) for copy in some)
