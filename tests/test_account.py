@@ -92,6 +92,46 @@ def test_memory_is_that_of_what_is_carried_out() -> None:
     assert event.placement_digest == new.digest()
 
 
+# --- how even -------------------------------------------------------------------------------------------------------
+
+
+def test_tokens_of_each_gpu_and_the_hottest_experts_by_hand() -> None:
+    load = torch.tensor([[[8, 6, 1, 1, 0, 0], [0, 2, 2, 5, 5, 1]], [[6, 8, 1, 1, 0, 0], [0, 2, 2, 5, 5, 1]]])
+    old, new = Placement.contiguous(2, 6, 2), Placement(torch.tensor([[0, 4, 5, 1, 2, 3]] * 2), 6, 2)
+    event = account(load, old, new).event(Moved(3, 10, 20, 1), "moved", "", {})
+    assert event.tokens_of_gpu_before == ((30, 2), (8, 22))
+    assert event.tokens_of_gpu_after == ((14, 18), (12, 18))
+    assert event.hottest_experts == (((0, 14), (1, 14), (2, 2), (3, 2)), ((3, 10), (4, 10), (1, 4), (2, 4)))
+    assert (event.slots_moved, event.bytes_inside, event.bytes_between, event.bytes_moved) == (3, 10, 20, 30)
+    assert (event.num_experts, event.num_nodes) == (6, 1)
+
+
+def test_balancedness_of_others_and_maxvio_against_plain_python() -> None:
+    load, old, new = random_case(6, 5, 3)
+    event = account(load, old, new).event(Moved(), "", "", {})
+    for placement, vllm, sglang in (
+        (old, event.balancedness_vllm_before, event.balancedness_sglang_before),
+        (new, event.balancedness_vllm_after, event.balancedness_sglang_after),
+    ):
+        size, means, fullest = placement.slots_per_gpu, [], []
+        for step in load.tolist():
+            for row, table in zip(step, placement.expert_of_slot.tolist(), strict=True):
+                of_gpu = [sum(row[e] for e in table[at : at + size]) for at in range(0, len(table), size)]
+                means.append(sum(of_gpu) / len(of_gpu))
+                fullest.append(max(of_gpu))
+        assert vllm == pytest.approx(sum(means) / sum(fullest))
+        assert sglang == pytest.approx(sum(mean / most for mean, most in zip(means, fullest, strict=True)) / len(means))
+    rows = [row for step in load.tolist() for row in step]
+    assert event.max_violation == pytest.approx(sum(max(row) * len(row) / sum(row) - 1 for row in rows) / len(rows))
+
+
+def test_without_tokens_all_is_even() -> None:
+    load, old, new = random_case(1, 2, 2)
+    event = account(load * 0, old, new).event(Moved(), "", "", {})
+    assert event.balancedness_vllm_before == event.balancedness_sglang_after == 1.0
+    assert event.max_violation == 0.0
+
+
 # --- seconds --------------------------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,262 @@
+"""Records of rebalances as lines and as scalars: nothing is lost, nothing is slow, and nothing reaches the loop.
+
+Shapes: L layers, M GPUs.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.tensorboard import SummaryWriter
+
+from distplb import (
+    DistplbError,
+    EventLog,
+    LoadWindow,
+    MoELayer,
+    RebalanceEvent,
+    Rebalancer,
+    Topology,
+    Trace,
+    read_events,
+)
+from distplb.eventlog import scalars
+
+NEXT: dict[str, Any] = {"imbalance_next": (1.25, 1.5), "iteration_seconds_next": 0.25, "repaid": True}
+
+
+def event(iteration: int = 500, **other: Any) -> RebalanceEvent:
+    known: dict[str, Any] = {
+        "layers": ("first", "second"),
+        "decision": "moved",
+        "reason": "the moves lower the cost by more than their price",
+        "seconds": {"count": 0.5, "move": 2.0},
+        "last_applied": iteration,
+        "num_experts": 4,
+        "num_nodes": 2,
+        "steps": 8,
+        "imbalance_before": (1.5, 2.5),
+        "imbalance_after": (1.0, 1.5),
+        "imbalance_bound": (1.0, 1.0),
+        "tokens_of_gpu_before": ((30, 10), (20, 20)),
+        "tokens_of_gpu_after": ((20, 20), (20, 20)),
+        "hottest_experts": (((3, 25), (0, 5)), ((1, 20), (2, 10))),
+        "time_curve": ((0, 0), (10, 100)),
+        "router_ties": (0.25, None),
+        "bytes_inside": 3000,
+        "bytes_between": 500,
+        "iteration_seconds": 0.5,
+    }
+    return RebalanceEvent(iteration=iteration, **known | other)
+
+
+# --- lines ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_record_comes_back_from_its_line() -> None:
+    line = event().to_json()
+    assert "\n" not in line
+    assert RebalanceEvent.from_json(line) == event()
+    document = json.loads(line)
+    assert (document["format"], document["version"]) == ("distplb.event", 1)
+    assert set(document) == {"format", "version"} | {one.name for one in fields(RebalanceEvent)}
+
+
+def test_a_line_of_fewer_fields_is_read() -> None:
+    few = {"format": "distplb.event", "version": 1, "iteration": 3, "layers": ["0"], "decision": "kept"}
+    read = RebalanceEvent.from_json(json.dumps(few | {"reason": "", "seconds": {}, "last_applied": 3}))
+    assert (read.iteration, read.layers, read.imbalance_next, read.bytes_moved) == (3, ("0",), None, 0)
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ('{"format": "distplb.event", "version": 2}', "it is 'distplb.event', version 2; this distplb reads"),
+        ('{"format": "other", "version": 1}', "it is 'other', version 1"),
+        ('{"version": 1}', "not a rebalance's record"),
+        ('{"format": "distplb.event", "version": 1, "colour": 3}', "colour"),
+        ("[1, 2]", "not a rebalance's record"),
+        ("7", "not a rebalance's record"),
+    ],
+)
+def test_other_lines_are_refused(line: str, told: str) -> None:
+    with pytest.raises(DistplbError, match=told):
+        RebalanceEvent.from_json(line)
+
+
+def test_a_log_has_one_line_a_rebalance_and_a_short_one_of_its_outcome(tmp_path: Path) -> None:
+    path = tmp_path / "run" / "events.jsonl"
+    log = EventLog(path)
+    for record in (event(500), event(500, **NEXT), event(1000)):
+        log(record)
+    log.close()
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["format"] for line in lines] == ["distplb.event", "distplb.outcome", "distplb.event"]
+    assert lines[1] == {"format": "distplb.outcome", "version": 1, "iteration": 500} | NEXT | {
+        "imbalance_next": [1.25, 1.5]
+    }
+    assert read_events(path) == [event(500, **NEXT), event(1000)]
+
+
+def test_a_resumed_job_counts_by_its_last_life(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    for life in ([event(500), event(1000), event(1500)], [event(1000, seed=2), event(1000, seed=2, **NEXT)]):
+        log = EventLog(path)
+        for record in life:
+            log(record)
+        log.close()
+    assert read_events(path) == [event(500), event(1000, seed=2, **NEXT)]
+
+
+def test_a_line_that_was_cut_off_is_left_out_with_a_warning(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    path.write_text(f"{event(500).to_json()}\n{event(1000).to_json()[:200]}")
+    with pytest.warns(RuntimeWarning, match=r"events.jsonl: line 2 is not whole"):
+        assert read_events(path) == [event(500)]
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("[]\n", "line 1: it is not a rebalance's record"),
+        ('{"format": "distplb.outcome", "version": 9}\n', "line 1: it has version 9"),
+        ('{"format": "distplb.outcome"}\n', "line 1: 'version'"),
+    ],
+)
+def test_what_is_no_log_is_named(tmp_path: Path, text: str, told: str) -> None:
+    path = tmp_path / "events.jsonl"
+    path.write_text(text)
+    with pytest.raises(DistplbError, match=told):
+        read_events(path)
+    with pytest.raises(DistplbError, match=r"missing.jsonl cannot be read \(No such file"):
+        read_events(tmp_path / "missing.jsonl")
+
+
+# --- scalars --------------------------------------------------------------------------------------------------------
+
+
+def test_scalars_by_hand() -> None:
+    found = scalars(event(tokens_peak_before=60, tokens_peak_after=40, balancedness_vllm_after=0.9))
+    assert (found["imbalance/now"], found["imbalance/expected"], found["imbalance/bound"]) == (2.0, 1.25, 1.0)
+    assert (found["moved/bytes_inside"], found["moved/bytes_between"]) == (3000, 500)
+    assert (found["tokens_peak/now"], found["tokens_peak/expected"]) == (60, 40)
+    assert (found["balancedness_vllm/now"], found["balancedness_vllm/expected"]) == (1.0, 0.9)
+    assert (found["seconds/count"], found["seconds/move"], found["seconds/iteration"]) == (0.5, 2.0, 0.5)
+    assert scalars(event(**NEXT)) == {"imbalance/next": 1.375, "seconds/iteration_next": 0.25}
+    skipped = RebalanceEvent(iteration=3, layers=("0",), decision="skipped", reason="", seconds={}, last_applied=0)
+    assert scalars(skipped) == {"last_applied": 0}
+
+
+def test_tensorboard_shows_them_at_the_iteration_of_the_rebalance(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    writer = SummaryWriter(str(tmp_path))
+    log = EventLog(None, writer)
+    for record in (event(500), event(500, **NEXT), event(1000, imbalance_before=(3.0, 3.0))):
+        log(record)
+    log.close()
+    writer.close()
+    shown = EventAccumulator(str(tmp_path)).Reload()
+    now = [(one.step, one.value) for one in shown.Scalars("distplb/imbalance/now")]
+    assert now == [(500, 2.0), (1000, 3.0)]
+    assert [(one.step, one.value) for one in shown.Scalars("distplb/imbalance/next")] == [(500, 1.375)]
+    (text, _) = shown.Tensors("distplb/decision/text_summary")
+    assert text.tensor_proto.string_val[0].decode() == f"moved: {event().reason}"
+
+
+# --- beside the training --------------------------------------------------------------------------------------------
+
+
+class Stuck:
+    """A writer whose disk does not answer until it is let go; then it fails."""
+
+    def __init__(self) -> None:
+        self.free, self.calls = threading.Event(), 0
+
+    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> None:
+        self.calls += 1
+        assert self.free.wait(60)
+        raise OSError("no space left on device")
+
+    add_text = add_scalar
+
+
+def test_the_loop_neither_waits_for_a_writer_nor_hears_of_its_failure(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    stuck = Stuck()
+    log = EventLog(tmp_path / "events.jsonl", stuck)
+    with caplog.at_level(logging.WARNING, "distplb"):
+        for number in range(100):
+            log(event(number))  # returns, although nothing is written yet
+        assert not stuck.free.is_set()
+        stuck.free.set()
+        log.close()
+        log(event(100))
+    assert stuck.calls == 100  # each record was tried
+    assert len(read_events(tmp_path / "events.jsonl")) == 100  # the file has what the writer refused
+    failures = [record.message for record in caplog.records]
+    assert len(failures) == 2  # each text once
+    assert "no space left on device" in failures[0]
+    assert "cannot schedule" in failures[1]
+
+
+def test_a_record_that_follows_one_cut_off_has_a_line_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, is_full, opened = tmp_path / "events.jsonl", True, Path.open
+
+    def open_on_full_disk(self: Path, *arguments: Any, **options: Any) -> Any:
+        if is_full:
+            with opened(self, *arguments, **options) as file:
+                file.write(event(500).to_json()[:100])
+            raise OSError("no space left on device")
+        return opened(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", open_on_full_disk)
+    log = EventLog(path)
+    log._take_down(event(500))
+    is_full = False
+    log._take_down(event(1000))
+    log._take_down(event(1500))
+    log.close()
+    with pytest.warns(RuntimeWarning, match="line 1 is not whole"):
+        assert [one.iteration for one in read_events(path)] == [1000, 1500]
+
+
+def test_a_rebalancer_writes_a_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    experts = torch.nn.Parameter(torch.arange(4.0)[:, None].clone())
+    optimizer = torch.optim.AdamW([experts])
+    window = LoadWindow(1, 4, 8)
+
+    def fails(record: RebalanceEvent) -> None:
+        raise ValueError("a figure could not be drawn")
+
+    rebalancer = Rebalancer(
+        [MoELayer(name="moe", experts={"w": experts}, router={"w": torch.zeros(4, 2)})],
+        optimizer,
+        topology=Topology(1, 1),
+        every=2,
+        window=window,
+        record=tmp_path,
+        on_event=fails,
+    )
+    with caplog.at_level(logging.ERROR, "distplb"):
+        for _ in range(5):
+            window.add(0, torch.tensor([4, 3, 2, 1]))
+            rebalancer.step()
+    rebalancer.close()
+    assert "on_event failed at iteration 2" in caplog.text
+    first, second = read_events(tmp_path / "events.jsonl")
+    assert (first.iteration, first.imbalance_next, second.imbalance_next) == (2, (1.0,), None)
+    assert first.hottest_experts == (((0, 8), (1, 6), (2, 4), (3, 2)),)
+    assert (first.num_experts, first.num_nodes, first.tokens_of_gpu_before) == (4, 1, ((20,),))
+    assert first.max_violation == pytest.approx(0.6)
+    assert Trace.read(tmp_path).num_steps == 4
