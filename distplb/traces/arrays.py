@@ -1,0 +1,115 @@
+"""One array of counts out of a `.npy` or `.npz` that may come from anywhere: sizes first, and nothing is run.
+
+Archives that are a trace are read by `Trace`; see `loads`.
+"""
+
+from __future__ import annotations
+
+import math
+import zipfile
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distplb.errors import DistplbError
+
+__all__ = ["array_names", "read_npy", "read_npz"]
+
+_LAYOUT = "[layers, experts] or [steps, layers, experts]"
+_PICKLE = "is refused, because reading a pickle can run code"
+_SUFFIX = ".npy"
+
+
+def read_npy(path: Path, max_bytes: int) -> NDArray[Any]:
+    """The array of a `.npy` file.
+
+    Raises:
+        DistplbError: naming the file, if it is no such file, is damaged, a pickle, or too large.
+    """
+    with path.open("rb") as file:
+        if file.read(1) == b"\x80":  # how pickles begin
+            raise DistplbError(f"{path} is a pickle, which {_PICKLE}; pass an array written by numpy.save")
+        file.seek(0)
+        return _array(file, path.stat().st_size, str(path), max_bytes)
+
+
+def read_npz(path: Path, max_bytes: int) -> NDArray[Any]:
+    """The one array of a `.npz` file, or the one that is named "load".
+
+    Raises:
+        DistplbError: as `read_npy`, or if it is not clear which array is meant.
+    """
+    names = array_names(path)
+    name = "load" if "load" in names else names[0]
+    if name != "load" and len(names) != 1:
+        shown = ", ".join(repr(one[:40]) for one in names[:8])
+        raise DistplbError(f"{path} holds arrays {shown}; pass a file of one array, or name it 'load'")
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open(name + _SUFFIX) as member:
+            return _array(member, archive.getinfo(name + _SUFFIX).file_size, f"{path}: array {name!r}", max_bytes)
+    except DistplbError:
+        raise
+    except Exception as damage:  # zipfile and zlib raise a dozen kinds
+        raise _unreadable(str(path), damage) from damage
+
+
+def array_names(path: Path) -> list[str]:
+    """Of all arrays of a `.npz` file, at least one.
+
+    Raises:
+        DistplbError: naming the file, if it is no such archive, holds something else too, or nothing.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.namelist()
+    except Exception as damage:
+        raise _unreadable(str(path), damage) from damage
+    others = [name for name in members if not name.endswith(_SUFFIX)]
+    if any(name.endswith(".pkl") for name in others):
+        raise DistplbError(f"{path} holds a pickle, which {_PICKLE}; pass arrays written by numpy.savez")
+    if others or not members:
+        found = repr(others[0][:40]) if others else "nothing"
+        raise DistplbError(f"{path} holds {found} where arrays are expected; pass a file written by numpy.savez")
+    return [name.removesuffix(_SUFFIX) for name in members]
+
+
+def _array(file: IO[bytes], size: int, where: str, max_bytes: int) -> NDArray[Any]:
+    """The array of a `.npy` stream of so many bytes; its header must tell the truth before memory is taken."""
+    try:
+        shape, dtype = _header(file)
+        start = file.tell()
+        if dtype.hasobject:
+            raise DistplbError(f"{where} holds Python objects as a pickle, which {_PICKLE}; pass integers")
+        if dtype.kind not in "iuf" or len(shape) not in (2, 3) or 0 in shape:
+            raise DistplbError(f"{where} has dtype {dtype} and shape {shape}; pass counts, {_LAYOUT}, none empty")
+        needed = start + math.prod(shape) * dtype.itemsize
+        if min(shape) < 0 or needed != size:
+            raise DistplbError(
+                f"{where} has {size} bytes where shape {shape} of {dtype} takes {needed}: it is damaged or cut off; "
+                "write it anew"
+            )
+        if math.prod(shape) * max(8, dtype.itemsize) > max_bytes:
+            raise DistplbError(f"{where} of shape {shape} would take more than {max_bytes} bytes; pass fewer steps")
+        file.seek(0)
+        values: NDArray[Any] = np.lib.format.read_array(file, allow_pickle=False)
+        return values
+    except DistplbError:
+        raise
+    except Exception as damage:  # numpy, tokenize and zlib raise a dozen kinds
+        raise _unreadable(where, damage) from damage
+
+
+def _header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    version = np.lib.format.read_magic(file)
+    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    if version not in readers:
+        raise ValueError(f"NumPy's format {version[0]}.{version[1]} is not known for counts")
+    shape, _, dtype = readers[version](file)
+    return shape, dtype
+
+
+def _unreadable(where: str, damage: Exception) -> DistplbError:
+    why = str(damage) or type(damage).__name__
+    return DistplbError(f"{where} cannot be read ({why[:200]}); it is damaged or cut off: write it anew")
