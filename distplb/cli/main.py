@@ -16,7 +16,8 @@ import click
 from click.exceptions import Exit, NoArgsIsHelpError
 
 import distplb
-from distplb.cli.output import forgive_encodings
+from distplb.cli.output import forgive_encodings, printable
+from distplb.cli.plan import plan
 from distplb.errors import DistplbError
 
 __all__ = ["main"]
@@ -30,7 +31,7 @@ class _Refused(click.ClickException):
     exit_code = 2
 
     def __init__(self, text: str) -> None:
-        super().__init__(" ".join(text.split()))
+        super().__init__(printable(text))
 
 
 class _Commands(click.Group):
@@ -70,3 +71,6 @@ def _in_one_line() -> Iterator[None]:
 @click.version_option(distplb.__version__, prog_name="distplb")
 def main() -> None:
     """Keep the GPUs of mixture-of-experts pretraining equally busy."""
+
+
+main.add_command(plan)

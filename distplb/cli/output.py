@@ -10,10 +10,13 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import click
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
 
-__all__ = ["console", "forgive_encodings", "json_option", "print_json", "progress"]
+__all__ = ["console", "forgive_encodings", "json_option", "plain", "print_json", "printable", "progress", "table"]
 
 _PIPE_WIDTH = 200  # columns; in a pipe nothing is cut off and lines are not wrapped
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -32,6 +35,25 @@ def json_option(command: Command) -> Command:
 def console() -> Console:
     """For what a person reads, on standard output; plain and wide in a pipe."""
     return _Console(highlight=False, width=None if sys.stdout.isatty() else _PIPE_WIDTH, soft_wrap=False)
+
+
+def printable(text: str) -> str:
+    """In one line, and without what would control a terminal: names come from files."""
+    return "".join(letter if letter.isprintable() else "?" for letter in " ".join(text.split()))
+
+
+def plain(text: str) -> Text:
+    """As it is: no markup, no control codes."""
+    return Text(printable(text))
+
+
+def table(first: str, *others: str, title: str | None = None) -> Table:
+    """Names on the left, which wrap, and numbers on the right, which do not; columns are `add_row`'s."""
+    found = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    found.add_column(first, overflow="fold")
+    for name in others:
+        found.add_column(name, justify="right", min_width=max(map(len, name.split())))
+    return found
 
 
 def print_json(document: Mapping[str, Any]) -> None:

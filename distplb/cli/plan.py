@@ -1,0 +1,153 @@
+"""`distplb plan`: a placement for a load, and what it is worth on that load.
+
+Shapes: T steps, L layers.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import click
+from rich.table import Table
+
+from distplb.cli.inputs import Inputs, read_inputs
+from distplb.cli.options import search_options, topology_options
+from distplb.cli.output import console, json_option, plain, print_json, progress, table
+from distplb.comm.base import WorldOfOne
+from distplb.cost import imbalance
+from distplb.placement import Placement
+from distplb.planner import plan_in_stages
+from distplb.planning.options import SearchOptions
+from distplb.price import moved_slots
+from distplb.topology import Topology
+
+__all__ = ["plan"]
+
+_MOST_ROWS = 24
+_EVEN = 1e-9  # closer to the bound than anybody reads
+_EXAMPLE = """\b
+Example:
+  distplb plan trace.npz --nodes 2 --gpus-per-node 8 --output placement.json
+"""
+
+
+class _Row(NamedTuple):
+    layer: str
+    before: float
+    after: float
+    bound: float
+    moved_inside: int
+    moved_between: int
+
+    @property
+    def moved(self) -> int:
+        return self.moved_inside + self.moved_between
+
+
+@click.command(epilog=_EXAMPLE)
+@click.argument("loads", type=click.Path(path_type=Path))
+@topology_options
+@search_options
+@click.option("--output", type=click.Path(path_type=Path), help="Write the placement there, as JSON by layer.")
+@click.option("--all", "show_all", is_flag=True, help=f"Show all layers, not only the {_MOST_ROWS} most uneven.")
+@json_option
+def plan(
+    loads: Path,
+    topology: Topology,
+    options: SearchOptions,
+    current: Path | None,
+    output: Path | None,
+    show_all: bool,
+    as_json: bool,
+) -> None:
+    """Plan a placement for LOADS and say what it is worth.
+
+    LOADS are tokens of each expert: a distplb trace, or counts as .npy, .npz, .csv or .json, [layers, experts] or
+    [steps, layers, experts]. Imbalance is the fullest GPU over the mean GPU, the mean over the steps.
+    """
+    inputs = read_inputs(loads, topology, options, current)
+    with progress("planning"):
+        planned = plan_in_stages(inputs.load, topology, WorldOfOne(), inputs.options)
+        rows = _rows(inputs, planned.placement)
+    if output is not None:
+        planned.placement.save(output, inputs.layers)
+    if as_json:
+        print_json(_document(loads, inputs, planned.engine, rows, output))
+    else:
+        _print(inputs, rows, show_all, output)
+
+
+def _rows(inputs: Inputs, placement: Placement) -> list[_Row]:
+    before, after = (imbalance(inputs.load, one).mean(0).tolist() for one in (inputs.start, placement))
+    bound = inputs.bound(inputs.load).tolist()
+    moved = moved_slots(inputs.start, placement, inputs.topology).T.tolist()
+    return [_Row(*values) for values in zip(inputs.layers, before, after, bound, *moved, strict=True)]
+
+
+def _over_all(rows: list[_Row], name: str) -> _Row:
+    """The mean of what is a ratio, the sum of what is counted."""
+    _, before, after, bound, inside, between = zip(*rows, strict=True)
+    before, after, bound = (sum(values) / len(rows) for values in (before, after, bound))
+    return _Row(name, before, after, bound, sum(inside), sum(between))
+
+
+def _document(loads: Path, inputs: Inputs, engine: str, rows: list[_Row], output: Path | None) -> dict[str, Any]:
+    total = _over_all(rows, "")._asdict()
+    del total["layer"]
+    return {
+        "loads": str(loads),
+        "steps": len(inputs.load),
+        "nodes": inputs.topology.num_nodes,
+        "gpus_per_node": inputs.topology.gpus_per_node,
+        "slots": inputs.start.num_slots,
+        "engine": engine,
+        "imbalance_of": "the load that was planned on",
+        "all_layers": total,
+        "layers": [row._asdict() for row in rows],
+        "output": None if output is None else str(output),
+    }
+
+
+# --- for a person -----------------------------------------------------------------------------------------------
+
+
+def _print(inputs: Inputs, rows: list[_Row], show_all: bool, output: Path | None) -> None:
+    out = console()
+    out.print(_table(rows, show_all))
+    out.print(plain(_summary(inputs, rows)))
+    if output is not None:
+        out.print(plain(f"Written to {output}."))
+
+
+def _table(rows: list[_Row], show_all: bool) -> Table:
+    shown, rest = rows, list[_Row]()
+    if not show_all and len(rows) > _MOST_ROWS:
+        shown = sorted(rows, key=lambda row: -row.before)
+        shown, rest = shown[:_MOST_ROWS], shown[_MOST_ROWS:]
+    found = table("layer", "before", "after", "bound", "slots moved")
+    for row in shown:
+        _add(found, row)
+    found.add_section()
+    if rest:
+        _add(found, _over_all(rest, f"{len(rest)} more (--all)"))
+    _add(found, _over_all(rows, f"all {len(rows)}"))
+    return found
+
+
+def _add(found: Table, row: _Row) -> None:
+    found.add_row(plain(row.layer), *(f"{value:.4f}" for value in row[1:4]), str(row.moved))
+
+
+def _summary(inputs: Inputs, rows: list[_Row]) -> str:
+    steps, tokens = len(inputs.load), int(inputs.load.sum())
+    if not tokens:
+        return "The load has no tokens at all, so every placement is as good."
+    if all(row.before <= row.bound + _EVEN for row in rows):
+        return "The placement in force meets the bound already: there is nothing to gain on this load."
+    met = " The plan meets the bound." if all(row.after <= row.bound + _EVEN for row in rows) else ""
+    over = f", mean over {steps} steps," if steps > 1 else ""
+    return (
+        f"Fullest GPU / mean GPU{over} of the load that was planned on.{met} "
+        "What a plan is worth on steps that it has not seen: distplb compare --unseen."
+    )
