@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from distplb.assumed import AssumedJob, steps_stood_for
+from distplb.bound import lower_bound
 from distplb.cost import imbalance
 from distplb.errors import DistplbError
 from distplb.placement import Placement
@@ -162,6 +163,11 @@ class Study:
             )
         return steps
 
+    def bound(self, every: int) -> float:
+        """What no placement can beat: mean imbalance over layers and an even sample of the steps that are judged."""
+        judged = self.trace.load[self.steps_of(every) :]
+        return float(lower_bound(_sample(judged, WINDOW_STEPS), self.topology, self.trace.num_experts).mean())
+
     def run(self, trials: Sequence[tuple[str, int]], progress: Progress | None = None) -> list[WhatIf]:
         """Replay each pair of a planner, by name, and iterations between rebalances.
 
@@ -228,12 +234,17 @@ class _Remembering:
         return sum(self._seen) / len(self._seen)
 
     def __call__(self, load: Tensor, current: Placement) -> Placement:
-        if len(load) > self._window:
-            load = load[torch.arange(self._window) * len(load) // self._window]
+        load = _sample(load, self._window)
         found = self._planner(load, current)
         work = load if self._curve is None else self._curve.time(load)
         self._seen.append(float(imbalance(work, found).mean()))
         return found
+
+
+def _sample(load: Tensor, most: int) -> Tensor:
+    """`[T, L, E]`: evenly so many of the steps, or all where there are fewer."""
+    number = min(most, len(load))
+    return load[torch.arange(number) * len(load) // number]
 
 
 def _first_steps(trace: Trace, steps: int) -> Trace:

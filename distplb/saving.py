@@ -1,33 +1,67 @@
-"""What a plan saves, with an interval: a bootstrap over the intervals between rebalances."""
+"""What a planner saves, and how far chance may have made it so: a block bootstrap over intervals between rebalances.
+
+Shapes: R intervals, B resamples.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
 
 __all__ = ["FEWEST_INTERVALS", "Saving", "saving"]
 
-FEWEST_INTERVALS = 4  # between rebalances, for an interval of the saving
+FEWEST_INTERVALS = 4  # of which an interval of the saving can be told
 _RESAMPLES = 4000
+_SURE = 0.975  # both sides together leave 5 % out
 
 
 class Saving(NamedTuple):
-    """A share of the other's seconds; `low` and `high` hold 95 % of what chance would make of it, None if unknown."""
+    """A share of static's seconds, and its 95 % interval; None where there is too little to tell one from."""
 
     saved: float
     low: float | None
     high: float | None
 
 
-def saving(ours: Sequence[float], others: Sequence[float], seed: int = 0) -> Saving:
-    """The share of the others' seconds that ours are less."""
-    mine, theirs = np.asarray(ours, dtype=np.float64), np.asarray(others, dtype=np.float64)
-    saved = float(1 - mine.sum() / theirs.sum())
-    if len(mine) < FEWEST_INTERVALS:
+def saving(seconds: Sequence[float], static: Sequence[float], seed: int = 0) -> Saving:
+    """The share by which the one takes less than the other, over all intervals together.
+
+    Neighbouring intervals resemble each other, because loads drift; so blocks of about √R neighbours are drawn, round
+    the end to the beginning, and the spread is widened by Student's t of the blocks' number, as there are few. Tried on
+    series of a known share, 4 to 39 long: it lay within in 88 to 100 % of cases where neighbours correlate by 0 or 0.3,
+    in 83 to 95 % at 0.6, and in only 65 to 91 % at 0.8; in 96 % of 144 pieces of long traces (`troubles.py`).
+
+    >>> saving([7, 8, 7, 8], [10, 10, 10, 10]).saved
+    0.25
+    >>> saving([7, 8], [10, 10])
+    Saving(saved=0.25, low=None, high=None)
+
+    Args:
+        seconds: `[R]`, of each interval between rebalances, moves included.
+        static: `[R]`, of the same steps without any; more than 0 together.
+        seed: of the resamples.
+    """
+    ours, others = np.asarray(seconds, dtype=np.float64), np.asarray(static, dtype=np.float64)
+    saved, number = float(1 - ours.sum() / others.sum()), len(ours)
+    if number < FEWEST_INTERVALS:
         return Saving(saved, None, None)
-    drawn = np.random.default_rng(seed).integers(0, len(mine), (_RESAMPLES, len(mine)))
-    shares = 1 - mine[drawn].sum(1) / theirs[drawn].sum(1)
-    low, high = np.quantile(shares, (0.025, 0.975)).tolist()
-    return Saving(saved, low, high)
+    length = math.isqrt(number)
+    begins = np.random.default_rng(seed).integers(0, number, (_RESAMPLES, math.ceil(number / length)))
+    drawn = (begins[..., None] + np.arange(length)).reshape(_RESAMPLES, -1)[:, :number] % number  # [B, R]
+    shares = 1 - ours[drawn].sum(1) / others[drawn].sum(1)
+    low, high = saved + (np.quantile(shares, (1 - _SURE, _SURE)) - saved) * _widening(number / length)
+    return Saving(saved, float(low), float(high))
+
+
+def _widening(blocks: float) -> float:
+    """Of a spread that was found from so few blocks: that of a sample's mean, and Student's t over the normal's."""
+    free, normal = blocks - 1, NormalDist().inv_cdf(_SURE)
+    # Abramowitz and Stegun, 26.7.5.
+    first = (normal**3 + normal) / 4 / free
+    second = (5 * normal**5 + 16 * normal**3 + 3 * normal) / 96 / free**2
+    third = (3 * normal**7 + 19 * normal**5 + 17 * normal**3 - 15 * normal) / 384 / free**3
+    return math.sqrt(blocks / free) * (1 + (first + second + third) / normal)

@@ -34,6 +34,7 @@ LEVELS = [
     {"account", "pricer"},
     {"rebalancer"},
     {"advice"},
+    {"verdict"},
     {"integrations", "report"},
     {"cli", "__main__"},
 ]
@@ -96,7 +97,7 @@ NEEDS = {
     "distplb.integrations.megatron": "megatron",
 }
 PURE = [name for name in SOURCES if name.startswith(("distplb.planning", "distplb.packing"))]
-PURE += ["distplb.price", "distplb.replay"]
+PURE += ["distplb.price", "distplb.replay", "distplb.assumed", "distplb.verdict"]
 PURE += ["distplb.saved", "distplb.cost", "distplb.balance", "distplb.bound", "distplb.stoploss", "distplb.account"]
 PURE += ["distplb.migrate.schedule", "distplb.migrate.pieces", "distplb.migrate.budget"]
 IMPURE_MODULES = {"time", "os", "random", "io", "socket", "subprocess", "threading", "pathlib", "datetime", "secrets"}
