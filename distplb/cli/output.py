@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import click
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -34,7 +34,8 @@ def json_option(command: Command) -> Command:
 
 def console() -> Console:
     """For what a person reads, on standard output; plain and wide in a pipe."""
-    return _Console(highlight=False, width=None if sys.stdout.isatty() else _PIPE_WIDTH, soft_wrap=False)
+    watched = sys.stdout.isatty()
+    return _Console(highlight=False, width=None if watched else _PIPE_WIDTH, soft_wrap=not watched)
 
 
 def printable(text: str) -> str:
@@ -48,11 +49,13 @@ def plain(text: str) -> Text:
 
 
 def table(first: str, *others: str, title: str | None = None) -> Table:
-    """Names on the left, which wrap, and numbers on the right, which do not; columns are `add_row`'s."""
-    found = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    """Names on the left, which wrap, and numbers on the right, which do not; rows come by `add_row`."""
+    found = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    if title is not None:
+        found.title, found.title_justify, found.title_style = plain(title), "left", ""
     found.add_column(first, overflow="fold")
     for name in others:
-        found.add_column(name, justify="right", min_width=max(map(len, name.split())))
+        found.add_column(name.replace(" ", "\n"), justify="right", no_wrap=True, vertical="bottom")
     return found
 
 
@@ -67,7 +70,7 @@ def progress(what: str) -> Iterator[Callable[[int, int], None]]:
     if not sys.stderr.isatty():
         yield lambda done, total: None
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -1,0 +1,215 @@
+"""`distplb compare`: planners side by side, on the steps they planned on and on steps that they had not seen.
+
+Shapes: T steps, L layers, E experts, P slots.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import click
+from rich.table import Table
+from torch import Tensor
+
+from distplb.cli.inputs import Inputs, read_inputs
+from distplb.cli.options import search_options, topology_options
+from distplb.cli.output import console, json_option, plain, print_json, progress, table
+from distplb.comm.base import WorldOfOne
+from distplb.cost import imbalance
+from distplb.errors import DistplbError
+from distplb.load import as_tokens
+from distplb.packing.balanced import balanced_packing
+from distplb.placement import Placement
+from distplb.planner import plan_in_stages
+from distplb.planning.greedy import contiguous, greedy_numpy
+from distplb.planning.options import SearchOptions
+from distplb.price import moved_slots
+from distplb.topology import Topology
+from distplb.traces.loads import read_loads
+
+__all__ = ["compare"]
+
+_MANY = 16  # candidates of the last planner
+_NARROW = 52  # columns; below, moves and seconds have no room
+_EXAMPLE = """\b
+Example:
+  distplb compare monday.npz --unseen tuesday.npz --nodes 2 --gpus-per-node 8
+"""
+
+
+class _Steps(NamedTuple):
+    """What is planned on and what is judged, which are the same where there is one step alone."""
+
+    planned: Tensor  # [T, L, E]
+    unseen: Tensor | None  # [T', L, E]
+    told: str
+
+
+class _Uneven(NamedTuple):
+    """Imbalance, mean over the steps."""
+
+    mean: float  # over layers
+    worst: float  # layer
+
+    @classmethod
+    def of(cls, by_layer: Tensor) -> _Uneven:
+        return cls(float(by_layer.mean()), float(by_layer.max()))
+
+
+class _Row(NamedTuple):
+    planner: str
+    in_sample: _Uneven
+    unseen: _Uneven | None
+    moved: int | None
+    seconds: float | None
+
+
+@click.command(epilog=_EXAMPLE)
+@click.argument("loads", type=click.Path(path_type=Path))
+@click.option("--unseen", type=click.Path(path_type=Path), help="Judge on this load, which no planner has seen.")
+@topology_options
+@search_options
+@json_option
+def compare(
+    loads: Path,
+    unseen: Path | None,
+    topology: Topology,
+    options: SearchOptions,
+    current: Path | None,
+    as_json: bool,
+) -> None:
+    """Plan for LOADS with several planners and show them side by side.
+
+    Plans are judged on steps that they have not seen: those of --unseen, or else the second half of LOADS, of which
+    the first half is planned on then. A load of one step is judged on itself. Files as for `distplb plan`.
+    """
+    inputs = read_inputs(loads, topology, options, current)
+    steps = _steps(loads, inputs.load, unseen)
+    inputs = replace(inputs, load=steps.planned)
+    rows: list[_Row] = []
+    with progress("comparing") as told:
+        planners = _planners(inputs, given=current is not None)
+        for number in (1, 2):  # of steps: the first plan of either kind loads machine code, which is not timed
+            _planned(steps.planned[:number], inputs, inputs.options)
+        for name, planner in planners.items():
+            told(len(rows), len(planners))
+            rows.append(_judged(name, planner, inputs, steps))
+        rows.append(_bound(inputs, steps))
+    if as_json:
+        print_json(_document(loads, inputs, steps, rows))
+    else:
+        out = console()
+        out.print(_table(steps, rows, narrow=out.width < _NARROW))
+
+
+def _steps(path: Path, load: Tensor, unseen: Path | None) -> _Steps:
+    if unseen is not None:
+        other = as_tokens(read_loads(unseen).load)
+        if other.shape[1:] != load.shape[1:]:
+            raise DistplbError(
+                f"{unseen} has {other.shape[1]} layers of {other.shape[2]} experts, {path} has {load.shape[1]} of "
+                f"{load.shape[2]}; pass two loads of the same model"
+            )
+        return _Steps(load, other, f"planned on {_count(load)} of {path}, unseen are {_count(other)} of {unseen}")
+    half = len(load) // 2
+    if half:
+        seen, other = load[:half], load[half:]
+        return _Steps(seen, other, f"planned on the first {_count(seen)}, unseen are the {_count(other)} after them")
+    return _Steps(load, None, "judged on the one step that was planned on, so not what it is worth on others")
+
+
+def _count(load: Tensor) -> str:
+    return f"{len(load)} step{'s' * (len(load) != 1)}"
+
+
+# --- planners ---------------------------------------------------------------------------------------------------
+
+Planner = Callable[[Tensor], Placement]  # of a load [T, L, E]
+
+
+def _planners(inputs: Inputs, *, given: bool) -> Mapping[str, Planner]:
+    """By name, those that go with the options; what is in force comes first."""
+    topology, options, experts = inputs.topology, inputs.options, inputs.start.num_experts
+    slots, groups = options.slots(experts), options.num_groups
+
+    def placed(table: Tensor) -> Placement:
+        return Placement(table, experts, topology.num_gpus)
+
+    found: dict[str, Planner] = {"current": lambda _: inputs.start} if given else {}
+    found["contiguous"] = lambda load: placed(contiguous(load[0], topology, slots))
+    if groups is None or options.mode == "remap":  # the others take groups apart, or out of their blocks
+        found["greedy (EPLB)"] = lambda load: placed(greedy_numpy(load.sum(0), topology, slots, num_groups=groups))
+    if groups is None and slots == experts:
+        found["balanced_packing"] = lambda load: placed(_packed(load.sum(0), topology))
+    if len(inputs.load) > 1:
+        found["plan on the sum"] = lambda load: _planned(load.sum(0), inputs, options)
+    found["plan on the steps" if len(inputs.load) > 1 else "plan"] = lambda load: _planned(load, inputs, options)
+    if options.candidates != _MANY:
+        many = replace(options, num_candidates=_MANY)
+        found[f"plan, {_MANY} candidates"] = lambda load: _planned(load, inputs, many)
+    return found
+
+
+def _packed(weight: Tensor, topology: Topology) -> Tensor:
+    """`[L, P]` of `[L, E]`."""
+    pack, rank = balanced_packing(weight, topology.num_gpus)
+    return (pack * topology.slots_per_gpu(weight.shape[1]) + rank).argsort(1)
+
+
+def _planned(load: Tensor, inputs: Inputs, options: SearchOptions) -> Placement:
+    return plan_in_stages(load, inputs.topology, WorldOfOne(), options).placement
+
+
+def _judged(name: str, planner: Planner, inputs: Inputs, steps: _Steps) -> _Row:
+    began = time.perf_counter()
+    placement = planner(steps.planned)
+    seconds = time.perf_counter() - began
+    seen, unseen = (
+        None if load is None else _Uneven.of(imbalance(load, placement).mean(0))
+        for load in (steps.planned, steps.unseen)
+    )
+    assert seen is not None
+    return _Row(name, seen, unseen, int(moved_slots(inputs.start, placement, inputs.topology).sum()), seconds)
+
+
+def _bound(inputs: Inputs, steps: _Steps) -> _Row:
+    unseen = None if steps.unseen is None else _Uneven.of(inputs.bound(steps.unseen))
+    return _Row("bound", _Uneven.of(inputs.bound(steps.planned)), unseen, None, None)
+
+
+# --- what is printed --------------------------------------------------------------------------------------------
+
+
+def _table(steps: _Steps, rows: list[_Row], *, narrow: bool) -> Table:
+    numbers = ["in sample", *(["unseen"] if steps.unseen is not None else []), "worst layer"]
+    others = [] if narrow else ["slots moved", "time (s)"]
+    title = f"Imbalance, fullest GPU / mean GPU; {steps.told}. {'Wider terminals show moves and seconds.' * narrow}"
+    found = table("planner", *numbers, *others, title=title)
+    for row in rows:
+        if row.seconds is None:
+            found.add_section()
+        shown = [row.in_sample.mean, row.unseen.mean, row.unseen.worst] if row.unseen else list(row.in_sample)
+        counts = ["" if row.moved is None else str(row.moved), "" if row.seconds is None else f"{row.seconds:.3f}"]
+        cells = [*(f"{value:.4f}" for value in shown), *counts]
+        found.add_row(plain(row.planner), *cells[: len(numbers) + len(others)])
+    return found
+
+
+def _document(loads: Path, inputs: Inputs, steps: _Steps, rows: list[_Row]) -> dict[str, Any]:
+    return {
+        "loads": str(loads),
+        "judged": steps.told,
+        "steps_planned_on": len(steps.planned),
+        "steps_unseen": 0 if steps.unseen is None else len(steps.unseen),
+        "nodes": inputs.topology.num_nodes,
+        "gpus_per_node": inputs.topology.gpus_per_node,
+        "slots": inputs.start.num_slots,
+        "planners": [
+            row._asdict() | {"in_sample": row.in_sample._asdict(), "unseen": row.unseen and row.unseen._asdict()}
+            for row in rows
+        ],
+    }
