@@ -100,7 +100,9 @@ def moved(comm: TorchComm, topology: Topology) -> dict[str, Any]:
             pairs[moment] = job.optimizer.state[weight][moment], optimizer.state[whole][moment]
         wrong += [f"{layer}.{name}" for name, (own, all_) in pairs.items() if not torch.equal(own, all_[experts])]
     prices = sorted({event.move_price[1] / event.move_price[0] for event in events})
-    return {"slots moved": sum(event.slots_moved for event in events), "wrong": wrong, "prices": prices}
+    crossed = [sum(event.bytes_inside for event in events), sum(event.bytes_between for event in events)]
+    slots = sum(event.slots_moved for event in events)
+    return {"slots moved": slots, "bytes": crossed, "wrong": wrong, "prices": prices}
 
 
 def crossed(comm: TorchComm, topology: Topology) -> dict[str, Any]:

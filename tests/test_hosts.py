@@ -68,6 +68,8 @@ def test_hosts_plan_move_and_miss_each_other_as_one_machine_does(
         assert found[0][name] == distplb.plan(whole, Topology(nodes, ranks), **options).digest()
     assert found[0]["slots moved"] >= 6
     assert found[0]["wrong"] == []
+    inside, between = found[0]["bytes"]
+    assert (inside > 0, between > 0) == (ranks > 1, ranks == 1)  # where there is somebody inside, that is cheaper
     assert found[0]["prices"] == [4.0]  # between nodes and inside, where nobody knows what moves cost
     if nodes == ranks == 2:
         aware, unaware = found[0]["aware"], found[0]["unaware"]

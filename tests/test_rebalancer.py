@@ -207,7 +207,8 @@ def test_events_tell_before_after_bound_and_how_the_plan_fared_on_the_next_windo
         assert first.imbalance_next is None
         assert 2 * LAYERS <= first.slots_moved <= EXPERTS * LAYERS
         # Who moves crosses to the other rank: weight, gradient, two moments. Router rows are there already.
-        assert first.bytes_moved == first.slots_moved * 4 * (2 * DIM * DIM) * 4
+        assert first.bytes_inside == first.slots_moved * 4 * (2 * DIM * DIM) * 4
+        assert first.bytes_between == 0
         assert set(first.seconds) == {"count", "search", "choose", "polish", "share", "move", "verify"}
         assert first.engine == "cpu"
         # Experts 0 and 1 were parted; 0 and 2 need not have been.
