@@ -66,6 +66,10 @@ SIDEWAYS = {
 }
 # Folders whose modules see each other; those of `migrate` only as told above.
 OPEN_FOLDERS = {"packing", "planning", "comm", "traces", "report", "cli"}
+# All but the numbers of a report, which need no plotting library.
+FIGURES = {
+    f"distplb.report.{name}" for name in ("bars", "figures", "gpu_load", "history", "hottest", "intervals", "style")
+}
 # Libraries that only one place may know, and those that none may.
 KEPT_IN = {
     "torch.distributed": {"distplb.comm.torchdist", "distplb.migrate.dtensors"},
@@ -77,6 +81,8 @@ KEPT_IN = {
         *("distplb.packing.cpu", "distplb.traces.writer", "distplb.eventlog", "distplb.background", "distplb.saves"),
     },
     "triton": {"distplb.packing.cuda_kernels", "distplb.packing.cuda_settle", "distplb.packing.cuda_steps"},
+    "matplotlib": {*FIGURES},
+    "jinja2": {"distplb.report.page"},
     "transformers": {"distplb.integrations.huggingface"},
     "torchtitan": {"distplb.integrations.torchtitan"},
     "megatron": {"distplb.integrations.megatron"},
@@ -92,6 +98,8 @@ NEEDS = {
     "distplb.packing.cuda_kernels": "triton",
     "distplb.packing.cuda_settle": "triton",
     "distplb.packing.cuda_steps": "triton",
+    **dict.fromkeys(FIGURES, "matplotlib"),
+    "distplb.report.page": "jinja2",
     "distplb.integrations.huggingface": "transformers",
     "distplb.integrations.torchtitan": "torchtitan",
     "distplb.integrations.megatron": "megatron",

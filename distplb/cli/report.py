@@ -1,0 +1,70 @@
+"""`distplb report`: what a job left behind, as one page and as figures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from distplb.cli.output import console, json_option, plain, print_json, progress
+from distplb.errors import DistplbError
+from distplb.topology import Topology
+
+__all__ = ["report"]
+
+_AT_LEAST_1 = click.IntRange(min=1)
+_EPILOG = """\b
+Examples:
+  distplb report run/
+  distplb report trace.npz --nodes 8 --gpus-per-node 8 --every 100 --every 500 --png figures/
+"""
+
+
+@click.command(epilog=_EPILOG)
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option(
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    default=Path("report.html"),
+    show_default=True,
+    help="The page to write.",
+)
+@click.option("--png", type=click.Path(file_okay=False, path_type=Path), help="A folder for the figures as PNG.")
+@click.option(
+    "--every", type=_AT_LEAST_1, multiple=True, help="Iterations between rebalances to try on the trace; repeatable."
+)
+@click.option("--nodes", type=_AT_LEAST_1, default=1, help="Nodes of the EP group, with --gpus-per-node.")
+@click.option("--gpus-per-node", type=_AT_LEAST_1, help="GPUs of the EP group on each; the run's where left out.")
+@json_option
+def report(
+    run: Path,
+    output: Path,
+    png: Path | None,
+    every: tuple[int, ...],
+    nodes: int,
+    gpus_per_node: int | None,
+    as_json: bool,
+) -> None:
+    """Write the report of a RUN as one HTML file that needs no network.
+
+    RUN is the folder of Rebalancer(record=...), its events.jsonl, or a trace (.npz). Other intervals between
+    rebalances are tried where there is a trace.
+    """
+    if nodes > 1 and gpus_per_node is None:
+        raise DistplbError(f"--nodes {nodes} without --gpus-per-node; pass both")
+    try:
+        from distplb.report.page import write_figures, write_report
+        from distplb.report.summary import Summary
+    except ImportError as missing:
+        raise DistplbError(f"{missing}; pip install 'distplb[report]' brings what a report needs") from missing
+    topology = None if gpus_per_node is None else Topology(nodes, gpus_per_node)
+    with progress("trying other intervals") as told:
+        reported = write_report(run, output, topology=topology, every=every, progress=told)
+    figures = [] if png is None else write_figures(reported, png)
+    summary = Summary.of(reported)
+    if as_json:
+        print_json(summary.as_json() | {"report": str(output), "figures": [str(path) for path in figures]})
+        return
+    out = console()
+    for line in (summary.headline, str(output), *map(str, figures)):
+        out.print(plain(line))

@@ -1,0 +1,146 @@
+"""The load of every layer on every GPU, before and after, as two maps of one scale.
+
+Shapes: L layers, M GPUs.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
+
+from distplb.report.run import Run
+from distplb.report.style import COLOURS, FONT, WIDE, dress, empty, is_narrow, mark_each, panels
+from distplb.report.texts import differing, label, printable, shortened
+
+__all__ = ["load_by_gpu", "load_by_gpu_caption", "load_by_gpu_lacks"]
+
+Ratios = NDArray[np.float64]  # [L, M], tokens of a GPU over those of its layer's mean GPU
+
+_COLOURS = "RdBu_r"  # red: more than the mean, blue: less, white: the mean; red and blue differ to everybody
+_LEAST_SPAN = 0.1  # of the scale, on each side of 1: a difference of a hundredth is not to look like much
+_ROOM = 0.36, 0.17  # inches that a cell's number takes
+
+
+class _Maps(NamedTuple):
+    before: Ratios
+    after: Ratios
+    titles: tuple[str, str]
+    source: str  # the steps that are shown, and why the second map differs
+
+
+def load_by_gpu(run: Run, width: float = WIDE) -> Figure:
+    """Two heat maps `[L, M]`: tokens of each GPU over the mean GPU of its layer, before and after, on one scale.
+
+    Lines separate nodes. Numbers stand in the cells where they fit.
+
+    Args:
+        run: with a trace, or with an event that knows the tokens of the GPUs.
+        width: inches; below 6.5 the maps stand one under the other.
+    """
+    maps = _maps(run)
+    layers, gpus = maps.before.shape
+    height = min(max(1.0, 0.3 * layers), max(2.2, 0.095 * layers), 9.0)
+    stacked = is_narrow(width)
+    figure = empty(width, 2 * height + 2.1 if stacked else height + 1.6)
+    both = panels(figure, 2, stacked, sharex=True, sharey=True)
+    norm = _norm(maps)
+    pattern, names = differing(run.layers)
+    for axes, ratios, title in zip(both, maps[:2], maps.titles, strict=True):
+        dress(axes, title, "GPU", f"layer ({label(pattern, 30)})" if pattern else "layer", grid="")
+        axes.imshow(ratios, cmap=_COLOURS, norm=norm, aspect="auto", interpolation="none")
+        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+        mark_each(axes, "y", names, most=max(2, int(height / 0.2)))
+        _separate_nodes(axes, run, gpus)
+        cell = (width - 1.3) / (1 if stacked else 2) / gpus, height / layers
+        if cell[0] >= _ROOM[0] and cell[1] >= _ROOM[1]:
+            _write_numbers(axes, ratios, norm)
+        axes.label_outer()
+    _colour_bar(figure, norm, maps, stacked)
+    return figure
+
+
+def load_by_gpu_caption(run: Run) -> str:
+    """What to see in `load_by_gpu`, in numbers."""
+    maps = _maps(run)
+    layer, gpu = np.unravel_index(maps.before.argmax(), maps.before.shape)
+    before, after = (ratios.max(1) for ratios in maps[:2])  # [L]
+    name = shortened(printable(run.layers[layer]))
+    return (
+        f"Tokens of each GPU over the mean GPU of its layer; {maps.source}. White is the mean, red carries more and "
+        f"is waited for, blue carries less and waits. The fullest GPU of a layer carried {before.mean():.2f} times "
+        f"the mean before and {after.mean():.2f} after, on average over the layers; {before.max():.2f} before "
+        f"(GPU {gpu} of layer {name}) and {after.max():.2f} after in the most uneven layer. Tokens are added up over "
+        "the steps here: single steps are less even, see the imbalance over time."
+    )
+
+
+def load_by_gpu_lacks(run: Run) -> str:
+    """What a run needs for `load_by_gpu` and does not have; empty where it has."""
+    if any(event.tokens_of_gpu_before for event in run.known) or (run.judged and run.judged.unseen):
+        return ""
+    return "No load of GPUs was recorded: pass Rebalancer(record=...) a folder, and let it rebalance once."
+
+
+def _maps(run: Run) -> _Maps:
+    judged = run.judged
+    unseen = None if judged is None or (run.known and not judged.has_moved) else judged.unseen
+    if unseen is not None:
+        second = "as planned on the steps before" if unseen.is_replayed else "placement in force"
+        return _Maps(
+            _ratios(unseen.before),
+            _ratios(unseen.after),
+            ("Before: experts where they began", f"After: {second}"),
+            f"the same steps of iterations {unseen.first} to {unseen.last} in both, which the plan had not seen",
+        )
+    having = [event for event in run.known if event.tokens_of_gpu_before]
+    event = next((event for event in reversed(having) if event.decision == "moved"), having[-1])
+    return _Maps(
+        _ratios(event.tokens_of_gpu_before),
+        _ratios(event.tokens_of_gpu_after),
+        ("Before the rebalance", "Under its plan"),
+        f"the window that ended at iteration {event.iteration} in both, from which the plan was made",
+    )
+
+
+def _ratios(tokens: Any) -> Ratios:
+    of_gpu = np.asarray(tokens, dtype=np.float64)
+    mean = of_gpu.mean(1, keepdims=True)
+    return np.asarray(np.divide(of_gpu, mean, out=np.ones_like(of_gpu), where=mean > 0))
+
+
+def _norm(maps: _Maps) -> Normalize:
+    """1 in the middle, and as far to each side as the fuller of both maps goes."""
+    span = max(_LEAST_SPAN, *(float(np.abs(ratios - 1).max()) for ratios in maps[:2]))
+    return Normalize(1 - span, 1 + span)
+
+
+def _separate_nodes(axes: Axes, run: Run, gpus: int) -> None:
+    assert run.topology is not None, "where there is a load of GPUs there is a topology"
+    for first in range(run.topology.gpus_per_node, gpus, run.topology.gpus_per_node):
+        axes.axvline(first - 0.5, color=COLOURS["black"], linewidth=0.8)
+
+
+def _write_numbers(axes: Axes, ratios: Ratios, norm: Normalize) -> None:
+    for (layer, gpu), ratio in np.ndenumerate(ratios):
+        colour = "white" if abs(norm(ratio) - 0.5) > 0.36 else COLOURS["black"]
+        axes.text(gpu, layer, f"{ratio:.2f}", ha="center", va="center", fontsize=FONT, color=colour)
+
+
+def _colour_bar(figure: Figure, norm: Normalize, maps: _Maps, stacked: bool) -> None:
+    """Of the part of the scale that occurs: there are no negative loads."""
+    where: dict[str, Any] = (
+        {"location": "bottom", "shrink": 0.9, "aspect": 30} if stacked else {"location": "right", "aspect": 25}
+    )
+    bar = figure.colorbar(ScalarMappable(norm, _COLOURS), ax=figure.axes, pad=0.02, **where)
+    bar.set_label("tokens / mean GPU of the layer", fontsize=FONT)
+    bar.ax.tick_params(labelsize=FONT)
+    bar.outline.set_linewidth(0.4)
+    ends = min(1 - _LEAST_SPAN, *(ratios.min() for ratios in maps[:2])), float(norm.vmax or 1)
+    (bar.ax.set_xlim if stacked else bar.ax.set_ylim)(*ends)

@@ -1,0 +1,226 @@
+"""The imbalance over the iterations, as counted, as it would have been, and as low as it could be.
+
+Shapes: S steps, I points in the order of time, L layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
+
+from distplb.events import RebalanceEvent
+from distplb.report.run import Run
+from distplb.report.style import COLOURS, GREY, WIDE, dress, empty, is_narrow, legend_below
+from distplb.report.texts import plural
+
+__all__ = ["imbalance_over_time", "imbalance_over_time_caption", "imbalance_over_time_lacks"]
+
+Floats = NDArray[np.float64]
+
+_MOST_POINTS = 500  # of a line; an image has no more columns to show them
+_MARKS = {  # by decision: told apart by shape
+    "moved": ("v", COLOURS["black"]),
+    "kept": ("o", "white"),
+    "dry run": ("D", "white"),
+    "stopped": ("s", COLOURS["black"]),
+    "skipped": ("x", COLOURS["black"]),
+}
+_OTHER = ("*", "white")
+
+
+class _Line(NamedTuple):
+    """Iterations `[I]` and, of each, the layers `[I, L]`; a NaN between what does not hang together."""
+
+    at: Floats
+    layers: Floats
+
+    @property
+    def mean(self) -> Floats:
+        """`[I]`, over the layers."""
+        return np.asarray(self.layers.mean(1))
+
+
+def imbalance_over_time(run: Run, width: float = WIDE) -> Figure:
+    """Fullest GPU over mean GPU by iteration: the mean over the layers, in a band from the most even to the least.
+
+    With a trace each step counts under the placement that was in force, smoothed between two rebalances, over the raw
+    values; where experts have moved, a dashed line is the same steps with the experts where they began. From events
+    alone each window is one level. The bound is what no placement can beat. Each rebalance has a mark of its decision.
+
+    Args:
+        run: with a trace, or with an event that knows the load.
+        width: inches.
+    """
+    figure = empty(width, 4.0 if is_narrow(width) else 3.9)
+    axes = figure.subplots()
+    dress(axes, "", "iteration", "fullest GPU / mean GPU")
+    handles = [*_draw_lines(axes, run), *_draw_marks(axes, run.events)]
+    axes.xaxis.set_major_locator(MaxNLocator(5 if is_narrow(width) else 10, integer=True))
+    axes.xaxis.set_major_formatter(lambda number, _: f"{number:,.0f}")
+    axes.margins(x=0.01)
+    axes.set_ylim(top=axes.get_ylim()[1] + 0.06 * np.ptp(axes.get_ylim()))
+    legend_below(figure, handles, width)
+    return figure
+
+
+def imbalance_over_time_caption(run: Run) -> str:
+    """What to see in `imbalance_over_time`, in numbers."""
+    judged = run.judged
+    text = "The line is the mean over the layers, the band goes from the most even layer to the least even one. "
+    if judged is None:
+        told = [np.mean(event.imbalance_next) for event in run.known if event.imbalance_next]
+        text += f"It began at {np.mean(run.known[0].imbalance_before):.2f}"
+        text += f" and was {np.mean(told):.2f} in the windows after a rebalance" if told else ""
+    elif judged.has_moved:
+        text += (
+            f"After the first move it is {judged.in_force[judged.later].mean():.2f} on average, on steps that no plan "
+            f"had seen; with the experts where they began it would be {judged.as_begun[judged.later].mean():.2f}"
+        )
+    else:
+        text += f"It is {judged.in_force.mean():.2f} on average"
+    bound = _bound(run).layers
+    text += f"; no placement could beat {np.nanmean(bound):.2f}, the dotted line. "
+    if run.events:
+        text += f"The marks are {plural(len(run.events), 'rebalance')}; the closer the line keeps to the bound until "
+        text += "the next mark, the longer a plan lasts."
+    return text
+
+
+def imbalance_over_time_lacks(run: Run) -> str:
+    """What a run needs for `imbalance_over_time` and does not have; empty where it has."""
+    if run.known or run.judged:
+        return ""
+    return "No load was recorded: pass Rebalancer(record=...) a folder, and let it rebalance once."
+
+
+def _draw_lines(axes: Axes, run: Run) -> list[Any]:
+    line, raw, begun, bound = _measured(run), _raw(run), _begun(run), _bound(run)
+    handles: list[Any] = []
+    if raw is not None:
+        axes.plot(raw.at, raw.mean, color=COLOURS["sky"], linewidth=0.6, alpha=0.7)
+        handles.append(Line2D([], [], color=COLOURS["sky"], linewidth=0.8, label="each iteration"))
+    band: dict[str, Any] = {"color": COLOURS["sky"], "alpha": 0.25, "linewidth": 0}
+    handles.append(
+        axes.fill_between(line.at, line.layers.min(1), line.layers.max(1), label="from layer to layer", **band)
+    )
+    named = "mean of layers" + (", smoothed" if raw is not None else " in each window")
+    handles += axes.plot(line.at, line.mean, color=COLOURS["blue"], linewidth=1.8, label=named)
+    if begun is not None:
+        style: dict[str, Any] = {"color": COLOURS["vermilion"], "linewidth": 1.4, "linestyle": (0, (5, 2))}
+        handles += axes.plot(begun.at, begun.mean, label="experts where they began", **style)
+    handles += axes.plot(
+        bound.at, bound.mean, color=COLOURS["green"], linewidth=1.6, linestyle=":", label="lower bound"
+    )
+    return handles
+
+
+def _draw_marks(axes: Axes, events: Sequence[RebalanceEvent]) -> list[Any]:
+    """A line and a mark for each rebalance; what the legend has to say of them."""
+    faint = 0.7 if len(events) <= 40 else 0.15
+    handles = []
+    for decision in dict.fromkeys(event.decision for event in events):
+        shape, face = _MARKS.get(decision, _OTHER)
+        at = [event.iteration for event in events if event.decision == decision]
+        for iteration in at:
+            line = "-" if decision == "moved" else ":"
+            axes.axvline(iteration, color=GREY, linewidth=0.7, linestyle=line, alpha=faint, zorder=0.5)
+        style: dict[str, Any] = {
+            "color": COLOURS["black"],
+            "markerfacecolor": face,
+            "markersize": 5 if len(events) <= 60 else 3,
+        }
+        name = decision if decision in _MARKS else "another decision"
+        axes.plot(at, [1.0] * len(at), shape, transform=axes.get_xaxis_transform(), clip_on=False, **style)
+        handles.append(
+            Line2D([], [], linestyle="", marker=shape, label=f"rebalance: {name}", **style | {"markersize": 5})
+        )
+    return handles
+
+
+def _measured(run: Run) -> _Line:
+    if run.judged is None:
+        return _windows(run, "imbalance_before")
+    trace = run.judged.trace
+    return _smooth(trace.iteration.numpy(), run.judged.in_force.numpy(), trace.placement_of_step.numpy())
+
+
+def _raw(run: Run) -> _Line | None:
+    if run.judged is None:
+        return None
+    return _thinned(run.judged.trace.iteration.numpy(), run.judged.in_force.numpy())
+
+
+def _begun(run: Run) -> _Line | None:
+    """From the first move on; before it is the same."""
+    judged = run.judged
+    if judged is None or not judged.has_moved:
+        return None
+    later, trace = judged.later, judged.trace
+    parts = trace.placement_of_step[later].numpy()
+    return _smooth(trace.iteration[later].numpy(), judged.as_begun[later].numpy(), parts)
+
+
+def _bound(run: Run) -> _Line:
+    if run.known or run.judged is None:
+        return _windows(run, "imbalance_bound")
+    steps, bound = run.judged.bound
+    iterations = run.judged.trace.iteration[steps].numpy()
+    return _smooth(iterations, bound.numpy(), np.zeros(len(steps)))
+
+
+def _windows(run: Run, field: str) -> _Line:
+    """Each window of the events as a level; and what followed the last one, where that is known."""
+    at, levels = [], []
+    numbers = [event.iteration for event in run.events]
+    begins = [max(0, numbers[0] - (run.every or numbers[0])), *numbers]
+    for event, begin in zip(run.events, begins, strict=False):
+        if run.knows(event):
+            at += [begin, event.iteration]
+            levels += [getattr(event, field)] * 2
+        else:
+            at.append(event.iteration)
+            levels.append((np.nan,) * len(run.layers))
+    last = run.known[-1]
+    if field == "imbalance_before" and last.imbalance_next and last is run.events[-1]:
+        at += [last.iteration, last.iteration + (run.every or last.iteration)]
+        levels += [last.imbalance_next] * 2
+    return _Line(np.array(at, dtype=np.float64), np.array(levels, dtype=np.float64))
+
+
+def _thinned(iteration: NDArray[Any], values: NDArray[Any]) -> _Line:
+    """One point for each iteration, or for some in a row where there are too many."""
+    stride = max(1, -(-int(iteration[-1] - iteration[0] + 1) // _MOST_POINTS))
+    _, first, place = np.unique((iteration - iteration[0]) // stride, return_index=True, return_inverse=True)
+    count = np.bincount(place)
+    sums = np.zeros((len(first), values.shape[1]))
+    np.add.at(sums, place, values)
+    middle = np.bincount(place, weights=iteration) / count
+    return _Line(middle, sums / count[:, None])
+
+
+def _smooth(iteration: NDArray[Any], values: NDArray[Any], part: NDArray[Any]) -> _Line:
+    """A moving average within each part, so that a jump between two of them stays one."""
+    cuts = [*(np.flatnonzero(np.diff(part)) + 1), len(part)]
+    reach = max(1, (int(iteration[-1] - iteration[0]) // 120))
+    lines, begin = [], 0
+    for end in cuts:
+        line = _thinned(iteration[begin:end], values[begin:end])
+        lines.append(_Line(line.at, _moving_average(line.layers, reach)))
+        begin = end
+    gaps = [np.concatenate([line.layers, np.full((1, values.shape[1]), np.nan)]) for line in lines]
+    return _Line(np.concatenate([[*line.at, np.nan] for line in lines]), np.concatenate(gaps))
+
+
+def _moving_average(values: Floats, reach: int) -> Floats:
+    """Of each row and up to `reach` on both sides of it."""
+    sums = np.concatenate([np.zeros((1, values.shape[1])), values.cumsum(0)])
+    at = np.arange(len(values))
+    low, high = np.maximum(at - reach, 0), np.minimum(at + reach + 1, len(values))
+    return np.asarray((sums[high] - sums[low]) / (high - low)[:, None])

@@ -1,0 +1,143 @@
+"""The hottest expert of every layer over time: how much hotter than the mean, and whether it stays the same one.
+
+Shapes: S steps, W windows, L layers, E experts.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from distplb.report.run import Run
+from distplb.report.style import COLOURS, FONT, WIDE, dress, empty, is_narrow, mark_each
+from distplb.report.texts import differing, label, percent, printable, shortened
+from distplb.traces.trace import Trace
+
+__all__ = ["hottest_experts", "hottest_experts_caption", "hottest_experts_lacks"]
+
+_COLOURS = "YlOrBr"
+_MOST_WINDOWS = 24  # that a trace without events is cut into
+_CELL = 0.2  # inches, the least that holds a number in height; in width for each of its digits and on both sides
+_DIGIT = 0.085
+
+
+class _Hottest(NamedTuple):
+    """Of each window the last iteration `[W]`; of each window and layer `[L, W]` the expert and its tokens."""
+
+    iterations: list[int]
+    expert: NDArray[np.int64]
+    times_mean: NDArray[np.float64]
+    share: NDArray[np.float64]
+
+    @property
+    def changed(self) -> NDArray[np.bool_]:
+        """`[L, W - 1]`: whether it is another expert than in the window before."""
+        return np.asarray(np.diff(self.expert, axis=1) != 0)
+
+
+def hottest_experts(run: Run, width: float = WIDE) -> Figure:
+    """A map `[L, W]` of the expert with most tokens in each layer and window: its tokens over the mean expert's.
+
+    The expert's number stands in its cell where it fits; a line on a cell's left side says that it is another expert
+    than in the window before.
+
+    Args:
+        run: with events, or else a trace.
+        width: inches.
+    """
+    found = _found(run)
+    layers, windows = found.expert.shape
+    height = min(max(0.8, 0.26 * layers), max(2.2, 0.095 * layers), 9.0)
+    stacked = is_narrow(width)
+    figure = empty(width, height + (1.7 if stacked else 1.1))
+    axes = figure.subplots()
+    pattern, names = differing(run.layers)
+    dress(axes, "", "window up to iteration", f"layer ({label(pattern, 30)})" if pattern else "layer", grid="")
+    norm = Normalize(1, max(1.5, float(found.times_mean.max())))
+    axes.imshow(found.times_mean, cmap=_COLOURS, norm=norm, aspect="auto", interpolation="none")
+    mark_each(axes, "x", [f"{iteration:,}" for iteration in found.iterations], most=4 if stacked else 12)
+    mark_each(axes, "y", names, most=max(2, int(height / 0.2)))
+    cell = (width - (0.9 if stacked else 1.8)) / windows, height / layers
+    if cell[0] >= _DIGIT * (len(str(found.expert.max())) + 2) and cell[1] >= _CELL:
+        _write_numbers(axes, found, norm)
+    _mark_changes(axes, found)
+    where: dict[str, Any] = (
+        {"location": "bottom", "shrink": 0.9, "aspect": 30} if stacked else {"location": "right", "aspect": 20}
+    )
+    bar = figure.colorbar(ScalarMappable(norm, _COLOURS), ax=axes, pad=0.02, **where)
+    bar.set_label("tokens / mean expert", fontsize=FONT)
+    bar.ax.tick_params(labelsize=FONT)
+    bar.outline.set_linewidth(0.4)
+    return figure
+
+
+def hottest_experts_caption(run: Run) -> str:
+    """What to see in `hottest_experts`, in numbers."""
+    found = _found(run)
+    layer, window = np.unravel_index(found.times_mean.argmax(), found.times_mean.shape)
+    text = (
+        "Each cell is the expert that got most tokens of its layer, by its number where it fits; the darker, the "
+        f"hotter. The hottest of all was expert {found.expert[layer, window]} of layer "
+        f"{shortened(printable(run.layers[layer]))} up to iteration {found.iterations[window]:,}: "
+        f"{percent(found.share[layer, window])} of its layer's tokens, {found.times_mean[layer, window]:.1f} times the "
+        "mean expert. "
+    )
+    if found.changed.size:
+        stayed = 1 - found.changed.mean()
+        text += (
+            f"In {percent(stayed)} of the windows a layer's hottest expert was the one of the window before; a line on "
+            "the left of a cell marks a change. Experts that stay hot are what a plan can count on."
+        )
+    return text
+
+
+def hottest_experts_lacks(run: Run) -> str:
+    """What a run needs for `hottest_experts` and does not have; empty where it has."""
+    if run.trace is not None or any(_tells(event) for event in run.known):
+        return ""
+    return "No experts were counted: pass Rebalancer(record=...) a folder, and let it rebalance once."
+
+
+def _tells(event: object) -> bool:
+    return bool(getattr(event, "num_experts", 0) and all(getattr(event, "hottest_experts", ()) or [()]))
+
+
+def _found(run: Run) -> _Hottest:
+    events = [event for event in run.known if _tells(event)]
+    if not events:
+        assert run.trace is not None, "where there are no events there is a trace"
+        return _of_trace(run.trace)
+    first = np.array([[pairs[0] for pairs in event.hottest_experts] for event in events])  # [W, L, 2]
+    tokens = first[..., 1].T.astype(np.float64)
+    total = np.array([[sum(row) for row in event.tokens_of_gpu_before] for event in events], dtype=np.float64).T
+    share = np.divide(tokens, total, out=np.zeros_like(tokens), where=total > 0)
+    experts = np.array([event.num_experts for event in events])
+    return _Hottest([event.iteration for event in events], first[..., 0].T, share * experts, share)
+
+
+def _of_trace(trace: Trace) -> _Hottest:
+    """In windows of as many steps each."""
+    windows = torch.arange(trace.num_steps).tensor_split(min(_MOST_WINDOWS, trace.num_steps))
+    load = torch.stack([trace.load[steps].sum(0) for steps in windows], dim=1)  # [L, W, E]
+    share = (load.amax(2).double() / load.sum(2).clamp(min=1)).numpy()
+    iterations = [int(trace.iteration[steps[-1]]) for steps in windows]
+    return _Hottest(iterations, load.argmax(2).numpy(), share * trace.num_experts, share)
+
+
+def _write_numbers(axes: Axes, found: _Hottest, norm: Normalize) -> None:
+    for (layer, window), expert in np.ndenumerate(found.expert):
+        colour = "white" if norm(found.times_mean[layer, window]) > 0.62 else COLOURS["black"]
+        axes.text(window, layer, str(expert), ha="center", va="center", fontsize=FONT, color=colour)
+
+
+def _mark_changes(axes: Axes, found: _Hottest) -> None:
+    layer, window = found.changed.nonzero()
+    for colour, thickness in (("white", 3.4), (COLOURS["black"], 1.6)):  # to be seen on any cell
+        axes.vlines(window + 0.5, layer - 0.42, layer + 0.42, color=colour, linewidth=thickness)

@@ -1,0 +1,90 @@
+"""What other intervals between rebalances would have saved on the trace, and moved."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from distplb.advice import WhatIf
+from distplb.report.run import Run
+from distplb.report.style import COLOURS, FONT, GREY, WIDE, dress, empty, is_narrow, panels
+from distplb.report.texts import percent, plural
+
+__all__ = ["other_intervals", "other_intervals_caption", "other_intervals_lacks"]
+
+
+def other_intervals(run: Run, width: float = WIDE) -> Figure:
+    """Two rows or columns: by interval in iterations, the modelled time saved, and the slots moved.
+
+    The time is a share of that without rebalancing, with its 95 % interval; a hollow dot has too few rebalances to
+    tell one.
+
+    Args:
+        run: with `what_if`.
+        width: inches.
+    """
+    stacked = is_narrow(width)
+    figure = empty(width, 5.0 if stacked else 3.0)
+    saved, moved = panels(figure, 2, stacked)
+    names = [f"{one.every:,}" + ("\n(as run)" if one.every == run.every else "") for one in run.what_if]
+    dress(saved, "Modelled time saved, moves included", "iterations between rebalances", "share of the time without")
+    _draw_saved(saved, run.what_if)
+    dress(moved, "Slots that would have moved", "iterations between rebalances", "slots, all layers")
+    bars = moved.bar(range(len(names)), [one.slots_moved for one in run.what_if], width=0.6, color=COLOURS["blue"])
+    moved.bar_label(bars, [f"{one.slots_moved:,}" for one in run.what_if], fontsize=FONT, padding=1)
+    moved.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+    moved.margins(y=0.12)
+    for axes in (saved, moved):
+        axes.set_xticks(range(len(names)), names)
+        axes.set_xlim(-0.6, max(3, len(names)) - 0.4)
+    return figure
+
+
+def other_intervals_caption(run: Run) -> str:
+    """What to see in `other_intervals`, in numbers."""
+    best = max(run.what_if, key=lambda one: one.saved)
+    told = (
+        "" if best.low is None or best.high is None else f" (95 % interval {percent(best.low)} to {percent(best.high)})"
+    )
+    least = best.saved if best.low is None else best.low
+    text = (
+        "The recorded steps once more, planned at other intervals; each plan is judged on steps that it had not seen, "
+        "against the experts in contiguous order, in modelled seconds of the fullest GPU and of the moves. "
+    )
+    text += f"Costs: {run.costs}. " if run.costs else ""
+    if best.saved <= 0:
+        return text + "No interval that was tried saves anything: leave the experts where they begin."
+    text += f"Rebalancing every {plural(best.every, 'iteration')} saves most, {percent(best.saved)}{told}, "
+    text += f"with {plural(best.slots_moved, 'slot')} moved and an imbalance of {best.imbalance:.2f}."
+    return text + ("" if least > 0 else " The interval includes 0: it may be chance.")
+
+
+def other_intervals_lacks(run: Run) -> str:
+    """What a run needs for `other_intervals` and does not have; empty where it has."""
+    if run.what_if:
+        return ""
+    if run.trace is None:
+        return "Other intervals are tried on recorded steps: pass Rebalancer(record=...) a folder, and report on that."
+    return (
+        "Other intervals were not tried: the trace has too few iterations or no tokens, or its experts do not go "
+        "evenly on the GPUs. Record for longer, or pass the topology."
+    )
+
+
+def _draw_saved(axes: Axes, found: Sequence[WhatIf]) -> None:
+    """A dot with its interval, or a hollow one where there are too few rebalances for an interval."""
+    axes.axhline(0, color=GREY, linewidth=1)
+    for at, one in enumerate(found):
+        face = "white"
+        if one.low is not None and one.high is not None:
+            face = COLOURS["blue"]
+            axes.plot([at, at], [one.low, one.high], color=COLOURS["blue"], linewidth=2.2, solid_capstyle="round")
+        axes.plot(at, one.saved, "o", color=COLOURS["blue"], markerfacecolor=face, markersize=7)
+        axes.annotate(
+            percent(one.saved), (at, one.saved), xytext=(7, 0), textcoords="offset points", va="center", fontsize=FONT
+        )
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
+    axes.margins(y=0.15)

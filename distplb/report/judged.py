@@ -1,0 +1,126 @@
+"""`Judged`: a trace under the placements that it ran under, and under those that it might have had.
+
+Shapes: S steps, B steps of a sample, L layers, M GPUs.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from distplb.bound import lower_bound
+from distplb.cost import gpu_tokens, imbalance
+from distplb.placement import Placement
+from distplb.planner import plan
+from distplb.topology import Topology
+from distplb.traces.trace import Trace
+
+__all__ = ["Judged", "Unseen"]
+
+_STEPS_AT_ONCE = 64
+_PLANNED_ON = 64  # steps, evenly out of those that a plan may see
+_BOUND_STEPS = 256  # evenly out of all: a bound takes a hundredth of a second for each
+
+
+class Unseen(NamedTuple):
+    """One stretch of steps under two placements, of which the second had not seen them.
+
+    Args:
+        first, last: iterations.
+        before, after: `[L, M]` int64, tokens of each GPU.
+        imbalance_before, imbalance_after: means over layers and steps.
+        is_replayed: whether the second was never in force, but planned on the steps before.
+    """
+
+    first: int
+    last: int
+    before: Tensor
+    after: Tensor
+    imbalance_before: float
+    imbalance_after: float
+    is_replayed: bool
+
+
+class Judged:
+    """What the steps of a trace say of placements; whatever takes long is found once."""
+
+    def __init__(self, trace: Trace, topology: Topology) -> None:
+        self.trace, self.topology = trace, topology
+
+    @property
+    def has_moved(self) -> bool:
+        """Whether the job ever ran under another placement than its first."""
+        return len(self.trace.placement_of_step.unique()) > 1
+
+    @cached_property
+    def in_force(self) -> Tensor:
+        """`[S, L]` float64: the imbalance of each step under the placement that it ran under."""
+        found = torch.ones(self.trace.num_steps, self.trace.num_layers, dtype=torch.float64)
+        for index in self.trace.placement_of_step.unique().tolist():
+            steps = (self.trace.placement_of_step == index).nonzero()[:, 0]
+            found[steps] = _imbalance(self.trace.load, steps, self.trace.placements[index])
+        return found
+
+    @cached_property
+    def as_begun(self) -> Tensor:
+        """`[S, L]` float64: the same with the experts left where they were in the first step."""
+        steps = torch.arange(self.trace.num_steps)
+        return _imbalance(self.trace.load, steps, self._first) if self.has_moved else self.in_force
+
+    @cached_property
+    def bound(self) -> tuple[Tensor, Tensor]:
+        """`[B]` steps, and `[B, L]` float64: what no placement could beat in them."""
+        steps = _evenly(torch.arange(self.trace.num_steps), _BOUND_STEPS)
+        slots = self._first.num_slots
+        return steps, torch.stack([lower_bound(self.trace.load[step], self.topology, slots) for step in steps])
+
+    @property
+    def later(self) -> Tensor:
+        """`[S]` bool: the steps from the first move on."""
+        index = self.trace.placement_of_step
+        return (index != index[0]).long().cummax(0).values.bool()
+
+    @cached_property
+    def unseen(self) -> Unseen | None:
+        """The last placement on its own steps; where there is only one, a plan on the half that follows its own.
+
+        None for a single step.
+        """
+        trace = self.trace
+        if self.has_moved:
+            last = int(trace.placement_of_step[-1])
+            steps = (trace.placement_of_step == last).nonzero()[:, 0]
+            return self._under(steps, trace.placements[last], is_replayed=False)
+        half = trace.num_steps // 2
+        if not half:
+            return None
+        seen, unseen = torch.arange(trace.num_steps).tensor_split([half])
+        slots = self._first.num_slots
+        planned = plan(trace.load[_evenly(seen, _PLANNED_ON)], self.topology, num_slots=slots, current=self._first)
+        return self._under(unseen, planned, is_replayed=True)
+
+    @property
+    def _first(self) -> Placement:
+        return self.trace.placements[int(self.trace.placement_of_step[0])]
+
+    def _under(self, steps: Tensor, placement: Placement, is_replayed: bool) -> Unseen:
+        load, iterations, both = self.trace.load, self.trace.iteration[steps], (self._first, placement)
+        before, after = (_tokens(load, steps, one) for one in both)
+        level, level_after = (float(_imbalance(load, steps, one).mean()) for one in both)
+        return Unseen(int(iterations[0]), int(iterations[-1]), before, after, level, level_after, is_replayed)
+
+
+def _tokens(load: Tensor, steps: Tensor, placement: Placement) -> Tensor:
+    table, gpus = placement.expert_of_slot, placement.num_gpus
+    return torch.stack([gpu_tokens(load[some], table, gpus).sum(0) for some in steps.split(_STEPS_AT_ONCE)]).sum(0)
+
+
+def _imbalance(load: Tensor, steps: Tensor, placement: Placement) -> Tensor:
+    return torch.cat([imbalance(load[some], placement) for some in steps.split(_STEPS_AT_ONCE)])
+
+
+def _evenly(steps: Tensor, most: int) -> Tensor:
+    return steps if len(steps) <= most else steps[torch.arange(most) * len(steps) // most]

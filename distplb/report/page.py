@@ -1,0 +1,137 @@
+"""`write_report`: one page that needs nothing but itself: no script, no network, every string escaped."""
+
+from __future__ import annotations
+
+import base64
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from distplb import __version__
+from distplb.events import RebalanceEvent
+from distplb.price import MoveModel
+from distplb.report.figures import PANELS, Image, Panel, image
+from distplb.report.run import Run
+from distplb.report.style import NARROW, WIDE
+from distplb.report.summary import Summary
+from distplb.report.texts import amount, printable, seconds
+from distplb.report.trials import with_trials
+from distplb.topology import Topology
+
+__all__ = ["write_figures", "write_report"]
+
+_PNG_DPI = 150
+
+
+def write_report(
+    run: Run | str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    topology: Topology | None = None,
+    every: Sequence[int] | None = None,
+    model: MoveModel | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Run:
+    """Write the report of a run as one HTML file.
+
+    Args:
+        run: read already, or what `Run.read` takes.
+        output: the file, which is replaced.
+        topology: of the EP group, where the run does not tell; not with a run that was read already.
+        every: intervals between rebalances, in iterations, to try on the trace; some that suit it where None.
+        model: what tokens and moves cost there; of the events, else assumed, where None.
+        progress: called with what is done and all there is to do.
+
+    Returns:
+        The run, with the intervals that were tried.
+
+    Raises:
+        DistplbError: if the run cannot be read, or an interval does not fit the trace.
+        OSError: if the file cannot be written.
+    """
+    run = with_trials(run if isinstance(run, Run) else Run.read(run, topology), every, model, progress)
+    environment = Environment(
+        loader=PackageLoader("distplb.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=lambda value: printable(value) if type(value) is str else value,
+    )
+    summary = Summary.of(run)
+    text = environment.get_template("report.html").render(
+        name=run.name,
+        note="" if run.trace is None else run.trace.note,
+        headline=summary.headline,
+        facts=summary.facts(run),
+        sections=[_section(panel, run) for panel in PANELS],
+        rows=[_row(event) for event in run.events],
+        version=__version__,
+    )
+    Path(output).write_text(text, encoding="utf-8")
+    return run
+
+
+def write_figures(run: Run, folder: str | os.PathLike[str]) -> list[Path]:
+    """Write each figure that the run has enough for as `<number>-<name>.png`, as wide as a laptop's page.
+
+    Returns:
+        The files, in the order of the report.
+    """
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    paths = []
+    for number, panel in enumerate(PANELS, start=1):
+        if not panel.lacks(run):
+            paths.append(Path(folder) / f"{number}-{panel.name}.png")
+            panel.draw(run, WIDE).savefig(paths[-1], dpi=_PNG_DPI)
+    return paths
+
+
+class _Section(NamedTuple):
+    name: str
+    title: str
+    lacks: str
+    caption: str = ""
+    wide: _Picture | None = None
+    narrow: _Picture | None = None
+
+
+class _Picture(NamedTuple):
+    address: str
+    width: int
+    height: int
+
+
+def _section(panel: Panel, run: Run) -> _Section:
+    lacks = panel.lacks(run)
+    if lacks:
+        return _Section(panel.name, panel.title, lacks)
+    wide, narrow = (_picture(image(panel.draw(run, width))) for width in (WIDE, NARROW))
+    return _Section(panel.name, panel.title, "", panel.caption(run), wide, narrow)
+
+
+def _picture(drawn: Image) -> _Picture:
+    content = base64.b64encode(drawn.content).decode()
+    return _Picture(f"data:{drawn.media_type};base64,{content}", drawn.width, drawn.height)
+
+
+def _row(event: RebalanceEvent) -> dict[str, Any]:
+    """What the table says of a rebalance."""
+    levels = {
+        name: f"{np.mean(values):.3f}" if values else "–"
+        for name in ("before", "after", "bound", "next")
+        for values in [getattr(event, f"imbalance_{name}")]
+    }
+    return levels | {
+        "iteration": f"{event.iteration:,}",
+        "decision": event.decision,
+        "reason": event.reason,
+        "slots": f"{event.slots_moved:,}",
+        "bytes": amount(event.bytes_moved, "B"),
+        "seconds": seconds(sum(event.seconds.values())),
+        "repaid": "–" if event.repaid is None else "yes" if event.repaid else "no",
+    }

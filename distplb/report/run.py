@@ -1,0 +1,169 @@
+"""`Run`: what a job left behind, read and checked: the records of its rebalances, its trace, or both.
+
+Shapes: L layers, M GPUs.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from distplb.advice import WhatIf
+from distplb.errors import DistplbError
+from distplb.eventlog import read_events
+from distplb.events import RebalanceEvent
+from distplb.placement import Placement
+from distplb.report.judged import Judged
+from distplb.report.texts import printable
+from distplb.topology import Topology
+from distplb.traces.trace import Trace
+
+__all__ = ["Run"]
+
+_EVENTS = "events.jsonl"
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """What there is to report on.
+
+    Args:
+        name: of the file or folder.
+        events: the records of the rebalances, in the order of iterations.
+        trace: the steps that were recorded.
+        topology: of the EP group; where None, what the events tell, else all GPUs of the trace on one node. A trace
+            without events may be looked at on another number of GPUs than it ran on: it then begins anew there, with
+            the experts in contiguous order.
+        what_if: other intervals between rebalances, tried on the trace, as from `distplb.advice.what_if`.
+        costs: where `what_if` has its seconds from, in words.
+
+    Raises:
+        DistplbError: if events, trace and topology do not fit together.
+    """
+
+    name: str
+    events: tuple[RebalanceEvent, ...] = ()
+    trace: Trace | None = None
+    topology: Topology | None = None
+    what_if: tuple[WhatIf, ...] = ()
+    costs: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "events", tuple(self.events))
+        for event in self.events:
+            _check(self.name, event)
+        object.__setattr__(self, "topology", self.topology or self._found_topology())
+        if self.trace is not None and self.topology is not None:
+            object.__setattr__(self, "trace", self._on(self.trace, self.topology))
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str], topology: Topology | None = None) -> Run:
+        """Read the folder of `Rebalancer(record=...)`, a file of events (`.jsonl`), or a trace (`.npz`).
+
+        Raises:
+            DistplbError: naming the file, if it is none of these, damaged, or empty.
+        """
+        path = Path(path)
+        if not path.exists():
+            raise DistplbError(f"there is no {path}; pass the folder of Rebalancer(record=...), or a file of it")
+        folder = path.is_dir()
+        log = path / _EVENTS if folder else path
+        is_log = log.is_file() if folder else path.suffix == ".jsonl"
+        is_trace = any(path.glob("*.npz")) if folder else not is_log
+        events = read_events(log) if is_log else []
+        if not events and not is_trace:
+            raise DistplbError(f"{path} has neither events nor a trace; pass the folder of Rebalancer(record=...)")
+        return cls(path.resolve().name, tuple(events), Trace.read(path) if is_trace else None, topology)
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The L names: the last event's, else the trace's."""
+        if self.events:
+            return self.events[-1].layers
+        return () if self.trace is None else self.trace.layers
+
+    @cached_property
+    def known(self) -> tuple[RebalanceEvent, ...]:
+        """The events that know the load of the layers."""
+        return tuple(event for event in self.events if self.knows(event))
+
+    def knows(self, event: RebalanceEvent) -> bool:
+        """Whether an event knows the load, and of the same layers as the last event."""
+        return event.steps > 0 and event.layers == self.layers
+
+    @cached_property
+    def judged(self) -> Judged | None:
+        """The trace under its placements."""
+        return None if self.trace is None or self.topology is None else Judged(self.trace, self.topology)
+
+    @cached_property
+    def every(self) -> int | None:
+        """Iterations between two rebalances: the usual number; None where fewer than two are known."""
+        numbers = [event.iteration for event in self.events]
+        gaps = [later - earlier for earlier, later in itertools.pairwise(numbers)]
+        return round(statistics.median(gaps)) if gaps else None
+
+    def _found_topology(self) -> Topology | None:
+        for event in reversed(self.events):
+            gpus = len(event.tokens_of_gpu_after[0]) if event.tokens_of_gpu_after else 0
+            if gpus and event.num_nodes:
+                return Topology(event.num_nodes, gpus // event.num_nodes)
+        return None if self.trace is None else Topology(1, self.trace.placements[0].num_gpus)
+
+    def _on(self, trace: Trace, topology: Topology) -> Trace:
+        found = trace.placements[0].num_gpus
+        if found == topology.num_gpus:
+            return trace
+        if self.events:
+            raise DistplbError(
+                f"{printable(self.name)} ran on {found} GPUs, the topology has {topology.num_gpus}; leave it out"
+            )
+        topology.slots_per_gpu(trace.num_experts)
+        begun = Placement.contiguous(trace.num_layers, trace.num_experts, topology.num_gpus)
+        return replace(trace, placements=(begun,), placement_of_step=torch.zeros_like(trace.placement_of_step))
+
+
+def _check(name: str, event: RebalanceEvent) -> None:
+    """A log may come from anywhere: whatever is drawn has to be of the right kind and size."""
+    try:
+        wrong = _wrong(event)
+    except (TypeError, ValueError, AttributeError) as error:
+        wrong = str(error)
+    if wrong:
+        raise DistplbError(f"{printable(name)}: the event of iteration {event.iteration!r:.20} is damaged ({wrong})")
+
+
+def _wrong(event: RebalanceEvent) -> str:
+    by_layer = (event.imbalance_before, event.imbalance_after, event.imbalance_bound, event.imbalance_next)
+    numbers: list[float] = [event.iteration, event.steps, event.num_nodes, event.slots_moved, event.bytes_inside]
+    numbers += [event.bytes_between, event.iteration_seconds, event.iteration_seconds_next or 0]
+    numbers += [*event.seconds.values(), *(value for values in by_layer for value in values or ())]
+    numbers += [value for pairs in event.hottest_experts for pair in pairs for value in pair]
+    if not all(math.isfinite(value) and value >= 0 for value in numbers):
+        return "a number is negative or not finite"
+    if not all(isinstance(text, str) for text in (event.decision, event.reason, *event.layers, *event.seconds)):
+        return "a name is no text"
+    if event.steps and any(len(values) != len(event.layers) for values in by_layer if values is not None):
+        return f"imbalances of {len(event.imbalance_before)} layers, not {len(event.layers)}"
+    return _wrong_tables(event)
+
+
+def _wrong_tables(event: RebalanceEvent) -> str:
+    layers = len(event.layers)
+    tables: Sequence[Sequence[Sequence[int]]] = (event.tokens_of_gpu_before, event.tokens_of_gpu_after)
+    widths = {len(row) for table in tables for row in table}
+    if any(len(table) not in (0, layers) for table in tables) or len(widths) > 1 or 0 in widths:
+        return "its tables of tokens have other sizes than its layers"
+    if len(event.hottest_experts) not in (0, layers):
+        return f"hottest experts of {len(event.hottest_experts)} layers, not {layers}"
+    if any(len(pair) != 2 for pairs in event.hottest_experts for pair in pairs):
+        return "hottest experts are pairs of an expert and its tokens"
+    return "" if all(value >= 0 for table in tables for row in table for value in row) else "a number is negative"

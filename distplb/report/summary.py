@@ -1,0 +1,190 @@
+"""What a run comes to: one sentence, and the numbers behind it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from distplb.report.run import Run
+from distplb.report.texts import amount, percent, plural, printable, seconds
+
+__all__ = ["Fact", "Summary"]
+
+_NOTICED = 0.005  # of imbalance: less is shown as the same two digits
+
+
+class Fact(NamedTuple):
+    """One number of the page's head."""
+
+    name: str
+    value: str
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """The numbers of a run.
+
+    With a trace in which experts moved, the imbalances are of the same steps, those from the first move on. From
+    events alone `before` is the first window, and `after` the windows that followed the rebalances. From a trace in
+    which nothing moved, both are its second half, after a plan made on the first.
+
+    Args:
+        imbalance_before: mean over layers and steps, with the experts where they began; None where nothing tells.
+        imbalance_after: the same under the plans, on steps that they had not seen; None where there are none.
+        imbalance_bound: what no placement could beat; None where nothing tells.
+        rebalances: how many there were of each decision.
+        repaid: of those that moved something and could be timed, whether each repaid what it took.
+        slots_moved, bytes_moved: by all.
+        rebalance_seconds: of all, on rank 0.
+        iteration_seconds_before: the median iteration before the first rebalance; None where none was timed.
+        iteration_seconds_after: the median one after the last rebalance that knows.
+        is_replayed: whether `after` was never run, but replayed from the trace.
+    """
+
+    imbalance_before: float | None
+    imbalance_after: float | None
+    imbalance_bound: float | None
+    rebalances: dict[str, int]
+    repaid: tuple[bool, ...]
+    slots_moved: int
+    bytes_moved: int
+    rebalance_seconds: float
+    iteration_seconds_before: float | None
+    iteration_seconds_after: float | None
+    is_replayed: bool
+
+    @classmethod
+    def of(cls, run: Run) -> Summary:
+        """The summary of a run."""
+        timed = [event.iteration_seconds for event in run.events if event.iteration_seconds]
+        timed_next = [event.iteration_seconds_next for event in run.events if event.iteration_seconds_next]
+        before, after = _imbalances(run)
+        return cls(
+            imbalance_before=before,
+            imbalance_after=after,
+            imbalance_bound=_bound(run),
+            rebalances=dict(Counter(event.decision for event in run.events)),
+            repaid=tuple(bool(event.repaid) for event in run.events if event.repaid is not None),
+            slots_moved=sum(event.slots_moved for event in run.events),
+            bytes_moved=sum(event.bytes_moved for event in run.events),
+            rebalance_seconds=sum(sum(event.seconds.values()) for event in run.events),
+            iteration_seconds_before=timed[0] if timed else None,
+            iteration_seconds_after=timed_next[-1] if timed_next else None,
+            is_replayed=not run.known and run.judged is not None and not run.judged.has_moved,
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """By name, with the headline."""
+        return {"headline": self.headline} | asdict(self)
+
+    @property
+    def headline(self) -> str:
+        """The result in one or two sentences."""
+        text = self._result()
+        if self.repaid:
+            text += f" {sum(self.repaid)} of the {plural(len(self.repaid), 'rebalance')} that were timed repaid "
+            text += "what they took." if len(self.repaid) > 1 else "what it took."
+        if "stopped" in self.rebalances:
+            text += " Rebalancing has turned itself off."
+        return text
+
+    def _result(self) -> str:
+        before, after, bound = self.imbalance_before, self.imbalance_after, self.imbalance_bound
+        if before is None:
+            return "No load was recorded, so that nothing can be said of the imbalance."
+        limit = "" if bound is None else f"; no placement could beat {bound:.2f}"
+        if after is None:
+            return f"The imbalance is {before:.2f}{limit}. What a plan makes of it is not known yet."
+        if self.is_replayed:
+            return (
+                f"Planned on the first half of the trace, the second would have an imbalance of {after:.2f} instead "
+                f"of {before:.2f}{limit}."
+            )
+        if set(self.rebalances) <= {"dry run", "skipped"}:
+            return f"Nothing was moved, as asked: plans would have left {after:.2f} instead of {before:.2f}{limit}."
+        if before - after < _NOTICED:
+            return f"Rebalancing did not lower the imbalance: {before:.2f} without it, {after:.2f} with it{limit}."
+        return f"Rebalancing lowered the imbalance from {before:.2f} to {after:.2f}{limit}."
+
+    def facts(self, run: Run) -> list[Fact]:
+        """What the page shows at its head, as far as it is known."""
+        found = [_imbalance_fact(self), _size_fact(run)]
+        if run.events:
+            how = ", ".join(f"{number} {printable(decision)}" for decision, number in self.rebalances.items())
+            found.append(Fact("Rebalances", f"{len(run.events):,}", how))
+            found.append(Fact("Moved", plural(self.slots_moved, "slot"), amount(self.bytes_moved, "B")))
+            found.append(Fact("Spent on rebalances", seconds(self.rebalance_seconds), _share_of_run(run)))
+        if self.iteration_seconds_before and self.iteration_seconds_after:
+            pair = f"{seconds(self.iteration_seconds_before)} → {seconds(self.iteration_seconds_after)}"
+            found.append(Fact("Median iteration", pair, "before the first rebalance, after the last"))
+        return found + _window_facts(run)
+
+
+def _imbalances(run: Run) -> tuple[float | None, float | None]:
+    judged = run.judged
+    if judged is not None and judged.has_moved:
+        return float(judged.as_begun[judged.later].mean()), float(judged.in_force[judged.later].mean())
+    if run.known:
+        told = [np.mean(event.imbalance_next) for event in run.known if event.imbalance_next]
+        return float(np.mean(run.known[0].imbalance_before)), float(np.mean(told)) if told else None
+    if judged is None:
+        return None, None
+    unseen = judged.unseen
+    return (
+        (float(judged.in_force.mean()), None) if unseen is None else (unseen.imbalance_before, unseen.imbalance_after)
+    )
+
+
+def _bound(run: Run) -> float | None:
+    if run.known:
+        return float(np.mean([np.mean(event.imbalance_bound) for event in run.known]))
+    return None if run.judged is None else float(run.judged.bound[1].mean())
+
+
+def _imbalance_fact(summary: Summary) -> Fact:
+    before, after = (
+        "unknown" if value is None else f"{value:.2f}" for value in (summary.imbalance_before, summary.imbalance_after)
+    )
+    bound = "" if summary.imbalance_bound is None else f"bound {summary.imbalance_bound:.2f}"
+    if summary.imbalance_after is None:
+        return Fact("Imbalance", before, bound)
+    return Fact("Imbalance", f"{before} → {after}", f"without, with rebalancing; {bound}")
+
+
+def _size_fact(run: Run) -> Fact:
+    experts = run.events[-1].num_experts if run.events else 0
+    experts = experts or (run.trace.num_experts if run.trace is not None else 0)
+    where = "" if run.topology is None else f"on {plural(run.topology.num_gpus, 'GPU')}"
+    where += "" if run.topology is None else f" of {plural(run.topology.num_nodes, 'node')}"
+    return Fact("Model", plural(len(run.layers), "MoE layer"), f"{plural(experts, 'expert')} {where}".strip())
+
+
+def _share_of_run(run: Run) -> str:
+    """Part of the time until the last rebalance, where iterations were timed."""
+    begins = [0, *(event.iteration for event in run.events)]
+    gaps = [event.iteration - begin for event, begin in zip(run.events, begins, strict=False)]
+    trained = sum(gap * event.iteration_seconds for gap, event in zip(gaps, run.events, strict=True))
+    spent = sum(sum(event.seconds.values()) for event in run.events)
+    return f"{percent(spent / (trained + spent))} of the time until the last" if trained else ""
+
+
+def _window_facts(run: Run) -> list[Fact]:
+    """In the words of other projects: the first window, and the last one as it was run."""
+    if not run.known:
+        return []
+    first, last = run.known[0], run.known[-1]
+    vllm = f"{first.balancedness_vllm_before:.2f} → {last.balancedness_vllm_before:.2f}"
+    sglang = f"{first.balancedness_sglang_before:.2f} → {last.balancedness_sglang_before:.2f}"
+    peak = f"{first.tokens_peak_before:,} → {last.tokens_peak_before:,}"
+    return [
+        Fact("Peak tokens of a GPU", peak, "all layers of one step; first window, last window"),
+        Fact("Balancedness, vLLM's", vllm, "first window, last window"),
+        Fact("Balancedness, SGLang's", sglang, "first window, last window"),
+        Fact(
+            "MaxVio", f"{first.max_violation:.2f} → {last.max_violation:.2f}", "the router's; no placement changes it"
+        ),
+    ]

@@ -1,0 +1,82 @@
+"""Which other intervals between rebalances a report tries on a trace, and what moves cost there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from distplb.advice import PRICED, Study, assumed_model
+from distplb.errors import DistplbError
+from distplb.price import MoveModel, TimeCurve
+from distplb.report.run import Run
+from distplb.topology import Topology
+from distplb.traces.trace import Trace
+
+__all__ = ["with_trials"]
+
+_FACTORS = (1, 2, 0.5, 4, 0.25)  # of the run's own interval, the most telling first
+_PARTS = (5, 10, 20, 40)  # of the trace; four intervals that are judged are the fewest that tell chance apart
+_MOST_NUMBERS = 40 * 58 * 256  # plans × layers × experts of all that is tried unasked: some ten seconds
+_MOST_TRIALS = 5
+
+
+def with_trials(
+    run: Run,
+    every: Sequence[int] | None = None,
+    model: MoveModel | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Run:
+    """The run with other intervals tried on its trace; as it is where it has no trace that could tell.
+
+    Args:
+        run: with a trace, or not.
+        every: intervals, in iterations; where None, around the run's own and parts of the trace.
+        model: what tokens and moves cost; as the run's events have it, else assumed, where None.
+        progress: called with what is done and all there is to do.
+
+    Raises:
+        DistplbError: if intervals were asked for, and there is no trace, or they do not fit it.
+    """
+    trace, topology = run.trace, run.topology
+    if trace is None or topology is None:
+        if every:
+            raise DistplbError(
+                f"{run.name} has no trace to try intervals on; pass the folder of Rebalancer(record=...)"
+            )
+        return run
+    if not every and (trace.num_experts % topology.num_gpus or not int(trace.load.sum())):
+        return run
+    model, curve, costs = (model, None, "as given") if model is not None else _costs(run, trace, topology)
+    study = Study(trace, topology, model, curve=curve)
+    tried = sorted(set(every or _suiting(run, study)))
+    if not tried:
+        return run
+    found = study.run([(PRICED, interval) for interval in tried], progress)
+    return replace(run, what_if=tuple(found), costs=costs)
+
+
+def _costs(run: Run, trace: Trace, topology: Topology) -> tuple[MoveModel, TimeCurve | None, str]:
+    """As the last event that measured them has them."""
+    for event in reversed(run.known):
+        curve = None if event.time_curve is None else TimeCurve(*zip(*event.time_curve, strict=True))
+        token, slot, inside = event.seconds_per_token, event.bytes_per_slot, event.bandwidth_inside
+        if token and slot and inside and event.bandwidth_between and event.trust:
+            model = MoveModel(token, slot, inside, event.bandwidth_between, event.trust)
+            return model, curve, "as this job measured them"
+    assumed = "assumed, of experts of the size of DeepSeek-V3's on H100s, the recorded tokens scaled to theirs"
+    return assumed_model(trace, topology), None, assumed
+
+
+def _suiting(run: Run, study: Study) -> list[int]:
+    """Intervals that the trace can judge, as far as trying them does not take too long."""
+    total = study.iterations
+    wanted = [round(run.every * factor) for factor in _FACTORS] if run.every else []
+    found: list[int] = []
+    left = _MOST_NUMBERS // (study.trace.num_layers * study.trace.num_experts)
+    for interval in dict.fromkeys([*wanted, *(total // part for part in _PARTS)]):
+        if interval < 1 or 2 * interval > total or interval * study.trace.num_steps < total:
+            continue
+        if total // interval <= left and len(found) < _MOST_TRIALS:
+            found.append(interval)
+            left -= total // interval
+    return found
