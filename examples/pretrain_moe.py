@@ -6,6 +6,7 @@
     python examples/pretrain_moe.py --balance static --data ~/my_text
     python examples/pretrain_moe.py --text code --switch-at 61  # then prose
     python examples/pretrain_moe.py --balance static --record trace.npz  # the loads, for distplb.replay
+    torchrun --standalone --nproc-per-node 2 examples/pretrain_moe.py --report run  # and a page to look at
 
 The text is the source of Python's standard library or its manual (there on every machine), or a folder of one's own;
 `--switch-at` goes over to the other part-way, which shifts the loads. `--compare` trains six models, {plain, loss-free}
@@ -23,6 +24,7 @@ import argparse
 import dataclasses
 import json
 import os
+import shutil
 import tempfile
 import time
 from dataclasses import dataclass
@@ -61,7 +63,7 @@ def main() -> None:
     if args.json and rank() == 0:
         Path(args.json).write_text(json.dumps(table, indent=2) + "\n")
     for run in runs:
-        run.save_trace()
+        run.close()
     if group is not None:
         dist.destroy_process_group()
 
@@ -121,6 +123,9 @@ class Run:
         )
         self.model = Transformer(config, group, args.seed).to(device)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=args.lr, fused=True)
+        self.folder = Path(args.report) / f"{router}-{balance}" if args.report and self.is_rebalanced else None
+        if self.folder is not None and rank() == 0:
+            shutil.rmtree(self.folder, ignore_errors=True)  # of an earlier job, which this one does not go on with
         self.recorded = tempfile.TemporaryDirectory() if args.record else None
         self.rebalancer = self.make_rebalancer() if self.is_rebalanced or args.record else None
         self.turns: list[Measured] = []
@@ -155,7 +160,7 @@ class Run:
             every=self.args.every,
             seed=self.args.seed,
             time_curve=self.measure_curve(),
-            record=self.recorded and self.recorded.name,
+            record=self.recorded.name if self.recorded else self.folder,
             spread=SPREAD if self.balance == "spread" else None,
             dry_run=not self.is_rebalanced,
             on_event=report,
@@ -168,15 +173,22 @@ class Run:
         comm = None if self.group is None else TorchComm(self.group)
         return distplb.measured_curve(self.model.moes[0].run_one_expert, points, comm=comm)
 
-    def save_trace(self) -> None:
-        """What the rebalancer saw, window by window, in one file."""
-        if self.recorded is None or self.rebalancer is None:
+    def close(self) -> None:
+        """Leave what the rebalancer saw, window by window, in one file; and a page to look at."""
+        if self.rebalancer is None:
             return
         self.rebalancer.close()
-        if rank() == 0:
-            trace = distplb.Trace.read(self.recorded.name)
-            dataclasses.replace(trace, note=self.args.note).save(self.args.record)
-        self.recorded.cleanup()
+        if self.recorded is not None:
+            if rank() == 0:
+                trace = distplb.Trace.read(self.recorded.name)
+                dataclasses.replace(trace, note=self.args.note).save(self.args.record)
+            self.recorded.cleanup()
+        if self.folder is not None and rank() == 0:
+            from distplb.report.page import write_report  # takes pip install 'distplb[report]'
+
+            page = self.folder.with_suffix(".html")
+            write_report(self.folder, page)
+            say(f"report of {self.router}/{self.balance}: {page.resolve()}")
 
     def train_turn(self, text: list[Tensor], first: int, last: int) -> None:
         """Iterations first to last - 1; what each rank measured is shared at the end, outside the time taken."""
@@ -418,12 +430,19 @@ def parse_arguments() -> argparse.Namespace:
     add("--switch-at", type=int, metavar="ITERATION", help="from then on, batches come from the other --text")
     add("--json", metavar="FILE", help="write the closing table there")
     add("--record", metavar="FILE", help="write the loads there, as a trace (.npz); not with --compare")
+    add(
+        "--report",
+        metavar="FOLDER",
+        help="events, loads and a report of each rebalanced model go there",
+    )
     add("--note", default="", help="to be kept in the trace, for example how it was made")
     args = parser.parse_args()
     if args.iterations <= args.every:
         parser.error(f"--iterations {args.iterations} must exceed --every {args.every}: until then it is warm-up")
     if args.record and args.compare:
         parser.error("--record takes one model: leave out --compare")
+    if args.record and args.report:
+        parser.error("--report has the loads too: leave out --record")
     if args.turn < 1 or args.every % args.turn:
         parser.error(f"--turn {args.turn} must divide --every {args.every}")
     if args.switch_at is not None and not 1 < args.switch_at <= args.iterations:
