@@ -163,6 +163,13 @@ class Study:
             )
         return steps
 
+    def allows(self, every: int) -> bool:
+        """Whether a rebalance every so many iterations can be replayed."""
+        try:
+            return self.steps_of(every) > 0
+        except DistplbError:
+            return False
+
     def bound(self, every: int) -> float:
         """What no placement can beat: mean imbalance over layers and an even sample of the steps that are judged."""
         judged = self.trace.load[self.steps_of(every) :]

@@ -10,7 +10,7 @@ from typing import Literal
 from distplb.advice import PRICED, STATIC, STEPS, WhatIf
 from distplb.saving import FEWEST_INTERVALS
 
-__all__ = ["LEAST_SHARE", "Verdict", "verdict"]
+__all__ = ["LEAST_SHARE", "Verdict", "percent", "verdict"]
 
 LEAST_SHARE = 0.01  # of the time; what saves less is not worth a dependency
 _BALANCED = 1.1  # static's imbalance over the bound, below which the router is said to balance
@@ -87,7 +87,8 @@ def verdict(
         bytes_per_slot: of one expert with its state, as assumed.
         expert_share: of an iteration's time that the experts take; where None the text speaks of the time in experts.
     """
-    case = _Case(*(found[name] for name in (STATIC, STEPS, PRICED)), bound, experts_per_gpu, expert_share or 1.0)
+    share = 1.0 if expert_share is None else expert_share
+    case = _Case(found[STATIC], found[STEPS], found[PRICED], bound, experts_per_gpu, share)
     answer, why = _decided(case)
     times, break_even = _times(case.priced), _break_even(case.priced)
     of_what = "the time that experts take" if expert_share is None else "an iteration"
@@ -115,9 +116,9 @@ def _decided(case: _Case) -> tuple[Answer, str]:
 
 
 def _break_even(one: WhatIf) -> float | None:
-    """Iterations: what the moves took, over what an iteration gained."""
-    gained = one.static_seconds - one.compute_seconds
-    return one.move_seconds / gained * one.rebalances * one.every if gained > 0 else None
+    """Iterations: what the moves of a rebalance took, over what an iteration gained."""
+    gained = one.static_seconds - one.compute_seconds  # in as many intervals as there were rebalances
+    return one.move_seconds / gained * one.every if gained > 0 else None
 
 
 def _times(one: WhatIf) -> float | None:
@@ -147,7 +148,7 @@ def _reason(why: str, case: _Case) -> str:
         ),
         "balanced": f"The router already balances: imbalance is {static}, the bound of all placements {bound}."
         + _not_carried_over(case),
-        "moves": f"The moves cost more than they save: were they free, {_percent(case.carried_over)} would be saved.",
+        "moves": f"The moves cost more than they save: were they free, {percent(case.carried_over)} would be saved.",
         "changes": f"The load changes faster than it can be planned for.{_not_carried_over(case)}",
     }[why]
 
@@ -164,9 +165,9 @@ def _not_carried_over(case: _Case) -> str:
 
 def _saving(case: _Case, of_what: str) -> str:
     one, interval = case.priced, ""
-    does = f"save {_percent(case.saved)} of" if case.saved >= 0 else f"add {_percent(-case.saved)} to"
+    does = f"save {percent(case.saved)} of" if case.saved >= 0 else f"add {percent(-case.saved)} to"
     if one.low is not None and one.high is not None:
-        low, high = (f"{100 * value * case.share:.1f}" for value in (one.low, one.high))
+        low, high = (percent(value * case.share, "") for value in (one.low, one.high))
         whose = "" if case.saved >= 0 else " of what is saved"
         interval = f" (95 % interval{whose} {low} to {high} %, {_plural(one.rebalances, 'rebalance')})"
     return (
@@ -200,8 +201,9 @@ def _advice(answer: Answer, one: WhatIf) -> str:
     return ""
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
+def percent(share: float, unit: str = " %") -> str:
+    """With one digit, and no sign before 0."""
+    return f"{round(100 * share, 1) + 0.0:.1f}{unit}"
 
 
 def _plural(number: int, word: str) -> str:

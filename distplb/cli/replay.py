@@ -1,0 +1,199 @@
+"""`distplb replay`: what rebalancing would have saved on a recorded trace, and whether to install it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from distplb.advice import PRICED, STATIC, STEPS, SUM, WINDOW_STEPS, Study, WhatIf
+from distplb.assumed import BYTES_PER_PARAMETER, EXPERT_PARAMETERS, FLOPS, OPERATIONS, AssumedJob, steps_stood_for
+from distplb.cli.output import json_option, print_json, progress
+from distplb.cli.replayed import document, print_tables
+from distplb.errors import DistplbError
+from distplb.topology import Topology
+from distplb.traces.trace import Trace
+from distplb.verdict import verdict
+
+__all__ = ["replay"]
+
+_JOB = AssumedJob()
+_FEWEST_REBALANCES = 12  # of the interval that is taken where none is asked for
+_TIMES = (0.25, 0.5, 2, 4)  # of `every`, which are tried too
+
+_EPILOG = """\b
+Examples:
+  distplb replay run/ --every 500 --expert-share 0.35
+  distplb replay checkpoints/tokens_per_expert --megatron-ep 64 --nodes 8
+"""
+
+
+def _options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def with_options(command: Any) -> Any:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return with_options
+
+
+def _count(name: str, text: str, default: int | None = None) -> Callable[[Any], Any]:
+    return click.option(
+        name, type=click.IntRange(min=1), metavar="N", default=default, show_default=default is not None, help=text
+    )
+
+
+def _amount(name: str, text: str, default: float | None = None, most: float | None = None) -> Callable[[Any], Any]:
+    return click.option(
+        name,
+        type=click.FloatRange(min=0, max=most, min_open=True),
+        metavar="X",
+        default=default,
+        show_default=default is not None,
+        help=text,
+    )
+
+
+_of_the_trace = _options(
+    _count("--nodes", "Nodes of the EP group.", 1),
+    _count("--gpus-per-node", "GPUs of the EP group on each node; those of the trace where left out."),
+    _count("--megatron-ep", "Expert-parallel size of Megatron-Core's files; all ranks where left out."),
+    _count("--megatron-pipeline", "Their pipeline stages.", 1),
+    _count("--megatron-expert-tp", "Their expert tensor parallel size.", 1),
+)
+_of_the_search = _options(
+    _count("--every", "Iterations between rebalances; about a twentieth of the trace where left out."),
+    _count("--window", "The most steps that a plan is made from.", WINDOW_STEPS),
+    _count("--candidates", "Starts for each layer; 4 where left out."),
+    click.option("--engine", metavar="NAME", help="reference, cpu or cuda; the fastest that is there where left out."),
+)
+_of_the_job = _options(
+    _amount("--expert-parameters", "Of one expert; by default DeepSeek-V3's.", EXPERT_PARAMETERS),
+    _amount("--bytes-per-parameter", "That move: weight, master copy, two moments.", BYTES_PER_PARAMETER),
+    _amount("--tflops", "TFLOP/s that a GPU reaches in experts.", FLOPS / 1e12),
+    _amount("--tokens-per-gpu", "Of the mean GPU in a step and layer, once for each expert.", _JOB.tokens_per_gpu),
+    _amount("--bandwidth-inside", "GB/s of each GPU inside a node, all at once.", _JOB.bandwidth_inside / 1e9),
+    _amount("--bandwidth-between", "GB/s of each GPU between nodes, all at once.", _JOB.bandwidth_between / 1e9),
+    _amount("--expert-share", "Of an iteration that experts take; without it, the time in experts is told.", most=1),
+    _amount("--stands-for", "Steps of the job for each recorded one; as iterations tell where left out."),
+)
+
+
+@click.command(epilog=_EPILOG)
+@click.argument("paths", metavar="TRACE...", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
+@_of_the_trace
+@_of_the_search
+@_of_the_job
+@click.option("--exit-code", is_flag=True, help="Exit with 1 where the answer is no.")
+@json_option
+def replay(
+    *,
+    paths: Sequence[Path],
+    nodes: int,
+    gpus_per_node: int | None,
+    megatron_ep: int | None,
+    megatron_pipeline: int,
+    megatron_expert_tp: int,
+    every: int | None,
+    exit_code: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Say what rebalancing would have saved on a recorded trace, and whether to install it.
+
+    TRACE is a .npz file or the folder of Rebalancer(record=...), or Megatron-Core's folder tokens_per_expert or its
+    files rank<number>.jsonl. Every step is judged under a plan that had not seen it. Exits with 0; with 1 under
+    --exit-code where the answer is no; with 2 for wrong use or input.
+    """
+    trace, side_by_side = _read(paths, megatron_ep, megatron_expert_tp, megatron_pipeline)
+    topology = _topology(trace, nodes, gpus_per_node)
+    job, study = _study(trace, side_by_side, topology, options)
+    every = every or _usual(study)
+    found, others = _replayed(study, every)
+    bound = study.bound(every)
+    told = verdict(
+        found,
+        bound=bound,
+        experts_per_gpu=trace.num_experts // topology.num_gpus,
+        bytes_per_slot=job.bytes_per_slot,
+        expert_share=options["expert_share"],
+    )
+    if as_json:
+        print_json(document(study, job, found, others, bound, told))
+    else:
+        print_tables(study, job, found, others, bound, told)
+    if exit_code and told.answer == "no":
+        sys.exit(1)
+
+
+# --- what is read -----------------------------------------------------------------------------------------------
+
+
+def _read(paths: Sequence[Path], ep: int | None, expert_tp: int, pipeline: int) -> tuple[Trace, int]:
+    """The trace, and how many EP groups have their steps of the same time in it."""
+    first = paths[0]
+    is_megatron = first.suffix == ".jsonl" or (first.is_dir() and any(first.glob("rank*.jsonl")))
+    if is_megatron:
+        trace = Trace.from_megatron(*paths, num_gpus=ep, expert_tensor_parallel=expert_tp, pipeline_parallel=pipeline)
+        ranks = sum(len(list(path.glob("rank*.jsonl"))) if path.is_dir() else 1 for path in paths)
+        return trace, ranks // (trace.placements[0].num_gpus * expert_tp * pipeline)
+    if len(paths) > 1:
+        raise DistplbError(f"{len(paths)} traces were named; pass one, or all ranks' files of Megatron-Core")
+    return Trace.read(first), 1
+
+
+def _topology(trace: Trace, nodes: int, gpus_per_node: int | None) -> Topology:
+    num_gpus = trace.placements[0].num_gpus
+    if gpus_per_node is None and num_gpus % nodes:
+        raise DistplbError(f"the trace's {num_gpus} GPUs do not go evenly on {nodes} nodes; pass --gpus-per-node")
+    topology = Topology(nodes, num_gpus // nodes if gpus_per_node is None else gpus_per_node)
+    if topology.num_gpus == 1:
+        raise DistplbError("one GPU has nothing to balance; pass --gpus-per-node of the job, and --nodes")
+    return topology
+
+
+def _study(trace: Trace, side_by_side: int, topology: Topology, options: Mapping[str, Any]) -> tuple[AssumedJob, Study]:
+    parameters = options["expert_parameters"]
+    job = AssumedJob(
+        seconds_per_token=OPERATIONS * parameters / options["tflops"] / 1e12,
+        bytes_per_slot=round(options["bytes_per_parameter"] * parameters),
+        tokens_per_gpu=options["tokens_per_gpu"],
+        bandwidth_inside=options["bandwidth_inside"] * 1e9,
+        bandwidth_between=options["bandwidth_between"] * 1e9,
+    )
+    return job, Study(
+        trace,
+        topology,
+        job.model(trace, topology.num_gpus),
+        window=options["window"],
+        stands_for=options["stands_for"] or steps_stood_for(trace, side_by_side),
+        num_candidates=options["candidates"],
+        engine=options["engine"],
+    )
+
+
+# --- what is replayed -------------------------------------------------------------------------------------------
+
+
+def _usual(study: Study) -> int:
+    """Iterations between rebalances, a round number: 1, 2, 5, 10, 20, 50 and so on."""
+    most = max(1, study.iterations // _FEWEST_REBALANCES)
+    least = -(-study.iterations // study.trace.num_steps)  # in fewer there is no step
+    round_ones: list[int] = [digit * 10**zeros for zeros in range(len(str(most))) for digit in (1, 2, 5)]
+    return max(least, *(number for number in round_ones if number <= most))
+
+
+def _replayed(study: Study, every: int) -> tuple[dict[str, WhatIf], list[WhatIf]]:
+    """Planners by name; and other intervals between rebalances, with the price."""
+    names = (STATIC, SUM, STEPS, PRICED)
+    study.steps_of(every)  # refuses it, where that is to be
+    candidates = sorted({round(every * times) for times in _TIMES} - {every})
+    others = [one for one in candidates if study.allows(one)]
+    with progress("replaying") as tell:
+        trials = [(name, every) for name in names] + [(PRICED, one) for one in others]
+        found = study.run(trials, tell)
+    what_if = sorted([*found[len(names) :], found[len(names) - 1]], key=lambda one: one.every)
+    return dict(zip(names, found, strict=False)), what_if
