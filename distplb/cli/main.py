@@ -16,13 +16,17 @@ import click
 from click.exceptions import Exit, NoArgsIsHelpError
 
 import distplb
+from distplb.cli.compare import compare
 from distplb.cli.output import forgive_encodings, printable
 from distplb.cli.plan import plan
+from distplb.cli.replay import replay
+from distplb.cli.report import report
 from distplb.errors import DistplbError
 
 __all__ = ["main"]
 
 _INTERRUPTED, _CLOSED_PIPE = 130, 141  # as shells count: 128 + the signal
+_SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
 
 class _Refused(click.ClickException):
@@ -67,10 +71,13 @@ def _in_one_line() -> Iterator[None]:
         raise Exit(_INTERRUPTED) from stopped
 
 
-@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group("distplb", cls=_Commands, context_settings=_SETTINGS)
 @click.version_option(distplb.__version__, prog_name="distplb")
 def main() -> None:
     """Keep the GPUs of mixture-of-experts pretraining equally busy."""
 
 
 main.add_command(plan)
+main.add_command(compare)
+main.add_command(replay)
+main.add_command(report)
