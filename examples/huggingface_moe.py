@@ -44,7 +44,7 @@ def main() -> None:
     optimizer = torch.optim.AdamW([{"params": some} for some in meshed], lr=1e-3)
     rebalancer = huggingface.rebalancer(model, optimizer, every=EVERY, on_event=report)
 
-    text = texts.prose()
+    text = texts.code()
     for iteration in range(1, ITERATIONS + 1):
         tokens = batch(text, iteration)
         loss = model(tokens, labels=tokens).loss

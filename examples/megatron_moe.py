@@ -56,7 +56,7 @@ def main() -> None:
     settings = OptimizerConfig(optimizer="adam", lr=3e-3, clip_grad=1.0, use_distributed_optimizer=True)
     optimizer = get_megatron_optimizer(settings, [model], use_gloo_process_groups=False)
     rebalancer = megatron.rebalancer([model], optimizer, every=EVERY, on_event=report)
-    text = texts.prose()
+    text = texts.code()
     for iteration in range(ITERATIONS):
         loss = train_step(model, optimizer, text, seed=2 * iteration + dist.get_rank())
         optimizer.zero_grad()  # gradients that are still held would travel too

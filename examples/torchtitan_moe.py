@@ -57,7 +57,7 @@ def main() -> None:
     spec.post_optimizer_build_fn(optimizers, [model], parallel_dims)
     rebalancer = torchtitan.rebalancer([model], optimizers, every=EVERY, parallel_dims=parallel_dims, on_event=report)
 
-    text = texts.prose()
+    text = texts.code()
     for iteration in range(1, ITERATIONS + 1):
         words = batch(text, iteration)
         loss = nn.functional.cross_entropy(model(words[:, :-1]).flatten(0, 1), words[:, 1:].flatten())
