@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TextIO
 
 import click
 from click.exceptions import Exit, NoArgsIsHelpError
@@ -51,9 +52,11 @@ class _Commands(click.Group):
 
 @contextmanager
 def _in_one_line() -> Iterator[None]:
-    """Errors that somebody can do something about become one line and an exit code; others stay as they are."""
+    """Warnings, and errors that somebody can do something about, become one line; the latter with an exit code."""
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.showwarning = _warn
+            yield
     except NoArgsIsHelpError:
         raise
     except click.UsageError as error:
@@ -69,6 +72,18 @@ def _in_one_line() -> Iterator[None]:
     except (KeyboardInterrupt, click.Abort) as stopped:
         click.echo("Interrupted.", err=True)
         raise Exit(_INTERRUPTED) from stopped
+
+
+def _warn(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """`warnings.showwarning` without the line of code."""
+    click.echo(f"Warning: {printable(str(message))}", err=True)
 
 
 @click.group("distplb", cls=_Commands, context_settings=_SETTINGS)

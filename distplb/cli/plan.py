@@ -16,6 +16,7 @@ from distplb.cli.options import search_options, topology_options
 from distplb.cli.output import console, json_option, plain, print_json, progress, table
 from distplb.comm.base import WorldOfOne
 from distplb.cost import imbalance
+from distplb.errors import DistplbError
 from distplb.placement import Placement
 from distplb.planner import plan_in_stages
 from distplb.planning.options import SearchOptions
@@ -66,6 +67,8 @@ def plan(
     LOADS are tokens of each expert: a distplb trace, or counts as .npy, .npz, .csv or .json, [layers, experts] or
     [steps, layers, experts]. Imbalance is the fullest GPU over the mean GPU, the mean over the steps.
     """
+    if output is not None and not output.parent.is_dir():
+        raise DistplbError(f"there is no folder {output.parent}; make it, or pass another --output")
     inputs = read_inputs(loads, topology, options, current)
     with progress("planning"):
         planned = plan_in_stages(inputs.load, topology, WorldOfOne(), inputs.options)
