@@ -24,12 +24,13 @@ import replay_cases as cases
 import replay_figure
 import torch
 import windows
-from replay_cases import Case, Cluster
+from replay_cases import Case
 from tables import command_line, header, markdown, progress
 from torch import Tensor
 
 import distplb
 from distplb import MoveModel, Placement, replay
+from distplb.assumed import FLOPS, AssumedJob
 from distplb.packing.engines import engine_named
 from distplb.replay import Planner, Replay
 
@@ -146,13 +147,16 @@ def parsed_options() -> argparse.Namespace:
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """What is assumed of the job."""
-    seconds = cases.PASSES * cases.PARAMETERS / cases.FLOPS
-    size = cases.PARAMETERS * cases.STATE_BYTES
-    parser.add_argument("--seconds-per-token", type=float, default=seconds, help="of one expert, both passes")
-    parser.add_argument("--bytes-per-slot", type=int, default=size, help="with the optimizer's state")
-    parser.add_argument("--tokens-per-gpu", type=float, default=cases.TOKENS_PER_GPU, help="mean of a step and layer")
-    parser.add_argument("--inside", type=float, default=cases.INSIDE, help="bytes/s of each GPU inside a node")
-    parser.add_argument("--between", type=float, default=cases.BETWEEN, help="bytes/s of each GPU between nodes")
+    job = AssumedJob()
+    parser.add_argument(
+        "--seconds-per-token", type=float, default=job.seconds_per_token, help="of one expert, both passes"
+    )
+    parser.add_argument("--bytes-per-slot", type=int, default=job.bytes_per_slot, help="with the optimizer's state")
+    parser.add_argument("--tokens-per-gpu", type=float, default=job.tokens_per_gpu, help="mean of a step and layer")
+    parser.add_argument("--inside", type=float, default=job.bandwidth_inside, help="bytes/s of each GPU inside a node")
+    parser.add_argument(
+        "--between", type=float, default=job.bandwidth_between, help="bytes/s of each GPU between nodes"
+    )
 
 
 def command(options: argparse.Namespace) -> str:
@@ -212,10 +216,10 @@ def greedy(case: Case, load: Tensor, current: Placement) -> Placement:
     return Placement(table, current.num_experts, current.num_gpus)
 
 
-def assumed(options: argparse.Namespace) -> Cluster:
+def assumed(options: argparse.Namespace) -> AssumedJob:
     """Of the job."""
-    names = ("seconds_per_token", "bytes_per_slot", "tokens_per_gpu", "inside", "between")
-    return Cluster(**{name: getattr(options, name) for name in names})
+    given = {name: getattr(options, name) for name in ("seconds_per_token", "bytes_per_slot", "tokens_per_gpu")}
+    return AssumedJob(**given, bandwidth_inside=options.inside, bandwidth_between=options.between)
 
 
 def replayed(case: Case, options: argparse.Namespace, engine: str) -> Found:
@@ -252,14 +256,14 @@ def assumptions(options: argparse.Namespace) -> str:
         return f"A rebalance every {options.every} steps, {options.experts_per_gpu} experts a GPU."
     gpus, job = 8, assumed(options)
     step = job.seconds_per_token * job.tokens_per_gpu
-    inside, between = (job.bytes_per_slot / (rate * gpus) for rate in (job.inside, job.between))
+    inside, between = (job.bytes_per_slot / (rate * gpus) for rate in (job.bandwidth_inside, job.bandwidth_between))
     return (
         f"Assumed: an expert of {job.bytes_per_slot / 1e6:.0f} MB with its weight, master copy and two moments "
         f"(DeepSeek-V3's: 3 × 7168 × 2048 parameters of 14 bytes); {job.seconds_per_token * 1e6:.3f} µs a token, both "
-        f"passes (6 operations a parameter at {cases.FLOPS / 1e12:.0f} TFLOP/s by default); "
+        f"passes (6 operations a parameter at {FLOPS / 1e12:.0f} TFLOP/s by default); "
         f"{job.tokens_per_gpu:.0f} tokens on the mean GPU in a step and layer (4,096 tokens of 8 experts by default), "
-        f"whatever the trace's own numbers, so {step * 1e3:.1f} ms; each GPU sends {job.inside / 1e9:.0f} GB/s inside "
-        f"a node and {job.between / 1e9:.0f} GB/s between nodes while all do. {options.experts_per_gpu} experts a "
+        f"whatever the trace's own numbers, so {step * 1e3:.1f} ms; each GPU sends {options.inside / 1e9:.0f} GB/s "
+        f"inside a node and {options.between / 1e9:.0f} GB/s between nodes while all do. {options.experts_per_gpu} experts a "
         f"GPU, four GPUs and more on two nodes by default. On {gpus} GPUs a moved slot then takes "
         f"{inside * 1e3:.2f} ms inside a node and {between * 1e3:.2f} ms between nodes, {inside / step:.1%} and "
         f"{between / step:.1%} of the mean GPU's time in one step and layer. With a rebalance every {options.every} "

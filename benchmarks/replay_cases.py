@@ -14,19 +14,11 @@ from sequences import read_sequences, rescaled, steps_of
 from torch import Tensor
 from troubles import TROUBLES, Size
 
-from distplb import MoveModel, Placement, Topology, Trace
+from distplb import Placement, Topology, Trace
 
 SHIPPED = Path(__file__).parent / "traces"
 MADE = Size(steps=320, layers=4, experts=64, tokens=65536)
 SEQUENCES, STEPS = 8, 320  # of the steps that are made of recorded sequences
-
-# A job of the size of DeepSeek-V3 in bfloat16 on H100s.
-PARAMETERS = 3 * 7168 * 2048  # of one expert: gate, up and down
-STATE_BYTES = 2 + 4 + 4 + 4  # of a parameter: weight, master copy, two moments
-PASSES = 6  # floating-point operations of a parameter and token, forward and backward
-FLOPS = 400e12  # that a GPU reaches in them
-TOKENS_PER_GPU = 4096 * 8  # of the mean GPU in a step, each token counted once for each of its 8 experts
-INSIDE, BETWEEN = 300e9, 40e9  # bytes/s that each GPU sends and receives while all do: NVLink, and 400 Gbit/s
 
 
 @dataclass(frozen=True)
@@ -52,27 +44,6 @@ class Case:
         steps = self.trace.num_steps if steps is None else steps
         load = torch.cat([rescaled(part, keep_steps=True) for part in self.trace.load.split(steps)])
         return replace(self, trace=replace(self.trace, load=load), balanced=steps)
-
-
-@dataclass(frozen=True)
-class Cluster:
-    """What is assumed of a job: `tokens_per_gpu` of the mean GPU in each step, whatever a trace's own numbers."""
-
-    seconds_per_token: float
-    bytes_per_slot: int
-    tokens_per_gpu: float
-    inside: float
-    between: float
-
-    def model(self, trace: Trace, num_gpus: int) -> MoveModel:
-        """In the tokens of a trace, each of which stands for several where the traced job was small."""
-        mean = float(trace.load.sum()) / trace.num_steps / trace.num_layers / num_gpus
-        return MoveModel(
-            seconds_per_token=self.seconds_per_token * self.tokens_per_gpu / mean,
-            bytes_per_slot=self.bytes_per_slot,
-            bandwidth_inside=self.inside * num_gpus,
-            bandwidth_between=self.between * num_gpus,
-        )
 
 
 def cluster_of(experts: int, experts_per_gpu: int, nodes: int | None) -> Topology:

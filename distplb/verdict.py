@@ -77,8 +77,8 @@ def verdict(
     """Say yes, no, or that the trace is too short to tell.
 
     Yes where plans that pay for their moves save 1 % or more, and the 95 % interval is above 0. No where they save
-    nothing, where the interval ends below 1 %, or where no placement could save as much. Otherwise the trace does not
-    tell.
+    nothing, where the interval ends below 1 %, where no placement could save as much, and where less is saved of what
+    the router has balanced. Otherwise the trace does not tell.
 
     Args:
         found: what the planners `STATIC`, `STEPS` and `PRICED` made of it, at one interval between rebalances.
@@ -108,10 +108,10 @@ def _decided(case: _Case) -> tuple[Answer, str]:
         return "no", "bound" if case.bound > _BALANCED else "balanced"
     if case.saved >= LEAST_SHARE and case.priced.low > 0:
         return "yes", "saves"
+    if case.saved < LEAST_SHARE and case.static.imbalance < _BALANCED * case.bound:
+        return "no", "balanced"
     if case.saved > 0 and case.priced.high * case.share >= LEAST_SHARE:
         return "longer", "chance"
-    if case.static.imbalance < _BALANCED * case.bound:
-        return "no", "balanced"
     return "no", "moves" if case.carried_over >= LEAST_SHARE else "changes"
 
 

@@ -170,17 +170,6 @@ def test_a_disturbed_load_is_as_far_away_as_asked() -> None:
     assert float(found.std()) == pytest.approx(0.1, abs=0.005)
 
 
-def test_a_trace_of_any_size_stands_for_a_step_of_the_same_seconds() -> None:
-    cluster = replay_cases.Cluster(1e-6, 1000, 32768, inside=100.0, between=10.0)
-    for scale in (1, 7):
-        trace = replay_cases.as_trace(scale * counts(6, 2, 8))
-        model = cluster.model(trace, num_gpus=4)
-        mean = float(trace.load.sum()) / 6 / 2 / 4
-        assert mean * model.seconds_per_token == pytest.approx(0.032768)
-        assert model.seconds(1, 0) == pytest.approx(1000 / 400)
-        assert model.seconds(0, 1) == pytest.approx(1000 / 40)
-
-
 def test_a_cluster_is_chosen_by_the_number_of_experts() -> None:
     assert replay_cases.cluster_of(64, 8, None) == distplb.Topology(2, 4)
     assert replay_cases.cluster_of(16, 8, None) == distplb.Topology(1, 2)
