@@ -97,7 +97,7 @@ def _maps(run: Run) -> _Maps:
             _ratios(unseen.before),
             _ratios(unseen.after),
             ("Before: experts where they began", f"After: {second}"),
-            f"the same steps of iterations {unseen.first} to {unseen.last} in both, which the plan had not seen",
+            f"the same steps of iterations {unseen.first:,} to {unseen.last:,} in both, which the plan had not seen",
         )
     having = [event for event in run.known if event.tokens_of_gpu_before]
     event = next((event for event in reversed(having) if event.decision == "moved"), having[-1])
@@ -105,7 +105,7 @@ def _maps(run: Run) -> _Maps:
         _ratios(event.tokens_of_gpu_before),
         _ratios(event.tokens_of_gpu_after),
         ("Before the rebalance", "Under its plan"),
-        f"the window that ended at iteration {event.iteration} in both, from which the plan was made",
+        f"the window that ended at iteration {event.iteration:,} in both, from which the plan was made",
     )
 
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from distplb.events import RebalanceEvent
 from distplb.report.run import Run
-from distplb.report.style import COLOURS, GREY, WIDE, dress, empty, is_narrow, legend_below
+from distplb.report.style import COLOURS, FONT, GREY, WIDE, dress, empty, is_narrow, legend_below
 from distplb.report.texts import plural
 
 __all__ = ["imbalance_over_time", "imbalance_over_time_caption", "imbalance_over_time_lacks"]
@@ -65,7 +65,8 @@ def imbalance_over_time(run: Run, width: float = WIDE) -> Figure:
     axes.xaxis.set_major_locator(MaxNLocator(5 if is_narrow(width) else 10, integer=True))
     axes.xaxis.set_major_formatter(lambda number, _: f"{number:,.0f}")
     axes.margins(x=0.01)
-    axes.set_ylim(top=axes.get_ylim()[1] + 0.06 * np.ptp(axes.get_ylim()))
+    if run.judged is None:
+        _cut_the_first(axes, run)
     legend_below(figure, handles, width)
     return figure
 
@@ -125,7 +126,7 @@ def _draw_marks(axes: Axes, events: Sequence[RebalanceEvent]) -> list[Any]:
     """A line and a mark for each rebalance; what the legend has to say of them."""
     faint = 0.7 if len(events) <= 40 else 0.15
     handles = []
-    for decision in dict.fromkeys(event.decision for event in events):
+    for row, decision in enumerate(dict.fromkeys(event.decision for event in events)):
         shape, face = _MARKS.get(decision, _OTHER)
         at = [event.iteration for event in events if event.decision == decision]
         for iteration in at:
@@ -137,11 +138,22 @@ def _draw_marks(axes: Axes, events: Sequence[RebalanceEvent]) -> list[Any]:
             "markersize": 5 if len(events) <= 60 else 3,
         }
         name = decision if decision in _MARKS else "another decision"
-        axes.plot(at, [1.0] * len(at), shape, transform=axes.get_xaxis_transform(), clip_on=False, **style)
+        height = [1.02 + 0.04 * row] * len(at)
+        axes.plot(at, height, shape, transform=axes.get_xaxis_transform(), clip_on=False, **style)
         handles.append(
             Line2D([], [], linestyle="", marker=shape, label=f"rebalance: {name}", **style | {"markersize": 5})
         )
     return handles
+
+
+def _cut_the_first(axes: Axes, run: Run) -> None:
+    """Where the window before the first rebalance alone would make all others flat, it leaves the axes."""
+    first, *others = run.known
+    least, most = np.mean(first.imbalance_before), max((max(event.imbalance_before) for event in others), default=1.0)
+    if others and least - 1 > 3 * (most - 1) > 0:
+        axes.set_ylim(1 - 0.05 * (most - 1), 1 + 1.2 * (most - 1))
+        at, top = first.iteration, 1 + 1.12 * (most - 1)
+        axes.annotate(f" ↑ {least:.2f} at first", (at, top), fontsize=FONT, color=COLOURS["black"])
 
 
 def _measured(run: Run) -> _Line:

@@ -15,6 +15,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from distplb.events import RebalanceEvent
 from distplb.report.run import Run
 from distplb.report.style import COLOURS, FONT, WIDE, dress, empty, is_narrow, mark_each
 from distplb.report.texts import differing, label, percent, printable, shortened
@@ -105,8 +106,9 @@ def hottest_experts_lacks(run: Run) -> str:
     return "No experts were counted: pass Rebalancer(record=...) a folder, and let it rebalance once."
 
 
-def _tells(event: object) -> bool:
-    return bool(getattr(event, "num_experts", 0) and all(getattr(event, "hottest_experts", ()) or [()]))
+def _tells(event: RebalanceEvent) -> bool:
+    is_told = event.num_experts and event.tokens_of_gpu_before and event.hottest_experts
+    return bool(is_told) and all(event.hottest_experts)
 
 
 def _found(run: Run) -> _Hottest:

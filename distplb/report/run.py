@@ -9,7 +9,6 @@ import itertools
 import math
 import os
 import statistics
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -97,7 +96,7 @@ class Run:
 
     def knows(self, event: RebalanceEvent) -> bool:
         """Whether an event knows the load, and of the same layers as the last event."""
-        return event.steps > 0 and event.layers == self.layers
+        return event.steps > 0 and bool(event.layers) and event.layers == self.layers
 
     @cached_property
     def judged(self) -> Judged | None:
@@ -120,12 +119,14 @@ class Run:
 
     def _on(self, trace: Trace, topology: Topology) -> Trace:
         found = trace.placements[0].num_gpus
+        if self.events and (found != topology.num_gpus or trace.layers != self.layers):
+            raise DistplbError(
+                f"{printable(self.name)}: its trace is of {found} GPUs and {trace.num_layers} layers, the topology of "
+                f"{topology.num_gpus} GPUs, the events of {len(self.layers)} layers; pass the topology that the job "
+                "ran on, or none, and files of one job"
+            )
         if found == topology.num_gpus:
             return trace
-        if self.events:
-            raise DistplbError(
-                f"{printable(self.name)} ran on {found} GPUs, the topology has {topology.num_gpus}; leave it out"
-            )
         topology.slots_per_gpu(trace.num_experts)
         begun = Placement.contiguous(trace.num_layers, trace.num_experts, topology.num_gpus)
         return replace(trace, placements=(begun,), placement_of_step=torch.zeros_like(trace.placement_of_step))
@@ -134,36 +135,38 @@ class Run:
 def _check(name: str, event: RebalanceEvent) -> None:
     """A log may come from anywhere: whatever is drawn has to be of the right kind and size."""
     try:
-        wrong = _wrong(event)
-    except (TypeError, ValueError, AttributeError) as error:
+        wrong = _wrong_numbers(event) or _wrong_sizes(event)
+    except (TypeError, ValueError, AttributeError, OverflowError) as error:
         wrong = str(error)
     if wrong:
         raise DistplbError(f"{printable(name)}: the event of iteration {event.iteration!r:.20} is damaged ({wrong})")
 
 
-def _wrong(event: RebalanceEvent) -> str:
-    by_layer = (event.imbalance_before, event.imbalance_after, event.imbalance_bound, event.imbalance_next)
-    numbers: list[float] = [event.iteration, event.steps, event.num_nodes, event.slots_moved, event.bytes_inside]
-    numbers += [event.bytes_between, event.iteration_seconds, event.iteration_seconds_next or 0]
-    numbers += [*event.seconds.values(), *(value for values in by_layer for value in values or ())]
-    numbers += [value for pairs in event.hottest_experts for pair in pairs for value in pair]
-    if not all(math.isfinite(value) and value >= 0 for value in numbers):
+def _wrong_numbers(event: RebalanceEvent) -> str:
+    numbers = [
+        *(event.iteration, event.steps, event.num_experts, event.num_nodes, event.max_violation),
+        *(event.slots_moved, event.bytes_inside, event.bytes_between, event.tokens_peak_before),
+        *(event.iteration_seconds, event.iteration_seconds_next or 0, *event.seconds.values()),
+        *(event.balancedness_vllm_before, event.balancedness_sglang_before),
+        *(event.imbalance_before + event.imbalance_after + event.imbalance_bound + (event.imbalance_next or ())),
+        *(tokens for row in event.tokens_of_gpu_before + event.tokens_of_gpu_after for tokens in row),
+        *(number for pairs in event.hottest_experts for pair in pairs for number in pair),
+    ]
+    if not all(math.isfinite(number) and number >= 0 for number in numbers):
         return "a number is negative or not finite"
-    if not all(isinstance(text, str) for text in (event.decision, event.reason, *event.layers, *event.seconds)):
-        return "a name is no text"
-    if event.steps and any(len(values) != len(event.layers) for values in by_layer if values is not None):
-        return f"imbalances of {len(event.imbalance_before)} layers, not {len(event.layers)}"
-    return _wrong_tables(event)
+    texts = (event.decision, event.reason, *event.layers, *event.seconds)
+    return "" if all(isinstance(text, str) for text in texts) else "a name is no text"
 
 
-def _wrong_tables(event: RebalanceEvent) -> str:
+def _wrong_sizes(event: RebalanceEvent) -> str:
     layers = len(event.layers)
-    tables: Sequence[Sequence[Sequence[int]]] = (event.tokens_of_gpu_before, event.tokens_of_gpu_after)
-    widths = {len(row) for table in tables for row in table}
-    if any(len(table) not in (0, layers) for table in tables) or len(widths) > 1 or 0 in widths:
-        return "its tables of tokens have other sizes than its layers"
-    if len(event.hottest_experts) not in (0, layers):
-        return f"hottest experts of {len(event.hottest_experts)} layers, not {layers}"
-    if any(len(pair) != 2 for pairs in event.hottest_experts for pair in pairs):
-        return "hottest experts are pairs of an expert and its tokens"
-    return "" if all(value >= 0 for table in tables for row in table for value in row) else "a number is negative"
+    by_layer = [event.imbalance_before, event.imbalance_after, event.imbalance_bound, event.imbalance_next]
+    if event.steps and any(len(values) != layers for values in by_layer if values is not None):
+        return f"it has imbalances of {len(event.imbalance_before)} layers, not {layers}"
+    tables = [event.tokens_of_gpu_before, event.tokens_of_gpu_after]
+    if any(len(table) not in (0, layers) for table in [*tables, event.hottest_experts]):
+        return f"it has tokens of other layers than its {layers}"
+    gpus = {len(row) for table in tables for row in table}
+    if len(gpus) > 1 or 0 in gpus or any(number % (event.num_nodes or 1) for number in gpus):
+        return f"its layers have {sorted(gpus)} GPUs on {event.num_nodes} nodes"
+    return "" if all(len(pair) == 2 for pairs in event.hottest_experts for pair in pairs) else "hottest experts"

@@ -94,9 +94,11 @@ def seconds(number: float) -> str:
 def percent(share: float) -> str:
     """With one digit, and no sign where that is 0.
 
-    >>> percent(0.1234), percent(-0.0002)
-    ('12.3 %', '0.0 %')
+    >>> percent(0.1234), percent(-0.0002), percent(0.0002)
+    ('12.3 %', '0.0 %', 'below 0.1 %')
     """
+    if 0 < share < 0.0005:
+        return "below 0.1 %"
     return f"{round(100 * share, 1) + 0.0:.1f} %"
 
 

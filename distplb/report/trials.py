@@ -16,7 +16,7 @@ __all__ = ["with_trials"]
 
 _FACTORS = (1, 2, 0.5, 4, 0.25)  # of the run's own interval, the most telling first
 _PARTS = (5, 10, 20, 40)  # of the trace; four intervals that are judged are the fewest that tell chance apart
-_MOST_NUMBERS = 40 * 58 * 256  # plans × layers × experts of all that is tried unasked: some ten seconds
+_MOST_NUMBERS = 24 * 58 * 256  # plans × layers × experts of all that is tried unasked: half a minute
 _MOST_TRIALS = 5
 
 
