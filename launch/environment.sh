@@ -12,9 +12,12 @@ else
     if ! cmp --silent constraints.txt ".venv/installed-${1:-plain}"; then
         echo "Installing distplb${1:+[$1]} into .venv ..."
         "${PYTHON3:-python3}" -m venv .venv
+        # Compiled on all cores afterwards, where pip would take one.
+        install=("$PYTHON" -m pip install --quiet --disable-pip-version-check --no-compile)
         # torch first and by its exact version: another request could bring another build of it.
-        "$PYTHON" -m pip install --quiet --disable-pip-version-check "$(grep '^torch==' constraints.txt)"
-        "$PYTHON" -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable "$package"
+        "${install[@]}" "$(grep '^torch==' constraints.txt)"
+        "${install[@]}" --constraint constraints.txt --editable "$package"
+        "$PYTHON" -m compileall -qq -j 0 .venv/lib || true # frameworks bring files for other Pythons
         cp constraints.txt ".venv/installed-${1:-plain}"
     fi
 fi
