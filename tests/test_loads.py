@@ -59,6 +59,7 @@ READ: dict[str, tuple[Callable[[Path], None], list, tuple[str, ...]]] = {
     "spaces.csv": (lambda path: text(path, "\ufeff5, 1, 0, 2.0\r\n\r\n3, 3, 7, 1e0\r\n"), COUNTS, ("0", "1")),
     "header.csv": (lambda path: text(path, "e0,e1,e2,e3\n5,1,0,2\n3,3,7,1\n"), COUNTS, ("0", "1")),
     "names.csv": (lambda path: text(path, "a,5,1,0,2\nb,3,3,7,1\n"), COUNTS, ("a", "b")),
+    "no-header.csv": (lambda path: text(path, "layer,5,1,0,2\nb,3,3,7,1\n"), COUNTS, ("layer", "b")),
     "both.csv": (lambda path: text(path, "layer,e0,e1,e2,e3\n7,5,1,0,2\n8,3,3,7,1\n"), COUNTS, ("7", "8")),
     "pandas.csv": (lambda path: text(path, ",0,1,2,3\n0,5,1,0,2\n1,3,3,7,1\n"), COUNTS, ("0", "1")),
     "numbers.csv": (lambda path: text(path, "Name,0,1,2,3\nx,5,1,0,2\ny,3,3,7,1\n"), COUNTS, ("x", "y")),
