@@ -34,7 +34,7 @@ LEVELS = [
     {"account", "pricer"},
     {"rebalancer"},
     {"advice"},
-    {"verdict"},
+    {"verdict", "doctor"},
     {"integrations", "report"},
     {"cli", "__main__"},
 ]
@@ -65,7 +65,7 @@ SIDEWAYS = {
     ("integrations.megatron", "integrations.common"),
 }
 # Folders whose modules see each other; those of `migrate` only as told above.
-OPEN_FOLDERS = {"packing", "planning", "comm", "traces", "report", "cli"}
+OPEN_FOLDERS = {"packing", "planning", "comm", "traces", "report", "doctor", "cli"}
 # All but the numbers of a report, which need no plotting library.
 FIGURES = {
     f"distplb.report.{name}" for name in ("bars", "figures", "gpu_load", "history", "hottest", "intervals", "style")

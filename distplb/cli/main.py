@@ -18,6 +18,7 @@ from click.exceptions import Exit, NoArgsIsHelpError
 
 import distplb
 from distplb.cli.compare import compare
+from distplb.cli.doctor import doctor
 from distplb.cli.output import forgive_encodings, printable
 from distplb.cli.plan import plan
 from distplb.cli.replay import replay
@@ -96,3 +97,4 @@ main.add_command(plan)
 main.add_command(compare)
 main.add_command(replay)
 main.add_command(report)
+main.add_command(doctor)

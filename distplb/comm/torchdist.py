@@ -31,7 +31,7 @@ from distplb.comm.rollcall import RollCall, Store
 from distplb.errors import DistplbError, LostRanksError
 from distplb.stages import current_stage
 
-__all__ = ["TorchComm"]
+__all__ = ["TorchComm", "backends", "process_group"]
 
 _SLICE_SECONDS = 1.0  # of waiting, between two looks at the store
 _MOST_GRACE_SECONDS = 10.0  # of a deadline, kept for the roll call
@@ -229,3 +229,34 @@ class TorchComm:
         life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = PrefixStore(f"distplb/{life}/{name}/{_made[ranks]}", dist.distributed_c10d._get_default_store())
         return getattr(store, "clone", lambda: store)  # torch before 2.7 has one connection for all
+
+
+def backends() -> dict[str, bool]:
+    """Which libraries this torch was built with."""
+    if not dist.is_available():
+        return {"gloo": False, "nccl": False}
+    return {"gloo": dist.is_gloo_available(), "nccl": dist.is_nccl_available()}
+
+
+@contextmanager
+def process_group(deadline: float) -> Iterator[TorchComm]:
+    """All ranks that torchrun has started, over NCCL where each has a GPU of its own, else over gloo.
+
+    Args:
+        deadline: seconds that a call may wait for the other ranks.
+
+    Raises:
+        DistplbError: if the ranks do not find each other.
+    """
+    local, on_node = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    with_gpus = backends()["nccl"] and torch.cuda.device_count() >= on_node
+    if with_gpus:
+        torch.cuda.set_device(local)
+    try:
+        dist.init_process_group("nccl" if with_gpus else "gloo", timeout=timedelta(seconds=2 * deadline))
+    except (RuntimeError, ValueError) as error:
+        raise DistplbError(f"the ranks did not find each other ({error}); start them all by torchrun") from error
+    try:
+        yield TorchComm(deadline=deadline)
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,73 @@
+"""`distplb doctor`: whether everything is there, fits together, and is as fast as it should be."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import click
+from rich.table import Table
+
+from distplb.cli.output import console, json_option, print_json
+from distplb.doctor.examine import Examination, examined
+
+__all__ = ["doctor"]
+
+_STYLES = {"ok": "green", "note": "yellow", "WRONG": "bold red"}
+_RANKS = ("RANK", "SLURM_PROCID", "PMI_RANK", "OMPI_COMM_WORLD_RANK")  # in which launchers number processes
+_EPILOG = """\b
+Examples:
+  distplb doctor
+  torchrun --nproc-per-node 8 -m distplb doctor
+"""
+
+
+@click.command(epilog=_EPILOG)
+@click.option(
+    "--deadline",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="SECONDS",
+    default=60.0,
+    show_default=True,
+    help="How long ranks may wait for each other.",
+)
+@json_option
+def doctor(deadline: float, as_json: bool) -> None:
+    """Look at versions, devices, backends and engines; under torchrun, time collectives and a small move too.
+
+    Each finding is one line: ok, note, or WRONG with what to set. Rank 0 prints. All ranks exit with 0, or with 1 where
+    something is WRONG.
+    """
+    found = examined(deadline)
+    if all(os.environ.get(name, "0") == "0" for name in _RANKS):
+        _print_json(found) if as_json else _print(found)
+    sys.exit(int(found.is_wrong))
+
+
+def _print_json(found: Examination) -> None:
+    print_json(
+        {
+            "findings": [one._asdict() for one in found.findings],
+            "timings": [one._asdict() for one in found.timings],
+            "wrong": found.is_wrong,
+        }
+    )
+
+
+def _print(found: Examination) -> None:
+    out = console()
+    findings = Table(box=None, show_header=False, pad_edge=False)
+    for one in found.findings:
+        findings.add_row(f"[{_STYLES[one.level]}]{one.level}[/]", one.what, one.text)
+    out.print(findings)
+    if found.timings:
+        out.print(_timings(found))
+
+
+def _timings(found: Examination) -> Table:
+    table = Table(title="Median rounds of rank 0", title_justify="left", title_style="bold")
+    for name in ("", "ms", "GB/s"):
+        table.add_column(name, justify="right" if name else "left")
+    for one in found.timings:
+        table.add_row(one.what, f"{one.seconds * 1e3:.1f}", f"{one.rate / 1e9:.2f}")
+    return table

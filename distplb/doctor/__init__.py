@@ -1,0 +1,1 @@
+"""What `distplb doctor` looks at: this process, and then all ranks together."""
