@@ -181,6 +181,8 @@ def test_options_that_do_not_go_together(
 OTHERS = [
     ("plan", "Missing argument 'LOADS'"),
     ("plam", r"No such command 'plam'\..*Try 'distplb --help'"),
+    ("doctor now", r"unexpected extra argument \(now\)"),
+    ("doctor --deadline 0", "'--deadline': 0.0 is not in the range"),
     ("--loud plan", r"No such option.* '?--loud'?.*Try 'distplb --help'"),
     ("plan load.npy --gpus-per-node 2 --output no/folder/placement.json", "there is no folder no/folder; make it, or"),
     (
@@ -391,7 +393,7 @@ def test_help_and_version() -> None:
     assert printed("--version") == f"distplb, version {distplb.__version__}\n"
     assert printed("-h") == printed("--help")
     for name in main.commands:
-        assert re.search(rf"\n  Examples?:\n(    .*\n)*    distplb {name} ", printed(name, "--help")), name
+        assert re.search(rf"\n  Examples?:\n(    .*\n)*    distplb {name}\b", printed(name, "--help")), name
 
 
 def test_an_interrupt_is_one_line_and_130(monkeypatch: pytest.MonkeyPatch) -> None:
