@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import os
+import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -35,8 +36,9 @@ class SummaryWriter(Protocol):
 class EventLog:
     """Takes the record of each rebalance and writes it, beside the training, from a thread of its own.
 
-    A call costs the training thread the time of handing over a reference. It never raises: what goes wrong is logged
-    under "distplb", once for each text, and the next record is tried again.
+    A call costs the training thread the time of handing over a reference, and the writing lets go of the interpreter
+    every fraction of a millisecond. It never raises: what goes wrong is logged under "distplb", once for each text, and
+    the next record is tried again.
 
     The file is appended to. A rebalance is one line, `RebalanceEvent.to_json`, written when the rebalance is done; when
     the next window has told how it fared, a short line follows it: `"format": "distplb.outcome"`, `"version": 1`, the
@@ -64,8 +66,12 @@ class EventLog:
 
     def __call__(self, event: RebalanceEvent) -> None:
         """Take the record; as `on_event` of a `Rebalancer` on rank 0."""
+        self.take(lambda: event)
+
+    def take(self, make: Callable[[], RebalanceEvent]) -> None:
+        """Take a record that is still to be made, which is done in the log's thread."""
         try:
-            self._thread.submit(self._take_down, event)
+            self._thread.submit(self._take_down, make)
         except RuntimeError as closed:
             self._tell(closed)
 
@@ -73,7 +79,12 @@ class EventLog:
         """Wait until all is written."""
         self._thread.shutdown()
 
-    def _take_down(self, event: RebalanceEvent) -> None:
+    def _take_down(self, make: Callable[[], RebalanceEvent]) -> None:
+        try:
+            event = make()
+        except Exception as error:
+            self._tell(error)
+            return
         for write in (self._write_line, self._write_scalars):
             try:
                 write(event)
@@ -83,7 +94,7 @@ class EventLog:
     def _write_line(self, event: RebalanceEvent) -> None:
         if self._path is None:
             return
-        line = event.to_json() if event.imbalance_next is None else _outcome(event)
+        line = _let_go(event.json_parts()) if event.imbalance_next is None else _outcome(event)
         self._path.parent.mkdir(parents=True, exist_ok=True)
         begin, self._is_torn = "\n" * self._is_torn, True
         with self._path.open("a", encoding="utf-8") as file:
@@ -95,6 +106,7 @@ class EventLog:
             return
         for name, value in scalars(event).items():
             self._writer.add_scalar(f"distplb/{name}", value, event.iteration)
+            time.sleep(0)
         if event.imbalance_next is None:
             self._writer.add_text("distplb/decision", f"{event.decision}: {event.reason}", event.iteration)
 
@@ -177,6 +189,15 @@ def _take(document: Mapping[str, Any], line: str, found: dict[int, RebalanceEven
         known = {name: document[name] for name in _TOLD_LATER}
         event = found[document["iteration"]]
         found[event.iteration] = replace(event, **known | {"imbalance_next": tuple(known["imbalance_next"])})
+
+
+def _let_go(parts: Iterable[str]) -> str:
+    """All of them, with a chance for other threads after each."""
+    found = []
+    for part in parts:
+        found.append(part)
+        time.sleep(0)
+    return "".join(found)
 
 
 def _outcome(event: RebalanceEvent) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -126,8 +127,15 @@ class RebalanceEvent:
 
     def to_json(self) -> str:
         """One line: an object of `"format": "distplb.event"`, `"version": 1` and the fields by their names."""
-        values = {one.name: getattr(self, one.name) for one in fields(self)}
-        return json.dumps({"format": _FORMAT, "version": _VERSION} | values, allow_nan=False)
+        return "".join(self.json_parts())
+
+    def json_parts(self) -> Iterator[str]:
+        """`to_json` in small parts: a thread that makes them can let others have the interpreter in between."""
+        yield f'{{"format": "{_FORMAT}", "version": {_VERSION}'
+        for one in fields(self):
+            yield f', "{one.name}": '
+            yield from _parts(getattr(self, one.name))
+        yield "}"
 
     @classmethod
     def from_json(cls, line: str) -> RebalanceEvent:
@@ -144,6 +152,16 @@ class RebalanceEvent:
             return cls(**{name: _frozen(value) for name, value in document.items()})
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise DistplbError(f"it is not a rebalance's record ({error})") from error
+
+
+def _parts(value: Any) -> Iterator[str]:
+    """JSON; of a table row by row."""
+    if not isinstance(value, tuple) or not value or not isinstance(value[0], tuple):
+        yield json.dumps(value, allow_nan=False)
+        return
+    for number, row in enumerate(value):
+        yield f"{', ' if number else '['}{json.dumps(row, allow_nan=False)}"
+    yield "]"
 
 
 def _frozen(value: Any) -> Any:

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -347,16 +348,15 @@ class Rebalancer:
         except DisagreementError as differing:
             self._warn_of_skipping(differing)
             self._forget_counts()
-            self._tell(
-                RebalanceEvent(
-                    iteration=began,
-                    layers=self._names,
-                    decision="skipped",
-                    reason=str(differing),
-                    seconds=stages.seconds,
-                    last_applied=self._last_applied,
-                )
+            skipped = RebalanceEvent(
+                iteration=began,
+                layers=self._names,
+                decision="skipped",
+                reason=str(differing),
+                seconds=stages.seconds,
+                last_applied=self._last_applied,
             )
+            self._tell(lambda: skipped)
             return
         if self._trace is not None:
             self._trace.add(planning.load, old, self._observer.iterations_of_steps(began, told.seen))
@@ -401,9 +401,10 @@ class Rebalancer:
             router_ties=told.ties,
             last_applied=self._last_applied,
         )
-        event = account.event(moved, decision, reason, stages.seconds)
+        event = cache(lambda: account.event(moved, decision, reason, stages.seconds))
         self._observer.restart_clock()
-        self._pending = _Pending(event, target, told.pace, self._took + time.perf_counter() - self._since)
+        took = self._took + time.perf_counter() - self._since
+        self._pending = _Pending(event, moved.slots, target, told.pace, took)
         self._tell(event)
 
     def _counted(self, options: SearchOptions, stages: Stages, error: Exception | None) -> Planning:
@@ -436,17 +437,19 @@ class Rebalancer:
         if self._pending is None:
             return
         last, repaid, self._pending = self._pending, None, None
-        if last.event.slots_moved and told.pace.iterations and last.pace.iterations:
+        if last.slots_moved and told.pace.iterations and last.pace.iterations:
             repaid = self._stop_loss.repaid(last.pace, told.pace, told.took)
-        self._tell(completed(last.event, load, last.placement, told.pace, repaid))
+        self._tell(lambda: completed(last.event(), load, last.placement, told.pace, repaid))
 
-    def _tell(self, event: RebalanceEvent) -> None:
-        for told in (self._log, self._on_event):
+    def _tell(self, event: Callable[[], RebalanceEvent]) -> None:
+        """Whoever listens on this rank. Making the record takes longer than all else here; the log does it beside."""
+        if self._on_event is not None:
             try:
-                if told is not None:
-                    told(event)
+                self._on_event(event())
             except Exception:  # nobody's training ends because of a figure
-                _LOGGER.exception("on_event failed at iteration %d; training goes on", event.iteration)
+                _LOGGER.exception("on_event failed at iteration %d; training goes on", self._iteration)
+        if self._log is not None:
+            self._log.take(event)
 
     def _warn_of_skipping(self, differing: DisagreementError) -> None:
         """Ranks that counted or planned differently keep training; where they differ in more, they must not."""
@@ -644,7 +647,8 @@ class Attached:
 class _Pending:
     """A record that waits for the next window: the placement that it will tell of, the pace before, what it took."""
 
-    event: RebalanceEvent
+    event: Callable[[], RebalanceEvent]
+    slots_moved: int
     placement: Placement
     pace: Pace
     took: float

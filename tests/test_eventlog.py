@@ -222,10 +222,10 @@ def test_a_record_that_follows_one_cut_off_has_a_line_of_its_own(
 
     monkeypatch.setattr(Path, "open", open_on_full_disk)
     log = EventLog(path)
-    log._take_down(event(500))
+    log._take_down(lambda: event(500))
     is_full = False
-    log._take_down(event(1000))
-    log._take_down(event(1500))
+    log._take_down(lambda: event(1000))
+    log._take_down(lambda: event(1500))
     log.close()
     with pytest.warns(RuntimeWarning, match="line 1 is not whole"):
         assert [one.iteration for one in read_events(path)] == [1000, 1500]
