@@ -96,9 +96,7 @@ def _judged(name: str, found: str, wanted: _MadeFor) -> Finding:
     range_ = wanted.least if wanted.least == wanted.most else f"{wanted.least} to {wanted.most}"
     if _numbers(wanted.least) <= numbers and numbers[: len(most)] <= most:
         return ok(name, f"{found}, made for {range_}")
-    return note(
-        name, f"{found} is outside of {range_}, with which it was tested; run the tests, or install one of those"
-    )
+    return note(name, f"{found} is not of {range_}, which distplb is made for; run its tests, or install one that is")
 
 
 def _numbers(version_: str) -> tuple[int, ...]:

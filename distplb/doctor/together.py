@@ -164,7 +164,7 @@ def small_move(comm: Comm, topology: Topology) -> Iterator[Timing | Finding]:
     yield Timing(f"move of {moved // _MIB} MiB, with AdamW state", moved, seconds)
     mine = target.unflatten(0, (comm.size, -1))[comm.rank].to(comm.device)
     if not _is_filled(weights, optimizer, mine):
-        yield wrong("move", f"experts or their state did not arrive as they were sent to rank {comm.rank}; report it")
+        yield wrong("move", "experts or their state did not arrive as they were sent; report it")
 
 
 def _fill(
