@@ -12,6 +12,7 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from distplb import __version__
+from distplb.errors import DistplbError
 from distplb.events import RebalanceEvent
 from distplb.price import MoveModel
 from distplb.report.figures import PANELS, Image, Panel, image
@@ -53,6 +54,8 @@ def write_report(
         DistplbError: if the run cannot be read, or an interval does not fit the trace.
         OSError: if the file cannot be written.
     """
+    if not Path(output).absolute().parent.is_dir():  # said before the work, not after it
+        raise DistplbError(f"there is no folder {Path(output).absolute().parent} to write the report to; make it first")
     run = with_trials(run if isinstance(run, Run) else Run.read(run, topology), every, model, progress)
     environment = Environment(
         loader=PackageLoader("distplb.report", "."),
