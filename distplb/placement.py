@@ -171,7 +171,9 @@ class Placement:
                 raise DistplbError(f"{path} has version {version}; this distplb reads version {_FORMAT_VERSION}")
             tables = {name: torch.tensor(row) for name, row in document["expert_of_slot"].items()}
             num_experts, num_gpus = int(document["num_experts"]), int(document["num_gpus"])
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except DistplbError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:  # the last of torch and json
             raise DistplbError(
                 f"{path} is not a placement file ({error!r}); pass one written by Placement.save"
             ) from error

@@ -10,6 +10,7 @@ import random
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -297,6 +298,24 @@ def test_machine_code_is_not_kept_where_others_can_write(tmp_path: Path, monkeyp
     folder.chmod(0o777)
     with pytest.raises(DistplbError, match=r"not a folder that only you can write to.*set NUMBA_CACHE_DIR"):
         cpu._cache_folder()
+
+
+def test_an_interrupted_call_does_not_wait_for_parts_that_nobody_has_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C took a minute to come through: the other threads went on to take all that was left."""
+    monkeypatch.setattr(cpu, "_threads", lambda: 2)
+    begun, interrupted = [], threading.Event()
+
+    def rows(begin: int, end: int) -> None:
+        begun.append(begin)
+        if threading.current_thread() is threading.main_thread():
+            interrupted.set()
+            raise KeyboardInterrupt
+        assert interrupted.wait(60)
+        time.sleep(0.2)  # for the main thread to get as far as giving up
+
+    with pytest.raises(KeyboardInterrupt):
+        cpu._in_threads(rows, torch.zeros(64, 64), amount=1 << 20)
+    assert len(begun) <= 3  # of 8
 
 
 def test_no_plan_pays_for_compiling() -> None:

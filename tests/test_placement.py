@@ -228,7 +228,10 @@ def test_another_version_is_refused_by_its_number(tmp_path: Path, permuted: Plac
         '{"version": 1, "num_experts": 2, "num_gpus": 1, "expert_of_slot": [[0, 1]]}',
         '{"version": 1, "num_experts": 2, "num_gpus": 1, "expert_of_slot": {"0": [0, "one"]}}',
         '{"version": 1, "num_experts": 2, "num_gpus": null, "expert_of_slot": {"0": [0, 1]}}',
+        '{"version": 1, "num_experts": 2, "num_gpus": 1, "expert_of_slot": {"0": {"0": 1}}}',
+        "[" * 100_000,
     ],
+    ids=range(11),
 )
 def test_a_file_that_is_no_placement_is_refused(tmp_path: Path, text: str) -> None:
     """A table that was a list, or held words, came up as a bare TypeError or ValueError without the file's name."""

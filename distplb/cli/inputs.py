@@ -11,7 +11,6 @@ from pathlib import Path
 from torch import Tensor
 
 from distplb.bound import lower_bound
-from distplb.errors import DistplbError
 from distplb.load import as_tokens
 from distplb.placement import Placement
 from distplb.planning.greedy import contiguous
@@ -62,16 +61,8 @@ def read_inputs(loads: Path, topology: Topology, options: SearchOptions, current
         table = contiguous(load[0], topology, options.slots(num_experts))
         start = Placement(table, num_experts, topology.num_gpus)
     else:
-        start = _read_placement(current, found.layers)
+        start = Placement.load(current, found.layers)
     options = replace(options, current=start)
     options.check(topology, num_layers, num_experts)
     return Inputs(load, found.layers, topology, options, start)
 
-
-def _read_placement(path: Path, layers: tuple[str, ...]) -> Placement:
-    try:
-        return Placement.load(path, layers)
-    except DistplbError:
-        raise
-    except (RuntimeError, RecursionError) as damage:  # of torch, for numbers that it cannot hold; of json
-        raise DistplbError(f"{path} is not a placement file ({damage}); pass one written by --output") from damage

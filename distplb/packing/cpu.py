@@ -133,7 +133,11 @@ def _in_threads(rows: Callable[[int, int], None], tables: Tensor, amount: int | 
 
     with ThreadPoolExecutor(count - 1) as pool:
         helping = [pool.submit(work) for _ in range(count - 1)]
-        work()
+        try:
+            work()
+        except BaseException:  # such as Ctrl-C: what nobody has begun is not waited for
+            list(parts)
+            raise
         for helper in helping:
             helper.result()
 
