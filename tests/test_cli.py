@@ -149,7 +149,7 @@ OPTIONS: dict[str, str] = {
     "--gpus-per-node 2 --current empty.json": "empty.json is not a placement file .*; pass one written by",
     "--gpus-per-node 2 --current deep.json": "deep.json is not a placement file .*recursion.*; pass one written by",
     "--gpus-per-node 2 --current large.json": "large.json is not a placement file .*; pass one written by",
-    "--gpus-per-node 2 --current nested.json": "nested.json is not a placement file .*; pass one written by Placement.save",
+    "--gpus-per-node 2 --current nested.json": "nested.json is not a placement file .*; pass one written by Placement",
     "--gpus-per-node 2 --current other.json": r"\(3, 8, 8, 4\), the load and topology \(3, 8, 8, 2\); pass the placem",
     "--gpus-per-node 2 --current few.json": "few.json has no layer '2'; it has 0, 1",
     "--gpus-per-node 2 --twice": r"No such option.* '?--twice'?.*Try 'distplb \w+ --help'",
