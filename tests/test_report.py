@@ -159,7 +159,7 @@ def test_the_history_of_a_trace_counts_under_the_placement_in_force() -> None:
     each = drawn.axes[0].lines[0]
     wanted = [float(imbalance(recorded.load[s], recorded.placements[int(s >= 16)]).mean()) for s in range(24)]
     np.testing.assert_allclose(each.get_ydata(), wanted)
-    begun = lines(drawn)["experts where they began"]
+    begun = lines(drawn)["without any moves"]
     assert np.nanmin(begun.get_xdata()) == 17
     np.testing.assert_allclose(
         begun.get_ydata()[:-1].mean(), float(imbalance(recorded.load[16:], recorded.placements[0]).mean())
@@ -264,7 +264,12 @@ def test_whatever_was_recorded_can_be_drawn_and_put_in_words(name: str) -> None:
     run = with_trials(RUNS[name])
     for panel in figures.PANELS:
         if not panel.lacks(run):
-            panel.draw(run, NARROW).draw_without_rendering()
+            for width in (NARROW, WIDE):
+                drawn = panel.draw(run, width)
+                drawn.draw_without_rendering()
+                edges = np.array(drawn.get_tightbbox().extents) / np.tile(drawn.get_size_inches(), 2)
+                assert edges.min() >= -0.005, "something is cut off"
+                assert edges.max() <= 1.005, "something is cut off"
             assert not re.search(r"\b(nan|inf|None)\b", panel.caption(run))
     assert not re.search(r"\b(nan|inf|None)\b", str(Summary.of(run).facts(run)))
 
@@ -293,10 +298,14 @@ def test_what_is_missing_is_said_with_what_to_switch_on() -> None:
     ("run", "wording"),
     [
         ("nothing", "No load was recorded, so that nothing can be said of the imbalance."),
-        ("one event", "Rebalancing lowered the imbalance from 1.50 to 1.20; no placement could beat 1.00. 1 of the 1 "),
+        (
+            "one event",
+            "Rebalancing lowered the imbalance from 1.50 to 1.20; no placement could beat 1.00.",
+        ),
         ("dry run", "Nothing was moved, as asked: plans would have left 1.20 instead of 1.50"),
         ("nothing is known of the next window", "The imbalance is 1.50; no placement could beat 1.00. What a plan"),
         (Run("run", (event(imbalance_next=(1.6, 1.4)),)), "Rebalancing did not lower the imbalance: 1.50 without it"),
+        (Run("run", (event(repaid=False), event(2))), "did not repay what they took, by the job's clock: 1 of 2."),
         (Run("run", (event(decision="stopped"),)), "Rebalancing has turned itself off."),
     ],
 )

@@ -82,7 +82,7 @@ def imbalance_over_time_caption(run: Run) -> str:
     elif judged.has_moved:
         text += (
             f"After the first move it is {judged.in_force[judged.later].mean():.2f} on average, on steps that no plan "
-            f"had seen; with the experts where they began it would be {judged.as_begun[judged.later].mean():.2f}"
+            f"had seen; without any moves it would be {judged.as_begun[judged.later].mean():.2f}, the dashed line"
         )
     else:
         text += f"It is {judged.in_force.mean():.2f} on average"
@@ -115,7 +115,7 @@ def _draw_lines(axes: Axes, run: Run) -> list[Any]:
     handles += axes.plot(line.at, line.mean, color=COLOURS["blue"], linewidth=1.8, label=named)
     if begun is not None:
         style: dict[str, Any] = {"color": COLOURS["vermilion"], "linewidth": 1.4, "linestyle": (0, (5, 2))}
-        handles += axes.plot(begun.at, begun.mean, label="experts where they began", **style)
+        handles += axes.plot(begun.at, begun.mean, label="without any moves", **style)
     handles += axes.plot(
         bound.at, bound.mean, color=COLOURS["green"], linewidth=1.6, linestyle=":", label="lower bound"
     )

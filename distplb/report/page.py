@@ -136,5 +136,5 @@ def _row(event: RebalanceEvent) -> dict[str, Any]:
         "slots": f"{event.slots_moved:,}",
         "bytes": amount(event.bytes_moved, "B"),
         "seconds": seconds(sum(event.seconds.values())),
-        "repaid": "–" if event.repaid is None else "yes" if event.repaid else "no",
+        "repaid": "–" if event.repaid is None else "yes or in doubt" if event.repaid else "no",
     }

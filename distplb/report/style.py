@@ -81,7 +81,8 @@ def legend_below(figure: Figure, handles: Sequence[Any], width: float) -> None:
         fontsize=FONT,
         frameon=False,
         handlelength=1.6,
-        columnspacing=1.2,
+        columnspacing=0.9 if is_narrow(width) else 1.4,
+        borderpad=0,
     )
 
 

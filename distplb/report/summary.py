@@ -37,7 +37,8 @@ class Summary:
         imbalance_after: the same under the plans, on steps that they had not seen; None where there are none.
         imbalance_bound: what no placement could beat; None where nothing tells.
         rebalances: how many there were of each decision.
-        repaid: of those that moved something and could be timed, whether each repaid what it took.
+        repaid: of those that moved something and could be timed: False where one certainly did not repay what it took,
+            by the job's clock.
         slots_moved, bytes_moved: by all.
         rebalance_seconds: of all, on rank 0.
         iteration_seconds_before: the median iteration before the first rebalance; None where none was timed.
@@ -86,8 +87,8 @@ class Summary:
         """The result in one or two sentences."""
         text = self._result()
         if self.repaid:
-            text += f" {sum(self.repaid)} of the {plural(len(self.repaid), 'rebalance')} that were timed repaid "
-            text += "what they took." if len(self.repaid) > 1 else "what it took."
+            text += " Rebalances that certainly did not repay what they took, by the job's clock: "
+            text += f"{self.repaid.count(False):,} of {len(self.repaid):,}."
         if "stopped" in self.rebalances:
             text += " Rebalancing has turned itself off."
         return text
