@@ -1,14 +1,24 @@
-"""What is assumed of a job of which only a trace is known: seconds of a token, bytes of an expert, bandwidths."""
+"""What tokens and moves cost in a job: as its records tell, or as is assumed where only a trace is known."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from distplb.errors import DistplbError
-from distplb.price import MoveModel
+from distplb.events import RebalanceEvent
+from distplb.price import MoveModel, TimeCurve
 from distplb.traces.trace import Trace
 
-__all__ = ["BYTES_PER_PARAMETER", "EXPERT_PARAMETERS", "FLOPS", "OPERATIONS", "AssumedJob", "steps_stood_for"]
+__all__ = [
+    "BYTES_PER_PARAMETER",
+    "EXPERT_PARAMETERS",
+    "FLOPS",
+    "OPERATIONS",
+    "AssumedJob",
+    "recorded_costs",
+    "steps_stood_for",
+]
 
 # A job of the size of DeepSeek-V3 in bfloat16 on H100s.
 EXPERT_PARAMETERS = 3 * 7168 * 2048  # of one expert: gate, up and down
@@ -51,6 +61,17 @@ class AssumedJob:
             bandwidth_inside=self.bandwidth_inside * num_gpus,
             bandwidth_between=self.bandwidth_between * num_gpus,
         )
+
+
+def recorded_costs(events: Iterable[RebalanceEvent]) -> tuple[MoveModel, TimeCurve | None] | None:
+    """What the last priced rebalance of a job was priced by, measured or given; None where none had a model."""
+    found = None
+    for event in events:
+        token, slot, trust = event.seconds_per_token, event.bytes_per_slot, event.trust
+        if token and slot and trust and event.bandwidth_inside and event.bandwidth_between:
+            curve = None if event.time_curve is None else TimeCurve(*zip(*event.time_curve, strict=True))
+            found = MoveModel(token, slot, event.bandwidth_inside, event.bandwidth_between, trust), curve
+    return found
 
 
 def steps_stood_for(trace: Trace, side_by_side: int = 1) -> float:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
@@ -59,9 +58,7 @@ def saving(seconds: Sequence[float], static: Sequence[float], seed: int = 0) -> 
 
 def _widening(blocks: float) -> float:
     """Of a spread that was found from so few blocks: that of a sample's mean, and Student's t over the normal's."""
-    free, normal = blocks - 1, NormalDist().inv_cdf(_SURE)
-    # Abramowitz and Stegun, 26.7.5.
-    first = (normal**3 + normal) / 4 / free
-    second = (5 * normal**5 + 16 * normal**3 + 3 * normal) / 96 / free**2
-    third = (3 * normal**7 + 19 * normal**5 + 17 * normal**3 - 15 * normal) / 384 / free**3
-    return math.sqrt(blocks / free) * (1 + (first + second + third) / normal)
+    from scipy.special import ndtri, stdtrit
+
+    free = blocks - 1
+    return math.sqrt(blocks / free) * float(stdtrit(free, _SURE) / ndtri(_SURE))

@@ -170,8 +170,9 @@ def _saving(case: _Case, of_what: str) -> str:
         low, high = (percent(value * case.share, "") for value in (one.low, one.high))
         whose = "" if case.saved >= 0 else " of what is saved"
         interval = f" (95 % interval{whose} {low} to {high} %, {_plural(one.rebalances, 'rebalance')})"
+    often = "iteration" if one.every == 1 else _plural(one.every, "iteration")
     return (
-        f"Rebalancing every {_plural(one.every, 'iteration')} would {does} {of_what}, moves included{interval}: "
+        f"Rebalancing every {often} would {does} {of_what}, moves included{interval}: "
         f"imbalance {one.imbalance:.2f} instead of {case.static.imbalance:.2f}, bound {case.bound:.2f}."
     )
 
@@ -187,8 +188,10 @@ def _repaid(one: WhatIf, bytes_per_slot: int) -> str:
     took = "in the first iteration" if after <= 1 else f"within {math.ceil(after)} iterations"
     limit = "a hundred times the bytes, or at a hundredth of the bandwidth"
     if times < _MANY:
-        size = bytes_per_slot * times / 1e9
-        limit = f"{times:.1f} times the bytes ({size:.1f} GB an expert), or at 1/{times:.1f} of the bandwidth"
+        size, unit = bytes_per_slot * times / 1e6, "MB"
+        if size >= 1000:
+            size, unit = size / 1000, "GB"
+        limit = f"{times:.1f} times the bytes ({size:.1f} {unit} an expert), or at 1/{times:.1f} of the bandwidth"
     return f"The moves of a rebalance repay themselves {took}; the same moves would still do so with {limit}."
 
 

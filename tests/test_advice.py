@@ -17,7 +17,18 @@ import torch
 from click.testing import CliRunner, Result
 from torch import Tensor
 
-from distplb import DistplbError, MoveModel, Placement, TimeCurve, Topology, Trace, imbalance, plan
+from distplb import (
+    DistplbError,
+    EventLog,
+    MoveModel,
+    Placement,
+    RebalanceEvent,
+    TimeCurve,
+    Topology,
+    Trace,
+    imbalance,
+    plan,
+)
 from distplb.advice import PRICED, STATIC, STEPS, SUM, Study, WhatIf, assumed_model, what_if
 from distplb.assumed import AssumedJob, steps_stood_for
 from distplb.cli.main import main
@@ -346,6 +357,24 @@ def test_options_of_the_job_reach_the_model(tmp_path: Path) -> None:
     assert (document["every"], document["stands_for"]) == (5, 3)
     # 35 steps, each of three, of 12 tokens at 1 µs.
     assert document["planners"][STATIC]["static_seconds"] == pytest.approx(3 * 35 * 12e-6)
+
+
+def test_a_runs_own_costs_are_taken_unless_others_are_named(tmp_path: Path) -> None:
+    trace_of(skewed(40)).save(tmp_path / "000000000000.npz")
+    costs = {"bytes_per_slot": 10, "bandwidth_inside": 3.0, "bandwidth_between": 2.0, "trust": 0.75}
+    log = EventLog(tmp_path / "events.jsonl")
+    known = {"layers": ("0",), "decision": "kept", "reason": "", "seconds": {}, "last_applied": 5}
+    for iteration, second in ((5, 1.0), (10, 0.5), (15, None)):  # the last one that has them counts
+        priced = costs | {"seconds_per_token": second} if second else {}
+        log(RebalanceEvent(iteration=iteration, **known, **priced))
+    log.close()
+    document = told(replayed(tmp_path, "--json", "--every", 5))
+    assert document["assumed"] is None
+    assert document["costs"] == costs | {"seconds_per_token": 0.5}
+    other = told(replayed(tmp_path, "--json", "--every", 5, "--tflops", 6))
+    assert other["assumed"] is not None
+    assert other["costs"] != document["costs"]
+    assert "As the job recorded: 1e-05 MB an expert" in replayed(tmp_path, "--every", 5).stdout
 
 
 def test_megatrons_files_are_read_and_ep_groups_side_by_side_are_known(tmp_path: Path) -> None:

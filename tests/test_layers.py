@@ -74,7 +74,7 @@ FIGURES = {
 KEPT_IN = {
     "torch.distributed": {"distplb.comm.torchdist", "distplb.migrate.dtensors"},
     "mpi4py": {"distplb.comm.mpi"},
-    "scipy": {"distplb.planning.relabel"},
+    "scipy": {"distplb.planning.relabel", "distplb.saving"},
     "numba": {"distplb.packing.cpu", "distplb.packing.cpu_steps"},
     "filelock": {"distplb.packing.cpu"},
     "concurrent": {

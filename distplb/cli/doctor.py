@@ -8,7 +8,7 @@ import sys
 import click
 from rich.table import Table
 
-from distplb.cli.output import console, json_option, print_json
+from distplb.cli.output import console, json_option, print_json, table
 from distplb.doctor.examine import Examination, examined
 
 __all__ = ["doctor"]
@@ -65,9 +65,7 @@ def _print(found: Examination) -> None:
 
 
 def _timings(found: Examination) -> Table:
-    table = Table(title="Median rounds of rank 0", title_justify="left", title_style="bold")
-    for name in ("", "ms", "GB/s"):
-        table.add_column(name, justify="right" if name else "left")
+    lines = table("round", "ms", "GB/s", title="Medians of rank 0")
     for one in found.timings:
-        table.add_row(one.what, f"{one.seconds * 1e3:.1f}", f"{one.rate / 1e9:.2f}")
-    return table
+        lines.add_row(one.what, f"{one.seconds * 1e3:.1f}", f"{one.rate / 1e9:.2f}")
+    return lines

@@ -65,4 +65,3 @@ def read_inputs(loads: Path, topology: Topology, options: SearchOptions, current
     options = replace(options, current=start)
     options.check(topology, num_layers, num_experts)
     return Inputs(load, found.layers, topology, options, start)
-

@@ -8,12 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from distplb.advice import PRICED, STATIC, STEPS, SUM, WINDOW_STEPS, Study, WhatIf
-from distplb.assumed import BYTES_PER_PARAMETER, EXPERT_PARAMETERS, FLOPS, OPERATIONS, AssumedJob, steps_stood_for
+from distplb.assumed import (
+    BYTES_PER_PARAMETER,
+    EXPERT_PARAMETERS,
+    FLOPS,
+    OPERATIONS,
+    AssumedJob,
+    recorded_costs,
+    steps_stood_for,
+)
 from distplb.cli.output import json_option, print_json, progress
-from distplb.cli.replayed import document, print_tables
+from distplb.cli.replayed import Costs, document, print_tables
 from distplb.errors import DistplbError
+from distplb.eventlog import read_events
 from distplb.topology import Topology
 from distplb.traces.trace import Trace
 from distplb.verdict import verdict
@@ -70,6 +80,14 @@ _of_the_search = _options(
     _count("--candidates", "Starts for each layer; 4 where left out."),
     click.option("--engine", metavar="NAME", help="reference, cpu or cuda; the fastest that is there where left out."),
 )
+_COSTS = (
+    "expert_parameters",
+    "bytes_per_parameter",
+    "tflops",
+    "tokens_per_gpu",
+    "bandwidth_inside",
+    "bandwidth_between",
+)
 _of_the_job = _options(
     _amount("--expert-parameters", "Of one expert; by default DeepSeek-V3's.", EXPERT_PARAMETERS),
     _amount("--bytes-per-parameter", "That move: weight, master copy, two moments.", BYTES_PER_PARAMETER),
@@ -105,12 +123,14 @@ def replay(
     """Say what rebalancing would have saved on a recorded trace, and whether to install it.
 
     TRACE is a .npz file or the folder of Rebalancer(record=...), or Megatron-Core's folder tokens_per_expert or its
-    files rank<number>.jsonl. Every step is judged under a plan that had not seen it. Exits with 0; with 1 under
-    --exit-code where the answer is no; with 2 for wrong use or input.
+    files rank<number>.jsonl. Every step is judged under a plan that had not seen it. What tokens and moves cost is as
+    the job measured it, where the folder has priced events and no other costs are named; else it is assumed. Exits with
+    0; with 1 under --exit-code where the answer is no; with 2 for wrong use or input.
     """
     trace, side_by_side = _read(paths, megatron_ep, megatron_expert_tp, megatron_pipeline)
     topology = _topology(trace, nodes, gpus_per_node)
-    job, study = _study(trace, side_by_side, topology, options)
+    costs = _recorded(paths[0]) or _assumed(trace, topology, options)
+    study = _study(trace, side_by_side, topology, costs, options)
     every = every or _usual(study)
     found, others = _replayed(study, every)
     bound = study.bound(every)
@@ -118,13 +138,13 @@ def replay(
         found,
         bound=bound,
         experts_per_gpu=trace.num_experts // topology.num_gpus,
-        bytes_per_slot=job.bytes_per_slot,
+        bytes_per_slot=costs.model.bytes_per_slot,
         expert_share=options["expert_share"],
     )
     if as_json:
-        print_json(document(study, job, found, others, bound, told))
+        print_json(document(study, costs, found, others, bound, told))
     else:
-        print_tables(study, job, found, others, bound, told)
+        print_tables(study, costs, found, others, bound, told)
     if exit_code and told.answer == "no":
         sys.exit(1)
 
@@ -155,7 +175,16 @@ def _topology(trace: Trace, nodes: int, gpus_per_node: int | None) -> Topology:
     return topology
 
 
-def _study(trace: Trace, side_by_side: int, topology: Topology, options: Mapping[str, Any]) -> tuple[AssumedJob, Study]:
+def _recorded(run: Path) -> Costs | None:
+    """Of a run's events, unless other costs are asked for."""
+    log, context = run / "events.jsonl", click.get_current_context()
+    if not log.is_file() or any(context.get_parameter_source(one) is ParameterSource.COMMANDLINE for one in _COSTS):
+        return None
+    found = recorded_costs(read_events(log))
+    return None if found is None else Costs(*found)
+
+
+def _assumed(trace: Trace, topology: Topology, options: Mapping[str, Any]) -> Costs:
     parameters = options["expert_parameters"]
     job = AssumedJob(
         seconds_per_token=OPERATIONS * parameters / options["tflops"] / 1e12,
@@ -164,10 +193,15 @@ def _study(trace: Trace, side_by_side: int, topology: Topology, options: Mapping
         bandwidth_inside=options["bandwidth_inside"] * 1e9,
         bandwidth_between=options["bandwidth_between"] * 1e9,
     )
-    return job, Study(
+    return Costs(job.model(trace, topology.num_gpus), None, job)
+
+
+def _study(trace: Trace, side_by_side: int, topology: Topology, costs: Costs, options: Mapping[str, Any]) -> Study:
+    return Study(
         trace,
         topology,
-        job.model(trace, topology.num_gpus),
+        costs.model,
+        curve=costs.curve,
         window=options["window"],
         stands_for=options["stands_for"] or steps_stood_for(trace, side_by_side),
         num_candidates=options["candidates"],

@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Builds the wheel, installs it into an empty environment beside nothing of this folder's package, and runs the README's
+# snippets, the command line and the report against it: before a release.
+set -euo pipefail
+. "$(dirname "$0")/environment.sh" dev
+folder=$(mktemp -d)
+trap 'rm -rf "$folder"' EXIT
+"$PYTHON" -m build --outdir "$folder/dist"
+"${PYTHON3:-python3}" -m venv "$folder/venv"
+install=("$folder/venv/bin/python" -m pip install --quiet --disable-pip-version-check)
+"${install[@]}" "$(grep '^torch==' constraints.txt)"
+wheel=$(echo "$folder"/dist/distplb-*.whl)
+"${install[@]}" --constraint constraints.txt "${wheel}[test]"
+cp -r README.md setup.cfg tests examples benchmarks launch "$folder"
+cd "$folder"
+venv/bin/python -c "import distplb; print(distplb.__version__, distplb.__file__)"
+venv/bin/python -m pytest tests/test_readme.py tests/test_cli.py tests/test_report.py -k "not paths_that_it_names"
