@@ -300,12 +300,12 @@ def test_what_is_missing_is_said_with_what_to_switch_on() -> None:
         ("nothing", "No load was recorded, so that nothing can be said of the imbalance."),
         (
             "one event",
-            "Rebalancing lowered the imbalance from 1.50 to 1.20; no placement could beat 1.00.",
+            "Rebalancing lowered the imbalance from 1.50 to 1.20; no placement could beat 1.00. The job's",
         ),
         ("dry run", "Nothing was moved, as asked: plans would have left 1.20 instead of 1.50"),
         ("nothing is known of the next window", "The imbalance is 1.50; no placement could beat 1.00. What a plan"),
         (Run("run", (event(imbalance_next=(1.6, 1.4)),)), "Rebalancing did not lower the imbalance: 1.50 without it"),
-        (Run("run", (event(repaid=False), event(2))), "did not repay what they took, by the job's clock: 1 of 2."),
+        (Run("run", (event(repaid=False), event(2))), "By the job's clock 1 of 2 rebalances certainly did not repay"),
         (Run("run", (event(decision="stopped"),)), "Rebalancing has turned itself off."),
     ],
 )

@@ -83,8 +83,9 @@ def _draw_saved(axes: Axes, found: Sequence[WhatIf]) -> None:
             face = COLOURS["blue"]
             axes.plot([at, at], [one.low, one.high], color=COLOURS["blue"], linewidth=2.2, solid_capstyle="round")
         axes.plot(at, one.saved, "o", color=COLOURS["blue"], markerfacecolor=face, markersize=7)
+        top = one.saved if one.high is None else one.high
         axes.annotate(
-            percent(one.saved), (at, one.saved), xytext=(7, 0), textcoords="offset points", va="center", fontsize=FONT
+            percent(one.saved), (at, top), xytext=(0, 6), textcoords="offset points", ha="center", fontsize=FONT
         )
-    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
+    axes.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
     axes.margins(y=0.15)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from distplb.report.run import Run
-from distplb.report.texts import amount, percent, plural, printable, seconds
+from distplb.report.texts import amount, from_to, percent, plural, printable, seconds
 
 __all__ = ["Fact", "Summary"]
 
@@ -86,9 +86,11 @@ class Summary:
     def headline(self) -> str:
         """The result in one or two sentences."""
         text = self._result()
-        if self.repaid:
-            text += " Rebalances that certainly did not repay what they took, by the job's clock: "
-            text += f"{self.repaid.count(False):,} of {len(self.repaid):,}."
+        if False in self.repaid:
+            text += f" By the job's clock {self.repaid.count(False):,} of {plural(len(self.repaid), 'rebalance')} "
+            text += "certainly did not repay what they took."
+        elif self.repaid:
+            text += " The job's clock does not speak against it."
         if "stopped" in self.rebalances:
             text += " Rebalancing has turned itself off."
         return text
@@ -120,7 +122,7 @@ class Summary:
             found.append(Fact("Moved", plural(self.slots_moved, "slot"), amount(self.bytes_moved, "B")))
             found.append(Fact("Spent on rebalances", seconds(self.rebalance_seconds), _share_of_run(run)))
         if self.iteration_seconds_before and self.iteration_seconds_after:
-            pair = f"{seconds(self.iteration_seconds_before)} → {seconds(self.iteration_seconds_after)}"
+            pair = from_to(seconds(self.iteration_seconds_before), seconds(self.iteration_seconds_after))
             found.append(Fact("Median iteration", pair, "before the first rebalance, after the last"))
         return found + _window_facts(run)
 
@@ -141,9 +143,17 @@ def _imbalances(run: Run) -> tuple[float | None, float | None]:
 
 
 def _bound(run: Run) -> float | None:
+    """Of the windows that followed the first move, or of the steps that were replayed, as far as there are any."""
     if run.known:
-        return float(np.mean([np.mean(event.imbalance_bound) for event in run.known]))
-    return None if run.judged is None else float(run.judged.bound[1].mean())
+        began = min((event.iteration for event in run.events if event.slots_moved), default=0)
+        later = [event for event in run.known if event.iteration > began] or run.known
+        return float(np.mean([np.mean(event.imbalance_bound) for event in later]))
+    judged = run.judged
+    if judged is None:
+        return None
+    steps, bound = judged.bound
+    later = judged.later[steps] if judged.has_moved else steps >= judged.trace.num_steps // 2
+    return float((bound[later] if bool(later.any()) else bound).mean())
 
 
 def _imbalance_fact(summary: Summary) -> Fact:

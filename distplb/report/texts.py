@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-__all__ = ["amount", "differing", "label", "percent", "plural", "printable", "seconds", "shortened", "unit_of"]
+__all__ = [
+    "amount",
+    "differing",
+    "from_to",
+    "label",
+    "percent",
+    "plural",
+    "printable",
+    "seconds",
+    "shortened",
+    "unit_of",
+]
 
 _PREFIXES = ("", "k", "M", "G", "T", "P")
 
@@ -89,6 +100,16 @@ def seconds(number: float) -> str:
     if number >= 600:
         return f"{number / 60:.3g} min"
     return f"{number * 1000:.3g} ms" if 0 < number < 0.9995 else f"{number:.3g} s"
+
+
+def from_to(before: str, after: str) -> str:
+    """Two numbers of one kind; the unit once where it is the same.
+
+    >>> from_to("810 ms", "773 ms"), from_to("1.2 s", "773 ms")
+    ('810 → 773 ms', '1.2 s → 773 ms')
+    """
+    number, _, unit = before.partition(" ")
+    return f"{number if unit == after.partition(' ')[2] else before} → {after}"
 
 
 def percent(share: float) -> str:
