@@ -152,8 +152,8 @@ def _bound(run: Run) -> float | None:
     if judged is None:
         return None
     steps, bound = judged.bound
-    later = judged.later[steps] if judged.has_moved else steps >= judged.trace.num_steps // 2
-    return float((bound[later] if bool(later.any()) else bound).mean())
+    counted = judged.later[steps] if judged.has_moved else steps >= judged.trace.num_steps // 2
+    return float((bound[counted] if bool(counted.any()) else bound).mean())
 
 
 def _imbalance_fact(summary: Summary) -> Fact:
