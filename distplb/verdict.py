@@ -173,7 +173,7 @@ def _saving(case: _Case, of_what: str) -> str:
     often = "iteration" if one.every == 1 else _plural(one.every, "iteration")
     return (
         f"Rebalancing every {often} would {does} {of_what}, moves included{interval}: "
-        f"imbalance {one.imbalance:.2f} instead of {case.static.imbalance:.2f}, bound {case.bound:.2f}."
+        f"imbalance {one.imbalance:.3f} instead of {case.static.imbalance:.3f}, bound {case.bound:.3f}."
     )
 
 
