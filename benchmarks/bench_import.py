@@ -20,8 +20,8 @@ import distplb
 print(time.perf_counter() - begin, time.process_time() - used)
 """
 TEXT = (
-    "Each turn is a new process that imports torch, then distplb, and tells the seconds of the latter, by the clock and "
-    "of the processor; modules are compiled and files are in the system's cache."
+    "Each turn is a new process that imports torch, then distplb, and tells the seconds of the latter, by the clock "
+    "and of the processor; modules are compiled and files are in the system's cache."
 )
 
 
