@@ -1,6 +1,6 @@
 """How long `import distplb` takes beyond torch's own import: processes that import one or both, in turns.
 
-    python benchmarks/bench_import.py --output benchmarks/results/DATE-import.md
+python benchmarks/bench_import.py --output benchmarks/results/DATE-import.md
 """
 
 from __future__ import annotations
