@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from distplb.report.run import Run
-from distplb.report.style import COLOURS, FONT, WIDE, dress, empty, is_narrow, mark_each, panels
+from distplb.report.style import COLOURS, FONT, WIDE, dress, empty, is_narrow, mark_each, panels, write_numbers
 from distplb.report.texts import differing, label, printable, shortened
 
 __all__ = ["load_by_gpu", "load_by_gpu_caption", "load_by_gpu_lacks"]
@@ -60,7 +60,8 @@ def load_by_gpu(run: Run, width: float = WIDE) -> Figure:
         _separate_nodes(axes, run, gpus)
         cell = (width - 1.3) / (1 if stacked else 2) / gpus, height / layers
         if cell[0] >= _ROOM[0] and cell[1] >= _ROOM[1]:
-            _write_numbers(axes, ratios, norm)
+            texts = np.array([[f"{ratio:.2f}" for ratio in row] for row in ratios])
+            write_numbers(axes, ratios, texts, ScalarMappable(norm, _COLOURS))
         axes.label_outer()
     _colour_bar(figure, norm, maps, stacked)
     return figure
@@ -125,12 +126,6 @@ def _separate_nodes(axes: Axes, run: Run, gpus: int) -> None:
     assert run.topology is not None, "where there is a load of GPUs there is a topology"
     for first in range(run.topology.gpus_per_node, gpus, run.topology.gpus_per_node):
         axes.axvline(first - 0.5, color=COLOURS["black"], linewidth=0.8)
-
-
-def _write_numbers(axes: Axes, ratios: Ratios, norm: Normalize) -> None:
-    for (layer, gpu), ratio in np.ndenumerate(ratios):
-        colour = "white" if abs(norm(ratio) - 0.5) > 0.36 else COLOURS["black"]
-        axes.text(gpu, layer, f"{ratio:.2f}", ha="center", va="center", fontsize=FONT, color=colour)
 
 
 def _colour_bar(figure: Figure, norm: Normalize, maps: _Maps, stacked: bool) -> None:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from distplb.events import RebalanceEvent
 from distplb.report.run import Run
-from distplb.report.style import COLOURS, FONT, WIDE, dress, empty, is_narrow, mark_each
+from distplb.report.style import COLOURS, FONT, WIDE, dress, empty, is_narrow, mark_each, write_numbers
 from distplb.report.texts import differing, label, percent, printable, shortened
 from distplb.traces.trace import Trace
 
@@ -62,17 +62,18 @@ def hottest_experts(run: Run, width: float = WIDE) -> Figure:
     pattern, names = differing(run.layers)
     dress(axes, "", "window up to iteration", f"layer ({label(pattern, 30)})" if pattern else "layer", grid="")
     norm = Normalize(1, max(1.5, float(found.times_mean.max())))
+    colours = ScalarMappable(norm, _COLOURS)
     axes.imshow(found.times_mean, cmap=_COLOURS, norm=norm, aspect="auto", interpolation="none")
     mark_each(axes, "x", [f"{iteration:,}" for iteration in found.iterations], most=4 if stacked else 12)
     mark_each(axes, "y", names, most=max(2, int(height / 0.2)))
     cell = (width - (0.9 if stacked else 1.8)) / windows, height / layers
     if cell[0] >= _DIGIT * (len(str(found.expert.max())) + 2) and cell[1] >= _CELL:
-        _write_numbers(axes, found, norm)
+        write_numbers(axes, found.times_mean, found.expert, colours)
     _mark_changes(axes, found)
     where: dict[str, Any] = (
         {"location": "bottom", "shrink": 0.9, "aspect": 30} if stacked else {"location": "right", "aspect": 20}
     )
-    bar = figure.colorbar(ScalarMappable(norm, _COLOURS), ax=axes, pad=0.02, **where)
+    bar = figure.colorbar(colours, ax=axes, pad=0.02, **where)
     bar.set_label("tokens / mean expert", fontsize=FONT)
     bar.ax.tick_params(labelsize=FONT)
     bar.outline.set_linewidth(0.4)
@@ -131,12 +132,6 @@ def _of_trace(trace: Trace) -> _Hottest:
     share = (load.amax(2).double() / load.sum(2).clamp(min=1)).numpy()
     iterations = [int(trace.iteration[steps[-1]]) for steps in windows]
     return _Hottest(iterations, load.argmax(2).numpy(), share * trace.num_experts, share)
-
-
-def _write_numbers(axes: Axes, found: _Hottest, norm: Normalize) -> None:
-    for (layer, window), expert in np.ndenumerate(found.expert):
-        colour = "white" if norm(found.times_mean[layer, window]) > 0.62 else COLOURS["black"]
-        axes.text(window, layer, str(expert), ha="center", va="center", fontsize=FONT, color=colour)
 
 
 def _mark_changes(axes: Axes, found: _Hottest) -> None:

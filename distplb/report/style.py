@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator
+from numpy.typing import NDArray
 
 from distplb.report.texts import label
 
@@ -23,6 +26,7 @@ __all__ = [
     "legend_below",
     "mark_each",
     "panels",
+    "write_numbers",
 ]
 
 WIDE, NARROW = 10.0, 3.75  # inches; at 96 pixels an inch a laptop's column and a phone's
@@ -84,6 +88,15 @@ def legend_below(figure: Figure, handles: Sequence[Any], width: float) -> None:
         columnspacing=0.9 if is_narrow(width) else 1.4,
         borderpad=0,
     )
+
+
+def write_numbers(axes: Axes, values: NDArray[np.float64], texts: NDArray[Any], colours: ScalarMappable) -> None:
+    """A text in each cell of a map, black or white, whichever is told better from the cell's colour."""
+    for (row, column), text in np.ndenumerate(texts):
+        red, green, blue, _ = colours.to_rgba(values[row, column])
+        is_dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
+        colour = "white" if is_dark else COLOURS["black"]
+        axes.text(column, row, str(text), ha="center", va="center", fontsize=FONT, color=colour)
 
 
 def mark_each(axes: Axes, along: str, names: Sequence[str], most: int) -> None:
