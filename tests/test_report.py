@@ -264,7 +264,9 @@ def test_whatever_was_recorded_can_be_drawn_and_put_in_words(name: str) -> None:
     run = with_trials(RUNS[name])
     for panel in figures.PANELS:
         if not panel.lacks(run):
-            panel.draw(run, NARROW).draw_without_rendering()
+            drawn = panel.draw(run, NARROW)
+            drawn.set_layout_engine("none")  # half of the time, and no part of this
+            drawn.draw_without_rendering()
             assert not re.search(r"\b(nan|inf|None)\b", panel.caption(run))
     assert not re.search(r"\b(nan|inf|None)\b", str(Summary.of(run).facts(run)))
 
