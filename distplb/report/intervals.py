@@ -46,20 +46,20 @@ def other_intervals(run: Run, width: float = WIDE) -> Figure:
 def other_intervals_caption(run: Run) -> str:
     """What to see in `other_intervals`, in numbers."""
     best = max(run.what_if, key=lambda one: one.saved)
-    told = (
-        "" if best.low is None or best.high is None else f" (95 % interval {percent(best.low)} to {percent(best.high)})"
-    )
-    least = best.saved if best.low is None else best.low
     text = (
         "The recorded steps once more, planned at other intervals; each plan is judged on steps that it had not seen, "
-        "against the experts in contiguous order, in modelled seconds of the fullest GPU and of the moves. "
+        "against the experts in contiguous order, in modelled seconds of the fullest GPU and of the moves. Upright "
+        "lines are 95 % intervals; a hollow dot has too few rebalances for one. "
     )
     text += f"Costs: {run.costs}. " if run.costs else ""
     if best.saved <= 0:
         return text + "No interval that was tried saves anything: leave the experts where they begin."
-    text += f"Rebalancing every {plural(best.every, 'iteration')} saves most, {percent(best.saved)}{told}, "
-    text += f"with {plural(best.slots_moved, 'slot')} moved and an imbalance of {best.imbalance:.2f}."
-    return text + ("" if least > 0 else " The interval includes 0: it may be chance.")
+    text += f"Rebalancing every {plural(best.every, 'iteration')} saves most, {percent(best.saved)}, "
+    text += f"with {plural(best.slots_moved, 'slot')} moved and an imbalance of {best.imbalance:.2f}. "
+    if best.low is None or best.high is None:
+        return text + "It has too few rebalances to tell whether that is chance."
+    text += f"The 95 % interval goes from {percent(best.low)} to {percent(best.high)}"
+    return text + (": it may be chance." if best.low <= 0 else ".")
 
 
 def other_intervals_lacks(run: Run) -> str:
