@@ -51,7 +51,8 @@ def main() -> None:
     longest: dict[str, list[float]] = {"without": [], "with": []}
     typical: dict[str, list[float]] = {"without": [], "with": []}
     with tempfile.TemporaryDirectory() as folder:
-        log = EventLog(Path(folder) / "events.jsonl", SummaryWriter(folder))
+        writer = SummaryWriter(folder)
+        log = EventLog(Path(folder) / "events.jsonl", writer)
         for turn in range(options.turns):
             progress(f"turn {turn + 1} of {options.turns}")
             for name in ("without", "with"):
@@ -59,6 +60,7 @@ def main() -> None:
                 longest[name].append(max(seconds))
                 typical[name].append(statistics.median(seconds))
         log.close()
+        writer.close()
     progress("")
     lines = [
         ["handing over a record", *figures(calls)],

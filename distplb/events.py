@@ -60,7 +60,8 @@ class RebalanceEvent:
         time_curve: (tokens, nanoseconds) of the points of the curve that was balanced; None where that was tokens.
         iteration_seconds: the median iteration before this rebalance; 0 where none was timed.
         iteration_seconds_next: the median one after it; None until the record is given a second time.
-        repaid: whether iterations became faster by what the rebalance took; None until then, and where nothing moved.
+        repaid: False where iterations certainly did not become faster by what the rebalance took, True where they did
+            or that is in doubt; None until then, and where nothing moved.
         router_ties: by layer, the share of rank 0's tokens whose last chosen and first rejected score were equal in one
             forward of the window: after a permutation these may go to the other expert. None where nobody looked.
         num_candidates, seed: of the search.

@@ -106,7 +106,7 @@ class Rebalancer:
             Between them the placement in force is a valid one, and may be saved. Another rebalance begins when the last
             has ended.
         record: folder for a trace of all windows and a log of all events, written by rank 0 beside the training;
-            `Trace.read` and `distplb report` read it.
+            `Trace.read` and `distplb report` read it. In a pipeline each stage needs a folder of its own.
         summary_writer: gets imbalance, bytes, seconds and so on as scalars after each rebalance, such as
             `torch.utils.tensorboard.SummaryWriter`; that of rank 0.
         dry_run: plan and report, but move nothing. What travels is not looked at: moves are then free without a

@@ -69,7 +69,7 @@ def test_the_example_of_a_framework_runs_and_tells_the_imbalance_before_and_afte
     assert done.returncode == 0, done.stderr
     pairs = [
         (float(before), float(after))
-        for before, after in re.findall(r"imbalance (\d\.\d+) -> (\d\.\d+)(?! on the next)", done.stdout)
+        for before, after in re.findall(r"imbalance (\d\.\d+) -> (\d\.\d+)\b(?! on the next)", done.stdout)
     ]
     assert len(pairs) >= 2
     assert all(after <= before for before, after in pairs), pairs

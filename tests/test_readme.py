@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import sys
@@ -12,9 +13,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from click.testing import CliRunner
 from ranks import on_ranks
 
-from distplb import Placement, Trace
+from distplb import EventLog, Placement, RebalanceEvent, Trace
+from distplb.cli import output
+from distplb.cli.main import main
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -60,7 +64,12 @@ def snippets_run(folder: str) -> int:
     counts = torch.randint(1000, (120, 2, 16))
     torch.save(counts, "counts.pt")
     start = Placement.contiguous(2, 16, 4)
-    Trace(counts, (start,), torch.zeros(120, dtype=torch.int64), torch.arange(120)).save("trace.npz")
+    trace = Trace(counts, (start,), torch.zeros(120, dtype=torch.int64), torch.arange(120))
+    trace.save("trace.npz")
+    log = EventLog("run/events.jsonl")  # as a job of the README's lines leaves it behind
+    log(RebalanceEvent(iteration=60, layers=("0", "1"), decision="kept", reason="", seconds={}, last_applied=60))
+    log.close()
+    trace.save("run/000000000000.npz")
     iterations = []
     for block in own_blocks():
         exec(compile(textwrap.dedent(block), "README.md", "exec"), names)
@@ -113,6 +122,49 @@ def test_the_lines_of_megatron_run_on_a_pipeline() -> None:
     found = on_ranks(4, megatron_lines, deadline=90)
     assert found[:2] == [(4, 0, 4)] * 2
     assert found[2:] == [(4, 3, 4)] * 2  # two rebalances, and the first once more
+
+
+@pytest.mark.parametrize("session", [one for block in blocks("console") for one in block.strip().split("\n\n$ ")])
+def test_a_recorded_session_says_what_the_command_says(session: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for the line breaks of paragraphs, and the seconds in the last column of `compare`."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(output, "_PIPE_WIDTH", 100)
+    command, _, recorded = session.removeprefix("$ ").partition("\n")
+    said = CliRunner().invoke(main, command.split()[1:])
+    assert said.exit_code == 0, said.output
+    seconds = r"(?<= )\d+\.\d{3} *$" if " compare " in command else r"$^"
+    found, wanted = (re.sub(seconds, "", text, flags=re.MULTILINE).split() for text in (said.stdout, recorded))
+    assert found == wanted
+
+
+def test_the_messages_that_it_explains_are_those_of_the_code() -> None:
+    rows = README.partition("## Troubleshooting")[2].partition("\n## ")[0].splitlines()
+    quoted = [text for row in rows if row.startswith("| `") for text in re.findall(r"`(.*?)`", row.split("|")[1])]
+    assert len(quoted) > 12
+    texts = [text for path in (ROOT / "distplb").rglob("*.py") for text in messages(path)]
+    for one in quoted:
+        parts = [part.strip() for part in one.split("…") if part.strip()]
+        assert any(all(part in text for part in parts) for text in texts), one
+
+
+def messages(path: Path) -> list[str]:
+    """Texts in a file's code, joined as Python joins them, with … for what is filled in."""
+    constants = {
+        node.targets[0].id: str(node.value.value)
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.Assign)
+        and isinstance(node.targets[0], ast.Name)
+        and isinstance(node.value, ast.Constant)
+    }
+
+    def filled(part: ast.expr) -> str:
+        if isinstance(part, ast.Constant):
+            return str(part.value)
+        return constants.get(ast.unparse(part.value), "…") if isinstance(part, ast.FormattedValue) else "…"
+
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    joined = ["".join(map(filled, node.values)) for node in nodes if isinstance(node, ast.JoinedStr)]
+    return joined + [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
 
 
 def test_working_code_stands_by_line_15() -> None:

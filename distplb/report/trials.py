@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from distplb.advice import PRICED, Study, assumed_model
+from distplb.assumed import recorded_costs
 from distplb.errors import DistplbError
 from distplb.price import MoveModel, TimeCurve
 from distplb.report.run import Run
@@ -57,12 +58,9 @@ def with_trials(
 
 def _costs(run: Run, trace: Trace, topology: Topology) -> tuple[MoveModel, TimeCurve | None, str]:
     """As the last event that measured them has them."""
-    for event in reversed(run.known):
-        curve = None if event.time_curve is None else TimeCurve(*zip(*event.time_curve, strict=True))
-        token, slot, inside = event.seconds_per_token, event.bytes_per_slot, event.bandwidth_inside
-        if token and slot and inside and event.bandwidth_between and event.trust:
-            model = MoveModel(token, slot, inside, event.bandwidth_between, event.trust)
-            return model, curve, "as this job measured them"
+    recorded = recorded_costs(run.known)
+    if recorded is not None:
+        return *recorded, "as this job measured them"
     assumed = "assumed, of experts of the size of DeepSeek-V3's on H100s, the recorded tokens scaled to theirs"
     return assumed_model(trace, topology), None, assumed
 
