@@ -50,8 +50,6 @@ def report(
     RUN is the folder of Rebalancer(record=...), its events.jsonl, or a trace (.npz). Other intervals between
     rebalances are tried where there is a trace.
     """
-    if not output.parent.is_dir():
-        raise DistplbError(f"there is no folder {output.parent}; make it, or pass another --output")
     if nodes > 1 and gpus_per_node is None:
         raise DistplbError(f"--nodes {nodes} without --gpus-per-node; pass both")
     try:
