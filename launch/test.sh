@@ -6,5 +6,7 @@ set -euo pipefail
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
 "$PYTHON" -m mypy
+# Threads of one process would spin while they wait for a core that another process has.
+export OMP_NUM_THREADS=1
 # Three files at a time: half of the tests keep a core busy, the others start processes that wait for each other.
 exec "$PYTHON" -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder "$@"

@@ -36,7 +36,7 @@ from torchtitan.models.common.moe import MoE
 from distplb.integrations.torchtitan import moe_layers, rebalancer
 
 EP, ITERATIONS, EVERY, RANDOM_EVERY = 2, 30, 5, 7
-HALF = 20  # iterations before a checkpoint, and after it
+HALF = 15  # iterations before a checkpoint, and after it
 RANDOM_MOVES, SAVED_EVERY, COMPARED_EVERY = 200, 40, 20
 
 
