@@ -16,6 +16,7 @@ import torch.distributed as dist
 from click.testing import CliRunner
 from ranks import on_ranks
 
+import distplb
 from distplb import EventLog, Placement, RebalanceEvent, Trace
 from distplb.cli import output
 from distplb.cli.main import main
@@ -141,7 +142,7 @@ def test_the_messages_that_it_explains_are_those_of_the_code() -> None:
     rows = README.partition("## Troubleshooting")[2].partition("\n## ")[0].splitlines()
     quoted = [text for row in rows if row.startswith("| `") for text in re.findall(r"`(.*?)`", row.split("|")[1])]
     assert len(quoted) > 12
-    texts = [text for path in (ROOT / "distplb").rglob("*.py") for text in messages(path)]
+    texts = [text for path in Path(distplb.__file__).parent.rglob("*.py") for text in messages(path)]
     for one in quoted:
         parts = [part.strip() for part in one.split("…") if part.strip()]
         assert any(all(part in text for part in parts) for text in texts), one
