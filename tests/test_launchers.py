@@ -38,6 +38,7 @@ placement = plan(load, Topology(1, 2), comm=comm, engine="reference").expert_of_
 topology = Topology.from_env()
 told = [comm.size, placement, [topology.num_nodes, topology.gpus_per_node], sys.argv[1:], os.getcwd()]
 open(f"rank{{comm.rank}}.json", "w").write(json.dumps(told))
+{end}
 """
 OVER_TORCH = PLANNING.format(
     start="""
@@ -45,9 +46,11 @@ import torch.distributed as dist
 from distplb.comm.torchdist import TorchComm
 dist.init_process_group("gloo")
 comm = TorchComm()
-"""
+""",
+    # With the last who holds it the group joins its threads: one that outlives the interpreter aborts the process.
+    end="del comm; dist.destroy_process_group()",
 )
-OVER_MPI = PLANNING.format(start="from distplb.comm.mpi import MpiComm; comm = MpiComm()")
+OVER_MPI = PLANNING.format(start="from distplb.comm.mpi import MpiComm; comm = MpiComm()", end="")
 # The environment alone, without the time that torch takes to be imported.
 TELLING = """
 import os

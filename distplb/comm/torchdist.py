@@ -10,6 +10,7 @@ that hangs all the same ends the process.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import logging
 import os
@@ -259,4 +260,6 @@ def process_group(deadline: float) -> Iterator[TorchComm]:
     try:
         yield TorchComm(deadline=deadline)
     finally:
+        # Whoever still holds the group keeps its threads; one that wants the interpreter after its end aborts.
+        gc.collect()
         dist.destroy_process_group()

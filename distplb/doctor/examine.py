@@ -44,10 +44,11 @@ def examined(deadline: float) -> Examination:
         return found  # the others would be waited for in vain
     try:
         with process_group(deadline) as comm:
-            return examined_together(comm, Topology.from_env(), found)
+            found = examined_together(comm, Topology.from_env(), found)
+            del comm  # so that the group goes with its threads
     except DistplbError as error:
         found.findings.append(wrong("ranks", str(error)))
-        return found
+    return found
 
 
 def examined_together(comm: Comm, topology: Topology, own: Examination) -> Examination:
