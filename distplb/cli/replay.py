@@ -21,7 +21,7 @@ from distplb.assumed import (
     steps_stood_for,
 )
 from distplb.cli.output import json_option, print_json, progress
-from distplb.cli.replayed import Costs, document, print_tables
+from distplb.cli.replayed import Costs, Replayed, document, print_tables
 from distplb.errors import DistplbError
 from distplb.eventlog import read_events
 from distplb.topology import Topology
@@ -141,10 +141,11 @@ def replay(
         bytes_per_slot=costs.model.bytes_per_slot,
         expert_share=options["expert_share"],
     )
+    replayed = Replayed(study, costs, found, others, bound, told)
     if as_json:
-        print_json(document(study, costs, found, others, bound, told))
+        print_json(document(replayed))
     else:
-        print_tables(study, costs, found, others, bound, told)
+        print_tables(replayed)
     if exit_code and told.answer == "no":
         sys.exit(1)
 

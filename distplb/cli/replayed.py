@@ -14,7 +14,7 @@ from distplb.cli.output import console, table
 from distplb.price import MoveModel, TimeCurve
 from distplb.verdict import Verdict, percent
 
-__all__ = ["Costs", "document", "print_tables"]
+__all__ = ["Costs", "Replayed", "document", "print_tables"]
 
 
 class Costs(NamedTuple):
@@ -25,15 +25,20 @@ class Costs(NamedTuple):
     job: AssumedJob | None = None
 
 
-def document(
-    study: Study,
-    costs: Costs,
-    found: Mapping[str, WhatIf],
-    others: Sequence[WhatIf],
-    bound: float,
-    told: Verdict,
-) -> dict[str, Any]:
+class Replayed(NamedTuple):
+    """What there is to tell: planners by name, other intervals with the price, the bound of all placements, advice."""
+
+    study: Study
+    costs: Costs
+    found: Mapping[str, WhatIf]
+    others: Sequence[WhatIf]
+    bound: float
+    told: Verdict
+
+
+def document(replayed: Replayed) -> dict[str, Any]:
     """All of it, for scripts."""
+    study, costs, found, others, bound, told = replayed
     trace = study.trace
     return {
         "steps": trace.num_steps,
@@ -52,15 +57,9 @@ def document(
     }
 
 
-def print_tables(
-    study: Study,
-    costs: Costs,
-    found: Mapping[str, WhatIf],
-    others: Sequence[WhatIf],
-    bound: float,
-    told: Verdict,
-) -> None:
+def print_tables(replayed: Replayed) -> None:
     """Two tables, what was assumed, and the advice."""
+    study, costs, found, others, bound, told = replayed
     out = console()
     trace, cluster = study.trace, study.topology
     out.print(
