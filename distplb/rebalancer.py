@@ -464,7 +464,8 @@ class Rebalancer:
         curve = self._options.time_curve
         load = planned.load if curve is None else curve.time(planned.load)
         copies = self._comm.size // self._topology.num_gpus  # EP groups side by side, each of which moves its own
-        return within_budget(load, self._placement, planned.placement, self._max_bytes // (slot_bytes * copies))
+        most = self._max_bytes // (slot_bytes * copies)
+        return within_budget(load, self._placement, planned.placement, most, self._routing.num_groups)
 
     def _decision(self, planned: Planned, target: Placement) -> tuple[str, str]:
         """What is done with the plan, and why."""
@@ -485,18 +486,16 @@ class Rebalancer:
         return "moved", "the moves lower the cost by more than their price"
 
     def _apply(self, placement: Placement) -> None:
-        if not self._names:
-            return
+        if self._names:
+            self._move(placement, Stages())
+
+    def _move(self, placement: Placement, stages: Stages, limits: Limits | None = None) -> Moved:
+        """The one way to another placement, so that none is ever in force that breaks a rule."""
         error: Exception | None = None
         try:
             self._check_placement(placement)
-        except DistplbError as refused:
-            error = refused
-        self._move(placement, Stages(), error=error)
-
-    def _move(
-        self, placement: Placement, stages: Stages, limits: Limits | None = None, error: Exception | None = None
-    ) -> Moved:
+        except DistplbError as illegal:
+            error = illegal
         self._before_a_move()
         travelling, refused = self._travelling()
         return self._mover.move(
@@ -543,7 +542,7 @@ class Rebalancer:
                 **self._search,
             )
             self._options.check(self._topology, len(layers), num_slots)
-            mover = Mover(layers, optimizers, self._comm, self._topology, num_slots, gpu)
+            mover = Mover(layers, optimizers, self._comm, self._topology, num_slots, gpu, self._routing.num_groups)
             verify = ("first", "digest", "off").index(self._verify)
             limit = -1 if self._max_bytes is None else self._max_bytes
             classes = None if self._slot_class is None else torch.as_tensor(self._slot_class).tolist()

@@ -148,6 +148,34 @@ def test_an_exchange_that_pays_only_after_another_is_made_after_it() -> None:
     assert within_budget(load, old, new, max_slots=3).expert_of_slot.tolist() == [[4, 1, 2, 3, 0, 5, 6, 7]]
 
 
+def test_what_fits_in_the_budget_takes_no_group_apart() -> None:
+    """With two slots nothing can move: the smallest exchange of groups takes four. It was two slots, 3 and 4."""
+    load = torch.tensor([[[9, 9, 9, 9, 1, 1, 1, 1]]])
+    old, new = Placement.contiguous(1, 8, 2), Placement(torch.tensor([[0, 1, 4, 5, 2, 3, 6, 7]]), 8, 2)
+    found = [within_budget(load, old, new, max_slots, num_groups=4) for max_slots in range(5)]
+    assert found == [old, old, old, old, new]
+    assert within_budget(load, old, new, 2).expert_of_slot.tolist() == [[0, 1, 4, 3, 2, 5, 6, 7]]
+
+
+def test_any_part_of_a_plan_of_groups_keeps_their_blocks() -> None:
+    random_ = random.Random(4)
+    met = set()
+    for _ in range(200):
+        groups, size = random_.choice([(4, 2), (6, 2), (4, 3), (2, 6)])
+        rows = []
+        for _ in range(4):  # two layers, before and after
+            order = random_.sample(range(groups), groups)
+            rows.append([group * size + member for group in order for member in random_.sample(range(size), size)])
+        slots = groups * size
+        old, new = (Placement(torch.tensor(pair), slots, 2) for pair in (rows[:2], rows[2:]))
+        load = torch.tensor([[[random_.choice([1, 2, 50]) for _ in range(slots)] for _ in range(2)] for _ in range(2)])
+        part = within_budget(load, old, new, random_.randrange(2 * slots), groups)
+        met.add((part == old, part == new))
+        for row in part.expert_of_slot.tolist():
+            assert all(len({expert // size for expert in row[at : at + size]}) == 1 for at in range(0, slots, size))
+    assert met == {(True, False), (False, True), (False, False)}
+
+
 # --- in a job -------------------------------------------------------------------------------------------------------
 
 

@@ -17,7 +17,7 @@ import torch
 
 from distplb import DistplbError, Placement
 from distplb.migrate.pieces import Layout, Part, Piece, joined
-from distplb.migrate.schedule import Copy, SlotMove, commits, copies, cycles, rank_step, rounds
+from distplb.migrate.schedule import Copy, SlotMove, commits, copies, cycles, exchanges, rank_step, rounds
 
 ITEM_BYTES = 8  # of the simulated tensors
 
@@ -243,6 +243,83 @@ def test_a_long_cycle_is_split_where_the_budget_ends(budget: int, most: int) -> 
     for moves in plan:
         placement = after(placement, moves)
     assert placement == new
+
+
+# --- routing groups ---------------------------------------------------------------------------------------------
+
+
+def in_blocks(random_: random.Random, num_groups: int, size: int) -> list[int]:
+    """A table of one layer whose blocks hold one group each."""
+    groups = random_.sample(range(num_groups), num_groups)
+    return [group * size + member for group in groups for member in random_.sample(range(size), size)]
+
+
+def keeps_blocks(table: Sequence[int], size: int) -> bool:
+    return all(len({expert // size for expert in table[at : at + size]}) == 1 for at in range(0, len(table), size))
+
+
+def test_the_first_commit_of_a_move_of_groups_takes_no_group_apart() -> None:
+    """8 experts in 4 groups on 2 GPUs: slots 3 and 4 changed places alone, and the router chose other experts."""
+    old, new = Placement.contiguous(1, 8, 2), Placement(torch.tensor([[0, 1, 4, 5, 2, 3, 6, 7]]), 8, 2)
+    assert len(commits(old, new, [1], [0], 1)) == 2  # by slots
+    (moves,) = commits(old, new, [1], [0], 1, num_groups=4)
+    assert sorted(move.target for move in moves) == [2, 3, 4, 5]
+    assert after(old, moves) == new
+
+
+@pytest.mark.parametrize(("num_groups", "size", "gpus"), [(4, 2, 2), (6, 4, 3), (2, 6, 4), (5, 1, 5), (8, 3, 2)])
+@pytest.mark.parametrize("budget", [0, 3, 9, 10**6])
+def test_every_commit_keeps_blocks_whatever_the_budget(num_groups: int, size: int, gpus: int, budget: int) -> None:
+    random_ = random.Random(num_groups * size + budget)
+    slots = num_groups * size
+    for _ in range(20):
+        old, new = (
+            Placement(torch.tensor([in_blocks(random_, num_groups, size) for _ in range(2)]), slots, gpus)
+            for _ in range(2)
+        )
+        placement = old
+        for moves in commits(old, new, [1, 1], [0, 0], budget, num_groups=num_groups):
+            placement = after(placement, moves)
+            assert all(keeps_blocks(row, size) for row in placement.expert_of_slot.tolist())
+        assert placement == new
+
+
+@pytest.mark.parametrize(("num_groups", "size"), [(4, 2), (6, 4), (2, 6), (5, 1)])
+def test_an_exchange_is_the_smallest_that_keeps_blocks(num_groups: int, size: int) -> None:
+    """Any of them by itself keeps blocks, whichever others are left out; no part of one does."""
+    random_ = random.Random(size)
+    for _ in range(20):
+        old, new = in_blocks(random_, num_groups, size), in_blocks(random_, num_groups, size)
+        table = list(old)
+        found = exchanges(old, new, num_groups)
+        for cells in random_.sample(found, len(found)):
+            for part in range(1, len(cells)):
+                partly = list(table)
+                for slot in (slot for cell in cells[:part] for slot in cell):
+                    partly[slot] = new[slot]
+                assert len(set(partly)) < len(partly) or not keeps_blocks(partly, size)
+            for slot in (slot for cell in cells for slot in cell):
+                table[slot] = new[slot]
+            assert sorted(table) == list(range(len(table)))
+            assert keeps_blocks(table, size)
+        assert table == new
+
+
+def test_commits_keep_experts_within_their_class_of_slots() -> None:
+    """Closed cycles of slots of one class, whole or in parts, never leave it."""
+    random_ = random.Random(2)
+    classes = [0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 1, 2]
+    for budget in (0, 2, 3, 100):
+        rows = []
+        for _ in range(2):
+            shuffled = {number: random_.sample(range(number, 12, 3), 4) for number in range(3)}
+            rows.append([shuffled[number].pop() for number in classes])
+        old, new = (Placement(torch.tensor([row]), 12, 4) for row in rows)
+        placement = old
+        for moves in commits(old, new, [1], [1], budget):
+            placement = after(placement, moves)
+            assert [expert % 3 for expert in placement.expert_of_slot[0].tolist()] == classes
+        assert placement == new
 
 
 def test_the_budget_is_of_the_fullest_rank_and_not_of_all_together() -> None:

@@ -9,17 +9,20 @@ import torch
 from torch import Tensor
 
 from distplb.cost import layer_cost
-from distplb.migrate.schedule import cycles
+from distplb.migrate.schedule import exchanges
 from distplb.placement import Placement
 
 __all__ = ["within_budget"]
 
 
-def within_budget(load: Tensor, old: Placement, new: Placement, max_slots: int) -> Placement:
+def within_budget(
+    load: Tensor, old: Placement, new: Placement, max_slots: int, num_groups: int | None = None
+) -> Placement:
     """The part of a change of placement that changes at most so many slots; without replicas.
 
-    Whole layers first, those that save most for each slot; of the others single closed cycles, as long as there is one
-    that saves anything and fits, again the one that saves most for each slot.
+    Whole layers first, those that save most for each slot; of the others single exchanges, as long as there is one
+    that saves anything and fits, again the one that saves most for each slot. An exchange is a closed cycle of slots
+    or, with routing groups, of blocks: whatever is left out, the placement keeps the rules that both keep.
 
     >>> load = torch.tensor([[[9, 9, 1, 1], [5, 4, 1, 1]]])
     >>> old = Placement.contiguous(num_layers=2, num_experts=4, num_gpus=2)
@@ -33,6 +36,7 @@ def within_budget(load: Tensor, old: Placement, new: Placement, max_slots: int) 
         old: the placement in force.
         new: the plan.
         max_slots: that may receive another expert, over all layers.
+        num_groups: of a router whose groups stay in blocks, as of `exchanges`.
     """
     table, wanted = old.expert_of_slot.clone(), new.expert_of_slot
     slots = (table != wanted).sum(1)  # [L]
@@ -48,26 +52,30 @@ def within_budget(load: Tensor, old: Placement, new: Placement, max_slots: int) 
             left -= int(slots[layer])
     for layer in worth.sort(descending=True, stable=True).indices.tolist():
         if saved[layer] > 0 and slots[layer] and bool((table[layer] != wanted[layer]).any()):
-            left -= _best_cycles(load[:, layer : layer + 1], table[layer], wanted[layer], old.num_gpus, left)
+            steps = load[:, layer : layer + 1]
+            left -= _best_exchanges(steps, table[layer], wanted[layer], old.num_gpus, left, num_groups)
     return Placement(table, old.num_experts, old.num_gpus)
 
 
-def _best_cycles(load: Tensor, table: Tensor, wanted: Tensor, num_gpus: int, left: int) -> int:
-    """Make some of a layer's cycles in its `table [P]`, in place; the slots that change."""
-    open_cycles = cycles(table.tolist(), wanted.tolist())
+def _best_exchanges(
+    load: Tensor, table: Tensor, wanted: Tensor, num_gpus: int, left: int, num_groups: int | None
+) -> int:
+    """Make some of a layer's exchanges in its `table [P]`, in place; the slots that change."""
+    cells = exchanges(table.tolist(), wanted.tolist(), num_groups)
+    still_open = [[slot for cell in cycle for slot in cell] for cycle in cells]
     changed = 0
-    while open_cycles:
-        tables = table.repeat(len(open_cycles), 1, 1)  # [cycles, 1, P]
-        for nth, cycle in enumerate(open_cycles):
-            tables[nth, 0, cycle] = wanted[cycle]
+    while still_open:
+        tables = table.repeat(len(still_open), 1, 1)  # [exchanges, 1, P]
+        for nth, slots in enumerate(still_open):
+            tables[nth, 0, slots] = wanted[slots]
         now = layer_cost(load, table[None], num_gpus)
-        saved = (now - layer_cost(load, tables, num_gpus))[:, 0]  # [cycles]
-        size = torch.tensor([len(cycle) for cycle in open_cycles])
+        saved = (now - layer_cost(load, tables, num_gpus))[:, 0]  # [exchanges]
+        size = torch.tensor([len(slots) for slots in still_open])
         worth = (saved.double() / size).masked_fill((saved <= 0) | (size > left - changed), 0)
         best = int(worth.argmax())
         if worth[best] <= 0:
             break
-        cycle = open_cycles.pop(best)
-        table[cycle] = wanted[cycle]
-        changed += len(cycle)
+        slots = still_open.pop(best)
+        table[slots] = wanted[slots]
+        changed += len(slots)
     return changed

@@ -40,6 +40,7 @@ class Mover:
         topology: of one EP group.
         num_slots: P.
         gpu: which GPU of its EP group this rank is; None where the communicator is the EP group.
+        num_groups: of a router whose rows move, so that its groups stay in blocks; None where there are none.
 
     Raises:
         DistplbError: if a tensor, the slots or `gpu` do not fit, or the optimizers do not know a parameter.
@@ -53,8 +54,9 @@ class Mover:
         topology: Topology,
         num_slots: int,
         gpu: int | None,
+        num_groups: int | None = None,
     ) -> None:
-        self._comm, self._optimizers, self._num_slots = comm, optimizers, num_slots
+        self._comm, self._optimizers, self._num_slots, self._num_groups = comm, optimizers, num_slots, num_groups
         self.gpu, self._slots_per_gpu = _checked_gpu(gpu, comm, topology), topology.slots_per_gpu(num_slots)
         self._names = [layer.name for layer in layers]
         self._tensors: list[list[RowTensor]] = [
@@ -166,7 +168,7 @@ class Mover:
             if error is not None:
                 raise error
             layers = list(zip(self._tensors, self._layouts, travelling, strict=True))
-            move = Move(old, new, layers, self._comm, node_of_rank, limits, self._staging)
+            move = Move(old, new, layers, self._comm, node_of_rank, limits, self._staging, self._num_groups)
             fields = dict(zip(fields, (new.digest(), what_travels(travelling)), strict=True))
         except Exception as caught:
             error = in_stage("move", caught)

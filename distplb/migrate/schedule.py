@@ -1,8 +1,10 @@
 """From two placements to what must be done: closed cycles, commits, copies, messages and rounds. Pure.
 
-A change of placement is a set of closed cycles of slots. A commit is one or more whole cycles that are staged
-together and then written together, so the placement after each commit is valid. A cycle too long for the staging
-budget becomes several shorter ones, each closed.
+A change of placement is a set of exchanges: closed cycles of cells, each of which receives what the next one holds. A
+cell is a slot or, where the router limits its choice to groups, a whole block of slots if another group moves in: the
+block has to hold one group at any time. A commit is one or more exchanges that are staged together and then written
+together, so the placement after each commit keeps the same rules as the ones before and after the move. An exchange
+that is too long for the staging budget becomes several shorter ones, each closed.
 Shapes: L layers, P slots, M GPUs.
 """
 
@@ -15,7 +17,9 @@ from itertools import islice
 from distplb.migrate.pieces import Layout, Piece
 from distplb.placement import Placement
 
-__all__ = ["Copy", "RankStep", "SlotMove", "commits", "copies", "cycles", "rank_step", "rounds"]
+__all__ = ["Copy", "RankStep", "SlotMove", "commits", "copies", "cycles", "exchanges", "rank_step", "rounds"]
+
+Cell = range  # consecutive slots whose experts go together
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,34 @@ def cycles(old: Sequence[int], new: Sequence[int]) -> list[list[int]]:
     return found
 
 
+def exchanges(old: Sequence[int], new: Sequence[int], num_groups: int | None = None) -> list[list[Cell]]:
+    """The smallest exchanges that keep blocks of routing groups whole, and together lead from one table to another.
+
+    >>> exchanges(old=[0, 1, 2, 3, 4, 5], new=[4, 5, 3, 2, 0, 1])
+    [[range(0, 1), range(4, 5)], [range(1, 2), range(5, 6)], [range(2, 3), range(3, 4)]]
+    >>> exchanges(old=[0, 1, 2, 3, 4, 5], new=[4, 5, 3, 2, 0, 1], num_groups=3)
+    [[range(0, 2), range(4, 6)], [range(2, 3), range(3, 4)]]
+
+    Args:
+        old, new: `[P]`, the expert of each slot, each expert once; with groups, both of whole blocks.
+        num_groups: blocks of P / `num_groups` slots hold the experts of one group each; no such rule where None.
+
+    Returns:
+        Closed cycles of cells: each receives the experts that the next one holds, the last those of the first.
+    """
+    if num_groups is None:
+        return [[range(slot, slot + 1) for slot in cycle] for cycle in cycles(old, new)]
+    size = len(old) // num_groups
+    blocks = [range(start, start + size) for start in range(0, len(old), size)]
+    before, after = ([table[block.start] // size for block in blocks] for table in (old, new))
+    found = [[blocks[number] for number in cycle] for cycle in cycles(before, after)]
+    for block, group, wanted in zip(blocks, before, after, strict=True):
+        if group == wanted:
+            inside = cycles([old[slot] for slot in block], [new[slot] for slot in block])
+            found += [[range(block[place], block[place] + 1) for place in cycle] for cycle in inside]
+    return found
+
+
 def commits(
     old: Placement,
     new: Placement,
@@ -69,8 +101,9 @@ def commits(
     router_bytes: Sequence[int],
     budget: int,
     most: int | None = None,
+    num_groups: int | None = None,
 ) -> list[list[SlotMove]]:
-    """The moves of each commit, in order; none stages more than `budget` bytes on any rank if a swap of two fits.
+    """The moves of each commit, in order; none stages more than `budget` bytes on any rank if a swap of two cells fits.
 
     Args:
         old: the placement in force; without replicas.
@@ -79,23 +112,30 @@ def commits(
         router_bytes: by layer, what every rank stages besides for each slot that receives.
         budget: in bytes, on each rank.
         most: commits that are wanted, the first ones; all where None.
+        num_groups: of a router whose groups stay in blocks, as of `exchanges`.
     """
-    return list(islice(_all_commits(old, new, gpu_bytes, router_bytes, budget), most))
+    return list(islice(_all_commits(old, new, gpu_bytes, router_bytes, budget, num_groups), most))
 
 
 def _all_commits(
-    old: Placement, new: Placement, gpu_bytes: Sequence[int], router_bytes: Sequence[int], budget: int
+    old: Placement,
+    new: Placement,
+    gpu_bytes: Sequence[int],
+    router_bytes: Sequence[int],
+    budget: int,
+    num_groups: int | None,
 ) -> Iterator[list[SlotMove]]:
     batch: list[SlotMove] = []
     staged = _Staged(gpu_bytes, router_bytes, old)
     for layer in range(old.num_layers):
-        for cycle in cycles(old.expert_of_slot[layer].tolist(), new.expert_of_slot[layer].tolist()):
-            for part in _split(layer, cycle, staged, budget):
+        table, wanted = old.expert_of_slot[layer].tolist(), new.expert_of_slot[layer].tolist()
+        for cells in exchanges(table, wanted, num_groups):
+            for part in _split(layer, cells, table, wanted, staged, budget):
                 if batch and staged.peak(batch + part) > budget:
                     yield batch
                     batch = []
-                # Parts of one cycle read what the one before writes. They never share a commit: a cycle is only cut
-                # where one more of its slots would exceed the budget.
+                # Parts of one exchange read what the one before writes. They never share a commit: an exchange is only
+                # cut where one more of its cells would exceed the budget.
                 batch = batch + part
     if batch:
         yield batch
@@ -116,20 +156,33 @@ class _Staged:
         return max(of_gpu.values(), default=0) + sum(self.router_bytes[move.layer] for move in moves)
 
 
-def _split(layer: int, cycle: list[int], staged: _Staged, budget: int) -> Iterator[list[SlotMove]]:
-    """The cycle as closed cycles within the budget, one after the other the same change."""
-    while len(cycle) > 1:
+def _split(
+    layer: int, cells: list[Cell], table: list[int], wanted: Sequence[int], staged: _Staged, budget: int
+) -> Iterator[list[SlotMove]]:
+    """The exchange as closed cycles within the budget, one after the other the same change; made in `table`."""
+    while len(cells) > 1:
         length = 2
-        while length < len(cycle) and staged.peak(_moves(layer, cycle[: length + 1])) <= budget:
+        while length < len(cells) and staged.peak(_moves(layer, cells[: length + 1], table, wanted)) <= budget:
             length += 1
-        yield _moves(layer, cycle[:length])
-        # The last slot of the part now holds what the first held, which the rest of the cycle still waits for.
-        cycle = cycle[length - 1 :] if length < len(cycle) else []
+        part = _moves(layer, cells[:length], table, wanted)
+        yield part
+        arrived = [table[move.source] for move in part]
+        for move, expert in zip(part, arrived, strict=True):
+            table[move.target] = expert
+        # The last cell of the part now holds what the first held, which the rest of the cycle still waits for.
+        cells = cells[length - 1 :] if length < len(cells) else []
 
 
-def _moves(layer: int, cycle: list[int]) -> list[SlotMove]:
-    following = cycle[1:] + cycle[:1]
-    return [SlotMove(layer, source, target) for target, source in zip(cycle, following, strict=True)]
+def _moves(layer: int, cells: list[Cell], table: Sequence[int], wanted: Sequence[int]) -> list[SlotMove]:
+    """Each cell receives from the next one; where that is not yet what it is to hold at last, in the order it comes."""
+    found = []
+    for target, source in zip(cells, cells[1:] + cells[:1], strict=True):
+        slot_of = {table[slot]: slot for slot in source}
+        experts = [wanted[slot] for slot in target]
+        if not slot_of.keys() >= set(experts):
+            experts = list(slot_of)
+        found += [SlotMove(layer, slot_of[expert], slot) for slot, expert in zip(target, experts, strict=True)]
+    return found
 
 
 def copies(moves: Sequence[SlotMove], tensors: Sequence[Sequence[tuple[int, Layout]]], rank: int) -> list[Copy]:

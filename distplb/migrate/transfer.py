@@ -66,7 +66,7 @@ class Limits(NamedTuple):
     """How much of a change of placement is made at once; at least one commit of it is."""
 
     commits: int  # at most
-    bytes: int  # staged on a rank in one of them; more where a swap of two experts takes more
+    bytes: int  # staged on a rank in one of them; more where the smallest exchange takes more
     seconds: float  # after which no further one begins: when the first rank's time is over
 
 
@@ -118,6 +118,7 @@ class Move:
         node_of_rank: of the communicator; by what crosses between them is told apart. All are of one where None.
         limits: to do the beginning of it only; all of it where None.
         staging: memory that was staged in before; its own where None.
+        num_groups: of a router whose groups stay in blocks, so that every commit keeps them; None where it has none.
 
     Attributes:
         layers: indices of those in which slots receive another expert.
@@ -133,6 +134,7 @@ class Move:
         node_of_rank: Sequence[int] | None = None,
         limits: Limits | None = None,
         staging: Staging | None = None,
+        num_groups: int | None = None,
     ) -> None:
         self.placement, self._comm, self._limits = old, comm, limits
         staging = Staging() if staging is None else staging
@@ -140,7 +142,8 @@ class Move:
         self._sizes = [traveller.dtype.itemsize for traveller in self._travelling]
         row_bytes = _row_bytes(layers, old.slots_per_gpu)
         budget = _budget(*row_bytes) if limits is None else limits.bytes
-        self._commits = commits(old, new, *row_bytes, budget, None if limits is None else limits.commits)
+        most = None if limits is None else limits.commits
+        self._commits = commits(old, new, *row_bytes, budget, most, num_groups)
         self.layers = {move.layer for moves in self._commits for move in moves}
         self._steps: list[RankStep] = []
         nodes = [0] * comm.size if node_of_rank is None else node_of_rank
@@ -150,8 +153,8 @@ class Move:
             wanted = copies(moves, numbered, comm.rank)
             self._crossing.append(self._bytes_crossing(wanted, nodes))
             self._steps.append(rank_step(wanted, comm.rank, _OPERATIONS, self._is_large))
-        most = self._most(_all(self._packed(step)) for step in self._steps)
-        self._outgoing = staging.room("outgoing", most, comm.device)
+        outgoing = self._most(_all(self._packed(step)) for step in self._steps)
+        self._outgoing = staging.room("outgoing", outgoing, comm.device)
         # What arrives in a commit lies together, from this rank and from others, so that both are within the budget;
         # but for a GPU's rows where the communicator wants its buffers on the host.
         own = next((flat.device for each in self._travelling for flat in each.flats), comm.device)
