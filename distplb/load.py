@@ -5,6 +5,9 @@ Shapes: T steps, L layers, E experts.
 
 from __future__ import annotations
 
+import threading
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -29,7 +32,8 @@ class LoadWindow:
     layers and ranks keep the same. Steps after the 30,000th are counted, but none of them is kept any more.
 
     `add` belongs in the forward of a layer. It never waits for the device, writes in place and keeps its write
-    index on the device, so it may be part of a captured CUDA graph.
+    index on the device, so it may be part of a captured CUDA graph. Threads may call it at once, as long as their
+    streams wait for each other.
 
     >>> window = LoadWindow(num_layers=1, num_experts=2, num_steps=2)
     >>> for number in range(10):
@@ -77,7 +81,15 @@ class LoadWindow:
         self._written = torch.empty(num_layers, dtype=torch.int64, device=device)  # steps since the last clear
         self._rows = torch.empty(_MOST_STEPS + 1, dtype=torch.int64, device=device)  # where each step goes
         self._seed, self._clears = seed, 0
+        self._lock = threading.RLock()  # a step is several operations on the same tensors
         self._start()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the lock, which cannot be copied, so that the model that holds the window can."""
+        return {name: value for name, value in vars(self).items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _lock=threading.RLock())
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -101,16 +113,29 @@ class LoadWindow:
             counts: `[E]` integers, this rank's tokens for each of the router's outputs.
             training: pass `module.training` under *reentrant* checkpointing, whose first forward runs without
                 gradients and would otherwise be taken for an evaluation.
+
+        Raises:
+            DistplbError: for a layer that is not there, or counts of another number of experts.
         """
+        num_layers, num_experts = self._counts.shape[1:]
+        if not 0 <= layer < num_layers:
+            raise DistplbError(f"LoadWindow.add: layer is {layer}; pass an index in [0, {num_layers})")
+        if counts.numel() != num_experts:
+            raise DistplbError(
+                f"LoadWindow.add: counts has shape {tuple(counts.shape)}; pass [{num_experts}], one for each of the "
+                "router's outputs"
+            )
         if torch._C._current_graph_task_id() != -1:  # inside autograd: the same tokens a second time
             return
         if not (torch.is_grad_enabled() if training is None else training):
             return
+        tokens = counts.detach().to(torch.int64).reshape(1, -1)  # [1, E]
         number = self._written[layer : layer + 1]  # [1], a view: nothing is read on the host
-        row = self._rows.index_select(0, number.clamp(max=_MOST_STEPS))  # [1]
-        self._counts[:, layer].index_copy_(0, row, counts.detach().to(torch.int64).reshape(1, -1))
-        self._numbers[:, layer].index_copy_(0, row, number)
-        number.add_(1)
+        with self._lock:
+            row = self._rows.index_select(0, number.clamp(max=_MOST_STEPS))  # [1]
+            self._counts[:, layer].index_copy_(0, row, tokens)
+            self._numbers[:, layer].index_copy_(0, row, number)
+            number.add_(1)
 
     def load(self) -> Tensor:
         """`[T', L, E]` int64: the kept steps that every layer has, in the order of time. Waits for the device.
@@ -135,15 +160,32 @@ class LoadWindow:
 
         Args:
             source: `[L, E]` int64, the former number of each output; a permutation of each layer's.
+
+        Raises:
+            DistplbError: if it is not.
         """
+        num_layers, num_experts = self._counts.shape[1:]
+        if source.shape != (num_layers, num_experts):
+            raise DistplbError(
+                f"LoadWindow.rename: source has shape {tuple(source.shape)}; pass [{num_layers}, {num_experts}]"
+            )
         source = source.to(self._counts.device)
-        for layer in (source != torch.arange(source.shape[1], device=source.device)).any(1).nonzero()[:, 0].tolist():
-            self._counts[:, layer] = self._counts[:, layer, source[layer]]
+        outputs = torch.arange(num_experts, device=source.device)
+        for layer in (source.sort(1).values != outputs).any(1).nonzero()[:1, 0].tolist():
+            raise DistplbError(
+                f"LoadWindow.rename: source of layer {layer} is {source[layer].tolist()}; pass a permutation of the "
+                f"numbers 0 to {num_experts - 1}"
+            )
+        changed = (source != outputs).any(1).nonzero()[:, 0].tolist()
+        with self._lock:
+            for layer in changed:
+                self._counts[:, layer] = self._counts[:, layer, source[layer]]
 
     def clear(self) -> None:
         """Forget all steps, without waiting for the device. The next sample is drawn anew."""
-        self._clears += 1
-        self._start()
+        with self._lock:
+            self._clears += 1
+            self._start()
 
     def _start(self) -> None:
         self._written.zero_()

@@ -5,7 +5,12 @@ Shapes: T steps, L layers, E experts.
 
 from __future__ import annotations
 
+import copy
+import pickle
 import random
+import sys
+import threading
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -250,6 +255,102 @@ def test_the_window_writes_in_place_and_hands_out_copies() -> None:
     assert taken.tolist() == [[[1, 2]]]
     tensors = [window._counts, window._numbers, window._written, window._rows]
     assert [tensor.data_ptr() for tensor in tensors] == addresses
+
+
+def at_once(*calls: Callable[[], object]) -> None:
+    """Each in a thread of its own; threads change places as often as Python lets them."""
+    interval, threads = sys.getswitchinterval(), [threading.Thread(target=call) for call in calls]
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+
+
+def test_threads_that_add_at_once_lose_no_step() -> None:
+    """544 of 4,000 steps were lost: two threads read the same index, and both wrote to its row."""
+    window, each = LoadWindow(2, 2, 4000), 2000
+
+    def add(expert: int) -> None:
+        counts = torch.eye(2, dtype=torch.int64)[expert]
+        for _ in range(each):
+            window.add(1, counts, training=True)
+
+    at_once(partial(add, 0), partial(add, 1))
+    for _ in range(2 * each):
+        window.add(0, torch.tensor([1, 1]), training=True)
+    assert window.seen == 2 * each
+    assert window.load()[:, 1].sum(0).tolist() == [each, each]
+
+
+def test_a_clear_beside_an_add_leaves_the_whole_step_or_nothing_of_it() -> None:
+    """A step that was added in the middle of a clear was counted, and its row forgotten."""
+    # Of so many layers and rows that clearing takes a while.
+    window, rounds, both, found = LoadWindow(500, 1, 1000), 200, threading.Barrier(2), []
+
+    def clear() -> None:
+        for _ in range(rounds):
+            both.wait()
+            window.clear()
+            both.wait()
+
+    def add() -> None:
+        for _ in range(rounds):
+            both.wait()
+            for _ in range(3):
+                window.add(0, torch.tensor([1]), training=True)
+            both.wait()
+            written = window._numbers[:-1, 0].sort(descending=True).values
+            found.append(written[: window._written[0]].flip(0).tolist() == list(range(window._written[0])))
+
+    at_once(clear, add)
+    assert found == [True] * rounds
+
+
+def test_a_window_goes_with_the_model_that_holds_it_when_that_is_copied_or_pickled() -> None:
+    """A lock can be neither."""
+    layer = counting()
+    layer(torch.ones(3))
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        other(torch.ones(3))
+        assert counted(other.window) == [1, 2]
+    assert counted(layer.window) == [1]
+
+
+@pytest.mark.parametrize("layer", [-2, -1, 2, 7])
+def test_counts_of_a_layer_that_is_not_there_are_refused(layer: int) -> None:
+    """Layer -2 of two was taken for layer 0; any other was an error of torch's, or none."""
+    window = LoadWindow(2, 3, 4)
+    for training in (True, False):
+        with pytest.raises(DistplbError, match=rf"LoadWindow.add: layer is {layer}; pass an index in \[0, 2\)"):
+            window.add(layer, torch.tensor([1, 2, 3]), training=training)
+    assert window._written.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("counts", [torch.tensor(5), torch.tensor([1, 2]), torch.ones(2, 3, dtype=torch.int64)])
+def test_counts_of_another_number_of_experts_are_refused(counts: Tensor) -> None:
+    window = LoadWindow(2, 3, 4)
+    with pytest.raises(DistplbError, match=r"LoadWindow.add: counts has shape .*; pass \[3\], one for each of the"):
+        window.add(0, counts, training=True)
+    assert window._written.tolist() == [0, 0]
+
+
+def test_a_renaming_that_is_no_permutation_of_every_layer_is_refused() -> None:
+    """Output -1 had the counts of the last one, and an output named twice had its counts twice."""
+    window = LoadWindow(2, 3, 4)
+    for layer in range(2):
+        window.add(layer, torch.tensor([1, 2, 3]), training=True)
+    for source in ([[0, 1, 2], [0, 1, -1]], [[0, 1, 2], [0, 0, 1]], [[0, 1, 2], [3, 1, 0]]):
+        with pytest.raises(
+            DistplbError, match=r"LoadWindow.rename: source of layer 1 is \[.*\]; pass a permutation of"
+        ):
+            window.rename(torch.tensor(source))
+    with pytest.raises(DistplbError, match=r"LoadWindow.rename: source has shape \(1, 3\); pass \[2, 3\]"):
+        window.rename(torch.tensor([[0, 1, 2]]))
+    assert window.load().tolist() == [[[1, 2, 3], [1, 2, 3]]]
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.int16, torch.uint8, torch.float32, torch.bfloat16])
