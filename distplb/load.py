@@ -5,11 +5,14 @@ Shapes: T steps, L layers, E experts.
 
 from __future__ import annotations
 
+import sys
 import threading
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
 from distplb.errors import DistplbError
 from distplb.hashing import hashed
@@ -106,13 +109,15 @@ class LoadWindow:
         """Take in one step of one layer, unless this forward is an evaluation or a recomputation.
 
         Recomputation under activation checkpointing runs inside the backward pass, and is known by that. An
-        evaluation is known by `training=False` or, where that is not given, by gradients being off.
+        evaluation is known by `training=False`, or by nothing being recorded for a backward pass, whatever `training`
+        says. The first forward of a reentrant checkpoint, which runs without gradients, is known by the checkpoint
+        around it.
 
         Args:
             layer: index in [0, L).
             counts: `[E]` integers, this rank's tokens for each of the router's outputs.
-            training: pass `module.training` under *reentrant* checkpointing, whose first forward runs without
-                gradients and would otherwise be taken for an evaluation.
+            training: pass `module.training` where evaluations run with gradients; they would otherwise be counted.
+                `True` does not make a step of a forward under `torch.no_grad()`.
 
         Raises:
             DistplbError: for a layer that is not there, or counts of another number of experts.
@@ -127,7 +132,8 @@ class LoadWindow:
             )
         if torch._C._current_graph_task_id() != -1:  # inside autograd: the same tokens a second time
             return
-        if not (torch.is_grad_enabled() if training is None else training):
+        says_evaluation = training is not None and not training
+        if says_evaluation or not (torch.is_grad_enabled() or _is_in_a_recorded_function()):
             return
         tokens = counts.detach().to(torch.int64).reshape(1, -1)  # [1, E]
         number = self._written[layer : layer + 1]  # [1], a view: nothing is read on the host
@@ -212,6 +218,25 @@ class LoadWindow:
         first = numbers[:, 0]
         rows = ((numbers == first[:, None]).all(1) & (first != _NONE)).nonzero()[:, 0]
         return rows[first[rows].argsort()]
+
+
+def _is_in_a_recorded_function() -> bool:
+    """Whether this thread is in the forward of a `torch.autograd.Function` that will have a backward.
+
+    Gradients are off there, as they are in an evaluation. `needs_input_grad` does not tell the two apart: under
+    `torch.no_grad()`, too, it is True for an input that asks for a gradient. An edge to an earlier node is there only
+    if the function is recorded.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        # Not of modules, whose frames are many: `f_locals` would keep what they hold until they end.
+        if code.co_name == "forward" and code.co_argcount and code.co_varnames[0] != "self":
+            context = frame.f_locals.get(code.co_varnames[0])
+            if isinstance(context, FunctionCtx) and getattr(context, "next_functions", None):
+                return True
+        frame = frame.f_back
+    return False
 
 
 def _steps_that_fit(num_layers: int, num_experts: int, max_bytes: int) -> int:

@@ -12,6 +12,8 @@ import sys
 import threading
 from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -397,14 +399,24 @@ def test_a_forward_without_gradients_is_not_counted() -> None:
     assert counted(layer.window) == []
 
 
-@pytest.mark.parametrize("gradients", [True, False])
-def test_what_the_module_says_of_itself_goes_before_gradients(gradients: bool) -> None:
-    layer = counting(says_training=True)
-    with torch.set_grad_enabled(gradients):
+@pytest.mark.parametrize("says_training", [True, False])
+@pytest.mark.parametrize("gradients", [torch.no_grad, torch.inference_mode])
+def test_an_evaluation_of_a_module_in_training_mode_is_not_counted(gradients: Any, says_training: bool) -> None:
+    """A validation under `no_grad` that forgot `model.eval()` was counted as steps of the training."""
+    layer = counting(says_training=says_training)
+    layer(torch.ones(3)).sum().backward()
+    with gradients():
         layer(torch.ones(3))
-        layer.eval()
-        layer(torch.ones(3))
-    assert counted(layer.window) == [1]
+    layer(torch.ones(3)).sum().backward()
+    assert counted(layer.window) == [1, 3]
+
+
+def test_a_forward_with_gradients_of_a_module_that_says_that_it_evaluates_is_not_counted() -> None:
+    layer = counting(says_training=True).eval()
+    layer(torch.ones(3))
+    layer.train()
+    layer(torch.ones(3))
+    assert counted(layer.window) == [2]
 
 
 def test_evaluation_between_steps_leaves_the_window_as_it_was() -> None:
@@ -419,7 +431,8 @@ def test_evaluation_between_steps_leaves_the_window_as_it_was() -> None:
     assert counted(layer.window) == [1, 5]
 
 
-@pytest.mark.parametrize(("use_reentrant", "says_training"), [(False, False), (False, True), (True, True)])
+@pytest.mark.parametrize("says_training", [False, True])
+@pytest.mark.parametrize("use_reentrant", [False, True])
 def test_recomputation_under_activation_checkpointing_is_not_counted(use_reentrant: bool, says_training: bool) -> None:
     layer = counting(says_training=says_training)
     x = torch.ones(3, requires_grad=True)
@@ -430,6 +443,84 @@ def test_recomputation_under_activation_checkpointing_is_not_counted(use_reentra
     assert layer.forwards == 4  # forward 2 and forward 4 were recomputations
     assert counted(layer.window) == [1, 3]
     assert layer.weight.grad is not None
+
+
+class OwnCheckpoint(torch.autograd.Function):
+    """As frameworks have their own: the context under another name, and held by an inner function."""
+
+    @staticmethod
+    def forward(context: Any, run: Any, x: Tensor) -> Tensor:
+        def remember() -> None:
+            context.run = run
+
+        remember()
+        context.save_for_backward(x)
+        with torch.no_grad():
+            found: Tensor = run(x)
+        return found
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> tuple[None, Tensor | None]:
+        x = context.saved_tensors[0].detach().requires_grad_()
+        with torch.enable_grad():
+            context.run(x).backward(gradient)
+        return None, x.grad
+
+
+REENTRANT: dict[str, Callable[..., Tensor]] = {
+    "torch's": partial(checkpoint, use_reentrant=True),
+    "own": OwnCheckpoint.apply,
+    "nested": lambda run, x: checkpoint(partial(OwnCheckpoint.apply, run), x, use_reentrant=True),
+    "in another": lambda run, x: checkpoint(partial(OwnCheckpoint.apply, run), x, use_reentrant=False),
+}
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")
+@pytest.mark.parametrize("how", REENTRANT)
+def test_a_reentrant_checkpoint_is_counted_once_in_training_and_never_in_an_evaluation(how: str) -> None:
+    """Its first forward has no gradients, just as an evaluation of a module that is still in training mode."""
+    layer, x = counting(num_steps=9, says_training=True), torch.ones(3, requires_grad=True)
+    wanted = []
+    for _ in range(2):
+        wanted.append(layer.forwards + 1)
+        REENTRANT[how](layer, x).sum().backward()
+        for gradients in (torch.no_grad, torch.inference_mode):
+            with gradients():
+                REENTRANT[how](layer, x)  # x still asks for a gradient
+                REENTRANT[how](layer, torch.ones(3))
+    assert layer.forwards > len(wanted) * 5
+    assert counted(layer.window) == wanted
+
+
+def test_a_checkpoint_through_which_no_gradient_goes_back_is_no_step() -> None:
+    layer = counting(says_training=True)
+    OwnCheckpoint.apply(layer, torch.ones(3))
+    assert counted(layer.window) == []
+
+
+def test_an_evaluation_beside_a_reentrant_checkpoint_in_another_thread_is_not_counted() -> None:
+    layer, other = counting(says_training=True), Counting(LoadWindow(1, 2, 4), says_training=True)
+
+    def evaluate() -> None:
+        with torch.no_grad():
+            other(torch.ones(3))
+
+    def run(x: Tensor) -> Tensor:
+        at_once(evaluate)
+        found: Tensor = layer(x)
+        return found
+
+    checkpoint(run, torch.ones(3, requires_grad=True), use_reentrant=True).sum().backward()
+    assert (other.forwards, counted(other.window), counted(layer.window)) == (2, [], [1])
+
+
+def test_a_forward_that_is_given_a_context_of_no_graph_is_no_step() -> None:
+    layer = counting(says_training=True)
+    for context in (torch.autograd.function.FunctionCtx(), SimpleNamespace(save_for_backward=lambda *_: None)):
+        context.save_for_backward = lambda *_: None
+        OwnCheckpoint.forward(context, layer, torch.ones(3, requires_grad=True))
+    assert layer.forwards == 2
+    assert counted(layer.window) == []
 
 
 def test_recomputation_inside_a_nested_checkpoint_is_not_counted() -> None:
