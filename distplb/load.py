@@ -24,15 +24,18 @@ _MAX_TOTAL_BITS = 40
 # Each rank's own total stays below this, so that the sum over 2^14 of them cannot leave an int64.
 _MAX_RANK_TOTAL = 2.0**48
 _NONE = -1  # the number of no step
-_MOST_STEPS = 30_000  # between two clears; below what torch hands to several threads
+_EACH_STEP = 2048  # so many steps after a clear, at the least, are drawn for one by one, and later ones in blocks
+_LAST_STEP = 2**31  # from here on none is kept; times a hash of 32 bits it still fits an int64
 
 
 class LoadWindow:
     """Counts on this rank: an even, seeded sample of all steps since the last clear, kept on the device.
 
-    Up to T steps, all are kept. From then on each step, old or new, is among the kept with the same chance. Which
-    ones depends on the seed, on how often the window was cleared and on the number of the step, on nothing else: all
-    layers and ranks keep the same. Steps after the 30,000th are counted, but none of them is kept any more.
+    Up to T steps, all are kept. From then on each step, old or new, is among the kept with the same chance, however
+    many there are. Which ones depends on the seed, on how often the window was cleared and on the number of the step,
+    on nothing else: all layers and ranks keep the same. From step 2,048 on (from the power of two that is at least 2 T,
+    where that is more) steps that follow each other do not go together: of blocks of 2 steps, from step 4,096 on of 4,
+    from 8,192 on of 8 and so on, at most one step each is kept.
 
     `add` belongs in the forward of a layer. It never waits for the device, writes in place and keeps its write
     index on the device, so it may be part of a captured CUDA graph. Threads may call it at once, as long as their
@@ -82,7 +85,12 @@ class LoadWindow:
         self._counts = torch.zeros(rows + 1, num_layers, num_experts, dtype=torch.int64, device=device)
         self._numbers = torch.empty(rows + 1, num_layers, dtype=torch.int64, device=device)  # whose counts these are
         self._written = torch.empty(num_layers, dtype=torch.int64, device=device)  # steps since the last clear
-        self._rows = torch.empty(_MOST_STEPS + 1, dtype=torch.int64, device=device)  # where each step goes
+        self._half = max(_EACH_STEP, 1 << (2 * rows - 1).bit_length()) // 2
+        doublings = max(0, (_LAST_STEP // (2 * self._half)).bit_length() - 1)
+        blocks = self._half * (2 + doublings)  # B, see `_draw`
+        # The step of each block that may be kept, and the one after it: where a step lies among them tells its row.
+        self._edges = torch.empty(2 * blocks, dtype=torch.int64, device=device)
+        self._rows = torch.full((2 * blocks + 1,), rows, dtype=torch.int64, device=device)
         self._seed, self._clears = seed, 0
         self._lock = threading.RLock()  # a step is several operations on the same tensors
         self._start()
@@ -138,7 +146,7 @@ class LoadWindow:
         tokens = counts.detach().to(torch.int64).reshape(1, -1)  # [1, E]
         number = self._written[layer : layer + 1]  # [1], a view: nothing is read on the host
         with self._lock:
-            row = self._rows.index_select(0, number.clamp(max=_MOST_STEPS))  # [1]
+            row = self._rows.index_select(0, torch.searchsorted(self._edges, number, right=True))  # [1]
             self._counts[:, layer].index_copy_(0, row, tokens)
             self._numbers[:, layer].index_copy_(0, row, number)
             number.add_(1)
@@ -197,20 +205,33 @@ class LoadWindow:
         self._written.zero_()
         self._numbers.fill_(_NONE)
         # Drawn once and in place: `add` is a part of every forward, and of captured graphs, and only looks them up.
-        self._rows.copy_(self._drawn_rows())
+        self._draw()
 
-    def _drawn_rows(self) -> Tensor:
-        """`[_MOST_STEPS + 1]`: the row of each step, by reservoir sampling; T, which is not read, for what is not kept.
+    def _draw(self) -> None:
+        """Draw ahead, by reservoir sampling, which steps will be kept and in which rows. Never waits for the device.
 
-        Vitter, "Random Sampling with a Reservoir" (1985), algorithm R. Of 32 bits modulo N, some remainders are more
-        frequent by one part in 2^32 / N.
+        Vitter, "Random Sampling with a Reservoir" (1985), algorithm R: for step n a number below n + 1 is drawn, which
+        is its row if it is below T. A table of all steps would have an end, so that this is done for each of the first
+        M = 2 · `half` only. The steps from M · 2^(k−1) to M · 2^k are taken in M / 2 blocks of 2^k. For a block that
+        ends before step n, a number below n is drawn, and where it is below T · 2^k, one of its steps, at a random
+        place, goes to row number // 2^k. Each of its steps is then kept with the chance T / n, and each step before it
+        stays with the chance 1 − 2^k / n, as after the last step of the block in algorithm R.
         """
-        num_steps, number = self.shape[0], torch.arange(len(self._rows), device=self._rows.device)
+        num_steps, half = self.shape[0], self._half
+        block = torch.arange(len(self._edges) // 2, device=self._edges.device)  # [B]
+        bits = (block // half - 1).clamp(min=0)  # k
+        start = (block - bits * half) << bits
+        end = start + (1 << bits)
         # Another hash for each window: the same positions every time would miss what happens in between.
-        drawn = hashed(torch.zeros_like(number), self._seed, self._seed >> 32, self._clears, number) % (number + 1)
-        row = torch.where(number < num_steps, number, drawn.clamp(max=num_steps))
-        row[-1] = num_steps
-        return row
+        state = hashed(torch.zeros_like(start[:1]), self._seed, self._seed >> 32, self._clears)
+        step = start + hashed(state, start, 1) % (end - start)
+        die = hashed(state, step)  # in [0, 2^32)
+        # Of 32 bits modulo n, some remainders are more frequent by one part in 2^32 / n, which is too much for large n.
+        drawn = torch.where(bits == 0, die % end, (die * end) >> 32)
+        row = torch.where(step < num_steps, step, (drawn >> bits).clamp(max=num_steps))
+        self._edges[0::2] = step
+        self._edges[1::2] = step + 1
+        self._rows[1::2] = row  # at an edge's own place; in between, steps go to row T, which is not read
 
     def _common_rows(self) -> Tensor:
         """`[T']`: rows in which all layers have the same step, in the order of time."""

@@ -65,13 +65,32 @@ def oracle_hash(*parts: int) -> int:
     return state
 
 
-def oracle_sample(num_steps: int, seen: int, seed: int = 0, clears: int = 0) -> list[int | None]:
-    """Which step each row holds after `seen` steps: algorithm R with the hash for a die."""
+def oracle_rows(num_steps: int, seen: int, seed: int = 0, clears: int = 0, each: int = 2048) -> dict[int, int]:
+    """The row of every step below `seen` that is kept for a while.
+
+    By algorithm R with the hash for a die; from step `each` on, of one step in a block of 2, then 4, and so on, for its
+    whole block.
+    """
+    found, start, width, until = {}, 0, 1, each
+    while start < seen:
+        number = start + oracle_hash(seed, seed >> 32, clears, start, 1) % width
+        die, end = oracle_hash(seed, seed >> 32, clears, number), start + width
+        drawn = die % end if width == 1 else die * end >> 32
+        if number < num_steps:
+            found[number] = number
+        elif drawn < num_steps * width:
+            found[number] = drawn // width
+        start = end
+        if start == until:
+            width, until = 2 * width, 2 * until
+    return {number: row for number, row in found.items() if number < seen}
+
+
+def oracle_sample(num_steps: int, seen: int, seed: int = 0, clears: int = 0, each: int = 2048) -> list[int | None]:
+    """Which step each row holds after `seen` steps."""
     rows: list[int | None] = [None] * num_steps
-    for number in range(seen):
-        row = number if number < num_steps else oracle_hash(seed, seed >> 32, clears, number) % (number + 1)
-        if row < num_steps:
-            rows[row] = number
+    for number, row in oracle_rows(num_steps, seen, seed, clears, each).items():
+        rows[row] = number
     return rows
 
 
@@ -108,22 +127,48 @@ def test_the_sample_is_that_of_the_oracle_after_every_step_and_every_clear(num_s
         window.clear()
 
 
-def test_every_step_has_the_same_chance_and_so_has_every_pair(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 20 steps a window keeps 5, in 800 windows: half by other seeds, half after other clears."""
-    T, N = 5, 20
-    monkeypatch.setattr("distplb.load._MOST_STEPS", N)  # rows are drawn ahead, which takes the time here
-    kept = torch.zeros(800, N)
-    cleared = LoadWindow(1, 1, T, seed=1000)
-    for trial in range(800):
+def test_a_sample_of_later_steps_is_that_of_the_oracle_whatever_the_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("distplb.load._EACH_STEP", 16)
+    monkeypatch.setattr("distplb.load._LAST_STEP", 512)
+    for num_steps, each in ((1, 16), (3, 16), (8, 16), (9, 32)):
+        window = LoadWindow(1, 2, num_steps, seed=num_steps)
+        for clears in range(2):
+            for step in range(600):
+                window.add(0, torch.tensor([step, 7]), training=True)
+                if step % 7 == 0 or step > 500:
+                    kept = in_time(oracle_sample(num_steps, min(step + 1, 512), num_steps, clears, each))
+                    assert window.steps().tolist() == kept
+                    assert window.load()[:, 0, 0].tolist() == kept
+            assert window.seen == 600  # from step 512 on none is kept any more
+            assert max(kept) >= 64
+            window.clear()
+
+
+@pytest.mark.parametrize(("steps", "each"), [(20, 32), (128, 16)])
+def test_every_step_has_the_same_chance(monkeypatch: pytest.MonkeyPatch, steps: int, each: int) -> None:
+    """A window keeps 5, in 1,600 windows: half by other seeds, half after other clears. Once by blocks of up to 8."""
+    monkeypatch.setattr("distplb.load._EACH_STEP", each)
+    monkeypatch.setattr("distplb.load._LAST_STEP", 8 * each)  # rows are drawn ahead, which takes the time here
+    T, N = 5, steps
+    kept = torch.zeros(1600, N)
+    cleared = LoadWindow(1, 1, T, seed=10_000)
+    for trial in range(1600):
         window = cleared if trial % 2 else LoadWindow(1, 1, T, seed=trial)
-        for _ in range(N):
-            window.add(0, torch.tensor([1]), training=True)
-        kept[trial, window.steps()] = 1
+        kept[trial, kept_after(window, N)] = 1
         window.clear()
     for half in (kept[::2], kept[1::2]):
-        assert deviation(half.sum(0), T / N, 400).abs().max() < 3.5
+        assert deviation(half.sum(0), T / N, 800).abs().max() < 3.7
         pairs = (half.T @ half)[torch.ones(N, N).triu(1) > 0]
-        assert deviation(pairs, T * (T - 1) / (N * (N - 1)), 400).abs().max() < 4.5
+        if N < each:
+            assert deviation(pairs, T * (T - 1) / (N * (N - 1)), 800).abs().max() < 4.5
+
+
+def kept_after(window: LoadWindow, seen: int) -> Tensor:
+    """Which steps are kept after so many, in their order, by the rows that were drawn ahead and without a single `add`."""
+    steps, rows = window._edges[0::2], window._rows[1::2]
+    steps, rows = steps[steps < seen], rows[steps < seen]
+    last = torch.full((window.shape[0] + 1,), -1).scatter_reduce(0, rows, steps, "amax")[:-1]
+    return last[last >= 0].sort().values
 
 
 def deviation(found: Tensor, chance: float, trials: int) -> Tensor:
@@ -131,23 +176,62 @@ def deviation(found: Tensor, chance: float, trials: int) -> Tensor:
     return (found - trials * chance) / (trials * chance * (1 - chance)) ** 0.5
 
 
-def test_steps_beyond_the_last_that_has_a_row_are_counted_and_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("distplb.load._MOST_STEPS", 6)
-    window = LoadWindow(1, 1, 2)
-    for number in range(6):
-        window.add(0, torch.tensor([number]), training=True)
-    before = window.load().clone()
-    for number in range(6, 40):
-        window.add(0, torch.tensor([number]), training=True)
-    assert torch.equal(window.load(), before)
-    assert window.seen == 40
+def test_of_70_000_steps_the_later_half_has_half_of_what_is_kept() -> None:
+    """A window that was never cleared, as of a job that rebalances seldom, kept no step after the 30,000th."""
+    window = LoadWindow(1, 1, 1000)
+    for number in range(70_000):
+        if number == 50_000:
+            early = window.steps()
+        window.add(0, ONE, training=True)
+    kept = window.steps()
+    assert (window.seen, len(kept)) == (70_000, 1000)
+    assert kept.tolist() == in_time(oracle_sample(1000, 70_000))
+    for steps, seen in ((early, 50_000), (kept, 70_000)):
+        assert torch.equal(steps, kept_after(window, seen))
+        assert abs(float(deviation((steps >= seen // 2).sum(), 0.5, 1000))) < 3.5
+
+
+ONE = torch.tensor([1])
+
+
+@pytest.fixture(scope="module")
+def windows() -> list[LoadWindow]:
+    """Of 200 steps and 43 seeds."""
+    return [LoadWindow(1, 1, 200, seed=seed) for seed in (*range(40), -1, 2**32, 2**40 + 7)]
+
+
+@pytest.mark.parametrize("seen", [2048, 4000, 30_000, 100_000, 1_234_567, 10_000_000, 2_000_000_000])
+def test_each_quarter_of_the_steps_has_a_quarter_of_what_is_kept_however_many_there_were(
+    windows: list[LoadWindow], seen: int
+) -> None:
+    kept = torch.stack([kept_after(window, seen) for window in windows])  # [seeds, T]
+    for parts in (2, 4, 7):
+        share = torch.bincount((kept * parts // seen).flatten(), minlength=parts)
+        assert deviation(share, 1 / parts, kept.numel()).abs().max() < 3.5, share
+    # Nor is it always the same place of a block of steps that is kept.
+    if seen >= 30_000:
+        places = torch.bincount(kept[kept > seen // 2] % 8, minlength=8)
+        assert deviation(places, 1 / 8, int(places.sum())).abs().max() < 3.5, places
+
+
+def test_rows_give_way_alike_to_later_steps(windows: list[LoadWindow]) -> None:
+    T = 200
+    rows = torch.stack([window._rows[1::2][2048:] for window in windows])
+    counts = torch.bincount(rows.flatten(), minlength=T + 1)[:T]
+    assert deviation(counts, 1 / T, int(counts.sum())).abs().max() < 3.5
+
+
+def test_what_is_drawn_ahead_is_too_little_for_torch_to_hand_it_to_several_threads() -> None:
+    """Which it does from 2^15 elements on, and would wake threads in the middle of a job's iteration."""
+    for num_steps, is_small in ((1, True), (64, True), (1024, True), (1025, False)):
+        assert (len(LoadWindow(1, 1, num_steps)._edges) < 2**16) == is_small
 
 
 def test_early_and_late_steps_of_a_long_window_are_kept_alike() -> None:
     """4,000 steps in 200 rows: a quarter of the rows for each quarter, which takes the remainder by n + 1, not by T."""
     window = LoadWindow(1, 1, 200)
     for _ in range(4000):
-        window.add(0, torch.tensor([1]), training=True)
+        window.add(0, ONE, training=True)
     quarters = torch.bincount(window.steps() // 1000, minlength=4)
     assert quarters.sum() == 200
     assert (quarters - 50).abs().max() < 3.5 * (200 * 0.25 * 0.75) ** 0.5
@@ -245,7 +329,7 @@ def test_bytes_for_not_even_one_step_are_refused_with_what_is_needed() -> None:
 
 def test_the_window_writes_in_place_and_hands_out_copies() -> None:
     window = LoadWindow(1, 2, 2)
-    tensors = [window._counts, window._numbers, window._written, window._rows]
+    tensors = [window._counts, window._numbers, window._written, window._edges, window._rows]
     addresses = [tensor.data_ptr() for tensor in tensors]
     counts = torch.tensor([1, 2])
     window.add(0, counts, training=True)
@@ -255,7 +339,7 @@ def test_the_window_writes_in_place_and_hands_out_copies() -> None:
         window.add(0, torch.tensor([number, number]), training=True)
     window.clear()
     assert taken.tolist() == [[[1, 2]]]
-    tensors = [window._counts, window._numbers, window._written, window._rows]
+    tensors = [window._counts, window._numbers, window._written, window._edges, window._rows]
     assert [tensor.data_ptr() for tensor in tensors] == addresses
 
 
