@@ -159,12 +159,12 @@ def test_every_step_has_the_same_chance(monkeypatch: pytest.MonkeyPatch, steps: 
     for half in (kept[::2], kept[1::2]):
         assert deviation(half.sum(0), T / N, 800).abs().max() < 3.7
         pairs = (half.T @ half)[torch.ones(N, N).triu(1) > 0]
-        if N < each:
+        if steps < each:
             assert deviation(pairs, T * (T - 1) / (N * (N - 1)), 800).abs().max() < 4.5
 
 
 def kept_after(window: LoadWindow, seen: int) -> Tensor:
-    """Which steps are kept after so many, in their order, by the rows that were drawn ahead and without a single `add`."""
+    """Which steps are kept after so many, in their order, by the rows that were drawn ahead and without an `add`."""
     steps, rows = window._edges[0::2], window._rows[1::2]
     steps, rows = steps[steps < seen], rows[steps < seen]
     last = torch.full((window.shape[0] + 1,), -1).scatter_reduce(0, rows, steps, "amax")[:-1]
