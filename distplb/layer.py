@@ -7,12 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from torch import Tensor
 
 from distplb.ties import RouterTies
 
 __all__ = ["ExpertTensor", "FlatShard", "MoELayer", "Rows"]
+
+
+class Removable(Protocol):
+    """What ends a subscription, such as torch's handle of a hook."""
+
+    def remove(self) -> None:
+        """Have no more calls."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +79,10 @@ class MoELayer:
         slot_of_expert: `[E]` int64, the table by which the layer's dispatcher finds an expert's slot after the
             router's choice. It is written in place after every move, and the router keeps its rows. Any placement is
             possible then.
-        counts: is called once with the function that takes this layer's counts `[P]` (`[E]` with `slot_of_expert`) of
-            each forward, as `LoadWindow.add` does, and a keyword `training`. None where the loop fills the window.
+        counts: is called with the function that takes this layer's counts `[P]` (`[E]` with `slot_of_expert`) of each
+            forward, as `LoadWindow.add` does, and a keyword `training`. Returns what ends that: a handle with
+            `remove()`, as of a hook, a sequence of these, or None where nothing is to be ended. None in its place where
+            the loop fills the window.
         ties: to be filled by the layer with its router's scores, so that the event can tell how many tokens are
             routed by chance.
         invalidate: called after each commit that changed this layer, to drop what is derived from its tensors: cached
@@ -85,6 +95,6 @@ class MoELayer:
     shards: Mapping[str, FlatShard | Sequence[FlatShard | None]] = field(default_factory=dict)
     num_groups: int | None = None
     slot_of_expert: Tensor | None = None
-    counts: Callable[[Callable[..., None]], object] | None = None
+    counts: Callable[[Callable[..., None]], Removable | Sequence[Removable] | None] | None = None
     ties: RouterTies | None = None
     invalidate: Callable[[], None] | None = None

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from distplb.errors import DistplbError
-from distplb.layer import MoELayer, Rows
+from distplb.layer import MoELayer, Removable, Rows
 from distplb.load import LoadWindow
 from distplb.placement import Placement
 
@@ -36,7 +36,7 @@ class Routing:
 
     def __init__(self, layers: Sequence[MoELayer]) -> None:
         self._layers = list(layers)
-        self._subscriptions: list[Any] = []
+        self._subscriptions: list[Removable] = []
         for layer in layers:
             _check(layer)
         has_tables = self._common(
@@ -50,7 +50,8 @@ class Routing:
         """A window that the layers fill by themselves.
 
         Raises:
-            DistplbError: if a layer does not say how its counts are had.
+            DistplbError: if a layer does not say how its counts are had, or how to end that. Nothing is subscribed to
+                then.
         """
         missing = [layer.name for layer in self._layers if layer.counts is None]
         if missing:
@@ -60,9 +61,13 @@ class Routing:
         sizes = [self._num_experts(layer) for layer in self._layers]
         num_experts = self._common("the number of experts", sizes, 1)
         window = LoadWindow(max(1, len(self._layers)), num_experts, num_steps, device=self._device(), seed=seed)
-        for index, layer in enumerate(self._layers):
-            assert layer.counts is not None
-            self._subscriptions.append(layer.counts(partial(window.add, index)))
+        try:
+            for index, layer in enumerate(self._layers):
+                assert layer.counts is not None
+                self._subscriptions += _handles(layer.name, layer.counts(partial(window.add, index)))
+        except BaseException:
+            self.close()
+            raise
         return window
 
     def follow(self, old: Placement | None, new: Placement) -> None:
@@ -81,11 +86,9 @@ class Routing:
         return [None if layer.ties is None else layer.ties.take() for layer in self._layers]
 
     def close(self) -> None:
-        """Take in no more counts."""
-        for subscription in self._subscriptions:
-            if hasattr(subscription, "remove"):
-                subscription.remove()
-        self._subscriptions.clear()
+        """Take in no more counts: end all that was subscribed to."""
+        while self._subscriptions:
+            self._subscriptions.pop().remove()
 
     def _common(self, what: str, values: Sequence[Any], default: Any) -> Any:
         for layer, value in zip(self._layers, values, strict=True):
@@ -111,6 +114,18 @@ class Routing:
 
 def _first(declared: Rows | Sequence[Tensor]) -> Tensor:
     return declared.tensor if isinstance(declared, Rows) else declared[0]
+
+
+def _handles(name: str, subscription: Any) -> list[Removable]:
+    """What ends a layer's subscription, piece by piece: a sequence has a `remove`, too, but of another meaning."""
+    if subscription is None:
+        return []
+    handles = list(subscription) if isinstance(subscription, Sequence) else [subscription]
+    if not all(callable(getattr(handle, "remove", None)) for handle in handles):
+        raise DistplbError(
+            f"{name}: counts returned {subscription!r}; return a handle with remove(), a sequence of handles, or None"
+        )
+    return handles
 
 
 def _check(layer: MoELayer) -> None:

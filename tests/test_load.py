@@ -20,9 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from distplb import DistplbError, LoadWindow
+from distplb import DistplbError, LoadWindow, MoELayer
 from distplb.hashing import hashed
 from distplb.load import as_tokens, group_of_steps, scaled, spare_bits
+from distplb.routing import Routing
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -622,6 +623,79 @@ def test_each_micro_batch_of_an_accumulated_gradient_is_a_step() -> None:
             layer(torch.ones(3)).sum().backward()
         layer.zero_grad()
     assert counted(layer.window) == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")
+@pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace")  # it breaks the graph there, as it should
+@pytest.mark.parametrize("use_reentrant", [None, False, True])
+def test_a_compiled_layer_is_counted_as_it_is_otherwise(use_reentrant: bool | None) -> None:
+    torch._dynamo.reset()
+    layer = counting(num_steps=9, says_training=True)
+    run = layer if use_reentrant is None else partial(checkpoint, layer, use_reentrant=use_reentrant)
+    compiled = torch.compile(run, backend="eager")
+    for _ in range(3):
+        compiled(torch.ones(3, requires_grad=True)).sum().backward()
+        with torch.no_grad():
+            compiled(torch.ones(3))
+    assert (layer.window.seen, layer.forwards) == (3, 6 if use_reentrant is None else 9)
+
+
+# --- by the layers themselves -----------------------------------------------------------------------------------
+
+
+class Handle:
+    """What `MoELayer.counts` returns: it notes that it was removed."""
+
+    def __init__(self) -> None:
+        self.removed = 0
+
+    def remove(self) -> None:
+        self.removed += 1
+
+
+def routing(*returned: Any) -> Routing:
+    """Of a layer for each of the things that its `counts` returns, or raises."""
+
+    def subscribe(result: Any, tell: Any) -> Any:
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    rows = {"w": torch.zeros(4, 2)}
+    return Routing(
+        [
+            MoELayer(name=f"moe.{number}", experts=rows, router=rows, counts=partial(subscribe, result))
+            for number, result in enumerate(returned)
+        ]
+    )
+
+
+@pytest.mark.parametrize("kind", [tuple, list])
+def test_all_that_layers_subscribed_with_is_removed_by_close(kind: type) -> None:
+    """Of a tuple nothing was removed, so that its hooks counted on."""
+    handles = [Handle() for _ in range(4)]
+    layers = routing(handles[0], kind(handles[1:]), None, kind())
+    for times in (1, 2):
+        layers.window(4, 0)
+        assert [handle.removed for handle in handles] == [times - 1] * 4
+        layers.close()
+        layers.close()
+        assert [handle.removed for handle in handles] == [times] * 4
+
+
+@pytest.mark.parametrize("returned", [True, "hook", [None], (Handle(), 3)])
+def test_what_cannot_be_removed_is_refused_and_what_was_subscribed_before_is_removed(returned: Any) -> None:
+    first = Handle()
+    with pytest.raises(DistplbError, match=r"moe\.1: counts returned .*; return a handle with remove\(\), a sequence"):
+        routing(first, returned).window(4, 0)
+    assert first.removed == 1
+
+
+def test_of_layers_that_subscribed_before_one_that_fails_nothing_is_left() -> None:
+    first = Handle()
+    with pytest.raises(RuntimeError, match="no such module"):
+        routing(first, RuntimeError("no such module")).window(4, 0)
+    assert first.removed == 1
 
 
 # --- on a device ------------------------------------------------------------------------------------------------

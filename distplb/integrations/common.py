@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from distplb.errors import DistplbError
 
@@ -21,7 +22,7 @@ __all__ = ["Tell", "counts_of", "gpus_of_a_node", "named_parts", "not_found", "w
 Tell = Callable[..., None]
 
 
-def counts_of(module: nn.Module, read: Callable[[tuple[Any, ...], Any], Tensor]) -> Callable[[Tell], object]:
+def counts_of(module: nn.Module, read: Callable[[tuple[Any, ...], Any], Tensor]) -> Callable[[Tell], RemovableHandle]:
     """For `MoELayer.counts`: after each forward of a module, the counts that `read(arguments, output)` finds in it.
 
     Args:
@@ -29,7 +30,7 @@ def counts_of(module: nn.Module, read: Callable[[tuple[Any, ...], Any], Tensor])
         read: from the forward's positional arguments and its output to the counts `[P]`.
     """
 
-    def subscribe(tell: Tell) -> object:
+    def subscribe(tell: Tell) -> RemovableHandle:
         def hook(watched: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
             tell(read(arguments, output), training=watched.training)
 

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 from torchtitan.components.checkpointer.utils import canonical_fqn
 from torchtitan.components.optimizer import OptimizersContainer
 from torchtitan.distributed import ParallelDims
@@ -262,7 +263,7 @@ class _Counts:
     def __init__(self, part: nn.Module, moe: MoE, ties: RouterTies) -> None:
         self._part, self._moe, self._ties = part, moe, ties
 
-    def __call__(self, tell: Tell) -> object:
+    def __call__(self, tell: Tell) -> Sequence[RemovableHandle]:
         """Tell of every forward from now on; tied scores go where the event finds them."""
         before = torch.zeros_like(_local(self._moe.tokens_per_expert_E))  # [P]
 
