@@ -28,11 +28,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import PrefixStore
 
 from distplb.comm.base import Message
-from distplb.comm.rollcall import RollCall, Store
+from distplb.comm.rollcall import RollCall
+from distplb.comm.store import Store
 from distplb.errors import DistplbError, LostRanksError
 from distplb.stages import current_stage
 
-__all__ = ["TorchComm", "backends", "process_group"]
+__all__ = ["TorchComm", "backends", "job_rank_and_size", "job_store", "process_group"]
 
 _SLICE_SECONDS = 1.0  # of waiting, between two looks at the store
 _MOST_GRACE_SECONDS = 10.0  # of a deadline, kept for the roll call
@@ -226,10 +227,20 @@ class TorchComm:
         ranks = tuple(self.global_ranks)
         _made[ranks] += 1
         name = hashlib.sha256(repr(ranks).encode()).hexdigest()[:16]
-        # torchrun may hand the store of a job's former life to the next one, with all that was written there.
-        life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        store = PrefixStore(f"distplb/{life}/{name}/{_made[ranks]}", dist.distributed_c10d._get_default_store())
-        return getattr(store, "clone", lambda: store)  # torch before 2.7 has one connection for all
+        return job_store(f"{name}/{_made[ranks]}")
+
+
+def job_store(name: str) -> Callable[[], Store]:
+    """Opens a connection of our own to the store that the job has now, under a name of ours."""
+    # torchrun may hand the store of a job's former life to the next one, with all that was written there.
+    life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = PrefixStore(f"distplb/{life}/{name}", dist.distributed_c10d._get_default_store())
+    return getattr(store, "clone", lambda: store)  # torch before 2.7 has one connection for all
+
+
+def job_rank_and_size() -> tuple[int, int] | None:
+    """This process among all of the job, and their number; None where torch.distributed is not initialised."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else None
 
 
 def backends() -> dict[str, bool]:

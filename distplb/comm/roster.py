@@ -1,0 +1,104 @@
+"""Which communicators of the job hold layers of which names: two that hold the same layers must be one.
+
+EP groups side by side hold copies of the same experts, whose gradients are averaged between them. If each group planned
+and moved for itself, they would average different experts.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import torch
+
+from distplb.comm.agreement import digest
+from distplb.comm.base import Comm
+from distplb.comm.store import Questions, Store
+from distplb.errors import DistplbError
+
+__all__ = ["Roster"]
+
+_SECONDS = 30.0  # that the job's store may take to answer
+
+
+class Roster:
+    """The entry of one communicator for its layers. Making one is collective; its rank 0 writes and reads.
+
+    Args:
+        comm: the ranks that move these layers together.
+        names: of the layers, unique in the model.
+    """
+
+    def __init__(self, comm: Comm, names: Sequence[str]) -> None:
+        self._questions: Questions | None = None
+        self._number, self._ranks = 0, list[int]()
+        job = _job_rank_and_size()
+        if job is None or comm.size == job[1] or not names:  # no others are there
+            return
+        ranks = torch.zeros(comm.size, dtype=torch.int64, device=comm.device)
+        ranks[comm.rank] = job[0]
+        comm.all_reduce_sum(ranks)
+        self._ranks = ranks.tolist()
+        if comm.rank == 0:
+            from distplb.comm.torchdist import job_store
+
+            self._questions = Questions(job_store(f"layers/{digest(sorted(names))}"))
+            self._first_name = names[0]
+
+    def enter(self) -> None:
+        """Write the entry, and read the others'; on rank 0.
+
+        Raises:
+            DistplbError: where the store does not answer, or as `refuse_others`.
+        """
+        if self._questions is not None and not self._questions.ask(_SECONDS, self._write):
+            raise DistplbError(f"the job's store has not answered in {_SECONDS:g} s; look whether its host is there")
+        self.refuse_others()
+
+    def refuse_others(self) -> None:
+        """Look for other ranks that hold layers of the same names, and move them by themselves; on rank 0.
+
+        Raises:
+            DistplbError: with their ranks and what to pass.
+        """
+        others: list[list[int]] = []
+        # Where the store does not answer any more, its host is lost, which the next collective tells better.
+        if self._questions is None or not self._questions.ask(_SECONDS, lambda store: self._look(store, others)):
+            return
+        for ranks in others:
+            if not set(ranks) & set(self._ranks):  # else it is one of these ranks' own, from before
+                raise DistplbError(
+                    f"ranks {self._ranks} and ranks {ranks} each have a communicator of their own for layers of the "
+                    f"same names ({self._first_name}, ...). If they hold copies of the same experts, these would be "
+                    "placed differently and then averaged: pass one communicator of all of them, such as "
+                    "comm=TorchComm(group_of_all) or GridComm(TorchComm(mesh['ep']), TorchComm(mesh['edp'])), and "
+                    "gpu=, this rank's number in its EP group. If they are different layers, as of two stages of a "
+                    "pipeline, give them the names that they have in the whole model"
+                )
+
+    def withdraw(self) -> None:
+        """These ranks move the layers no more."""
+        if self._questions is not None:
+            self._questions.ask(_SECONDS, lambda store: store.set(f"{self._number}/withdrawn", "1"))
+            self._questions = None
+
+    def _write(self, store: Store) -> None:
+        number = store.add("count", 1)
+        store.set(f"{number}/ranks", ",".join(map(str, self._ranks)))
+        self._number = number
+
+    def _look(self, store: Store, others: list[list[int]]) -> None:
+        """Entries are written before others are read: of two that come at once, one at least sees the other."""
+        for number in range(1, store.add("count", 0) + 1):
+            if number == self._number or not store.check([f"{number}/ranks"]):
+                continue
+            if not store.check([f"{number}/withdrawn"]):
+                others.append([int(rank) for rank in store.get(f"{number}/ranks").decode().split(",")])
+
+
+def _job_rank_and_size() -> tuple[int, int] | None:
+    if "torch.distributed" not in sys.modules:
+        return None
+    from distplb.comm.torchdist import job_rank_and_size
+
+    return job_rank_and_size()
