@@ -71,7 +71,9 @@ class MoELayer:
             over all its ranks. Whatever has a row for each expert and is left out here would stay behind when experts
             move: a moving average of the weights is declared like the weights.
         router: `[P, ...]` each, the same on all ranks, or sharded: row p belongs to the expert in slot p. Parameters
-            (weight) and buffers (a balancing bias) alike. Left empty where `slot_of_expert` is given.
+            (weight) and buffers (a balancing bias) alike. Left empty where `slot_of_expert` is given. A router that
+            also looks experts up by number, as hash routing does with a table from tokens to experts, needs
+            `slot_of_expert`: its rows could move, but the numbers in its table would stay.
         shards: for tensors (by their name in `experts` or `router`) that the optimizer does not step on itself, but on
             a shard or a copy: this rank's; for a sequence, one or None for each of its tensors. The tensor itself is
             then whole on each of the ranks that share it.

@@ -24,6 +24,7 @@ from distplb.account import Account, completed
 from distplb.background import Background
 from distplb.comm.agreement import agree, digest
 from distplb.comm.base import Comm, WorldOfOne
+from distplb.comm.roster import Roster
 from distplb.errors import DisagreementError, DistplbError, HalfMovedError, in_stage
 from distplb.eventlog import EventLog, SummaryWriter
 from distplb.events import RebalanceEvent
@@ -59,7 +60,10 @@ _COMMIT_BYTES = 16 << 20
 _FIELDS = (
     *("the number of layers", "every", "verify", "dry_run", "max_bytes", "stop_loss", "spread (digest)"),
     *("the model (digest)", "time_curve (digest)", "move_model (digest)", "slot_class (digest)"),
+    "the tables slot_of_expert (digest)",
 )
+_SAVE_SECONDS = 1800.0  # that `apply` waits for an asynchronous save
+_SAVE_PAUSE_SECONDS = 1.0  # of that, between two agreements on whether it has ended
 
 
 class Rebalancer:
@@ -82,8 +86,8 @@ class Rebalancer:
             in a stage of a pipeline, where every method then does nothing but count iterations.
         optimizer: the one that steps on their parameters, or all of them.
         topology: of one EP group.
-        comm: the ranks that hold these layers: those of the EP group, or of all EP groups side by side that hold
-            copies of the same experts. None for this process alone.
+        comm: the ranks that hold these layers: all EP groups side by side that hold copies of the same experts, or the
+            EP group where there is but one. None for this process alone.
         every: iterations between rebalances.
         window: the counts; its layers in the order of `layers`, its experts the router's outputs. Each layer's forward
             calls `window.add(index, counts)`. Where None, one is made that the layers fill (`MoELayer.counts`).
@@ -160,6 +164,8 @@ class Rebalancer:
         self._pending: _Pending | None = None
         self._saves, self._background = Saves(), Background(self._comm.device)
         self._names = tuple(layer.name for layer in layers)
+        self._attached: list[Attached] = []
+        self._is_closed = False
         optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
         self._mover = self._agreed_mover(layers, optimizers, gpu if layers else None, move_model)
         self._observer = Observer(self._window, self._comm, self._topology, self._mover.gpu, seed)
@@ -170,7 +176,10 @@ class Rebalancer:
             self._trace = TraceWriter(record, layers=self._names)
         if is_writer and (record is not None or summary_writer is not None):
             self._log = EventLog(None if record is None else Path(record) / "events.jsonl", summary_writer)
-        self._first = self._placement = self._logical_order()
+        self._first = self._placement = self._start
+        self._roster, self._knows_rows = self._entered()
+        if self._knows_rows:
+            self._mover.note(self._placement)
         self._routing.follow(None, self._placement)
 
     @property
@@ -203,7 +212,7 @@ class Rebalancer:
             LostRanksError: if ranks do not come, before anything was written.
             HalfMovedError: if a move broke off in the middle, now or before.
         """
-        self._refuse_if_poisoned()
+        self._refuse_if_unfit()
         self._iteration += 1
         if not self._names:
             return
@@ -223,19 +232,23 @@ class Rebalancer:
         Returns:
             What calls it; its `remove()` ends that.
         """
-        return Attached(self._optimizers, self.step)
+        self._attached.append(Attached(self._optimizers, self.step))
+        return self._attached[-1]
 
     def saving(self, response: Any) -> None:
-        """Have the next move wait until an asynchronous save has staged what it writes. Not collective.
+        """Have the next move wait until an asynchronous save is written. Not collective.
 
-        A move in the middle of the staging would mix two placements in one checkpoint. So would an optimizer step:
-        most trainers wait for the staging before it, and then this finds it complete.
+        A move in the meantime could mix two placements in one checkpoint. `step` does not wait: a rebalance that is due
+        moves in the first iteration in which no rank's save is being written. `apply` and its like wait.
 
         Args:
-            response: what `torch.distributed.checkpoint.async_save` returned. Where that is a plain future the state
-                was staged before it returned.
+            response: what `torch.distributed.checkpoint.async_save` returned, or a future of your own.
+
+        Raises:
+            DistplbError: if it is neither.
         """
-        self._saves.add(response)
+        if self._names:
+            self._saves.add(response)
 
     def apply(self, placement: Placement) -> None:
         """Move every expert to the slot that `placement` gives it, now; a rebalance that is under way is dropped.
@@ -247,7 +260,7 @@ class Rebalancer:
                 ranks, takes apart a routing group or a class of slots, or if the state of a layer is refused: nothing
                 has moved then.
         """
-        self._refuse_if_poisoned()
+        self._refuse_if_unfit()
         self._drop()
         self._apply(placement)
         self._forget_counts()
@@ -264,17 +277,25 @@ class Rebalancer:
         returns. If the block raises, experts stay in logical order, and `placement` says so. A rebalance that is under
         way goes on afterwards.
         """
-        self._refuse_if_poisoned()
+        self._refuse_if_unfit()
         there = self._placement
         self._apply(self._logical_order())
         yield
         self._apply(there)
 
     def close(self) -> None:
-        """Take in no more counts, and wait until trace and log are written, if they are recorded. Not collective."""
+        """Let go of model and optimizers, and wait until trace and log are written, if they are recorded.
+
+        Not collective. Experts stay where they are, which `state_dict` still tells; nothing moves any more.
+        """
+        self._is_closed = True
         self._drop()
         self._background.close()
         self._routing.close()
+        for attached in self._attached:
+            attached.remove()
+        self._mover.close()
+        self._roster.withdraw()
         for writer in (self._trace, self._log):
             if writer is not None:
                 writer.close()
@@ -286,6 +307,7 @@ class Rebalancer:
         any number of GPUs, and by any stages of a pipeline.
         """
         self._refuse_if_poisoned()
+        self._refuse_unknown_rows()
         counters = Counters(self._iteration, self._rebalances, self.enabled, self._stop_loss.strikes)
         return Saved(self._placement, self._first, counters).to_state(self._names)
 
@@ -301,11 +323,14 @@ class Rebalancer:
         if not self._names:
             return
         saved = Saved.from_state(state, self._names, self._window.shape[2], self._topology.num_gpus)
-        check_legal(saved.placement, saved.first, self._routing.num_groups)
+        for placement in (saved.placement, saved.first):  # as legal as `in_logical_order` and `restore` will need it
+            check_legal(placement, self._logical_order(), self._routing.num_groups, self._slot_class)
         self._drop()
         self._placement, self._first = saved.placement, saved.first
         self._iteration, self._rebalances, self.enabled, self._stop_loss.strikes = saved.counters
         self._routing.follow(None, self._placement)
+        self._mover.note(self._placement)
+        self._knows_rows = True
         self._forget_counts()
 
     # --- one rebalance ---------------------------------------------------------------------------------------
@@ -362,6 +387,8 @@ class Rebalancer:
             self._trace.add(planning.load, old, self._observer.iterations_of_steps(began, told.seen))
         self._complete_event(planning.load, told)
         self._observer.clear()
+        untrained = self._mover.watch.untrained()
+        self._mover.watch.restart()
         searched = self._beside(planning.search)
         yield began + spread.choose_after
         searched(stages)
@@ -375,11 +402,14 @@ class Rebalancer:
         limits = None if self._spread is None else Limits(1, _COMMIT_BYTES, spread.move_seconds)
         while decision in ("moved", "kept"):  # ranks agree on the placement also where nothing has to be moved
             try:
-                done = self._move(target, stages, limits)
+                done = self._move(target, stages, limits, untrained)
             except DisagreementError as differing:
                 self._warn_of_skipping(differing)
                 decision, reason = "skipped", str(differing)
                 break
+            if done is None:
+                yield self._iteration + 1
+                continue
             moved = moved.plus(done)
             if self._placement == target:
                 self._last_applied = began
@@ -486,16 +516,42 @@ class Rebalancer:
         return "moved", "the moves lower the cost by more than their price"
 
     def _apply(self, placement: Placement) -> None:
-        if self._names:
-            self._move(placement, Stages())
+        until = time.monotonic() + _SAVE_SECONDS
+        # All look again at once while a save is being written, so that nobody waits for another's at a collective.
+        while self._names and self._move(placement, Stages(), patience=_SAVE_PAUSE_SECONDS) is None:
+            if time.monotonic() > until:
+                raise DistplbError(
+                    f"an asynchronous save has not ended in {_SAVE_SECONDS:.0f} s, and nothing may move before it has; "
+                    "look for what holds it up"
+                )
 
-    def _move(self, placement: Placement, stages: Stages, limits: Limits | None = None) -> Moved:
-        """The one way to another placement, so that none is ever in force that breaks a rule."""
+    def _move(
+        self,
+        placement: Placement,
+        stages: Stages,
+        limits: Limits | None = None,
+        untrained: Sequence[bool] = (),
+        patience: float = 0.0,
+    ) -> Moved | None:
+        """The one way to another placement, so that none is ever in force that breaks a rule.
+
+        Args:
+            placement: wanted.
+            stages: receives the seconds.
+            limits: of what is done at once.
+            untrained: by layer, whether no gradient came to what this rank holds of it while its tokens were counted.
+            patience: seconds that this rank waits for its asynchronous saves.
+
+        Returns:
+            None where nothing was done, because the save of some rank has not ended.
+        """
         error: Exception | None = None
         try:
             self._check_placement(placement)
-        except DistplbError as illegal:
-            error = illegal
+            self._routing.check_tables(self._placement)
+            self._roster.refuse_others()
+        except DistplbError as refused_before:
+            error = refused_before
         self._before_a_move()
         travelling, refused = self._travelling()
         return self._mover.move(
@@ -508,6 +564,8 @@ class Rebalancer:
             stages=stages,
             error=refused or error,
             limits=limits,
+            untrained=untrained,
+            may_move=self._saves.have_ended(patience),
         )
 
     def _before_a_move(self) -> None:
@@ -519,6 +577,7 @@ class Rebalancer:
         if self._routing.mode == "permute":
             self._observer.follow(self._placement, placement)
         self._placement = placement
+        self._mover.note(placement)
 
     # --- what is refused -------------------------------------------------------------------------------------
 
@@ -528,6 +587,7 @@ class Rebalancer:
         """What moves this rank's part of the layers, once all ranks have the same layers and options."""
         error: Exception | None = None
         fields = dict.fromkeys(_FIELDS, 0)
+        mover: Mover | None = None
         try:
             self._check_options(layers)
             self._optimizers = optimizers
@@ -542,19 +602,45 @@ class Rebalancer:
                 **self._search,
             )
             self._options.check(self._topology, len(layers), num_slots)
+            self._start = self._routing.start(self._logical_order())
+            check_legal(self._start, self._logical_order(), self._routing.num_groups, self._slot_class)
             mover = Mover(layers, optimizers, self._comm, self._topology, num_slots, gpu, self._routing.num_groups)
             verify = ("first", "digest", "off").index(self._verify)
             limit = -1 if self._max_bytes is None else self._max_bytes
             classes = None if self._slot_class is None else torch.as_tensor(self._slot_class).tolist()
-            prices = (digest(self._options.time_curve), digest(model), digest(classes))
+            prices = (digest(self._options.time_curve), digest(model), digest(classes), self._start.digest())
             what = (int(self._dry_run), limit, self._stop_loss.patience, digest(self._spread), mover.digest(), *prices)
             values = (len(layers), self._every, verify, *what)
             fields = dict(zip(fields, values, strict=True))
         except Exception as caught:
             error = caught
-        agree(self._comm, fields, error)
-        mover.agree_on_layouts()
+        try:
+            agree(self._comm, fields, error)
+            assert mover is not None
+            mover.agree_on_layouts()
+        except BaseException:
+            if mover is not None:
+                mover.close()
+            raise
         return mover
+
+    def _entered(self) -> tuple[Roster, bool]:
+        """This communicator's entry among the job's; and whether it is known on all ranks where the rows are."""
+        error: Exception | None = None
+        knows_rows = False
+        roster = Roster(self._comm, self._names)
+        try:
+            roster.enter()
+            start = self._start.expert_of_slot.tolist()
+            knows_rows = all(row in (None, tuple(own)) for row, own in zip(self._mover.left(), start, strict=True))
+        except Exception as caught:
+            error = caught
+        try:
+            (everywhere,) = agree(self._comm, {}, error, least=[int(knows_rows)])
+        except BaseException:
+            self._mover.close()
+            raise
+        return roster, bool(everywhere)
 
     def _check_options(self, layers: Sequence[MoELayer]) -> None:
         if not isinstance(self._every, int) or self._every < 1:
@@ -588,7 +674,6 @@ class Rebalancer:
     def _travelling(self) -> tuple[Travelling, Exception | None]:
         """All that travels now; or why it may not."""
         try:
-            self._saves.wait()
             return self._mover.travelling(), None
         except Exception as refused:
             return [], refused
@@ -606,6 +691,20 @@ class Rebalancer:
         check_legal(placement, self._placement, self._routing.num_groups, self._slot_class)
 
     # --- small things ----------------------------------------------------------------------------------------
+
+    def _refuse_if_unfit(self) -> None:
+        self._refuse_if_poisoned()
+        if self._is_closed:
+            raise DistplbError("this Rebalancer has been closed, and moves nothing any more; make a new one")
+        self._refuse_unknown_rows()
+
+    def _refuse_unknown_rows(self) -> None:
+        if not self._knows_rows:
+            raise DistplbError(
+                f"the rows of {self._names[0]} were moved by another Rebalancer of this process, which alone knows "
+                "where they are; pass its state_dict() to load_state_dict() of this one, or call its restore() before "
+                "its close() and before this one is made"
+            )
 
     def _refuse_if_poisoned(self) -> None:
         if self._mover.broken is not None:

@@ -70,6 +70,44 @@ class Routing:
             raise
         return window
 
+    def start(self, logical: Placement) -> Placement:
+        """Where the experts are to begin with: as the tables say, if there are any, else in logical order.
+
+        Raises:
+            DistplbError: if a table does not name each slot once.
+        """
+        rows = []
+        for row, layer in zip(logical.expert_of_slot, self._layers, strict=True):
+            table = layer.slot_of_expert
+            if table is None or not bool(table.any()):  # zeros: nobody has filled it yet
+                rows.append(row)
+                continue
+            if not torch.equal(table.cpu().sort().values, row):
+                raise DistplbError(
+                    f"{layer.name}: slot_of_expert is {table.tolist()}; it must name each of {len(row)} slots once: "
+                    f"pass torch.arange({len(row)}) for experts that have not moved"
+                )
+            rows.append(table.cpu().argsort())
+        return Placement(torch.stack(rows), logical.num_experts, logical.num_gpus) if rows else logical
+
+    def check_tables(self, placement: Placement) -> None:
+        """Refuse tables that somebody else has written since.
+
+        Raises:
+            DistplbError: with the first expert that is looked up elsewhere than in its slot.
+        """
+        for layer, slots in zip(self._layers, placement.inverse[..., 0], strict=False):
+            if layer.slot_of_expert is None:
+                continue
+            wrong = (layer.slot_of_expert.cpu() != slots).nonzero()
+            if len(wrong):
+                expert = int(wrong[0])
+                raise DistplbError(
+                    f"{layer.name}: slot_of_expert has expert {expert} in slot {int(layer.slot_of_expert[expert])}, "
+                    f"and it was put into slot {int(slots[expert])}: something else has written the table, as loading "
+                    "a state of the model does; load the rebalancer's state along with it"
+                )
+
     def follow(self, old: Placement | None, new: Placement) -> None:
         """Have tokens find the experts where `new` has them; `old` is None where all layers may have changed."""
         slot = new.inverse[..., 0]  # [L, E]

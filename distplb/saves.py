@@ -1,43 +1,47 @@
-"""Asynchronous saves that are still staging what they write."""
+"""Asynchronous saves that may still read what they write."""
 
 from __future__ import annotations
 
-from concurrent import futures
+import time
 from typing import Any
 
 from distplb.errors import DistplbError
 
 __all__ = ["Saves"]
 
-_STAGING_SECONDS = 1800.0  # that a save may take to stage what it writes
+_PAUSE_SECONDS = 0.01  # between two looks at whether a save has ended
 
 
 class Saves:
-    """The saves of one rank. A move in the middle of their staging would mix two placements in one checkpoint."""
+    """The saves of one rank. A move before their end could mix two placements in one checkpoint.
+
+    That the state has been staged does not say that it has been copied: torch 2.6 hands on tensors that are on the CPU
+    already, and a stager of the user's own may. So a save counts until it is written.
+    """
 
     def __init__(self) -> None:
-        self._staging: list[Any] = []
+        self._futures: list[Any] = []
 
     def add(self, response: Any) -> None:
-        """Take in what `async_save` returned; where that is a plain future, nothing is left to stage."""
-        staging = getattr(response, "staging_completion", None)
-        if staging is not None:
-            self._staging.append(staging)
-
-    def wait(self) -> None:
-        """Until all have staged; whether a save succeeds is not for us to say.
+        """Take in what `async_save` returned.
 
         Raises:
-            DistplbError: if one takes longer than half an hour.
+            DistplbError: if that is neither a future nor an `AsyncSaveResponse`.
         """
-        while self._staging:
-            try:
-                self._staging[0].exception(timeout=_STAGING_SECONDS)
-            except futures.CancelledError:
-                pass
-            except futures.TimeoutError as late:
-                raise DistplbError(
-                    f"an asynchronous save has not staged its state in {_STAGING_SECONDS:.0f} s, and nothing may move "
-                    "before it has; look for what holds it up"
-                ) from late
-            self._staging.pop(0)
+        both = [getattr(response, name, None) for name in ("staging_completion", "upload_completion")]
+        futures = both if None not in both else [response]
+        if not all(callable(getattr(future, "done", None)) for future in futures):
+            raise DistplbError(
+                f"saving got a {type(response).__name__}; pass what torch.distributed.checkpoint.async_save returned, "
+                "or a future that is done when the checkpoint is written; nothing for a save that has ended"
+            )
+        self._futures.extend(futures)
+
+    def have_ended(self, seconds: float = 0.0) -> bool:
+        """Whether all are written, or have failed, which is not for us to tell; waits for that, but not longer."""
+        until = time.monotonic() + seconds
+        while True:
+            self._futures = [future for future in self._futures if not future.done()]
+            if not self._futures or time.monotonic() >= until:
+                return not self._futures
+            time.sleep(_PAUSE_SECONDS)

@@ -293,6 +293,7 @@ def test_random_moves_beside_saves_leave_every_element_where_it_belongs(tmp_path
 
 def refused_one(case: str) -> str:
     world = World("dtensors_over_ep")
+    world.rebalancer.close()
     w = world.experts["w"]
     ep, both = world.mesh["ep"], world.mesh
     gpu, optimizer = world.gpu, world.optimizer

@@ -69,7 +69,7 @@ def refused(case: str) -> str:
     if odd and case == "names":
         layers = job.layers()[::-1]
     if odd and case == "shapes":
-        layers = job.layers(router={"weight": torch.zeros(EXPERTS, DIM + 1)})
+        layers = [replace(layer, router={"weight": torch.zeros(EXPERTS, DIM + 1)}) for layer in job.layers()]
     if odd and case == "unknown":
         job.optimizer = torch.optim.AdamW(job.routers)
     if odd and case == "rows":

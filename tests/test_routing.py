@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from concurrent.futures import Future
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from jobs import DIM, EXPERTS, LAYERS, Job, skewed
 from ranks import on_ranks
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse
 
 from distplb import DistplbError, LoadWindow, MoELayer, Placement, Rebalancer, Topology
 from distplb.events import RebalanceEvent
@@ -181,8 +183,8 @@ def test_layers_fill_the_window_by_themselves_until_it_is_closed() -> None:
     assert events[0].steps == 2  # the evaluation is none
     rebalancer.close()
     router(torch.randn(5, DIM))
-    rebalancer.step()
-    with pytest.raises(DistplbError, match="the window has no steps"):
+    assert not len(rebalancer._window.load())
+    with pytest.raises(DistplbError, match="this Rebalancer has been closed, and moves nothing any more"):
         rebalancer.step()
 
 
@@ -273,24 +275,26 @@ def test_a_stage_without_layers_takes_part_without_any() -> None:
 # --- saving ------------------------------------------------------------------------------------------------------
 
 
-class Saving:
-    """What an asynchronous save returns, its staging in the hands of the test."""
+@pytest.mark.parametrize("is_staged", [False, True, None])
+def test_applying_waits_until_what_is_being_saved_is_written(is_staged: bool | None) -> None:
+    """Also where it has been staged, and where there is no word of that: what was staged may be the tensors themselves.
 
-    def __init__(self, future: Any) -> None:
-        self.staging_completion = future
-
-
-def test_a_move_waits_until_what_is_being_saved_is_staged() -> None:
+    torch 2.6 hands on those that are on the CPU: a checkpoint then told one placement and held the rows of another.
+    """
     job = Job(ranks=1)
     rebalancer = job.rebalancer(every=1)
-    staged: torch.futures.Future[None] | Any = _future()
-    rebalancer.saving(Saving(staged))
+    written, staged = Future[None](), Future[None]()
+    if is_staged:
+        staged.set_result(None)
+    rebalancer.saving(written if is_staged is None else AsyncSaveResponse(staged, written))
     before, seen = job.values(), []
 
     def stage() -> None:
         time.sleep(0.3)
         seen.append(all(torch.equal(a, b) for a, b in zip(before, job.values(), strict=True)))
-        staged.set_exception(RuntimeError("no space left"))  # not for the rebalancer to say
+        if not staged.done():
+            staged.set_result(None)
+        written.set_exception(RuntimeError("no space left"))  # not for the rebalancer to say
 
     thread = threading.Thread(target=stage)
     thread.start()
@@ -300,20 +304,44 @@ def test_a_move_waits_until_what_is_being_saved_is_staged() -> None:
     assert not torch.equal(job.weights[0], before[0])
 
 
-def test_a_save_that_is_never_staged_is_an_error_and_not_a_hang(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("distplb.saves._STAGING_SECONDS", 0.1)
+def test_a_save_that_is_never_written_is_an_error_and_not_a_hang(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("distplb.rebalancer._SAVE_SECONDS", 0.1)
     job = Job(ranks=1)
     rebalancer = job.rebalancer(every=1)
-    rebalancer.saving(Saving(_future()))
-    with pytest.raises(DistplbError, match="an asynchronous save has not staged its state in 0 s"):
+    rebalancer.saving(Future[None]())
+    with pytest.raises(DistplbError, match="an asynchronous save has not ended in 0 s"):
         rebalancer.apply(placed(REVERSED, REVERSED))
     assert rebalancer.placement == Placement.contiguous(LAYERS, EXPERTS, 1)
 
 
-def _future() -> Any:
-    from concurrent.futures import Future
+def postponed() -> tuple[list[bool], list[int]]:
+    """A rebalance that is due while rank 1 alone still writes: by iteration, whether experts have moved."""
+    job = Job()
+    events: list[Any] = []
+    rebalancer = job.rebalancer(every=2, on_event=events.append)
+    written, moved = Future[None](), []
+    if dist.get_rank() == 1:
+        rebalancer.saving(written)
+    for iteration in range(1, 6):
+        if iteration == 4:
+            written.set_result(None)
+        job.iterate(skewed((0, 1)))
+        job.optimizer.zero_grad()
+        rebalancer.step()
+        moved.append(rebalancer.placement != Placement.contiguous(LAYERS, EXPERTS, 2))
+    return moved, [event.iteration for event in events if event.decision == "moved"]
 
-    return Future()
+
+def test_a_rebalance_that_is_due_goes_on_training_until_the_save_is_written() -> None:
+    for moved, began in on_ranks(2, postponed, deadline=60):
+        assert moved == [False, False, False, True, True]
+        assert began[0] == 2
+
+
+@pytest.mark.parametrize("response", [None, "a folder", {"writes": "at once"}])
+def test_what_is_no_save_is_not_taken_for_one_that_has_ended(response: Any) -> None:
+    with pytest.raises(DistplbError, match=r"saving got a (NoneType|str|dict); pass what .*async_save returned"):
+        Job(ranks=1).rebalancer(every=1).saving(response)
 
 
 def test_logical_order_lasts_as_long_as_the_block() -> None:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from distplb.comm.base import Comm
-from distplb.migrate.state import RowTensor, Traveller
+from distplb.migrate.rows import RowTensor
+from distplb.migrate.state import Traveller
 from distplb.placement import Placement
 
 __all__ = ["expert_checksums"]

@@ -10,7 +10,8 @@ from distplb.comm.agreement import digest
 from distplb.comm.base import Comm
 from distplb.errors import DistplbError
 from distplb.migrate.pieces import Layout
-from distplb.migrate.state import RowTensor, Traveller
+from distplb.migrate.rows import RowTensor
+from distplb.migrate.state import Traveller
 
 __all__ = ["completed", "what_travels"]
 

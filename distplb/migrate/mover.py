@@ -15,10 +15,15 @@ from distplb.comm.base import Comm
 from distplb.errors import DistplbError, HalfMovedError, in_stage
 from distplb.layer import MoELayer
 from distplb.migrate.checksum import expert_checksums
+from distplb.migrate.claims import Claim, Row
+from distplb.migrate.fsdp2 import param_groups, reshard
 from distplb.migrate.kinds import completed, what_travels
 from distplb.migrate.pieces import Layout
-from distplb.migrate.state import BackwardWatch, RowTensor, Traveller, check_known, row_tensors, travellers
+from distplb.migrate.rows import RowTensor, row_tensors
+from distplb.migrate.settings import agree_on_settings, trainers
+from distplb.migrate.state import Traveller, check_known, travellers
 from distplb.migrate.transfer import Limits, Move, Moved, Staging, agreed_layouts
+from distplb.migrate.watch import TrainingWatch
 from distplb.placement import Placement
 from distplb.stages import Stages
 from distplb.topology import Topology
@@ -31,7 +36,8 @@ Travelling = list[list[Traveller]]  # by layer
 class Mover:
     """Knows what travels with the experts of each layer and who holds it; moves it, whole or not at all.
 
-    Making one is local to the rank, and refuses what cannot be moved; `agree_on_layouts` and `move` are collective.
+    Making one is local to the rank, and refuses what cannot be moved; `agree_on_layouts` and `move` are collective. It
+    holds the tensors, and hooks on them, until it is closed.
 
     Args:
         layers: the MoE layers.
@@ -43,7 +49,8 @@ class Mover:
         num_groups: of a router whose rows move, so that its groups stay in blocks; None where there are none.
 
     Raises:
-        DistplbError: if a tensor, the slots or `gpu` do not fit, or the optimizers do not know a parameter.
+        DistplbError: if a tensor, the slots or `gpu` do not fit, the optimizers do not know a parameter or train
+            experts of one layer differently, or another rebalancer of this process moves one of the tensors.
     """
 
     def __init__(
@@ -62,10 +69,12 @@ class Mover:
         self._tensors: list[list[RowTensor]] = [
             row_tensors(layer, self.gpu, self._slots_per_gpu, topology.num_gpus) for layer in layers
         ]
+        trained = trainers(optimizers)
         for tensors in self._tensors:
-            check_known(tensors, optimizers)
+            check_known(tensors, trained)
         self._layouts: list[list[Layout]] = []
-        self._backward = BackwardWatch(self._tensors, optimizers)
+        self._claim = Claim(self._tensors)
+        self.watch = TrainingWatch(self._tensors, optimizers)
         self._staging = Staging()
         self.broken: str | None = None  # why the experts may not be whole any more
 
@@ -74,17 +83,35 @@ class Mover:
         return digest([(t.name, t.row) for tensors in self._tensors for t in tensors])
 
     def agree_on_layouts(self) -> None:
-        """Learn which rank holds what; once, before anything moves."""
+        """Learn which rank holds what, and that all train it alike; once, before anything moves."""
         self._layouts = agreed_layouts(self._tensors, self._num_slots, self._comm)
+        agree_on_settings(self._tensors, trainers(self._optimizers), self._comm)
+
+    def left(self) -> list[Row | None]:
+        """By layer, where a rebalancer before this one has left the rows of its tensors, as of `Claim`."""
+        return self._claim.left()
+
+    def note(self, placement: Placement) -> None:
+        """The rows lie as this says, for whoever moves them after this one."""
+        self._claim.note(placement)
+
+    def close(self) -> None:
+        """Leave the tensors to others, and take the hooks away."""
+        self._claim.release()
+        self.watch.close()
 
     def travelling(self) -> Travelling:
-        """All that travels now.
+        """All that travels now; what FSDP2 has derived from it is dropped.
 
         Raises:
-            DistplbError: if a backward pass has begun, or the optimizer's state is of an unknown kind.
+            DistplbError: if a backward pass has begun, or the state of the optimizers is of an unknown kind, or of
+                optimizers that were not given.
         """
-        self._backward.refuse_if_begun()
-        return [travellers(tensors, self._optimizers) for tensors in self._tensors]
+        self.watch.refuse_if_begun()
+        self.watch.refuse_other_optimizers()
+        reshard(param_groups(tensor for layer in self._tensors for row in layer for tensor in row.tensors))
+        trained = trainers(self._optimizers)
+        return [travellers(tensors, self._optimizers, trained) for tensors in self._tensors]
 
     def bytes_per_slot(self, travelling: Travelling) -> int:
         """Of one expert's weights with all that travels with them on this rank, in the largest layer; 0 for none.
@@ -111,8 +138,10 @@ class Mover:
         stages: Stages,
         error: Exception | None = None,
         limits: Limits | None = None,
-    ) -> Moved:
-        """Move from one placement to another, or make the beginning of it; returns what was done.
+        untrained: Sequence[bool] = (),
+        may_move: bool = True,
+    ) -> Moved | None:
+        """Move from one placement to another, or make the beginning of it.
 
         Args:
             old: the placement in force.
@@ -124,14 +153,22 @@ class Mover:
             stages: receives the seconds.
             error: why this rank cannot; all ranks then raise it.
             limits: of what is done at once; all is where None.
+            untrained: by layer, whether `watch` has seen no gradients of it while its tokens were counted.
+            may_move: whether nothing on this rank speaks against moving now.
+
+        Returns:
+            What was done; None where some rank may not move now.
 
         Raises:
             DisagreementError: on all ranks, where they want different placements, or different things travel.
-            DistplbError: on all ranks, if any refuses, before anything of the commit at hand is written.
+            DistplbError: on all ranks, if any refuses, before anything of the commit at hand is written; or if a layer
+                is untrained on all of them.
             HalfMovedError: if the experts are not whole any more; `broken` then says why.
         """
         with stages.stage("move"):
-            move = self._agreed_move(old, new, travelling, node_of_rank, error, limits)
+            move = self._agreed_move(old, new, travelling, node_of_rank, error, limits, [may_move, *untrained])
+        if move is None:
+            return None
         if not move.layers:
             return Moved()
         before = self._checksums(move, travelling, stages) if verify else None
@@ -158,7 +195,8 @@ class Mover:
         node_of_rank: Sequence[int],
         error: Exception | None,
         limits: Limits | None,
-    ) -> Move:
+        flags: Sequence[bool],
+    ) -> Move | None:
         fields = {"the placement (digest)": 0, "what travels with the experts (digest)": 0}
         try:
             travelling[:] = completed(self._tensors, self._layouts, travelling, self._comm)
@@ -172,8 +210,15 @@ class Mover:
             fields = dict(zip(fields, (new.digest(), what_travels(travelling)), strict=True))
         except Exception as caught:
             error = in_stage("move", caught)
-        agree(self._comm, fields, error)
-        return move
+        all_may_move, *nowhere_trained = agree(self._comm, fields, error, least=[int(flag) for flag in flags])
+        for name, is_nowhere in zip(self._names, nowhere_trained, strict=False):
+            if is_nowhere:
+                raise DistplbError(
+                    f"no gradient has come to any declared tensor of {name} since the last rebalance, though its "
+                    "tokens were counted and optimizers have stepped: the model computes with other tensors, as after "
+                    "load_state_dict(assign=True); close() this Rebalancer, and make one of the model as it is now"
+                )
+        return move if all_may_move else None
 
     def _checksums(self, move: Move, travelling: Travelling, stages: Stages) -> Tensor:
         """`[L, E]`: of every expert of the layers that change, where the placement in force has it; else 0."""

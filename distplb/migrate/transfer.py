@@ -18,8 +18,9 @@ from distplb.comm.agreement import agree
 from distplb.comm.base import Comm
 from distplb.errors import DistplbError, HalfMovedError, LostRanksError, in_stage
 from distplb.migrate.pieces import Layout, Part, joined
+from distplb.migrate.rows import RowTensor
 from distplb.migrate.schedule import Copy, RankStep, SlotMove, commits, copies, rank_step
-from distplb.migrate.state import RowTensor, Traveller
+from distplb.migrate.state import Traveller
 from distplb.placement import Placement
 
 __all__ = ["Limits", "Move", "Moved", "Staging", "agreed_layouts"]

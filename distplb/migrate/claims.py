@@ -1,0 +1,126 @@
+"""Which rebalancer of this process moves which tensors, and where one that has ended has left their rows.
+
+Rows do not show which expert they are. So this is remembered for as long as the tensors live, whoever asks.
+Shapes: L layers, P slots.
+"""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Sequence
+from itertools import pairwise
+
+from torch import Tensor
+
+from distplb.errors import DistplbError
+from distplb.migrate.dtensors import local_like
+from distplb.migrate.rows import RowTensor
+from distplb.placement import Placement
+
+__all__ = ["Claim"]
+
+Row = tuple[int, ...]  # [P], the expert of each slot
+
+
+class _Record:
+    """Of one tensor."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        key = id(tensor)
+        self.tensor = weakref.ref(tensor, lambda _: _RECORDS.pop(key, None) and None)
+        self.holder: weakref.ref[Claim] | None = None
+        self.row: Row | None = None  # where nobody has said
+
+
+# Of the process on purpose: two rebalancers of one model know of each other through nothing else.
+_RECORDS: dict[int, _Record] = {}
+
+
+class Claim:
+    """The right to move some tensors, of one rebalancer at a time.
+
+    Args:
+        layers: by layer, the declared tensors.
+
+    Raises:
+        DistplbError: if two of them share memory, or another rebalancer that has not been closed moves one of them.
+    """
+
+    def __init__(self, layers: Sequence[Sequence[RowTensor]]) -> None:
+        _refuse_shared_memory(layers)
+        self._layers = [[_record(tensor) for row_tensor in layer for tensor in row_tensor.tensors] for layer in layers]
+        names = [[row_tensor.name for row_tensor in layer for _ in row_tensor.tensors] for layer in layers]
+        records = [record for layer in self._layers for record in layer]
+        if any(_is_held(record) for record in records):
+            gc.collect()  # one that nobody refers to any more may still be there
+        for name, record in zip((name for layer in names for name in layer), records, strict=True):
+            if _is_held(record):
+                raise DistplbError(
+                    f"{name} is moved by another Rebalancer of this process, and each would take the rows for where "
+                    "it has put them itself; close() that one first"
+                )
+        for record in records:
+            record.holder = weakref.ref(self)
+
+    def left(self) -> list[Row | None]:
+        """By layer, where the one before has left the rows; None where there was none.
+
+        Raises:
+            DistplbError: if tensors of one layer were left in different places.
+        """
+        rows = [{record.row for record in layer} for layer in self._layers]
+        for number, found in enumerate(rows):
+            if len(found) > 1:
+                raise DistplbError(
+                    f"of layer {number}, rows of some tensors were moved by another Rebalancer and those of others "
+                    "were not; declare all that has a row for each expert, in both"
+                )
+        return [next(iter(found), None) for found in rows]
+
+    def note(self, placement: Placement) -> None:
+        """The rows now lie as this says."""
+        for layer, row in zip(self._layers, map(tuple, placement.expert_of_slot.tolist()), strict=True):
+            for record in layer:
+                record.row = row
+
+    def release(self) -> None:
+        """Leave the tensors to others, with a note of where the rows are."""
+        for record in (record for layer in self._layers for record in layer):
+            if record.holder is not None and record.holder() is self:
+                record.holder = None
+
+
+def _record(tensor: Tensor) -> _Record:
+    found = _RECORDS.get(id(tensor))
+    if found is None or found.tensor() is not tensor:  # a former tensor's number may be given to another
+        found = _RECORDS[id(tensor)] = _Record(tensor)
+    return found
+
+
+def _is_held(record: _Record) -> bool:
+    return record.holder is not None and record.holder() is not None
+
+
+def _refuse_shared_memory(layers: Sequence[Sequence[RowTensor]]) -> None:
+    """A row that is declared twice would be moved twice; shards of a tensor may lie in it."""
+    ranges = sorted(
+        (start, stop, row_tensor.name)
+        for layer in layers
+        for row_tensor in layer
+        if not row_tensor.is_shard
+        for tensor in row_tensor.tensors
+        for start, stop in [_bytes(row_tensor.name, tensor)]
+    )
+    for (_, stop, one), (start, _, other) in pairwise(ranges):
+        if start < stop:
+            raise DistplbError(
+                f"{one} and {other} share memory, so that moving one would move the other as well; declare each "
+                "tensor once, and give layers that share experts no Rebalancer"
+            )
+
+
+def _bytes(name: str, tensor: Tensor) -> tuple[int, int]:
+    """Where this rank's part begins and ends in memory; it is contiguous."""
+    local = local_like(name, tensor, tensor)
+    return local.data_ptr(), local.data_ptr() + local.nbytes

@@ -1,0 +1,130 @@
+"""What the training does with the declared tensors between two moves: gradients that come, optimizers that step.
+
+Known from hooks, without looking at the device.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from distplb.errors import DistplbError
+from distplb.migrate.fsdp2 import has_pending_gradients, param_groups
+from distplb.migrate.rows import RowTensor
+
+__all__ = ["TrainingWatch"]
+
+
+class TrainingWatch:
+    """Knows whether a step has been begun and not taken, and whether it is these tensors that are trained.
+
+    Args:
+        layers: by layer, the declared tensors.
+        optimizers: those that the rebalancer was given.
+    """
+
+    def __init__(self, layers: Sequence[Sequence[RowTensor]], optimizers: Sequence[Optimizer]) -> None:
+        self._tensors = [
+            {id(tensor): tensor for row_tensor in layer for tensor in row_tensor.tensors} for layer in layers
+        ]
+        self._names = {
+            id(tensor): row_tensor.name for layer in layers for row_tensor in layer for tensor in row_tensor.tensors
+        }
+        self._optimizers = list(optimizers)
+        self._begun: dict[int, Tensor] = {}
+        self._sharded = set[int]()  # whose gradients are added up elsewhere, and taken from there
+        self._reached = set[int]()  # layers to which gradients have come since the last `restart`
+        self._has_stepped = False  # any optimizer, since then
+        self._others: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # that have stepped and were not given
+        self._handles: list[Any] = []
+        for number, layer in enumerate(layers):
+            for row_tensor in layer:
+                for tensor in row_tensor.tensors:
+                    if tensor.requires_grad and tensor.is_leaf:
+                        hook = partial(self._note_gradient, number)
+                        self._handles.append(tensor.register_post_accumulate_grad_hook(hook))
+                        if not row_tensor.stepped:
+                            self._sharded.add(id(tensor))
+        for optimizer in optimizers:
+            self._handles.append(optimizer.register_step_pre_hook(self._look_for_gradients))
+            self._handles.append(optimizer.register_step_post_hook(self._forget))
+        # Of all optimizers of the process: held weakly, so that it ends with the tensors.
+        watch = weakref.ref(self)
+        every = register_optimizer_step_post_hook(lambda optimizer, *_: _note_step(watch, optimizer))
+        self._handles.append(every)
+        weakref.finalize(self, every.remove)
+
+    def refuse_if_begun(self) -> None:
+        """Raise if gradients of another step are already on their way."""
+        # Where a step was skipped, as by a gradient scaler, they have been dropped since.
+        begun = any(tensor.grad is not None or id(tensor) in self._sharded for tensor in self._begun.values())
+        if begun or has_pending_gradients(param_groups(self._all_tensors())):
+            raise DistplbError(
+                "a backward pass has begun since the optimizer's last step; call rebalancer.step() right after "
+                "optimizer.step(), before the next forward"
+            )
+
+    def refuse_other_optimizers(self) -> None:
+        """Raise if an optimizer that was not given holds state of these tensors: it would stay behind."""
+        for optimizer in self._others:
+            for key, tensor in ((key, tensor) for layer in self._tensors for key, tensor in layer.items()):
+                state = optimizer.state.get(tensor)
+                # Wrappers hold none, or share that of the optimizer inside.
+                if state and not any(known.state.get(tensor) is state for known in self._optimizers):
+                    raise DistplbError(
+                        f"{self._names[key]} is stepped on by a {type(optimizer).__name__} that the rebalancer was not "
+                        "given, and whose state would stay behind when experts move; make a new Rebalancer with the "
+                        "optimizers that are in use, after close() of this one"
+                    )
+
+    def untrained(self) -> list[bool]:
+        """By layer, whether optimizers have stepped since `restart`, and no gradient has come to what is trained of it.
+
+        Where that is so on all ranks, the model computes with other tensors than those that were declared.
+        """
+        return [
+            self._has_stepped and number not in self._reached and any(tensor.requires_grad for tensor in layer.values())
+            for number, layer in enumerate(self._tensors)
+        ]
+
+    def restart(self) -> None:
+        """Begin anew with what `untrained` goes by."""
+        self._has_stepped = False
+        self._reached.clear()
+
+    def close(self) -> None:
+        """Take the hooks away."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _all_tensors(self) -> list[Tensor]:
+        return [tensor for layer in self._tensors for tensor in layer.values()]
+
+    def _note_gradient(self, layer: int, tensor: Tensor) -> None:
+        self._begun[id(tensor)] = tensor
+        self._reached.add(layer)
+
+    def _look_for_gradients(self, *_: Any) -> None:
+        """Those that were put there by hand call no hook."""
+        for number, layer in enumerate(self._tensors):
+            if number not in self._reached and any(tensor.grad is not None for tensor in layer.values()):
+                self._reached.add(number)
+
+    def _forget(self, *_: Any) -> None:
+        self._begun.clear()
+
+
+def _note_step(watch: weakref.ref[TrainingWatch], optimizer: Optimizer) -> None:
+    watching = watch()
+    if watching is None:
+        return
+    watching._has_stepped = True
+    if not any(optimizer is known for known in watching._optimizers):
+        watching._others.add(optimizer)

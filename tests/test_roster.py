@@ -1,0 +1,122 @@
+"""EP groups side by side, each with a communicator of its own: refused on every rank before anything moves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from jobs import EXPERTS, LAYERS, Job, skewed
+from ranks import on_ranks
+from torch.distributed.device_mesh import init_device_mesh
+
+from distplb import DistplbError, Placement, Topology
+from distplb.comm.grid import GridComm
+from distplb.comm.torchdist import TorchComm
+
+
+def groups() -> tuple[Any, list[Any]]:
+    """This rank's EP group of two, and both."""
+    both = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    return both[dist.get_rank() // 2], both
+
+
+def side_by_side(case: str) -> tuple[str, bool]:
+    """What a job of EP 2 × expert-data 2 is told, and whether anything has moved."""
+    rank = dist.get_rank()
+    group, _ = groups()
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("edp", "ep"))
+    job = Job(ranks=2)
+    options: dict[str, Any] = {"comm": TorchComm(group)}
+    layers = job.layers()
+    if case == "no communicator":
+        job = Job(ranks=1)
+        layers, options = job.layers(), {"comm": None, "topology": Topology(1, 1)}
+    if case == "stages":
+        from dataclasses import replace
+
+        layers = [replace(layer, name=f"stage{rank // 2}.{layer.name}") for layer in layers]
+    if case == "grid":
+        options = {"comm": GridComm(TorchComm(mesh["ep"]), TorchComm(mesh["edp"])), "gpu": rank % 2}
+    if case == "late" and rank < 2:
+        dist.barrier()  # until the others are there
+    said, before, rebalancer = "", job.values(), None
+    try:
+        rebalancer = job.rebalancer(layers, **options)
+    except DistplbError as error:
+        said = str(error)
+    if case == "late" and rank >= 2:
+        dist.barrier()
+    dist.barrier()  # as the average of the gradients, which none passes before all have their rebalancers
+    try:
+        # One group's load differs from the other's, so that each by itself would place differently.
+        for _ in range(2 if rebalancer is not None else 0):
+            job.iterate(skewed((0, 1) if rank < 2 else (4, 5)))
+            job.optimizer.zero_grad()
+            before = job.values()
+            rebalancer.step()
+    except DistplbError as error:
+        said = str(error)
+    moved = any(not torch.equal(a, b) for a, b in zip(before, job.values(), strict=True))
+    dist.barrier()
+    return said, moved
+
+
+@pytest.mark.parametrize("case", ["at once", "late"])
+def test_ep_groups_that_move_by_themselves_are_refused_on_every_rank(case: str) -> None:
+    """They ended with other placements, and the average over expert-data-parallel ranks mixed different experts."""
+    for said, moved in on_ranks(4, side_by_side, case, deadline=60):
+        assert not moved
+        assert "each have a communicator of their own for layers of the same names (moe.0, ...)" in said
+        assert "pass one communicator of all of them, such as comm=TorchComm(group_of_all) or GridComm(" in said
+
+
+def test_processes_without_a_communicator_are_refused_like_groups() -> None:
+    for said, moved in on_ranks(4, side_by_side, "no communicator", deadline=60):
+        assert not moved
+        assert "each have a communicator of their own" in said
+
+
+@pytest.mark.parametrize("case", ["stages", "grid"])
+def test_stages_of_other_names_and_grids_are_not(case: str) -> None:
+    for said, moved in on_ranks(4, side_by_side, case, deadline=60):
+        assert said == ""
+        assert moved
+
+
+def one_after_the_other() -> list[str]:
+    """The communicator is put right in the same process; one that was closed is no other's concern."""
+    rank, found = dist.get_rank(), []
+    group, _ = groups()
+    job = Job(ranks=2)
+    try:
+        job.rebalancer(comm=TorchComm(group))
+    except DistplbError as error:
+        found.append(str(error)[:30])
+    dist.barrier()
+    right = job.rebalancer(comm=TorchComm(), gpu=rank % 2)
+    right.apply(Placement(torch.arange(EXPERTS).flip(0).expand(LAYERS, -1), EXPERTS, 2))
+    right.restore()
+    right.close()
+    dist.barrier()
+    if rank < 2:  # alone now, as the other group has none
+        other = Job(ranks=2)
+        layers = other.layers()
+        for number, layer in enumerate(layers):
+            object.__setattr__(layer, "name", f"alone.{number}")
+        other.rebalancer(layers, comm=TorchComm(group)).close()
+    dist.barrier()
+    if rank >= 2:
+        other = Job(ranks=2)
+        layers = other.layers()
+        for number, layer in enumerate(layers):
+            object.__setattr__(layer, "name", f"alone.{number}")
+        other.rebalancer(layers, comm=TorchComm(group)).close()
+    return found
+
+
+def test_what_was_refused_or_closed_does_not_stand_in_the_way_of_what_comes_after() -> None:
+    found = on_ranks(4, one_after_the_other, deadline=60)
+    assert all(len(refused) <= 1 for refused in found)
+    assert sum(map(len, found)) >= 2  # the group that came second, at least
