@@ -11,7 +11,7 @@ import os
 import re
 import subprocess
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -284,17 +284,138 @@ def test_a_loss_that_ties_experts_of_all_layers_by_their_numbers_is_refused_but_
     rebalancer.apply(random_placement(rebalancer.placement, torch.Generator().manual_seed(1)))
     assert model(batch(0)).aux_loss == before.aux_loss
 
-    model.config.output_router_logits = False
-    layer = huggingface.moe_layers(model.eval())[0]
-    permuted_by_hand(layer, torch.arange(EXPERTS).flip(0))
+    model = made("mixtral")
+    rebalancer = rebalanced(model.eval())
+    permuted_by_hand(huggingface.moe_layers(model)[0], torch.arange(EXPERTS).flip(0))
     after = model(batch(0), output_router_logits=True)
     assert abs(after.aux_loss - before.aux_loss) > 1e-3
     with pytest.raises(DistplbError, match=r"router_aux_loss_coef 0\.001"):
         model.train()(batch(0), output_router_logits=True)
     model(batch(0))
+    rebalancer.close()
+    model(batch(0), output_router_logits=True)  # experts will not be permuted any more
+
+
+# --- hooks --------------------------------------------------------------------------------------------------------
+
+
+def hooks(model: nn.Module) -> Counter[tuple[str, str]]:
+    """How many each module has of each kind."""
+    kinds = [kind for kind in vars(model) if kind.endswith("_hooks")]
+    found = {(name, kind): len(getattr(module, kind)) for name, module in model.named_modules() for kind in kinds}
+    return Counter({place: count for place, count in found.items() if count})
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", MODELS)
+def test_describing_a_model_hooks_nothing_but_its_table_and_closing_ends_the_rest(name: str, mode: str) -> None:
+    """Each description left hooks for ties, a look-up and a guard of its own, which nothing removed."""
+    model = made(name)
+    before = hooks(model)
+    described = before.copy()
+    if mode == "remap":
+        described += Counter({(f"model.layers.{i}.mlp.experts", "_forward_pre_hooks"): 1 for i in range(LAYERS)})
+    for _ in range(2):
+        huggingface.moe_layers(model, mode=mode)  # type: ignore[arg-type]  # one of MODES
+        assert hooks(model) == described
+    counting = []
+    for _ in range(2):
+        rebalancer = rebalanced(model, mode)
+        counting.append(hooks(model))
+        assert counting[-1] > described
+        rebalancer.close()
+        assert hooks(model) == described
+    assert counting[0] == counting[1]
+    router = f"model.layers.0.mlp.{'router' if name == 'gpt_oss' else 'gate'}"
+    assert counting[0][router, "_forward_hooks"] == 1
+    has_guard = counting[0]["", "_forward_pre_hooks"] > 0
+    assert has_guard == (mode == "permute" and hasattr(model, "router_aux_loss_coef"))
+
+
+def test_a_model_that_was_only_described_may_ask_for_the_loss_over_layers() -> None:
+    model = made("mixtral")
+    huggingface.moe_layers(model)
+    model.train()(batch(0), output_router_logits=True)
+
+
+def test_of_two_rebalancers_each_guards_the_loss_as_long_as_it_counts() -> None:
+    model = made("mixtral")
+    parts = [huggingface.moe_layers(model)[i : i + 1] for i in range(LAYERS)]
+    optimizer = torch.optim.SGD(model.parameters())
+    one, other = (distplb.Rebalancer(part, optimizer, topology=distplb.Topology(1, 1), every=9) for part in parts)
+    model.train()
+    for rebalancer in (one, other):
+        with pytest.raises(DistplbError, match="router_aux_loss_coef"):
+            model(batch(0), output_router_logits=True)
+        rebalancer.close()
+    model(batch(0), output_router_logits=True)
+
+
+def test_tokens_are_looked_up_once_however_often_a_model_is_described() -> None:
+    """A second description put a second table behind the first: tokens went to the slot of the slot of their expert."""
+    model = made("deepseek_v3")
+    before = logits(model)
+    first = huggingface.moe_layers(model, mode="remap")
+    rebalancer = rebalanced(model, "remap")
+    again = huggingface.moe_layers(model, mode="remap")
+    rebalancer.apply(Placement(torch.arange(EXPERTS).roll(3).repeat(LAYERS, 1), EXPERTS, 1))
+    for layers in (first, again):
+        for layer in layers:
+            assert layer.slot_of_expert is not None
+            assert layer.slot_of_expert.tolist() == torch.arange(EXPERTS).roll(-3).tolist()
+    for one, other in zip(first, again, strict=True):
+        assert one.slot_of_expert is other.slot_of_expert
+    assert furthest(logits(model), before) <= 1e-5
+    rebalancer.close()  # experts stay where they are, and tokens find them
+    assert furthest(logits(model), before) <= 1e-5
+
+
+def test_a_copy_of_a_model_has_tables_of_its_own() -> None:
+    """The copy's tokens followed the moves of the model that it was copied from."""
+    model = made("mixtral")
+    rebalancer = rebalanced(model, "remap")
+    before, other = logits(model), copy.deepcopy(model)
+    rebalancer.apply(random_placement(rebalancer.placement, torch.Generator().manual_seed(1)))
+    assert torch.equal(logits(other), before)
+
+
+def test_forwards_of_a_copy_are_not_the_models_steps() -> None:
+    """A copy has the hooks, too: one that is trained beside the model was counted into its window."""
+    model = made("mixtral").train()
+    told, other = counted(model, "permute"), copy.deepcopy(model)
+    other(batch(0), output_router_logits=True)
+    assert told == []
+    model(batch(0))
+    assert len(told) == 1
+
+
+def test_experts_that_a_table_has_moved_are_not_to_be_permuted() -> None:
+    """Tokens were then looked up in a table that nobody wrote any more."""
+    model = made("mixtral")
+    first = rebalanced(model, "remap")
+    rebalanced(model).close()  # nothing has moved yet
+    first.apply(random_placement(first.placement, torch.Generator().manual_seed(1)))
+    first.close()
+    with pytest.raises(
+        DistplbError, match=r"model\.layers\.0\.mlp: experts were moved under mode='remap'.*pass mode='remap'"
+    ):
+        rebalanced(model)
+    first.restore()
+    before, second = logits(model), rebalanced(model)
+    second.apply(random_placement(second.placement, torch.Generator().manual_seed(2)))
+    assert furthest(logits(model), before) <= 1e-5
 
 
 # --- counts and ties ----------------------------------------------------------------------------------------------
+
+
+def subscribed(model: nn.Module) -> list[MoELayer]:
+    """The layers, which count as a `Rebalancer` has them do."""
+    layers = huggingface.moe_layers(model)
+    for layer in layers:
+        assert layer.counts is not None
+        layer.counts(lambda counts, training: None)
+    return layers
 
 
 def counted(model: Any, mode: str) -> list[tuple[Tensor, bool]]:
@@ -320,9 +441,10 @@ def test_counts_are_the_tokens_that_each_expert_gets(name: str, mode: str) -> No
     assert torch.equal(told[0][0][: len(got[0])], got[0])
 
 
-def test_a_window_takes_one_step_of_a_forward_that_is_recomputed_in_the_backward_pass() -> None:
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_a_window_takes_one_step_of_a_forward_that_is_recomputed_in_the_backward_pass(use_reentrant: bool) -> None:
     model = made("mixtral").train()
-    model.activation_checkpointing_enable()
+    model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
     window = distplb.LoadWindow(1, EXPERTS, 4)
     subscribe = huggingface.moe_layers(model)[0].counts
     assert subscribe is not None
@@ -330,7 +452,9 @@ def test_a_window_takes_one_step_of_a_forward_that_is_recomputed_in_the_backward
     calls: list[bool] = []
     model.model.layers[0].mlp.gate.register_forward_hook(lambda *_: calls.append(True))
     model(batch(0)).logits.sum().backward()
-    assert (len(calls), window.seen) == (2, 1)
+    with torch.no_grad():
+        model(batch(0))  # an evaluation that forgot `model.eval()`
+    assert (len(calls), window.seen) == (3, 1)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -339,7 +463,8 @@ def test_ties_are_looked_for_in_the_scores_that_the_router_chooses_by(name: str)
     chosen: list[Tensor] = []
     router = getattr(model.model.layers[0].mlp, "router" if name == "gpt_oss" else "gate")
     router.register_forward_hook(lambda _, arguments, choice: chosen.append(choice[2]))
-    ties, scores = huggingface.moe_layers(model)[0].ties, []
+    layer, scores = subscribed(model)[0], []
+    ties = layer.ties
     assert ties is not None
     ties.add = scores.append  # type: ignore[method-assign]  # to look at them
     model(batch(0))
@@ -350,7 +475,7 @@ def test_ties_are_looked_for_in_the_scores_that_the_router_chooses_by(name: str)
 @pytest.mark.parametrize("name", MODELS)
 def test_of_many_tokens_in_bfloat16_some_tie_but_for_a_router_in_float32(name: str) -> None:
     model = made(name).to(torch.bfloat16)
-    ties = huggingface.moe_layers(model)[1].ties
+    ties = subscribed(model)[1].ties
     assert ties is not None
     with torch.no_grad():
         model(torch.randint(VOCABULARY, (32, 64), generator=torch.Generator().manual_seed(0)))

@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from distplb.errors import DistplbError
 
-__all__ = ["Tell", "counts_of", "gpus_of_a_node", "named_parts", "not_found", "within_groups"]
+__all__ = ["Tell", "counts_of", "gpus_of_a_node", "named_parts", "not_found", "refuse_moved", "within_groups"]
 
 # Takes a layer's counts [P] of one forward, and `training=`.
 Tell = Callable[..., None]
@@ -32,11 +32,30 @@ def counts_of(module: nn.Module, read: Callable[[tuple[Any, ...], Any], Tensor])
 
     def subscribe(tell: Tell) -> RemovableHandle:
         def hook(watched: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
-            tell(read(arguments, output), training=watched.training)
+            if watched is module:  # not a copy of the model, which has this hook as well
+                tell(read(arguments, output), training=watched.training)
 
         return module.register_forward_hook(hook)
 
     return subscribe
+
+
+def refuse_moved(name: str, table: Tensor) -> None:
+    """Refuse to permute a layer whose tokens go by an earlier table, unless that changes nothing. Waits for the device.
+
+    Args:
+        name: of the layer.
+        table: `[E]`, by which its experts are looked up.
+
+    Raises:
+        DistplbError: if they are not where they began.
+    """
+    slots = table.tolist()
+    if slots != sorted(slots):
+        raise DistplbError(
+            f"{name}: experts were moved under mode='remap', and are looked up in a table (slot_of_expert is {slots}) "
+            "that permuting would not write; pass mode='remap', or call restore() of the Rebalancer that moved them"
+        )
 
 
 def within_groups(scores: Tensor, num_groups: int, best: int, chosen: int) -> Tensor:

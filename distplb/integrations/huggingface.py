@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
@@ -19,7 +20,15 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBl
 
 from distplb.comm.torchdist import TorchComm
 from distplb.errors import DistplbError
-from distplb.integrations.common import counts_of, gpus_of_a_node, named_parts, not_found, within_groups
+from distplb.integrations.common import (
+    Tell,
+    counts_of,
+    gpus_of_a_node,
+    named_parts,
+    not_found,
+    refuse_moved,
+    within_groups,
+)
 from distplb.layer import MoELayer
 from distplb.rebalancer import Rebalancer
 from distplb.ties import RouterTies
@@ -73,6 +82,10 @@ def moe_layers(
     model: nn.Module | Sequence[nn.Module], *, mode: Literal["permute", "remap"] = "permute"
 ) -> list[MoELayer]:
     """Every MoE layer of a model, in the order of its modules; for a `Rebalancer` made by hand.
+
+    The model stays as it is, but for the tables of "remap", of which every expert module gets one and keeps it. Hooks
+    that count tokens and ties, and that refuse the auxiliary loss from forward to forward, come when the layers'
+    `counts` are subscribed to, as a `Rebalancer` without a `window` does, and go with its `close`.
 
     Args:
         model: any module with blocks of a known class somewhere in it, or the parts of one.
@@ -159,8 +172,7 @@ def rebalancer(
 
 def _layers_of(part: nn.Module, mode: str) -> Iterator[MoELayer]:
     sharers = _ranks_of_a_batch(part)
-    if mode == "permute":
-        _refuse_loss_over_layers(part)
+    guarded = _with_loss_over_layers(part) if mode == "permute" else []
     for name, module in part.named_modules():
         known = next((kind for kind in type(module).__mro__ if kind in _BLOCKS), None)
         if known is None:
@@ -180,32 +192,43 @@ def _layers_of(part: nn.Module, mode: str) -> Iterator[MoELayer]:
                     f"{where}: what it does with experts is not known; describe the layer yourself with "
                     "distplb.MoELayer"
                 )
-        yield _described(_plain(name) or known.__name__, module, block, router, experts, sharers, mode)
+        yield _described(_plain(name) or known.__name__, module, block, router, experts, sharers, mode, guarded)
 
 
-def _refuse_loss_over_layers(part: nn.Module) -> None:
-    """Refuse the auxiliary loss of transformers, now and in every forward to come.
+def _with_loss_over_layers(part: nn.Module) -> list[nn.Module]:
+    """The models that may be asked for the auxiliary loss of transformers.
 
     It adds up each expert's tokens, and its probabilities, over all layers and multiplies the sums: what is expert 3 in
     one layer is tied to expert 3 of the others, so that it changes when experts of one layer change places.
+
+    Raises:
+        DistplbError: if one will be in every forward.
     """
-
-    def refuse_if(asked: bool, model: Any) -> None:
-        if asked:
-            raise DistplbError(
-                f"{type(model).__name__} is trained with output_router_logits and router_aux_loss_coef "
-                f"{model.router_aux_loss_coef}: this loss ties the experts of all layers to each other by their "
-                "numbers, which permuting changes; pass mode='remap', or make router_aux_loss_coef 0"
-            )
-
-    def look(model: Any, arguments: tuple[Any, ...], options: Mapping[str, Any]) -> None:
-        asked = options.get("output_router_logits")
-        refuse_if(model.training and (model.config.output_router_logits if asked is None else asked), model)
-
     models: list[Any] = [module for module in part.modules() if getattr(module, "router_aux_loss_coef", 0)]
     for model in models:
-        refuse_if(model.config.output_router_logits, model)
-        model.register_forward_pre_hook(look, with_kwargs=True)
+        _refuse_loss_over_layers(model.config.output_router_logits, model)
+    return models
+
+
+def _guard_against_loss_over_layers(model: nn.Module) -> RemovableHandle:
+    """Refuse it in the forwards to come, too, that ask for it themselves."""
+
+    def look(watched: Any, arguments: tuple[Any, ...], options: Mapping[str, Any]) -> None:
+        asked = options.get("output_router_logits")
+        asked = watched.config.output_router_logits if asked is None else asked
+        # A copy of the model has this hook as well, and none of its experts is permuted.
+        _refuse_loss_over_layers(watched is model and watched.training and asked, watched)
+
+    return model.register_forward_pre_hook(look, with_kwargs=True)
+
+
+def _refuse_loss_over_layers(asked: bool, model: Any) -> None:
+    if asked:
+        raise DistplbError(
+            f"{type(model).__name__} is trained with output_router_logits and router_aux_loss_coef "
+            f"{model.router_aux_loss_coef}: this loss ties the experts of all layers to each other by their "
+            "numbers, which permuting changes; pass mode='remap', or make router_aux_loss_coef 0"
+        )
 
 
 def _plain(name: str) -> str:
@@ -224,26 +247,39 @@ def _forward_of(module: nn.Module, *, of_class: bool = False) -> str:
 
 
 def _described(
-    name: str, module: nn.Module, block: _Block, router: Any, experts: nn.Module, sharers: int, mode: str
+    name: str,
+    module: nn.Module,
+    block: _Block,
+    router: Any,
+    experts: nn.Module,
+    sharers: int,
+    mode: str,
+    guarded: Sequence[nn.Module],
 ) -> MoELayer:
     num_experts, ties = int(router.weight.shape[0]), RouterTies(int(router.top_k))
     _rows(name, module, num_experts)
     expert_rows = _rows(f"{name}.experts", experts, num_experts)
     router_rows = _rows(f"{name}.{block.router}", router, num_experts)
+    share, remaps = _share_of_tokens(expert_rows, sharers), mode == "remap"
 
-    def look_for_ties(_: nn.Module, arguments: tuple[Any, ...], choice: tuple[Tensor, ...]) -> None:
+    def read(arguments: tuple[Any, ...], choice: tuple[Tensor, ...]) -> Tensor:
         if ties.is_due:
             ties.add(block.scores(router, choice[0].detach()))
+        return _counted(choice[2][share], num_experts)
 
-    router.register_forward_hook(look_for_ties)
-    share, remaps = _share_of_tokens(expert_rows, sharers), mode == "remap"
+    def subscribe(tell: Tell) -> list[RemovableHandle]:
+        remap = _remap_of(experts)
+        if remap is not None and not remaps:
+            refuse_moved(name, remap.table)
+        return [counts_of(router, read)(tell), *(_guard_against_loss_over_layers(model) for model in guarded)]
+
     return MoELayer(
         name=name,
         experts=expert_rows,
         router={} if remaps else router_rows,
         num_groups=None if remaps else _num_groups(router),
-        slot_of_expert=_remapped(experts, num_experts, router.weight.device) if remaps else None,
-        counts=counts_of(router, lambda arguments, choice: _counted(choice[2][share], num_experts)),
+        slot_of_expert=_table(experts, num_experts, router.weight.device) if remaps else None,
+        counts=subscribe,
         ties=ties,
     )
 
@@ -270,17 +306,35 @@ def _num_groups(router: Any) -> int | None:
     return groups if groups > 1 and int(router.topk_group) < groups else None
 
 
-def _remapped(experts: nn.Module, num_experts: int, device: torch.device) -> Tensor:
-    """A table `[E]` in which the experts look up, from now on, whom the router chose."""
-    slot_of_expert = torch.arange(num_experts, device=device)
+class _Remap:
+    """A forward pre-hook of the experts, in which they look up whom the router chose.
 
-    def look_up(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    It runs before the forward that expert parallelism puts in place, which takes the numbers of slots of all ranks. It
+    stays when counting ends, because experts stay where they are.
+
+    Args:
+        table: `[E]`, the slot of each expert; written in place by the rebalancer.
+    """
+
+    def __init__(self, table: Tensor) -> None:
+        self.table = table
+
+    def __call__(self, module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         hidden_states, chosen, *others = arguments
-        return hidden_states, slot_of_expert[chosen], *others
+        return hidden_states, self.table[chosen], *others
 
-    # Runs before the forward that expert parallelism puts in place, which takes the numbers of slots of all ranks.
-    experts.register_forward_pre_hook(look_up)
-    return slot_of_expert
+
+def _remap_of(experts: nn.Module) -> _Remap | None:
+    return next((hook for hook in experts._forward_pre_hooks.values() if isinstance(hook, _Remap)), None)
+
+
+def _table(experts: nn.Module, num_experts: int, device: torch.device) -> Tensor:
+    """The experts' table; the one that is there where it was asked for before, because two would both be applied."""
+    remap = _remap_of(experts)
+    if remap is None:
+        remap = _Remap(torch.arange(num_experts, device=device))
+        experts.register_forward_pre_hook(remap)
+    return remap.table
 
 
 # --- ranks and tokens --------------------------------------------------------------------------------------------
