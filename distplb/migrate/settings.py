@@ -19,6 +19,7 @@ __all__ = ["Settings", "Trainers", "agree_on_settings", "settings_of", "trainers
 Settings = dict[str, Any]  # by name: those of a param group that are numbers, and what torch itself knows
 Trainers = dict[int, Settings]  # by id of a parameter
 
+_KIND = "the optimizer"
 _NONE = (1 << 63) - 1  # of a rank that holds nothing of a tensor
 
 
@@ -27,7 +28,7 @@ def trainers(optimizers: Sequence[Optimizer]) -> Trainers:
     found: Trainers = {}
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            settings: Settings = {"the optimizer": type(optimizer).__name__}
+            settings: Settings = {_KIND: type(optimizer).__name__}
             settings |= {name: value for name, raw in group.items() if (value := _comparable(raw)) is not None}
             found |= {id(parameter): found.get(id(parameter), {}) | settings for parameter in group["params"]}
     return found
@@ -41,7 +42,7 @@ def settings_of(row_tensor: RowTensor, trained: Trainers) -> Settings:
     """
     each = [trained.get(id(tensor), {}) | {"requires_grad": tensor.requires_grad} for tensor in row_tensor.tensors]
     for other in each[1:]:
-        for name in sorted(each[0].keys() | other.keys()):
+        for name in sorted(each[0].keys() | other.keys(), key=lambda name: (name != _KIND, name)):
             one, another = each[0].get(name, "not set"), other.get(name, "not set")
             if one != another:
                 raise DistplbError(
