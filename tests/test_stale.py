@@ -1,0 +1,321 @@
+"""References that went stale: what the rebalancer was built with is not what is trained, or is moved by another.
+
+Each was a model that became another without a word.
+"""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import pytest
+import torch
+from jobs import DIM, EXPERTS, LAYERS, Job, skewed
+from ranks import on_ranks
+from torch import Tensor, nn
+
+from distplb import DistplbError, LoadWindow, MoELayer, Placement, Rebalancer, Topology
+
+REVERSED = Placement(torch.arange(EXPERTS).flip(0).expand(LAYERS, -1), EXPERTS, 1)
+
+
+def iterated(job: Job, optimizer: torch.optim.Optimizer | None = None) -> None:
+    """One iteration, stepped by another optimizer than the job's if one is given."""
+    for layer in range(LAYERS):
+        job.window.add(layer, skewed((0, 1))[layer], training=True)
+    job.backward()
+    (optimizer or job.optimizer).step()
+    (optimizer or job.optimizer).zero_grad()
+
+
+# --- optimizers --------------------------------------------------------------------------------------------------
+
+
+def test_a_new_optimizer_that_the_rebalancer_does_not_know_is_refused() -> None:
+    """Its moments stayed in their slots, and those of the former one, which nobody uses any more, travelled."""
+    job = Job(ranks=1)
+    rebalancer = job.rebalancer(every=1)
+    iterated(job)
+    rebalancer.apply(REVERSED)
+    newer = torch.optim.AdamW([*job.weights, *job.routers], lr=1e-4)
+    rebalancer.restore()  # it has no state yet that could stay behind
+    iterated(job, newer)
+    text = r"moe.0.experts.w is stepped on by a AdamW that the rebalancer was not given, .* make a new Rebalancer"
+    with pytest.raises(DistplbError, match=text):
+        rebalancer.apply(REVERSED)
+    assert rebalancer.placement == Placement.contiguous(LAYERS, EXPERTS, 1)
+    rebalancer.close()
+    again = Rebalancer(job.layers(), newer, topology=Topology(1, 1), window=job.window, every=1)
+    moment = newer.state[job.weights[0]]["exp_avg"].clone()
+    again.apply(REVERSED)
+    assert torch.equal(newer.state[job.weights[0]]["exp_avg"], moment.flip(0))
+
+
+class Wrapper(torch.optim.Optimizer):
+    """An optimizer of optimizers, as trainers have them: it knows the parameters, and holds no state of its own."""
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        self.inner = inner
+        super().__init__([p for group in inner.param_groups for p in group["params"]], {})
+
+    def step(self, closure: None = None) -> None:
+        self.inner.step()
+
+
+@pytest.mark.parametrize("other", ["of another model", "without state", "around the known one"])
+def test_optimizers_that_hold_nothing_of_the_experts_are_no_concern(other: str) -> None:
+    job = Job(ranks=1)
+    rebalancer = job.rebalancer(every=1)
+    if other == "of another model":
+        elsewhere = nn.Parameter(torch.zeros(2))
+        elsewhere.grad = torch.ones(2)
+        torch.optim.AdamW([elsewhere]).step()
+        iterated(job)
+    if other == "without state":
+        iterated(job, torch.optim.SGD([*job.weights, *job.routers], lr=0.1))
+    if other == "around the known one":
+        iterated(job, Wrapper(job.optimizer))
+        assert job.optimizer.state
+    rebalancer.apply(REVERSED)
+
+
+# --- tensors -----------------------------------------------------------------------------------------------------
+
+
+class Model(nn.Module):
+    """One layer, all of whose experts compute all tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w, self.gate = nn.Parameter(torch.randn(EXPERTS, DIM)), nn.Parameter(torch.randn(EXPERTS, DIM))
+        self.window = LoadWindow(1, EXPERTS, 4)
+
+    def forward(self, x: Tensor) -> Tensor:  # [N, D] -> [N]
+        score = (x @ self.gate.T).softmax(-1)
+        self.window.add(0, torch.arange(EXPERTS) ** 2, training=True)
+        return (score * (x @ self.w.T)).sum(1)
+
+    def rebalancer(self, optimizer: torch.optim.Optimizer, **options: Any) -> Rebalancer:
+        layer = MoELayer(name="moe", experts={"w": self.w}, router={"gate": self.gate})
+        # Two GPUs' worth of slots on one process: a plan has something to move.
+        return Rebalancer(
+            [layer], optimizer, **{"topology": Topology(1, 1), "window": self.window, "every": 3} | options
+        )
+
+
+def test_a_model_whose_parameters_were_replaced_is_noticed_at_the_next_rebalance() -> None:
+    """load_state_dict(assign=True): the rows that moved were no one's, and the placement told of others."""
+    model = Model()
+    first = torch.optim.AdamW(model.parameters())
+    rebalancer = model.rebalancer(first)
+    model.load_state_dict({key: value.clone() for key, value in model.state_dict().items()}, assign=True)
+    second = torch.optim.AdamW(model.parameters())
+    for iteration in range(1, 4):
+        model(torch.randn(5, DIM)).sum().backward()
+        second.step()
+        second.zero_grad()
+        if iteration < 3:
+            rebalancer.step()
+    text = r"no gradient has come to any declared tensor of moe since the last rebalance, .* load_state_dict\(assign"
+    with pytest.raises(DistplbError, match=text):
+        rebalancer.step()
+
+
+def test_experts_without_a_gradient_of_their_own_are_not_taken_for_replaced_ones() -> None:
+    """Frozen ones, gradients set by hand, and a window in which no optimizer has stepped."""
+    for case in ("frozen", "by hand", "not stepped"):
+        model = Model()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        rebalancer = model.rebalancer(optimizer)
+        if case == "frozen":
+            model.w.requires_grad_(False)
+            model.gate.requires_grad_(False)
+        for _ in range(6):
+            y = model(torch.randn(5, DIM)).sum()
+            if case == "by hand":
+                model.w.grad, model.gate.grad = torch.autograd.grad(y, [model.w, model.gate])
+            if case != "not stepped":
+                optimizer.step()
+                optimizer.zero_grad()
+            rebalancer.step()
+        assert rebalancer.last_applied == 6
+
+
+# --- two rebalancers, one after the other, or at once -----------------------------------------------------------
+
+
+def test_two_rebalancers_of_one_model_are_refused() -> None:
+    job = Job(ranks=1)
+    first = job.rebalancer(every=1)
+    with pytest.raises(DistplbError, match=r"moe.0.experts.w is moved by another Rebalancer .* close\(\) that one"):
+        job.rebalancer(every=1)
+    with pytest.raises(DistplbError, match="is moved by another Rebalancer"):  # also of some of its tensors
+        job.rebalancer(job.layers()[1:], every=1, window=LoadWindow(1, EXPERTS, 4))
+    first.close()
+    second = job.rebalancer(every=1)
+    with pytest.raises(DistplbError, match="this Rebalancer has been closed, and moves nothing any more"):
+        first.apply(REVERSED)
+    del second  # forgotten, not closed
+    gc.collect()
+    job.rebalancer(every=1).apply(REVERSED)
+
+
+def test_rows_that_another_rebalancer_has_moved_are_not_taken_for_logical_ones() -> None:
+    """A second one began with expert e in slot e, whatever the first had done."""
+    job = Job(ranks=1)
+    logical = job.values()
+    first = job.rebalancer(every=1)
+    first.apply(REVERSED)
+    state = first.state_dict()
+    first.close()
+    second = job.rebalancer(every=1)
+    for refused in (second.step, second.state_dict, second.restore, lambda: second.apply(REVERSED)):
+        with pytest.raises(DistplbError, match=r"rows of moe.0 were moved by another Rebalancer .* load_state_dict"):
+            refused()
+    second.load_state_dict(state)
+    assert second.placement == REVERSED
+    second.restore()
+    assert all(torch.equal(a, b) for a, b in zip(logical, job.values(), strict=True))
+    second.close()
+    assert job.rebalancer(every=1).placement == Placement.contiguous(LAYERS, EXPERTS, 1)  # put back, so nothing to tell
+
+
+def test_a_layer_of_which_only_some_tensors_were_moved_is_refused() -> None:
+    one, other = (nn.Parameter(torch.randn(EXPERTS, DIM)) for _ in range(2))
+    router = nn.Parameter(torch.randn(EXPERTS, DIM))
+    optimizer = torch.optim.AdamW([one, other, router])
+    options: dict[str, Any] = {"topology": Topology(1, 1), "every": 1, "window": LoadWindow(1, EXPERTS, 4)}
+    first = Rebalancer([MoELayer(name="moe", experts={"w": one}, router={"r": router})], optimizer, **options)
+    first.apply(Placement(torch.arange(EXPERTS).flip(0)[None], EXPERTS, 1))
+    first.close()
+    both = MoELayer(name="moe", experts={"w": one, "v": other}, router={"r": router})
+    with pytest.raises(DistplbError, match="rows of some tensors were moved by another Rebalancer and those of others"):
+        Rebalancer([both], optimizer, **options)
+
+
+def on_every_rank() -> tuple[str, str]:
+    """The second one is refused on all ranks, the third one told on all that rows have moved."""
+    job = Job()
+    first = job.rebalancer(every=1)
+    first.apply(Placement(torch.arange(EXPERTS).flip(0).expand(LAYERS, -1), EXPERTS, 2))
+    texts = []
+    for _ in range(2):
+        try:
+            job.rebalancer(every=1).step()
+        except DistplbError as error:
+            texts.append(str(error))
+        first.close()
+    return texts[0], texts[1]
+
+
+def test_ranks_refuse_together() -> None:
+    for second, third in on_ranks(2, on_every_rank, deadline=60):
+        assert "rank 0: moe.0.experts.w is moved by another Rebalancer" in second
+        assert "rows of moe.0 were moved by another Rebalancer" in third
+
+
+@pytest.mark.parametrize("where", ["in two layers", "under two names", "as a view"])
+def test_tensors_that_share_memory_are_refused(where: str) -> None:
+    """Moving one layer's experts would move the other's, too: layers tied to each other, or a tensor declared twice."""
+    weight, router = nn.Parameter(torch.randn(EXPERTS, DIM)), nn.Parameter(torch.randn(EXPERTS, DIM))
+    other = nn.Parameter(torch.randn(EXPERTS, DIM))
+    layers = [MoELayer(name="a", experts={"w": weight}, router={"r": router})]
+    if where == "in two layers":
+        layers.append(MoELayer(name="b", experts={"w": weight}, router={"r": other}))
+    if where == "under two names":
+        layers = [MoELayer(name="a", experts={"w": weight, "also": weight}, router={"r": router})]
+    if where == "as a view":
+        layers.append(MoELayer(name="b", experts={"w": weight.detach()[:, None]}, router={"r": other}))
+    window = LoadWindow(len(layers), EXPERTS, 4)
+    with pytest.raises(DistplbError, match=r"share memory, so that moving one would move the other as well"):
+        Rebalancer(layers, torch.optim.AdamW([weight, router, other]), topology=Topology(1, 1), every=1, window=window)
+
+
+# --- tables ------------------------------------------------------------------------------------------------------
+
+
+class Tabled:
+    """One layer whose dispatcher looks experts up in a table."""
+
+    def __init__(self) -> None:
+        self.w, self.table = nn.Parameter(torch.randn(EXPERTS, DIM)), torch.arange(EXPERTS)
+        self.optimizer = torch.optim.AdamW([self.w])
+
+    def rebalancer(self) -> Rebalancer:
+        layer = MoELayer(name="moe", experts={"w": self.w}, slot_of_expert=self.table)
+        window = LoadWindow(1, EXPERTS, 4)
+        return Rebalancer([layer], self.optimizer, topology=Topology(1, 1), every=1, window=window)
+
+    def of_experts(self) -> Tensor:
+        return self.w.detach()[self.table].clone()
+
+
+TURNED = Placement(torch.tensor([[2, 3, 4, 5, 6, 7, 0, 1]]), EXPERTS, 1)
+
+
+def test_a_table_that_tells_where_the_experts_are_is_gone_on_from() -> None:
+    """It was overwritten with 0, 1, 2, ... while the rows stayed."""
+    job = Tabled()
+    first = job.of_experts()
+    one = job.rebalancer()
+    one.apply(TURNED)
+    one.close()
+    two = job.rebalancer()
+    assert two.placement == TURNED
+    assert torch.equal(job.of_experts(), first)
+    two.apply(Placement.contiguous(1, EXPERTS, 1))
+    assert torch.equal(job.of_experts(), first)
+    two.restore()  # to where this one has begun
+    assert two.placement == TURNED
+    two.close()
+    job.table = torch.arange(EXPERTS)  # a table that does not say so
+    with pytest.raises(DistplbError, match="rows of moe were moved by another Rebalancer"):
+        job.rebalancer().step()
+
+
+def test_a_table_that_somebody_else_has_written_is_refused_before_anything_moves() -> None:
+    """As by loading a state of the model alone, where the table is one of its buffers."""
+    job = Tabled()
+    rebalancer = job.rebalancer()
+    rebalancer.apply(TURNED)
+    job.table.copy_(torch.arange(EXPERTS))
+    rows = job.w.detach().clone()
+    text = r"slot_of_expert has expert 0 in slot 0, and it was put into slot 6: something else has written the table"
+    with pytest.raises(DistplbError, match=text):
+        rebalancer.restore()
+    assert torch.equal(job.w.detach(), rows)
+
+
+def test_a_table_that_is_none_is_refused() -> None:
+    job = Tabled()
+    job.table[0] = 5
+    with pytest.raises(DistplbError, match=r"slot_of_expert is \[5, 1, 2, 3, 4, 5, 6, 7\]; it must name each of 8"):
+        job.rebalancer()
+    job.table.zero_()  # nobody has filled it yet
+    job.rebalancer()
+    assert job.table.tolist() == list(range(EXPERTS))
+
+
+# --- hooks -------------------------------------------------------------------------------------------------------
+
+
+def hooks_of(job: Job) -> int:
+    from torch.optim.optimizer import _global_optimizer_post_hooks
+
+    on_tensors = sum(len(p._post_accumulate_grad_hooks or ()) for p in (*job.weights, *job.routers))
+    own = job.optimizer._optimizer_step_post_hooks, job.optimizer._optimizer_step_pre_hooks
+    return on_tensors + sum(map(len, own)) + len(_global_optimizer_post_hooks)
+
+
+def test_closing_leaves_no_hook_behind() -> None:
+    """Each Rebalancer of a process left some on tensors and optimizers, and a closed one was still called by attach."""
+    job = Job(ranks=1)
+    before = hooks_of(job)
+    for _ in range(3):
+        rebalancer = job.rebalancer(every=1)
+        rebalancer.attach()
+        assert hooks_of(job) > before
+        rebalancer.close()
+        assert hooks_of(job) == before
+    iterated(job)
+    assert rebalancer.iteration == 0
