@@ -138,7 +138,7 @@ class LoadWindow:
                 f"LoadWindow.add: counts has shape {tuple(counts.shape)}; pass [{num_experts}], one for each of the "
                 "router's outputs"
             )
-        if torch._C._current_graph_task_id() != -1:  # inside autograd: the same tokens a second time
+        if is_recomputation():
             return
         says_evaluation = training is not None and not training
         if says_evaluation or not (torch.is_grad_enabled() or _is_in_a_recorded_function()):
@@ -239,6 +239,11 @@ class LoadWindow:
         first = numbers[:, 0]
         rows = ((numbers == first[:, None]).all(1) & (first != _NONE)).nonzero()[:, 0]
         return rows[first[rows].argsort()]
+
+
+def is_recomputation() -> bool:
+    """Whether this thread is inside of a backward pass, where a forward routes the same tokens a second time."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def _is_in_a_recorded_function() -> bool:

@@ -9,7 +9,11 @@ Shapes: L layers, E experts, P slots.
 
 from __future__ import annotations
 
+import copy
 import tempfile
+import threading
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,19 +25,21 @@ import torch.distributed.checkpoint as dcp
 from ranks import on_ranks
 from torch import Tensor, nn
 from torch.distributed.tensor import Shard
+from torch.utils.checkpoint import checkpoint
 
-from distplb import Placement
+from distplb import LoadWindow, Placement
 from distplb.errors import DistplbError
+from distplb.ties import RouterTies
 
 pytest.importorskip("torchtitan")
 
-from titan_models import EXPERTS, SEQUENCE, TOP_K, Job, meshes, moe_config
+from titan_models import DIM, EXPERTS, SEQUENCE, TOP_K, Job, meshes, moe_config
 from torchtitan.config import CompileConfig, ParallelismConfig, TrainingConfig
 from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
 from torchtitan.models import deepseek_v3, gpt_oss
 from torchtitan.models.common.moe import MoE
 
-from distplb.integrations.torchtitan import moe_layers, rebalancer
+from distplb.integrations.torchtitan import _Counts, moe_layers, rebalancer
 
 EP, ITERATIONS, EVERY, RANDOM_EVERY = 2, 30, 5, 7
 HALF = 15  # iterations before a checkpoint, and after it
@@ -184,9 +190,14 @@ def logits_after_moves(kind: str) -> dict[str, Any]:
     return {"apart": max(apart), "refused": refused, "torn": torn, "largest": float(before.abs().max())}
 
 
-def counted(checkpointing: Any) -> dict[str, Any]:
+def counted(checkpointing: Any, *, compiled: bool = False) -> dict[str, Any]:
     """What is counted in two iterations of two forwards and one evaluation; and torchtitan's own running counts."""
-    job = Job(meshes(EP), steps=4, checkpointing=checkpointing)
+    options = BFLOAT16 if compiled else {}  # the exact experts look at numbers of tokens on the host
+    job = Job(meshes(EP), steps=4, checkpointing=checkpointing, **options)
+    if compiled:
+        torch._dynamo.config.capture_scalar_outputs = True
+        for block in job.model.layers.values():
+            block.compile(backend="aot_eager", fullgraph=True)  # as torchtitan's `apply_compile`, without a compiler
     told: list[tuple[str, float, bool]] = []
     layers = moe_layers(job.model)
     for layer in layers:
@@ -201,6 +212,47 @@ def counted(checkpointing: Any) -> dict[str, Any]:
         job.logits(iteration)
     ties = [layer.ties.take() for layer in layers if layer.ties is not None]
     return {"told": told, "own": own, "ties": ties}
+
+
+def hooks_of(job: Job) -> int:
+    """Of all modules, of all kinds."""
+    kinds = [kind for kind in vars(job.model) if kind.endswith("_hooks")]
+    return sum(len(getattr(module, kind)) for module in job.model.modules() for kind in kinds)
+
+
+def hooks_of_two_rebalancers(mode: str) -> tuple[list[int], int]:
+    """Hooks beyond those of the job: described twice; and with each of two rebalancers and without; and tables."""
+    job = Job(meshes(EP), steps=4)
+    job.step(0)  # FSDP2 adds hooks of its own in the first forward
+    job.optimizers.zero_grad()
+    before = hooks_of(job)
+    layers, _ = (moe_layers(job.model, mode=mode) for _ in range(2))  # type: ignore[arg-type]  # one of two
+    found = [hooks_of(job) - before]
+    for iteration in range(2):
+        balancer = attached(job, mode=mode)
+        found.append(hooks_of(job) - before)
+        job.step(iteration)
+        job.optimizers.zero_grad()
+        balancer.close()
+        found.append(hooks_of(job) - before)
+    return found, sum(layer.slot_of_expert is not None for layer in layers)
+
+
+def after_a_table() -> tuple[str, bool]:
+    """What is said to permuting experts that a table has moved; and whether a second table's rebalancer leaves them."""
+    job, said = Job(meshes(EP), steps=4), ""
+    before, generator = job.logits(1), torch.Generator().manual_seed(3)
+    first = attached(job, mode="remap")
+    first.apply(random_placement(generator, None, EP))
+    first.close()
+    try:
+        attached(job)
+    except DistplbError as error:
+        said = str(error)
+    second = attached(job, mode="remap")
+    same = torch.equal(job.logits(1), before)
+    second.apply(random_placement(generator, None, EP))
+    return said, same and torch.equal(job.logits(1), before)
 
 
 def refused(**options: Any) -> list[str]:
@@ -234,6 +286,7 @@ def on_two() -> dict[str, Any]:
     found: dict[str, Any] = {kind: logits_after_moves(kind) for kind in KINDS}
     found["no checkpointing"] = counted(None)
     found["full"], found["selective"] = counted(FullAC.Config()), counted(SelectiveAC.Config())
+    found["compiled"] = counted(None, compiled=True)
     quiet = trained(Job(meshes(EP), steps=ITERATIONS), range(ITERATIONS), moves=False)
     runs: dict[str, dict[str, Any]] = {"moved": {}, "remapped": {"mode": "remap"}}
     for name, options in (runs | {"torn": {"leave_behind": True}}).items():
@@ -244,6 +297,8 @@ def on_two() -> dict[str, Any]:
             "moved": run["moved"],
         }
     found["learned"] = float(quiet["loss"][-5:].mean() / quiet["loss"][:5].mean())
+    found["hooks"] = {mode: hooks_of_two_rebalancers(mode) for mode in ("permute", "remap")}
+    found["after a table"] = after_a_table()
     found["refused"] = refused() + refused(tp=2)
     found["DeepSeek-V3"] = found_in(deepseek_v3.model_registry, num_mtp_layers=1)
     found["gpt-oss's own"] = found_in(gpt_oss.model_registry)
@@ -278,16 +333,20 @@ def test_under_group_limited_routing_a_placement_across_groups_is_refused(two: l
         assert "group" in found["groups"]["refused"]
 
 
-@pytest.mark.parametrize("checkpointing", ["no checkpointing", "full", "selective"])
+@pytest.mark.parametrize("checkpointing", ["no checkpointing", "full", "selective", "compiled"])
 def test_each_token_is_counted_once(two: list[dict[str, Any]], checkpointing: str) -> None:
     tokens = 2 * SEQUENCE * TOP_K  # of a rank, in a forward
     for found in two:
         told = [(name, count) for name, count, training in found[checkpointing]["told"] if training]
         assert told == [("layers.0.moe", tokens), ("layers.1.moe", tokens)] * 4
         evaluated = [count for _, count, training in found[checkpointing]["told"] if not training]
-        assert evaluated == [0] * 4
+        if checkpointing == "compiled":  # torchtitan's own running count, which evaluations leave as it is
+            assert evaluated == [0] * 4
+            assert found[checkpointing]["ties"] == [None, None]
+            continue
+        assert evaluated == [tokens] * 4
         # Recomputed tokens are there to be counted twice.
-        assert found[checkpointing]["own"] == [tokens * (2 if checkpointing == "no checkpointing" else 4)] * 2
+        assert found[checkpointing]["own"] == [tokens * (4 if checkpointing in ("full", "selective") else 2)] * 2
         assert all(0 <= share <= 1 for share in found[checkpointing]["ties"])
 
 
@@ -304,6 +363,21 @@ def test_the_comparison_notices_a_moment_left_behind(two: list[dict[str, Any]]) 
     for found in two:
         assert found["torn"]["loss"] > 1e-4
         assert found["torn"]["state"] > 1e-2
+
+
+def test_describing_a_model_hooks_nothing_but_its_table_and_closing_ends_the_rest(two: list[dict[str, Any]]) -> None:
+    """Its three hooks for each layer counted on after `close`, because they were several."""
+    for found in two:
+        for mode, (hooks, tables) in found["hooks"].items():
+            assert tables == (2 if mode == "remap" else 0)
+            assert hooks == [tables, tables + 6, tables, tables + 6, tables]
+
+
+def test_a_second_rebalancer_goes_on_from_the_tables_and_does_not_permute(two: list[dict[str, Any]]) -> None:
+    for found in two:
+        said, same = found["after a table"]
+        assert "layers.0.moe: experts were moved under mode='remap'" in said
+        assert same
 
 
 def test_experts_that_every_rank_computes_are_refused(two: list[dict[str, Any]]) -> None:
@@ -436,6 +510,116 @@ def test_copies_of_experts_move_alike(four: list[dict[str, Any]]) -> None:
     for found in four:
         assert found["replicas"]["apart"] == 0
         assert found["replicas"]["losses"] == pytest.approx(found["replicas"]["quiet"], abs=1e-8)
+
+
+# --- what is counted, in this process -------------------------------------------------------------------------------
+
+
+class Part(nn.Module):
+    """A model of one MoE layer that is recomputed, and of what comes after it in the forward."""
+
+    def __init__(self, *, bias: bool = True, use_reentrant: bool | None = False) -> None:
+        super().__init__()
+        self.moe: Any = moe_config(groups=None, bias=bias, score="sigmoid", exact=True, gpt_oss=False).build()
+        self.moe.init_states()
+        self.use_reentrant = use_reentrant
+        self.after: Callable[[], object] = lambda: None
+
+    def forward(self, x: Tensor) -> Tensor:
+        recomputed = partial(checkpoint, self.moe, use_reentrant=self.use_reentrant)
+        found: Tensor = self.moe(x) if self.use_reentrant is None else recomputed(x)
+        self.after()
+        return found
+
+
+def filled(part: Part) -> LoadWindow:
+    """A window that the part fills by itself."""
+    window = LoadWindow(1, EXPERTS, 9)
+    _Counts(part, part.moe, RouterTies(TOP_K))(partial(window.add, 0))
+    return window
+
+
+def micro_batch(seed: int = 0) -> Tensor:
+    torch.manual_seed(seed)
+    return torch.randn(2, SEQUENCE, DIM, requires_grad=True)
+
+
+def in_another_thread(call: Callable[[], object]) -> None:
+    thread = threading.Thread(target=call)
+    thread.start()
+    thread.join()
+
+
+@pytest.mark.filterwarnings("ignore:In CPU autocast")
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("run", [in_another_thread, lambda call: call()], ids=["in another thread", "in this thread"])
+def test_a_recomputation_during_a_forward_is_not_counted(run: Any, use_reentrant: bool) -> None:
+    """128 tokens were counted for 64 where a pipeline overlaps a forward with another micro-batch's backward.
+
+    What the layer's running counts grew by was taken for the forward's.
+    """
+    part = Part(use_reentrant=use_reentrant)
+    window, first = filled(part), micro_batch(0)
+    chosen: list[Tensor] = []
+    part.moe.router.register_forward_hook(lambda _, arguments, output: chosen.append(output[1].flatten().bincount()))
+    loss = part(first).sum()
+    part.after = lambda: run(loss.backward)
+    part(micro_batch(1))
+    assert first.grad is not None
+    assert [int(counts.sum()) for counts in chosen] == [2 * SEQUENCE * TOP_K] * 3  # the third, of the first once more
+    assert int(part.moe.tokens_per_expert_E.sum()) == 3 * 2 * SEQUENCE * TOP_K
+    assert window.load()[:, 0].tolist() == [chosen[0].tolist(), chosen[1].tolist()]
+
+
+@pytest.mark.filterwarnings("ignore:In CPU autocast")
+@pytest.mark.parametrize("bias", [True, False])
+def test_counts_are_exact_whatever_the_running_counts_have_grown_to(bias: bool) -> None:
+    """Beyond 2^24 a float32 has no odd numbers."""
+    part = Part(bias=bias)
+    window = filled(part)
+    for grown in (0.0, 2.0**24, 2.0**26):
+        part.moe.tokens_per_expert_E.fill_(grown)
+        part(micro_batch()).sum().backward()
+    loads = window.load()[:, 0].tolist()
+    assert any(count % 2 for count in loads[0])
+    assert loads == [loads[0]] * 3
+    assert sum(loads[0]) == 2 * SEQUENCE * TOP_K
+
+
+@pytest.mark.filterwarnings("ignore:In CPU autocast")
+def test_a_layer_that_a_forward_uses_twice_is_counted_twice() -> None:
+    part = Part(use_reentrant=None)
+    window = filled(part)
+    part.after = lambda: part.moe(micro_batch(1))
+    part(micro_batch(0))
+    part.moe(micro_batch(2))  # by itself, it is no forward of the model
+    part(micro_batch(0))
+    assert window.load().sum(2).tolist() == [[4 * SEQUENCE * TOP_K]] * 2
+
+
+@pytest.mark.filterwarnings("ignore:In CPU autocast")
+def test_a_model_that_is_compiled_as_a_whole_is_counted_by_its_running_counts() -> None:
+    part = Part(use_reentrant=None)
+    window = filled(part)
+    part.compile(backend="eager")
+    for seed in range(3):
+        part(micro_batch(seed)).sum().backward()
+        with torch.no_grad():
+            part(micro_batch(seed))
+    assert window.load().sum(2).tolist() == [[2 * SEQUENCE * TOP_K]] * 3
+
+
+@pytest.mark.filterwarnings("ignore:In CPU autocast")
+def test_neither_evaluations_nor_forwards_of_a_copy_are_steps() -> None:
+    part = Part()
+    window, other = filled(part), copy.deepcopy(part)
+    other(micro_batch()).sum().backward()
+    with torch.no_grad():
+        part(micro_batch())
+    part.eval()(micro_batch())
+    assert (window.seen, other.moe.tokens_per_expert_E.sum()) == (0, 4 * SEQUENCE * TOP_K)
+    part.train()(micro_batch())
+    assert window.load().sum(2).tolist() == [[2 * SEQUENCE * TOP_K]]
 
 
 # --- what is refused, in this process -------------------------------------------------------------------------------

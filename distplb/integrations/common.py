@@ -1,6 +1,6 @@
 """What adapters share: counts from hooks, scores within groups, and the error for a model that is not understood.
 
-Shapes: N tokens, E experts, P slots.
+Shapes: N tokens, E experts, P slots, K experts of each token.
 """
 
 from __future__ import annotations
@@ -16,7 +16,16 @@ from torch.utils.hooks import RemovableHandle
 
 from distplb.errors import DistplbError
 
-__all__ = ["Tell", "counts_of", "gpus_of_a_node", "named_parts", "not_found", "refuse_moved", "within_groups"]
+__all__ = [
+    "Tell",
+    "counts_of",
+    "gpus_of_a_node",
+    "named_parts",
+    "not_found",
+    "refuse_moved",
+    "tokens_of_experts",
+    "within_groups",
+]
 
 # Takes a layer's counts [P] of one forward, and `training=`.
 Tell = Callable[..., None]
@@ -38,6 +47,16 @@ def counts_of(module: nn.Module, read: Callable[[tuple[Any, ...], Any], Tensor])
         return module.register_forward_hook(hook)
 
     return subscribe
+
+
+def tokens_of_experts(chosen: Tensor, num_experts: int) -> Tensor:
+    """`[E]` int64: how often each expert is among the chosen, `[N, K]` or of any shape. Never waits for the device.
+
+    >>> tokens_of_experts(torch.tensor([[0, 2], [2, 1]]), num_experts=4)
+    tensor([1, 1, 2, 0])
+    """
+    flat = chosen.detach().flatten()
+    return torch.zeros(num_experts, dtype=torch.int64, device=flat.device).scatter_add_(0, flat, torch.ones_like(flat))
 
 
 def refuse_moved(name: str, table: Tensor) -> None:

@@ -27,6 +27,7 @@ from distplb.integrations.common import (
     named_parts,
     not_found,
     refuse_moved,
+    tokens_of_experts,
     within_groups,
 )
 from distplb.layer import MoELayer
@@ -265,7 +266,7 @@ def _described(
     def read(arguments: tuple[Any, ...], choice: tuple[Tensor, ...]) -> Tensor:
         if ties.is_due:
             ties.add(block.scores(router, choice[0].detach()))
-        return _counted(choice[2][share], num_experts)
+        return tokens_of_experts(choice[2][share], num_experts)
 
     def subscribe(tell: Tell) -> list[RemovableHandle]:
         remap = _remap_of(experts)
@@ -359,12 +360,6 @@ def _share_of_tokens(experts: Mapping[str, Tensor], sharers: int) -> slice:
 def _mesh(experts: Mapping[str, Any]) -> Any:
     """The device mesh that the experts lie on, None where each rank holds plain tensors."""
     return getattr(next(iter(experts.values())), "device_mesh", None)
-
-
-def _counted(chosen: Tensor, num_experts: int) -> Tensor:
-    """`[E]`: how often each expert is in `[N, K]`. Never waits for the device."""
-    flat = chosen.detach().flatten()
-    return torch.zeros(num_experts, dtype=torch.int64, device=flat.device).scatter_add_(0, flat, torch.ones_like(flat))
 
 
 def _comm(group: Any, deadline: float) -> TorchComm | None:

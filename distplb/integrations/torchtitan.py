@@ -9,6 +9,7 @@ Shapes: B sequences, S tokens of each, K experts of each token, E experts, P slo
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
@@ -24,8 +25,9 @@ from torchtitan.models.common.token_dispatcher import AllToAllTokenDispatcher
 
 from distplb.comm.torchdist import TorchComm
 from distplb.errors import DistplbError
-from distplb.integrations.common import Tell, gpus_of_a_node, named_parts, not_found
+from distplb.integrations.common import Tell, gpus_of_a_node, named_parts, not_found, refuse_moved, tokens_of_experts
 from distplb.layer import MoELayer
+from distplb.load import is_recomputation
 from distplb.rebalancer import Rebalancer
 from distplb.ties import RouterTies
 from distplb.topology import Topology
@@ -154,6 +156,7 @@ def _layer(name: str, moe: MoE, part: nn.Module, around: list[Any], mode: Mode) 
     _refuse_what_routes_otherwise(name, moe, mode)
     experts, router = _expert_tensors(name, moe), _router_tensors(name, moe)
     ties = RouterTies(top_k=moe.router.top_k)
+    count = _Counts(part, moe, ties)
     table = None if mode == "permute" else _table(moe, next(iter(experts.values())).device)
 
     def invalidate() -> None:
@@ -163,13 +166,19 @@ def _layer(name: str, moe: MoE, part: nn.Module, around: list[Any], mode: Mode) 
             # Counts by slot, for the balancing bias: 0 anyway between its update and the next forward.
             _local(moe.tokens_per_expert_E).zero_()
 
+    def subscribe(tell: Tell) -> Sequence[RemovableHandle]:
+        remap = _remap_of(moe)
+        if remap is not None and table is None:
+            refuse_moved(name, remap.table)
+        return count(tell)
+
     return MoELayer(
         name=name,
         experts=experts,
         router=router if table is None else {},
         num_groups=moe.router.num_expert_groups,
         slot_of_expert=table,
-        counts=_Counts(part, moe, ties),
+        counts=subscribe,
         ties=ties,
         invalidate=invalidate,
     )
@@ -255,9 +264,14 @@ def _refuse_what_routes_otherwise(name: str, moe: MoE, mode: Mode) -> None:
 class _Counts:
     """`MoELayer.counts`: this rank's tokens of each slot (or expert), after each forward of the model.
 
-    That is what the layer's own running counts grow by during the forward. They are only read, before torchtitan's
-    optimizer hook reduces and zeroes them; what recomputation in the backward adds comes after. The hooks are the whole
-    model's, outside of what is checkpointed, compiled or captured block by block.
+    They are counted where the router has chosen, in the thread of the forward. Recomputations in a backward pass, which
+    another thread may make meanwhile for another micro-batch, are left out. Where the router's hook does not run,
+    because the block is compiled or replayed from a CUDA graph, the layer's own running counts tell: by what they grow
+    during the forward, recomputations in other threads included. They are only read, before torchtitan's optimizer hook
+    reduces and zeroes them.
+
+    The counts are handed on by a hook of the whole model, outside of what is checkpointed, compiled or captured block
+    by block.
     """
 
     def __init__(self, part: nn.Module, moe: MoE, ties: RouterTies) -> None:
@@ -265,26 +279,43 @@ class _Counts:
 
     def __call__(self, tell: Tell) -> Sequence[RemovableHandle]:
         """Tell of every forward from now on; tied scores go where the event finds them."""
-        before = torch.zeros_like(_local(self._moe.tokens_per_expert_E))  # [P]
+        thread = _Forward()
 
-        def remember(*_: Any) -> None:
-            counts = _local(self._moe.tokens_per_expert_E)
+        # A copy of the model has these hooks as well: they look whose forward it is.
+        def begin(part: nn.Module, *_: Any) -> None:
+            if part is not self._part:
+                return
+            running = _local(self._moe.tokens_per_expert_E)  # [P]
             if self._moe.load_balance_coeff is None:
                 # Nobody reads or zeroes them then; in float32 they would lose tokens beyond 2^24.
-                counts.zero_()
-            before.copy_(counts)
+                running.zero_()
+            thread.running, thread.routed = running.clone(), None
 
-        def count(*_: Any) -> None:
-            tell(_local(self._moe.tokens_per_expert_E) - before, training=self._moe.training)
+        def route(router: Any, arguments: tuple[Any, ...], output: Any) -> None:
+            if torch.compiler.is_compiling() or router is not self._moe.router or is_recomputation():
+                return
+            counts = tokens_of_experts(_local(output[1]), router.num_experts)
+            thread.routed = counts if thread.routed is None else thread.routed + counts
+            self._look_for_ties(router, arguments, output)
+
+        def end(part: nn.Module, *_: Any) -> None:
+            if part is not self._part or thread.running is None:
+                return
+            counts = thread.routed
+            if counts is None:
+                counts = _local(self._moe.tokens_per_expert_E) - thread.running
+            thread.running = thread.routed = None
+            tell(counts, training=self._moe.training)
 
         return (
-            self._part.register_forward_pre_hook(remember),
-            self._part.register_forward_hook(count),
-            self._moe.router.register_forward_hook(self._look_for_ties),
+            # Where the whole model is compiled, these two are not: compiled, they lost what the thread holds.
+            self._part.register_forward_pre_hook(torch.compiler.disable(begin)),
+            self._part.register_forward_hook(torch.compiler.disable(end)),
+            self._moe.router.register_forward_hook(route),
         )
 
     def _look_for_ties(self, router: Any, arguments: tuple[Any, ...], output: Any) -> None:
-        if torch.compiler.is_compiling() or not router.training or not self._ties.is_due:
+        if not router.training or not self._ties.is_due:
             return
         with torch.no_grad():
             scores = _local(output[2])  # [B, S, E]
@@ -294,6 +325,13 @@ class _Counts:
             if router.num_expert_groups is not None:
                 scores = router._get_node_limited_routing_scores(scores)
             self._ties.add(scores)
+
+
+class _Forward(threading.local):
+    """The forward that a thread is in."""
+
+    running: Tensor | None = None  # [P], the layer's running counts when it began
+    routed: Tensor | None = None  # [P], what it has routed so far
 
 
 class _Remap:
@@ -312,14 +350,17 @@ class _Remap:
         return tokens, scores, _like(experts, self.table[_local(experts)]), _like(counts, by_slot)
 
 
+def _remap_of(moe: MoE) -> _Remap | None:
+    return next((hook for hook in moe.routed_experts._forward_pre_hooks.values() if isinstance(hook, _Remap)), None)
+
+
 def _table(moe: MoE, device: torch.device) -> Tensor:
     """The layer's table; the one that is there where it was asked for before, because two would both be applied."""
-    for hook in moe.routed_experts._forward_pre_hooks.values():
-        if isinstance(hook, _Remap):
-            return hook.table
-    table = torch.arange(moe.router.num_experts, device=device)
-    moe.routed_experts.register_forward_pre_hook(_Remap(table))
-    return table
+    remap = _remap_of(moe)
+    if remap is None:
+        remap = _Remap(torch.arange(moe.router.num_experts, device=device))
+        moe.routed_experts.register_forward_pre_hook(remap)
+    return remap.table
 
 
 def _local(tensor: Any) -> Tensor:
