@@ -77,7 +77,7 @@ def plan(
             groups (DeepSeek's hierarchical policy), in mode "permute" only block permutations come out.
         slot_class: `[P]` integers; an expert stays in slots of the class of its present slot. Without replicas.
         current: the placement in force: odd candidates start from it, the plan is named so that few experts move, and
-            a layer keeps it unless the plan costs less.
+            a layer keeps it unless the plan costs less, or what it holds breaks a rule of the other options.
         move_price: tokens of the whole window for each slot whose expert comes from another GPU; or a pair, inside a
             node and between nodes. `MoveModel.price` makes it from seconds. Takes `current`.
         time_curve: from an expert's tokens to its time, which is then what is balanced; `move_price` stays in tokens,

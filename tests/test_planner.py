@@ -158,6 +158,29 @@ def test_a_plan_is_better_than_contiguous_on_steps_it_has_not_seen() -> None:
     assert float(planned) >= float(lower_bound(unseen, topology, EXPERTS).mean())
 
 
+@pytest.mark.parametrize("move_price", [0.0, 2.0, 1e30])
+def test_a_current_placement_that_takes_groups_apart_is_not_kept(move_price: float) -> None:
+    """It was, where no plan cost less: what is in force was taken for something that may stay. Here its GPUs are as
+    full as they can be, and every block holds experts of two groups."""
+    load, current = torch.tensor([[4, 6, 4, 6, 1, 3, 1, 3]]), Placement(torch.tensor([[0, 3, 4, 7, 1, 2, 5, 6]]), 8, 2)
+    options = {"num_groups": 4, "mode": "permute", "current": current, "move_price": move_price}
+    found = plan(load, Topology(1, 2), **options).expert_of_slot[0].tolist()
+    assert [found[at] // 2 == found[at + 1] // 2 for at in range(0, 8, 2)] == [True] * 4
+    # Pairs that stand on two GPUs: one of each must move, and no pair can be found to leave 14 tokens each.
+    assert sum(load[0, found[:4]].tolist()) == 14
+    assert sum(expert in current.expert_of_slot[0, :4] for expert in found[:4]) == 2
+
+
+@pytest.mark.parametrize("move_price", [0.0, 2.0, 1e30])
+def test_a_current_placement_whose_replicas_share_a_gpu_is_not_kept_where_they_must_not(move_price: float) -> None:
+    """It was, where no plan cost less."""
+    load, current = torch.tensor([[6, 6, 6, 0]]), Placement(torch.tensor([[0, 0, 1, 1, 2, 3]]), 4, 3)
+    options = {"num_slots": 6, "allow_shared_replicas": False, "current": current, "move_price": move_price}
+    found = plan(load, Topology(1, 3), **options).expert_of_slot[0].tolist()
+    assert [found[at] != found[at + 1] for at in range(0, 6, 2)] == [True] * 3
+    assert set(found) == {0, 1, 2, 3}
+
+
 def test_the_seed_and_nothing_global_decides() -> None:
     load = torch.randint(500, 1500, (8, EXPERTS), generator=torch.Generator().manual_seed(5))
     torch.manual_seed(0)

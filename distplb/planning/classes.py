@@ -64,9 +64,20 @@ class Classes:
         """As `Policy`."""
         return self.engine.settle(terms, table, self.num_gpus, layer=layer, ceiling=ceiling)
 
-    def allows(self, table: Tensor) -> Tensor:
-        """As `Policy`: the table in force tells the classes."""
-        return torch.ones(len(table), dtype=torch.bool, device=table.device)
+    @property
+    def rule(self) -> str:
+        """As `Policy`."""
+        return "every expert in a slot of its class"
+
+    def allows(self, table: Tensor, *, layer: Tensor) -> Tensor:
+        """As `Policy`.
+
+        The placement in force is always allowed, whatever it is: an expert has no class but that of the slot in which
+        it stands there, so it cannot stand in a wrong one.
+        """
+        start, classes = self.start.to(table.device)[layer], self.region.to(table.device)
+        of_expert = torch.empty_like(start).scatter_(1, start, classes.expand_as(start).contiguous())  # [X, E]
+        return (of_expert.gather(1, table) == classes).all(1)
 
     def _lowered(self, key: Tensor, weight: Tensor, table: Tensor) -> Tensor:
         """Dealt anew until some rounds over the classes make no GPU lighter; the best that was met."""

@@ -42,8 +42,12 @@ class Policy(Protocol):
     def settle(self, terms: Terms, table: Tensor, *, layer: Tensor, ceiling: Tensor) -> Tensor:
         """A table that is no worse by the terms, under the same constraints; the regions of the terms are these."""
 
-    def allows(self, table: Tensor) -> Tensor:
-        """`[X]` bool: whether a table keeps the constraints."""
+    @property
+    def rule(self) -> str:
+        """The constraints in words, after "must have"."""
+
+    def allows(self, table: Tensor, *, layer: Tensor) -> Tensor:
+        """`[X]` bool: whether a table, in which every expert is placed, keeps the constraints; `layer [X]` is its."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,12 @@ class Flat:
         """As `Policy`."""
         return self.engine.settle(terms, table, self.num_gpus, layer=layer, ceiling=ceiling)
 
-    def allows(self, table: Tensor) -> Tensor:
+    @property
+    def rule(self) -> str:
+        """As `Policy`."""
+        return "every expert" if self.shared else "replicas of an expert on different GPUs"
+
+    def allows(self, table: Tensor, *, layer: Tensor) -> Tensor:
         """As `Policy`."""
         if self.shared:
             return torch.ones(len(table), dtype=torch.bool, device=table.device)
@@ -147,7 +156,13 @@ class Hierarchy:
         num_gpus = self.inside.num_gpus * self.num_nodes
         return self.inside.engine.settle(terms, table, num_gpus, layer=layer, ceiling=ceiling)
 
-    def allows(self, table: Tensor) -> Tensor:
+    @property
+    def rule(self) -> str:
+        """As `Policy`."""
+        whole = f"{self.num_groups // self.num_nodes} whole groups on each of {self.num_nodes} nodes"
+        return whole if self.inside.shared else f"{whole}, and {self.inside.rule}"
+
+    def allows(self, table: Tensor, *, layer: Tensor) -> Tensor:
         """As `Policy`."""
         node = self.region.to(table.device)
         size = (int(table.max()) + 1) // self.num_groups
@@ -157,7 +172,9 @@ class Hierarchy:
         whole = (home.gather(1, table // size) == node).all(1)
         wanted = torch.arange(self.num_nodes, device=table.device).repeat_interleave(self.num_groups // self.num_nodes)
         evenly = (home.sort(dim=1).values == wanted).all(1)
-        cells = self.inside.allows(table.view(len(table) * self.num_nodes, -1))
+        cells = self.inside.allows(
+            table.view(len(table) * self.num_nodes, -1), layer=layer.repeat_interleave(self.num_nodes)
+        )
         return whole & evenly & cells.view(len(table), -1).all(1)
 
     def _packed(self, weight: Tensor, nodes: Tensor, *, layer: Tensor, candidate: Tensor, seed: int) -> Tensor:
@@ -233,7 +250,11 @@ class Blocks:
         return torch.arange(self.num_groups).repeat_interleave(self.num_slots // self.num_groups)
 
     def settle(self, terms: Terms, table: Tensor, *, layer: Tensor, ceiling: Tensor) -> Tensor:
-        """As `Policy`; where a GPU holds several blocks, blocks are exchanged as wholes."""
+        """As `Policy`; where a GPU holds several blocks, blocks are exchanged as wholes.
+
+        The first expert of a group then tells how far a GPU is: all are as far, unless the placement in force has taken
+        their group apart. What is returned may then cost more.
+        """
         size = table.shape[1] // self.num_groups
         if self._spanned:
             return self.engine.settle(terms, table, self.num_gpus, layer=layer, ceiling=ceiling)
@@ -248,7 +269,12 @@ class Blocks:
         order = self.engine.settle(whole, blocks[:, :, 0] // size, self.num_gpus, layer=layer, ceiling=ceiling)
         return self._in_order(blocks, order)
 
-    def allows(self, table: Tensor) -> Tensor:
+    @property
+    def rule(self) -> str:
+        """As `Policy`."""
+        return f"the experts of one group in each block of {self.num_slots // self.num_groups} slots"
+
+    def allows(self, table: Tensor, *, layer: Tensor) -> Tensor:
         """As `Policy`."""
         return keeps_blocks(table, self.num_groups)
 

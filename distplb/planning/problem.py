@@ -10,7 +10,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from distplb.cost import layer_cost
+from distplb.cost import COST_BITS, MAX_COST, layer_cost
+from distplb.errors import DistplbError
 from distplb.load import excess_bits, spare_bits
 from distplb.packing.candidates import Names, ceilings
 from distplb.packing.engines import Engine, engine_named
@@ -68,6 +69,9 @@ class Problem:
         if num_slots > load.shape[2] and options.allow_shared_replicas and roomy:
             apart = replace(options, allow_shared_replicas=False)
             self._apart = _policy(apart, topology, num_slots, load.shape[1], engine)
+        self._may_stay = torch.zeros(load.shape[1], dtype=torch.bool, device=load.device)  # [L]
+        if self.current is not None:
+            self._may_stay = self._allows(self.current.expert_of_slot.to(load.device))
         self._measure(load, topology, options)
         # The cheapest table that was met for each layer, so that a root need not build it a second time.
         self._met: tuple[Tensor, Tensor, Tensor] | None = None  # candidate [L], cost [L], table [L, P]
@@ -84,10 +88,13 @@ class Problem:
             spare = spare_bits(self._load)
             self._load, shift = self._load << spare[:, None], shift + spare
         self._weight = self._load.sum(0) if len(self._load) > 1 else self._load[0]  # [L, E]
-        self._distance = self._price = self._cost_of_current = None
+        self._distance = self._price = self._coarser = self._cost_of_current = None
         if self.current is not None and any(prices):
             self._distance = distances(self.current, topology).to(load.device)
             self._price = in_units(prices, shift)
+            # A layer that must move may have to move everything: its costs would saturate, and none be the least.
+            dearest = self._price.amax(1) * options.slots(load.shape[2])
+            self._coarser = excess_bits(dearest[None, :, None], COST_BITS - 1).masked_fill(self._may_stay, 0)
             self._cost_of_current = self._cost(self.current.expert_of_slot.to(load.device))  # [L]
         self._terms: Terms | None = None
         if len(load) > 1 or self.current is not None:
@@ -130,8 +137,22 @@ class Problem:
     def polish(self, table: Tensor) -> Tensor:
         """`[L, P]`: more moves where they cost no more; then the names under which most experts stay in place.
 
-        A layer whose current placement costs no more keeps it.
+        A layer whose current placement keeps the rules and costs no more keeps it.
+
+        Raises:
+            DistplbError: if a layer breaks the rules, which no table of a candidate does.
         """
+        table = self._polished(table)
+        broken = (~self._allows(table)).nonzero()
+        if len(broken):
+            raise DistplbError(
+                f"internal: layer {int(broken[0])} of the plan must have {self._policy.rule}, and does not; please "
+                "report this with the load and the options"
+            )
+        return table
+
+    def _polished(self, table: Tensor) -> Tensor:
+        """`polish`, unchecked."""
         rows = self._uneven(table)
         if len(rows):
             polished = table.clone()
@@ -141,7 +162,8 @@ class Problem:
         if self.current is None:
             return table
         moved = self._no_dearer(self._named_as(table), table)
-        return self._no_dearer(self.current.expert_of_slot.to(table.device), moved)
+        kept = self._no_dearer(self.current.expert_of_slot.to(table.device), moved)
+        return torch.where(self._may_stay[:, None], kept, moved)
 
     def _finished(self, table: Tensor, layer: Tensor) -> Tensor:
         """`[X, P]`: step 9 on one step of load, steps 10 and 11 once more on several."""
@@ -153,7 +175,7 @@ class Problem:
         """`[X, P]`: the tables of rows."""
         layer, candidate = names["layer"], names["candidate"]
         table = torch.empty(len(layer), self._policy.region.shape[0], dtype=torch.int64, device=layer.device)
-        warm = (candidate % 2 == 1) & self._may_start_from_current(layer)
+        warm = (candidate % 2 == 1) & self._may_stay[layer]
         rows, others = warm.nonzero()[:, 0], (~warm).nonzero()[:, 0]
         if len(rows):
             table[rows] = self._from_current(layer[rows], candidate[rows])
@@ -163,24 +185,31 @@ class Problem:
         rows = (warm | self._may_gain(layer, table)).nonzero()[:, 0]
         if self._terms is not None and len(rows):
             names = {"layer": layer[rows], "candidate": candidate[rows], "seed": names["seed"]}
-            ceiling = ceilings(**names)
-            table[rows] = self._policy.settle(self._terms, table[rows], layer=names["layer"], ceiling=ceiling)
+            ceiling, given = ceilings(**names), table[rows]
+            settled = self._policy.settle(self._terms, given, layer=names["layer"], ceiling=ceiling)
+            table[rows] = settled if self._price is None else self._unless_dearer(settled, given, names["layer"])
         return table
+
+    def _unless_dearer(self, settled: Tensor, given: Tensor, layer: Tensor) -> Tensor:
+        """`[X, P]`: the tables after steps 10 and 11, or before them where a layer must move and is cheaper so.
+
+        It may be where blocks change places as wholes: those steps price a block by one of its experts.
+        """
+        rows = (~self._may_stay[layer]).nonzero()[:, 0]
+        if len(rows):
+            dearer = self._cost(settled[rows], layer[rows]) > self._cost(given[rows], layer[rows])
+            settled[rows[dearer]] = given[rows[dearer]]
+        return settled
 
     def _may_gain(self, layer: Tensor, table: Tensor) -> Tensor:
         """`[X]` bool: whether steps 10 and 11 may make something of a fresh table."""
         if self._price is None or self._distance is None or self._cost_of_current is None:
             # One step of load without a price is what the fresh search is for.
             return torch.full_like(layer, len(self._load) > 1, dtype=torch.bool)
-        # Where its moves alone cost more than staying can, it is no candidate.
+        # Where its moves alone cost more than staying, and the layer may stay, it is no candidate.
         paid = tolls(table, self._distance[layer], self._price[layer])
-        return paid + self._weight.sum(1)[layer] // self.num_gpus < self._cost_of_current[layer]
-
-    def _may_start_from_current(self, layer: Tensor) -> Tensor:
-        """`[X]` bool."""
-        if self.current is None:
-            return torch.zeros_like(layer, dtype=torch.bool)
-        return self._policy.allows(self.current.expert_of_slot).to(layer.device)[layer]
+        least = paid + self._weight.sum(1)[layer] // self.num_gpus
+        return (least < self._cost_of_current[layer]) | ~self._may_stay[layer]
 
     def _from_current(self, layer: Tensor, candidate: Tensor) -> Tensor:
         """`[X, P]`: what stands now; every second candidate goes on with other replica counts, if there are any."""
@@ -231,17 +260,22 @@ class Problem:
             )
         self._met = met
 
-    def _cost(self, table: Tensor) -> Tensor:
-        """`[..., L]` int64: of tables `[..., L, P]`, with the price of their moves."""
-        paid = None
-        if self._distance is not None and self._price is not None:
-            paid = tolls(table, self._distance, self._price)
-        return layer_cost(self._load, table, self.num_gpus, paid)
+    def _cost(self, table: Tensor, layer: Tensor | slice = slice(None)) -> Tensor:
+        """`[..., X]` int64: of tables `[..., X, P]` of these layers (all in turn), with the price of their moves."""
+        cost = layer_cost(self._load[:, layer], table, self.num_gpus)
+        if self._distance is None or self._price is None or self._coarser is None:
+            return cost
+        paid = tolls(table, self._distance[layer], self._price[layer])
+        return ((cost + paid) >> self._coarser[layer]).clamp(max=MAX_COST)
 
     def _uneven(self, table: Tensor) -> Tensor:
         """The layers whose fullest GPUs are more than 2^-13 above the mean, which no job would notice."""
         cost, total = layer_cost(self._load, table, self.num_gpus), self._weight.sum(1)
         return (cost - total // self.num_gpus > total // self.num_gpus >> _EVEN_BITS).nonzero()[:, 0]
+
+    def _allows(self, table: Tensor) -> Tensor:
+        """`[L]` bool: whether the policy allows a table `[L, P]`."""
+        return self._policy.allows(table, layer=torch.arange(len(table), device=table.device))
 
     def _no_dearer(self, wanted: Tensor, other: Tensor) -> Tensor:
         """Layer by layer, `wanted` where it costs no more than `other`, which stands elsewhere; both `[L, P]`."""
