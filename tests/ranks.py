@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-__all__ = ["errors_on_ranks", "on_ranks", "outcomes_on_ranks"]
+__all__ = ["errors_on_ranks", "join_group", "on_ranks", "outcomes_on_ranks", "preloaded"]
 
 DEADLINE_SECONDS = 120
 
@@ -51,9 +51,7 @@ def outcomes_on_ranks(
 def _run(size: int, body: Callable[..., Any], args: tuple[Any, ...], deadline: float) -> list[tuple[bool, Any]]:
     # A fork server that has imported torch: each process starts in tenths of a second, from a clean state.
     context = multiprocessing.get_context("forkserver")
-    # Frameworks too, where they are installed: they take longer to import than most tests take to run.
-    frameworks = [f"distplb.integrations.{name}" for name in ("huggingface", "torchtitan", "megatron")]
-    context.set_forkserver_preload(["torch", "torch.distributed", "distplb", *frameworks])
+    context.set_forkserver_preload(preloaded())
     with tempfile.TemporaryDirectory() as folder:
         pipes, processes = [], []
         for rank in range(size):
@@ -73,6 +71,24 @@ def _run(size: int, body: Callable[..., Any], args: tuple[Any, ...], deadline: f
                 if process.is_alive():
                     process.kill()
                     process.join()
+
+
+def preloaded() -> list[str]:
+    """What the fork server imports, also frameworks: they take longer to import than most tests take to run."""
+    frameworks = [f"distplb.integrations.{name}" for name in ("huggingface", "torchtitan", "megatron")]
+    return ["torch", "torch.distributed", "distplb", *frameworks]
+
+
+def join_group(rank: int, size: int, folder: str, deadline: float) -> None:
+    """Make the default group, with a file in the folder as rendezvous."""
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{Path(folder) / 'rendezvous'}",
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(seconds=deadline / 2),
+    )
 
 
 def _collect(pipes: list[Connection], deadline: float) -> list[tuple[bool, Any]]:
@@ -99,14 +115,7 @@ def _one_rank(
     deadline: float,
 ) -> None:
     torch.set_num_threads(1)
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{Path(folder) / 'rendezvous'}",
-        rank=rank,
-        world_size=size,
-        timeout=timedelta(seconds=deadline / 2),
-    )
+    join_group(rank, size, folder, deadline)
     try:
         pipe.send((True, body(*args)))
     except BaseException:

@@ -164,6 +164,28 @@ def test_gradients_that_fsdp_has_not_shared_out_yet_are_a_backward_pass_that_has
         assert goes_on
 
 
+# --- what is declared --------------------------------------------------------------------------------------------
+
+
+def declared_whole() -> str:
+    world = World(2, reshard_after_forward=False)
+    world.output()
+    world.rebalancer.close()
+    layer = MoELayer(name="moe", experts={"w": world.experts.w}, router={"weight": world.gate})
+    options: dict[str, Any] = {"topology": Topology(1, 2), "every": 1, "window": LoadWindow(1, EXPERTS, 4)}
+    try:
+        Rebalancer([layer], world.optimizer, comm=TorchComm(), gpu=world.gpu, **options)
+    except DistplbError as error:
+        return str(error)
+    return "no error"
+
+
+def test_whole_weights_of_a_forward_are_not_taken_for_parameters() -> None:
+    for text in on_ranks(4, declared_whole, deadline=60):
+        assert "moe.experts.w is the whole weight that FSDP2 has gathered for a forward" in text
+        assert "call reshard() of the module" in text
+
+
 # --- private names -----------------------------------------------------------------------------------------------
 
 

@@ -9,27 +9,28 @@ The only file that knows private names of FSDP2: `_module_state_mapping` of torc
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
 
-__all__ = ["has_pending_gradients", "param_groups", "reshard"]
+__all__ = ["has_pending_gradients", "param_groups", "reshard", "whole_weights"]
 
 
 def param_groups(tensors: Iterable[Tensor]) -> list[Any]:
     """FSDP2's parameter groups, of any module of this process, that shard one of these tensors."""
     if "torch.distributed.fsdp" not in sys.modules:  # then nothing is sharded so
         return []
-    from torch.distributed._composable_state import _module_state_mapping
-
     wanted = {id(tensor) for tensor in tensors}
-    found = {}
-    for reference in list(_module_state_mapping.values()):
-        for group in _groups_of(reference()):
-            if any(id(param.sharded_param) in wanted for param in group.fsdp_params):
-                found[id(group)] = group
-    return list(found.values())
+    return [group for group in _all_groups() if any(id(param.sharded_param) in wanted for param in group.fsdp_params)]
+
+
+def whole_weights(tensors: Iterable[Tensor]) -> set[int]:
+    """By `id`, those of the tensors that FSDP2 has put in place of a sharded parameter for the time of a forward."""
+    if "torch.distributed.fsdp" not in sys.modules:
+        return set()
+    whole = {id(getattr(param, "_unsharded_param", None)) for group in _all_groups() for param in group.fsdp_params}
+    return {id(tensor) for tensor in tensors} & whole
 
 
 def reshard(groups: Iterable[Any]) -> None:
@@ -53,11 +54,16 @@ def has_pending_gradients(groups: Iterable[Any]) -> bool:
     return any(_is_pending(group) for group in groups)
 
 
-def _groups_of(state: Any) -> Iterator[Any]:
-    groups = getattr(state, "_fsdp_param_groups", None)
-    if groups is None:
-        groups = [getattr(state, "_fsdp_param_group", None)]
-    return (group for group in groups if group is not None)
+def _all_groups() -> list[Any]:
+    """Of all modules of this process."""
+    from torch.distributed._composable_state import _module_state_mapping
+
+    found: dict[int, Any] = {}
+    for reference in list(_module_state_mapping.values()):
+        state = reference()
+        groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
+        found |= {id(group): group for group in groups if group is not None}  # a state may be that of several modules
+    return list(found.values())
 
 
 def _is_pending(group: Any) -> bool:

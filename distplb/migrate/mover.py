@@ -16,7 +16,7 @@ from distplb.errors import DistplbError, HalfMovedError, in_stage
 from distplb.layer import MoELayer
 from distplb.migrate.checksum import expert_checksums
 from distplb.migrate.claims import Claim, Row
-from distplb.migrate.fsdp2 import param_groups, reshard
+from distplb.migrate.fsdp2 import param_groups, reshard, whole_weights
 from distplb.migrate.kinds import completed, what_travels
 from distplb.migrate.pieces import Layout
 from distplb.migrate.rows import RowTensor, row_tensors
@@ -71,6 +71,7 @@ class Mover:
         ]
         trained = trainers(optimizers)
         for tensors in self._tensors:
+            _refuse_whole_weights(tensors)
             check_known(tensors, trained)
         self._layouts: list[list[Layout]] = []
         self._claim = Claim(self._tensors)
@@ -233,6 +234,16 @@ class Mover:
             raise HalfMovedError(
                 f"after the move, expert {expert} of {self._names[layer]} is not what it was ({len(wrong)} such); "
                 "resume from the last checkpoint with the rebalancer disabled, and report this"
+            )
+
+
+def _refuse_whole_weights(tensors: Sequence[RowTensor]) -> None:
+    for row_tensor in tensors:
+        if whole_weights(row_tensor.tensors):
+            raise DistplbError(
+                f"{row_tensor.name} is the whole weight that FSDP2 has gathered for a forward, which it drops at the "
+                "next reshard; call reshard() of the module that was passed to fully_shard, and declare the parameter "
+                "that the module then has"
             )
 
 

@@ -1,0 +1,105 @@
+"""Rank processes that are kept from one call to the next: what a test builds on them stays until it is replaced."""
+
+from __future__ import annotations
+
+import multiprocessing
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from ranks import join_group, preloaded
+
+__all__ = ["Pool"]
+
+_GRACE_SECONDS = 3.0  # that ranks have for their own answer, once one has failed
+
+
+class Pool:
+    """`size` ranks of a gloo group, each of which runs what it is called with, in turn.
+
+    A call that fails on any rank, or is not answered by all before the deadline, ends the processes; the next call
+    starts others.
+    """
+
+    def __init__(self, size: int, deadline: float = 60.0) -> None:
+        self._size, self._deadline = size, deadline
+        self._processes: list[Any] = []
+        self._pipes: list[Connection] = []
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+
+    def call(self, body: Callable[..., Any], *args: Any) -> list[Any]:
+        """What `body(*args)` returns, by rank.
+
+        Raises:
+            AssertionError: with the traceback of each rank that raised, or the ranks that did not answer.
+        """
+        if not self._processes:
+            self._start()
+        for pipe in self._pipes:
+            pipe.send((body, args))
+        answers: dict[int, tuple[bool, Any]] = {}
+        end = time.monotonic() + self._deadline
+        while len(answers) < self._size and time.monotonic() < end:
+            silent = [pipe for rank, pipe in enumerate(self._pipes) if rank not in answers]
+            for pipe in wait(silent, timeout=max(0.0, end - time.monotonic())):
+                rank = self._pipes.index(pipe)  # type: ignore[arg-type]
+                try:
+                    answers[rank] = self._pipes[rank].recv()
+                except EOFError:
+                    answers[rank] = (False, "ended without an answer")
+                if not answers[rank][0]:  # the others may wait for it in vain
+                    end = min(end, time.monotonic() + _GRACE_SECONDS)
+        failed = [f"rank {rank}:\n{text}" for rank, (ok, text) in sorted(answers.items()) if not ok]
+        failed += [f"rank {rank}: no answer" for rank in range(self._size) if rank not in answers]
+        if failed:
+            self.close()
+        assert not failed, "\n".join(failed)
+        return [answers[rank][1] for rank in range(self._size)]
+
+    def close(self) -> None:
+        """End all processes."""
+        for pipe in self._pipes:
+            pipe.close()
+        for process in self._processes:
+            process.join(2)
+            if process.is_alive():
+                process.kill()
+                process.join()
+        if self._folder is not None:
+            self._folder.cleanup()
+        self._processes, self._pipes, self._folder = [], [], None
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(preloaded())
+        self._folder = tempfile.TemporaryDirectory()
+        for rank in range(self._size):
+            here, there = context.Pipe()
+            arguments = (rank, self._size, self._folder.name, there, self._deadline)
+            process = context.Process(target=_serve, args=arguments, daemon=True)
+            process.start()
+            there.close()
+            self._pipes.append(here)
+            self._processes.append(process)
+
+
+def _serve(rank: int, size: int, folder: str, pipe: Connection, deadline: float) -> None:
+    torch.set_num_threads(1)
+    join_group(rank, size, folder, deadline)
+    try:
+        while True:
+            try:
+                body, args = pipe.recv()
+            except EOFError:
+                return
+            try:
+                pipe.send((True, body(*args)))
+            except BaseException:
+                pipe.send((False, traceback.format_exc()))
+    finally:
+        dist.destroy_process_group()
