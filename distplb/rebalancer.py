@@ -291,10 +291,9 @@ class Rebalancer:
         self._is_closed = True
         self._drop()
         self._background.close()
-        self._routing.close()
         for attached in self._attached:
             attached.remove()
-        self._mover.close()
+        self._let_go(self._mover)
         self._roster.withdraw()
         for writer in (self._trace, self._log):
             if writer is not None:
@@ -516,9 +515,12 @@ class Rebalancer:
         return "moved", "the moves lower the cost by more than their price"
 
     def _apply(self, placement: Placement) -> None:
+        if not self._names:
+            return
         until = time.monotonic() + _SAVE_SECONDS
+        untrained = self._mover.watch.untrained() if self._observer.seen else [False] * len(self._names)
         # All look again at once while a save is being written, so that nobody waits for another's at a collective.
-        while self._names and self._move(placement, Stages(), patience=_SAVE_PAUSE_SECONDS) is None:
+        while self._move(placement, Stages(), None, untrained, patience=_SAVE_PAUSE_SECONDS) is None:
             if time.monotonic() > until:
                 raise DistplbError(
                     f"an asynchronous save has not ended in {_SAVE_SECONDS:.0f} s, and nothing may move before it has; "
@@ -619,8 +621,7 @@ class Rebalancer:
             assert mover is not None
             mover.agree_on_layouts()
         except BaseException:
-            if mover is not None:
-                mover.close()
+            self._let_go(mover)
             raise
         return mover
 
@@ -638,9 +639,16 @@ class Rebalancer:
         try:
             (everywhere,) = agree(self._comm, {}, error, least=[int(knows_rows)])
         except BaseException:
-            self._mover.close()
+            self._let_go(self._mover)
             raise
         return roster, bool(everywhere)
+
+    def _let_go(self, mover: Mover | None) -> None:
+        """Of the model and the optimizers."""
+        if hasattr(self, "_routing"):
+            self._routing.close()
+        if mover is not None:
+            mover.close()
 
     def _check_options(self, layers: Sequence[MoELayer]) -> None:
         if not isinstance(self._every, int) or self._every < 1:
@@ -669,7 +677,10 @@ class Rebalancer:
             raise DistplbError(
                 f"{len(layers)} layers for a window of {window.shape[1]}; pass a window of as many layers"
             )
-        return window if layers else self._routing.window(1, 0)
+        if not layers:
+            return self._routing.window(1, 0)
+        self._routing.subscribe()
+        return window
 
     def _travelling(self) -> tuple[Travelling, Exception | None]:
         """All that travels now; or why it may not."""

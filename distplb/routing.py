@@ -5,7 +5,7 @@ Shapes: L layers, E experts, P slots.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -61,14 +61,25 @@ class Routing:
         sizes = [self._num_experts(layer) for layer in self._layers]
         num_experts = self._common("the number of experts", sizes, 1)
         window = LoadWindow(max(1, len(self._layers)), num_experts, num_steps, device=self._device(), seed=seed)
+        self.subscribe([partial(window.add, index) for index in range(len(self._layers))])
+        return window
+
+    def subscribe(self, takers: Sequence[Callable[..., None]] | None = None) -> None:
+        """Have each layer tell its counts, and do what else it does for a rebalancer, until `close`.
+
+        Args:
+            takers: by layer, what takes the counts; nothing does where None, as the loop fills the window.
+
+        Raises:
+            DistplbError: if a layer does not say how to end it. Nothing is subscribed to then.
+        """
         try:
-            for index, layer in enumerate(self._layers):
-                assert layer.counts is not None
-                self._subscriptions += _handles(layer.name, layer.counts(partial(window.add, index)))
+            for layer, take in zip(self._layers, takers or [_ignore] * len(self._layers), strict=True):
+                if layer.counts is not None:
+                    self._subscriptions += _handles(layer.name, layer.counts(take))
         except BaseException:
             self.close()
             raise
-        return window
 
     def start(self, logical: Placement) -> Placement:
         """Where the experts are to begin with: as the tables say, if there are any, else in logical order.
@@ -148,6 +159,10 @@ class Routing:
                 tensor = declared if isinstance(declared, Tensor) else _first(declared)
                 return tensor.device
         return torch.device("cpu")
+
+
+def _ignore(*_: Any, **__: Any) -> None:
+    """Counts that somebody else takes."""
 
 
 def _first(declared: Rows | Sequence[Tensor]) -> Tensor:

@@ -113,7 +113,9 @@ def tokens_of(iteration: int) -> tuple[Tensor, Tensor]:
     """`[N, D]` each: what goes in, and what the output is weighed by."""
     generator = torch.Generator().manual_seed(1000 + iteration)
     x, target = torch.randn(2, TOKENS, DIM, generator=generator, dtype=torch.float64)
-    return x + 0.5, target
+    # Other experts are hot after each rebalance, so that there is something to move every time.
+    towards = torch.randn(DIM, generator=torch.Generator().manual_seed(iteration // EVERY), dtype=torch.float64)
+    return x + 2 * towards, target
 
 
 def routed(scores: Tensor, num_groups: int | None) -> tuple[Tensor, Tensor]:
@@ -231,6 +233,7 @@ class World:
         if saved is not None:
             self.rebalancer.load_state_dict(saved["rebalancer"])
         self.begun: list[tuple[Future[None], dict[str, Any]]] = []
+        self.goes_on = threading.Event()  # when a save that is late reads on
         self.done: dict[str, Any] | None = saved
 
     # --- how it is made ---
@@ -304,7 +307,7 @@ class World:
             stop_loss=0,
             spread=Spread(1, 1, 0.0) if setup.spread else None,
             verify="digest",
-            on_event=lambda event: self.met.update([f"rebalance {event.decision}"]),
+            on_event=self._count,
         )
         take_up = rebalancer._take_up
 
@@ -315,6 +318,10 @@ class World:
 
         rebalancer._take_up = taken_up  # type: ignore[method-assign]
         return rebalancer
+
+    def _count(self, event: Any) -> None:
+        self.met[f"rebalance {event.decision}"] += 1
+        self.met["rebalance within budget"] += any("over the budget" in text for text in event.left_out)
 
     # --- what it computes ---
 
@@ -411,12 +418,15 @@ class World:
         future = Future[None]()
 
         def write() -> None:
-            time.sleep(0.01 if late else 0.0)
+            if late:
+                self.goes_on.wait()
+                time.sleep(0.02)
             told["parts"] = self._parts()
             future.set_result(None)
 
         self.begun.append((future, told))
         if late:
+            self.goes_on = threading.Event()
             self.rebalancer.saving(future)
             threading.Thread(target=write, daemon=True).start()
         else:
@@ -442,8 +452,16 @@ class World:
             parts: list[Any] = [None] * self.setup.ranks
             dist.all_gather_object(parts, (self.gpu, self.copy, told.pop("parts")), group=_GROUPS[self.setup.ranks])
             self.done = told | {"whole": self._joined({(gpu, copy): held for gpu, copy, held in parts})}
+            self._check_save(self.done)
         self.begun.clear()
         return self.done
+
+    def _check_save(self, saved: dict[str, Any]) -> None:
+        """Its rows are those of the placement that it tells."""
+        for layer in range(LAYERS):
+            row = saved["rebalancer"]["layers"][f"moe.{layer}"]["expert_of_slot"]
+            for key in (f"{layer}.w", *(f"{layer}.w.{moment}" for moment in MOMENTS)):
+                assert_near(f"the save's {key}", saved["whole"][key], saved["twin"][key][row])
 
     def _joined(self, parts: dict[tuple[int, int], Whole]) -> Whole:
         first = parts[0, 0]
@@ -497,7 +515,10 @@ def act(action: str, *args: Any) -> tuple[Counter[str], dict[str, Any] | None]:
     if not _WORLD:
         return Counter(), None
     world = _WORLD[0]
+    world.goes_on.set()
     answer = globals()[f"do_{action}"](world, *args)
+    if world.begun and action != "save":
+        world.end_saves()
     return world.check(), answer
 
 

@@ -186,6 +186,26 @@ def test_whole_weights_of_a_forward_are_not_taken_for_parameters() -> None:
         assert "call reshard() of the module" in text
 
 
+def assigned() -> str:
+    world = World(2)
+    world.step()
+    state = {key: value.clone() for key, value in world.experts.state_dict().items()}
+    world.experts.load_state_dict(state, assign=True)
+    world.output()  # in which FSDP2 takes up the new ones
+    try:
+        world.move()
+    except DistplbError as error:
+        return str(error)
+    return "no error"
+
+
+def test_parameters_that_were_replaced_are_noticed_at_once() -> None:
+    for text in on_ranks(4, assigned, deadline=60):
+        assert (
+            "moe.experts.w is not the parameter of its FSDP2 module any more, as after load_state_dict(assign" in text
+        )
+
+
 # --- private names -----------------------------------------------------------------------------------------------
 
 

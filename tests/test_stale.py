@@ -117,8 +117,22 @@ def test_a_model_whose_parameters_were_replaced_is_noticed_at_the_next_rebalance
         if iteration < 3:
             rebalancer.step()
     text = r"no gradient has come to any declared tensor of moe since the last rebalance, .* load_state_dict\(assign"
+    with pytest.raises(DistplbError, match=text), rebalancer.in_logical_order():  # a checkpoint of other rows
+        raise AssertionError("in logical order")
     with pytest.raises(DistplbError, match=text):
         rebalancer.step()
+
+
+def test_gradients_that_add_up_beside_grad_are_a_backward_pass_that_has_begun() -> None:
+    """Megatron-Core's without a distributed optimizer: they stayed in their slots, and went to the experts there."""
+    job = Job(ranks=1)
+    rebalancer = job.rebalancer(every=1)
+    iterated(job)
+    job.backward()
+    for parameter in (*job.weights, *job.routers):
+        parameter.main_grad, parameter.grad = parameter.grad, None  # type: ignore[attr-defined]  # as its DDP does
+    with pytest.raises(DistplbError, match="a backward pass has begun since the optimizer's last step"):
+        rebalancer.apply(REVERSED)
 
 
 def test_experts_without_a_gradient_of_their_own_are_not_taken_for_replaced_ones() -> None:
@@ -191,6 +205,19 @@ def test_a_layer_of_which_only_some_tensors_were_moved_is_refused() -> None:
     both = MoELayer(name="moe", experts={"w": one, "v": other}, router={"r": router})
     with pytest.raises(DistplbError, match="rows of some tensors were moved by another Rebalancer and those of others"):
         Rebalancer([both], optimizer, **options)
+
+
+def test_tensors_that_were_put_back_lie_like_those_that_nobody_has_moved() -> None:
+    """A table first, then rows: the router's own rows were of no concern to the first rebalancer."""
+    w, router = nn.Parameter(torch.randn(EXPERTS, DIM)), nn.Parameter(torch.randn(EXPERTS, DIM))
+    optimizer = torch.optim.AdamW([w, router])
+    options: dict[str, Any] = {"topology": Topology(1, 1), "every": 1, "window": LoadWindow(1, EXPERTS, 4)}
+    table = MoELayer(name="moe", experts={"w": w}, slot_of_expert=torch.arange(EXPERTS))
+    first = Rebalancer([table], optimizer, **options)
+    first.apply(Placement(torch.arange(EXPERTS).flip(0)[None], EXPERTS, 1))
+    first.restore()
+    first.close()
+    Rebalancer([MoELayer(name="moe", experts={"w": w}, router={"r": router})], optimizer, **options).restore()
 
 
 def on_every_rank() -> tuple[str, str]:
@@ -305,6 +332,33 @@ def hooks_of(job: Job) -> int:
     on_tensors = sum(len(p._post_accumulate_grad_hooks or ()) for p in (*job.weights, *job.routers))
     own = job.optimizer._optimizer_step_post_hooks, job.optimizer._optimizer_step_pre_hooks
     return on_tensors + sum(map(len, own)) + len(_global_optimizer_post_hooks)
+
+
+def test_a_rebalancer_that_is_refused_leaves_no_hook_behind() -> None:
+    """Whatever refuses it, and also what its layers have subscribed with."""
+    job, removed = Job(ranks=1), []
+
+    class Handle:
+        def remove(self) -> None:
+            removed.append(self)
+
+    subscribed: list[Handle] = []
+
+    def counts(tell: Any) -> Handle:
+        subscribed.append(Handle())
+        return subscribed[-1]
+
+    before = hooks_of(job)
+    holder = job.rebalancer(every=1)
+    held = hooks_of(job)
+    for options in ({}, {"window": None}, {"window": None, "slot_class": torch.zeros(3)}):
+        with pytest.raises(DistplbError):
+            job.rebalancer(job.layers(counts=counts), **({"every": 1} | options))
+        assert hooks_of(job) == held
+    assert len(subscribed) == 3 * LAYERS
+    assert set(removed) == set(subscribed)
+    holder.close()
+    assert hooks_of(job) == before
 
 
 def test_closing_leaves_no_hook_behind() -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["has_pending_gradients", "param_groups", "reshard", "whole_weights"]
+__all__ = ["has_pending_gradients", "param_groups", "reshard", "sharded", "whole_weights"]
 
 
 def param_groups(tensors: Iterable[Tensor]) -> list[Any]:
@@ -23,6 +23,15 @@ def param_groups(tensors: Iterable[Tensor]) -> list[Any]:
         return []
     wanted = {id(tensor) for tensor in tensors}
     return [group for group in _all_groups() if any(id(param.sharded_param) in wanted for param in group.fsdp_params)]
+
+
+def sharded(tensors: Iterable[Tensor]) -> set[int]:
+    """By `id`, those of the tensors that are the parameter of an FSDP2 module now."""
+    if "torch.distributed.fsdp" not in sys.modules:
+        return set()
+    return {id(tensor) for tensor in tensors} & {
+        id(param.sharded_param) for group in _all_groups() for param in group.fsdp_params
+    }
 
 
 def whole_weights(tensors: Iterable[Tensor]) -> set[int]:

@@ -105,9 +105,10 @@ class Mover:
         """All that travels now; what FSDP2 has derived from it is dropped.
 
         Raises:
-            DistplbError: if a backward pass has begun, or the state of the optimizers is of an unknown kind, or of
-                optimizers that were not given.
+            DistplbError: if the tensors are none of the model's any more, a backward pass has begun, or state of the
+                optimizers, or of others that were not given, could not travel.
         """
+        self.watch.refuse_replaced()
         self.watch.refuse_if_begun()
         self.watch.refuse_other_optimizers()
         reshard(param_groups(tensor for layer in self._tensors for row in layer for tensor in row.tensors))

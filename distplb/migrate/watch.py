@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from distplb.errors import DistplbError
-from distplb.migrate.fsdp2 import has_pending_gradients, param_groups
+from distplb.migrate.fsdp2 import has_pending_gradients, param_groups, sharded
 from distplb.migrate.rows import RowTensor
 
 __all__ = ["TrainingWatch"]
@@ -36,6 +36,7 @@ class TrainingWatch:
         self._names = {
             id(tensor): row_tensor.name for layer in layers for row_tensor in layer for tensor in row_tensor.tensors
         }
+        self._of_fsdp = sharded(self._all_tensors())
         self._optimizers = list(optimizers)
         self._begun: dict[int, Tensor] = {}
         self._sharded = set[int]()  # whose gradients are added up elsewhere, and taken from there
@@ -63,11 +64,20 @@ class TrainingWatch:
     def refuse_if_begun(self) -> None:
         """Raise if gradients of another step are already on their way."""
         # Where a step was skipped, as by a gradient scaler, they have been dropped since.
-        begun = any(tensor.grad is not None or id(tensor) in self._sharded for tensor in self._begun.values())
+        begun = any(map(self._holds_gradient, self._begun.values()))
         if begun or has_pending_gradients(param_groups(self._all_tensors())):
             raise DistplbError(
                 "a backward pass has begun since the optimizer's last step; call rebalancer.step() right after "
                 "optimizer.step(), before the next forward"
+            )
+
+    def refuse_replaced(self) -> None:
+        """Raise if a tensor is not the parameter of its FSDP2 module any more."""
+        gone = self._of_fsdp - sharded(self._all_tensors())
+        if gone:
+            raise DistplbError(
+                f"{self._names[min(gone)]} is not the parameter of its FSDP2 module any more, as after "
+                "load_state_dict(assign=True); close() this Rebalancer, and make one of the model as it is now"
             )
 
     def refuse_other_optimizers(self) -> None:
@@ -106,6 +116,10 @@ class TrainingWatch:
 
     def _all_tensors(self) -> list[Tensor]:
         return [tensor for layer in self._tensors for tensor in layer.values()]
+
+    def _holds_gradient(self, tensor: Tensor) -> bool:
+        """Megatron-Core adds gradients up in `main_grad`, and drops `grad`."""
+        return tensor.grad is not None or id(tensor) in self._sharded or getattr(tensor, "main_grad", None) is not None
 
     def _note_gradient(self, layer: int, tensor: Tensor) -> None:
         self._begun[id(tensor)] = tensor
