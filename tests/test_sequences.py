@@ -111,7 +111,8 @@ def test_no_sequence_of_actions_makes_another_model_of_it(pool: Pool, rule: str,
     def sequence(place: Any, actions: list[tuple[str, int]]) -> None:
         (number, layout), spread, max_bytes = place
         job = Job(pool, Setup(number, layout, rule, mode, spread, max_bytes), met)
-        for action, which in actions:
+        # The end: whatever came before can be saved, and goes on elsewhere.
+        for action, which in [*actions, ("save late", 0), ("resume elsewhere", actions[0][1]), ("rebalance", 0)]:
             job.do(action, which)
 
     options = settings(
