@@ -1,0 +1,104 @@
+"""Real asynchronous saves of torch.distributed.checkpoint, written while rebalances are due.
+
+Shapes: L layers, E experts.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from jobs import EXPERTS, LAYERS, Job, skewed
+from ranks import on_ranks
+from torch import Tensor
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+
+from distplb import Placement
+
+
+class LiveStager:
+    """Hands on the tensors themselves, as torch 2.6 does with those that are on the CPU; at once, or by a future."""
+
+    should_synchronize_after_execute = False
+
+    def __init__(self, by_a_future: bool) -> None:
+        self.by_a_future = by_a_future
+
+    def stage(self, state_dict: Any) -> Any:
+        if not self.by_a_future:
+            return state_dict
+        from concurrent.futures import Future
+
+        staged = Future[Any]()
+        staged.set_result(state_dict)
+        return staged
+
+    def synchronize_staging(self) -> None:
+        """Nothing is under way."""
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+class SlowWriter(dcp.FileSystemWriter):
+    """Reads what it writes a little later."""
+
+    def write_data(self, plan: Any, planner: Any) -> Any:
+        time.sleep(0.2)
+        return super().write_data(plan, planner)
+
+
+def saved_beside(folder: str, stager: str) -> tuple[bool, bool, bool]:
+    """Whether the rows that were saved are those of the placement that was, whether experts moved, and a control."""
+    rank, job = dist.get_rank(), Job()
+    rebalancer = job.rebalancer(every=1, stop_loss=0)
+    logical = [
+        torch.arange(EXPERTS, dtype=torch.float32)[rank * 4 : rank * 4 + 4] + 100 * layer for layer in range(LAYERS)
+    ]
+    for weight, own in zip(job.weights, logical, strict=True):
+        weight.data.copy_(own[:, None, None].expand_as(weight))
+    staging = {
+        "live, at once": LiveStager(False),
+        "live, by a future": LiveStager(True),
+        "copied": DefaultStager(StagingOptions(False, False, True, False)),
+    }[stager]
+    state = {f"{rank}.{layer}": weight.detach() for layer, weight in enumerate(job.weights)}
+    told = rebalancer.state_dict()["layers"]
+    writer = SlowWriter(Path(folder))
+    response = dcp.async_save(state, storage_writer=writer, process_group=dist.new_group(), async_stager=staging)
+    rebalancer.saving(response)
+    # Nothing is trained: an optimizer step would change what is still read, which trainers know to avoid.
+    for iteration in range(40):
+        if iteration == 30:
+            getattr(response, "upload_completion", response).result(timeout=30)
+            dist.barrier()
+        for layer in range(LAYERS):
+            job.window.add(layer, skewed((0, 1))[layer])
+        rebalancer.step()
+        time.sleep(0.01)
+    read = {key: torch.zeros_like(value) for key, value in state.items()}
+    dcp.load(read, checkpoint_id=folder)
+
+    def is_of(rows: Tensor, row: Tensor, layer: int) -> bool:
+        return rows[:, 0, 0].tolist() == (row[rank * 4 : rank * 4 + 4] + 100.0 * layer).tolist()
+
+    right = all(is_of(read[f"{rank}.{n}"], told[f"moe.{n}"]["expert_of_slot"], n) for n in range(LAYERS))
+    now = rebalancer.placement
+    moved = now != Placement.contiguous(LAYERS, EXPERTS, 2)
+    elsewhere = all(is_of(read[f"{rank}.{n}"], now.expert_of_slot[n], n) for n in range(LAYERS))
+    staging.close()
+    return right, moved, elsewhere
+
+
+@pytest.mark.parametrize("stager", ["live, at once", "live, by a future", "copied"])
+def test_a_checkpoint_tells_the_placement_whose_rows_it_holds(stager: str, tmp_path: Path) -> None:
+    """It told one placement and held the rows of another, where what was staged was the tensors themselves."""
+    for right, moved, elsewhere in on_ranks(2, saved_beside, str(tmp_path), stager, deadline=90):
+        assert right
+        assert moved  # once it was written
+        assert not elsewhere
