@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from jobs import EXPERTS, LAYERS, Job, skewed
+from jobs import EXPERTS, LAYERS, Job, by_slot, skewed
 from ranks import on_ranks
 from torch import Tensor
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
@@ -78,7 +78,7 @@ def saved_beside(folder: str, stager: str) -> tuple[bool, bool, bool]:
             getattr(response, "upload_completion", response).result(timeout=30)
             dist.barrier()
         for layer in range(LAYERS):
-            job.window.add(layer, skewed((0, 1))[layer])
+            job.window.add(layer, by_slot(skewed((0, 1)), rebalancer.placement)[layer])
         rebalancer.step()
         time.sleep(0.01)
     read = {key: torch.zeros_like(value) for key, value in state.items()}
