@@ -6,6 +6,7 @@ Each was a model that became another without a word.
 from __future__ import annotations
 
 import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -359,6 +360,21 @@ def test_a_rebalancer_that_is_refused_leaves_no_hook_behind() -> None:
     assert set(removed) == set(subscribed)
     holder.close()
     assert hooks_of(job) == before
+
+
+@pytest.mark.parametrize("closed", [True, False])
+def test_a_rebalancer_keeps_no_model_alive(closed: bool) -> None:
+    """Hooks that lead from a tensor to what holds it would: Python's collector does not see through all of them."""
+    job = Job(ranks=1)
+    rebalancer = job.rebalancer(every=1)
+    iterated(job)
+    rebalancer.apply(REVERSED)
+    if closed:
+        rebalancer.close()
+    gone = [weakref.ref(tensor) for tensor in (*job.weights, *job.routers)]
+    del job, rebalancer
+    gc.collect()
+    assert [reference() for reference in gone] == [None] * len(gone)
 
 
 def test_closing_leaves_no_hook_behind() -> None:

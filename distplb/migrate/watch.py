@@ -44,22 +44,20 @@ class TrainingWatch:
         self._has_stepped = False  # any optimizer, since then
         self._others: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # that have stepped and were not given
         self._handles: list[Any] = []
+        watch = weakref.ref(self)  # so that hooks keep neither the tensors nor the optimizers
         for number, layer in enumerate(layers):
             for row_tensor in layer:
                 for tensor in row_tensor.tensors:
                     if tensor.requires_grad and tensor.is_leaf:
-                        hook = partial(self._note_gradient, number)
+                        hook = partial(_note_gradient, watch, number)
                         self._handles.append(tensor.register_post_accumulate_grad_hook(hook))
                         if not row_tensor.stepped:
                             self._sharded.add(id(tensor))
         for optimizer in optimizers:
-            self._handles.append(optimizer.register_step_pre_hook(self._look_for_gradients))
-            self._handles.append(optimizer.register_step_post_hook(self._forget))
-        # Of all optimizers of the process: held weakly, so that it ends with the tensors.
-        watch = weakref.ref(self)
-        every = register_optimizer_step_post_hook(lambda optimizer, *_: _note_step(watch, optimizer))
-        self._handles.append(every)
-        weakref.finalize(self, every.remove)
+            self._handles.append(optimizer.register_step_pre_hook(partial(_look_for_gradients, watch)))
+            self._handles.append(optimizer.register_step_post_hook(partial(_forget, watch)))
+        self._handles.append(register_optimizer_step_post_hook(partial(_note_step, watch)))  # of all of the process
+        weakref.finalize(self, _remove, self._handles)
 
     def refuse_if_begun(self) -> None:
         """Raise if gradients of another step are already on their way."""
@@ -110,9 +108,7 @@ class TrainingWatch:
 
     def close(self) -> None:
         """Take the hooks away."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        _remove(self._handles)
 
     def _all_tensors(self) -> list[Tensor]:
         return [tensor for layer in self._tensors for tensor in layer.values()]
@@ -121,24 +117,36 @@ class TrainingWatch:
         """Megatron-Core adds gradients up in `main_grad`, and drops `grad`."""
         return tensor.grad is not None or id(tensor) in self._sharded or getattr(tensor, "main_grad", None) is not None
 
-    def _note_gradient(self, layer: int, tensor: Tensor) -> None:
-        self._begun[id(tensor)] = tensor
-        self._reached.add(layer)
 
-    def _look_for_gradients(self, *_: Any) -> None:
-        """Those that were put there by hand call no hook."""
-        for number, layer in enumerate(self._tensors):
-            if number not in self._reached and any(tensor.grad is not None for tensor in layer.values()):
-                self._reached.add(number)
-
-    def _forget(self, *_: Any) -> None:
-        self._begun.clear()
+_Watch = weakref.ref[TrainingWatch]
 
 
-def _note_step(watch: weakref.ref[TrainingWatch], optimizer: Optimizer) -> None:
-    watching = watch()
-    if watching is None:
-        return
-    watching._has_stepped = True
-    if not any(optimizer is known for known in watching._optimizers):
-        watching._others.add(optimizer)
+def _note_gradient(watch: _Watch, layer: int, tensor: Tensor) -> None:
+    if (watching := watch()) is not None:
+        watching._begun[id(tensor)] = tensor
+        watching._reached.add(layer)
+
+
+def _look_for_gradients(watch: _Watch, *_: Any) -> None:
+    """Those that were put there by hand have called no hook."""
+    if (watching := watch()) is not None:
+        for number, layer in enumerate(watching._tensors):
+            if number not in watching._reached and any(tensor.grad is not None for tensor in layer.values()):
+                watching._reached.add(number)
+
+
+def _forget(watch: _Watch, *_: Any) -> None:
+    if (watching := watch()) is not None:
+        watching._begun.clear()
+
+
+def _note_step(watch: _Watch, optimizer: Optimizer, *_: Any) -> None:
+    if (watching := watch()) is not None:
+        watching._has_stepped = True
+        if not any(optimizer is known for known in watching._optimizers):
+            watching._others.add(optimizer)
+
+
+def _remove(handles: list[Any]) -> None:
+    while handles:
+        handles.pop().remove()
