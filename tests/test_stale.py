@@ -330,6 +330,7 @@ def test_a_table_that_is_none_is_refused() -> None:
 def hooks_of(job: Job) -> int:
     from torch.optim.optimizer import _global_optimizer_post_hooks
 
+    gc.collect()  # those of other tests, which nobody refers to any more
     on_tensors = sum(len(p._post_accumulate_grad_hooks or ()) for p in (*job.weights, *job.routers))
     own = job.optimizer._optimizer_step_post_hooks, job.optimizer._optimizer_step_pre_hooks
     return on_tensors + sum(map(len, own)) + len(_global_optimizer_post_hooks)
