@@ -86,7 +86,7 @@ def moe_layers(
 
     The model stays as it is, but for the tables of "remap", of which every expert module gets one and keeps it. Hooks
     that count tokens and ties, and that refuse the auxiliary loss from forward to forward, come when the layers'
-    `counts` are subscribed to, as a `Rebalancer` without a `window` does, and go with its `close`.
+    `counts` are subscribed to, as a `Rebalancer` does, and go with its `close`.
 
     Args:
         model: any module with blocks of a known class somewhere in it, or the parts of one.
