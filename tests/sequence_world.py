@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import threading
-import time
 from collections import Counter
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -233,7 +232,7 @@ class World:
         if saved is not None:
             self.rebalancer.load_state_dict(saved["rebalancer"])
         self.begun: list[tuple[Future[None], dict[str, Any]]] = []
-        self.goes_on = threading.Event()  # when a save that is late reads on
+        self.goes_on, self.moved = threading.Event(), threading.Event()  # when a save that is late reads on
         self.done: dict[str, Any] | None = saved
 
     # --- how it is made ---
@@ -314,6 +313,7 @@ class World:
         def taken_up(placement: Placement) -> None:
             take_up(placement)
             self.met["commits"] += 1
+            self.moved.set()
             self._check_rule(placement)
 
         rebalancer._take_up = taken_up  # type: ignore[method-assign]
@@ -420,13 +420,13 @@ class World:
         def write() -> None:
             if late:
                 self.goes_on.wait()
-                time.sleep(0.02)
+                self.moved.wait(0.05)  # which must not come before the end of this save
             told["parts"] = self._parts()
             future.set_result(None)
 
         self.begun.append((future, told))
         if late:
-            self.goes_on = threading.Event()
+            self.goes_on, self.moved = threading.Event(), threading.Event()
             self.rebalancer.saving(future)
             threading.Thread(target=write, daemon=True).start()
         else:

@@ -327,6 +327,24 @@ def test_a_table_that_is_none_is_refused() -> None:
 # --- hooks -------------------------------------------------------------------------------------------------------
 
 
+def test_a_rebalancer_that_is_collected_during_a_step_does_not_break_it() -> None:
+    """Its hook was taken away while torch went over all hooks: the step ended in an error."""
+    from torch.optim.optimizer import register_optimizer_step_post_hook
+
+    job, others = Job(ranks=1), [Job(ranks=1) for _ in range(2)]
+    rebalancers = [other.rebalancer(every=1) for other in others]
+
+    def collect(*_: Any) -> None:
+        rebalancers.clear()
+        gc.collect()
+
+    handles = [register_optimizer_step_post_hook(collect), register_optimizer_step_post_hook(lambda *_: None)]
+    handles[0].hooks_dict_ref().move_to_end(handles[0].id, last=False)
+    iterated(job)
+    for handle in handles:
+        handle.remove()
+
+
 def hooks_of(job: Job) -> int:
     from torch.optim.optimizer import _global_optimizer_post_hooks
 

@@ -56,8 +56,9 @@ class TrainingWatch:
         for optimizer in optimizers:
             self._handles.append(optimizer.register_step_pre_hook(partial(_look_for_gradients, watch)))
             self._handles.append(optimizer.register_step_post_hook(partial(_forget, watch)))
-        self._handles.append(register_optimizer_step_post_hook(partial(_note_step, watch)))  # of all of the process
-        weakref.finalize(self, _remove, self._handles)
+        # Of all optimizers of the process. Where nobody closes this watch the hook stays, and does nothing: taken away
+        # by the garbage collector, in the middle of a step perhaps, it would break the loop over the hooks.
+        self._handles.append(register_optimizer_step_post_hook(partial(_note_step, watch)))
 
     def refuse_if_begun(self) -> None:
         """Raise if gradients of another step are already on their way."""
@@ -108,7 +109,8 @@ class TrainingWatch:
 
     def close(self) -> None:
         """Take the hooks away."""
-        _remove(self._handles)
+        while self._handles:
+            self._handles.pop().remove()
 
     def _all_tensors(self) -> list[Tensor]:
         return [tensor for layer in self._tensors for tensor in layer.values()]
@@ -145,8 +147,3 @@ def _note_step(watch: _Watch, optimizer: Optimizer, *_: Any) -> None:
         watching._has_stepped = True
         if not any(optimizer is known for known in watching._optimizers):
             watching._others.add(optimizer)
-
-
-def _remove(handles: list[Any]) -> None:
-    while handles:
-        handles.pop().remove()
