@@ -235,20 +235,23 @@ class Rebalancer:
         self._attached.append(Attached(self._optimizers, self.step))
         return self._attached[-1]
 
-    def saving(self, response: Any) -> None:
-        """Have the next move wait until an asynchronous save is written. Not collective.
+    def saving(self, response: Any, *, until: Literal["written", "staged"] = "written") -> None:
+        """Have the next move wait for the end of an asynchronous save. Not collective.
 
         A move in the meantime could mix two placements in one checkpoint. `step` does not wait: a rebalance that is due
-        moves in the first iteration in which no rank's save is being written. `apply` and its like wait.
+        moves in the first iteration in which no rank's save is under way. `apply` and the end of `in_logical_order`
+        wait, so that an upload that takes minutes is better saved as it is, or staged by a copy.
 
         Args:
             response: what `torch.distributed.checkpoint.async_save` returned, or a future of your own.
+            until: "staged" if the stager copies all that it is given, as torch 2.13's own does; what is staged
+                may otherwise be the tensors themselves, as with torch 2.6 on the CPU.
 
         Raises:
-            DistplbError: if it is neither.
+            DistplbError: for another response or end.
         """
         if self._names:
-            self._saves.add(response)
+            self._saves.add(response, until)
 
     def apply(self, placement: Placement) -> None:
         """Move every expert to the slot that `placement` gives it, now; a rebalance that is under way is dropped.

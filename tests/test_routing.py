@@ -338,6 +338,11 @@ def test_a_rebalance_that_is_due_goes_on_training_until_the_save_is_written() ->
         assert began[0] == 2
 
 
+def test_the_end_of_a_save_is_one_of_two() -> None:
+    with pytest.raises(DistplbError, match=r"until is 'uploaded'; pass 'written', or 'staged' if the stager copies"):
+        Job(ranks=1).rebalancer(every=1).saving(Future[None](), until="uploaded")  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("response", [None, "a folder", {"writes": "at once"}])
 def test_what_is_no_save_is_not_taken_for_one_that_has_ended(response: Any) -> None:
     with pytest.raises(DistplbError, match=r"saving got a (NoneType|str|dict); pass what .*async_save returned"):

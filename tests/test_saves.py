@@ -53,8 +53,11 @@ class SlowWriter(dcp.FileSystemWriter):
         return super().write_data(plan, planner)
 
 
-def saved_beside(folder: str, stager: str) -> tuple[bool, bool, bool]:
-    """Whether the rows that were saved are those of the placement that was, whether experts moved, and a control."""
+def saved_beside(folder: str, stager: str, until: Any) -> tuple[bool, bool, bool, bool]:
+    """Whether what was saved are the rows of the placement that it tells, whether experts moved, and before it ended.
+
+    And a control.
+    """
     rank, job = dist.get_rank(), Job()
     rebalancer = job.rebalancer(every=1, stop_loss=0)
     logical = [
@@ -65,21 +68,24 @@ def saved_beside(folder: str, stager: str) -> tuple[bool, bool, bool]:
     staging = {
         "live, at once": LiveStager(False),
         "live, by a future": LiveStager(True),
-        "copied": DefaultStager(StagingOptions(False, False, True, False)),
+        "copied, by a future": DefaultStager(StagingOptions(False, False, True, False)),
+        "copied, at once": DefaultStager(StagingOptions(False, False, False, False)),
     }[stager]
     state = {f"{rank}.{layer}": weight.detach() for layer, weight in enumerate(job.weights)}
     told = rebalancer.state_dict()["layers"]
     writer = SlowWriter(Path(folder))
     response = dcp.async_save(state, storage_writer=writer, process_group=dist.new_group(), async_stager=staging)
-    rebalancer.saving(response)
+    rebalancer.saving(response, until=until)
+    written, early = getattr(response, "upload_completion", response), False
     # Nothing is trained: an optimizer step would change what is still read, which trainers know to avoid.
     for iteration in range(40):
         if iteration == 30:
-            getattr(response, "upload_completion", response).result(timeout=30)
+            written.result(timeout=30)
             dist.barrier()
         for layer in range(LAYERS):
             job.window.add(layer, by_slot(skewed((0, 1)), rebalancer.placement)[layer])
         rebalancer.step()
+        early |= rebalancer.last_applied > 0 and not written.done()
         time.sleep(0.01)
     read = {key: torch.zeros_like(value) for key, value in state.items()}
     dcp.load(read, checkpoint_id=folder)
@@ -92,13 +98,23 @@ def saved_beside(folder: str, stager: str) -> tuple[bool, bool, bool]:
     moved = now != Placement.contiguous(LAYERS, EXPERTS, 2)
     elsewhere = all(is_of(read[f"{rank}.{n}"], now.expert_of_slot[n], n) for n in range(LAYERS))
     staging.close()
-    return right, moved, elsewhere
+    return right, moved, early, elsewhere
 
 
-@pytest.mark.parametrize("stager", ["live, at once", "live, by a future", "copied"])
-def test_a_checkpoint_tells_the_placement_whose_rows_it_holds(stager: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("stager", "until"),
+    [
+        ("live, at once", "written"),
+        ("live, by a future", "written"),
+        ("copied, by a future", "written"),
+        ("copied, by a future", "staged"),
+        ("copied, at once", "staged"),
+    ],
+)
+def test_a_checkpoint_tells_the_placement_whose_rows_it_holds(stager: str, until: str, tmp_path: Path) -> None:
     """It told one placement and held the rows of another, where what was staged was the tensors themselves."""
-    for right, moved, elsewhere in on_ranks(2, saved_beside, str(tmp_path), stager, deadline=90):
+    for right, moved, early, elsewhere in on_ranks(2, saved_beside, str(tmp_path), stager, until, deadline=90):
         assert right
-        assert moved  # once it was written
+        assert moved
+        assert early == (until == "staged")
         assert not elsewhere
