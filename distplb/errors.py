@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-__all__ = ["DisagreementError", "DistplbError", "HalfMovedError", "LostRanksError", "in_stage"]
+__all__ = ["DisagreementError", "DistplbError", "HalfMovedError", "LostRanksError", "UntrainedError", "in_stage"]
 
 
 class DistplbError(RuntimeError):
@@ -27,6 +27,10 @@ class DisagreementError(DistplbError):
 
     def __reduce__(self) -> tuple[type[DisagreementError], tuple[str, str]]:
         return type(self), (str(self), self.field)
+
+
+class UntrainedError(DistplbError):
+    """No gradient comes to what was declared: it may be none of the model's tensors any more."""
 
 
 class HalfMovedError(DistplbError):

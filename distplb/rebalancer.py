@@ -25,7 +25,7 @@ from distplb.background import Background
 from distplb.comm.agreement import agree, digest
 from distplb.comm.base import Comm, WorldOfOne
 from distplb.comm.roster import Roster
-from distplb.errors import DisagreementError, DistplbError, HalfMovedError, in_stage
+from distplb.errors import DisagreementError, DistplbError, HalfMovedError, UntrainedError, in_stage
 from distplb.eventlog import EventLog, SummaryWriter
 from distplb.events import RebalanceEvent
 from distplb.layer import MoELayer
@@ -217,6 +217,7 @@ class Rebalancer:
         if not self._names:
             return
         self._observer.iteration_ends()
+        self._mover.watch.iteration_ends()
         if not self.enabled:
             self._drop()
         elif self._under_way is None and self._iteration % self._every == 0:
@@ -244,8 +245,9 @@ class Rebalancer:
 
         Args:
             response: what `torch.distributed.checkpoint.async_save` returned, or a future of your own.
-            until: "staged" if the stager copies all that it is given, as torch 2.13's own does; what is staged
-                may otherwise be the tensors themselves, as with torch 2.6 on the CPU.
+            until: "staged" if the stager copies all that it is given, as torch 2.13's own does, and tells when: a
+                plain future does not. What is staged may otherwise be the tensors themselves, as with torch 2.6 on the
+                CPU. Where the copy was made before `async_save` returned, there is nothing to wait for, nor to tell.
 
         Raises:
             DistplbError: for another response or end.
@@ -309,9 +311,8 @@ class Rebalancer:
         any number of GPUs, and by any stages of a pipeline.
         """
         self._refuse_if_poisoned()
-        self._refuse_unknown_rows()
         counters = Counters(self._iteration, self._rebalances, self.enabled, self._stop_loss.strikes)
-        return Saved(self._placement, self._first, counters).to_state(self._names)
+        return Saved(self._rows_as_known(), self._first, counters).to_state(self._names)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up where `state_dict` was called, with the model and optimizer as they were saved. Moves nothing.
@@ -390,7 +391,6 @@ class Rebalancer:
         self._complete_event(planning.load, told)
         self._observer.clear()
         untrained = self._mover.watch.untrained()
-        self._mover.watch.restart()
         searched = self._beside(planning.search)
         yield began + spread.choose_after
         searched(stages)
@@ -405,12 +405,15 @@ class Rebalancer:
         while decision in ("moved", "kept"):  # ranks agree on the placement also where nothing has to be moved
             try:
                 done = self._move(target, stages, limits, untrained)
-            except DisagreementError as differing:
+            except (DisagreementError, UntrainedError) as differing:
                 self._warn_of_skipping(differing)
                 decision, reason = "skipped", str(differing)
                 break
             if done is None:
+                _LOGGER.info("the rebalance of iteration %d waits for an asynchronous save", began)
                 yield self._iteration + 1
+                while not self._saves_have_ended():
+                    yield self._iteration + 1
                 continue
             moved = moved.plus(done)
             if self._placement == target:
@@ -483,9 +486,14 @@ class Rebalancer:
         if self._log is not None:
             self._log.take(event)
 
-    def _warn_of_skipping(self, differing: DisagreementError) -> None:
+    def _saves_have_ended(self) -> bool:
+        """Of all ranks, which wait for it together."""
+        (have_ended,) = agree(self._comm, {}, least=[int(self._saves.have_ended())])
+        return bool(have_ended)
+
+    def _warn_of_skipping(self, differing: DisagreementError | UntrainedError) -> None:
         """Ranks that counted or planned differently keep training; where they differ in more, they must not."""
-        if not differing.field.endswith("(digest)"):
+        if isinstance(differing, DisagreementError) and not differing.field.endswith("(digest)"):
             raise differing
         warnings.warn(f"distplb has skipped a rebalance: {differing}", RuntimeWarning, stacklevel=5)
 
@@ -522,10 +530,12 @@ class Rebalancer:
             return
         until = time.monotonic() + _SAVE_SECONDS
         untrained = self._mover.watch.untrained() if self._observer.seen else [False] * len(self._names)
-        # All look again at once while a save is being written, so that nobody waits for another's at a collective.
-        while self._move(placement, Stages(), None, untrained, patience=_SAVE_PAUSE_SECONDS) is None:
+        # All look again at once while a save is being written, so that nobody waits for another's at a collective, and
+        # all give up when the first of them does.
+        late: Exception | None = None
+        while self._move(placement, Stages(), None, untrained, _SAVE_PAUSE_SECONDS, late) is None:
             if time.monotonic() > until:
-                raise DistplbError(
+                late = DistplbError(
                     f"an asynchronous save has not ended in {_SAVE_SECONDS:.0f} s, and nothing may move before it has; "
                     "look for what holds it up"
                 )
@@ -537,6 +547,7 @@ class Rebalancer:
         limits: Limits | None = None,
         untrained: Sequence[bool] = (),
         patience: float = 0.0,
+        error: Exception | None = None,
     ) -> Moved | None:
         """The one way to another placement, so that none is ever in force that breaks a rule.
 
@@ -546,17 +557,17 @@ class Rebalancer:
             limits: of what is done at once.
             untrained: by layer, whether no gradient came to what this rank holds of it while its tokens were counted.
             patience: seconds that this rank waits for its asynchronous saves.
+            error: why this rank does not go on; all ranks then raise it.
 
         Returns:
             None where nothing was done, because the save of some rank has not ended.
         """
-        error: Exception | None = None
         try:
             self._check_placement(placement)
             self._routing.check_tables(self._placement)
             self._roster.refuse_others()
-        except DistplbError as refused_before:
-            error = refused_before
+        except Exception as refused_before:
+            error = error or in_stage("move", refused_before)
         self._before_a_move()
         travelling, refused = self._travelling()
         return self._mover.move(
@@ -712,12 +723,19 @@ class Rebalancer:
             raise DistplbError("this Rebalancer has been closed, and moves nothing any more; make a new one")
         self._refuse_unknown_rows()
 
+    def _rows_as_known(self) -> Placement:
+        """The placement in force; while it has not been loaded, as the rebalancer before this one has left the rows."""
+        if self._knows_rows:
+            return self._placement
+        rows = [left or own for left, own in zip(self._mover.left(), self._start.expert_of_slot.tolist(), strict=True)]
+        return Placement(torch.tensor(rows), self._start.num_experts, self._start.num_gpus)
+
     def _refuse_unknown_rows(self) -> None:
         if not self._knows_rows:
             raise DistplbError(
-                f"the rows of {self._names[0]} were moved by another Rebalancer of this process, which alone knows "
-                "where they are; pass its state_dict() to load_state_dict() of this one, or call its restore() before "
-                "its close() and before this one is made"
+                f"the rows of {self._names[0]} were moved by another Rebalancer of this process, and may have been put "
+                "elsewhere since; pass the state that belongs to them to load_state_dict(): that one's state_dict(), "
+                "or what was saved with the weights. Its restore() and close(), before this one is made, also do"
             )
 
     def _refuse_if_poisoned(self) -> None:

@@ -27,7 +27,7 @@ class Saves:
 
         Args:
             response: a future, or an `AsyncSaveResponse`.
-            until: "written" or "staged". Where the response is a plain future it was staged before that returned.
+            until: "written" or "staged". A plain future does not tell of staging: it is waited for either way.
 
         Raises:
             DistplbError: if it is neither, or there is no such end.
@@ -43,7 +43,7 @@ class Saves:
                 f"saving got a {type(response).__name__}; pass what torch.distributed.checkpoint.async_save returned, "
                 "or a future that is done when the checkpoint is written; nothing for a save that has ended"
             )
-        self._futures.extend(futures if until == "written" else futures[:-1])
+        self._futures.extend(futures if until == "written" else futures[:1])
 
     def have_ended(self, seconds: float = 0.0) -> bool:
         """Whether all have come to their end, or failed, which is not for us to tell; waits, but not longer."""

@@ -59,6 +59,7 @@ SIDEWAYS = {
     ("migrate.settings", "migrate.rows"),
     ("migrate.watch", "migrate.rows"),
     ("migrate.watch", "migrate.fsdp2"),
+    ("migrate.watch", "migrate.dtensors"),
     ("migrate.transfer", "migrate.schedule"),
     ("migrate.transfer", "migrate.pieces"),
     ("migrate.transfer", "migrate.state"),

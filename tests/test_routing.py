@@ -343,6 +343,41 @@ def test_the_end_of_a_save_is_one_of_two() -> None:
         Job(ranks=1).rebalancer(every=1).saving(Future[None](), until="uploaded")  # type: ignore[arg-type]
 
 
+def late_on_one_rank() -> str:
+    """The error of a save that does not end, where the ranks' clocks began two seconds apart."""
+    import distplb.rebalancer as module
+
+    module._SAVE_SECONDS, module._SAVE_PAUSE_SECONDS = 1.0, 0.2
+    rebalancer = Job().rebalancer(every=1)
+    if dist.get_rank() == 1:
+        rebalancer.saving(Future[None]())
+        time.sleep(1)
+    try:
+        rebalancer.apply(placed(REVERSED, REVERSED, gpus=2))
+    except DistplbError as error:
+        return str(error)
+    return "no error"
+
+
+def test_all_ranks_give_up_waiting_for_a_save_when_the_first_one_does() -> None:
+    for text in on_ranks(2, late_on_one_rank, deadline=60):
+        assert "an asynchronous save has not ended in 1 s" in text
+
+
+def wrong_on_one_rank() -> str:
+    rebalancer = Job().rebalancer(every=1)
+    try:
+        rebalancer.apply(None if dist.get_rank() == 1 else placed(REVERSED, REVERSED, gpus=2))  # type: ignore[arg-type]
+    except DistplbError as error:
+        return str(error)
+    return "no error"
+
+
+def test_what_nobody_foresaw_on_one_rank_is_an_error_on_all() -> None:
+    for text in on_ranks(2, wrong_on_one_rank, deadline=60):
+        assert "rank 1: in stage move: AttributeError" in text
+
+
 @pytest.mark.parametrize("response", [None, "a folder", {"writes": "at once"}])
 def test_what_is_no_save_is_not_taken_for_one_that_has_ended(response: Any) -> None:
     with pytest.raises(DistplbError, match=r"saving got a (NoneType|str|dict); pass what .*async_save returned"):

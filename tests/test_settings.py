@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import errors_on_ranks
+from ranks import errors_on_ranks, on_ranks
 from torch import Tensor, nn
 
 from distplb import DistplbError, LoadWindow, MoELayer, Placement, Rebalancer, Topology
@@ -128,6 +128,28 @@ def test_experts_trained_otherwise_on_another_rank_are_refused_on_all(case: str)
     for text in errors_on_ranks(2, unlike_over_ranks, case, deadline=60):
         assert "ranks differ in how they train moe.experts.w" in text
     assert errors_on_ranks(2, unlike_over_ranks, "alike", deadline=60) == ["no error"] * 2
+
+
+def parted_over_ranks() -> str:
+    """The warning of a rebalance, once one rank's schedule has gone another way."""
+    weight, router = nn.Parameter(torch.randn(2, DIM, DIM)), nn.Parameter(torch.zeros(EXPERTS, DIM))
+    optimizer, window = torch.optim.SGD([weight, router], lr=0.1), LoadWindow(1, EXPERTS, 1)
+    layer = MoELayer(name="moe", experts={"w": weight}, router={"weight": router})
+    rebalancer = Rebalancer(
+        [layer], optimizer, topology=Topology(1, 2), every=1, window=window, comm=TorchComm(), stop_loss=0
+    )
+    if dist.get_rank() == 1:
+        optimizer.param_groups[0]["lr"] = 0.05
+    window.add(0, torch.tensor([9, 9, 1, 1]), training=True)
+    with pytest.warns(RuntimeWarning, match="distplb has skipped a rebalance") as caught:
+        rebalancer.step()
+    return str(caught[0].message)
+
+
+def test_settings_that_part_on_one_rank_are_named_in_the_warning() -> None:
+    for text in on_ranks(2, parted_over_ranks, deadline=60):
+        assert "ranks differ in how they train moe.experts.w" in text
+        assert "lr 0.1" in text or "lr 0.05" in text
 
 
 def test_state_that_two_optimizers_hold_for_one_tensor_travels_whole() -> None:

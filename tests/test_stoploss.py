@@ -155,6 +155,7 @@ def resumed_between_strikes() -> dict[str, Any]:
     timed.run(*[1.0] * 9)
     state = timed.rebalancer.state_dict()
     assert timed.rebalancer.enabled
+    timed.rebalancer.close()
     timed.rebalancer = timed.job.rebalancer(**timed.options)
     timed.rebalancer.load_state_dict(state)
     before = len(timed.events)

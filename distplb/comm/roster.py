@@ -31,6 +31,7 @@ class Roster:
 
     def __init__(self, comm: Comm, names: Sequence[str]) -> None:
         self._questions: Questions | None = None
+        self._names, self._is_root = sorted(names), comm.rank == 0
         self._number, self._ranks = 0, list[int]()
         job = _job_rank_and_size()
         if job is None or comm.size == job[1] or not names:  # no others are there
@@ -39,11 +40,6 @@ class Roster:
         ranks[comm.rank] = job[0]
         comm.all_reduce_sum(ranks)
         self._ranks = ranks.tolist()
-        if comm.rank == 0:
-            from distplb.comm.torchdist import job_store
-
-            self._questions = Questions(job_store(f"layers/{digest(sorted(names))}"))
-            self._first_name = names[0]
 
     def enter(self) -> None:
         """Write the entry, and read the others'; on rank 0.
@@ -51,7 +47,12 @@ class Roster:
         Raises:
             DistplbError: where the store does not answer, or as `refuse_others`.
         """
-        if self._questions is not None and not self._questions.ask(_SECONDS, self._write):
+        if not self._is_root or not self._ranks:
+            return
+        from distplb.comm.torchdist import job_store
+
+        self._questions = Questions(job_store(f"layers/{digest(self._names)}"))
+        if not self._questions.ask(_SECONDS, self._write):
             raise DistplbError(f"the job's store has not answered in {_SECONDS:g} s; look whether its host is there")
         self.refuse_others()
 
@@ -69,7 +70,7 @@ class Roster:
             if not set(ranks) & set(self._ranks):  # else it is one of these ranks' own, from before
                 raise DistplbError(
                     f"ranks {self._ranks} and ranks {ranks} each have a communicator of their own for layers of the "
-                    f"same names ({self._first_name}, ...). If they hold copies of the same experts, these would be "
+                    f"same names ({self._names[0]}, ...). If they hold copies of the same experts, these would be "
                     "placed differently and then averaged: pass one communicator of all of them, such as "
                     "comm=TorchComm(group_of_all) or GridComm(TorchComm(mesh['ep']), TorchComm(mesh['edp'])), and "
                     "gpu=, this rank's number in its EP group. If they are different layers, as of two stages of a "

@@ -49,6 +49,7 @@ class Claim:
 
     def __init__(self, layers: Sequence[Sequence[RowTensor]]) -> None:
         _refuse_shared_memory(layers)
+        self._first_names = [layer[0].name if layer else "" for layer in layers]
         self._layers = [[_record(tensor) for row_tensor in layer for tensor in row_tensor.tensors] for layer in layers]
         names = [[row_tensor.name for row_tensor in layer for _ in row_tensor.tensors] for layer in layers]
         records = [record for layer in self._layers for record in layer]
@@ -75,8 +76,8 @@ class Claim:
                 found.discard(None)  # what nobody has moved lies like what was put back
             if len(found) > 1:
                 raise DistplbError(
-                    f"of layer {number}, rows of some tensors were moved by another Rebalancer and those of others "
-                    "were not; declare all that has a row for each expert, in both"
+                    "rows of some tensors were moved by another Rebalancer and those of others were not, in the layer "
+                    f"of {self._first_names[number]}; declare all that has a row for each expert, there and here"
                 )
         return [next(iter(found), None) for found in rows]
 

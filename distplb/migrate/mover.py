@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from distplb.comm.agreement import agree, digest
 from distplb.comm.base import Comm
-from distplb.errors import DistplbError, HalfMovedError, in_stage
+from distplb.errors import DisagreementError, DistplbError, HalfMovedError, LostRanksError, UntrainedError, in_stage
 from distplb.layer import MoELayer
 from distplb.migrate.checksum import expert_checksums
 from distplb.migrate.claims import Claim, Row
@@ -30,6 +30,7 @@ from distplb.topology import Topology
 
 __all__ = ["Mover"]
 
+_TRAVELS = "what travels with the experts (digest)"
 Travelling = list[list[Traveller]]  # by layer
 
 
@@ -199,11 +200,11 @@ class Mover:
         limits: Limits | None,
         flags: Sequence[bool],
     ) -> Move | None:
-        fields = {"the placement (digest)": 0, "what travels with the experts (digest)": 0}
+        fields = {"the placement (digest)": 0, _TRAVELS: 0}
         try:
             travelling[:] = completed(self._tensors, self._layouts, travelling, self._comm)
-        except DistplbError as differing:
-            error = error or differing
+        except Exception as differing:
+            error = error or in_stage("move", differing)
         try:
             if error is not None:
                 raise error
@@ -212,15 +213,31 @@ class Mover:
             fields = dict(zip(fields, (new.digest(), what_travels(travelling)), strict=True))
         except Exception as caught:
             error = in_stage("move", caught)
-        all_may_move, *nowhere_trained = agree(self._comm, fields, error, least=[int(flag) for flag in flags])
+        try:
+            all_may_move, *nowhere_trained = agree(self._comm, fields, error, least=[int(flag) for flag in flags])
+        except DisagreementError as differing:
+            if differing.field != _TRAVELS:
+                raise
+            raise DisagreementError(self._why_it_differs(differing), differing.field) from differing
         for name, is_nowhere in zip(self._names, nowhere_trained, strict=False):
             if is_nowhere:
-                raise DistplbError(
-                    f"no gradient has come to any declared tensor of {name} since the last rebalance, though its "
-                    "tokens were counted and optimizers have stepped: the model computes with other tensors, as after "
-                    "load_state_dict(assign=True); close() this Rebalancer, and make one of the model as it is now"
+                raise UntrainedError(
+                    f"no gradient comes any more to experts or router of {name} as they were declared, while tokens "
+                    "are counted and optimizers step. Where the model has other tensors now, as after "
+                    "load_state_dict(assign=True), close() this Rebalancer and make one of the model as it is; where "
+                    "it is not trained for a while, set enabled = False meanwhile"
                 )
         return move if all_may_move else None
+
+    def _why_it_differs(self, differing: DisagreementError) -> str:
+        """By name, where it is the settings that experts are trained by."""
+        try:
+            agree_on_settings(self._tensors, trainers(self._optimizers), self._comm)
+        except LostRanksError:
+            raise
+        except DistplbError as named:
+            return str(named)
+        return str(differing)
 
     def _checksums(self, move: Move, travelling: Travelling, stages: Stages) -> Tensor:
         """`[L, E]`: of every expert of the layers that change, where the placement in force has it; else 0."""

@@ -131,7 +131,7 @@ class Layout:
         """A layout in which each rank holds one range (start, stop) of slot-major elements."""
         return cls(row, num_slots, tuple(joined([Part(start, stop, 0, row)]) for start, stop in held))
 
-    @property
+    @cached_property
     def everywhere(self) -> bool:
         """Whether every rank holds all of it, so that nothing ever crosses ranks."""
         return all(parts == (Part(0, self.row * self.num_slots, 0, self.row),) for parts in self.held)

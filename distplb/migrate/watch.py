@@ -15,10 +15,13 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from distplb.errors import DistplbError
+from distplb.migrate.dtensors import local_like
 from distplb.migrate.fsdp2 import has_pending_gradients, param_groups, sharded
 from distplb.migrate.rows import RowTensor
 
 __all__ = ["TrainingWatch"]
+
+_IDLE = 2  # iterations without a gradient, after which a tensor counts as none of the model's
 
 
 class TrainingWatch:
@@ -40,8 +43,16 @@ class TrainingWatch:
         self._optimizers = list(optimizers)
         self._begun: dict[int, Tensor] = {}
         self._sharded = set[int]()  # whose gradients are added up elsewhere, and taken from there
-        self._reached = set[int]()  # layers to which gradients have come since the last `restart`
-        self._has_stepped = False  # any optimizer, since then
+        # Experts and router of each layer: what is replaced may be one of them alone.
+        self._parts = [
+            [tensor for row_tensor in layer if row_tensor.of_experts is experts for tensor in row_tensor.tensors]
+            for layer in layers
+            for experts in (True, False)
+        ]
+        self._idle = [0] * len(self._parts)  # iterations in a row in which optimizers stepped and no gradient came
+        self._reached = set[int]()  # parts to which gradients have come in this iteration
+        self._hooked = set[int]()  # parts whose hooks were called at any time
+        self._has_stepped = False  # any optimizer, in this iteration
         self._others: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # that have stepped and were not given
         self._handles: list[Any] = []
         watch = weakref.ref(self)  # so that hooks keep neither the tensors nor the optimizers
@@ -49,7 +60,7 @@ class TrainingWatch:
             for row_tensor in layer:
                 for tensor in row_tensor.tensors:
                     if tensor.requires_grad and tensor.is_leaf:
-                        hook = partial(_note_gradient, watch, number)
+                        hook = partial(_note_gradient, watch, 2 * number + (not row_tensor.of_experts))
                         self._handles.append(tensor.register_post_accumulate_grad_hook(hook))
                         if not row_tensor.stepped:
                             self._sharded.add(id(tensor))
@@ -87,23 +98,32 @@ class TrainingWatch:
                 # Wrappers hold none, or share that of the optimizer inside.
                 if state and not any(known.state.get(tensor) is state for known in self._optimizers):
                     raise DistplbError(
-                        f"{self._names[key]} is stepped on by a {type(optimizer).__name__} that the rebalancer was not "
-                        "given, and whose state would stay behind when experts move; make a new Rebalancer with the "
-                        "optimizers that are in use, after close() of this one"
+                        f"{self._names[key]} is stepped on by an optimizer ({type(optimizer).__name__}) that the "
+                        "rebalancer was not given, and whose state would stay behind when experts move; make a new "
+                        "Rebalancer with the optimizers that are in use, after close() of this one"
                     )
 
     def untrained(self) -> list[bool]:
-        """By layer, whether optimizers have stepped since `restart`, and no gradient has come to what is trained of it.
+        """By layer, whether optimizers step and no gradient comes any more, in the last iterations.
 
-        Where that is so on all ranks, the model computes with other tensors than those that were declared.
+        To all that is trained of the layer, or to its experts or router alone where they had some before. Where that is
+        so on all ranks, the model may compute with other tensors than those that were declared.
         """
-        return [
-            self._has_stepped and number not in self._reached and any(tensor.requires_grad for tensor in layer.values())
-            for number, layer in enumerate(self._tensors)
+        idle = [
+            None if not any(tensor.requires_grad for tensor in part) else iterations >= _IDLE
+            for iterations, part in zip(self._idle, self._parts, strict=True)
         ]
+        found = []
+        for number in range(0, len(idle), 2):
+            states = [state for state in idle[number : number + 2] if state is not None]
+            stopped = any(idle[part] and part in self._hooked for part in (number, number + 1))
+            found.append((bool(states) and all(states)) or stopped)
+        return found
 
-    def restart(self) -> None:
-        """Begin anew with what `untrained` goes by."""
+    def iteration_ends(self) -> None:
+        """Take in what has come in it."""
+        if self._has_stepped:
+            self._idle = [0 if part in self._reached else iterations + 1 for part, iterations in enumerate(self._idle)]
         self._has_stepped = False
         self._reached.clear()
 
@@ -116,24 +136,27 @@ class TrainingWatch:
         return [tensor for layer in self._tensors for tensor in layer.values()]
 
     def _holds_gradient(self, tensor: Tensor) -> bool:
-        """Megatron-Core adds gradients up in `main_grad`, and drops `grad`."""
-        return tensor.grad is not None or id(tensor) in self._sharded or getattr(tensor, "main_grad", None) is not None
+        """In `grad`, or in Megatron-Core's `main_grad`. Zeros are none: they are left where a step was skipped."""
+        if id(tensor) in self._sharded or getattr(tensor, "main_grad", None) is not None:
+            return True
+        return tensor.grad is not None and bool(local_like("", tensor.grad, tensor.grad).any())
 
 
 _Watch = weakref.ref[TrainingWatch]
 
 
-def _note_gradient(watch: _Watch, layer: int, tensor: Tensor) -> None:
+def _note_gradient(watch: _Watch, part: int, tensor: Tensor) -> None:
     if (watching := watch()) is not None:
         watching._begun[id(tensor)] = tensor
-        watching._reached.add(layer)
+        watching._reached.add(part)
+        watching._hooked.add(part)
 
 
 def _look_for_gradients(watch: _Watch, *_: Any) -> None:
-    """Those that were put there by hand have called no hook."""
+    """Those that were put there by hand have called no hook; where hooks are called, what is held may be old zeros."""
     if (watching := watch()) is not None:
-        for number, layer in enumerate(watching._tensors):
-            if number not in watching._reached and any(tensor.grad is not None for tensor in layer.values()):
+        for number, part in enumerate(watching._parts):
+            if number not in watching._hooked and any(tensor.grad is not None for tensor in part):
                 watching._reached.add(number)
 
 
