@@ -113,8 +113,8 @@ class Rebalancer:
             `Trace.read` and `distplb report` read it. In a pipeline each stage needs a folder of its own.
         summary_writer: gets imbalance, bytes, seconds and so on as scalars after each rebalance, such as
             `torch.utils.tensorboard.SummaryWriter`; that of rank 0.
-        dry_run: plan and report, but move nothing. What travels is not looked at: moves are then free without a
-            `move_model`, and `max_bytes` is of no account.
+        dry_run: plan and report, but move nothing. State and gradients are not looked at: moves are then free without
+            a `move_model`, and `max_bytes` is of no account.
         verify: "digest" compares a checksum of every expert before and after each move; "off" does not; "first"
             does so for the first three rebalances of the job.
         on_event: called with a `RebalanceEvent` after each rebalance, and once more with the same record when the
