@@ -109,21 +109,21 @@ class TrainingWatch:
         To all that is trained of the layer, or to its experts or router alone where they had some before. Where that is
         so on all ranks, the model may compute with other tensors than those that were declared.
         """
-        idle = [
-            None if not any(tensor.requires_grad for tensor in part) else iterations >= _IDLE
-            for iterations, part in zip(self._idle, self._parts, strict=True)
-        ]
+        idle = [iterations >= _IDLE for iterations in self._idle]
+        trained = [any(tensor.requires_grad for tensor in part) for part in self._parts]
         found = []
         for number in range(0, len(idle), 2):
-            states = [state for state in idle[number : number + 2] if state is not None]
-            stopped = any(idle[part] and part in self._hooked for part in (number, number + 1))
-            found.append((bool(states) and all(states)) or stopped)
+            parts = [part for part in (number, number + 1) if trained[part]]
+            is_idle = bool(parts) and all(idle[part] for part in parts)
+            found.append(is_idle or any(idle[part] and part in self._hooked for part in parts))
         return found
 
     def iteration_ends(self) -> None:
         """Take in what has come in it."""
         if self._has_stepped:
-            self._idle = [0 if part in self._reached else iterations + 1 for part, iterations in enumerate(self._idle)]
+            for number, part in enumerate(self._parts):
+                is_trained = any(tensor.requires_grad for tensor in part)
+                self._idle[number] = self._idle[number] + 1 if is_trained and number not in self._reached else 0
         self._has_stepped = False
         self._reached.clear()
 
