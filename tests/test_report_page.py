@@ -1,4 +1,4 @@
-"""The report of a real run in a real browser, as wide as a laptop's window and as a phone's."""
+"""Reports of real runs in a real browser, as wide as a laptop's window and as a phone's."""
 
 from __future__ import annotations
 
@@ -11,9 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from jobs import Job, by_slot, skewed
+from ranks import on_ranks
 
+from distplb import MoveModel
 from distplb.report.figures import PANELS
+from distplb.report.page import write_report
 from distplb.report.run import Run
+from distplb.report.trials import with_trials
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install 'distplb[test]'")
 
@@ -32,9 +37,29 @@ SMALLEST_LETTERS = """Math.min(...Array.from(document.querySelectorAll("body *")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium: install it, playwright drives it")
 
 
+def moving(folder: str) -> None:
+    """Other experts are hot in every window, and moves cost next to nothing, however long they take here."""
+    job = Job()
+    rebalancer = job.rebalancer(every=4, move_model=MoveModel(1.0, 1, 1e12, 1e12), engine="reference", record=folder)
+    for iteration in range(16):
+        hot = 2 * (iteration // 4 % 2)
+        job.iterate(by_slot(skewed((hot, hot + 1)), rebalancer.placement))
+        rebalancer.step()
+    rebalancer.close()
+
+
+@pytest.fixture(scope="module")
+def moved_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a job on two ranks in which rebalances are known to move experts."""
+    folder = tmp_path_factory.mktemp("moving") / "run"
+    on_ranks(2, moving, str(folder))
+    write_report(folder, folder.with_suffix(".html"))
+    return folder.with_suffix(".html")
+
+
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the quickstart writes, of a smaller job on two ranks."""
+    """What the quickstart writes, of a smaller job on two ranks. Measured times decide whether it moves anything."""
     folder = tmp_path_factory.mktemp("quickstart")
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     (folder / "text.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 50)
@@ -74,17 +99,25 @@ class Seen:
 
 
 @pytest.mark.parametrize("device", WIDTHS)
-def test_the_page_of_a_real_run_shows_all_figures_and_asks_for_nothing(device: str, page: Path, browser: Any) -> None:
+@pytest.mark.parametrize("of", ["page", "moved_page"])
+def test_the_page_of_a_real_run_shows_what_there_is_and_asks_for_nothing(
+    of: str, device: str, request: pytest.FixtureRequest, browser: Any
+) -> None:
+    page: Path = request.getfixturevalue(of)
     width, height, image_width = WIDTHS[device]
     seen = Seen(browser, page, width, height)
     assert seen.said == []
     assert seen.requests[0] == page.as_uri()
     assert seen.outside == []
-    run = Run.read(page.with_suffix(""))
+    run = with_trials(Run.read(page.with_suffix("")))
     assert len(run.events) == 4
+    lacking = [panel for panel in PANELS if panel.lacks(run)]
+    assert of == "page" or not lacking
+    assert seen.tab.locator(".lacks").all_inner_texts() == [panel.lacks(run) for panel in lacking]
+    shown_panels = [panel for panel in PANELS if panel not in lacking]
     images = seen.tab.evaluate(IMAGES)
-    assert len(images) == len(PANELS)
-    for panel, (complete, natural, shown, alt) in zip(PANELS, images, strict=True):
+    assert len(images) == len(shown_panels)
+    for panel, (complete, natural, shown, alt) in zip(shown_panels, images, strict=True):
         assert complete
         assert natural == image_width
         assert image_width - 4 <= shown <= image_width, "letters are as large as they were drawn"
