@@ -5,8 +5,8 @@ Shapes: T steps, L layers, M GPUs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -47,6 +47,7 @@ class Account:
         steps_until_next: as many as the price was made for.
         router_ties: by layer, the share of tokens that were routed by chance.
         last_applied: the iteration of the last rebalance that was carried out.
+        stays: by layer that could not be moved, why.
     """
 
     iteration: int
@@ -61,6 +62,7 @@ class Account:
     steps_until_next: float
     router_ties: tuple[float | None, ...]
     last_applied: int
+    stays: Mapping[int, str] = field(default_factory=dict)
 
     def event(self, moved: Moved, decision: str, reason: str, seconds: dict[str, float]) -> RebalanceEvent:
         """The record; what the next window tells is left open."""
@@ -134,8 +136,10 @@ class Account:
         over = (self.target.expert_of_slot != self.planned.placement.expert_of_slot).sum(1).tolist()
         is_priced = any(self.options.prices)
         texts = []
-        for reached, possible, slots in zip(after, bound, over, strict=True):
-            if slots:
+        for layer, (reached, possible, slots) in enumerate(zip(after, bound, over, strict=True)):
+            if layer in self.stays:
+                texts.append(self.stays[layer])
+            elif slots:
                 texts.append(f"{slots} slots are over the budget")
             else:
                 is_uneven = reached - possible > _UNEVEN

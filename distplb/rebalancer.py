@@ -9,7 +9,7 @@ import logging
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -21,17 +21,25 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from distplb.account import Account, completed
+from distplb.arguments import refuse_wrong_types
 from distplb.background import Background
 from distplb.comm.agreement import agree, digest
 from distplb.comm.base import Comm, WorldOfOne
 from distplb.comm.roster import Roster
-from distplb.errors import DisagreementError, DistplbError, HalfMovedError, UntrainedError, in_stage
+from distplb.errors import (
+    DisagreementError,
+    DistplbError,
+    HalfMovedError,
+    LostRanksError,
+    UntrainedError,
+    in_stage,
+)
 from distplb.eventlog import EventLog, SummaryWriter
 from distplb.events import RebalanceEvent
 from distplb.layer import MoELayer
 from distplb.load import LoadWindow
 from distplb.migrate.budget import within_budget
-from distplb.migrate.mover import Mover, Travelling
+from distplb.migrate.mover import Held, Mover, Ready
 from distplb.migrate.transfer import Limits, Moved
 from distplb.observer import Observer, steps_digest
 from distplb.placement import Placement
@@ -58,7 +66,16 @@ _AT_ONCE = Spread(0, 0)
 _COMMIT_BYTES = 16 << 20
 # What all ranks must share from the start.
 _FIELDS = (
-    *("the number of layers", "every", "verify", "dry_run", "max_bytes", "stop_loss", "spread (digest)"),
+    *(
+        "the number of layers",
+        "every",
+        "verify",
+        "on_refusal (skip is 1)",
+        "dry_run",
+        "max_bytes",
+        "stop_loss",
+        "spread (digest)",
+    ),
     *("the model (digest)", "time_curve (digest)", "move_model (digest)", "slot_class (digest)"),
     "the tables slot_of_expert (digest)",
 )
@@ -113,10 +130,13 @@ class Rebalancer:
             `Trace.read` and `distplb report` read it. In a pipeline each stage needs a folder of its own.
         summary_writer: gets imbalance, bytes, seconds and so on as scalars after each rebalance, such as
             `torch.utils.tensorboard.SummaryWriter`; that of rank 0.
-        dry_run: plan and report, but move nothing. State and gradients are not looked at: moves are then free without
-            a `move_model`, and `max_bytes` is of no account.
+        dry_run: plan and report, but move nothing; also where state and gradients could not travel, which the event's
+            reason tells. Moves are free without a `move_model`, and `max_bytes` is of no account.
         verify: "digest" compares a checksum of every expert before and after each move; "off" does not; "first"
             does so for the first three rebalances of the job.
+        on_refusal: what `step` does where a rebalance is refused, as for optimizer state that cannot travel: "raise"
+            the error, or "skip" the rebalance with a warning and an event, so that training goes on as it is. Lost
+            ranks, half moved experts and ranks that are not at the same iteration are errors either way.
         on_event: called with a `RebalanceEvent` after each rebalance, and once more with the same record when the
             next window has told how the plan fared. What it raises is logged, and does not reach the loop.
 
@@ -148,9 +168,11 @@ class Rebalancer:
         summary_writer: SummaryWriter | None = None,
         dry_run: bool = False,
         verify: Literal["first", "digest", "off"] = "first",
+        on_refusal: Literal["raise", "skip"] = "raise",
         on_event: Callable[[RebalanceEvent], None] | None = None,
     ) -> None:
         self.enabled = True
+        _refuse_other_comm(comm)
         self._comm: Comm = WorldOfOne() if comm is None or not layers else comm
         self._topology, self._every = (topology if layers else Topology(1, 1)), every
         self._given_window, self._window_steps, self._slot_class, self._seed = window, window_steps, slot_class, seed
@@ -166,8 +188,11 @@ class Rebalancer:
         self._names = tuple(layer.name for layer in layers)
         self._attached: list[Attached] = []
         self._is_closed = False
-        optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
-        self._mover = self._agreed_mover(layers, optimizers, gpu if layers else None, move_model)
+        self._stay = set[int]()  # layers that could not be moved when last looked at
+        self._on_refusal, self._refused = on_refusal, ""  # the last reason that was told
+        self._has_looked = False  # whether what is there can travel
+        self._record, self._summary_writer = record, summary_writer
+        self._mover = self._agreed_mover(layers, optimizer, gpu if layers else None, move_model)
         self._observer = Observer(self._window, self._comm, self._topology, self._mover.gpu, seed)
         self._pricer = Pricer(self._observer, self._comm, self._topology, move_model, self._window.shape[0])
         is_writer = self._comm.rank == 0 and bool(layers)
@@ -207,22 +232,37 @@ class Rebalancer:
         A rebalance whose digests differ between ranks is skipped, with a warning and an event that say so. One that is
         under way, spread over iterations, is dropped when `enabled` is set to False.
 
+        The first call looks whether what is there can travel, so that it is not refused hours later.
+
         Raises:
-            DistplbError: on every rank, if the rebalance is refused: nothing has moved then.
+            DistplbError: on every rank, if the rebalance is refused: nothing has moved then. Not with `on_refusal`
+                "skip".
             LostRanksError: if ranks do not come, before anything was written.
             HalfMovedError: if a move broke off in the middle, now or before.
         """
         self._refuse_if_unfit()
         self._iteration += 1
+        is_first, self._has_looked = not self._has_looked, True
         if not self._names:
+            if is_first:
+                self._roster.warn_if_nobody_has_layers()
             return
         self._observer.iteration_ends()
         self._mover.watch.iteration_ends()
-        if not self.enabled:
-            self._drop()
-        elif self._under_way is None and self._iteration % self._every == 0:
-            self._under_way, self._due, self._took = self._rebalance(), self._iteration, 0.0
-        self._go_on()
+        try:
+            if is_first:
+                self._look()
+            if not self.enabled:
+                self._drop()
+            elif self._under_way is None and self._iteration % self._every == 0:
+                self._under_way, self._due, self._took = self._rebalance(), self._iteration, 0.0
+            self._go_on()
+        except (LostRanksError, HalfMovedError, DisagreementError):
+            raise
+        except DistplbError as refused:
+            if self._on_refusal == "raise":
+                raise
+            self._skip(str(refused))
         self._observer.loop_goes_on()
 
     def attach(self) -> Attached:
@@ -336,6 +376,19 @@ class Rebalancer:
         self._knows_rows = True
         self._forget_counts()
 
+    def _look(self) -> None:
+        """Whether what is there can travel, on all ranks."""
+        error = self._held()[1] if self.enabled and not self._dry_run else None
+        agree(self._comm, {}, error)
+
+    def _skip(self, reason: str) -> None:
+        """A rebalance that is refused, where training goes on; what is told again and again is warned of once."""
+        if reason != self._refused:
+            warnings.warn(f"distplb has skipped a rebalance: {reason}", RuntimeWarning, stacklevel=3)
+        self._refused = reason
+        self._forget_counts()
+        self._tell_of_skipping(self._iteration, reason, {})
+
     # --- one rebalance ---------------------------------------------------------------------------------------
 
     def _go_on(self) -> None:
@@ -360,12 +413,13 @@ class Rebalancer:
     def _rebalance(self) -> Iterator[int]:
         """One rebalance, from the window to the event; each time it yields the iteration at which it goes on."""
         stages, old, began = Stages(), self._placement, self._iteration
+        decision, reason, would_be = "", "", ""
         spread = self._spread or _AT_ONCE
         with stages.stage("count"):
-            # A dry run asks nothing of the optimizer: its state may be of a kind that could not be moved.
-            travelling, error = ([], None) if self._dry_run else self._travelling()
+            # A dry run prices no moves: state may be of a kind that could not be moved, which is told at the end.
+            held, error = ([], None) if self._dry_run else self._held()
             took = 0.0 if self._pending is None else self._pending.took
-            slot_bytes = self._mover.bytes_per_slot(travelling)
+            slot_bytes = self._mover.bytes_per_slot(held)
             told = self._pricer.told_by_root(took, slot_bytes, self._routing.ties())
             # At the rate of the window, which may have more or fewer iterations: not all began with a rebalance.
             until_next = told.seen * self._every / self._observer.iterations
@@ -376,15 +430,7 @@ class Rebalancer:
         except DisagreementError as differing:
             self._warn_of_skipping(differing)
             self._forget_counts()
-            skipped = RebalanceEvent(
-                iteration=began,
-                layers=self._names,
-                decision="skipped",
-                reason=str(differing),
-                seconds=stages.seconds,
-                last_applied=self._last_applied,
-            )
-            self._tell(lambda: skipped)
+            self._tell_of_skipping(began, str(differing), stages.seconds)
             return
         if self._trace is not None:
             self._trace.add(planning.load, old, self._observer.iterations_of_steps(began, told.seen))
@@ -399,16 +445,40 @@ class Rebalancer:
         yield began + spread.share_after
         polished(stages)
         planned = planning.share()
-        target, moved = self._within_budget(planned, told.slot_bytes), Moved()
-        decision, reason = self._decision(planned, target)
+        target, moved = planned.placement, Moved()
+        ready: Ready | None = None
+        stays: dict[int, str] = {}
+        try:
+            ready = self._prepared(stages)
+            stays |= ready.left_out
+            self._warn_of_staying(ready.left_out)
+        except LostRanksError:
+            raise
+        except DisagreementError as differing:
+            self._warn_of_skipping(differing)
+            decision, reason = "skipped", str(differing)
+        except DistplbError as refused:
+            if not self._dry_run:
+                raise
+            would_be = f"; it would be refused: {refused}"
+        if decision != "skipped":
+            target, error = self._carried_out(planned, told.slot_bytes, stays)
+            decision, reason = self._decision(planned, target, stays)
+            reason += would_be
         limits = None if self._spread is None else Limits(1, _COMMIT_BYTES, spread.move_seconds)
         while decision in ("moved", "kept"):  # ranks agree on the placement also where nothing has to be moved
             try:
-                done = self._move(target, stages, limits, untrained)
+                if ready is None:
+                    ready = self._prepared(stages)
+                    stays |= ready.left_out
+                    self._warn_of_staying(ready.left_out)
+                    target = _with_rows_of(self._placement, target, ready.left_out)
+                done = self._move(target, ready, stages, limits, untrained, error=error)
             except (DisagreementError, UntrainedError) as differing:
                 self._warn_of_skipping(differing)
                 decision, reason = "skipped", str(differing)
                 break
+            ready = None  # the training goes on before there is another
             if done is None:
                 _LOGGER.info("the rebalance of iteration %d waits for an asynchronous save", began)
                 yield self._iteration + 1
@@ -435,6 +505,7 @@ class Rebalancer:
             steps_until_next=until_next,
             router_ties=told.ties,
             last_applied=self._last_applied,
+            stays=stays,
         )
         event = cache(lambda: account.event(moved, decision, reason, stages.seconds))
         self._observer.restart_clock()
@@ -476,6 +547,17 @@ class Rebalancer:
             repaid = self._stop_loss.repaid(last.pace, told.pace, told.took)
         self._tell(lambda: completed(last.event(), load, last.placement, told.pace, repaid))
 
+    def _tell_of_skipping(self, iteration: int, reason: str, seconds: dict[str, float]) -> None:
+        skipped = RebalanceEvent(
+            iteration=iteration,
+            layers=self._names,
+            decision="skipped",
+            reason=reason,
+            seconds=seconds,
+            last_applied=self._last_applied,
+        )
+        self._tell(lambda: skipped)
+
     def _tell(self, event: Callable[[], RebalanceEvent]) -> None:
         """Whoever listens on this rank. Making the record takes longer than all else here; the log does it beside."""
         if self._on_event is not None:
@@ -497,20 +579,28 @@ class Rebalancer:
             raise differing
         warnings.warn(f"distplb has skipped a rebalance: {differing}", RuntimeWarning, stacklevel=5)
 
-    def _within_budget(self, planned: Planned, slot_bytes: int) -> Placement:
-        """What of the plan is carried out."""
+    def _carried_out(
+        self, planned: Planned, slot_bytes: int, stays: Mapping[int, str]
+    ) -> tuple[Placement, Exception | None]:
+        """What of the plan is carried out; and why this rank cannot tell, if it cannot."""
+        wanted = _with_rows_of(self._placement, planned.placement, stays)
         if self._max_bytes is None or not slot_bytes:
-            return planned.placement
-        curve = self._options.time_curve
-        load = planned.load if curve is None else curve.time(planned.load)
-        copies = self._comm.size // self._topology.num_gpus  # EP groups side by side, each of which moves its own
-        most = self._max_bytes // (slot_bytes * copies)
-        return within_budget(load, self._placement, planned.placement, most, self._routing.num_groups)
+            return wanted, None
+        try:
+            curve = self._options.time_curve
+            load = planned.load if curve is None else curve.time(planned.load)
+            copies = self._comm.size // self._topology.num_gpus  # EP groups side by side, each of which moves its own
+            most = self._max_bytes // (slot_bytes * copies)
+            return within_budget(load, self._placement, wanted, most, self._routing.num_groups), None
+        except Exception as failed:  # the other ranks are at the agreement of the move by then
+            return wanted, in_stage("move", failed)
 
-    def _decision(self, planned: Planned, target: Placement) -> tuple[str, str]:
+    def _decision(self, planned: Planned, target: Placement, stays: Mapping[int, str]) -> tuple[str, str]:
         """What is done with the plan, and why."""
         if self._dry_run:
-            return "dry run", "a dry run was asked for"
+            if not stays:
+                return "dry run", "a dry run was asked for"
+            return "dry run", f"a dry run was asked for; {self._told_of_staying(stays)}"
         if self._stop_loss.is_over:
             reason = (
                 f"{self._stop_loss.strikes} rebalances in a row did not repay themselves; set enabled to go on, or "
@@ -521,9 +611,38 @@ class Rebalancer:
             return "stopped", reason
         if planned.placement == self._placement:
             return "kept", "no layer has a placement that is worth its moves"
+        if len(stays) == len(self._names):
+            return "skipped", self._told_of_staying(stays)
+        more = f"; {self._told_of_staying(stays)}" if stays else ""
         if target == self._placement:
-            return "kept", "nothing that is worth moving fits in max_bytes"
-        return "moved", "the moves lower the cost by more than their price"
+            why = "nothing else is worth its moves" if stays else "nothing that is worth moving fits in max_bytes"
+            return "kept", why + more
+        return "moved", "the moves lower the cost by more than their price" + more
+
+    def _told_of_staying(self, stays: Mapping[int, str]) -> str:
+        """Of layers that stay, which they are, and why the first does."""
+        names = [self._names[layer] for layer in sorted(stays)]
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        return f"{names[0]}{more} could not be moved: {stays[min(stays)]}"
+
+    def _prepared(self, stages: Stages) -> Ready:
+        """What travels, agreed on by all ranks."""
+        with stages.stage("move"):
+            error: Exception | None = None
+            held: Held = []
+            try:
+                self._before_a_move()
+                held = self._mover.held()
+            except Exception as refused:
+                error = in_stage("move", refused)
+            return self._mover.prepare(held, error)
+
+    def _warn_of_staying(self, left_out: Mapping[int, str]) -> None:
+        """Once for each layer, when it begins to stay."""
+        newly = {layer: why for layer, why in left_out.items() if layer not in self._stay}
+        self._stay = set(left_out)
+        if newly:
+            warnings.warn(f"distplb: {self._told_of_staying(newly)}", RuntimeWarning, stacklevel=5)
 
     def _apply(self, placement: Placement) -> None:
         if not self._names:
@@ -533,7 +652,13 @@ class Rebalancer:
         # All look again at once while a save is being written, so that nobody waits for another's at a collective, and
         # all give up when the first of them does.
         late: Exception | None = None
-        while self._move(placement, Stages(), None, untrained, _SAVE_PAUSE_SECONDS, late) is None:
+        while True:
+            ready = self._prepared(Stages())
+            stay = {layer: why for layer, why in ready.left_out.items() if _changes(self._placement, placement, layer)}
+            if stay and late is None:
+                late = DistplbError(self._told_of_staying(stay))
+            if self._move(placement, ready, Stages(), None, untrained, _SAVE_PAUSE_SECONDS, late) is not None:
+                return
             if time.monotonic() > until:
                 late = DistplbError(
                     f"an asynchronous save has not ended in {_SAVE_SECONDS:.0f} s, and nothing may move before it has; "
@@ -543,6 +668,7 @@ class Rebalancer:
     def _move(
         self,
         placement: Placement,
+        ready: Ready,
         stages: Stages,
         limits: Limits | None = None,
         untrained: Sequence[bool] = (),
@@ -553,6 +679,7 @@ class Rebalancer:
 
         Args:
             placement: wanted.
+            ready: what travels, as agreed now.
             stages: receives the seconds.
             limits: of what is done at once.
             untrained: by layer, whether no gradient came to what this rank holds of it while its tokens were counted.
@@ -562,26 +689,26 @@ class Rebalancer:
         Returns:
             None where nothing was done, because the save of some rank has not ended.
         """
+        may_move = True
         try:
             self._check_placement(placement)
             self._routing.check_tables(self._placement)
             self._roster.refuse_others()
-        except Exception as refused_before:
-            error = error or in_stage("move", refused_before)
-        self._before_a_move()
-        travelling, refused = self._travelling()
+            may_move = self._saves.have_ended(patience)
+        except Exception as refused:
+            error = error or in_stage("move", refused)
         return self._mover.move(
             self._placement,
             placement,
-            travelling,
+            ready,
             node_of_rank=self._observer.node_of_rank,
             on_commit=self._take_up,
             verify=self._verify == "digest" or (self._verify == "first" and self._rebalances <= _VERIFIED_BY_DEFAULT),
             stages=stages,
-            error=refused or error,
+            error=error,
             limits=limits,
             untrained=untrained,
-            may_move=self._saves.have_ended(patience),
+            may_move=may_move,
         )
 
     def _before_a_move(self) -> None:
@@ -598,14 +725,20 @@ class Rebalancer:
     # --- what is refused -------------------------------------------------------------------------------------
 
     def _agreed_mover(
-        self, layers: Sequence[MoELayer], optimizers: Sequence[Optimizer], gpu: int | None, model: MoveModel | None
+        self,
+        layers: Sequence[MoELayer],
+        optimizer: Optimizer | Sequence[Optimizer],
+        gpu: int | None,
+        model: MoveModel | None,
     ) -> Mover:
         """What moves this rank's part of the layers, once all ranks have the same layers and options."""
         error: Exception | None = None
         fields = dict.fromkeys(_FIELDS, 0)
         mover: Mover | None = None
         try:
+            self._check_types(layers, optimizer, gpu, model)
             self._check_options(layers)
+            optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
             self._optimizers = optimizers
             self._routing = Routing(layers)
             self._window = self._checked_window(layers)
@@ -626,7 +759,7 @@ class Rebalancer:
             classes = None if self._slot_class is None else torch.as_tensor(self._slot_class).tolist()
             prices = (digest(self._options.time_curve), digest(model), digest(classes), self._start.digest())
             what = (int(self._dry_run), limit, self._stop_loss.patience, digest(self._spread), mover.digest(), *prices)
-            values = (len(layers), self._every, verify, *what)
+            values = (len(layers), self._every, verify, int(self._on_refusal == "skip"), *what)
             fields = dict(zip(fields, values, strict=True))
         except Exception as caught:
             error = caught
@@ -664,6 +797,33 @@ class Rebalancer:
         if mover is not None:
             mover.close()
 
+    def _check_types(
+        self,
+        layers: Sequence[MoELayer],
+        optimizer: Optimizer | Sequence[Optimizer],
+        gpu: int | None,
+        model: MoveModel | None,
+    ) -> None:
+        whole = "a whole number"
+        refuse_wrong_types(
+            {
+                "layers": (layers, (Sequence,), "a list of MoELayers"),
+                "optimizer": (optimizer, (Optimizer, Sequence), "the optimizer, or a list of all"),
+                "topology": (self._topology, (Topology,), "a Topology, such as Topology.from_env()"),
+                "window": (self._given_window, (LoadWindow, None), "a LoadWindow"),
+                "window_steps": (self._window_steps, (int,), whole),
+                "gpu": (gpu, (int, None), "this rank's number in its EP group"),
+                "move_model": (model, (MoveModel, None), "a MoveModel"),
+                "spread": (self._spread, (Spread, None), "a Spread"),
+                "record": (self._record, (str, os.PathLike, None), "the path of a folder"),
+                "dry_run": (self._dry_run, (bool,), "True or False"),
+                "on_event": (self._on_event, (Callable, None), "a function"),
+            }
+        )
+        several = [] if isinstance(optimizer, Optimizer) else optimizer
+        refuse_wrong_types({f"layers[{n}]": (one, (MoELayer,), "a MoELayer") for n, one in enumerate(layers)})
+        refuse_wrong_types({f"optimizer[{n}]": (one, (Optimizer,), "an optimizer") for n, one in enumerate(several)})
+
     def _check_options(self, layers: Sequence[MoELayer]) -> None:
         if not isinstance(self._every, int) or self._every < 1:
             raise DistplbError(f"every is {self._every!r}; pass iterations, at least 1")
@@ -672,6 +832,8 @@ class Rebalancer:
                 raise DistplbError(f"{name} is {value!r}; pass a whole number of at least 0")
         if self._verify not in ("first", "digest", "off"):
             raise DistplbError(f"verify is {self._verify!r}; pass 'first', 'digest' or 'off'")
+        if self._on_refusal not in ("raise", "skip"):
+            raise DistplbError(f"on_refusal is {self._on_refusal!r}; pass 'raise' or 'skip'")
         if self._spread is not None and self._spread.share_after >= self._every:
             raise DistplbError(
                 f"a rebalance is spread over {self._spread.share_after} iterations and more, and one begins every "
@@ -696,10 +858,10 @@ class Rebalancer:
         self._routing.subscribe()
         return window
 
-    def _travelling(self) -> tuple[Travelling, Exception | None]:
-        """All that travels now; or why it may not."""
+    def _held(self) -> tuple[Held, Exception | None]:
+        """All that goes with the experts of this rank now; or why it may not travel."""
         try:
-            return self._mover.travelling(), None
+            return self._mover.held(), None
         except Exception as refused:
             return [], refused
 
@@ -771,6 +933,27 @@ class Attached:
         if self._stepped == self._all:
             self._stepped.clear()
             self._step()
+
+
+def _refuse_other_comm(comm: Comm | None) -> None:
+    """Before anything is asked of it."""
+    asked = ("rank", "size", "device", "all_reduce_sum", "all_reduce_min", "broadcast", "exchange")
+    if comm is not None and not all(hasattr(comm, name) for name in asked):
+        raise DistplbError(f"comm is a {type(comm).__name__}; pass a communicator, such as TorchComm(group)")
+
+
+def _changes(old: Placement, new: Placement, layer: int) -> bool:
+    """Whether the layer is another one in a placement that may be of another model."""
+    return layer >= new.num_layers or not torch.equal(old.expert_of_slot[layer], new.expert_of_slot[layer])
+
+
+def _with_rows_of(other: Placement, placement: Placement, layers: Collection[int]) -> Placement:
+    """The placement, with some layers as the other one has them."""
+    if not layers:
+        return placement
+    table, some = placement.expert_of_slot.clone(), sorted(layers)
+    table[some] = other.expert_of_slot[some]
+    return Placement(table, placement.num_experts, placement.num_gpus)
 
 
 @dataclass(frozen=True)

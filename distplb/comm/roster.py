@@ -7,6 +7,7 @@ and moved for itself, they would average different experts.
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -18,6 +19,7 @@ from distplb.errors import DistplbError
 
 __all__ = ["Roster"]
 
+_ANY = "any"  # is there once somebody has layers
 _SECONDS = 30.0  # that the job's store may take to answer
 
 
@@ -32,6 +34,7 @@ class Roster:
     def __init__(self, comm: Comm, names: Sequence[str]) -> None:
         self._questions: Questions | None = None
         self._names, self._is_root = sorted(names), comm.rank == 0
+        self._of_these = digest(self._names)  # before the keys of all that hold layers of these names
         self._number, self._ranks = 0, list[int]()
         job = _job_rank_and_size()
         if job is None or comm.size == job[1] or not names:  # no others are there
@@ -51,7 +54,7 @@ class Roster:
             return
         from distplb.comm.torchdist import job_store
 
-        self._questions = Questions(job_store(f"layers/{digest(self._names)}"))
+        self._questions = Questions(job_store("layers"))
         if not self._questions.ask(_SECONDS, self._write):
             raise DistplbError(f"the job's store has not answered in {_SECONDS:g} s; look whether its host is there")
         self.refuse_others()
@@ -77,24 +80,52 @@ class Roster:
                     "pipeline, give them the names that they have in the whole model"
                 )
 
+    def warn_if_nobody_has_layers(self) -> None:
+        """On the job's first rank, which has none: the loop calls a rebalancer that will never do anything.
+
+        Asked once all ranks train. Stages of a pipeline without MoE layers have none either, while others have.
+        """
+        job = _job_rank_and_size()
+        found: list[bool] = []
+        if job is not None and job[1] > 1:
+            if job[0] > 0:
+                return
+            from distplb.comm.torchdist import job_store
+
+            questions = Questions(job_store("layers"))
+            if not questions.ask(_SECONDS, lambda store: found.append(store.check([_ANY]))):
+                return
+        if not any(found):
+            warnings.warn(
+                "distplb: the Rebalancer was given no layers on any rank, and moves nothing; pass the MoE layers of "
+                "the model, as integrations or the README's first snippet describe them",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+
     def withdraw(self) -> None:
         """These ranks move the layers no more."""
         if self._questions is not None:
-            self._questions.ask(_SECONDS, lambda store: store.set(f"{self._number}/withdrawn", "1"))
+            self._questions.ask(_SECONDS, lambda store: store.set(f"{self._entry(self._number)}/withdrawn", "1"))
             self._questions = None
 
     def _write(self, store: Store) -> None:
-        number = store.add("count", 1)
-        store.set(f"{number}/ranks", ",".join(map(str, self._ranks)))
+        store.set(_ANY, "1")
+        number = store.add(f"{self._of_these}/count", 1)
+        store.set(f"{self._entry(number)}/ranks", ",".join(map(str, self._ranks)))
         self._number = number
+
+    def _entry(self, number: int) -> str:
+        return f"{self._of_these}/{number}"
 
     def _look(self, store: Store, others: list[list[int]]) -> None:
         """Entries are written before others are read: of two that come at once, one at least sees the other."""
-        for number in range(1, store.add("count", 0) + 1):
-            if number == self._number or not store.check([f"{number}/ranks"]):
+        for number in range(1, store.add(f"{self._of_these}/count", 0) + 1):
+            entry = self._entry(number)
+            if number == self._number or not store.check([f"{entry}/ranks"]):
                 continue
-            if not store.check([f"{number}/withdrawn"]):
-                others.append([int(rank) for rank in store.get(f"{number}/ranks").decode().split(",")])
+            if not store.check([f"{entry}/withdrawn"]):
+                others.append([int(rank) for rank in store.get(f"{entry}/ranks").decode().split(",")])
 
 
 def _job_rank_and_size() -> tuple[int, int] | None:

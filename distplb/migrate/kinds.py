@@ -1,4 +1,4 @@
-"""Which kinds of state travel with each declared tensor: equal on all ranks, also those that hold nothing of it."""
+"""Which kinds of state travel with each declared tensor, as all ranks agree on it before a move."""
 
 from __future__ import annotations
 
@@ -6,87 +6,101 @@ from collections.abc import Sequence
 
 import torch
 
-from distplb.comm.agreement import digest
+from distplb.comm.agreement import agree, digest
 from distplb.comm.base import Comm
-from distplb.errors import DistplbError
-from distplb.migrate.pieces import Layout
+from distplb.errors import DisagreementError
 from distplb.migrate.rows import RowTensor
-from distplb.migrate.state import Traveller
+from distplb.migrate.state import Holding, Holdings, Traveller
 
-__all__ = ["completed", "what_travels"]
+__all__ = ["NOTHING", "agreed_kinds", "kinds_of", "travellers"]
 
-_MOST = 16  # kinds of one tensor: itself, its gradient, its optimizer's state
-_NONE = (1 << 63) - 1
+NOTHING = (1 << 63) - 1  # in place of a code, of a rank that holds nothing of a tensor
+_MOST = 16  # codes of one tensor: its settings, its scalars, and its kinds
+_MIXED = (1 << 62) + 1  # in place of codes, where the tensors that hold it differ; no digest is as large
 _BY_SIZE = {1: torch.uint8, 2: torch.float16, 4: torch.float32, 8: torch.float64}
 
 
-def what_travels(layers: Sequence[Sequence[Traveller]]) -> int:
-    """What must be equal on all ranks, as one number."""
-    return digest([[(t.of, t.kind if not t.flats else _code(t)) for t in layer] for layer in layers])
+def kinds_of(holding: Holding) -> tuple[tuple[str, str], ...]:
+    """Name and type of each kind that travels, in an order that depends on nothing else."""
+    kinds = sorted(holding.local, key=lambda kind: (kind != "", kind != "grad", kind))
+    return tuple((kind, str(holding.local[kind].dtype)) for kind in kinds)
 
 
-def completed(
+def agreed_kinds(
     layers: Sequence[Sequence[RowTensor]],
-    layouts: Sequence[Sequence[Layout]],
-    travelling: Sequence[Sequence[Traveller]],
+    held: Sequence[Sequence[Holdings]],
     comm: Comm,
-) -> list[list[Traveller]]:
-    """What travels, in the same order on all ranks, with empty tensors where this rank holds nothing.
-
-    Nothing is asked of the others where every rank holds something of every tensor; else one all-reduce.
+    error: Exception | None,
+) -> list[list[tuple[int, ...] | None]]:
+    """By layer and declared tensor, the codes of what travels with it, in order. One all-reduce.
 
     Args:
         layers: the declared tensors.
-        layouts: of these.
-        travelling: what travels on this rank; may be short of layers, where this rank has failed.
+        held: what goes with each on this rank; anything where this rank has failed.
         comm: the ranks that hold the tensors.
+        error: why this rank has failed, if it has.
 
     Raises:
-        DistplbError: on all ranks, if the ranks that hold a tensor differ in what travels with it.
+        DistplbError: on all ranks, with the error of one.
+        DisagreementError: on all ranks, if a tensor is trained by other settings on another rank.
     """
-    if not any(layout.is_nowhere_on_some for of_layer in layouts for layout in of_layer):
-        return [list(of_layer) for of_layer in travelling]
-    numbers, count = {}, 0
-    for layer, tensors in enumerate(layers):
-        for index in range(len(tensors)):
-            numbers[layer, index] = count
-            count += 1
-    table = torch.full((2, count, _MOST), _NONE)  # by kind its digest and item size; and their negatives
-    ranks_hold: dict[int, list[Traveller]] = {number: [] for number in range(count)}
-    for layer, of_layer in enumerate(travelling):
-        for traveller in of_layer:
-            ranks_hold[numbers[layer, traveller.of]].append(traveller)
-    for number, kinds in ranks_hold.items():
-        if kinds:
-            codes = [_code(kind) for kind in kinds] + [0] * (_MOST - len(kinds))
-            table[0, number] = torch.tensor(codes)
-            table[1, number] = -table[0, number]
-    table = table.to(comm.device)
-    comm.all_reduce_min(table)
-    least, largest = table[0].tolist(), (-table[1]).tolist()
-    for (layer, index), number in numbers.items():
-        if least[number] != largest[number] and least[number][0] != _NONE:
-            raise DistplbError(
-                f"the ranks that hold {layers[layer][index].name} differ in the state that travels with it; call "
-                "zero_grad() before rebalancer.step(), and step all of its parts together"
-            )
-    found: list[list[Traveller]] = []
-    for layer, tensors in enumerate(layers):
-        found.append([])
-        for index, row_tensor in enumerate(tensors):
-            number = numbers[layer, index]
-            found[-1].extend(ranks_hold[number] or _absent(row_tensor, index, least[number]))
+    count = sum(map(len, layers))
+    codes = torch.full((2, count, _MOST), NOTHING)  # and their negatives
+    if error is None:
+        own = [_codes(one) for of_layer in held for one in of_layer]
+        for number, row in enumerate(own):
+            if row is not None:
+                codes[0, number] = torch.tensor(row)
+                codes[1, number] = -codes[0, number]
+    reduced = agree(comm, {}, error, least=codes.flatten().tolist())
+    least, negative = torch.tensor(reduced).view(2, count, _MOST)
+    found = []
+    numbers = iter(range(count))
+    for tensors in layers:
+        found.append([_agreed(next(numbers), row_tensor, least, -negative) for row_tensor in tensors])
     return found
 
 
-def _code(kind: Traveller) -> int:
-    """Kind, type and scalars as one number, whose lowest bits are the bytes of an element."""
-    what = (kind.kind, str(kind.dtype), kind.scalars)
-    return (digest(what) >> 4 << 4) | kind.dtype.itemsize
+def _agreed(number: int, row_tensor: RowTensor, least: torch.Tensor, largest: torch.Tensor) -> tuple[int, ...] | None:
+    settings, *low = least[number].tolist()
+    if settings != largest[number, 0]:
+        raise DisagreementError(f"ranks differ in how they train {row_tensor.name}", "the settings (digest)")
+    if low != largest[number, 1:].tolist() or low[0] == _MIXED:
+        return None
+    return tuple(code for code in low[1:] if code)
 
 
-def _absent(row_tensor: RowTensor, index: int, codes: Sequence[int]) -> list[Traveller]:
-    """What others hold of a tensor, with nothing in it."""
-    return [
-        Traveller(row_tensor.name, code, (), index, _BY_SIZE[code & 15]) for code in codes if code not in (0, _NONE)
-    ]
+def travellers(index: int, row_tensor: RowTensor, held: Holdings, codes: Sequence[int]) -> list[Traveller]:
+    """What travels with a tensor, the same on all ranks; with nothing in it where this rank holds nothing of it.
+
+    Args:
+        index: of the declared tensor in its layer.
+        row_tensor: the tensor.
+        held: what goes with it on this rank.
+        codes: of that, agreed on by all ranks that hold it.
+    """
+    if not held.each:
+        return [Traveller(row_tensor.name, code, (), index, _BY_SIZE[code & 15]) for code in codes]
+    found = []
+    for kind, _ in kinds_of(held.each[0]):
+        flats = tuple(one.local[kind].detach().view(-1) for one in held.each)
+        found.append(Traveller(row_tensor.name, kind, flats, index, flats[0].dtype))
+    return found
+
+
+def _codes(held: Holdings) -> list[int] | None:
+    """`[_MOST]`: of settings, scalars and kinds; None where this rank holds nothing."""
+    if not held.each:
+        return None
+    settings = digest(sorted(held.settings.items()))
+    each = {(kinds_of(one), tuple(sorted(one.effect.items()))) for one in held.each}
+    if len(each) > 1:
+        return [settings, *[_MIXED] * (_MOST - 1)]
+    kinds, effect = next(iter(each))
+    codes = [_code(name, dtype, held.each[0].local[name].dtype.itemsize) for name, dtype in kinds]
+    return [settings, digest(effect), *codes, *[0] * (_MOST - 2 - len(codes))]
+
+
+def _code(name: str, dtype: str, itemsize: int) -> int:
+    """A kind as one number, whose lowest bits are the bytes of an element."""
+    return (digest((name, dtype)) >> 4 << 4) | itemsize

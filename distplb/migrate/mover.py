@@ -5,7 +5,9 @@ Shapes: L layers, E experts, P slots, M GPUs.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -17,21 +19,36 @@ from distplb.layer import MoELayer
 from distplb.migrate.checksum import expert_checksums
 from distplb.migrate.claims import Claim, Row
 from distplb.migrate.fsdp2 import param_groups, reshard, whole_weights
-from distplb.migrate.kinds import completed, what_travels
+from distplb.migrate.histories import History, Own, agreed_histories, own_slots
+from distplb.migrate.kinds import agreed_kinds, travellers
 from distplb.migrate.pieces import Layout
 from distplb.migrate.rows import RowTensor, row_tensors
 from distplb.migrate.settings import agree_on_settings, trainers
-from distplb.migrate.state import Traveller, check_known, travellers
+from distplb.migrate.state import Holdings, Traveller, check_known, holdings
 from distplb.migrate.transfer import Limits, Move, Moved, Staging, agreed_layouts
+from distplb.migrate.unlike import Unlike, why_unlike
 from distplb.migrate.watch import TrainingWatch
 from distplb.placement import Placement
 from distplb.stages import Stages
 from distplb.topology import Topology
 
-__all__ = ["Mover"]
+__all__ = ["Held", "Mover", "Ready"]
 
-_TRAVELS = "what travels with the experts (digest)"
-Travelling = list[list[Traveller]]  # by layer
+Held = Sequence[Sequence[Holdings]]  # by layer and declared tensor, what goes with it on this rank
+
+
+class Ready(NamedTuple):
+    """What the ranks have agreed on before a move.
+
+    Args:
+        travelling: by layer, all that travels; nothing of a layer that stays.
+        left_out: by layer that stays, why.
+        histories: of experts that differ in theirs.
+    """
+
+    travelling: list[list[Traveller]]
+    left_out: dict[int, str]
+    histories: list[History]
 
 
 class Mover:
@@ -75,6 +92,7 @@ class Mover:
             _refuse_whole_weights(tensors)
             check_known(tensors, trained)
         self._layouts: list[list[Layout]] = []
+        self._is_own: list[list[bool]] = []  # whether each expert is in a tensor of its own, on all ranks
         self._claim = Claim(self._tensors)
         self.watch = TrainingWatch(self._tensors, optimizers)
         self._staging = Staging()
@@ -88,6 +106,9 @@ class Mover:
         """Learn which rank holds what, and that all train it alike; once, before anything moves."""
         self._layouts = agreed_layouts(self._tensors, self._num_slots, self._comm)
         agree_on_settings(self._tensors, trainers(self._optimizers), self._comm)
+        own = [int(own_slots(row_tensor) is not None) for tensors in self._tensors for row_tensor in tensors]
+        following = iter(agree(self._comm, {}, least=own))
+        self._is_own = [[bool(next(following)) for _ in tensors] for tensors in self._tensors]
 
     def left(self) -> list[Row | None]:
         """By layer, where a rebalancer before this one has left the rows of its tensors, as of `Claim`."""
@@ -102,8 +123,8 @@ class Mover:
         self._claim.release()
         self.watch.close()
 
-    def travelling(self) -> Travelling:
-        """All that travels now; what FSDP2 has derived from it is dropped.
+    def held(self) -> list[list[Holdings]]:
+        """All that goes with the experts on this rank now; what FSDP2 has derived from it is dropped.
 
         Raises:
             DistplbError: if the tensors are none of the model's any more, a backward pass has begun, or state of the
@@ -114,26 +135,73 @@ class Mover:
         self.watch.refuse_other_optimizers()
         reshard(param_groups(tensor for layer in self._tensors for row in layer for tensor in row.tensors))
         trained = trainers(self._optimizers)
-        return [travellers(tensors, self._optimizers, trained) for tensors in self._tensors]
+        return [holdings(tensors, self._optimizers, trained) for tensors in self._tensors]
 
-    def bytes_per_slot(self, travelling: Travelling) -> int:
+    def bytes_per_slot(self, held: Held) -> int:
         """Of one expert's weights with all that travels with them on this rank, in the largest layer; 0 for none.
 
         Router rows travel too; they are on every rank and cross no link.
         """
-        if not travelling:
-            return 0
         experts = [
-            sum(traveller.nbytes for traveller in layer if tensors[traveller.of].of_experts)
-            for tensors, layer in zip(self._tensors, travelling, strict=True)
+            sum(one.nbytes for one, row_tensor in zip(of_layer, tensors, strict=True) if row_tensor.of_experts)
+            for tensors, of_layer in zip(self._tensors, held, strict=False)
         ]
         return max(experts, default=0) // self._slots_per_gpu
+
+    def prepare(self, held: Held, error: Exception | None = None) -> Ready:
+        """Agree on what travels. Collective, also where this rank cannot move.
+
+        A layer stays where experts that may change places have had other histories, and these cannot travel.
+
+        Args:
+            held: what goes with the experts on this rank.
+            error: why this rank cannot; all ranks then raise it.
+
+        Raises:
+            DisagreementError: on all ranks, where experts are trained by other settings on some rank.
+            DistplbError: on all ranks, if any refuses.
+        """
+        try:
+            agreed = agreed_kinds(self._tensors, held, self._comm, error)
+        except DisagreementError as differing:
+            raise DisagreementError(self._why_it_differs(differing), differing.field) from differing
+        stays: dict[int, Unlike] = {}
+        own: list[Own] = []
+        for layer, tensors in enumerate(self._tensors):
+            for index, row_tensor in enumerate(tensors):
+                if agreed[layer][index] is not None:
+                    continue
+                if self._is_own[layer][index] and not self._layouts[layer][index].is_nowhere_on_some:
+                    own.append(Own(layer, index, row_tensor, held[layer][index]))
+                else:
+                    stays.setdefault(layer, Unlike(row_tensor, held[layer][index], self._is_own[layer][index], None))
+        own = [one for one in own if one.layer not in stays]
+        every = (one for of_layer in held for one in of_layer)
+        found = agreed_histories(own, every, self._num_slots, self._optimizers, self._comm)
+        for one, history in zip(own, found, strict=True):
+            if not isinstance(history, History):
+                stays.setdefault(one.layer, Unlike(one.row_tensor, one.held, True, history))
+        left_out = dict(zip(stays, why_unlike(list(stays.values()), self._comm), strict=True))
+        of_tensor = {
+            (one.layer, one.index): history
+            for one, history in zip(own, found, strict=True)
+            if isinstance(history, History) and one.layer not in left_out
+        }
+        travelling: list[list[Traveller]] = [[] for _ in self._tensors]
+        for layer, tensors in enumerate(self._tensors):
+            for index, row_tensor in enumerate(tensors if layer not in left_out else ()):
+                codes = agreed[layer][index]
+                if codes is None:
+                    travelling[layer] += of_tensor[layer, index].travellers(index, row_tensor.name)
+                else:
+                    travelling[layer] += travellers(index, row_tensor, held[layer][index], codes)
+        return Ready(travelling, left_out, list(of_tensor.values()))
 
     def move(
         self,
         old: Placement,
         new: Placement,
-        travelling: Travelling,
+        ready: Ready,
         *,
         node_of_rank: Sequence[int],
         on_commit: Callable[[Placement], None],
@@ -148,8 +216,8 @@ class Mover:
 
         Args:
             old: the placement in force.
-            new: the placement wanted.
-            travelling: all that travels, on this rank.
+            new: the placement wanted, in which the layers that are left out are as they were.
+            ready: what travels, as agreed since the last step.
             node_of_rank: of the communicator.
             on_commit: told the placement in force after each commit.
             verify: compare every expert's checksum before and after.
@@ -163,24 +231,31 @@ class Mover:
             What was done; None where some rank may not move now.
 
         Raises:
-            DisagreementError: on all ranks, where they want different placements, or different things travel.
+            DisagreementError: on all ranks, where they want different placements.
             DistplbError: on all ranks, if any refuses, before anything of the commit at hand is written; or if a layer
                 is untrained on all of them.
             HalfMovedError: if the experts are not whole any more; `broken` then says why.
         """
         with stages.stage("move"):
-            move = self._agreed_move(old, new, travelling, node_of_rank, error, limits, [may_move, *untrained])
+            move = self._agreed_move(old, new, ready, node_of_rank, error, limits, [may_move, *untrained])
         if move is None:
             return None
         if not move.layers:
             return Moved()
-        before = self._checksums(move, travelling, stages) if verify else None
+        before = self._checksums(move, ready, stages) if verify else None
         self.broken = "a move was interrupted"
+        in_force = old
+
+        def committed(placement: Placement) -> None:
+            nonlocal in_force
+            for history in ready.histories:
+                history.follow(_sources(in_force, placement, history.layer))
+            in_force = placement
+            on_commit(placement)
+
         try:
             with stages.stage("move"):
-                moved = move.run(on_commit)
-            if before is not None:
-                self._compare(before, self._checksums(move, travelling, stages))
+                moved = move.run(committed)
         except HalfMovedError as why:
             self.broken = str(why)
             raise
@@ -188,37 +263,30 @@ class Mover:
             self.broken = None  # refused before anything of that commit was written
             raise
         self.broken = None
+        if before is not None:
+            self._compare(before, move, ready, stages)
         return moved
 
     def _agreed_move(
         self,
         old: Placement,
         new: Placement,
-        travelling: Travelling,
+        ready: Ready,
         node_of_rank: Sequence[int],
         error: Exception | None,
         limits: Limits | None,
         flags: Sequence[bool],
     ) -> Move | None:
-        fields = {"the placement (digest)": 0, _TRAVELS: 0}
-        try:
-            travelling[:] = completed(self._tensors, self._layouts, travelling, self._comm)
-        except Exception as differing:
-            error = error or in_stage("move", differing)
+        fields = {"the placement (digest)": 0}
         try:
             if error is not None:
                 raise error
-            layers = list(zip(self._tensors, self._layouts, travelling, strict=True))
+            layers = list(zip(self._tensors, self._layouts, ready.travelling, strict=True))
             move = Move(old, new, layers, self._comm, node_of_rank, limits, self._staging, self._num_groups)
-            fields = dict(zip(fields, (new.digest(), what_travels(travelling)), strict=True))
+            fields = {"the placement (digest)": new.digest()}
         except Exception as caught:
             error = in_stage("move", caught)
-        try:
-            all_may_move, *nowhere_trained = agree(self._comm, fields, error, least=[int(flag) for flag in flags])
-        except DisagreementError as differing:
-            if differing.field != _TRAVELS:
-                raise
-            raise DisagreementError(self._why_it_differs(differing), differing.field) from differing
+        all_may_move, *nowhere_trained = agree(self._comm, fields, error, least=[int(flag) for flag in flags])
         for name, is_nowhere in zip(self._names, nowhere_trained, strict=False):
             if is_nowhere:
                 raise UntrainedError(
@@ -239,20 +307,37 @@ class Mover:
             return str(named)
         return str(differing)
 
-    def _checksums(self, move: Move, travelling: Travelling, stages: Stages) -> Tensor:
+    def _checksums(self, move: Move, ready: Ready, stages: Stages) -> Tensor:
         """`[L, E]`: of every expert of the layers that change, where the placement in force has it; else 0."""
         with stages.stage("verify"):
-            changing = [some if layer in move.layers else [] for layer, some in enumerate(travelling)]
+            changing = [some if layer in move.layers else [] for layer, some in enumerate(ready.travelling)]
             return expert_checksums(list(zip(self._tensors, changing, strict=True)), move.placement, self._comm)
 
-    def _compare(self, before: Tensor, after: Tensor) -> None:
+    def _compare(self, before: Tensor, move: Move, ready: Ready, stages: Stages) -> None:
+        """Look whether every expert is what it was, which a rank without memory for it does not speak against."""
+        try:
+            after = self._checksums(move, ready, stages)
+        except LostRanksError:
+            raise
+        except DistplbError as failed:
+            warnings.warn(
+                f"distplb has moved experts and could not verify them: {failed}", RuntimeWarning, stacklevel=6
+            )
+            return
         wrong = before.ne(after).nonzero()
         if len(wrong):
             layer, expert = wrong[0].tolist()
-            raise HalfMovedError(
+            self.broken = (
                 f"after the move, expert {expert} of {self._names[layer]} is not what it was ({len(wrong)} such); "
                 "resume from the last checkpoint with the rebalancer disabled, and report this"
             )
+            raise HalfMovedError(self.broken)
+
+
+def _sources(old: Placement, new: Placement, layer: int) -> list[int]:
+    """`[P]`: the slot in which the expert of each slot was before."""
+    slot_of = {expert: slot for slot, expert in enumerate(old.expert_of_slot[layer].tolist())}
+    return [slot_of[expert] for expert in new.expert_of_slot[layer].tolist()]
 
 
 def _refuse_whole_weights(tensors: Sequence[RowTensor]) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
+from functools import cache, cached_property
 from itertools import accumulate
 from typing import Any
 
@@ -16,11 +17,13 @@ from torch.optim import Optimizer
 from distplb.errors import DistplbError
 from distplb.migrate.dtensors import is_dtensor, local_like
 from distplb.migrate.rows import RowTensor, check_plain
-from distplb.migrate.settings import Trainers, settings_of
+from distplb.migrate.settings import Settings, Trainers, settings_of
 
-__all__ = ["Traveller", "check_known", "travellers"]
+__all__ = ["Holding", "Holdings", "Traveller", "check_known", "holdings"]
 
 Optimizers = Sequence[Optimizer]
+
+_ADAMS = (torch.optim.Adam, torch.optim.AdamW)
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,6 @@ class Traveller:
         flats: `[n]` each, views of this rank's elements, one for each tensor that holds the declared one.
         of: the index of the declared tensor whose layout it shares.
         dtype: of the elements.
-        scalars: the state and settings that stay, by name; experts change places only where all have the same.
     """
 
     name: str
@@ -41,12 +43,6 @@ class Traveller:
     flats: tuple[Tensor, ...]
     of: int
     dtype: torch.dtype
-    scalars: tuple[tuple[str, Any], ...] = ()
-
-    @property
-    def nbytes(self) -> int:
-        """On this rank."""
-        return sum(flat.nbytes for flat in self.flats)
 
     @cached_property
     def _starts(self) -> list[int]:
@@ -78,8 +74,58 @@ def check_known(tensors: Iterable[RowTensor], trained: Trainers) -> None:
         settings_of(row_tensor, trained)
 
 
-def travellers(tensors: Sequence[RowTensor], optimizers: Optimizers, trained: Trainers) -> list[Traveller]:
-    """Everything that travels with the declared tensors that this rank holds, in an order that ranks share.
+@dataclass
+class Holding:
+    """What goes with one tensor of this rank.
+
+    Args:
+        tensor: as the optimizer knows it.
+        whole: by kind, what travels: the tensor itself under "", its gradient, the parts of its optimizer state.
+        local: by kind, this rank's elements of these.
+        scalars: state that is one number for the whole tensor, such as its `step`; by name.
+        effect: by name, a number that is equal where tensors with one and with the other are trained alike.
+        raw: by name, the scalars as they are held.
+        places: of state, by kind or name: the number of the optimizer that holds it, and its key there.
+    """
+
+    tensor: Tensor
+    whole: dict[str, Tensor] = field(default_factory=dict)
+    local: dict[str, Tensor] = field(default_factory=dict)
+    scalars: dict[str, float] = field(default_factory=dict)
+    effect: dict[str, float] = field(default_factory=dict)
+    raw: dict[str, Any] = field(default_factory=dict)
+    places: dict[str, tuple[int, str]] = field(default_factory=dict)
+
+    def take(self, name: str, kind: str, value: Tensor) -> None:
+        """Note a tensor that travels.
+
+        Raises:
+            DistplbError: if which of its elements belong to which expert is not known.
+        """
+        self.whole[kind], self.local[kind] = value, local_like(name, value, self.tensor)
+        check_plain(name, self.local[kind])
+
+
+@dataclass(frozen=True)
+class Holdings:
+    """What goes with one declared tensor on this rank.
+
+    Args:
+        each: for each tensor that holds it, what goes with that; none where this rank holds nothing of it.
+        settings: by which its optimizers step on it.
+    """
+
+    each: tuple[Holding, ...]
+    settings: Settings
+
+    @property
+    def nbytes(self) -> int:
+        """Of all that travels."""
+        return sum(part.nbytes for holding in self.each for part in holding.local.values())
+
+
+def holdings(tensors: Sequence[RowTensor], optimizers: Optimizers, trained: Trainers) -> list[Holdings]:
+    """Everything that goes with each of the declared tensors on this rank.
 
     Args:
         tensors: declared by one layer.
@@ -87,69 +133,37 @@ def travellers(tensors: Sequence[RowTensor], optimizers: Optimizers, trained: Tr
         trained: by what settings they do, now.
 
     Raises:
-        DistplbError: as `check_known`; if the optimizer holds a tensor for one of them that is neither a scalar nor of
-            its shape; or if the experts of one tensor differ in what is held for them.
+        DistplbError: as `check_known`; or if the optimizer holds a tensor for one of them that is neither a scalar nor
+            of its shape.
     """
     check_known(tensors, trained)
-    found: list[Traveller] = []
-    for index, row_tensor in enumerate(tensors):
-        dtype = row_tensor.dtype
-        if dtype is None:
-            continue
-        each = [_belongings(row_tensor.name, tensor, optimizers) for tensor in row_tensor.tensors]
-        first = each[0]
-        for other in each[1:]:
-            if (other.kinds, other.scalars) != (first.kinds, first.scalars):
-                raise DistplbError(
-                    f"{row_tensor.name}: one expert has {_told(first)}, another {_told(other)}; experts can only "
-                    "change places where all have the same: call zero_grad() before rebalancer.step(), and give every "
-                    "expert a gradient in every step, be it zero"
-                )
-        settings = sorted(settings_of(row_tensor, trained).items())
-        for kind in first.kinds:
-            parts = [one.tensors[kind] for one in each]
-            flats = tuple(part.detach().view(-1) for part in parts)
-            stays = () if kind else (*first.scalars, *settings)
-            found.append(Traveller(row_tensor.name, kind, flats, index, flats[0].dtype, stays))
-    return found
+    return [
+        Holdings(
+            tuple(_holding(row_tensor.name, tensor, optimizers, trained) for tensor in row_tensor.tensors),
+            settings_of(row_tensor, trained),
+        )
+        for row_tensor in tensors
+    ]
 
 
-@dataclass(frozen=True)
-class _Belongings:
-    """What goes with one tensor, by kind, and the scalars that stay."""
-
-    tensors: dict[str, Tensor]
-    scalars: tuple[tuple[str, float], ...]
-
-    @property
-    def kinds(self) -> tuple[str, ...]:
-        return tuple(self.tensors)
-
-
-def _told(belongings: _Belongings) -> str:
-    names = [kind for kind in belongings.kinds if kind] + [f"{k} = {v}" for k, v in belongings.scalars]
-    return ", ".join(names) or "nothing"
-
-
-def _belongings(name: str, tensor: Tensor, optimizers: Optimizers) -> _Belongings:
-    found = {"": local_like(name, tensor, tensor)}
+def _holding(name: str, tensor: Tensor, optimizers: Optimizers, trained: Trainers) -> Holding:
+    found = Holding(tensor)
+    found.take(name, "", tensor)
     if tensor.grad is not None:
-        found["grad"] = local_like(f"{name}:grad", tensor.grad, tensor)
-        check_plain(f"{name}:grad", found["grad"])
-    scalars: list[tuple[str, float]] = []
+        found.take(f"{name}:grad", "grad", tensor.grad)
     for number, optimizer in enumerate(optimizers):
         state: Mapping[str, Any] = optimizer.state.get(tensor, {})
         for key, value in sorted(state.items()):
-            full = f"{name}:{key}"
-            if key in found or key in dict(scalars):  # two optimizers may hold state of the same name for it
-                key = f"{key} of optimizer {number}"
+            full, kind = f"{name}:{key}", key
+            if kind in found.whole or kind in found.scalars:  # two optimizers may hold state of the same name for it
+                kind = f"{key} of optimizer {number}"
             if not isinstance(value, Tensor):
                 _refuse_hidden_tensors(full, value, optimizer)
-                if isinstance(value, int | float):
-                    scalars.append((key, float(value)))
+                if not isinstance(value, int | float):
+                    continue
+                found.scalars[kind] = float(value)
             elif value.shape == tensor.shape and value.is_floating_point():
-                found[key] = local_like(full, value, tensor)
-                check_plain(full, found[key])
+                found.take(full, kind, value)
             elif value.numel() > 1:
                 raise DistplbError(
                     f"{full} of {type(optimizer).__name__} is {value.dtype} of shape {tuple(value.shape)}, the "
@@ -157,8 +171,28 @@ def _belongings(name: str, tensor: Tensor, optimizers: Optimizers) -> _Belonging
                     "so nothing is moved; use an optimizer whose state has the parameter's shape (AdamW, SGD, ...)"
                 )
             elif value.numel() and not is_dtensor(value):
-                scalars.append((key, float(value)))
-    return _Belongings(found, tuple(scalars))
+                found.scalars[kind] = float(value)
+            else:
+                continue
+            found.places[kind] = number, key
+            if kind in found.scalars:
+                found.raw[kind] = value
+                found.effect[kind] = found.scalars[kind]
+                if key == "step" and type(optimizer) in _ADAMS:
+                    last = _last_step_that_matters(trained.get(id(tensor), {}).get("betas"))
+                    found.effect[kind] = min(found.scalars[kind], last)
+    return found
+
+
+@cache
+def _last_step_that_matters(betas: tuple[float, float] | None) -> float:
+    """From here on Adam's update is the same to the bit whatever the number of the step is.
+
+    It enters by the bias corrections 1 − beta^step alone, which are 1 as soon as beta^step is at most 2^-54.
+    """
+    if betas is None or not all(0 <= beta < 1 for beta in betas):
+        return math.inf
+    return max(1 if beta == 0 else math.ceil(54 * math.log(2) / -math.log(beta)) + 1 for beta in betas)
 
 
 def _refuse_hidden_tensors(name: str, value: Any, optimizer: Optimizer) -> None:

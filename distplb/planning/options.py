@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 from torch import Tensor
 
+from distplb.arguments import refuse_wrong_types
 from distplb.errors import DistplbError
 from distplb.packing.candidates import CANDIDATE_BITS
 from distplb.packing.engines import engine_named
@@ -66,6 +68,7 @@ class SearchOptions:
         Raises:
             DistplbError: with the value and what to pass instead.
         """
+        self._check_types()
         self._check_numbers()
         self._check_slots(topology, num_experts)
         self._check_groups(topology, num_experts)
@@ -88,6 +91,21 @@ class SearchOptions:
             "move_price (digest)": _digest(torch.tensor(self.prices, dtype=torch.float64).view(torch.int64)),
             "time_curve (digest)": -1 if self.time_curve is None else self.time_curve.digest(),
         }
+
+    def _check_types(self) -> None:
+        whole, maybe = "a whole number", (Integral, None)
+        refuse_wrong_types(
+            {
+                "num_slots": (self.num_slots, maybe, whole),
+                "num_groups": (self.num_groups, maybe, whole),
+                "slot_class": (self.slot_class, (Tensor, None), "a tensor of integers, one for each slot"),
+                "current": (self.current, (Placement, None), "a Placement"),
+                "num_candidates": (self.num_candidates, maybe, whole),
+                "seed": (self.seed, (Integral,), whole),
+                "engine": (self.engine, (str, None), "the name of an engine, or None for the fastest"),
+                "time_curve": (self.time_curve, (TimeCurve, None), "a TimeCurve, such as measured_curve returns"),
+            }
+        )
 
     def _check_numbers(self) -> None:
         if not 1 <= self.candidates <= 1 << CANDIDATE_BITS:
