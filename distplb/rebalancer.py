@@ -80,7 +80,7 @@ _FIELDS = (
     "the tables slot_of_expert (digest)",
 )
 _SAVE_SECONDS = 1800.0  # that `apply` waits for an asynchronous save
-_SAVE_PAUSE_SECONDS = 1.0  # of that, between two agreements on whether it has ended
+_SAVE_PAUSE_SECONDS = 0.2  # of that, between two agreements on whether it has ended: far below any deadline
 
 
 class Rebalancer:
@@ -647,23 +647,37 @@ class Rebalancer:
     def _apply(self, placement: Placement) -> None:
         if not self._names:
             return
-        until = time.monotonic() + _SAVE_SECONDS
         untrained = self._mover.watch.untrained() if self._observer.seen else [False] * len(self._names)
-        # All look again at once while a save is being written, so that nobody waits for another's at a collective, and
-        # all give up when the first of them does.
-        late: Exception | None = None
-        while True:
-            ready = self._prepared(Stages())
+        moved: Moved | None = None
+        while moved is None:
+            self._wait_for_saves(placement)
+            ready, error = self._prepared(Stages()), None
             stay = {layer: why for layer, why in ready.left_out.items() if _changes(self._placement, placement, layer)}
-            if stay and late is None:
-                late = DistplbError(self._told_of_staying(stay))
-            if self._move(placement, ready, Stages(), None, untrained, _SAVE_PAUSE_SECONDS, late) is not None:
-                return
-            if time.monotonic() > until:
-                late = DistplbError(
-                    f"an asynchronous save has not ended in {_SAVE_SECONDS:.0f} s, and nothing may move before it has; "
-                    "look for what holds it up"
-                )
+            if stay:
+                error = DistplbError(self._told_of_staying(stay))
+            moved = self._move(placement, ready, Stages(), None, untrained, error)
+
+    def _wait_for_saves(self, placement: Placement) -> None:
+        """Until those of all ranks have ended, unless the placement is refused.
+
+        All look again at once while a save is being written, so that nobody waits for another's at a collective, and
+        all give up when the first of them does.
+        """
+        until = time.monotonic() + _SAVE_SECONDS
+        error: Exception | None = None
+        have_ended = False
+        while not have_ended:
+            try:
+                self._check_placement(placement)
+                mine = self._saves.have_ended(_SAVE_PAUSE_SECONDS)
+                if not mine and time.monotonic() > until:
+                    error = DistplbError(
+                        f"an asynchronous save has not ended in {_SAVE_SECONDS:.0f} s, and nothing may move before it "
+                        "has; look for what holds it up"
+                    )
+            except Exception as refused:
+                mine, error = False, in_stage("move", refused)
+            have_ended = bool(agree(self._comm, {}, error, least=[int(mine)])[0])
 
     def _move(
         self,
@@ -672,7 +686,6 @@ class Rebalancer:
         stages: Stages,
         limits: Limits | None = None,
         untrained: Sequence[bool] = (),
-        patience: float = 0.0,
         error: Exception | None = None,
     ) -> Moved | None:
         """The one way to another placement, so that none is ever in force that breaks a rule.
@@ -683,7 +696,6 @@ class Rebalancer:
             stages: receives the seconds.
             limits: of what is done at once.
             untrained: by layer, whether no gradient came to what this rank holds of it while its tokens were counted.
-            patience: seconds that this rank waits for its asynchronous saves.
             error: why this rank does not go on; all ranks then raise it.
 
         Returns:
@@ -694,7 +706,7 @@ class Rebalancer:
             self._check_placement(placement)
             self._routing.check_tables(self._placement)
             self._roster.refuse_others()
-            may_move = self._saves.have_ended(patience)
+            may_move = self._saves.have_ended()
         except Exception as refused:
             error = error or in_stage("move", refused)
         return self._mover.move(

@@ -25,7 +25,7 @@ from ranks import on_ranks, outcomes_on_ranks
 
 import distplb.migrate.transfer as transfer
 from distplb import DistplbError, Placement
-from distplb.comm.torchdist import TorchComm
+from distplb.comm.torchdist import TorchComm, is_loss
 from distplb.errors import HalfMovedError, LostRanksError
 from distplb.migrate.transfer import Move
 from distplb.planner import Planned, Planning
@@ -221,6 +221,58 @@ def test_a_late_rank_is_waited_for_and_after_a_loss_nobody_is() -> None:
         assert found["missing"] == (2,)
         assert found["stage"] is None
         assert found["again"] < 0.5
+
+
+# --- errors that are no loss ------------------------------------------------------------------------------------
+
+
+def of_a_call() -> tuple[str, str, float]:
+    """Rank 1 makes a call that torch refuses, while rank 0 waits for it: what each meets, then and afterwards."""
+    comm = TorchComm(deadline=50)
+    found, began = [], time.monotonic()
+    for root in (7 if comm.rank == 1 else 0, 0):
+        try:
+            comm.broadcast(torch.ones(1), root)
+        except Exception as error:
+            found.append(f"{type(error).__name__}: {error}")
+    return found[0], found[1], time.monotonic() - began
+
+
+def test_an_error_of_one_rank_is_told_as_what_it_is_and_the_others_hear_of_it() -> None:
+    """It was told as the loss of all other ranks, each of which waited for its deadline."""
+    (waiting, waits_no_more, first), (refused, then, second) = on_ranks(2, of_a_call, deadline=60)
+    assert refused == "RuntimeError: ProcessGroupGloo::broadcast: invalid root rank: 7"
+    assert re.match("LostRanksError: .*rank 1 failed: RuntimeError.'ProcessGroupGloo::broadcast: invalid root", waiting)
+    assert waits_no_more == waiting
+    assert then.startswith("LostRanksError: the ranks lost each other (an earlier call has failed on this rank: Runtim")
+    assert max(first, second) < 40
+
+
+LOST = [
+    RuntimeError("[pair.cc:537] Read error [127.0.0.1]:1: Connection reset by peer. This is typically caused by a"),
+    RuntimeError("[unbound_buffer.cc:81] Timed out waiting 2000ms for recv operation to complete"),
+    RuntimeError("[pair.cc:152] Application timeout caused pair closure"),
+    RuntimeError("Connection closed by peer [127.0.0.1]:1"),
+    dist.DistNetworkError("The client socket has timed out after 5000ms"),
+    dist.DistBackendError("NCCL communicator was aborted on rank 0. Original reason was: watchdog"),
+    dist.DistBackendError("NCCL error: remote process exited or there was a network error"),
+]
+NOT_LOST = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"),
+    RuntimeError("ProcessGroupGloo::broadcast: invalid root rank: 7"),
+    RuntimeError("No backend type associated with device type meta"),
+    RuntimeError("input tensor has to be contiguous"),
+    NotImplementedError("Could not run 'c10d::allreduce_' with arguments from the 'SparseCsrCPU' backend"),
+    dist.DistBackendError("NCCL error in: ProcessGroupNCCL.cpp:42, ncclInvalidUsage: usage that peers closed"),
+    ValueError("Tensors must be contiguous"),
+]
+
+
+@pytest.mark.parametrize("error", [*LOST, *NOT_LOST], ids=lambda error: str(error)[:40])
+def test_what_a_library_says_of_lost_ranks_is_told_from_what_it_says_of_a_call(error: Exception) -> None:
+    """Texts as torch 2.13 has them."""
+    assert is_loss(error) == any(error is lost for lost in LOST)
 
 
 # --- digests that differ ----------------------------------------------------------------------------------------

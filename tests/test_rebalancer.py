@@ -25,7 +25,7 @@ from distplb import DistplbError, LoadWindow, MoELayer, MoveModel, Placement, Ti
 from distplb.comm.torchdist import TorchComm
 from distplb.errors import HalfMovedError
 from distplb.events import RebalanceEvent
-from distplb.migrate import transfer
+from distplb.migrate import checksum, transfer
 
 
 class Blockwise8bit(torch.optim.Optimizer):
@@ -655,15 +655,19 @@ def test_a_folder_that_cannot_be_written_is_warned_of_once_and_stops_nobody(tmp_
 
 
 def broken(where: str) -> tuple[str, str, bool, bool]:
-    job = Job()
-    rebalancer = job.rebalancer(every=1, verify="digest")
+    """What is raised or warned of; whether the rebalancer is poisoned, and whether nothing has moved."""
+    job, kind, text = Job(), "", ""
+    rebalancer = job.rebalancer(every=1, verify="digest", comm=TorchComm(deadline=300))  # nobody waits for it
     job.iterate()
     before = job.values()
     transfer._STAGING_BYTES = 0  # several commits
     if dist.get_rank() == 1:
         break_down(where)
     try:
-        rebalancer.apply(scattered(3))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            rebalancer.apply(scattered(3))
+        kind, text = caught[0].category.__name__, str(caught[0].message)
     except DistplbError as error:
         kind, text = type(error).__name__, str(error)
     poisoned = False
@@ -691,8 +695,17 @@ def break_down(where: str) -> None:
         there = view(move, tensor, *place)
         return there.clone() if tensor == 0 else there  # what is written to the first tensor goes nowhere
 
+    sums, calls = checksum._sums, iter(range(2))
+
+    def second_fails(*args: Any) -> Tensor:
+        return no_memory() if next(calls) else sums(*args)
+
     if where == "preparing":
         transfer.Staging.room = no_memory
+    elif where == "first checksum":
+        checksum._sums = no_memory
+    elif where == "second checksum":
+        checksum._sums = second_fails
     elif where == "writing":
         transfer.Move._staged = staged_then_fail
     else:
@@ -703,6 +716,23 @@ def test_a_rank_without_memory_for_staging_is_known_to_all_before_anything_moves
     for kind, text, poisoned, unmoved in on_ranks(2, broken, "preparing", deadline=60):
         assert (kind, text) == ("DistplbError", "rank 1: in stage move: MemoryError('no room')")
         assert unmoved
+        assert not poisoned
+
+
+def test_a_rank_without_memory_for_the_first_checksum_is_known_to_all_at_once() -> None:
+    """The others waited for the whole deadline."""
+    for kind, text, poisoned, unmoved in on_ranks(2, broken, "first checksum", deadline=60):
+        assert (kind, text) == ("DistplbError", "rank 1: in stage verify: MemoryError('no room')")
+        assert unmoved
+        assert not poisoned
+
+
+def test_experts_that_could_not_be_compared_are_warned_of_and_the_model_is_whole() -> None:
+    """It was poisoned, on one rank alone."""
+    for kind, text, poisoned, unmoved in on_ranks(2, broken, "second checksum", deadline=60):
+        assert kind == "RuntimeWarning"
+        assert text.endswith("could not verify them: rank 1: in stage verify: MemoryError('no room')")
+        assert not unmoved
         assert not poisoned
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse
 
 from distplb import DistplbError, LoadWindow, MoELayer, Placement, Rebalancer, Topology
+from distplb.comm.torchdist import TorchComm
 from distplb.events import RebalanceEvent
 from distplb.routing import Routing
 from distplb.ties import RouterTies
@@ -362,6 +363,21 @@ def late_on_one_rank() -> str:
 def test_all_ranks_give_up_waiting_for_a_save_when_the_first_one_does() -> None:
     for text in on_ranks(2, late_on_one_rank, deadline=60):
         assert "an asynchronous save has not ended in 1 s" in text
+
+
+def waited_for() -> bool:
+    """A save of one rank takes longer than the others' deadline."""
+    rebalancer = Job().rebalancer(every=1, comm=TorchComm(deadline=2))
+    written = Future[None]()
+    if dist.get_rank() == 1:
+        rebalancer.saving(written)
+        threading.Timer(3, written.set_result, [None]).start()
+    rebalancer.apply(placed(REVERSED, REVERSED, gpus=2))
+    return rebalancer.placement == placed(REVERSED, REVERSED, gpus=2)
+
+
+def test_a_save_may_take_longer_than_the_deadline_of_the_communicator() -> None:
+    assert on_ranks(2, waited_for, deadline=60) == [True, True]
 
 
 def wrong_on_one_rank() -> str:

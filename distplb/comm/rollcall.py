@@ -9,6 +9,7 @@ from distplb.comm.store import Questions, Store
 
 __all__ = ["RollCall"]
 
+_NOTHING = "-"  # of a rank with which nothing is wrong
 _PAUSE_SECONDS = 0.05  # between two looks at who has answered
 
 
@@ -24,6 +25,7 @@ class RollCall:
     def __init__(self, connect: Callable[[], Store], rank: int, size: int) -> None:
         self._questions, self._rank, self._size = Questions(connect), rank, size
         self._silent: list[int] | None = None  # ranks that had not answered when last looked at
+        self._told: dict[int, str] = {}
 
     def was_called(self, seconds: float) -> bool:
         """Whether some rank has lost the others; False where the store does not answer in so many seconds."""
@@ -31,26 +33,34 @@ class RollCall:
         self._questions.ask(seconds, lambda store: answers.append(store.check(["lost"])))
         return any(answers)
 
-    def missing(self, seconds: float) -> list[int] | None:
+    @property
+    def told(self) -> dict[int, str]:
+        """By rank that has answered, what went wrong there, if anything did."""
+        return dict(self._told)
+
+    def missing(self, seconds: float, why: str = "") -> list[int] | None:
         """Say that this rank has lost the others, and wait for all to say so too; the ranks that do not.
 
         Args:
             seconds: to wait; fewer if all answer.
+            why: what went wrong here, for the others to tell; nothing where this rank has lost others.
 
         Returns:
             None where the store does not answer.
         """
         self._silent = None
         until = time.monotonic() + seconds
-        self._questions.ask(seconds, lambda store: self._call(store, until))
+        self._questions.ask(seconds, lambda store: self._call(store, until, why))
         return self._silent
 
-    def _call(self, store: Store, until: float) -> None:
+    def _call(self, store: Store, until: float, why: str) -> None:
         store.set("lost", "1")
-        store.set(f"here/{self._rank}", "1")
+        store.set(f"here/{self._rank}", why or _NOTHING)
         while True:
             silent = list(range(self._size)) if self._silent is None else self._silent
             self._silent = [rank for rank in silent if not store.check([f"here/{rank}"])]
+            here = {rank: store.get(f"here/{rank}").decode() for rank in silent if rank not in self._silent}
+            self._told |= {rank: text for rank, text in here.items() if text != _NOTHING}
             if not self._silent or time.monotonic() >= until:
                 return
             time.sleep(_PAUSE_SECONDS)

@@ -33,7 +33,7 @@ from distplb.comm.store import Store
 from distplb.errors import DistplbError, LostRanksError
 from distplb.stages import current_stage
 
-__all__ = ["TorchComm", "backends", "job_rank_and_size", "job_store", "process_group"]
+__all__ = ["TorchComm", "backends", "is_loss", "job_rank_and_size", "job_store", "process_group"]
 
 _SLICE_SECONDS = 1.0  # of waiting, between two looks at the store
 _MOST_GRACE_SECONDS = 10.0  # of a deadline, kept for the roll call
@@ -41,6 +41,11 @@ _NCCL_PAUSE_SECONDS = 2e-5  # between two looks at a kernel
 _LEAST_SECONDS = 1e-3  # 0 would mean the group's own timeout
 _EXIT_STATUS = 75  # "temporary failure" of sysexits.h: the launcher may try again
 _SOURCE_LINE = re.compile(r"^\[[^\]]*\] ")  # gloo begins with a place in its sources
+
+# What gloo and torch say where another rank does not answer, and NCCL of a call that could not be made.
+_LOSS = re.compile(r"time[d ]*out|connect|socket|peer|closed|abort|broken pipe|unreachable|end of file", re.IGNORECASE)
+_OF_A_CALL = re.compile(r"ncclInvalid|out of memory|can't allocate memory", re.IGNORECASE)
+_MOST_TOLD = 500  # characters of what went wrong, for the other ranks
 
 _log = logging.getLogger("distplb")
 _made: Counter[tuple[int, ...]] = Counter()  # communicators of the same ranks, in the same order on all of them
@@ -177,9 +182,14 @@ class TorchComm:
         started = time.monotonic()
         try:
             yield started
-        except RuntimeError as error:
-            self._lost = self._loss(started, error)
-            raise self._lost from error
+        except Exception as error:
+            if is_loss(error):
+                self._lost = self._loss(started, error)
+                raise self._lost from error
+            # Of this rank alone: the others wait, and hear of it in the store.
+            self._lost = LostRanksError((), f"an earlier call has failed on this rank: {error!r}")
+            self._roll.missing(0.0, repr(error)[:_MOST_TOLD])
+            raise
 
     def _wait(self, work: dist.Work, started: float, is_kernel: bool) -> None:
         if is_kernel:
@@ -212,7 +222,7 @@ class TorchComm:
             time.sleep(_NCCL_PAUSE_SECONDS)
         work.wait()
 
-    def _loss(self, started: float, error: RuntimeError) -> LostRanksError:
+    def _loss(self, started: float, error: Exception) -> LostRanksError:
         waited = time.monotonic() - started
         missing = self._roll.missing(max(self._grace / 2, started + self._deadline - time.monotonic()))
         why = (
@@ -220,6 +230,7 @@ class TorchComm:
         )
         if missing is None:
             why += "; the store that ranks could be called in does not answer either"
+        why += "".join(f"; rank {rank} failed: {text}" for rank, text in sorted(self._roll.told.items()))
         return LostRanksError(missing or (), why)
 
     def _connection(self) -> Callable[[], Store]:
@@ -228,6 +239,13 @@ class TorchComm:
         _made[ranks] += 1
         name = hashlib.sha256(repr(ranks).encode()).hexdigest()[:16]
         return job_store(f"{name}/{_made[ranks]}")
+
+
+def is_loss(error: Exception) -> bool:
+    """Whether an error of the library says that other ranks are not there; others are of a call, or of this rank."""
+    if not isinstance(error, RuntimeError) or isinstance(error, NotImplementedError) or _OF_A_CALL.search(str(error)):
+        return False
+    return isinstance(error, dist.DistError) or _LOSS.search(str(error)) is not None
 
 
 def job_store(name: str) -> Callable[[], Store]:

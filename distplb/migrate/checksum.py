@@ -12,7 +12,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from distplb.comm.agreement import agree
 from distplb.comm.base import Comm
+from distplb.errors import in_stage
 from distplb.migrate.rows import RowTensor
 from distplb.migrate.state import Traveller
 from distplb.placement import Placement
@@ -26,13 +28,29 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int32}
 def expert_checksums(
     tensors: Sequence[tuple[Sequence[RowTensor], Sequence[Traveller]]], placement: Placement, comm: Comm
 ) -> Tensor:
-    """`[L, E]` int64 on the host, equal on all ranks; one all-reduce.
+    """`[L, E]` int64 on the host, equal on all ranks; two all-reduces.
 
     Args:
         tensors: by layer, the declared tensors and all that travels with them on this rank.
         placement: the one in force.
         comm: the ranks that hold the tensors.
+
+    Raises:
+        DistplbError: on all ranks, if one of them could not make its part, as for want of memory.
     """
+    by_expert = torch.zeros(placement.num_layers, placement.num_experts, dtype=torch.int64)
+    error: Exception | None = None
+    try:
+        by_expert = by_expert.scatter_add(1, placement.expert_of_slot, _sums(tensors, placement)).to(comm.device)
+    except Exception as caught:
+        error = in_stage("verify", caught)
+    agree(comm, {}, error)
+    comm.all_reduce_sum(by_expert)
+    return by_expert.cpu() & _MASK
+
+
+def _sums(tensors: Sequence[tuple[Sequence[RowTensor], Sequence[Traveller]]], placement: Placement) -> Tensor:
+    """`[L, P]`: of what this rank holds."""
     sums = torch.zeros(placement.num_layers, placement.num_slots, dtype=torch.int64)
     weights: dict[tuple[int, torch.device], Tensor] = {}
     for layer, (declared, travelling) in enumerate(tensors):
@@ -41,11 +59,7 @@ def expert_checksums(
             salt = 2 * number + 1  # odd, so that two tensors of one expert cannot change places unseen
             for slot, part in _slot_sums(traveller, row_tensor, weights):
                 sums[layer, slot] += (part * salt) & _MASK
-    by_expert = torch.zeros(placement.num_layers, placement.num_experts, dtype=torch.int64)
-    by_expert.scatter_add_(1, placement.expert_of_slot, sums)
-    by_expert = by_expert.to(comm.device)
-    comm.all_reduce_sum(by_expert)
-    return by_expert.cpu() & _MASK
+    return sums
 
 
 def _slot_sums(
