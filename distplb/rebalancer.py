@@ -185,7 +185,7 @@ class Rebalancer:
         self._took, self._since = 0.0, 0.0  # its seconds in earlier calls of `step`; when it went on in this one
         self._pending: _Pending | None = None
         self._saves, self._background = Saves(), Background(self._comm.device)
-        self._names = tuple(layer.name for layer in layers)
+        self._names: tuple[str, ...] = ()
         self._attached: list[Attached] = []
         self._is_closed = False
         self._stay = set[int]()  # layers that could not be moved when last looked at
@@ -749,6 +749,7 @@ class Rebalancer:
         mover: Mover | None = None
         try:
             self._check_types(layers, optimizer, gpu, model)
+            self._names = tuple(layer.name for layer in layers)
             self._check_options(layers)
             optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
             self._optimizers = optimizers

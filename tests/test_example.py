@@ -76,6 +76,20 @@ def test_the_example_of_a_framework_runs_and_tells_the_imbalance_before_and_afte
     assert min(after / before for before, after in pairs) < 0.95
 
 
+def test_experts_without_tokens_end_neither_training_nor_rebalances() -> None:
+    """The first rebalance after an expert had no token ended the job."""
+    example = EXAMPLE.with_name("starved_experts.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(example)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180, check=False)
+    assert done.returncode == 0, done.stderr
+    rebalances = re.findall(r"iteration +(\d+): moved, +(\d+) slots.*first layer: \[(.*)\]", done.stdout)
+    assert [int(iteration) for iteration, *_ in rebalances] == list(range(6, 61, 6))
+    assert sum(len(set(steps.split(", "))) > 1 for *_, steps in rebalances) > 5, "experts had other histories"
+    (apart,) = re.findall(r"they differ by at most (\S+)", done.stdout)
+    assert float(apart) < 1e-9
+
+
 def losses(said: str) -> list[str]:
     """Means over iterations 1 to 4, 5 to 8 and 9 to 12."""
     return re.findall(r"static +iteration +\d+  loss (\S+)", said)

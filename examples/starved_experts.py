@@ -1,0 +1,163 @@
+"""Experts in modules of their own, some without a token for many iterations: rebalances go on, with each one's history.
+
+    torchrun --nproc-per-node=2 examples/starved_experts.py
+
+Expert 3 is starved for twenty iterations, and all experts of rank 1 for one: they have no gradient then, and AdamW does
+not step on them. The same training runs twice, with rebalances and without, in float64; the losses are compared at the end.
+Shapes: R rows received by this rank, M GPUs (ranks), G slots per GPU, D dim, E experts.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from moe_model import Config, MoE, Transformer, expert
+from torch import Tensor, nn
+
+import distplb
+from distplb.comm.torchdist import TorchComm
+
+STARVED, FROM, TO, RANK_AT = 3, 12, 32, 45  # the expert, its iterations, and that of the whole rank
+NEVER = -1e9  # of a bias: who has it is not chosen
+
+
+class Expert(nn.Module):
+    """One expert, as models without grouped products hold it."""
+
+    def __init__(self, w_in: Tensor, w_out: Tensor) -> None:
+        super().__init__()
+        self.w_in, self.w_out = nn.Parameter(w_in.clone()), nn.Parameter(w_out.clone())
+
+    def forward(self, rows: Tensor) -> Tensor:  # [R, D] -> [R, D]
+        return expert(rows, self.w_in, self.w_out)
+
+
+def hold_apart(moe: MoE) -> None:
+    """Put each expert of this rank in a module of its own."""
+    own = nn.ModuleList(Expert(*both) for both in zip(moe.w_in.detach(), moe.w_out.detach(), strict=True))
+    del moe.w_in, moe.w_out
+    moe.own = own
+
+    def run_experts(rows: Tensor, received: Tensor) -> Tensor:  # [R, D], [M, G] -> [R, D]
+        pieces = rows.split(received.flatten().tolist())  # M * G pieces, by sender, then slot
+        outputs: list[Any] = []
+        for g, module in enumerate(own):
+            mine = torch.cat(pieces[g :: len(own)])
+            # One without rows is not run: that is what leaves it without a gradient.
+            outputs.append((module(mine) if len(mine) else mine).split(received[:, g].tolist()))
+        return torch.cat([outputs[g][m] for m in range(len(received)) for g in range(len(own))])
+
+    moe.run_experts = run_experts  # type: ignore[method-assign]
+
+
+class Training:
+    """One model, its optimizer and its rebalancer; `every` 0 is none."""
+
+    def __init__(self, args: argparse.Namespace, every: int) -> None:
+        config = Config(layers=2, experts=8, dim=32, ffn=64, heads=2)
+        self.group, self.batch = dist.group.WORLD, args.batch
+        self.model = Transformer(config, self.group, seed=0, dtype=torch.float64)
+        for moe in self.model.moes:
+            hold_apart(moe)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
+        self.rebalancer = self.make_rebalancer(every) if every else None
+        self.losses: list[float] = []
+
+    def make_rebalancer(self, every: int) -> distplb.Rebalancer:
+        moes, layers = self.model.moes, []
+        window = distplb.LoadWindow(len(moes), moes[0].config.experts, every)
+        for index, moe in enumerate(moes):
+            moe.on_counts = lambda counts, index=index: window.add(index, counts)
+            layers.append(
+                distplb.MoELayer(
+                    name=f"blocks.{index}.moe",
+                    experts={key: [getattr(one, key) for one in moe.own] for key in ("w_in", "w_out")},
+                    router={"weight": moe.router.weight},
+                )
+            )
+        # No price: this shows what moves, not what pays.
+        return distplb.Rebalancer(
+            layers,
+            self.optimizer,
+            topology=distplb.Topology(1, dist.get_world_size()),
+            comm=TorchComm(self.group),
+            window=window,
+            every=every,
+            move_model=distplb.MoveModel(1.0, 1, 1e12, 1e12),
+            stop_loss=0,
+            verify="digest",
+            on_event=self.report,
+        )
+
+    def experts_in_slots(self, layer: int) -> Tensor:
+        """`[E]`: the expert of each slot."""
+        experts = torch.arange(self.model.moes[0].config.experts)
+        return experts if self.rebalancer is None else self.rebalancer.placement.expert_of_slot[layer]
+
+    def step(self, iteration: int, home: list[Tensor]) -> None:
+        """One iteration; `home [E]` by layer is where the experts are in the training that rebalances."""
+        for layer, moe in enumerate(self.model.moes):
+            is_starved = torch.zeros(len(home[layer]), dtype=torch.bool)  # by expert
+            is_starved[STARVED] = FROM <= iteration < TO
+            if iteration == RANK_AT:
+                is_starved[home[layer][len(is_starved) // 2 :]] = True
+            moe.expert_bias.copy_(torch.where(is_starved[self.experts_in_slots(layer)], NEVER, 0.0))
+        generator = torch.Generator().manual_seed(1000 * iteration + dist.get_rank())
+        # Other bytes are frequent in other iterations, so that other experts are hot.
+        text = (torch.randn(self.batch, 65, generator=generator) * 12 + 30 * (iteration // 10)).long() % 256
+        loss = self.model(text[:, :-1], text[:, 1:])
+        self.backward(loss)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.losses.append(loss.item())
+        if self.rebalancer is not None:
+            self.rebalancer.step()
+
+    def backward(self, loss: Tensor) -> None:
+        """Gradients of the mean of all ranks' losses; those of experts are added up by the tokens' way back."""
+        (loss / dist.get_world_size()).backward()
+        for name, parameter in self.model.named_parameters():
+            if ".own." not in name:
+                assert parameter.grad is not None
+                dist.all_reduce(parameter.grad)
+
+    def report(self, event: distplb.RebalanceEvent) -> None:
+        if event.imbalance_next is not None or dist.get_rank() > 0:
+            return
+        state = self.optimizer.state
+        steps = [int(state[one.w_in]["step"]) if one.w_in in state else 0 for one in self.model.moes[0].own]
+        before, after = (sum(values) / len(values) for values in (event.imbalance_before, event.imbalance_after))
+        print(
+            f"iteration {event.iteration:3}: {event.decision}, {event.slots_moved:2} slots, imbalance {before:.3f} -> "
+            f"{after:.3f}; steps of the experts that are on rank 0 now, in the first layer: {steps}",
+            flush=True,
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--iterations", type=int, default=60)
+    parser.add_argument("--every", type=int, default=6, help="iterations between rebalances")
+    parser.add_argument("--batch", type=int, default=4, help="sequences of each rank")
+    args = parser.parse_args()
+    dist.init_process_group("gloo")
+    torch.set_num_threads(1)
+    rebalanced, static = Training(args, args.every), Training(args, 0)
+    for iteration in range(1, args.iterations + 1):
+        home = [rebalanced.experts_in_slots(layer).clone() for layer in range(len(rebalanced.model.moes))]
+        for training in (rebalanced, static):
+            training.step(iteration, home)
+    furthest = max(abs(one - other) for one, other in zip(rebalanced.losses, static.losses, strict=True))
+    if dist.get_rank() == 0:
+        print(f"losses go from {static.losses[0]:.4f} to {static.losses[-1]:.4f}, without rebalances and with them;")
+        print(f"they differ by at most {furthest:.1e}")
+    assert rebalanced.rebalancer is not None
+    rebalanced.rebalancer.close()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
