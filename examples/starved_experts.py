@@ -3,7 +3,7 @@
     torchrun --nproc-per-node=2 examples/starved_experts.py
 
 Expert 3 is starved for twenty iterations, and all experts of rank 1 for one: they have no gradient then, and AdamW does
-not step on them. The same training runs twice, with rebalances and without, in float64; the losses are compared at the end.
+not step on them. The same training runs twice, with rebalances and without; the losses, in float64, are compared.
 Shapes: R rows received by this rank, M GPUs (ranks), G slots per GPU, D dim, E experts.
 """
 
