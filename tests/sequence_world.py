@@ -39,7 +39,8 @@ class Setup:
 
     Args:
         ranks: 1, 2 or 4; experts are spread over `ep` of them.
-        layout: "plain", "dim 0" or "dim 1" (of FSDP2), or "flat" (shards of an optimizer).
+        layout: "plain", "dim 0" or "dim 1" (of FSDP2), "flat" (shards of an optimizer), or "own": each expert in a
+            tensor of its own, without a gradient in iterations in which it has no token.
         rule: "plain", "groups" (two slots each), "blocks" (four slots each) or "classes".
         mode: "permute" or "remap".
         spread: whether rebalances are spread over iterations.
@@ -56,7 +57,7 @@ class Setup:
     @property
     def ep(self) -> int:
         """GPUs of the EP group; the other ranks hold copies or shards of the same."""
-        return self.ranks if self.layout == "plain" else {1: 1, 2: 1, 4: 2}[self.ranks]
+        return self.ranks if self.layout in ("plain", "own") else {1: 1, 2: 1, 4: 2}[self.ranks]
 
     @property
     def num_groups(self) -> int | None:
@@ -104,6 +105,7 @@ def first_values() -> Whole:
             found[f"{layer}.{key}"] = torch.randn(shape, generator=generator, dtype=torch.float64)
             for moment in MOMENTS:
                 found[f"{layer}.{key}.{moment}"] = torch.zeros(shape, dtype=torch.float64)
+        found[f"{layer}.w.step"] = torch.zeros(EXPERTS)
         found[f"{layer}.router"] += torch.linspace(0.5, -0.5, EXPERTS, dtype=torch.float64)[:, None]  # some are hot
     return found | {"step": torch.tensor(0.0)}
 
@@ -131,15 +133,20 @@ def routed(scores: Tensor, num_groups: int | None) -> tuple[Tensor, Tensor]:
 
 
 class Experts(nn.Module):
-    """Those of one GPU."""
+    """Those of one GPU, in one tensor or apart."""
 
-    def __init__(self, w: Tensor, steps: bool = True) -> None:
+    def __init__(self, w: Tensor, apart: bool = False) -> None:
         super().__init__()
-        self.w = nn.Parameter(w)
-        self.steps = steps
+        self.w = nn.ParameterList(row.clone() for row in w) if apart else nn.Parameter(w)
 
     def forward(self, x: Tensor, gates: Tensor) -> Tensor:  # [N, D], [N, G] -> [N, D]
         w: Any = self.w
+        if isinstance(w, nn.ParameterList):
+            total = 0 * x + 0 * gates.sum()  # so that there is something to go back from where none has a token
+            for gate, own in zip(gates.T, w, strict=True):
+                if bool(gate.any()):
+                    total = total + gate[:, None] * (x @ own).tanh()
+            return total
         local = w.to_local() if isinstance(w, DTensor) else w  # [G, D, D]
         y = torch.einsum("nd,gde->gne", x, local).tanh()
         return (gates.T[..., None] * y).sum(0)
@@ -149,16 +156,19 @@ def adamw(parameters: list[Tensor]) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.01)
 
 
+Declared = Tensor | nn.ParameterList  # of one layer's experts, or its router
+
+
 class Twin:
     """All experts in logical order, on every rank alike."""
 
-    def __init__(self, whole: Whole) -> None:
-        self.experts = [Experts(whole[f"{layer}.w"].clone()) for layer in range(LAYERS)]
+    def __init__(self, whole: Whole, apart: bool) -> None:
+        self.experts = [Experts(whole[f"{layer}.w"].clone(), apart) for layer in range(LAYERS)]
         self.routers = [nn.Parameter(whole[f"{layer}.router"].clone()) for layer in range(LAYERS)]
-        self.parameters = {f"{n}.w": module.w for n, module in enumerate(self.experts)}
-        self.parameters |= {f"{n}.router": router for n, router in enumerate(self.routers)}
-        self.optimizer = adamw(list(self.parameters.values()))
-        set_moments(self.optimizer, self.parameters, {key: value.clone() for key, value in whole.items()})
+        self.declared: dict[str, Declared] = {f"{n}.w": module.w for n, module in enumerate(self.experts)}
+        self.declared |= {f"{n}.router": router for n, router in enumerate(self.routers)}
+        self.optimizer = adamw(all_of(self.declared))
+        set_moments(self.optimizer, self.declared, {key: value.clone() for key, value in whole.items()})
 
     def output(self, x: Tensor, num_groups: int | None) -> Tensor:
         total = torch.zeros(TOKENS, DIM, dtype=torch.float64)
@@ -169,23 +179,42 @@ class Twin:
         return total
 
     def whole(self) -> Whole:
-        found = {}
-        for key, parameter in self.parameters.items():
-            found[key] = parameter.detach().clone()
-            for moment in MOMENTS:
-                state = self.optimizer.state.get(parameter, {})
-                found[f"{key}.{moment}"] = state[moment].clone() if state else torch.zeros_like(found[key])
-        steps = [state["step"] for state in self.optimizer.state.values()]
-        return found | {"step": steps[0].clone() if steps else torch.tensor(0.0)}
+        return held(self.optimizer, self.declared, EXPERTS)
 
 
-def set_moments(optimizer: torch.optim.Optimizer, parameters: dict[str, Any], whole: Whole) -> None:
+def all_of(declared: dict[str, Declared]) -> list[Tensor]:
+    return [one for each in declared.values() for one in (each if isinstance(each, nn.ParameterList) else [each])]
+
+
+def held(optimizer: torch.optim.Optimizer, declared: dict[str, Declared], slots: int) -> Whole:
+    """Copies of tensors, moments and steps; moments are zeros, and steps 0, where there is no state."""
+    found, step = {}, torch.tensor(0.0)
+    for key, each in declared.items():
+        rows = list(each) if isinstance(each, nn.ParameterList) else [each]
+        states = [optimizer.state.get(row, {}) for row in rows]
+        join = torch.stack if isinstance(each, nn.ParameterList) else torch.cat
+        found[key] = join([local(row).clone() for row in rows])
+        for moment in MOMENTS:
+            values = [local(state.get(moment, torch.zeros_like(row))) for state, row in zip(states, rows, strict=True)]
+            found[f"{key}.{moment}"] = join([value.clone() for value in values])
+        steps = torch.stack([state.get("step", torch.tensor(0.0)).clone() for state in states])
+        if key.endswith(".w"):
+            found[f"{key}.step"] = steps.expand(slots).clone()
+        else:
+            step = steps[0]
+    return found | {"step": step}
+
+
+def set_moments(optimizer: torch.optim.Optimizer, declared: dict[str, Declared], whole: Whole) -> None:
     """The optimizer's state, as it was saved; none where it has not stepped."""
-    if whole["step"] == 0:
-        return
-    for key, parameter in parameters.items():
-        state = {moment: whole[f"{key}.{moment}"] for moment in MOMENTS}
-        optimizer.state[parameter] = {"step": whole["step"].clone(), **state}
+    for key, each in declared.items():
+        apart = isinstance(each, nn.ParameterList)
+        for number, row in enumerate(each if isinstance(each, nn.ParameterList) else [each]):
+            step = whole[f"{key}.step"][number] if key.endswith(".w") else whole["step"]
+            moments = {name: whole[f"{key}.{name}"] for name in MOMENTS}
+            if step > 0:
+                own = {name: moment[number].clone() if apart else moment for name, moment in moments.items()}
+                optimizer.state[row] = {"step": step.clone(), **own}
 
 
 # --- meshes, made once by all processes --------------------------------------------------------------------------
@@ -215,7 +244,7 @@ class World:
         self.met: Counter[str] = Counter()
         self.iteration = 0 if saved is None else saved["iteration"]
         whole = first_values() if saved is None else saved["whole"]
-        self.twin = Twin(first_values() if saved is None else saved["twin"])
+        self.twin = Twin(first_values() if saved is None else saved["twin"], setup.layout == "own")
         self.tables = [torch.arange(EXPERTS) for _ in range(LAYERS)]
         self.window = LoadWindow(LAYERS, EXPERTS, 6)
         self.experts = [self._experts(whole[f"{layer}.w"]) for layer in range(LAYERS)]
@@ -223,11 +252,11 @@ class World:
         self.shards = [self._shard(module.w) for module in self.experts] if setup.layout == "flat" else []
         self.weights = [module.w for module in self.experts]  # FSDP2 puts others in their place in a forward
         stepped = self.shards or self.weights
-        self.stepped = {f"{layer}.w": tensor for layer, tensor in enumerate(stepped)}
-        parameters = self.stepped | {f"{layer}.router": router for layer, router in enumerate(self.routers)}
-        self.optimizer = adamw(list(parameters.values()))
+        self.stepped: dict[str, Any] = {f"{layer}.w": tensor for layer, tensor in enumerate(stepped)}
+        self.declared = self.stepped | {f"{layer}.router": router for layer, router in enumerate(self.routers)}
+        self.optimizer = adamw(all_of(self.declared))
         own = {key: self._like(key, value) for key, value in whole.items()}
-        set_moments(self.optimizer, parameters, own)
+        set_moments(self.optimizer, self.declared, own)
         self.rebalancer = self._rebalancer()
         if saved is not None:
             self.rebalancer.load_state_dict(saved["rebalancer"])
@@ -240,7 +269,7 @@ class World:
     def _experts(self, whole: Tensor) -> Experts:
         own = whole[self.slots].clone()
         if not self.setup.layout.startswith("dim"):
-            return Experts(own)
+            return Experts(own, self.setup.layout == "own")
         dim = int(self.setup.layout[-1])
         module = Experts(distribute_tensor(whole.clone(), self.mesh["ep"], [Shard(0)]))
         fully_shard(
@@ -267,6 +296,8 @@ class World:
     def _like(self, key: str, whole: Tensor) -> Tensor:
         if ".w" not in key:
             return whole.clone()
+        if key.endswith(".step"):
+            return whole[self.slots].clone()
         local = self.part(whole).clone()
         layer = key.split(".")[0]
         declared: Any = self.stepped[f"{layer}.w"]
@@ -285,7 +316,7 @@ class World:
             layers.append(
                 MoELayer(
                     name=f"moe.{number}",
-                    experts={"w": weight},
+                    experts={"w": list(weight) if isinstance(weight, nn.ParameterList) else weight},
                     router={} if remap else {"weight": router},
                     shards=shards,
                     num_groups=setup.num_groups,
@@ -322,6 +353,7 @@ class World:
     def _count(self, event: Any) -> None:
         self.met[f"rebalance {event.decision}"] += 1
         self.met["rebalance within budget"] += any("over the budget" in text for text in event.left_out)
+        self.met["layer that stays"] += any("step" in text for text in event.left_out)
 
     # --- what it computes ---
 
@@ -361,6 +393,8 @@ class World:
             assert module.w.grad is not None
             shard.grad = module.w.grad.flatten()[self._cut()].clone()
             module.w.grad = None
+        if self.setup.layout == "own":
+            self.met["starved"] += any(weight.grad is None for module in self.experts for weight in module.w)
         for optimizer in (self.optimizer, self.twin.optimizer):
             optimizer.step()
             optimizer.zero_grad()
@@ -392,13 +426,11 @@ class World:
             assert self.setup.is_legal(row), (self.setup, row)
 
     def _check_rows(self, placement: Placement) -> None:
-        whole = self.twin.whole()
+        whole, own = self.twin.whole(), held(self.optimizer, self.declared, EXPERTS // self.setup.ep)
         for number, row in enumerate(placement.expert_of_slot):
-            declared = self.stepped[f"{number}.w"]
-            state = self.optimizer.state.get(declared, {})
-            for key in ("", *(MOMENTS if state else ())):
-                wanted = self.part(whole[f"{number}.w{'.' * bool(key)}{key}"][row])
-                assert_near(f"layer {number}, experts, {key}", local(state[key] if key else declared), wanted)
+            for key in (f"{number}.w", *(f"{number}.w.{moment}" for moment in MOMENTS)):
+                assert_near(f"layer {number}, experts, {key[4:]}", own[key], self.part(whole[key][row]))
+            assert torch.equal(own[f"{number}.w.step"], whole[f"{number}.w.step"][row][self.slots])
             if self.shards:
                 assert_near("the model's own", self.experts[number].w.detach(), whole[f"{number}.w"][row][self.slots])
             remap, router = self.setup.mode == "remap", self.routers[number]
@@ -433,17 +465,7 @@ class World:
             write()
 
     def _parts(self) -> Whole:
-        found: Whole = {}
-        for key, tensor in self.stepped.items():
-            state = self.optimizer.state.get(tensor, {})
-            found[key] = local(tensor).clone()
-            found |= {f"{key}.{moment}": local(state[moment]).clone() for moment in MOMENTS if state}
-        for layer, router in enumerate(self.routers):
-            state = self.optimizer.state.get(router, {})
-            found[f"{layer}.router"] = router.detach().clone()
-            found |= {f"{layer}.router.{moment}": state[moment].clone() for moment in MOMENTS if state}
-        steps = [state["step"] for state in self.optimizer.state.values()]
-        return found | {"step": steps[0].clone() if steps else torch.tensor(0.0)}
+        return held(self.optimizer, self.declared, EXPERTS // self.setup.ep)
 
     def end_saves(self) -> dict[str, Any] | None:
         """The last save that is whole, put together from all ranks' parts: whole tensors, in the order of slots."""
@@ -460,7 +482,7 @@ class World:
         """Its rows are those of the placement that it tells."""
         for layer in range(LAYERS):
             row = saved["rebalancer"]["layers"][f"moe.{layer}"]["expert_of_slot"]
-            for key in (f"{layer}.w", *(f"{layer}.w.{moment}" for moment in MOMENTS)):
+            for key in (f"{layer}.w", *(f"{layer}.w.{moment}" for moment in (*MOMENTS, "step"))):
                 assert_near(f"the save's {key}", saved["whole"][key], saved["twin"][key][row])
 
     def _joined(self, parts: dict[tuple[int, int], Whole]) -> Whole:
@@ -469,13 +491,13 @@ class World:
         for key in (key for key in first if ".w" in key):
             gpus = []
             for gpu in range(self.setup.ep):
-                held = [parts[gpu, copy][key] for copy in range(self.copies)]
-                if self.setup.layout.startswith("dim"):
-                    gpus.append(torch.cat(held, int(self.setup.layout[-1])))
-                elif self.setup.layout == "flat":
-                    gpus.append(torch.cat(held).view(-1, DIM, DIM))
+                copies = [parts[gpu, copy][key] for copy in range(self.copies)]
+                if self.setup.layout.startswith("dim") and not key.endswith(".step"):
+                    gpus.append(torch.cat(copies, int(self.setup.layout[-1])))
+                elif self.setup.layout == "flat" and not key.endswith(".step"):
+                    gpus.append(torch.cat(copies).view(-1, DIM, DIM))
                 else:
-                    gpus.append(held[0])
+                    gpus.append(copies[0])
             whole[key] = torch.cat(gpus)
         return whole
 
