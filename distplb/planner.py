@@ -224,11 +224,15 @@ def _agreed_load(
         options.check(topology, num_layers, num_experts)
         values = (steps, num_layers, num_experts, topology.num_nodes, topology.gpus_per_node)
         fields |= dict(zip(_LOAD_FIELDS, values, strict=True)) | options.fields(num_experts)
-    except Exception as caught:
-        error = caught
+        # With a world of one the search stays where the counts are.
+        tokens = _copied(tokens, tokens.device if isinstance(comm, WorldOfOne) else comm.device)
+    except Exception as caught:  # also for want of memory, before the others wait for these counts
+        error = in_stage("count", caught)
     agree(comm, fields, error)
-    # With a world of one the search stays where the counts are.
-    device = tokens.device if isinstance(comm, WorldOfOne) else comm.device
+    return tokens
+
+
+def _copied(tokens: Tensor, device: torch.device) -> Tensor:
     return tokens.to(device, copy=True).contiguous()
 
 

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from ranks import errors_on_ranks, on_ranks
 from torch import Tensor
 
-from distplb import DistplbError, Placement, Topology, imbalance, lower_bound, plan
+from distplb import DistplbError, Placement, Topology, imbalance, lower_bound, plan, planner
 from distplb.comm.base import Comm, WorldOfOne
 from distplb.comm.torchdist import TorchComm
 from distplb.planner import Planning, plan_in_stages
@@ -331,6 +331,8 @@ def fails_in_the_middle(stage: str) -> str:
 
     if stage == "search" and dist.get_rank() == 1:
         Problem.costs = break_down
+    if stage == "count" and dist.get_rank() == 1:
+        planner._copied = break_down
     if stage == "polish":
         Problem.polish = break_down
     try:
@@ -340,7 +342,7 @@ def fails_in_the_middle(stage: str) -> str:
     return "no error"
 
 
-@pytest.mark.parametrize(("stage", "rank"), [("search", 1), ("polish", 0)])
+@pytest.mark.parametrize(("stage", "rank"), [("count", 1), ("search", 1), ("polish", 0)])
 def test_a_rank_that_fails_in_the_middle_leaves_nobody_waiting(stage: str, rank: int) -> None:
     for text in errors_on_ranks(3, fails_in_the_middle, stage, deadline=60):
         assert text == f"rank {rank}: in stage {stage}: MemoryError('no room')"

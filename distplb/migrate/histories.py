@@ -63,7 +63,7 @@ class History:
         rows: by slot, of the expert that is in it.
         of_slot: the slots of this rank, with what goes with their tensors.
         examples: of each scalar, as the optimizer keeps it.
-        optimizer: by slot of this rank, the one that steps on its tensor.
+        optimizer: by slot of this rank, the one that steps on its tensor; none for those whose shards are stepped on.
 
     Attributes:
         layer: index of the layer.
@@ -120,6 +120,8 @@ class History:
         there = {kind for kind, _ in row.what.kinds}
         values = dict(zip(row.what.scalars, row.values, strict=True))
         tensor.grad = whole["grad"] if "grad" in there else None
+        if slot not in self._optimizer:  # only its shards are stepped on
+            return
         state = self._optimizer[slot].state
         if not there - {"", "grad"} and not values:
             state.pop(tensor, None)  # as of a tensor that was never stepped on
@@ -201,7 +203,7 @@ def _history(
         histories.append(Row(what, tuple(map(_number, values[: len(what.scalars)]))))
     slots = dict(zip(own_slots(one.row_tensor) or (), one.held.each, strict=True))
     steps_on: dict[int, Optimizer] = {}
-    for slot, holding in slots.items():
+    for slot, holding in slots.items() if one.row_tensor.stepped else ():
         those = [each for each in optimizers if _is_among(holding.tensor, each)]
         if len(those) != 1:  # what two of them keep under one key would be taken for the other's
             return None
