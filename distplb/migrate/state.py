@@ -17,6 +17,7 @@ from distplb.errors import DistplbError
 from distplb.migrate.dtensors import is_dtensor, local_like
 from distplb.migrate.rows import RowTensor, check_plain
 from distplb.migrate.settings import Trainers, settings_of
+from distplb.torchnames import leaves
 
 __all__ = ["Traveller", "check_known", "travellers"]
 
@@ -162,8 +163,7 @@ def _belongings(name: str, tensor: Tensor, optimizers: Optimizers) -> _Belonging
 
 
 def _refuse_hidden_tensors(name: str, value: Any, optimizer: Optimizer) -> None:
-    leaves = torch.utils._pytree.tree_leaves(value)
-    if any(isinstance(leaf, Tensor) for leaf in leaves):
+    if any(isinstance(leaf, Tensor) for leaf in leaves(value)):
         raise DistplbError(
             f"{name} of {type(optimizer).__name__} is a {type(value).__name__} with tensors in it, whose layout is not "
             "understood, so nothing is moved; use an optimizer whose state has the parameter's shape (AdamW, SGD, ...)"
