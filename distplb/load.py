@@ -368,7 +368,7 @@ def as_tokens(load: Tensor) -> Tensor:
     Raises:
         DistplbError: for another shape, NaN, infinite or negative values, fractions of a token, or too many tokens.
     """
-    load = torch.as_tensor(load).detach()
+    load = (load if isinstance(load, Tensor) else torch.as_tensor(load, device="cpu")).detach()
     if load.dim() not in (2, 3) or 0 in load.shape:
         raise DistplbError(
             f"load has shape {tuple(load.shape)}; pass [layers, experts] or [steps, layers, experts], none empty"

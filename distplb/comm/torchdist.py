@@ -165,7 +165,7 @@ class TorchComm:
         """Wait in the side group, if there is one, until all ranks are here."""
         if self._side is not None:
             with self._in_time() as started:
-                here = torch.zeros(1, dtype=torch.uint8)
+                here = torch.zeros(1, dtype=torch.uint8, device="cpu")
                 self._wait(self._side.allreduce([here], self._options(dist.ReduceOp.SUM)), started, False)
 
     def _options(self, operation: dist.ReduceOp.RedOpType) -> dist.AllreduceOptions:

@@ -33,7 +33,7 @@ def expert_checksums(
         placement: the one in force.
         comm: the ranks that hold the tensors.
     """
-    sums = torch.zeros(placement.num_layers, placement.num_slots, dtype=torch.int64)
+    sums = torch.zeros(placement.num_layers, placement.num_slots, dtype=torch.int64, device="cpu")
     weights: dict[tuple[int, torch.device], Tensor] = {}
     for layer, (declared, travelling) in enumerate(tensors):
         for number, traveller in enumerate(travelling):
@@ -41,7 +41,7 @@ def expert_checksums(
             salt = 2 * number + 1  # odd, so that two tensors of one expert cannot change places unseen
             for slot, part in _slot_sums(traveller, row_tensor, weights):
                 sums[layer, slot] += (part * salt) & _MASK
-    by_expert = torch.zeros(placement.num_layers, placement.num_experts, dtype=torch.int64)
+    by_expert = torch.zeros(placement.num_layers, placement.num_experts, dtype=torch.int64, device="cpu")
     by_expert.scatter_add_(1, placement.expert_of_slot, sums)
     by_expert = by_expert.to(comm.device)
     comm.all_reduce_sum(by_expert)

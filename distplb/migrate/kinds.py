@@ -51,7 +51,7 @@ def completed(
         for index in range(len(tensors)):
             numbers[layer, index] = count
             count += 1
-    table = torch.full((2, count, _MOST), _NONE)  # by kind its digest and item size; and their negatives
+    table = torch.full((2, count, _MOST), _NONE, device="cpu")  # by kind its digest and item size; and their negatives
     ranks_hold: dict[int, list[Traveller]] = {number: [] for number in range(count)}
     for layer, of_layer in enumerate(travelling):
         for traveller in of_layer:
@@ -59,7 +59,7 @@ def completed(
     for number, kinds in ranks_hold.items():
         if kinds:
             codes = [_code(kind) for kind in kinds] + [0] * (_MOST - len(kinds))
-            table[0, number] = torch.tensor(codes)
+            table[0, number] = torch.tensor(codes, device="cpu")
             table[1, number] = -table[0, number]
     table = table.to(comm.device)
     comm.all_reduce_min(table)
