@@ -155,6 +155,11 @@ def over_groups_of_several_backends(folder: str) -> list[str]:
         devices.append(comm.device.type)
     with pytest.raises(DistplbError, match="the group's backends are cuda:standin; ranks exchange"):
         TorchComm(dist.new_group(backend="cuda:standin"))
+    # As with `device_id=`, of which the group beside it gets to know.
+    dist.group.WORLD.bound_device_id = torch.device("cuda:0")
+    comm = TorchComm(side_group=True)
+    conforms(comm)
+    devices.append(comm.device.type)
     rank, size = dist.get_rank(), dist.get_world_size()
     del comm
     dist.destroy_process_group()
@@ -167,7 +172,7 @@ def over_groups_of_several_backends(folder: str) -> list[str]:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there a default group is one of NCCL")
 def test_groups_of_several_backends_conform(tmp_path: Path) -> None:
     """A group of no backend for the CPU failed in its first collective, with an error of torch's."""
-    assert on_ranks(2, over_groups_of_several_backends, str(tmp_path)) == [["cpu"] * 5] * 2
+    assert on_ranks(2, over_groups_of_several_backends, str(tmp_path)) == [["cpu"] * 6] * 2
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: NCCL has no CPU backend")
