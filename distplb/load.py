@@ -201,18 +201,21 @@ class LoadWindow:
         """Go where the first counts are."""
         if torch.compiler.is_compiling():
             break_graph()  # refused in a full graph: pass LoadWindow(device=...), or run a forward that is not compiled
-        if not self._may_move:
-            raise DistplbError(
-                f"LoadWindow.add: counts are on {device}, the window on {self._counts.device}; pass "
-                f"LoadWindow(device={str(device)!r}), or no device to have it where the first counts are"
-            )
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            raise DistplbError(
-                f"LoadWindow.add: the first counts, on {device}, are made while a CUDA graph is captured, and the "
-                f"window is on {self._counts.device}; pass LoadWindow(device={str(device)!r}), or run a forward before"
-            )
         with _one_at_a_time:
-            for name in ("_counts", "_numbers", "_written", "_edges", "_rows"):
+            if device == self._counts.device:
+                return  # another thread's first counts have had it go there meanwhile
+            if not self._may_move:
+                raise DistplbError(
+                    f"LoadWindow.add: counts are on {device}, the window on {self._counts.device}; pass "
+                    f"LoadWindow(device={str(device)!r}), or no device to have it where the first counts are"
+                )
+            if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                raise DistplbError(
+                    f"LoadWindow.add: the first counts, on {device}, are made while a CUDA graph is captured, and the "
+                    f"window is on {self._counts.device}; pass LoadWindow(device={str(device)!r}), or run a forward "
+                    "before"
+                )
+            for name in ("_numbers", "_written", "_edges", "_rows", "_counts"):  # whose device tells comes last
                 setattr(self, name, getattr(self, name).to(device))
             self._may_move = False
 

@@ -805,12 +805,30 @@ def test_a_window_without_a_device_goes_where_the_first_counts_are(training: boo
         window.add(0, torch.ones(2), training=training)
 
 
-def test_what_a_window_has_been_told_goes_along_to_its_device() -> None:
-    window = LoadWindow(1, 2, 4, seed=3)
+def test_first_counts_of_two_threads_have_the_window_go_along_once() -> None:
+    for _ in range(200):
+        window, met, refused = LoadWindow(1, 2, 4), threading.Barrier(2), []
+
+        def add(window: LoadWindow = window, met: threading.Barrier = met, refused: list[Any] = refused) -> None:
+            met.wait()
+            try:
+                window.add(0, META_COUNTS, training=True)
+            except Exception as error:
+                refused.append(error)
+
+        at_once(add, add)
+        assert not refused
+        assert devices(window) == {"meta"}
+
+
+@needs_cuda
+def test_what_a_window_has_drawn_goes_along_to_its_device() -> None:
+    window = LoadWindow(1, 2, 3, seed=5)
     window.clear()
-    tables = [getattr(window, name).clone() for name in BUFFERS]
-    window._move_to(torch.device("cpu"))  # as from one device to another
-    assert all(torch.equal(getattr(window, name), table) for name, table in zip(BUFFERS, tables, strict=True))
+    for number in range(30):
+        window.add(0, torch.full((2,), number, device="cuda"), training=True)
+    assert window.steps().tolist() == in_time(oracle_sample(3, 30, seed=5, clears=1))
+    assert window.load().device.type == "cuda"
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
