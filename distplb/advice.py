@@ -196,7 +196,9 @@ class Study:
             one.fullest[steps : trace.num_steps].sum(1).unflatten(0, (-1, steps)).sum(1).double() * self._second
             for one in (found, self._static)
         )  # [R], seconds of each interval
-        moves = torch.tensor([self._model.seconds(*moved) for moved in found.moved.tolist()], dtype=torch.float64)
+        moves = torch.tensor(
+            [self._model.seconds(*moved) for moved in found.moved.tolist()], dtype=torch.float64, device="cpu"
+        )
         share = saving((compute + moves).tolist(), static.tolist())
         uneven = found.imbalance[steps:].mean(1)
         return WhatIf(
@@ -251,7 +253,7 @@ class _Remembering:
 def _sample(load: Tensor, most: int) -> Tensor:
     """`[T, L, E]`: evenly so many of the steps, or all where there are fewer."""
     number = min(most, len(load))
-    return load[torch.arange(number) * len(load) // number]
+    return load[torch.arange(number, device="cpu") * len(load) // number]
 
 
 def _first_steps(trace: Trace, steps: int) -> Trace:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import sys
 import threading
 from types import FrameType
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +15,7 @@ from torch.autograd.function import FunctionCtx
 
 from distplb.errors import DistplbError
 from distplb.hashing import hashed
+from distplb.torchnames import break_graph, is_in_backward, is_of_compiled_graph
 
 __all__ = ["LoadWindow", "as_tokens", "excess_bits", "group_of_steps", "scaled", "spare_bits"]
 
@@ -26,6 +26,8 @@ _MAX_RANK_TOTAL = 2.0**48
 _NONE = -1  # the number of no step
 _EACH_STEP = 2048  # so many steps after a clear, at the least, are drawn for one by one, and later ones in blocks
 _LAST_STEP = 2**31  # from here on none is kept; times a hash of 32 bits it still fits an int64
+# A step is several operations on the same tensors. One for all windows: a compiled graph knows tensors, not windows.
+_one_at_a_time = threading.RLock()
 
 
 class LoadWindow:
@@ -38,8 +40,9 @@ class LoadWindow:
     from 8,192 on of 8 and so on, at most one step each is kept.
 
     `add` belongs in the forward of a layer. It never waits for the device, writes in place and keeps its write
-    index on the device, so it may be part of a captured CUDA graph. Threads may call it at once, as long as their
-    streams wait for each other.
+    index on the device, so it may be part of a captured CUDA graph: whether the forward is one of the training is then
+    decided at the capture, and holds for every replay. In a compiled forward, also in a full graph, it is one operation
+    that decides when it runs. Threads may call it at once, as long as their streams wait for each other.
 
     >>> window = LoadWindow(num_layers=1, num_experts=2, num_steps=2)
     >>> for number in range(10):
@@ -55,7 +58,9 @@ class LoadWindow:
         num_layers: L.
         num_experts: E.
         num_steps: T, the most steps that are kept; an iteration of several micro-batches has several steps.
-        device: where the counts are made.
+        device: where the counts are made. None: where the first ones are, to which the window then moves. A captured
+            CUDA graph, and a forward that is compiled as a full graph, cannot wait for that: pass the device there, or
+            run a forward before.
         seed: of the sample; the same on all ranks.
         max_bytes: what int64 counts `[T, L, E]` may take; T is less than `num_steps` where they would take more.
 
@@ -69,7 +74,7 @@ class LoadWindow:
         num_experts: int,
         num_steps: int,
         *,
-        device: torch.device | str = "cpu",
+        device: torch.device | str | None = None,
         seed: int = 0,
         max_bytes: int = 64 * 2**20,
     ) -> None:
@@ -81,6 +86,7 @@ class LoadWindow:
             if value < 1:
                 raise DistplbError(f"LoadWindow: {name} is {value}; pass at least 1")
         rows = min(num_steps, _steps_that_fit(num_layers, num_experts, max_bytes))
+        self._may_move, device = device is None, torch.device("cpu" if device is None else device)
         # Row T takes what is not kept, so that each step is the same operations.
         self._counts = torch.zeros(rows + 1, num_layers, num_experts, dtype=torch.int64, device=device)
         self._numbers = torch.empty(rows + 1, num_layers, dtype=torch.int64, device=device)  # whose counts these are
@@ -92,15 +98,7 @@ class LoadWindow:
         self._edges = torch.empty(2 * blocks, dtype=torch.int64, device=device)
         self._rows = torch.full((2 * blocks + 1,), rows, dtype=torch.int64, device=device)
         self._seed, self._clears = seed, 0
-        self._lock = threading.RLock()  # a step is several operations on the same tensors
         self._start()
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Without the lock, which cannot be copied, so that the model that holds the window can."""
-        return {name: value for name, value in vars(self).items() if name != "_lock"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _lock=threading.RLock())
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -119,7 +117,8 @@ class LoadWindow:
         Recomputation under activation checkpointing runs inside the backward pass, and is known by that. An
         evaluation is known by `training=False`, or by nothing being recorded for a backward pass, whatever `training`
         says. The first forward of a reentrant checkpoint, which runs without gradients, is known by the checkpoint
-        around it.
+        around it. The same holds where the forward, the checkpoint or both are compiled; torch's experimental compiled
+        autograd needs a torch later than 2.6, with which recomputations were counted.
 
         Args:
             layer: index in [0, L).
@@ -128,7 +127,8 @@ class LoadWindow:
                 `True` does not make a step of a forward under `torch.no_grad()`.
 
         Raises:
-            DistplbError: for a layer that is not there, or counts of another number of experts.
+            DistplbError: for a layer that is not there, counts of another number of experts or on another device than
+                the window; or, of a compiled forward, if one without gradients is a part of one with gradients.
         """
         num_layers, num_experts = self._counts.shape[1:]
         if not 0 <= layer < num_layers:
@@ -138,18 +138,14 @@ class LoadWindow:
                 f"LoadWindow.add: counts has shape {tuple(counts.shape)}; pass [{num_experts}], one for each of the "
                 "router's outputs"
             )
-        if is_recomputation():
+        if counts.device != self._counts.device:
+            self._move_to(counts.device)
+        if training is not None and not training:
             return
-        says_evaluation = training is not None and not training
-        if says_evaluation or not (torch.is_grad_enabled() or _is_in_a_recorded_function()):
-            return
-        tokens = counts.detach().to(torch.int64).reshape(1, -1)  # [1, E]
-        number = self._written[layer : layer + 1]  # [1], a view: nothing is read on the host
-        with self._lock:
-            row = self._rows.index_select(0, torch.searchsorted(self._edges, number, right=True))  # [1]
-            self._counts[:, layer].index_copy_(0, row, tokens)
-            self._numbers[:, layer].index_copy_(0, row, number)
-            number.add_(1)
+        buffers = (self._counts, self._numbers, self._written, self._edges, self._rows)
+        # Compiled, whether gradients are on is known now, and a part of what the graph is guarded by.
+        add = torch.ops.distplb.add if torch.compiler.is_compiling() else _add
+        add(*buffers, layer, counts.detach(), torch.is_grad_enabled())
 
     def load(self) -> Tensor:
         """`[T', L, E]` int64: the kept steps that every layer has, in the order of time. Waits for the device.
@@ -191,15 +187,37 @@ class LoadWindow:
                 f"numbers 0 to {num_experts - 1}"
             )
         changed = (source != outputs).any(1).nonzero()[:, 0].tolist()
-        with self._lock:
+        with _one_at_a_time:
             for layer in changed:
                 self._counts[:, layer] = self._counts[:, layer, source[layer]]
 
     def clear(self) -> None:
         """Forget all steps, without waiting for the device. The next sample is drawn anew."""
-        with self._lock:
+        with _one_at_a_time:
             self._clears += 1
             self._start()
+
+    def _move_to(self, device: torch.device) -> None:
+        """Go where the first counts are."""
+        if torch.compiler.is_compiling():
+            break_graph()  # refused in a full graph: pass LoadWindow(device=...), or run a forward that is not compiled
+        with _one_at_a_time:
+            if device == self._counts.device:
+                return  # another thread's first counts have had it go there meanwhile
+            if not self._may_move:
+                raise DistplbError(
+                    f"LoadWindow.add: counts are on {device}, the window on {self._counts.device}; pass "
+                    f"LoadWindow(device={str(device)!r}), or no device to have it where the first counts are"
+                )
+            if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                raise DistplbError(
+                    f"LoadWindow.add: the first counts, on {device}, are made while a CUDA graph is captured, and the "
+                    f"window is on {self._counts.device}; pass LoadWindow(device={str(device)!r}), or run a forward "
+                    "before"
+                )
+            for name in ("_numbers", "_written", "_edges", "_rows", "_counts"):  # whose device tells comes last
+                setattr(self, name, getattr(self, name).to(device))
+            self._may_move = False
 
     def _start(self) -> None:
         self._written.zero_()
@@ -241,9 +259,45 @@ class LoadWindow:
         return rows[first[rows].argsort()]
 
 
+def _add(
+    counts: Tensor,
+    numbers: Tensor,
+    written: Tensor,
+    edges: Tensor,
+    rows: Tensor,
+    layer: int,
+    tokens: Tensor,
+    has_gradients: bool,
+) -> None:
+    """One step of one layer of a window, whose tensors come first, unless it is none of the training.
+
+    Written by `data`, which has no version: a checkpoint in a compiled forward may hold the window's tensors as its
+    inputs, and would refuse to recompute with what has changed since.
+    """
+    if is_recomputation() or not (has_gradients or _is_in_a_recorded_function()):
+        return
+    tokens = tokens.to(torch.int64).reshape(1, -1)  # [1, E]
+    number = written.data[layer : layer + 1]  # [1], a view: nothing is read on the host
+    with _one_at_a_time:
+        row = rows.index_select(0, torch.searchsorted(edges, number, right=True))  # [1]
+        counts.data[:, layer].index_copy_(0, row, tokens)
+        numbers.data[:, layer].index_copy_(0, row, number)
+        number.add_(1)
+
+
+# What a compiler takes for one operation, and does not look into. `torch.library.custom_op` would count up versions.
+_library = torch.library.Library("distplb", "DEF")
+_library.define(
+    "add(Tensor(a!) counts, Tensor(b!) numbers, Tensor(c!) written, Tensor edges, Tensor rows, int layer, "
+    "Tensor tokens, bool has_gradients) -> ()"
+)
+_library.impl("add", _add, "CompositeExplicitAutograd")
+torch.library.register_fake("distplb::add", lambda *_: None, lib=_library)
+
+
 def is_recomputation() -> bool:
     """Whether this thread is inside of a backward pass, where a forward routes the same tokens a second time."""
-    return torch._C._current_graph_task_id() != -1
+    return is_in_backward()
 
 
 def _is_in_a_recorded_function() -> bool:
@@ -252,6 +306,9 @@ def _is_in_a_recorded_function() -> bool:
     Gradients are off there, as they are in an evaluation. `needs_input_grad` does not tell the two apart: under
     `torch.no_grad()`, too, it is True for an input that asks for a gradient. An edge to an earlier node is there only
     if the function is recorded.
+
+    Raises:
+        DistplbError: in a compiled graph that has a backward, as what was without gradients in it is not known then.
     """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
@@ -260,6 +317,12 @@ def _is_in_a_recorded_function() -> bool:
         if code.co_name == "forward" and code.co_argcount and code.co_varnames[0] != "self":
             context = frame.f_locals.get(code.co_varnames[0])
             if isinstance(context, FunctionCtx) and getattr(context, "next_functions", None):
+                if is_of_compiled_graph(context):
+                    raise DistplbError(
+                        "LoadWindow.add: a forward without gradients was compiled as a part of one with gradients; "
+                        "whether it is an evaluation or a reentrant checkpoint is not known there: pass "
+                        "training=False for an evaluation, use_reentrant=False for a checkpoint, or compile it apart"
+                    )
                 return True
         frame = frame.f_back
     return False
@@ -308,7 +371,7 @@ def as_tokens(load: Tensor) -> Tensor:
     Raises:
         DistplbError: for another shape, NaN, infinite or negative values, fractions of a token, or too many tokens.
     """
-    load = torch.as_tensor(load).detach()
+    load = (load if isinstance(load, Tensor) else torch.as_tensor(load, device="cpu")).detach()
     if load.dim() not in (2, 3) or 0 in load.shape:
         raise DistplbError(
             f"load has shape {tuple(load.shape)}; pass [layers, experts] or [steps, layers, experts], none empty"

@@ -63,7 +63,9 @@ def _timed(run: Callable[[int], object], tokens: Sequence[int]) -> list[float]:
 
 
 def _now() -> float:
-    if torch.cuda.is_available():
+    """The time, once what runs on the current GPU has ended."""
+    # Where nothing was ever run on one, to wait would begin to use it, and take of its memory.
+    if torch.cuda.is_initialized():
         torch.cuda.synchronize()
     return time.perf_counter()
 

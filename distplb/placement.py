@@ -45,13 +45,13 @@ class Placement:
     num_gpus: int
 
     def __post_init__(self) -> None:
-        table = torch.as_tensor(self.expert_of_slot)
+        table = torch.as_tensor(self.expert_of_slot, device="cpu")
         if table.dim() != 2 or table.is_floating_point() or table.is_complex() or table.dtype == torch.bool:
             raise DistplbError(
                 f"Placement: expert_of_slot is {table.dtype} of shape {tuple(table.shape)}; "
                 "pass integers of shape [layers, slots]"
             )
-        object.__setattr__(self, "expert_of_slot", table.to("cpu", torch.int64, copy=True).contiguous())
+        object.__setattr__(self, "expert_of_slot", table.to(torch.int64, copy=True).contiguous())
         self._check()
 
     def _check(self) -> None:
@@ -78,7 +78,7 @@ class Placement:
     @classmethod
     def contiguous(cls, num_layers: int, num_experts: int, num_gpus: int) -> Placement:
         """Expert e in slot e of every layer: how jobs start."""
-        table = torch.arange(num_experts).expand(num_layers, num_experts)
+        table = torch.arange(num_experts, device="cpu").expand(num_layers, num_experts)
         return cls(table, num_experts, num_gpus)
 
     @property
@@ -104,7 +104,7 @@ class Placement:
     @property
     def replicas(self) -> Tensor:
         """`[L, E]` int64: how many slots hold each expert."""
-        counts = torch.zeros(self.num_layers, self.num_experts, dtype=torch.int64)
+        counts = torch.zeros(self.num_layers, self.num_experts, dtype=torch.int64, device="cpu")
         return counts.scatter_add_(1, self.expert_of_slot, torch.ones_like(self.expert_of_slot))
 
     @property
@@ -115,12 +115,12 @@ class Placement:
         """
         replicas = self.replicas
         most = int(replicas.max()) if self.num_layers else 1
-        slots = torch.full((self.num_layers, self.num_experts, most), -1)
+        slots = torch.full((self.num_layers, self.num_experts, most), -1, device="cpu")
         by_expert = torch.sort(self.expert_of_slot, dim=1, stable=True)
         first = replicas.cumsum(1) - replicas  # [L, E], where an expert's run begins in the sorted order
-        position = torch.arange(self.num_slots).expand_as(by_expert.values)
+        position = torch.arange(self.num_slots, device="cpu").expand_as(by_expert.values)
         nth = position - first.gather(1, by_expert.values)  # [L, P], which replica of its expert
-        layer = torch.arange(self.num_layers)[:, None].expand_as(nth)
+        layer = torch.arange(self.num_layers, device="cpu")[:, None].expand_as(nth)
         slots[layer, by_expert.values, nth] = by_expert.indices
         return slots
 
@@ -138,7 +138,7 @@ class Placement:
 
     def digest(self) -> int:
         """A number in [0, 2^62) that differs between different placements, equal on every machine."""
-        head = torch.tensor([self.num_experts, self.num_gpus, *self.expert_of_slot.shape])
+        head = torch.tensor([self.num_experts, self.num_gpus, *self.expert_of_slot.shape], device="cpu")
         data = torch.cat([head, self.expert_of_slot.flatten()]).numpy().astype("<i8").tobytes()
         return int.from_bytes(hashlib.sha256(data).digest()[:8], "big") >> (64 - _DIGEST_BITS)
 
@@ -169,7 +169,7 @@ class Placement:
             version = document["version"]
             if version != _FORMAT_VERSION:
                 raise DistplbError(f"{path} has version {version}; this distplb reads version {_FORMAT_VERSION}")
-            tables = {name: torch.tensor(row) for name, row in document["expert_of_slot"].items()}
+            tables = {name: torch.tensor(row, device="cpu") for name, row in document["expert_of_slot"].items()}
             num_experts, num_gpus = int(document["num_experts"]), int(document["num_gpus"])
         except DistplbError:
             raise

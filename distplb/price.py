@@ -239,7 +239,7 @@ def _held(old: Placement, new: Placement, gpus: int) -> Tensor:
     """`[L, P]` bool: whether the block of so many GPUs that a slot of `new` lies in holds its expert in `old`."""
     keys = []
     for one in (old, new):
-        block = torch.arange(one.num_slots) // (one.slots_per_gpu * gpus)  # [P]
-        expert = one.expert_of_slot + torch.arange(one.num_layers)[:, None] * one.num_experts  # [L, P]
+        block = torch.arange(one.num_slots, device="cpu") // (one.slots_per_gpu * gpus)  # [P]
+        expert = one.expert_of_slot + torch.arange(one.num_layers, device="cpu")[:, None] * one.num_experts  # [L, P]
         keys.append(expert * one.num_gpus + block)
     return torch.isin(keys[1], keys[0])

@@ -516,7 +516,7 @@ class Rebalancer:
     def _counted(self, options: SearchOptions, stages: Stages, error: Exception | None) -> Planning:
         """The plan, begun with the counts of all ranks."""
         with stages.stage("count"):
-            load, steps = torch.zeros(1, len(self._names), self._window.shape[2], dtype=torch.int64), 0
+            load, steps = torch.zeros(1, len(self._names), self._window.shape[2], dtype=torch.int64, device="cpu"), 0
             try:
                 steps = steps_digest(self._observer.steps())
                 load = self._observer.load(self._placement if self._routing.mode == "permute" else None)
@@ -769,7 +769,7 @@ class Rebalancer:
             mover = Mover(layers, optimizers, self._comm, self._topology, num_slots, gpu, self._routing.num_groups)
             verify = ("first", "digest", "off").index(self._verify)
             limit = -1 if self._max_bytes is None else self._max_bytes
-            classes = None if self._slot_class is None else torch.as_tensor(self._slot_class).tolist()
+            classes = None if self._slot_class is None else torch.as_tensor(self._slot_class, device="cpu").tolist()
             prices = (digest(self._options.time_curve), digest(model), digest(classes), self._start.digest())
             what = (int(self._dry_run), limit, self._stop_loss.patience, digest(self._spread), mover.digest(), *prices)
             values = (len(layers), self._every, verify, int(self._on_refusal == "skip"), *what)
@@ -903,7 +903,7 @@ class Rebalancer:
         if self._knows_rows:
             return self._placement
         rows = [left or own for left, own in zip(self._mover.left(), self._start.expert_of_slot.tolist(), strict=True)]
-        return Placement(torch.tensor(rows), self._start.num_experts, self._start.num_gpus)
+        return Placement(torch.tensor(rows, device="cpu"), self._start.num_experts, self._start.num_gpus)
 
     def _refuse_unknown_rows(self) -> None:
         if not self._knows_rows:

@@ -119,7 +119,7 @@ def replay(
         if progress is not None:
             progress(min(begin + every, trace.num_steps), trace.num_steps)
     fullest, imbalance = (torch.cat(parts) for parts in zip(*judged, strict=True))
-    moves = torch.stack(moved) if moved else torch.zeros(0, 2, dtype=torch.int64)
+    moves = torch.stack(moved) if moved else torch.zeros(0, 2, dtype=torch.int64, device="cpu")
     inside, between = moves.sum(0).tolist()
     return Replay(
         imbalance=imbalance,

@@ -41,11 +41,11 @@ class Saved(NamedTuple):
             name: {
                 "expert_of_slot": self.placement.expert_of_slot[index].clone(),
                 "first": self.first.expert_of_slot[index].clone(),
-                "counters": torch.tensor([int(value) for value in self.counters]),
+                "counters": torch.tensor([int(value) for value in self.counters], device="cpu"),
             }
             for index, name in enumerate(names)
         }
-        return {"version": torch.tensor(_VERSION), "layers": layers}
+        return {"version": torch.tensor(_VERSION, device="cpu"), "layers": layers}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any], names: Sequence[str], num_experts: int, num_gpus: int) -> Saved:
@@ -66,7 +66,7 @@ class Saved(NamedTuple):
             )
         placements = []
         for key in ("expert_of_slot", "first"):
-            tables = [torch.as_tensor(layers[name][key]) for name in names]
+            tables = [torch.as_tensor(layers[name][key], device="cpu") for name in names]
             for name, table in zip(names, tables, strict=True):
                 if tuple(table.shape) != (num_experts,):
                     raise DistplbError(
@@ -75,7 +75,7 @@ class Saved(NamedTuple):
                     )
             placements.append(Placement(torch.stack(tables), num_experts, num_gpus))
         # Layers that come together from several stages of a pipeline: what any of them stopped for stays stopped.
-        counters = torch.stack([torch.as_tensor(layers[name]["counters"]) for name in names])  # [L, 4]
+        counters = torch.stack([torch.as_tensor(layers[name]["counters"], device="cpu") for name in names])  # [L, 4]
         iteration, rebalances, _, strikes = counters.max(0).values.tolist()
         enabled = bool(counters[:, 2].min())
         return cls(placements[0], placements[1], Counters(iteration, rebalances, enabled, strikes))

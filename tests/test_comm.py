@@ -16,7 +16,7 @@ import distplb
 from distplb import DistplbError
 from distplb.comm.agreement import agree
 from distplb.comm.base import Comm, WorldOfOne
-from distplb.comm.torchdist import TorchComm
+from distplb.comm.torchdist import TorchComm, device_type
 from distplb.errors import HalfMovedError
 from distplb.migrate.schedule import rounds
 
@@ -99,11 +99,93 @@ def test_subgroups_and_mesh_axes_conform() -> None:
     assert on_ranks(4, over_groups_and_meshes) == [2] * 4
 
 
+@pytest.mark.parametrize(
+    ("backends", "has_gpu", "wanted"),
+    [
+        ("cpu:gloo,cuda:gloo", True, "cpu"),  # made with "gloo"
+        ("cpu:gloo", True, "cpu"),  # with "cpu:gloo", or with none where there is no GPU
+        ("cpu:gloo", False, "cpu"),
+        ("cuda:nccl", True, "cuda"),  # with "nccl", or with none where there is a GPU
+        ("cpu:gloo,cuda:nccl", True, "cuda"),  # as asynchronous checkpoints want it
+        ("cuda:nccl,cpu:gloo", True, "cuda"),
+        ("cpu:gloo,cuda:nccl", False, "cpu"),
+        ("cpu:mpi,cuda:nccl", True, "cuda"),
+        ("cpu:gloo,cuda:custom", True, "cpu"),
+        ("cpu:gloo,cuda:ucc,xpu:xccl", True, "cpu"),
+        ("cpu:ucc,cuda:ucc", True, "cpu"),
+    ],
+)
+def test_messages_lie_on_the_gpu_where_the_group_has_nccl_for_it(backends: str, has_gpu: bool, wanted: str) -> None:
+    """Only a group whose one backend had the name was known; of others the messages went through the host's memory."""
+    assert device_type(backends, has_gpu) == wanted
+
+
+@pytest.mark.parametrize(
+    ("backends", "has_gpu", "wording"),
+    [
+        (
+            "cuda:nccl",
+            False,
+            "the group's backends are cuda:nccl, and torch sees no GPU here; ranks exchange over NCCL",
+        ),
+        (
+            "cuda:custom",
+            True,
+            "the group's backends are cuda:custom; ranks exchange over NCCL between GPUs, or through",
+        ),
+        (
+            "xpu:xccl",
+            True,
+            r"pass a group with a backend for the CPU, as of torch.distributed.new_group\(backend='gloo'",
+        ),
+    ],
+)
+def test_a_group_that_cannot_carry_what_is_sent_is_refused(backends: str, has_gpu: bool, wording: str) -> None:
+    with pytest.raises(DistplbError, match=wording):
+        device_type(backends, has_gpu)
+
+
+def over_groups_of_several_backends(folder: str) -> list[str]:
+    """Over each group that can be made without a GPU; in the end over a default group of another make."""
+    dist.Backend.register_backend("standin", dist.ProcessGroupGloo, devices=["cpu", "cuda"])
+    devices = []
+    for backend in ("gloo", "cpu:gloo", "cpu:gloo,cuda:gloo", "cpu:gloo,cuda:standin", "standin"):
+        comm = TorchComm(dist.new_group(backend=backend))
+        conforms(comm)
+        devices.append(comm.device.type)
+    with pytest.raises(DistplbError, match="the group's backends are cuda:standin; ranks exchange"):
+        TorchComm(dist.new_group(backend="cuda:standin"))
+    # As with `device_id=`, of which the group beside it gets to know.
+    dist.group.WORLD.bound_device_id = torch.device("cuda:0")
+    comm = TorchComm(side_group=True)
+    conforms(comm)
+    devices.append(comm.device.type)
+    rank, size = dist.get_rank(), dist.get_world_size()
+    del comm
+    dist.destroy_process_group()
+    dist.init_process_group(init_method=f"file://{folder}/again", rank=rank, world_size=size)
+    assert dist.get_backend() == "undefined"
+    conforms(TorchComm(side_group=True))
+    return devices
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there a default group is one of NCCL")
+def test_groups_of_several_backends_conform(tmp_path: Path) -> None:
+    """A group of no backend for the CPU failed in its first collective, with an error of torch's."""
+    assert on_ranks(2, over_groups_of_several_backends, str(tmp_path)) == [["cpu"] * 6] * 2
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: NCCL has no CPU backend")
-def test_nccl_conforms_at_world_1(tmp_path: object) -> None:
-    dist.init_process_group("nccl", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+@pytest.mark.parametrize("backend", ["nccl", "cpu:gloo,cuda:nccl", None])
+@pytest.mark.parametrize("is_bound", [False, True])
+def test_nccl_conforms_at_world_1(tmp_path: Path, backend: str | None, is_bound: bool) -> None:
+    device = torch.device("cuda", torch.cuda.device_count() - 1)
+    bound = {"device_id": device} if is_bound else {}
+    dist.init_process_group(backend, init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1, **bound)
     try:
-        conforms(TorchComm())
+        comm = TorchComm()
+        conforms(comm)
+        assert comm.device == device if is_bound else comm.device.index == torch.cuda.current_device()
     finally:
         dist.destroy_process_group()
 

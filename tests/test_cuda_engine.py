@@ -337,7 +337,9 @@ def test_interpreted_settle_equals_the_reference() -> None:
 
 def printed_by(function: str) -> list:
     """What a function of this file prints where Triton interprets."""
-    pytest.importorskip("triton", reason="Triton is not installed")
+    interpreter = pytest.importorskip("triton.runtime.interpreter", reason="Triton is not installed")
+    if not hasattr(interpreter.InterpreterBuilder, "get_int1_ty"):  # as those of Triton 3.2, of torch 2.6, and 3.3
+        pytest.skip("this Triton's interpreter cannot join a condition to one that is False; its compiler can")
     path = os.pathsep.join([str(Path(distplb.__file__).parents[1]), str(Path(__file__).parent)])
     run = subprocess.run(
         [sys.executable, "-c", f"import test_cuda_engine; test_cuda_engine.{function}()"],
@@ -409,7 +411,7 @@ def test_the_kernels_compile_for_a_gpu_that_is_not_here(
     kernel: str, blocks: dict[str, int | None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """The interpreter runs what the compiler refuses, such as a variable that changes its type in a loop."""
-    pytest.importorskip("triton", reason="Triton is not installed")
+    triton = pytest.importorskip("triton", reason="Triton is not installed")
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
@@ -423,7 +425,10 @@ def test_the_kernels_compile_for_a_gpu_that_is_not_here(
         types |= dict.fromkeys(["share", "load", "rest", "lower", "above"], "*i32")
     types |= dict.fromkeys(blocks, "constexpr")
     signature = {name: types.get(name, "*i64") for name in function.arg_names}
-    source = ASTSource(fn=function, signature=signature, constexprs=blocks)
+    given = {"constexprs": blocks}
+    if triton.__version__.startswith("3.2."):
+        signature, given = {name: signature[name] for name in signature if name not in blocks}, {"constants": blocks}
+    source = ASTSource(fn=function, signature=signature, **given)
     compiled = compile(source, target=GPUTarget("cuda", 90, 32), options={"enable_fp_fusion": False})
     assert compiled.asm["cubin"]
 

@@ -277,6 +277,46 @@ def test_nccl_refuses_fewer_than_two_gpus(environment: dict[str, str], tmp_path:
     )
 
 
+# --- versions --------------------------------------------------------------------------------------------------------
+
+
+def test_versions_runs_the_tests_with_the_python_and_the_torch_that_are_named(
+    environment: dict[str, str], tmp_path: Path
+) -> None:
+    """In an environment that the named Python makes; here one that notes what is asked of it, and installs nothing."""
+    noting = f'echo "$@" >> "{tmp_path}/asked"\n'
+    making = f'{noting}mkdir -p "$3/bin"\ncp "{tmp_path}/bin/inside" "$3/bin/python"\necho "$3" > "{tmp_path}/made"\n'
+    tool(tmp_path / "bin" / "inside", noting)
+    tool(tmp_path / "bin" / "python3.99", making)
+    env = environment | {"TMPDIR": str(tmp_path)}
+    done = launched("versions.sh", "python3.99", "2.6.0", "-k", "load", env=env, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    made = (tmp_path / "made").read_text().strip()
+    assert Path(made).is_relative_to(tmp_path)
+    assert not Path(made).exists()
+    venv, install, tests = (tmp_path / "asked").read_text().splitlines()
+    assert venv == f"-m venv {made}"
+    assert install.startswith("-m pip install ")
+    assert install.endswith(" torch==2.6.0 --editable .[test]")
+    assert tests.startswith("-m pytest --numprocesses 3 ")
+    assert tests.endswith(" -k load")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["python3.99"], "pass a Python and a version of torch; "),
+        (["no-such-python", "2.6.0"], "no no-such-python here; "),
+    ],
+)
+def test_versions_says_what_is_missing(
+    words: list[str], said: str, environment: dict[str, str], tmp_path: Path
+) -> None:
+    refused = launched("versions.sh", *words, env=environment | {"TMPDIR": str(tmp_path)}, cwd=tmp_path)
+    assert refused.returncode == 2
+    assert refused.stderr.startswith(said)
+
+
 # --- the check itself ------------------------------------------------------------------------------------------------
 
 

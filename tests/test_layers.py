@@ -25,7 +25,7 @@ SOURCES = {
 
 # Import only downward. A name stands for a module or for all modules of a folder.
 LEVELS = [
-    {"errors", "topology", "stages", "hashing", "stoploss", "ties"},
+    {"errors", "topology", "stages", "hashing", "stoploss", "ties", "torchnames"},
     {"arguments", "placement", "load", "layer", "events", "traces", "spread", "saves", "background"},
     {"cost", "balance", "bound", "price", "routing", "saved", "saving", "eventlog"},
     {"packing", "planning", "comm"},
@@ -97,7 +97,9 @@ FIGURES = {
 }
 # Libraries that only one place may know, and those that none may.
 KEPT_IN = {
-    "torch.distributed": {"distplb.comm.torchdist", "distplb.migrate.dtensors", "distplb.migrate.fsdp2"},
+    "torch.distributed": {
+        *("distplb.comm.torchdist", "distplb.migrate.dtensors", "distplb.migrate.fsdp2", "distplb.torchnames"),
+    },
     "mpi4py": {"distplb.comm.mpi"},
     "scipy": {"distplb.planning.relabel", "distplb.saving"},
     "numba": {"distplb.packing.cpu", "distplb.packing.cpu_steps"},

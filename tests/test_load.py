@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import pickle
 import random
+import shutil
 import sys
 import threading
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
 from distplb import DistplbError, LoadWindow, MoELayer
@@ -625,19 +627,98 @@ def test_each_micro_batch_of_an_accumulated_gradient_is_a_step() -> None:
     assert counted(layer.window) == [1, 2, 3, 4, 5, 6]
 
 
-@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")
-@pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace")  # it breaks the graph there, as it should
-@pytest.mark.parametrize("use_reentrant", [None, False, True])
-def test_a_compiled_layer_is_counted_as_it_is_otherwise(use_reentrant: bool | None) -> None:
-    torch._dynamo.reset()
-    layer = counting(num_steps=9, says_training=True)
-    run = layer if use_reentrant is None else partial(checkpoint, layer, use_reentrant=use_reentrant)
-    compiled = torch.compile(run, backend="eager")
-    for _ in range(3):
-        compiled(torch.ones(3, requires_grad=True)).sum().backward()
+# --- compiled ---------------------------------------------------------------------------------------------------
+
+
+class Compiled(nn.Module):
+    """Two layers of two micro-batches in one graph, which count what their input says."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2, **options))
+        self.window = LoadWindow(2, 2, 99)
+
+    def forward(self, x: Tensor) -> Tensor:  # [2] -> [2]
+        for micro_batch in range(2):
+            for layer in range(2):
+                counts = (x.detach() + 10 * layer + 100 * micro_batch).to(torch.int64)
+                self.window.add(layer, counts, training=self.training)
+        return (x * self.weight).sin()
+
+
+WAYS: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]] = {
+    "plain": lambda run, x: run(x),
+    "checkpoint": lambda run, x: checkpoint(run, x, use_reentrant=False),
+    "reentrant checkpoint": lambda run, x: checkpoint(run, x, use_reentrant=True),
+    "own checkpoint": OwnCheckpoint.apply,
+}
+CASES = [("eager", False), ("eager", True), ("aot_eager", False), ("aot_eager", True)]
+
+
+def trained(run: Callable[[Tensor], Tensor], layer: nn.Module) -> None:
+    """Three iterations, each with evaluations between its forward and the next; forward number n is of input n."""
+    for number in range(3):
+        run(torch.full((2,), float(number), requires_grad=True)).sum().backward()
         with torch.no_grad():
-            compiled(torch.ones(3))
-    assert (layer.window.seen, layer.forwards) == (3, 6 if use_reentrant is None else 9)
+            run(torch.full((2,), 7.0, requires_grad=True))
+        layer.eval()
+        run(torch.full((2,), 8.0, requires_grad=True))
+        layer.train()
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")
+@pytest.mark.parametrize("how", WAYS)
+@pytest.mark.parametrize("part", ["all", "inside"])
+@pytest.mark.parametrize(("backend", "fullgraph"), CASES)
+def test_a_compiled_forward_is_counted_as_it_is_otherwise(how: str, part: str, backend: str, fullgraph: bool) -> None:
+    """A full graph was refused, for an operation that the compiler did not know; else it was broken in pieces."""
+    torch._dynamo.reset()
+    layer, way = Compiled(), WAYS[how]
+    whole = part == "all"
+    if whole and how == "own checkpoint":
+        fullgraph = False  # of a function of the user's torch makes no full graph
+    inner = layer if whole else torch.compile(layer, backend=backend, fullgraph=fullgraph)
+    run = partial(way, inner)
+    trained(torch.compile(run, backend=backend, fullgraph=fullgraph) if whole else run, layer)
+    wanted = [number + 100 * micro_batch for number in range(3) for micro_batch in range(2)]
+    assert layer.window.load()[..., 0].tolist() == [[count, count + 10] for count in wanted]
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_a_forward_of_inductor_is_counted_and_the_window_is_not_copied() -> None:
+    """An operation that writes to its arguments has them copied, unless the compiler finds that it need not be."""
+    torch._dynamo.reset()
+    layer = Compiled()
+    layer.window = LoadWindow(2, 2, 20_000)  # of 640 kB
+    run = torch.compile(partial(WAYS["checkpoint"], layer), fullgraph=True)
+    trained(run, layer)
+    assert (layer.window.seen, layer.window.load()[:, 0, 0].tolist()) == (6, [0, 100, 1, 101, 2, 102])
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        run(torch.ones(2, requires_grad=True))
+    assert layer.window.seen == 8
+    assert sum(max(0, event.self_cpu_memory_usage) for event in profiled.events()) < 100_000
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_an_evaluation_inside_of_a_compiled_training_step_is_not_counted_or_refused(backend: str) -> None:
+    torch._dynamo.reset()
+    layer = Compiled()
+
+    def run(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            seen = layer(x)
+        return (layer.weight * x).sum() + seen.sum()
+
+    compiled = torch.compile(run, backend=backend, fullgraph=True)
+    if backend == "eager":
+        compiled(torch.ones(2)).backward()
+    else:  # the whole graph runs without gradients there, in a function of the compiler's
+        with pytest.raises(DistplbError, match="a forward without gradients was compiled as a part of one with gradie"):
+            compiled(torch.ones(2)).backward()
+    assert layer.window.seen == 0
+    layer.eval()
+    torch.compile(run, backend=backend, fullgraph=True)(torch.ones(2)).backward()
+    assert layer.window.seen == 0
 
 
 # --- by the layers themselves -----------------------------------------------------------------------------------
@@ -699,6 +780,132 @@ def test_of_layers_that_subscribed_before_one_that_fails_nothing_is_left() -> No
 
 
 # --- on a device ------------------------------------------------------------------------------------------------
+
+
+META_COUNTS = torch.ones(2, dtype=torch.int64, device="meta")  # on another device than the CPU, without data
+BUFFERS = ("_counts", "_numbers", "_written", "_edges", "_rows")
+
+
+def devices(window: LoadWindow) -> set[str]:
+    return {getattr(window, name).device.type for name in BUFFERS}
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_window_without_a_device_goes_where_the_first_counts_are(training: bool) -> None:
+    """It stayed on the CPU, so that the first counts of a GPU were an error of torch's."""
+    window = LoadWindow(1, 2, 4)
+    assert (window.seen, window.load().shape, devices(window)) == (0, (0, 1, 2), {"cpu"})
+    window.rename(torch.tensor([[1, 0]]))
+    window.clear()
+    window.add(0, META_COUNTS, training=training)
+    assert devices(window) == {"meta"}
+    window.clear()
+    window.add(0, META_COUNTS, training=training)
+    with pytest.raises(DistplbError, match=r"counts are on cpu, the window on meta; pass LoadWindow\(device='cpu'\)"):
+        window.add(0, torch.ones(2), training=training)
+
+
+def test_first_counts_of_two_threads_have_the_window_go_along_once() -> None:
+    for _ in range(200):
+        window, met, refused = LoadWindow(1, 2, 4), threading.Barrier(2), []
+
+        def add(window: LoadWindow = window, met: threading.Barrier = met, refused: list[Any] = refused) -> None:
+            met.wait()
+            try:
+                window.add(0, META_COUNTS, training=True)
+            except Exception as error:
+                refused.append(error)
+
+        at_once(add, add)
+        assert not refused
+        assert devices(window) == {"meta"}
+
+
+@needs_cuda
+def test_what_a_window_has_drawn_goes_along_to_its_device() -> None:
+    window = LoadWindow(1, 2, 3, seed=5)
+    window.clear()
+    for number in range(30):
+        window.add(0, torch.full((2,), number, device="cuda"), training=True)
+    assert window.steps().tolist() == in_time(oracle_sample(3, 30, seed=5, clears=1))
+    assert window.load().device.type == "cuda"
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_counts_elsewhere_than_on_the_device_that_was_passed_are_refused(device: str) -> None:
+    window = LoadWindow(1, 2, 4, device=device)
+    other = "cpu" if device == "meta" else "meta"
+    with pytest.raises(DistplbError, match=rf"counts are on {other}, the window on {device}; pass LoadWindow\(device="):
+        window.add(0, META_COUNTS.new_ones(2, device=other), training=True)
+    assert devices(window) == {device}
+
+
+def test_a_compiled_forward_has_the_window_go_along_and_a_full_graph_says_what_to_do() -> None:
+    torch._dynamo.reset()
+    layer, x = Compiled(device="meta"), torch.ones(2, device="meta")
+    full = torch.compile(layer, backend="eager", fullgraph=True)
+    with pytest.raises(
+        torch._dynamo.exc.Unsupported, match=r"pass LoadWindow\(device=\.\.\.\), or run a forward that is"
+    ):
+        full(x)
+    assert devices(layer.window) == {"cpu"}
+    torch.compile(layer, backend="eager")(x)
+    assert devices(layer.window) == {"meta"}
+    full(x)
+
+
+def test_a_window_of_layers_on_the_host_counts_where_their_forwards_run() -> None:
+    """Experts that FSDP2 keeps on the CPU between forwards had a window there, and counts on a GPU."""
+    tellers: list[Any] = []
+    rows = {"w": torch.zeros(2, 2)}
+    layers = Routing([MoELayer(name="moe", experts=rows, router=rows, counts=tellers.append)])
+    window = layers.window(4, 0)
+    tellers[0](META_COUNTS, training=True)
+    assert devices(window) == {"meta"}
+
+
+@needs_cuda
+def test_a_capture_refuses_a_window_that_would_have_to_go_along() -> None:
+    window, graph = LoadWindow(1, 2, 3), torch.cuda.CUDAGraph()
+    counts = torch.ones(2, dtype=torch.int64, device="cuda")
+    said = []
+    with torch.cuda.graph(graph):
+        try:
+            window.add(0, counts, training=True)
+        except DistplbError as error:
+            said.append(str(error))
+    assert "while a CUDA graph is captured" in said[0]
+    window.add(0, counts, training=True)
+    assert window.load().tolist() == [[[1, 1]]]
+
+
+@needs_cuda
+def test_what_a_capture_decides_holds_for_every_replay() -> None:
+    """A graph that is captured without gradients never counts, wherever it is replayed; one with them always does."""
+    window = LoadWindow(1, 2, 9, device="cuda")
+    counts = torch.ones(2, dtype=torch.int64, device="cuda")
+    window.add(0, counts, training=True)
+    graphs = {}
+    for gradients in (True, False):
+        graphs[gradients] = torch.cuda.CUDAGraph()
+        with torch.set_grad_enabled(gradients), torch.cuda.graph(graphs[gradients]):
+            window.add(0, counts, training=True)
+    window.clear()
+    for gradients in (True, False):
+        with torch.set_grad_enabled(not gradients):
+            graphs[gradients].replay()
+    assert window.seen == 1
+
+
+@needs_cuda
+def test_a_compiled_forward_counts_on_a_gpu() -> None:
+    torch._dynamo.reset()
+    layer = Compiled(device="cuda")
+    layer.window = LoadWindow(2, 2, 99, device="cuda")
+    run = torch.compile(layer, fullgraph=True)
+    for number in range(3):
+        run(torch.full((2,), float(number), device="cuda", requires_grad=True)).sum().backward()
+    assert layer.window.load()[:, 0, 0].tolist() == [0, 100, 1, 101, 2, 102]
 
 
 @needs_cuda

@@ -66,7 +66,7 @@ def raise_everywhere(
     comm: Comm, rank: int, error: Exception | None, kind: type[DistplbError] = DistplbError
 ) -> NoReturn:
     """Every rank raises what went wrong on `rank`, which passes its `error`. All ranks know the rank by now."""
-    text = torch.zeros(_TEXT_BYTES, dtype=torch.uint8)
+    text = torch.zeros(_TEXT_BYTES, dtype=torch.uint8, device="cpu")
     if comm.rank == rank:
         words = (str(error) if isinstance(error, DistplbError) else repr(error)).encode()[:_TEXT_BYTES]
         text[: len(words)] = torch.frombuffer(bytearray(words), dtype=torch.uint8)

@@ -116,7 +116,7 @@ class MpiComm:
     def _silent(self) -> list[int]:
         """Say to all that this rank is here and has given up; who does not say so too."""
         others = [rank for rank in range(self.size) if rank != self.rank]
-        nothing = torch.empty(0, dtype=torch.uint8).numpy()
+        nothing = torch.empty(0, dtype=torch.uint8, device="cpu").numpy()
         self._given_up += [self._comm.Isend(nothing, other, _ROLL_CALL_TAG) for other in others]
         answers = [self._comm.Irecv(nothing, other, _ROLL_CALL_TAG) for other in others]
         self._given_up += answers

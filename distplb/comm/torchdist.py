@@ -32,8 +32,9 @@ from distplb.comm.rollcall import RollCall
 from distplb.comm.store import Store
 from distplb.errors import DistplbError, LostRanksError
 from distplb.stages import current_stage
+from distplb.torchnames import default_store
 
-__all__ = ["TorchComm", "backends", "is_loss", "job_rank_and_size", "job_store", "process_group"]
+__all__ = ["TorchComm", "backends", "device_type", "is_loss", "job_rank_and_size", "job_store", "process_group"]
 
 _SLICE_SECONDS = 1.0  # of waiting, between two looks at the store
 _MOST_GRACE_SECONDS = 10.0  # of a deadline, kept for the roll call
@@ -58,15 +59,17 @@ class TorchComm:
 
     Args:
         group_or_mesh: a ProcessGroup that this process belongs to, a DeviceMesh of one axis, or None for the
-            default group. The group is the user's own; it is neither created nor destroyed here.
+            default group. The group is the user's own; it is neither created nor destroyed here. Where it has NCCL for
+            GPUs and another backend for the CPU, NCCL is used, on the device that the group is bound to, if it is
+            bound to one, else on the current device.
         deadline: seconds that a call may wait for the other ranks. Longer than the ranks ever drift apart, such as by
             a slow checkpoint on one of them, and shorter than the group's own timeout.
         side_group: whether to make a gloo group of the same ranks, in which they meet before each call on the group
             itself; making it is collective. None for NCCL only, which needs it.
 
     Raises:
-        DistplbError: if torch.distributed is not initialised, this process is not in the group, or a mesh has
-            more than one axis.
+        DistplbError: if torch.distributed is not initialised, this process is not in the group, a mesh has more than
+            one axis, or the group has neither NCCL and a GPU nor a backend for the CPU.
     """
 
     def __init__(
@@ -91,13 +94,15 @@ class TorchComm:
                     "GridComm(TorchComm(mesh['ep']), TorchComm(mesh['edp']))"
                 )
             group_or_mesh = group_or_mesh.get_group()
-        self._group: dist.ProcessGroup = group_or_mesh or dist.distributed_c10d._get_default_group()
+        group = group_or_mesh or dist.group.WORLD
+        assert group is not None, "is_initialized said that there is one"
+        self._group: dist.ProcessGroup = group
         self.rank = dist.get_rank(self._group)
         if self.rank < 0:
             raise DistplbError(f"global rank {dist.get_rank()} is not in the group; pass a group of its own")
         self.size = dist.get_world_size(self._group)
-        self._is_nccl = dist.get_backend(self._group) == "nccl"
-        self.device = torch.device("cuda", torch.cuda.current_device()) if self._is_nccl else torch.device("cpu")
+        self.device = _device_of(self._group)
+        self._is_nccl = self.device.type == "cuda"
         self._grace = min(deadline / 4, _MOST_GRACE_SECONDS)
         self._deadline, self._patience = deadline, deadline - self._grace
         self._lost: LostRanksError | None = None
@@ -165,7 +170,7 @@ class TorchComm:
         """Wait in the side group, if there is one, until all ranks are here."""
         if self._side is not None:
             with self._in_time() as started:
-                here = torch.zeros(1, dtype=torch.uint8)
+                here = torch.zeros(1, dtype=torch.uint8, device="cpu")
                 self._wait(self._side.allreduce([here], self._options(dist.ReduceOp.SUM)), started, False)
 
     def _options(self, operation: dist.ReduceOp.RedOpType) -> dist.AllreduceOptions:
@@ -248,11 +253,45 @@ def is_loss(error: Exception) -> bool:
     return isinstance(error, dist.DistError) or _LOSS.search(str(error)) is not None
 
 
+def _device_of(group: dist.ProcessGroup) -> torch.device:
+    """Where the messages of a group lie."""
+    if device_type(dist.get_backend_config(group), torch.cuda.is_available()) == "cpu":
+        return torch.device("cpu")
+    return group.bound_device_id or torch.device("cuda", torch.cuda.current_device())
+
+
+def device_type(backends: str, has_gpu: bool) -> str:
+    """Where the messages of a group must lie: "cuda" with NCCL, else "cpu".
+
+    >>> device_type("cpu:gloo,cuda:nccl", has_gpu=True), device_type("cpu:gloo,cuda:gloo", has_gpu=True)
+    ('cuda', 'cpu')
+
+    Args:
+        backends: of the group, by device, as `torch.distributed.get_backend_config` tells them. The name of its one
+            backend, `get_backend`, is "undefined" for a group that was made without one, and for one with several it is
+            that of all of them.
+        has_gpu: whether this process sees one.
+
+    Raises:
+        DistplbError: if there is no backend for either.
+    """
+    by_device = dict(pair.split(":") for pair in backends.split(","))
+    if by_device.get("cuda") == "nccl" and has_gpu:
+        return "cuda"
+    if "cpu" in by_device:
+        return "cpu"
+    also = "" if by_device.get("cuda") != "nccl" else ", and torch sees no GPU here"
+    raise DistplbError(
+        f"the group's backends are {backends}{also}; ranks exchange over NCCL between GPUs, or through the CPU's "
+        "memory: pass a group with a backend for the CPU, as of torch.distributed.new_group(backend='gloo')"
+    )
+
+
 def job_store(name: str) -> Callable[[], Store]:
     """Opens a connection of our own to the store that the job has now, under a name of ours."""
     # torchrun may hand the store of a job's former life to the next one, with all that was written there.
     life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    store = PrefixStore(f"distplb/{life}/{name}", dist.distributed_c10d._get_default_store())
+    store = PrefixStore(f"distplb/{life}/{name}", default_store())
     return getattr(store, "clone", lambda: store)  # torch before 2.7 has one connection for all
 
 

@@ -160,7 +160,7 @@ def _engines() -> Iterator[Finding]:
 
 def _small_load() -> Tensor:
     """`[T, L, E]` = [4, 2, 16], the same everywhere."""
-    return (torch.arange(4 * 2 * 16) * 2654435761 % 1009).reshape(4, 2, 16)
+    return (torch.arange(4 * 2 * 16, device="cpu") * 2654435761 % 1009).reshape(4, 2, 16)
 
 
 # --- the launcher -----------------------------------------------------------------------------------------------

@@ -34,6 +34,7 @@ from distplb.layer import MoELayer
 from distplb.rebalancer import Rebalancer
 from distplb.ties import RouterTies
 from distplb.topology import Topology
+from distplb.torchnames import forward_pre_hooks
 
 __all__ = ["moe_layers", "rebalancer"]
 
@@ -326,7 +327,7 @@ class _Remap:
 
 
 def _remap_of(experts: nn.Module) -> _Remap | None:
-    return next((hook for hook in experts._forward_pre_hooks.values() if isinstance(hook, _Remap)), None)
+    return next((hook for hook in forward_pre_hooks(experts) if isinstance(hook, _Remap)), None)
 
 
 def _table(experts: nn.Module, num_experts: int, device: torch.device) -> Tensor:

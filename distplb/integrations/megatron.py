@@ -328,7 +328,7 @@ def _numbers_within_gpu(layers: Sequence[MoELayer], num_gpus: int) -> Tensor | N
     if not layers:
         return None
     num_slots = len(layers[0].router["weight"])
-    return torch.arange(num_slots) % (num_slots // num_gpus)
+    return torch.arange(num_slots, device="cpu") % (num_slots // num_gpus)
 
 
 # --- the router's scores -----------------------------------------------------------------------------------------

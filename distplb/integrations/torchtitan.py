@@ -31,6 +31,7 @@ from distplb.load import is_recomputation
 from distplb.rebalancer import Rebalancer
 from distplb.ties import RouterTies
 from distplb.topology import Topology
+from distplb.torchnames import flattened, forward_pre_hooks
 
 __all__ = ["moe_layers", "rebalancer"]
 
@@ -121,7 +122,7 @@ def rebalancer(
         _unwrapped(optimizers),
         topology=Topology.of_ranks(ep.mesh.flatten().tolist(), gpus_of_a_node(gpus_per_node)),
         every=every,
-        comm=TorchComm(mesh if mesh.ndim == 1 else mesh._flatten("distplb"), deadline=deadline),
+        comm=TorchComm(mesh if mesh.ndim == 1 else flattened(mesh, "distplb"), deadline=deadline),
         gpu=ep.get_local_rank(),
         **options,
     )
@@ -351,7 +352,7 @@ class _Remap:
 
 
 def _remap_of(moe: MoE) -> _Remap | None:
-    return next((hook for hook in moe.routed_experts._forward_pre_hooks.values() if isinstance(hook, _Remap)), None)
+    return next((hook for hook in forward_pre_hooks(moe.routed_experts) if isinstance(hook, _Remap)), None)
 
 
 def _table(moe: MoE, device: torch.device) -> Tensor:

@@ -70,7 +70,7 @@ def _best_exchanges(
             tables[nth, 0, slots] = wanted[slots]
         now = layer_cost(load, table[None], num_gpus)
         saved = (now - layer_cost(load, tables, num_gpus))[:, 0]  # [exchanges]
-        size = torch.tensor([len(slots) for slots in still_open])
+        size = torch.tensor([len(slots) for slots in still_open], device="cpu")
         worth = (saved.double() / size).masked_fill((saved <= 0) | (size > left - changed), 0)
         best = int(worth.argmax())
         if worth[best] <= 0:

@@ -38,7 +38,7 @@ def expert_checksums(
     Raises:
         DistplbError: on all ranks, if one of them could not make its part, as for want of memory.
     """
-    by_expert = torch.zeros(placement.num_layers, placement.num_experts, dtype=torch.int64)
+    by_expert = torch.zeros(placement.num_layers, placement.num_experts, dtype=torch.int64, device="cpu")
     error: Exception | None = None
     try:
         by_expert = by_expert.scatter_add(1, placement.expert_of_slot, _sums(tensors, placement)).to(comm.device)
@@ -51,7 +51,7 @@ def expert_checksums(
 
 def _sums(tensors: Sequence[tuple[Sequence[RowTensor], Sequence[Traveller]]], placement: Placement) -> Tensor:
     """`[L, P]`: of what this rank holds."""
-    sums = torch.zeros(placement.num_layers, placement.num_slots, dtype=torch.int64)
+    sums = torch.zeros(placement.num_layers, placement.num_slots, dtype=torch.int64, device="cpu")
     weights: dict[tuple[int, torch.device], Tensor] = {}
     for layer, (declared, travelling) in enumerate(tensors):
         for number, traveller in enumerate(travelling):

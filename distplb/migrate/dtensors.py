@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from distplb.errors import DistplbError
+from distplb.torchnames import local_shape_and_offset
 
 __all__ = ["Block", "block_of", "is_dtensor", "local_like"]
 
@@ -43,7 +44,6 @@ def block_of(name: str, tensor: Tensor) -> Block:
         DistplbError: if that is not some whole columns of consecutive rows.
     """
     from torch.distributed.tensor import DTensor, Shard
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     assert isinstance(tensor, DTensor)
     for placement in tensor.placements:
@@ -54,13 +54,13 @@ def block_of(name: str, tensor: Tensor) -> Block:
                 f"{name} is a DTensor with placements {tensor.placements}; only replicated ones and those sharded "
                 "along dim 0 (experts) or dim 1 are understood, because a rank's part of an expert must be one range"
             )
-    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    shape, offset = local_shape_and_offset(tensor)
     with torch.no_grad():
         local = tensor.to_local()
-    if tuple(local.shape) != tuple(shape):
+    if tuple(local.shape) != shape:
         raise DistplbError(
             f"{name} has a local part of shape {tuple(local.shape)}, where its placements {tensor.placements} on a "
-            f"mesh of shape {tuple(tensor.device_mesh.shape)} say {tuple(shape)}"
+            f"mesh of shape {tuple(tensor.device_mesh.shape)} say {shape}"
         )
     row = tensor.numel() // max(1, tensor.shape[0])
     if tensor.dim() == 1:

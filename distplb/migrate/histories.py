@@ -167,12 +167,12 @@ def agreed_histories(
     """
     if not own:
         return []
-    table = torch.full((2, len(own), num_slots, 1 + _SCALARS), NOTHING)
+    table = torch.full((2, len(own), num_slots, 1 + _SCALARS), NOTHING, device="cpu")
     for number, one in enumerate(own):
         for slot, holding in zip(own_slots(one.row_tensor) or (), one.held.each, strict=True):
             values = [_bits(holding.scalars[name]) for name in sorted(holding.scalars)][:_SCALARS]
             row = [digest(_what(holding)), *values, *[0] * (_SCALARS - len(values))]
-            table[0, number, slot] = torch.tensor(row)
+            table[0, number, slot] = torch.tensor(row, device="cpu")
             table[1, number, slot] = -table[0, number, slot]
     table = table.to(comm.device)
     comm.all_reduce_min(table)

@@ -45,15 +45,15 @@ def agreed_kinds(
         DisagreementError: on all ranks, if a tensor is trained by other settings on another rank.
     """
     count = sum(map(len, layers))
-    codes = torch.full((2, count, _MOST), NOTHING)  # and their negatives
+    codes = torch.full((2, count, _MOST), NOTHING, device="cpu")  # and their negatives
     if error is None:
         own = [_codes(one) for of_layer in held for one in of_layer]
         for number, row in enumerate(own):
             if row is not None:
-                codes[0, number] = torch.tensor(row)
+                codes[0, number] = torch.tensor(row, device="cpu")
                 codes[1, number] = -codes[0, number]
     reduced = agree(comm, {}, error, least=codes.flatten().tolist())
-    least, negative = torch.tensor(reduced).view(2, count, _MOST)
+    least, negative = torch.tensor(reduced, device="cpu").view(2, count, _MOST)
     found = []
     numbers = iter(range(count))
     for tensors in layers:

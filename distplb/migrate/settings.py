@@ -61,7 +61,7 @@ def agree_on_settings(layers: Sequence[Sequence[RowTensor]], trained: Trainers, 
     """
     tensors = [row_tensor for layer in layers for row_tensor in layer]
     own = [settings_of(row_tensor, trained) for row_tensor in tensors]
-    codes = torch.full((2, len(tensors)), _NONE)
+    codes = torch.full((2, len(tensors)), _NONE, device="cpu")
     for number, settings in enumerate(own):
         if settings:
             codes[0, number] = digest(sorted(settings.items()))

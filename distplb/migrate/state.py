@@ -18,6 +18,7 @@ from distplb.errors import DistplbError
 from distplb.migrate.dtensors import is_dtensor, local_like
 from distplb.migrate.rows import RowTensor, check_plain
 from distplb.migrate.settings import Settings, Trainers, settings_of
+from distplb.torchnames import leaves
 
 __all__ = ["Holding", "Holdings", "Traveller", "check_known", "holdings"]
 
@@ -196,8 +197,7 @@ def _last_step_that_matters(betas: tuple[float, float] | None) -> float:
 
 
 def _refuse_hidden_tensors(name: str, value: Any, optimizer: Optimizer) -> None:
-    leaves = torch.utils._pytree.tree_leaves(value)
-    if any(isinstance(leaf, Tensor) for leaf in leaves):
+    if any(isinstance(leaf, Tensor) for leaf in leaves(value)):
         raise DistplbError(
             f"{name} of {type(optimizer).__name__} is a {type(value).__name__} with tensors in it, whose layout is not "
             "understood, so nothing is moved; use an optimizer whose state has the parameter's shape (AdamW, SGD, ...)"

@@ -44,10 +44,10 @@ def agreed_layouts(layers: Sequence[Sequence[RowTensor]], num_slots: int, comm: 
     own = [tensor.parts for tensor in flat]
     most = torch.tensor([-max((len(parts) for parts in own), default=0)], device=comm.device)
     comm.all_reduce_min(most)
-    table = torch.zeros(len(flat), comm.size, -int(most), 4, dtype=torch.int64)
+    table = torch.zeros(len(flat), comm.size, -int(most), 4, dtype=torch.int64, device="cpu")
     for number, parts in enumerate(own):
         for place, part in enumerate(parts):
-            table[number, comm.rank, place] = torch.tensor([part.start, part.stop, part.low, part.high])
+            table[number, comm.rank, place] = torch.tensor([part.start, part.stop, part.low, part.high], device="cpu")
     table = table.to(comm.device)
     comm.all_reduce_sum(table)
     shared: dict[Layout, Layout] = {}  # equal layouts are one object, whose pieces are made once
@@ -100,7 +100,7 @@ class Staging:
         kept = self._kept.pop(name, None)
         if kept is None or kept.numel() < size:
             del kept  # before there is more
-            kept = torch.empty(size, dtype=torch.uint8)
+            kept = torch.empty(size, dtype=torch.uint8, device="cpu")
         self._kept[name] = kept
         return kept[:size]
 

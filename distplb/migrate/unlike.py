@@ -33,13 +33,16 @@ def why_unlike(cases: Sequence[Unlike], comm: Comm) -> list[str]:
     """For each a sentence that is the same on all ranks. One all-reduce; none where there is nothing to say."""
     if not cases:
         return []
-    table = torch.zeros(len(cases), comm.size, 4, dtype=torch.int64)  # holds it, has state, has a gradient, step
+    table = torch.zeros(
+        len(cases), comm.size, 4, dtype=torch.int64, device="cpu"
+    )  # holds it, has state, has a gradient, step
     for number, case in enumerate(cases):
         holding = _told_of(case)
         if holding is not None:
             has_state = len(holding.local.keys() - {"", "grad"}) + len(holding.scalars) > 0
             step = struct.unpack("<q", struct.pack("<d", holding.scalars.get("step", _NO_STEP)))[0]
-            table[number, comm.rank] = torch.tensor([1, int(has_state), int("grad" in holding.local), step])
+            row = [1, int(has_state), int("grad" in holding.local), step]
+            table[number, comm.rank] = torch.tensor(row, device="cpu")
     table = table.to(comm.device)
     comm.all_reduce_sum(table)
     return [_sentence(case, ranks) for case, ranks in zip(cases, table.tolist(), strict=True)]

@@ -57,7 +57,7 @@ def balanced_packing(weight: Tensor, num_packs: int, num_candidates: int = 64) -
     row = torch.arange(rows, device=whole.device)
     chosen = torch.empty_like(whole)
     least = torch.full((rows,), torch.iinfo(torch.int64).max, device=whole.device)
-    for candidates in torch.arange(num_candidates).split(max(1, _BATCH // whole.numel())):
+    for candidates in torch.arange(num_candidates, device="cpu").split(max(1, _BATCH // whole.numel())):
         many = whole.repeat(len(candidates), 1)  # [k·X, n], candidate by candidate
         of_row = candidates.to(whole.device).repeat_interleave(rows)
         items = engine.pack(many, num_packs, layer=row.repeat(len(candidates)), candidate=of_row)
@@ -74,7 +74,7 @@ def balanced_packing(weight: Tensor, num_packs: int, num_candidates: int = 64) -
 
 def as_whole(weight: Tensor) -> Tensor:
     """`[X, n]` int64 with each row's total at most 2^40, whatever the type and size of the weights."""
-    weight = torch.as_tensor(weight).detach()
+    weight = (weight if isinstance(weight, Tensor) else torch.as_tensor(weight, device="cpu")).detach()
     if weight.dim() != 2 or weight.is_complex() or weight.dtype == torch.bool or 0 in weight.shape:
         raise DistplbError(
             f"weight is {weight.dtype} of shape {tuple(weight.shape)}; pass numbers of shape [rows, items], none empty"

@@ -39,7 +39,7 @@ def pack(weight: Tensor, num_packs: int, *, layer: Tensor, candidate: Tensor, se
     """As `reference.pack`."""
     if weight.shape[1] == num_packs:
         return torch.arange(num_packs, device=weight.device).expand_as(weight).clone()
-    tables = torch.empty(weight.shape, dtype=torch.int64)
+    tables = torch.empty(weight.shape, dtype=torch.int64, device="cpu")
     given = _array(weight), num_packs, _array(layer), _array(candidate), seed
     _in_threads(lambda begin, end: _kernels().pack_rows(*given, begin, end, tables.numpy()), tables)
     return tables.to(weight.device)
@@ -63,7 +63,7 @@ def refine(
     """As `reference.refine`."""
     if num_slots == weight.shape[1] == num_packs:
         return torch.arange(num_packs, device=weight.device).expand_as(weight).clone()
-    tables = torch.empty(len(weight), num_slots, dtype=torch.int64)
+    tables = torch.empty(len(weight), num_slots, dtype=torch.int64, device="cpu")
     given = _array(weight), num_packs, _array(layer), _array(candidate), seed, shared
     _in_threads(lambda begin, end: _kernels().refine_rows(*given, begin, end, tables.numpy()), tables)
     return tables.to(weight.device)
@@ -78,7 +78,10 @@ def settle(terms: Terms, table: Tensor, num_packs: int, *, layer: Tensor, ceilin
     """As `reference.settle`."""
     tables = table.to("cpu", torch.int64, copy=True).contiguous()
     num_layers = len(terms.load)
-    free = torch.zeros(num_layers, 1, 1, dtype=torch.int8), torch.zeros(num_layers, 3, dtype=torch.int64)
+    free = (
+        torch.zeros(num_layers, 1, 1, dtype=torch.int8, device="cpu"),
+        torch.zeros(num_layers, 3, dtype=torch.int64, device="cpu"),
+    )
     distance, price = free if terms.distance is None or terms.price is None else (terms.distance, terms.price)
     distance_array = distance.to("cpu", torch.int8).contiguous().numpy()
     given = _array(terms.load), _array(terms.region), terms.apart, distance_array, _array(price), num_packs
@@ -93,13 +96,13 @@ def warm_up() -> None:
     """Compile, or load what another process of this node compiled: once, a minute at most, before the training."""
     from filelock import FileLock
 
-    weight, number = torch.arange(24).view(2, 12), torch.arange(2)
+    weight, number = torch.arange(24, device="cpu").view(2, 12), torch.arange(2, device="cpu")
     with FileLock(_cache_folder() / "warm-up.lock"):  # the first process compiles, the others wait and load
         items = pack(weight, 3, layer=number, candidate=number)
         finish(weight, items, 3)
         for num_slots in (12, 18):
             table = polish(weight, refine(weight, 3, num_slots, layer=number, candidate=number), 3)
-        settle(Terms(weight[:, None], torch.zeros(18)), table, 3, layer=number, ceiling=number)
+        settle(Terms(weight[:, None], torch.zeros(18, device="cpu")), table, 3, layer=number, ceiling=number)
 
 
 def _in_place(kernel: str, weight: Tensor, table: Tensor, num_packs: int) -> Tensor:

@@ -58,7 +58,7 @@ class Classes:
     @property
     def region(self) -> Tensor:
         """Classes."""
-        return torch.as_tensor(self.slot_class).to("cpu", torch.int64)
+        return torch.as_tensor(self.slot_class, device="cpu").to(torch.int64)
 
     def settle(self, terms: Terms, table: Tensor, *, layer: Tensor, ceiling: Tensor) -> Tensor:
         """As `Policy`."""
@@ -110,7 +110,7 @@ class Classes:
         for gpu in having:
             own = slots[gpu].nonzero()[:, 0].tolist()
             found.append(gpu * size + own[(turn + turn // len(own) * gpu) % len(own)])
-        return torch.tensor(found)
+        return torch.tensor(found, device="cpu")
 
     def _dealt(self, key: Tensor, weight: Tensor, table: Tensor, slots: Tensor) -> Tensor:
         """The experts of `slots [m]`, the heaviest by key to the GPU that is lightest without its own."""

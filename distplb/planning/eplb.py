@@ -49,9 +49,9 @@ def rebalance_experts(
     """
     if num_nodes < 1 or num_gpus < 1 or num_gpus % num_nodes:
         raise DistplbError(f"{num_gpus} GPUs cannot be spread evenly over {num_nodes} nodes; pass a divisor of them")
-    whole = as_whole(torch.as_tensor(weight).cpu())
+    whole = as_whole(torch.as_tensor(weight, device="cpu"))
     options = SearchOptions(num_slots=num_replicas, num_groups=num_groups if num_groups % num_nodes == 0 else None)
     problem = Problem(whole[None], Topology(num_nodes, num_gpus // num_nodes), options)
-    plain = torch.zeros(len(whole), dtype=torch.int64)
+    plain = torch.zeros(len(whole), dtype=torch.int64, device="cpu")
     placement = Placement(problem.polish(problem.build(plain)), whole.shape[1], num_gpus)
     return placement.expert_of_slot, placement.inverse, placement.replicas

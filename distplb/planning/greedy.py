@@ -42,7 +42,7 @@ def contiguous(weight: Tensor, topology: Topology, num_slots: int) -> Tensor:
     """
     topology.slots_per_gpu(num_slots)
     layers, experts = weight.shape
-    return (torch.arange(num_slots) * experts // num_slots).expand(layers, -1).clone()
+    return (torch.arange(num_slots, device="cpu") * experts // num_slots).expand(layers, -1).clone()
 
 
 def greedy_numpy(
@@ -94,7 +94,7 @@ def in_three_steps(
         raise DistplbError(f"{num_slots} slots: {experts} experts have at most {gpus} replicas each; pass fewer slots")
     weight = weight.double()
     group_at = pack(weight.unflatten(1, (groups, -1)).sum(2), None, nodes)  # [L, groups], node by node
-    members = torch.arange(experts // groups)
+    members = torch.arange(experts // groups, device="cpu")
     expert_at = (group_at[..., None] * len(members) + members).reshape(layers * nodes, -1)  # [X, E / nodes]
     of_node = weight.gather(1, expert_at.view(layers, -1)).view(layers * nodes, -1)  # [X, E / nodes]
     kind, replicas = replicate(of_node, num_slots // nodes, gpus if apart else num_slots)
@@ -123,7 +123,7 @@ def pack_numpy(load: Tensor, kind: Tensor | None, num_packs: int) -> Tensor:
     """Steps 1 and 3 as a `Pack`: all rows at once."""
     rows, items = load.shape
     if items == num_packs:
-        return torch.arange(items).repeat(rows, 1)
+        return torch.arange(items, device="cpu").repeat(rows, 1)
     size, of_item = items // num_packs, load.numpy()
     row = np.arange(rows)
     pack_load, filled = np.zeros((rows, num_packs)), np.zeros((rows, num_packs), dtype=np.int64)

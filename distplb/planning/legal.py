@@ -44,7 +44,7 @@ def check_legal(
                 "or the router would choose others than before"
             )
     if slot_class is not None:
-        classes = torch.as_tensor(slot_class).cpu().expand_as(placement.expert_of_slot)  # [L, P]
+        classes = torch.as_tensor(slot_class, device="cpu").expand_as(placement.expert_of_slot)  # [L, P]
         before, after = (
             torch.empty_like(one.expert_of_slot).scatter_(1, one.expert_of_slot, classes)  # [L, E]
             for one in (current, placement)

@@ -28,9 +28,9 @@ def distances(current: Placement, topology: Topology) -> Tensor:
              [2, 2, 0]]], dtype=torch.int8)
     """
     table = current.expert_of_slot  # [L, P]
-    gpu = torch.arange(table.shape[1]) // current.slots_per_gpu
-    layer = torch.arange(len(table))[:, None]
-    held = torch.zeros(len(table), current.num_experts, topology.num_gpus, dtype=torch.bool)
+    gpu = torch.arange(table.shape[1], device="cpu") // current.slots_per_gpu
+    layer = torch.arange(len(table), device="cpu")[:, None]
+    held = torch.zeros(len(table), current.num_experts, topology.num_gpus, dtype=torch.bool, device="cpu")
     held[layer, table, gpu] = True
     near = held.unflatten(2, (topology.num_nodes, -1)).any(3).repeat_interleave(topology.gpus_per_node, 2)
     far: Tensor = 2 - near.to(torch.int8) - held.to(torch.int8)

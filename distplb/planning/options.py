@@ -88,7 +88,9 @@ class SearchOptions:
             "mode (permute is 1)": int(self.mode == "permute"),
             "move_price inside a node (in 2^-16)": _price_field(self.prices[0]),
             "move_price between nodes (in 2^-16)": _price_field(self.prices[1]),
-            "move_price (digest)": _digest(torch.tensor(self.prices, dtype=torch.float64).view(torch.int64)),
+            "move_price (digest)": _digest(
+                torch.tensor(self.prices, dtype=torch.float64, device="cpu").view(torch.int64)
+            ),
             "time_curve (digest)": -1 if self.time_curve is None else self.time_curve.digest(),
         }
 
@@ -185,7 +187,7 @@ class SearchOptions:
     def _check_slot_class(self, num_experts: int) -> None:
         if self.slot_class is None:
             return
-        found = torch.as_tensor(self.slot_class)
+        found = torch.as_tensor(self.slot_class, device="cpu")
         whole = not (found.is_floating_point() or found.is_complex() or found.dtype == torch.bool)
         if tuple(found.shape) != (num_experts,) or not whole:
             raise DistplbError(
@@ -211,5 +213,5 @@ def _next_multiple(number: int, of: int) -> int:
 
 
 def _digest(value: Tensor) -> int:
-    data = torch.as_tensor(value).to("cpu", torch.int64).contiguous().numpy().astype("<i8").tobytes()
+    data = torch.as_tensor(value, device="cpu").to(torch.int64).contiguous().numpy().astype("<i8").tobytes()
     return int.from_bytes(hashlib.sha256(data).digest()[:8], "big") >> 2

@@ -83,7 +83,7 @@ class Flat:
     @property
     def region(self) -> Tensor:
         """One."""
-        return torch.zeros(self.num_slots, dtype=torch.int64)
+        return torch.zeros(self.num_slots, dtype=torch.int64, device="cpu")
 
     def settle(self, terms: Terms, table: Tensor, *, layer: Tensor, ceiling: Tensor) -> Tensor:
         """As `Policy`."""
@@ -149,7 +149,7 @@ class Hierarchy:
     @property
     def region(self) -> Tensor:
         """Nodes."""
-        return torch.arange(self.num_nodes).repeat_interleave(self.inside.num_slots)
+        return torch.arange(self.num_nodes, device="cpu").repeat_interleave(self.inside.num_slots)
 
     def settle(self, terms: Terms, table: Tensor, *, layer: Tensor, ceiling: Tensor) -> Tensor:
         """As `Policy`."""
@@ -247,7 +247,7 @@ class Blocks:
     @property
     def region(self) -> Tensor:
         """Blocks."""
-        return torch.arange(self.num_groups).repeat_interleave(self.num_slots // self.num_groups)
+        return torch.arange(self.num_groups, device="cpu").repeat_interleave(self.num_slots // self.num_groups)
 
     def settle(self, terms: Terms, table: Tensor, *, layer: Tensor, ceiling: Tensor) -> Tensor:
         """As `Policy`; where a GPU holds several blocks, blocks are exchanged as wholes.

@@ -58,7 +58,9 @@ class Problem:
         self.current = options.current
         self.seed = options.seed
         self._shares = options.allow_shared_replicas
-        self._slot_class = None if options.slot_class is None else torch.as_tensor(options.slot_class).cpu().numpy()
+        self._slot_class = (
+            None if options.slot_class is None else torch.as_tensor(options.slot_class, device="cpu").numpy()
+        )
         num_slots = options.slots(load.shape[2])
         self.engine_name, engine = engine_named(options.engine, load.device)
         self._policy = _policy(options, topology, num_slots, load.shape[1], engine)

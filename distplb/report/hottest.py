@@ -127,7 +127,7 @@ def _found(run: Run) -> _Hottest:
 
 def _of_trace(trace: Trace) -> _Hottest:
     """In windows of as many steps each."""
-    windows = torch.arange(trace.num_steps).tensor_split(min(_MOST_WINDOWS, trace.num_steps))
+    windows = torch.arange(trace.num_steps, device="cpu").tensor_split(min(_MOST_WINDOWS, trace.num_steps))
     load = torch.stack([trace.load[steps].sum(0) for steps in windows], dim=1)  # [L, W, E]
     share = (load.amax(2).double() / load.sum(2).clamp(min=1)).numpy()
     iterations = [int(trace.iteration[steps[-1]]) for steps in windows]

@@ -58,7 +58,7 @@ class Judged:
     @cached_property
     def in_force(self) -> Tensor:
         """`[S, L]` float64: the imbalance of each step under the placement that it ran under."""
-        found = torch.ones(self.trace.num_steps, self.trace.num_layers, dtype=torch.float64)
+        found = torch.ones(self.trace.num_steps, self.trace.num_layers, dtype=torch.float64, device="cpu")
         for index in self.trace.placement_of_step.unique().tolist():
             steps = (self.trace.placement_of_step == index).nonzero()[:, 0]
             found[steps] = _imbalance(self.trace.load, steps, self.trace.placements[index])
@@ -67,13 +67,13 @@ class Judged:
     @cached_property
     def as_begun(self) -> Tensor:
         """`[S, L]` float64: the same with the experts left where they were in the first step."""
-        steps = torch.arange(self.trace.num_steps)
+        steps = torch.arange(self.trace.num_steps, device="cpu")
         return _imbalance(self.trace.load, steps, self._first) if self.has_moved else self.in_force
 
     @cached_property
     def bound(self) -> tuple[Tensor, Tensor]:
         """`[B]` steps, and `[B, L]` float64: what no placement could beat in them."""
-        steps = _evenly(torch.arange(self.trace.num_steps), _BOUND_STEPS)
+        steps = _evenly(torch.arange(self.trace.num_steps, device="cpu"), _BOUND_STEPS)
         slots = self._first.num_slots
         return steps, torch.stack([lower_bound(self.trace.load[step], self.topology, slots) for step in steps])
 
@@ -97,7 +97,7 @@ class Judged:
         half = trace.num_steps // 2
         if not half:
             return None
-        seen, unseen = torch.arange(trace.num_steps).tensor_split([half])
+        seen, unseen = torch.arange(trace.num_steps, device="cpu").tensor_split([half])
         slots = self._first.num_slots
         planned = plan(trace.load[_evenly(seen, _PLANNED_ON)], self.topology, num_slots=slots, current=self._first)
         return self._under(unseen, planned, is_replayed=True)
@@ -123,4 +123,4 @@ def _imbalance(load: Tensor, steps: Tensor, placement: Placement) -> Tensor:
 
 
 def _evenly(steps: Tensor, most: int) -> Tensor:
-    return steps if len(steps) <= most else steps[torch.arange(most) * len(steps) // most]
+    return steps if len(steps) <= most else steps[torch.arange(most, device="cpu") * len(steps) // most]

@@ -65,10 +65,10 @@ class Trace:
 
     def __post_init__(self) -> None:
         for name in ("load", "placement_of_step", "iteration"):
-            value = torch.as_tensor(getattr(self, name)).detach()
+            value = torch.as_tensor(getattr(self, name), device="cpu").detach()
             if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
                 raise DistplbError(f"Trace: {name} is {value.dtype}; pass integers")
-            object.__setattr__(self, name, value.to("cpu", torch.int64).contiguous())
+            object.__setattr__(self, name, value.to(torch.int64).contiguous())
         object.__setattr__(self, "placements", tuple(self.placements))
         self._check_shapes()
         object.__setattr__(self, "layers", tuple(self.layers) or tuple(str(at) for at in range(self.num_layers)))
@@ -208,7 +208,7 @@ class Trace:
         return cls(
             torch.from_numpy(found.load),
             (Placement.contiguous(num_layers, num_experts, found.num_gpus),),
-            torch.zeros(steps, dtype=torch.int64),
+            torch.zeros(steps, dtype=torch.int64, device="cpu"),
             torch.from_numpy(found.iteration),
             found.layers,
             note=f"from Megatron-LM's tokens per expert, {', '.join(str(path) for path in paths)}",
@@ -261,7 +261,7 @@ def _joined(paths: list[Path], parts: list[Trace]) -> Trace:
                 "name parts in the order of time"
             )
         kept = part.iteration < ends[nth]
-        index = torch.tensor([places.setdefault(one, len(places)) for one in part.placements])
+        index = torch.tensor([places.setdefault(one, len(places)) for one in part.placements], device="cpu")
         loads.append(part.load[kept])
         indices.append(index[part.placement_of_step[kept]])
         iterations.append(part.iteration[kept])

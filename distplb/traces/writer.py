@@ -68,7 +68,7 @@ class TraceWriter:
         if self.error is not None or not len(load):
             return
         counts = load.detach().to("cpu", copy=True)
-        numbers = torch.as_tensor(iterations).to("cpu", copy=True)
+        numbers = torch.as_tensor(iterations, device="cpu").clone()
         self._room.acquire()
         self._thread.submit(self._write, counts, placement, numbers)
 
@@ -87,7 +87,7 @@ class TraceWriter:
     def _write(self, load: Tensor, placement: Placement, iteration: Tensor) -> None:
         try:
             if self.error is None:
-                trace = Trace(load, (placement,), torch.zeros(len(load), dtype=torch.int64), iteration)
+                trace = Trace(load, (placement,), torch.zeros(len(load), dtype=torch.int64, device="cpu"), iteration)
                 trace = replace(trace, layers=self._layers or trace.layers, note=self._note)
                 self._folder.mkdir(parents=True, exist_ok=True)
                 trace.save(self._folder / f"{int(trace.iteration[0]):012d}.npz")
