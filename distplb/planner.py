@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ _WORST_KEY = torch.iinfo(torch.int64).max
 
 @dataclass(frozen=True)
 class Planned:
-    """A plan, the load `[T, L, E]` of all ranks that it was made from, and the engine that made it."""
+    """A plan, the load `[T, L, E]` of all ranks that it was made from, on the host, and the engine that made it."""
 
     placement: Placement
     load: Tensor
@@ -160,10 +161,10 @@ class Planning:
         self._key = torch.full((num_layers,), -1 - comm.rank, device=self._load.device)
         self._table = torch.full((num_layers, options.slots(num_experts)), -1, device=comm.device)
 
-    @property
+    @cached_property
     def load(self) -> Tensor:
-        """`[T, L, E]`, of all ranks."""
-        return self._load
+        """`[T, L, E]`, of all ranks, on the host; copied, which waits for the device, when it is first asked for."""
+        return self._load.to("cpu")
 
     def search(self) -> None:
         """(2) This rank's share of the candidates."""
@@ -203,7 +204,7 @@ class Planning:
             if int(self._table.min()) < 0:
                 raise_everywhere(self._comm, 0, self._error)
             placement = Placement(self._table, self._load.shape[2], self._topology.num_gpus)
-        return Planned(placement, self._load, self._engine_name)
+        return Planned(placement, self.load, self._engine_name)
 
 
 def _agreed_load(

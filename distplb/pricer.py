@@ -6,11 +6,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
+import torch
+
+from distplb.chance import even_by_chance
 from distplb.comm.agreement import told_by_root
 from distplb.comm.base import Comm
 from distplb.measure import measured_bandwidths
 from distplb.observer import Observer
 from distplb.placement import Placement
+from distplb.planner import Planned
 from distplb.planning.options import SearchOptions
 from distplb.price import MoveModel
 from distplb.stoploss import Pace
@@ -85,3 +89,20 @@ class Pricer:
             inside, between = _BY_DISTANCE if self._topology.num_nodes > 1 else (1.0, 1.0)
             return replace(options, move_price=(inside * least, between * least))
         return replace(options, move_price=self.model.price(steps, steps_until_next))
+
+    def worth(self, planned: Planned, current: Placement, options: SearchOptions) -> tuple[Placement, tuple[bool, ...]]:
+        """The plan, but for layers that are left alone; and which these are, by layer. Not collective.
+
+        Where there is a model or a time curve it is the plan: what moves must save is then known. Where there is
+        neither, layers are left alone whose GPUs are as even as chance leaves them. The same on all ranks.
+
+        Args:
+            planned: from counts of steps that ran under `current`.
+            current: the placement in force.
+            options: of the search.
+        """
+        if self.model is not None or options.time_curve is not None:
+            return planned.placement, (False,) * current.num_layers
+        is_even = even_by_chance(planned.load, current)
+        table = torch.where(is_even[:, None], current.expert_of_slot, planned.placement.expert_of_slot)
+        return Placement(table, current.num_experts, current.num_gpus), tuple(is_even.tolist())

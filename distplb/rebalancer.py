@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from distplb.account import Account, completed
+from distplb.account import AS_EVEN, Account, completed
 from distplb.background import Background
 from distplb.comm.agreement import agree, digest
 from distplb.comm.base import Comm, WorldOfOne
@@ -101,7 +101,8 @@ class Rebalancer:
         move_model: what tokens and moves cost, so that only what repays itself is moved. Where None and a time curve
             is there, it is measured: seconds from the curve, bytes from what travels, bandwidths by a short transfer
             before the first rebalance. Without either a moved slot has to save 2^-13 of the mean GPU's tokens, so that
-            experts do not move for next to nothing.
+            experts do not move for next to nothing, and a layer whose GPUs are as even as chance leaves them is left
+            alone.
         max_bytes: that the experts moved by one rebalance may have, with their state, over all ranks; the moves that
             save most come first. No limit where None.
         stop_loss: after so many rebalances in a row whose iterations did not become faster by what they took,
@@ -386,6 +387,7 @@ class Rebalancer:
             )
             self._tell(lambda: skipped)
             return
+        # On the host from here on: what is written down beside the training must not get into its stream.
         if self._trace is not None:
             self._trace.add(planning.load, old, self._observer.iterations_of_steps(began, told.seen))
         self._complete_event(planning.load, told)
@@ -399,8 +401,9 @@ class Rebalancer:
         yield began + spread.share_after
         polished(stages)
         planned = planning.share()
-        target, moved = self._within_budget(planned, told.slot_bytes), Moved()
-        decision, reason = self._decision(planned, target)
+        worth, left_alone = self._pricer.worth(planned, old, options)
+        target, moved = self._within_budget(planned.load, worth, told.slot_bytes), Moved()
+        decision, reason = self._decision(planned, worth, target)
         limits = None if self._spread is None else Limits(1, _COMMIT_BYTES, spread.move_seconds)
         while decision in ("moved", "kept"):  # ranks agree on the placement also where nothing has to be moved
             try:
@@ -429,6 +432,7 @@ class Rebalancer:
             old=old,
             planned=planned,
             target=target,
+            left_alone=left_alone,
             options=options,
             model=self._pricer.model,
             pace=told.pace,
@@ -497,17 +501,17 @@ class Rebalancer:
             raise differing
         warnings.warn(f"distplb has skipped a rebalance: {differing}", RuntimeWarning, stacklevel=5)
 
-    def _within_budget(self, planned: Planned, slot_bytes: int) -> Placement:
-        """What of the plan is carried out."""
+    def _within_budget(self, load: Tensor, worth: Placement, slot_bytes: int) -> Placement:
+        """What of the plan is carried out, of what is worth it."""
         if self._max_bytes is None or not slot_bytes:
-            return planned.placement
+            return worth
         curve = self._options.time_curve
-        load = planned.load if curve is None else curve.time(planned.load)
+        load = load if curve is None else curve.time(load)
         copies = self._comm.size // self._topology.num_gpus  # EP groups side by side, each of which moves its own
         most = self._max_bytes // (slot_bytes * copies)
-        return within_budget(load, self._placement, planned.placement, most, self._routing.num_groups)
+        return within_budget(load, self._placement, worth, most, self._routing.num_groups)
 
-    def _decision(self, planned: Planned, target: Placement) -> tuple[str, str]:
+    def _decision(self, planned: Planned, worth: Placement, target: Placement) -> tuple[str, str]:
         """What is done with the plan, and why."""
         if self._dry_run:
             return "dry run", "a dry run was asked for"
@@ -521,6 +525,8 @@ class Rebalancer:
             return "stopped", reason
         if planned.placement == self._placement:
             return "kept", "no layer has a placement that is worth its moves"
+        if worth == self._placement:
+            return "kept", f"{AS_EVEN}, in every layer that would have moved"
         if target == self._placement:
             return "kept", "nothing that is worth moving fits in max_bytes"
         return "moved", "the moves lower the cost by more than their price"

@@ -28,7 +28,7 @@ LEVELS = [
     {"errors", "topology", "stages", "hashing", "stoploss", "ties"},
     {"placement", "load", "layer", "events", "traces", "spread", "saves", "background"},
     {"cost", "balance", "bound", "price", "routing", "saved", "saving", "eventlog"},
-    {"packing", "planning", "comm"},
+    {"packing", "planning", "comm", "chance"},
     {"migrate", "replay", "measure", "assumed"},
     {"planner", "observer"},
     {"account", "pricer"},
@@ -122,7 +122,7 @@ NEEDS = {
     "distplb.integrations.megatron": "megatron",
 }
 PURE = [name for name in SOURCES if name.startswith(("distplb.planning", "distplb.packing"))]
-PURE += ["distplb.price", "distplb.replay", "distplb.assumed", "distplb.verdict"]
+PURE += ["distplb.price", "distplb.chance", "distplb.replay", "distplb.assumed", "distplb.verdict"]
 PURE += ["distplb.saved", "distplb.cost", "distplb.balance", "distplb.bound", "distplb.stoploss", "distplb.account"]
 PURE += ["distplb.migrate.schedule", "distplb.migrate.pieces", "distplb.migrate.budget"]
 IMPURE_MODULES = {"time", "os", "random", "io", "socket", "subprocess", "threading", "pathlib", "datetime", "secrets"}
