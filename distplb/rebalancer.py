@@ -11,7 +11,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -38,6 +38,7 @@ from distplb.placement import Placement
 from distplb.planner import Planned, Planning
 from distplb.planning.legal import check_legal
 from distplb.planning.options import SearchOptions
+from distplb.planning.trial import engine_for
 from distplb.price import MoveModel, TimeCurve
 from distplb.pricer import Pricer, Told
 from distplb.routing import Routing
@@ -96,7 +97,9 @@ class Rebalancer:
         slot_class: `[P]` integers; experts then stay in slots of their class, as of `plan`.
         num_candidates: randomised starts of each layer's search, dealt to the ranks.
         seed: of the search.
-        engine: of the search; the fastest that is there where None.
+        engine: of the search, which may differ between ranks; the fastest that is there where None. `cuda`, also where
+            it is asked for, compiles its kernels here, and plans a few rows of the job's own shapes. If that fails or
+            differs, which is logged, this rank searches with `cpu`, and the plans are the same.
         time_curve: from an expert's tokens to its time, as from `measured_curve`; what is balanced then is time.
         move_model: what tokens and moves cost, so that only what repays itself is moved. Where None and a time curve
             is there, it is measured: seconds from the curve, bytes from what travels, bandwidths by a short transfer
@@ -626,6 +629,7 @@ class Rebalancer:
             self._options.check(self._topology, len(layers), num_slots)
             self._start = self._routing.start(self._logical_order())
             check_legal(self._start, self._logical_order(), self._routing.num_groups, self._slot_class)
+            self._try_engine()
             mover = Mover(layers, optimizers, self._comm, self._topology, num_slots, gpu, self._routing.num_groups)
             verify = ("first", "digest", "off").index(self._verify)
             limit = -1 if self._max_bytes is None else self._max_bytes
@@ -644,6 +648,14 @@ class Rebalancer:
             self._let_go(mover)
             raise
         return mover
+
+    def _try_engine(self) -> None:
+        """Compile what rebalances will run, and see that it plans right, while nobody waits for this rank in one."""
+        kept, num_layers, num_slots = self._window.shape
+        device = self._window.steps().device if isinstance(self._comm, WorldOfOne) else self._comm.device
+        options = replace(self._options, current=self._start, move_price=1.0)
+        for steps in sorted({kept, min(kept, self._every)} if num_layers else ()):
+            engine_for(options, self._topology, (steps, num_layers, num_slots), device)
 
     def _entered(self) -> tuple[Roster, bool]:
         """This communicator's entry among the job's; and whether it is known on all ranks where the rows are."""
