@@ -654,8 +654,10 @@ class Rebalancer:
         kept, num_layers, num_slots = self._window.shape
         device = self._window.steps().device if isinstance(self._comm, WorldOfOne) else self._comm.device
         options = replace(self._options, current=self._start, move_price=1.0)
-        for steps in sorted({kept, min(kept, self._every)} if num_layers else ()):
+        steps = min(kept, self._every) if num_layers else 0  # with one micro-batch; of several there are more
+        while steps:
             engine_for(options, self._topology, (steps, num_layers, num_slots), device)
+            steps = min(kept, 2 * steps) if steps < kept else 0
 
     def _entered(self) -> tuple[Roster, bool]:
         """This communicator's entry among the job's; and whether it is known on all ranks where the rows are."""

@@ -17,14 +17,14 @@ from typing import Any
 
 import pytest
 import torch
-from jobs import Job, by_slot, skewed
+from jobs import EXPERTS, LAYERS, Job, by_slot, skewed
 from ranks import on_ranks
 from settle_cases import settle_cases
 from test_cuda_engine import patch_once
 from torch import Tensor
 
 import distplb
-from distplb import DistplbError, Placement, RebalanceEvent, Topology, balanced_packing
+from distplb import DistplbError, LoadWindow, Placement, RebalanceEvent, Topology, balanced_packing, rebalancer
 from distplb.comm.base import WorldOfOne
 from distplb.comm.torchdist import TorchComm
 from distplb.packing import cpu, cuda, reference
@@ -85,6 +85,21 @@ def test_an_engine_that_agrees_answers_as_it_does() -> None:
 def test_a_call_that_answers_otherwise_is_named(call: str, wrong: Callable[[Tensor], Tensor], wording: str) -> None:
     with pytest.raises(DistplbError, match=wording.format(call)):
         list(calls(Compared(Broken(call, wrong), reference)))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("every", "kept", "steps"), [(500, 64, [64]), (1, 6, [1, 2, 4, 6]), (5, 64, [5, 10, 20, 40, 64]), (8, 8, [8])]
+)
+def test_windows_of_any_number_of_micro_batches_are_tried(
+    every: int, kept: int, steps: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried, needed = [], set[int]()
+    monkeypatch.setattr(rebalancer, "engine_for", lambda options, topology, shape, device: tried.append(shape[0]))
+    Job(ranks=1).rebalancer(every=every, window=LoadWindow(LAYERS, EXPERTS, kept), engine="reference").close()
+    assert tried == steps
+    for micro_batches in range(1, kept + 1):
+        needed.add((min(kept, every * micro_batches) - 1).bit_length())
+    assert needed <= {(number - 1).bit_length() for number in tried}
 
 
 # --- interpreted ----------------------------------------------------------------------------------------------------
@@ -204,14 +219,14 @@ def one_rank_of_a_job() -> dict[str, Any]:
     said, told = Logged().said, list[RebalanceEvent]()
     with broken("table" if TorchComm().rank else None):
         job = Job()
-        rebalancer = job.rebalancer(engine="cuda", every=4, num_candidates=4, on_event=told.append)
+        held = job.rebalancer(engine="cuda", every=4, num_candidates=4, on_event=told.append)
         at_first = said[:]
         for hot in ((0, 1), (2, 3)):
             for _ in range(4):
-                job.iterate(by_slot(skewed(hot), rebalancer.placement))
-            rebalancer._iteration += 3  # as if it had been called after each
-            rebalancer.step()
-        rebalancer.close()
+                job.iterate(by_slot(skewed(hot), held.placement))
+            held._iteration += 3  # as if it had been called after each
+            held.step()
+        held.close()
     plans = [event.placement_digest for event in told if event.imbalance_next is None]
     return {
         "at first": at_first,
