@@ -104,6 +104,7 @@ def accounted() -> Account:
         old=old,
         planned=Planned(placement, load, "cpu"),
         target=placement,
+        left_alone=(False,) * LAYERS,
         options=SearchOptions(current=old, move_price=1.0),
         model=None,
         pace=Pace(1.0, 0.1, 100),

@@ -24,7 +24,9 @@ from distplb.price import MoveModel, moved_slots
 from distplb.stoploss import Pace
 from distplb.topology import Topology
 
-__all__ = ["Account", "completed"]
+__all__ = ["AS_EVEN", "Account", "completed"]
+
+AS_EVEN = "the GPUs are as even as chance leaves them"
 
 _HOTTEST = 4  # experts of each layer that are named
 _UNEVEN = 1e-3  # of imbalance above the bound, below which there is nothing to say of a layer
@@ -39,8 +41,10 @@ class Account:
         layers: the L names.
         topology: of the EP group.
         old: the placement in force while the window was counted.
-        planned: the plan, the load that it was made from, and the engine.
+        planned: the plan, the load that it was made from, and the engine. All of it lies on the host, so that the
+            record can be made beside the training without a launch on the GPU, or a wait for it.
         target: the part of the plan that is carried out.
+        left_alone: by layer, whether it stays as it is because its GPUs are as even as chance leaves them.
         options: of the search.
         model: what moves cost, if they have a price.
         pace: of the iterations before.
@@ -56,6 +60,7 @@ class Account:
     old: Placement
     planned: Planned
     target: Placement
+    left_alone: tuple[bool, ...]
     options: SearchOptions
     model: MoveModel | None
     pace: Pace
@@ -139,6 +144,8 @@ class Account:
         for layer, (reached, possible, slots) in enumerate(zip(after, bound, over, strict=True)):
             if layer in self.stays:
                 texts.append(self.stays[layer])
+            elif self.left_alone[layer]:
+                texts.append(AS_EVEN)
             elif slots:
                 texts.append(f"{slots} slots are over the budget")
             else:

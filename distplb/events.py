@@ -51,7 +51,8 @@ class RebalanceEvent:
             "skipped" where ranks had different digests: of the steps they had counted, and then nothing is known of the
             load and all that follows from it is left at its default; or of the placement.
         reason: of the decision, in words.
-        left_out: for each layer, why moves that would even it out were not made; empty where there is nothing to say.
+        left_out: for each layer, why moves that would even it out, or seemed to, were not made; empty where there is
+            nothing to say.
         move_price: tokens of the window for a moved slot, inside a node and between nodes.
         saved_seconds: modelled, by the plan until the next rebalance, as far as it is trusted; None without a price.
         move_seconds: modelled, of the moves; None without a price.

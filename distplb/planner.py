@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from distplb.packing.candidates import CANDIDATE_BITS
 from distplb.placement import Placement
 from distplb.planning.options import SearchOptions
 from distplb.planning.problem import Problem
+from distplb.planning.trial import engine_for
 from distplb.price import TimeCurve
 from distplb.stages import Stages
 from distplb.topology import Topology
@@ -31,7 +33,7 @@ _WORST_KEY = torch.iinfo(torch.int64).max
 
 @dataclass(frozen=True)
 class Planned:
-    """A plan, the load `[T, L, E]` of all ranks that it was made from, and the engine that made it."""
+    """A plan, the load `[T, L, E]` of all ranks that it was made from, on the host, and the engine that made it."""
 
     placement: Placement
     load: Tensor
@@ -85,7 +87,8 @@ def plan(
         num_candidates: K starts for each layer, dealt round-robin to the ranks; 1 where None, or 4 with `current`. From
             one step of load without a price, K fresh ones are never worse than `balanced_packing` with K.
         seed: of all that is random.
-        engine: "reference", "cpu" or "cuda"; None for the fastest that is there.
+        engine: "reference", "cpu" or "cuda"; None for the fastest that is there. "cuda" is tried first, once in a
+            process and shape of the load; where its plans differ or it fails, which is logged, "cpu" plans the same.
         allow_shared_replicas: whether replicas of an expert may share a GPU, where that lowers the cost.
         mode: how the plan will be applied. "remap" routes tokens through a table and takes any plan; "permute" moves
             rows of experts and router, so there are no replicas, and groups stay together in blocks.
@@ -160,16 +163,18 @@ class Planning:
         self._key = torch.full((num_layers,), -1 - comm.rank, device=self._load.device)
         self._table = torch.full((num_layers, options.slots(num_experts)), -1, device=comm.device)
 
-    @property
+    @cached_property
     def load(self) -> Tensor:
-        """`[T, L, E]`, of all ranks."""
-        return self._load
+        """`[T, L, E]`, of all ranks, on the host; copied, which waits for the device, when it is first asked for."""
+        return self._load.to("cpu")
 
     def search(self) -> None:
         """(2) This rank's share of the candidates."""
         with self._stages.stage("search"):
             try:
-                self._problem = Problem(self._load, self._topology, self._options)
+                steps, layers, experts = self._load.shape
+                engine = engine_for(self._options, self._topology, (steps, layers, experts), self._load.device)
+                self._problem = Problem(self._load, self._topology, self._options, engine)
                 self._key = _best_keys(self._problem, self._options.candidates, self._comm, self._load)
             except Exception as caught:
                 self._error = in_stage("search", caught)
@@ -203,7 +208,7 @@ class Planning:
             if int(self._table.min()) < 0:
                 raise_everywhere(self._comm, 0, self._error)
             placement = Placement(self._table, self._load.shape[2], self._topology.num_gpus)
-        return Planned(placement, self._load, self._engine_name)
+        return Planned(placement, self.load, self._engine_name)
 
 
 def _agreed_load(

@@ -6,23 +6,28 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
+import torch
+
+from distplb.chance import even_by_chance
 from distplb.comm.agreement import told_by_root
 from distplb.comm.base import Comm
 from distplb.measure import measured_bandwidths
 from distplb.observer import Observer
 from distplb.placement import Placement
+from distplb.planner import Planned
 from distplb.planning.options import SearchOptions
 from distplb.price import MoveModel
 from distplb.stoploss import Pace
 from distplb.topology import Topology
 
-__all__ = ["Pricer", "Told"]
+__all__ = ["Pricer", "Told", "default_price"]
 
 # What a moved slot must save where nobody knows what moves cost: this share of the mean GPU's tokens. On DeepSeek-V3's
-# loads it leaves an imbalance of 1.002 with 13 % of the slots moved, where moving for nothing leaves 1.0001 with 79 %.
+# load, disturbed by a tenth, on 16 GPUs of one node, it leaves an imbalance of 1.0049 with 8 % of slots moved, where
+# moving for nothing leaves 1.0039 with 82 % (benchmarks/results/2026-11-26-default-price.md).
 _LEAST_SAVING = 2.0**-13
-# Of that, what a slot must save inside a node and between nodes, where links are slower. On the same loads disturbed,
-# 16 GPUs of 2 nodes: 60 slots instead of 201 cross over, and the imbalance is 1.0037 as before.
+# Of that, what a slot must save inside a node and between nodes, where links are slower. On the same load and 2 nodes,
+# 178 slots instead of 652 cross over, and the imbalance is 1.0050.
 _BY_DISTANCE = (0.5, 2.0)
 
 
@@ -81,7 +86,33 @@ class Pricer:
             self.model = MoveModel(speed, told.slot_bytes, *links)
         steps = min(told.seen, self._window_steps)
         if self.model is None or not steps:
-            least = told.tokens * _LEAST_SAVING
-            inside, between = _BY_DISTANCE if self._topology.num_nodes > 1 else (1.0, 1.0)
-            return replace(options, move_price=(inside * least, between * least))
+            return replace(options, move_price=default_price(told.tokens, self._topology))
         return replace(options, move_price=self.model.price(steps, steps_until_next))
+
+    def worth(self, planned: Planned, current: Placement, options: SearchOptions) -> tuple[Placement, tuple[bool, ...]]:
+        """The plan, but for layers that are left alone; and which these are, by layer. Not collective.
+
+        Where there is a model or a time curve it is the plan: what moves must save is then known. Where there is
+        neither, layers are left alone whose GPUs are as even as chance leaves them. The same on all ranks.
+
+        Args:
+            planned: from counts of steps that ran under `current`.
+            current: the placement in force.
+            options: of the search.
+        """
+        if self.model is not None or options.time_curve is not None:
+            return planned.placement, (False,) * current.num_layers
+        is_even = even_by_chance(planned.load, current)
+        table = torch.where(is_even[:, None], current.expert_of_slot, planned.placement.expert_of_slot)
+        return Placement(table, current.num_experts, current.num_gpus), tuple(is_even.tolist())
+
+
+def default_price(tokens: int, topology: Topology) -> tuple[float, float]:
+    """Tokens of the window that a moved slot has to save, inside a node and between nodes, where nothing else is known.
+
+    Args:
+        tokens: of the mean GPU, in a layer and all steps of the window.
+        topology: of one EP group.
+    """
+    inside, between = _BY_DISTANCE if topology.num_nodes > 1 else (1.0, 1.0)
+    return inside * tokens * _LEAST_SAVING, between * tokens * _LEAST_SAVING

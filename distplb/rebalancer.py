@@ -11,7 +11,7 @@ import time
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from distplb.account import Account, completed
+from distplb.account import AS_EVEN, Account, completed
 from distplb.arguments import refuse_wrong_types
 from distplb.background import Background
 from distplb.comm.agreement import agree, digest
@@ -46,6 +46,7 @@ from distplb.placement import Placement
 from distplb.planner import Planned, Planning
 from distplb.planning.legal import check_legal
 from distplb.planning.options import SearchOptions
+from distplb.planning.trial import engine_for
 from distplb.price import MoveModel, TimeCurve
 from distplb.pricer import Pricer, Told
 from distplb.routing import Routing
@@ -113,12 +114,15 @@ class Rebalancer:
         slot_class: `[P]` integers; experts then stay in slots of their class, as of `plan`.
         num_candidates: randomised starts of each layer's search, dealt to the ranks.
         seed: of the search.
-        engine: of the search; the fastest that is there where None.
+        engine: of the search, which may differ between ranks; the fastest that is there where None. `cuda`, also where
+            it is asked for, compiles its kernels here, and plans a few rows of the job's own shapes. If that fails or
+            differs, which is logged, this rank searches with `cpu`, and the plans are the same.
         time_curve: from an expert's tokens to its time, as from `measured_curve`; what is balanced then is time.
         move_model: what tokens and moves cost, so that only what repays itself is moved. Where None and a time curve
             is there, it is measured: seconds from the curve, bytes from what travels, bandwidths by a short transfer
             before the first rebalance. Without either a moved slot has to save 2^-13 of the mean GPU's tokens, so that
-            experts do not move for next to nothing.
+            experts do not move for next to nothing, and a layer whose GPUs are as even as chance leaves them is left
+            alone.
         max_bytes: that the experts moved by one rebalance may have, with their state, over all ranks; the moves that
             save most come first. No limit where None.
         stop_loss: after so many rebalances in a row whose iterations did not become faster by what they took,
@@ -432,6 +436,7 @@ class Rebalancer:
             self._forget_counts()
             self._tell_of_skipping(began, str(differing), stages.seconds)
             return
+        # On the host from here on: what is written down beside the training must not get into its stream.
         if self._trace is not None:
             self._trace.add(planning.load, old, self._observer.iterations_of_steps(began, told.seen))
         self._complete_event(planning.load, told)
@@ -445,7 +450,7 @@ class Rebalancer:
         yield began + spread.share_after
         polished(stages)
         planned = planning.share()
-        target, moved = planned.placement, Moved()
+        wanted, moved = _Wanted(planned.placement, planned.placement, (False,) * len(self._names)), Moved()
         ready: Ready | None = None
         stays: dict[int, str] = {}
         try:
@@ -462,9 +467,10 @@ class Rebalancer:
                 raise
             would_be = f"; it would be refused: {refused}"
         if decision != "skipped":
-            target, error = self._carried_out(planned, told.slot_bytes, stays)
-            decision, reason = self._decision(planned, target, stays)
+            wanted = self._wanted(planned, old, options, told.slot_bytes, stays)
+            decision, reason = self._decision(planned, wanted, stays)
             reason += would_be
+        target = wanted.target
         limits = None if self._spread is None else Limits(1, _COMMIT_BYTES, spread.move_seconds)
         while decision in ("moved", "kept"):  # ranks agree on the placement also where nothing has to be moved
             try:
@@ -473,7 +479,7 @@ class Rebalancer:
                     stays |= ready.left_out
                     self._warn_of_staying(ready.left_out)
                     target = _with_rows_of(self._placement, target, ready.left_out)
-                done = self._move(target, ready, stages, limits, untrained, error=error)
+                done = self._move(target, ready, stages, limits, untrained, wanted.error)
             except (DisagreementError, UntrainedError) as differing:
                 self._warn_of_skipping(differing)
                 decision, reason = "skipped", str(differing)
@@ -499,6 +505,7 @@ class Rebalancer:
             old=old,
             planned=planned,
             target=target,
+            left_alone=wanted.left_alone,
             options=options,
             model=self._pricer.model,
             pace=told.pace,
@@ -579,23 +586,26 @@ class Rebalancer:
             raise differing
         warnings.warn(f"distplb has skipped a rebalance: {differing}", RuntimeWarning, stacklevel=5)
 
-    def _carried_out(
-        self, planned: Planned, slot_bytes: int, stays: Mapping[int, str]
-    ) -> tuple[Placement, Exception | None]:
-        """What of the plan is carried out; and why this rank cannot tell, if it cannot."""
-        wanted = _with_rows_of(self._placement, planned.placement, stays)
-        if self._max_bytes is None or not slot_bytes:
-            return wanted, None
+    def _wanted(
+        self, planned: Planned, old: Placement, options: SearchOptions, slot_bytes: int, stays: Mapping[int, str]
+    ) -> _Wanted:
+        """What of the plan is carried out: what is worth it, can move, and fits in the budget."""
+        worth, left_alone = planned.placement, (False,) * len(self._names)
         try:
+            worth, left_alone = self._pricer.worth(planned, old, options)
+            worth = _with_rows_of(self._placement, worth, stays)
+            if self._max_bytes is None or not slot_bytes:
+                return _Wanted(worth, worth, left_alone)
             curve = self._options.time_curve
             load = planned.load if curve is None else curve.time(planned.load)
             copies = self._comm.size // self._topology.num_gpus  # EP groups side by side, each of which moves its own
             most = self._max_bytes // (slot_bytes * copies)
-            return within_budget(load, self._placement, wanted, most, self._routing.num_groups), None
+            target = within_budget(load, self._placement, worth, most, self._routing.num_groups)
+            return _Wanted(worth, target, left_alone)
         except Exception as failed:  # the other ranks are at the agreement of the move by then
-            return wanted, in_stage("move", failed)
+            return _Wanted(worth, worth, left_alone, in_stage("move", failed))
 
-    def _decision(self, planned: Planned, target: Placement, stays: Mapping[int, str]) -> tuple[str, str]:
+    def _decision(self, planned: Planned, wanted: _Wanted, stays: Mapping[int, str]) -> tuple[str, str]:
         """What is done with the plan, and why."""
         if self._dry_run:
             if not stays:
@@ -614,7 +624,9 @@ class Rebalancer:
         if len(stays) == len(self._names):
             return "skipped", self._told_of_staying(stays)
         more = f"; {self._told_of_staying(stays)}" if stays else ""
-        if target == self._placement:
+        if wanted.worth == self._placement and any(wanted.left_alone):
+            return "kept", f"{AS_EVEN}, in every layer that would have moved{more}"
+        if wanted.target == self._placement:
             why = "nothing else is worth its moves" if stays else "nothing that is worth moving fits in max_bytes"
             return "kept", why + more
         return "moved", "the moves lower the cost by more than their price" + more
@@ -766,6 +778,7 @@ class Rebalancer:
             self._options.check(self._topology, len(layers), num_slots)
             self._start = self._routing.start(self._logical_order())
             check_legal(self._start, self._logical_order(), self._routing.num_groups, self._slot_class)
+            self._try_engine()
             mover = Mover(layers, optimizers, self._comm, self._topology, num_slots, gpu, self._routing.num_groups)
             verify = ("first", "digest", "off").index(self._verify)
             limit = -1 if self._max_bytes is None else self._max_bytes
@@ -784,6 +797,16 @@ class Rebalancer:
             self._let_go(mover)
             raise
         return mover
+
+    def _try_engine(self) -> None:
+        """Compile what rebalances will run, and see that it plans right, while nobody waits for this rank in one."""
+        kept, num_layers, num_slots = self._window.shape
+        device = self._window.steps().device if isinstance(self._comm, WorldOfOne) else self._comm.device
+        options = replace(self._options, current=self._start, move_price=1.0)
+        steps = min(kept, self._every) if num_layers else 0  # with one micro-batch; of several there are more
+        while steps:
+            engine_for(options, self._topology, (steps, num_layers, num_slots), device)
+            steps = min(kept, 2 * steps) if steps < kept else 0
 
     def _entered(self) -> tuple[Roster, bool]:
         """This communicator's entry among the job's; and whether it is known on all ranks where the rows are."""
@@ -967,6 +990,16 @@ def _with_rows_of(other: Placement, placement: Placement, layers: Collection[int
     table, some = placement.expert_of_slot.clone(), sorted(layers)
     table[some] = other.expert_of_slot[some]
     return Placement(table, placement.num_experts, placement.num_gpus)
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """Of a plan, what is worth its moves, and the part of it that is carried out; or why this rank cannot tell."""
+
+    worth: Placement
+    target: Placement
+    left_alone: tuple[bool, ...]  # by layer, because its GPUs are as even as chance leaves them
+    error: Exception | None = None
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ def account(load: Tensor, old: Placement, planned: Placement, target: Placement 
         "model": None,
         "pace": Pace(1.5, 0.1, 10),
         "steps_until_next": len(load),
+        "left_alone": (False,) * load.shape[1],
         "router_ties": (0.25,) * load.shape[1],
         "last_applied": 7,
     }

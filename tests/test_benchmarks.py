@@ -22,6 +22,7 @@ from distplb import Placement, Trace
 
 sequences, windows, replay_cases = imported("sequences"), imported("windows"), imported("replay_cases")
 bench_steps, bench_moves, bench_replay = imported("bench_steps"), imported("bench_moves"), imported("bench_replay")
+bench_default = imported("bench_default")
 
 
 def counts(*shape: int, seed: int = 0) -> Tensor:
@@ -254,6 +255,26 @@ def test_replay_end_to_end(loads: Path, run: Callable[..., None]) -> None:
     own = [line.split(",") for line in lines if line.startswith("short,greedy,")]
     assert [int(line[2]) for line in own] == list(range(24))
     assert {int(line[2]) for line in own if int(line[4])} <= {8, 16}
+
+
+def test_default_end_to_end(loads: Path, run: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replay_cases, "STEPS", 24)
+    monkeypatch.setattr(replay_cases, "MADE", replay_cases.Size(steps=24, layers=1, experts=16, tokens=1000))
+    monkeypatch.setattr(replay_cases, "SHIPPED", loads)
+    replay_cases.as_trace(counts(24, 2, 16)).save(loads / "short.npz")
+    monkeypatch.setattr(bench_default, "SIZES", ((1, 2, 16),))
+    monkeypatch.setattr(bench_default, "EVEN_STEPS", (4, 16))
+    output = loads / "default.md"
+    few = ("--loads", loads, "--every", 8, "--candidates", 1, "--windows", 2)
+    run(bench_default, *few, "--output", output)
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in output.read_text().splitlines()]
+    even = [line for line in lines if line and line[0].startswith("2 GPUs on 1")]
+    assert len(even) == 4
+    for _, slots, static, _, moved, left, none in even:  # a window costs moves, and none is worth it
+        assert 0 < int(moved) < int(slots) == 2 * 2 * 16
+        assert (left, none) == (static, "0")
+    assert len([line for line in lines if line and line[0].startswith("short")]) == 2
+    assert str(loads) not in output.read_text()
 
 
 def test_windows_end_to_end(

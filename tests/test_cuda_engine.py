@@ -528,6 +528,15 @@ def test_an_engine_without_triton_is_not_there(monkeypatch: pytest.MonkeyPatch) 
     assert not cuda.is_there()
 
 
+@pytest.mark.parametrize("rows", [1, 7, 40])
+@pytest.mark.parametrize("at_once", [1, 2, 3, 6, 100])
+def test_slices_hold_all_rows_and_begin_at_16_bytes(rows: int, at_once: int) -> None:
+    """Of int64; a kernel is compiled once more for what does not, in the middle of a rebalance."""
+    found = list(cuda._slices(rows, cuda._HELD // at_once))
+    assert [row for part in found for row in range(part.start, part.stop)] == list(range(rows))
+    assert at_once == 1 or not any(part.start % 2 for part in found)
+
+
 @pytest.mark.parametrize(
     ("weight", "items", "num_packs", "wording"),
     [

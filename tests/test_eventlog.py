@@ -5,12 +5,14 @@ Shapes: L layers, M GPUs.
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import threading
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -21,13 +23,16 @@ from distplb import (
     EventLog,
     LoadWindow,
     MoELayer,
+    MoveModel,
     RebalanceEvent,
     Rebalancer,
+    TimeCurve,
     Topology,
     Trace,
     read_events,
 )
 from distplb.eventlog import scalars
+from distplb.spread import Spread
 
 NEXT: dict[str, Any] = {"imbalance_next": (1.25, 1.5), "iteration_seconds_next": 0.25, "repaid": True}
 
@@ -260,3 +265,86 @@ def test_a_rebalancer_writes_a_run(tmp_path: Path, caplog: pytest.LogCaptureFixt
     assert (first.num_experts, first.num_nodes, first.tokens_of_gpu_before) == (4, 1, ((20,),))
     assert first.max_violation == pytest.approx(0.6)
     assert Trace.read(tmp_path).num_steps == 4
+
+
+# --- on the host ----------------------------------------------------------------------------------------------------
+
+
+class OnDevice(torch.Tensor):
+    """Stands for a tensor on a GPU: what is made of it is there too, until "cpu" is asked for."""
+
+    touched: ClassVar[list[tuple[str, str]]] = []  # the thread, and what it did
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        cls.touched.append((threading.current_thread().name, str(func)))
+        found = super().__torch_function__(func, types, args, kwargs)
+        if func is torch.Tensor.cpu or (func is torch.Tensor.to and "cpu" in (*args[1:], kwargs.get("device"))):
+            return found.as_subclass(torch.Tensor)
+        return found
+
+
+@pytest.mark.parametrize("spread", [None, Spread(1, 1)])
+def test_a_record_is_made_on_the_host_and_the_gpu_is_left_to_the_training(
+    tmp_path: Path, spread: Spread | None
+) -> None:
+    """The log's thread launched the bound and the quantiles on the training's stream, and waited for it each time."""
+    experts = torch.nn.Parameter(torch.arange(4.0)[:, None].clone())
+    window = LoadWindow(1, 4, 8)
+    window._counts, window._numbers = window._counts.as_subclass(OnDevice), window._numbers.as_subclass(OnDevice)
+    told: list[RebalanceEvent] = []
+    rebalancer = Rebalancer(
+        [MoELayer(name="moe", experts={"w": experts}, router={"w": torch.zeros(4, 2)})],
+        torch.optim.AdamW([experts]),
+        topology=Topology(1, 1),
+        every=4,
+        window=window,
+        record=tmp_path,
+        summary_writer=SummaryWriter(tmp_path / "tensorboard"),
+        on_event=told.append,
+        max_bytes=0,
+        time_curve=TimeCurve.linear(3.0),
+        move_model=MoveModel(1e-6, 10, 1e9, 1e9),
+        spread=spread,
+        engine="reference",
+    )
+    made: list[Any] = []
+    assert rebalancer._log is not None
+    take = rebalancer._log.take
+    rebalancer._log.take = lambda make: (made.append(make), take(make))[1]  # type: ignore[method-assign]
+    OnDevice.touched.clear()
+    for _ in range(14):
+        window.add(0, torch.tensor([4, 3, 2, 1]))
+        rebalancer.step()
+    rebalancer.close()
+    threads = {thread for thread, _ in OnDevice.touched}
+    assert threads == {"MainThread"} | ({"distplb_0"} if spread else set())  # where the training and the search are
+    events = read_events(tmp_path / "events.jsonl")
+    assert [event.iteration for event in events] == [4, 8, 12]
+    assert events[:2] == [event for event in told if event.imbalance_next is not None]
+    # What waits for the next window holds no memory of the GPU either.
+    assert len(made) == 5
+    assert [where for make in made for where in on_device(make)] == []
+
+
+def on_device(value: Any, where: str = "", seen: set[int] | None = None) -> Iterator[str]:
+    """Where tensors of the device are in a closure and all that hangs on it."""
+    seen = set() if seen is None else seen
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    if isinstance(value, OnDevice):
+        yield where
+    elif isinstance(value, list | tuple | set):
+        for number, one in enumerate(value):
+            yield from on_device(one, f"{where}[{number}]", seen)
+    elif isinstance(value, dict):
+        for name, one in value.items():
+            yield from on_device(one, f"{where}[{name!r}]", seen)
+    elif not isinstance(value, torch.Tensor):
+        inside = inspect.getclosurevars(value).nonlocals if inspect.isfunction(value) else {}
+        inside = inside | {"wrapped": getattr(value, "__wrapped__", None)} | getattr(value, "__dict__", {})
+        for name, one in inside.items():
+            if name != "self":  # the rebalancer, which holds the window
+                yield from on_device(one, f"{where}.{name}", seen)

@@ -28,7 +28,7 @@ LEVELS = [
     {"errors", "topology", "stages", "hashing", "stoploss", "ties", "torchnames"},
     {"arguments", "placement", "load", "layer", "events", "traces", "spread", "saves", "background"},
     {"cost", "balance", "bound", "price", "routing", "saved", "saving", "eventlog"},
-    {"packing", "planning", "comm"},
+    {"packing", "planning", "comm", "chance"},
     {"migrate", "replay", "measure", "assumed"},
     {"planner", "observer"},
     {"account", "pricer"},
@@ -132,14 +132,17 @@ NEEDS = {
     "distplb.integrations.megatron": "megatron",
 }
 PURE = [name for name in SOURCES if name.startswith(("distplb.planning", "distplb.packing"))]
-PURE += ["distplb.price", "distplb.replay", "distplb.assumed", "distplb.verdict"]
+PURE += ["distplb.price", "distplb.chance", "distplb.replay", "distplb.assumed", "distplb.verdict"]
 PURE += ["distplb.saved", "distplb.cost", "distplb.balance", "distplb.bound", "distplb.stoploss", "distplb.account"]
 PURE += ["distplb.migrate.schedule", "distplb.migrate.pieces", "distplb.migrate.budget"]
 IMPURE_MODULES = {"time", "os", "random", "io", "socket", "subprocess", "threading", "pathlib", "datetime", "secrets"}
 IMPURE_MODULES |= {"numpy.random", "torch.random", "torch.distributed", "distplb.comm", "distplb.stages"}
 IMPURE_MODULES |= {"tempfile", "concurrent", "multiprocessing", "filelock"}
-# Where machine code is kept, and how many threads there are, never reaches a result.
-EXCUSED = {"distplb.packing.cpu": {"os", "tempfile", "pathlib", "concurrent", "filelock"}}
+# Where machine code is kept, how many threads there are, and how long a trial took never reaches a result.
+EXCUSED = {
+    "distplb.packing.cpu": {"os", "tempfile", "pathlib", "concurrent", "filelock"},
+    "distplb.packing.trial": {"time"},
+}
 IMPURE_NAMES = {
     "open",
     "print",

@@ -273,7 +273,7 @@ def test_a_row_does_not_depend_on_the_rows_after_it() -> None:
 
 
 def test_batch_sizes_change_the_memory_and_not_the_packing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(balanced, "engine_named", lambda *_: ("reference", reference))
+    monkeypatch.setattr(balanced, "engine_after", lambda *_: ("reference", reference))
     weight = skewed(4, rows=5, n=24)
     wanted = balanced_packing(weight, 4, num_candidates=7)
     monkeypatch.setattr(balanced, "_BATCH", 300)  # two candidates at a time

@@ -447,13 +447,13 @@ def test_what_is_worth_its_price_is_moved_and_nothing_else(
 
 
 def nearly_even() -> list[tuple[str, int]]:
-    """What is done, at no known price, where a swap takes so many tokens from GPU 0, which has half a million."""
+    """What is done, at no known price, where a swap takes so many of five billion tokens from GPU 0, by no chance."""
     found = []
-    for excess in (100, 1000):
+    for excess in (1_000_000, 10_000_000):
         told: list[RebalanceEvent] = []
         job = Job()
         rebalancer = job.rebalancer(every=1, on_event=told.append)
-        counts = torch.full((LAYERS, EXPERTS), 500_000 // EXPERTS)
+        counts = torch.full((LAYERS, EXPERTS), 5_000_000_000 // EXPERTS)
         counts[:, :2] += excess // 2  # on both ranks
         job.iterate(counts)
         rebalancer.step()

@@ -194,3 +194,35 @@ def test_a_job_whose_moves_pay_or_may_pay_goes_on() -> None:
         assert paying == noisy == [True] * 5
         assert patient == [False] * 5
         assert first[0] is None  # the first iteration was not timed: there is nothing to compare with
+
+
+def even_and_then_skewed() -> dict[str, Any]:
+    """Twelve windows of equally likely experts, and then two in which some are hot."""
+    timed, generator = TimedJob(), torch.Generator().manual_seed(TorchComm().rank)
+    planned = []
+    for iteration in range(12 * EVERY):
+        timed.counts = torch.poisson(torch.full((LAYERS, EXPERTS), 50.0), generator=generator).long()
+        timed.run(1.0)
+        if iteration % EVERY == EVERY - 1:
+            planned.append(timed.events[-1].placement_digest == timed.rebalancer.placement.digest())
+    found: dict[str, Any] = {"told": timed.told(), "enabled": timed.rebalancer.enabled, "planned": planned}
+    found["left_out"], found["reasons"] = timed.events[-1].left_out, {event.reason for event in timed.events}
+    timed.counts = torch.full((LAYERS, EXPERTS), 10)
+    timed.counts[:, :2] = 90
+    timed.run(*[1.0] * 2 * EVERY)
+    return found | {"then": timed.told()[len(found["told"]) :]}
+
+
+def test_an_even_load_is_left_alone_and_rebalancing_stays_on() -> None:
+    """Experts moved for what chance had made of a window, gained nothing, and the third time ended it for good."""
+    for found in on_ranks(2, even_and_then_skewed, deadline=60):
+        assert found["enabled"]
+        assert {(decision, repaid) for _, decision, repaid in found["told"]} == {("kept", None)}
+        assert sum(found["planned"]) < 3  # nearly every time the search had found some moves
+        assert "the GPUs are as even as chance leaves them, in every layer that would have moved" in found["reasons"]
+        assert found["left_out"] == ("the GPUs are as even as chance leaves them",) * LAYERS
+        assert [(iteration, decision) for iteration, decision, _ in found["then"] if iteration > 36] == [
+            (39, "moved"),
+            (39, "moved"),
+            (42, "moved"),
+        ]

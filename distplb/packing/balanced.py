@@ -6,21 +6,25 @@ Shapes: X rows, n items, M packs, K candidates.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from distplb.errors import DistplbError
+from distplb.hashing import hashed
 from distplb.load import check_weights, scaled
 from distplb.packing.candidates import CANDIDATE_BITS
-from distplb.packing.engines import engine_named
+from distplb.packing.engines import Engine
 from distplb.packing.steps import pack_loads
+from distplb.packing.trial import engine_after
 
 __all__ = ["as_whole", "balanced_packing"]
 
 # A float row is scaled to a total of just under 2^39, so that rounding up cannot carry it beyond 2^40.
 _FLOAT_BITS = 39
 _MAX_TOTAL = 2.0**62
+_TRIED_ROWS = 12
 _BATCH = 1 << 20  # weights packed at a time, which bounds the memory
 
 
@@ -46,7 +50,6 @@ def balanced_packing(weight: Tensor, num_packs: int, num_candidates: int = 64) -
         DistplbError: for another shape, NaN, infinite or negative weights, or n not a multiple of `num_packs`.
     """
     whole = as_whole(weight)
-    _, engine = engine_named(None, whole.device)
     rows, num_items = whole.shape
     if num_packs < 1 or num_items % num_packs:
         raise DistplbError(
@@ -54,6 +57,7 @@ def balanced_packing(weight: Tensor, num_packs: int, num_candidates: int = 64) -
         )
     if not 1 <= num_candidates <= 1 << CANDIDATE_BITS:
         raise DistplbError(f"num_candidates is {num_candidates}; pass 1 to 2^{CANDIDATE_BITS}")
+    _, engine = engine_after(_PackTrial(num_items, num_packs, whole.device), None, whole.device)
     row = torch.arange(rows, device=whole.device)
     chosen = torch.empty_like(whole)
     least = torch.full((rows,), torch.iinfo(torch.int64).max, device=whole.device)
@@ -99,3 +103,23 @@ def as_whole(weight: Tensor) -> Tensor:
 def _power_of_two(exponent: Tensor) -> Tensor:
     """float64, exact on every device and torch, which `pow` and `ldexp` do not promise; from 2^-1022 to 2^1023."""
     return ((exponent.to(torch.int64) + 1023) << 52).view(torch.float64)
+
+
+@dataclass(frozen=True)
+class _PackTrial:
+    """What an engine is asked for here, see `Trial`."""
+
+    num_items: int
+    num_packs: int
+    device: torch.device
+
+    def __str__(self) -> str:
+        return f"{self.num_items} items in {self.num_packs} packs"
+
+    def run(self, engine: Engine) -> None:
+        """Pack a dozen rows."""
+        row = torch.arange(_TRIED_ROWS, device=self.device)
+        item = torch.arange(self.num_items, device=self.device)
+        weight = hashed(torch.zeros_like(row[:, None] + item), row[:, None], item) % (1 << (row + 1))[:, None]
+        items = engine.pack(weight, self.num_packs, layer=row, candidate=row // 2)
+        engine.finish(weight, items, self.num_packs)

@@ -233,6 +233,7 @@ def _parts(weight: Tensor, num_packs: int) -> Iterator[tuple[slice, Tensor]]:
 def _slices(num_rows: int, each: int) -> Iterator[slice]:
     """All rows, as many at a time as memory is for where a row takes `each` bytes."""
     most = max(1, _HELD // each)
+    most -= most % 2 if most > 1 else 0  # else the next slice would not begin at 16 bytes, and be compiled for anew
     for first in range(0, num_rows, most):
         yield slice(first, min(first + most, num_rows))
 

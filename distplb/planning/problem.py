@@ -46,12 +46,19 @@ class Problem:
         load: `[T, L, E]` int64 tokens, the same on every rank; the search runs on its device.
         topology: of the EP group.
         options: what else fixes the plan.
+        engine: what packs, and its name; those of the options where None.
 
     Raises:
         DistplbError: if load, topology and options do not go together, or the engine is not there.
     """
 
-    def __init__(self, load: Tensor, topology: Topology, options: SearchOptions | None = None) -> None:
+    def __init__(
+        self,
+        load: Tensor,
+        topology: Topology,
+        options: SearchOptions | None = None,
+        engine: tuple[str, Engine] | None = None,
+    ) -> None:
         options = SearchOptions() if options is None else options
         options.check(topology, load.shape[1], load.shape[2])
         self.num_gpus, self._gpus_per_node = topology.num_gpus, topology.gpus_per_node
@@ -62,15 +69,15 @@ class Problem:
             None if options.slot_class is None else torch.as_tensor(options.slot_class, device="cpu").numpy()
         )
         num_slots = options.slots(load.shape[2])
-        self.engine_name, engine = engine_named(options.engine, load.device)
-        self._policy = _policy(options, topology, num_slots, load.shape[1], engine)
+        self.engine_name, packing = engine_named(options.engine, load.device) if engine is None else engine
+        self._policy = _policy(options, topology, num_slots, load.shape[1], packing)
         # The same with replicas apart, where there are any, they may share, and there is room to keep them apart.
         self._apart: Policy | None = None
         nodes = topology.num_nodes if options.num_groups is not None else 1
         roomy = num_slots // topology.num_gpus <= load.shape[2] // nodes
         if num_slots > load.shape[2] and options.allow_shared_replicas and roomy:
             apart = replace(options, allow_shared_replicas=False)
-            self._apart = _policy(apart, topology, num_slots, load.shape[1], engine)
+            self._apart = _policy(apart, topology, num_slots, load.shape[1], packing)
         self._may_stay = torch.zeros(load.shape[1], dtype=torch.bool, device=load.device)  # [L]
         if self.current is not None:
             self._may_stay = self._allows(self.current.expert_of_slot.to(load.device))
