@@ -7,10 +7,10 @@ Shapes: L layers, E experts, P slots, M GPUs, G slots on each GPU.
 from __future__ import annotations
 
 import random
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,10 +18,13 @@ import torch
 from plain_schedule import all_copies, messages, plain_rounds
 
 from distplb import DistplbError, Placement
+from distplb.comm.base import WorldOfOne
 from distplb.migrate.messages import Copy, Messages, RankStep, rounds
 from distplb.migrate.pieces import Layout, Part, Piece, joined
 from distplb.migrate.routes import peers
 from distplb.migrate.schedule import SlotMove, commits, cycles, exchanges
+from distplb.migrate.state import Traveller
+from distplb.migrate.transfer import Move
 
 ITEM_BYTES = 8  # of the simulated tensors
 
@@ -506,40 +509,41 @@ def test_commits_of_one_move_are_made_one_after_the_other_as_each_by_itself() ->
             assert [made.step(moves) for moves in plan] == [world.steps(moves)[rank] for moves in plan]
 
 
-def side_by_side(gpus: int, groups: int, kind: str) -> tuple[list[list[tuple[int, Layout]]], int]:
-    """EP groups of ranks that follow each other, 2 slots a GPU: copies, or each row cut over the groups."""
+@pytest.mark.parametrize("kind", ["copies", "columns"])
+def test_what_a_rank_works_out_hardly_grows_with_the_groups_beside_its_own(kind: str) -> None:
+    """Made ready, a move of 64 EP groups side by side took each rank 64 times as long as that of one."""
+    called = {}
+    for groups in (1, 64):
+        layout = side_by_side(8, groups, kind)
+        comm = WorldOfOne()
+        comm.rank, comm.size = 8 * (groups // 2) + 3, 8 * groups  # type: ignore[misc]
+        old = Placement.contiguous(1, layout.num_slots, 8)
+        new = Placement(old.expert_of_slot.roll(layout.num_slots // 2, 1), layout.num_slots, 8)
+        flats = (torch.zeros(layout.held[comm.rank][0].numel),)
+        of_rank = [([], [layout], [Traveller("w", str(n), flats, 0, torch.float32) for n in range(9)])]
+        Move(old, new, of_rank, comm)  # looks at the layouts, once for all moves
+        calls = Counter[str]()
+        sys.setprofile(lambda frame, event, arg, calls=calls: calls.update([event]))
+        try:
+            move = Move(old, new, of_rank, comm)
+        finally:
+            sys.setprofile(None)
+        called[groups] = calls["call"] + calls["c_call"]
+        if groups > 1:
+            (step,), group = move._steps, range(8 * (groups // 2), 8 * (groups // 2 + 1))
+            assert {*step.sends, *step.receives} <= set(group)
+            assert peers([layout], comm.rank) == [rank for rank in group if rank != comm.rank]
+    assert called[64] < 5 * called[1]
+
+
+def side_by_side(gpus: int, groups: int, kind: str) -> Layout:
+    """EP groups of ranks that follow each other, 8 slots on each GPU: copies, or rows that are cut over the groups."""
     row, held = 3 * groups, []
     for n in range(groups):
-        copies_ = [Part(2 * gpu * row, 2 * (gpu + 1) * row, 0, row) for gpu in range(gpus)]
-        columns = [Part(6 * gpu, 6 * gpu + 6, 3 * n, 3 * n + 3) for gpu in range(gpus)]
-        held += copies_ if kind == "copies" else columns
-    return [[(0, Layout(row, 2 * gpus, tuple((part,) for part in held)))]], 2 * gpus
-
-
-@pytest.mark.parametrize("kind", ["copies", "columns"])
-def test_what_a_rank_works_out_does_not_grow_with_the_groups_beside_its_own(
-    kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Copies, messages and ways: as many for 64 EP groups as for one. They were as many as the groups."""
-    made: dict[int, list[int]] = {}
-    for groups in (1, 64):
-        tensors, slots = side_by_side(8, groups, kind)
-        rank = 8 * (groups // 2) + 3
-        moves = [SlotMove(0, slot, (slot + 3) % slots) for slot in range(slots)]
-        counted: list[int] = []
-
-        def counting(given: dict[tuple[int, int], int], limit: int, counted: list[int] = counted) -> Any:
-            counted.append(len(given))
-            return rounds(given, limit)
-
-        monkeypatch.setattr("distplb.migrate.messages.rounds", counting)
-        step = Messages(tensors, [4], rank, [0] * 8 * groups, 32, 1).step(moves)
-        made[groups] = [len(step.local), len(in_order(step.sends)), len(in_order(step.receives)), *counted]
-        assert {*step.sends, *step.receives} <= set(range(8 * (groups // 2), 8 * (groups // 2 + 1)))
-        assert set(peers([layout for _, layout in tensors[0]], rank)) == {
-            other for other in range(8 * (groups // 2), 8 * (groups // 2 + 1)) if other != rank
-        }
-    assert made[1] == made[64]
+        whole = [Part(8 * gpu * row, 8 * (gpu + 1) * row, 0, row) for gpu in range(gpus)]
+        columns = [Part(24 * gpu, 24 * gpu + 24, 3 * n, 3 * n + 3) for gpu in range(gpus)]
+        held += whole if kind == "copies" else columns
+    return Layout(row, 8 * gpus, tuple((part,) for part in held))
 
 
 def test_both_directions_of_a_link_are_used_at_once() -> None:

@@ -200,7 +200,7 @@ def meetings_and_peers() -> list[dict[str, object]]:
 
 
 def test_ranks_meet_once_for_all_rounds_of_a_commit_and_connect_before_there_is_any() -> None:
-    """Over NCCL they met before each round, and its first message between two ranks made buffers during the training."""
+    """Over NCCL they met before each round, and the first message between two ranks made buffers in a move."""
     ranks = on_ranks(4, meetings_and_peers)
     for rank, (alone, in_twos) in enumerate(ranks):
         assert (alone["copies"], in_twos["copies"]) == (1, 2)

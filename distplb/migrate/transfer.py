@@ -106,7 +106,8 @@ class Staging:
         kept = self._kept.pop(name, None)
         if kept is None or kept.numel() < size:
             del kept  # before there is more
-            kept = torch.empty(size, dtype=torch.uint8)
+            # Pages that are not touched take no memory: moves of other sizes go on in those that have been.
+            kept = torch.empty(max(size, _STAGING_BYTES) if size else 0, dtype=torch.uint8)
         self._kept[name] = kept
         return kept[:size]
 
