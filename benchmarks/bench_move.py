@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import move_figure
 import torch
@@ -25,7 +28,7 @@ from tables import command_line, header, markdown, progress
 from torch import nn
 
 from distplb import LoadWindow, MoELayer, Placement, Rebalancer, Topology
-from distplb.comm.base import Message
+from distplb.comm.base import Round
 from distplb.comm.torchdist import TorchComm
 from distplb.planning.relabel import relabelled
 
@@ -39,11 +42,16 @@ TEXT = (
     "one, named as plans are: GPUs so that most experts stay, and those that stay keep their slots. Moving is the "
     "whole of `Rebalancer.apply`: what travels is looked up, the schedule made, rows are staged, agreed upon and "
     "written; `verify` is off. Bare is an exchange (isend, irecv) of the same messages between the same ranks in the "
-    "same rounds, from and to buffers that were there before, and nothing else. They take turns; bandwidth is the "
-    "bytes that cross from rank to rank over the slowest rank's seconds, the ratio that of one turn, each as median "
-    "and quartiles. Memory is the rise of the process's peak resident memory (VmHWM, reset before) above what was "
+    "same rounds, from and to buffers that were there before, and nothing else. Needed is what a move cannot do "
+    "without: the same exchange from and to memory of each message's own, three agreements (all-reduces of eight "
+    "integers), and what has arrived written once more, to where it belongs. They take turns; bandwidth is the "
+    "bytes that cross from rank to rank over the slowest rank's seconds, a ratio that of one turn, each as median "
+    "and quartiles. {before}Memory is the rise of the peak resident memory (VmHWM, reset before) above what was "
     "resident, on the rank where it is largest, and the budget for what arrives in one commit."
 )
+
+
+BEFORE = "Before is the ratio of another checkout, measured by its own benchmark next to this one. "
 
 
 @dataclass(frozen=True)
@@ -69,6 +77,7 @@ class Found:
     bytes: list[int]
     moving: list[float]
     bare: list[float]
+    needed: list[float]
     commits: int
     staged: int  # bytes, the most of all ranks
     budget: int
@@ -84,19 +93,27 @@ def main() -> None:
     if options.job:
         job(options.job)
         return
-    found = {}
+    found, earlier = {}, {}
     for setting in SETTINGS:
         setting = Setting(setting.ranks, setting.row_mib / options.smaller, setting.megabits)
         progress(f"{setting.where}, {setting.row_mib:g} MiB")
         measured = over_hosts(setting, options.turns) if setting.megabits else on_one(setting, options.turns)
         if measured is not None:
             found[setting] = measured
+        if options.before and not setting.megabits:
+            earlier[setting] = ratios(of_checkout(options.before, setting, options.turns))
     progress("")
     given = {"--turns": options.turns, "--smaller": None if options.smaller == 1 else options.smaller}
-    report = "\n\n".join([header("Moving experts", TEXT, command_line("bench_move.py", given), "cpu"), table(found)])
+    given["--before"] = "DIR" if options.before else None
+    text = TEXT.format(before=BEFORE if options.before else "")
+    lines = [header("Moving experts", text, command_line("bench_move.py", given), "cpu")]
+    lines += [f"- load of the machine in the last minute, at the end: {os.getloadavg()[0]:.1f}", ""]
+    report = "\n".join([*lines, table(found, earlier)])
     if options.output:
         figure = options.output.with_suffix(".png")
-        move_figure.draw([(setting.where, setting.row_mib, ratios(one)) for setting, one in found.items()], figure)
+        move_figure.draw(
+            [(setting.where, setting.row_mib, ratios(asdict(one))) for setting, one in found.items()], figure
+        )
         report += f"\n\n![Moving over a bare exchange of the same bytes]({figure.name})"
         options.output.write_text(f"{report}\n")
     print(report)
@@ -107,6 +124,7 @@ def parsed_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Bandwidth and memory of moves.")
     parser.add_argument("--turns", type=int, default=9, metavar="N", help="timed moves, after one that is not")
     parser.add_argument("--smaller", type=int, default=1, metavar="F", help="rows are that much smaller")
+    parser.add_argument("--before", type=Path, metavar="DIR", help="another checkout, to compare with")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the result there, as markdown")
     parser.add_argument("--job", type=Path, metavar="FOLDER", help=argparse.SUPPRESS)  # on a host of its own
     return parser.parse_args()
@@ -122,10 +140,11 @@ class Listening(TorchComm):
         super().__init__(deadline=SECONDS / 2)
         self.rounds: list[tuple[list[tuple[int, int]], list[tuple[int, int]]]] = []
 
-    def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> None:
+    def exchange(self, rounds: Sequence[Round]) -> None:
         """As `Comm`."""
-        self.rounds.append(([(t.nbytes, to) for t, to in sends], [(t.nbytes, source) for t, source in receives]))
-        super().exchange(sends, receives)
+        for sends, receives in rounds:
+            self.rounds.append(([(t.nbytes, to) for t, to in sends], [(t.nbytes, source) for t, source in receives]))
+        super().exchange(rounds)
 
 
 def measured(setting: Setting, turns: int) -> dict[str, object]:
@@ -151,7 +170,7 @@ def measured(setting: Setting, turns: int) -> dict[str, object]:
         verify="off",
     )
     generator = torch.Generator().manual_seed(0)
-    moving, bare, crossed, staged = [], [], [], 0
+    moving, bare, needed, crossed, staged = [], [], [], [], 0
     for turn in range(turns + 1):
         fresh = Placement(torch.randperm(EXPERTS, generator=generator)[None], EXPERTS, comm.size)
         target = relabelled(fresh, rebalancer.placement, (size,))
@@ -162,14 +181,16 @@ def measured(setting: Setting, turns: int) -> dict[str, object]:
         staged = max(staged, peak() - resident)
         messages = prepared(comm.rounds)
         again = timed(lambda messages=messages: exchange(messages))
+        least = timed(with_writes(comm.rounds))
         if turn:  # the first makes connections
             moving.append(seconds)
             bare.append(again)
+            needed.append(least)
             crossed.append(total(comm, sum(size for sends, _ in comm.rounds for size, _ in sends)))
     budget = max(256 * MIB, 2 * STATES * row * 4)
     most = torch.tensor([-staged])
     comm.all_reduce_min(most)
-    return asdict(Found(crossed, moving, bare, len(commits), -int(most), budget))
+    return asdict(Found(crossed, moving, bare, needed, len(commits), -int(most), budget))
 
 
 Rounds = list[tuple[list[tuple[torch.Tensor, int]], list[tuple[torch.Tensor, int]]]]
@@ -195,6 +216,24 @@ def exchange(rounds: Rounds) -> None:
         if operations:
             for work in dist.batch_isend_irecv(operations):
                 work.wait()
+
+
+def with_writes(rounds: list[tuple[list[tuple[int, int]], list[tuple[int, int]]]]) -> Callable[[], None]:
+    """What a move cannot do without, each message from and to memory of its own that was written before."""
+    messages = [
+        tuple([(torch.zeros(size, dtype=torch.uint8), rank) for size, rank in way] for way in both) for both in rounds
+    ]
+    rows = [torch.zeros_like(room) for _, receives in messages for room, _ in receives]
+
+    def run() -> None:
+        dist.all_reduce(torch.zeros(8, dtype=torch.int64), dist.ReduceOp.MIN)
+        exchange(messages)  # type: ignore[arg-type]
+        dist.all_reduce(torch.zeros(8, dtype=torch.int64), dist.ReduceOp.MIN)
+        for row, (room, _) in zip(rows, (one for _, receives in messages for one in receives), strict=True):
+            row.copy_(room)
+        dist.all_reduce(torch.zeros(8, dtype=torch.int64), dist.ReduceOp.MIN)
+
+    return run
 
 
 def timed(run: Callable[[], object]) -> float:
@@ -232,6 +271,18 @@ def memory(what: str) -> int:
 
 
 # --- where they run ---------------------------------------------------------------------------------------------
+
+
+def of_checkout(where: Path, setting: Setting, turns: int) -> dict[str, Any]:
+    """What another checkout's own benchmark finds on this machine's loopback."""
+    given = f"bench_move.Setting({setting.ranks}, {setting.row_mib}), {turns}"
+    code = f"import bench_move, dataclasses, json; print(json.dumps(dataclasses.asdict(bench_move.on_one({given}))))"
+    paths = [where, where / "benchmarks", where / "tests"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(str(path.resolve()) for path in paths)}
+    words = [sys.executable, "-c", code]
+    done = subprocess.run(words, cwd=paths[1], env=environment, stdout=subprocess.PIPE, check=True, text=True)
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
 
 
 def on_one(setting: Setting, turns: int) -> Found:
@@ -273,14 +324,15 @@ def job(folder: Path) -> None:
 # --- text -------------------------------------------------------------------------------------------------------
 
 
-def ratios(found: Found) -> list[float]:
-    """Of each turn, the bandwidth of moving over the bare one."""
-    return [bare / moving for bare, moving in zip(found.bare, found.moving, strict=True)]
+def ratios(found: dict[str, Any], to: str = "bare") -> list[float]:
+    """Of each turn, the bandwidth of moving over another one."""
+    return [other / moving for other, moving in zip(found[to], found["moving"], strict=True)]
 
 
-def table(found: dict[Setting, Found]) -> str:
+def table(found: dict[Setting, Found], earlier: dict[Setting, list[float]]) -> str:
     """A line for each setting."""
-    head = ["ranks", "row, MiB", "crossing, MiB", "commits", "bare, MB/s", "moving, MB/s", "ratio", "memory, MiB"]
+    head = ["ranks", "row, MiB", "crossing, MiB", "commits", "bare, MB/s", "moving, MB/s", "moving / bare"]
+    head += ["before"] * bool(earlier) + ["needed / bare", "moving / needed", "memory, MiB"]
     lines = []
     for setting, one in found.items():
         speeds = [
@@ -289,7 +341,11 @@ def table(found: dict[Setting, Found]) -> str:
         ]
         crossing, memory_mib = statistics.median(one.bytes) / MIB, f"{one.staged / MIB:.0f} of {one.budget / MIB:.0f}"
         numbers = [f"{setting.row_mib:g}", f"{crossing:.0f}", str(one.commits)]
-        numbers += [spread(values, 0) for values in speeds] + [spread(ratios(one), 2), memory_mib]
+        numbers += [spread(values, 0) for values in speeds] + [spread(ratios(asdict(one)), 2)]
+        if earlier:
+            numbers.append(spread(earlier[setting], 2) if setting in earlier else "")
+        least = [bare / needed for bare, needed in zip(one.bare, one.needed, strict=True)]
+        numbers += [spread(least, 2), spread(ratios(asdict(one), "needed"), 2), memory_mib]
         lines.append([setting.where, *numbers])
     return markdown(head, lines)
 

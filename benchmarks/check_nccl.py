@@ -126,7 +126,7 @@ def collectives(comm: Comm, device: torch.device, dim: int) -> Iterator[str]:
                 yield f"{length} bytes of root {root} did not arrive"
         following, before = (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
         room = torch.zeros(length, dtype=torch.uint8, device=comm.device)
-        comm.exchange([(torch.full_like(room, 1 + comm.rank), following)], [(room, before)])
+        comm.exchange([([(torch.full_like(room, 1 + comm.rank), following)], [(room, before)])])
         if not bool((room == 1 + before).all()):
             yield f"{length} bytes of rank {before} did not arrive"
 

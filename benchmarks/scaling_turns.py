@@ -25,7 +25,7 @@ from sequences import read_sequences, steps_of
 from torch import Tensor
 
 from distplb import Placement, Topology, imbalance, lower_bound
-from distplb.comm.base import Comm, Message
+from distplb.comm.base import Comm, Round
 from distplb.comm.torchdist import TorchComm
 from distplb.planner import plan_in_stages
 from distplb.planning.options import SearchOptions
@@ -140,7 +140,11 @@ class Listening:
         self.asked.append(("broadcast", tensor))
         self._comm.broadcast(tensor, root)
 
-    def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> None:
+    def connect(self, peers: Sequence[int]) -> None:
+        """No plan sends messages."""
+        raise NotImplementedError
+
+    def exchange(self, rounds: Sequence[Round]) -> None:
         """No plan sends messages."""
         raise NotImplementedError
 

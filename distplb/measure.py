@@ -20,7 +20,9 @@ from distplb.topology import Topology
 __all__ = ["measured_bandwidths", "measured_curve"]
 
 _REPEATS = 7
-_PAYLOAD_BYTES = 1 << 22  # of one message
+_LEAST_BYTES, _MOST_BYTES = 1 << 16, 1 << 26  # of one message; on a GPU four times as many
+_LEAST_SECONDS, _MOST_SECONDS = 0.05, 0.5  # of one message, so that a burst does not count; of all that are timed
+_LATENCIES = 20  # of the library's calls, that a message should take
 _NO_LINK = 1 << 60  # bytes per second where nothing has to be sent
 
 
@@ -73,8 +75,10 @@ def _now() -> float:
 def measured_bandwidths(comm: Comm, topology: Topology, peers: Sequence[int], gpu: int) -> tuple[int, int]:
     """Bytes per second of a whole EP group inside its nodes and between them, all GPUs exchanging at once.
 
-    Two short rounds in which each GPU sends to a neighbour. Where there is no such link, the other one's number; with
-    a single GPU nothing is ever sent, and both are huge.
+    Each GPU sends to a neighbour, twice. What counts is the time of a message, less that of a message of one byte: the
+    library's calls, meetings and kernels are paid once for all messages of a move. Messages grow until their transfer
+    takes most of the time, up to 64 MiB (256 MiB on a GPU) and an eighth of a GPU's free memory. Where there is no
+    such link, the other one's number; with a single GPU nothing is ever sent, and both are huge.
 
     Args:
         comm: all its ranks call this together.
@@ -97,12 +101,38 @@ def _ring(topology: Topology, *, inside: bool) -> list[int]:
 
 
 def _bandwidth(comm: Comm, peers: Sequence[int], gpu: int, target: Sequence[int]) -> int:
-    data = torch.zeros(_PAYLOAD_BYTES, dtype=torch.uint8, device=comm.device)
-    room = torch.empty_like(data)
-    seconds = []
-    for turn in range(4):
-        start = _now()
-        comm.exchange([(data, peers[target[gpu]])], [(room, peers[list(target).index(gpu)])])
-        if turn:
-            seconds.append(_now() - start)
-    return max(1, round(len(target) * _PAYLOAD_BYTES / statistics.median(seconds)))
+    """Of all GPUs together, as this rank sees it; the sizes of messages are rank 0's word."""
+    to, source = peers[target[gpu]], peers[list(target).index(gpu)]
+
+    def seconds(size: int, times: int) -> float:
+        data = torch.ones(size, dtype=torch.uint8, device=comm.device)  # written once, so that no page is missing
+        room = torch.ones_like(data)
+        found = []
+        for _ in range(times):
+            start = _now()
+            comm.exchange([([(data, to)], [(room, source)])])
+            found.append(_now() - start)
+        return statistics.median(found)
+
+    most = _most_bytes(comm)
+    seconds(1, 1)  # whatever is done at the first message
+    latency = seconds(1, _REPEATS)
+    size, enough = _LEAST_BYTES, 0
+    while not enough:
+        took = seconds(size, 1)
+        (enough,) = told_by_root(comm, [took >= max(_LEAST_SECONDS, _LATENCIES * latency) or 2 * size > most])
+        size *= 1 if enough else 2
+    (times,) = told_by_root(comm, [max(1, min(_REPEATS, int(_MOST_SECONDS / max(took, 1e-9))))])
+    took = seconds(size, times)
+    # Where latency is most of it all the same, more than half of it cannot be told from noise.
+    return max(1, round(len(target) * size / max(took - min(latency, took / 2), 1e-9)))
+
+
+def _most_bytes(comm: Comm) -> int:
+    """Of one message, so that all ranks have room for two."""
+    if comm.device.type != "cuda":
+        return _MOST_BYTES
+    free, _ = torch.cuda.mem_get_info(comm.device)
+    least = torch.tensor([min(4 * _MOST_BYTES, free // 16)], device=comm.device)
+    comm.all_reduce_min(least)
+    return int(least)

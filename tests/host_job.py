@@ -23,6 +23,7 @@ from torch import Tensor
 import distplb
 from distplb import Placement, Topology
 from distplb.comm.torchdist import TorchComm
+from distplb.measure import measured_bandwidths
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 STEPS, DEADLINE_SECONDS, SHORT_SECONDS = 3, 60.0, 6.0
@@ -37,6 +38,7 @@ def main(folder: Path) -> None:
     topology = Topology.of_ranks(range(comm.size), int(os.environ["LOCAL_WORLD_SIZE"]))
     found = {"topology": [topology.num_nodes, topology.gpus_per_node]}
     found |= planned(comm, topology) | moved(comm, topology)
+    found["links"] = measured_bandwidths(comm, topology, range(comm.size), comm.rank)
     if topology == Topology(2, 2):
         found |= crossed(comm, topology)
     write(folder / f"rank{comm.rank}.json", found)

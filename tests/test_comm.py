@@ -18,7 +18,7 @@ from distplb.comm.agreement import agree
 from distplb.comm.base import Comm, WorldOfOne
 from distplb.comm.torchdist import TorchComm, device_type
 from distplb.errors import HalfMovedError
-from distplb.migrate.schedule import rounds
+from distplb.migrate.messages import rounds
 
 
 def conforms(comm: Comm, pairs: Sequence[tuple[int, int]] | None = None) -> None:
@@ -45,12 +45,16 @@ def conforms(comm: Comm, pairs: Sequence[tuple[int, int]] | None = None) -> None
     everyone = range(comm.size)
     if pairs is None:
         pairs = [(source, target) for source in everyone for target in everyone if source != target]
-    received = {}
-    for some in rounds(pairs, 2):
+    comm.connect(sorted({one + other - comm.rank for one, other in pairs if comm.rank in (one, other)}))
+    received, own = {}, []
+    for some in rounds(dict.fromkeys(pairs, 1), 2):
         sends = [(message(s, t, comm), t) for s, t in some if s == comm.rank]
         receives = [(torch.zeros_like(message(s, t, comm)), s) for s, t in some if t == comm.rank]
-        comm.exchange(sends, receives)
+        own.append((sends, receives))
         received |= {source: buffer for buffer, source in receives}
+    if pairs:
+        comm.exchange(own[:1])
+        comm.exchange([one for one in own[1:] if any(one)])  # several at once, each rank its own
     for source, buffer in received.items():
         assert torch.equal(buffer, message(source, comm.rank, comm))
     assert sorted(received) == sorted(source for source, target in pairs if target == comm.rank)

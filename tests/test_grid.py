@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from distplb import DistplbError, LoadWindow, Placement
-from distplb.comm.base import Comm, Message, WorldOfOne
+from distplb.comm.base import Comm, Round, WorldOfOne
 from distplb.comm.grid import GridComm
 from distplb.comm.torchdist import TorchComm
 from distplb.errors import LostRanksError
@@ -51,7 +51,7 @@ def grids() -> dict[str, Any]:
         # Of all ranks, one sends to the one that stands across.
         sends = [(message(0, 3, grid), 3)] if grid.rank == 0 else []
         receives = [(torch.zeros_like(message(0, 3, grid)), 0)] if grid.rank == 3 else []
-        found[f"{axes} diagonal"] = refusal(lambda: grid.exchange(sends, receives))  # noqa: B023, called at once
+        found[f"{axes} diagonal"] = refusal(lambda: grid.exchange([(sends, receives)]))  # noqa: B023, called at once
         conforms(grid, ALONG)  # nobody was left waiting
     ep = TorchComm(mesh["ep"])
     found["same axis"] = refusal(lambda: GridComm(ep, ep))
@@ -106,7 +106,7 @@ def lost() -> tuple[list[int], str, str]:
     with pytest.raises(LostRanksError) as first:
         grid.all_reduce_sum(value)
     with pytest.raises(LostRanksError) as second:
-        grid.exchange([], [])
+        grid.exchange([])
     return list(first.value.missing), str(first.value), str(second.value)
 
 
@@ -132,9 +132,9 @@ class Recorded(TorchComm):
         super().__init__(mesh)
         self.peers: list[int] = []
 
-    def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> None:
-        self.peers += [peer for _, peer in (*sends, *receives)]
-        super().exchange(sends, receives)
+    def exchange(self, rounds: Sequence[Round]) -> None:
+        self.peers += [peer for one in rounds for messages in one for _, peer in messages]
+        super().exchange(rounds)
 
 
 def filled(job: Job, gpu: int) -> None:

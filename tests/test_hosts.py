@@ -19,7 +19,7 @@ from hosts import Host, hosts, torchrun, why_not
 import distplb
 from distplb import Topology
 
-SECONDS = 90.0
+SECONDS, MEGABITS = 90.0, 400
 Launcher = subprocess.Popen[bytes]
 MAKER = """
 import time, hosts
@@ -53,7 +53,7 @@ def test_hosts_plan_move_and_miss_each_other_as_one_machine_does(
     nodes: int, ranks: int, lose: Any, tmp_path: Path
 ) -> None:
     everyone, log = range(nodes * ranks), tmp_path / "log"
-    with hosts(nodes, megabits=400) as members:
+    with hosts(nodes, megabits=MEGABITS) as members:
         launchers = torchrun(members, ranks, Path(host_job.__file__), [str(tmp_path)], log)
         found = read([tmp_path / f"rank{rank}.json" for rank in everyone], launchers, log)
         assert min(host.sent() for host in members) > 10_000
@@ -71,6 +71,8 @@ def test_hosts_plan_move_and_miss_each_other_as_one_machine_does(
     inside, between = found[0]["bytes"]
     assert (inside > 0, between > 0) == (ranks > 1, ranks == 1)  # where there is somebody inside, that is cheaper
     assert found[0]["prices"] == [4.0]  # between nodes and inside, where nobody knows what moves cost
+    # Each host sends to the next one: the links of all of them, each as fast as it is limited to.
+    assert found[0]["links"][1] == pytest.approx(nodes * MEGABITS * 1e6 / 8, rel=0.2)
     if nodes == ranks == 2:
         aware, unaware = found[0]["aware"], found[0]["unaware"]
         assert aware["before"] == unaware["before"] > 1.05

@@ -61,6 +61,8 @@ SIDEWAYS = {
     ("migrate.watch", "migrate.fsdp2"),
     ("migrate.watch", "migrate.dtensors"),
     ("migrate.transfer", "migrate.schedule"),
+    ("migrate.transfer", "migrate.messages"),
+    ("migrate.transfer", "migrate.routes"),
     ("migrate.transfer", "migrate.pieces"),
     ("migrate.transfer", "migrate.state"),
     ("migrate.transfer", "migrate.rows"),
@@ -83,7 +85,10 @@ SIDEWAYS = {
     ("migrate.unlike", "migrate.histories"),
     ("migrate.unlike", "migrate.rows"),
     ("migrate.unlike", "migrate.state"),
-    ("migrate.schedule", "migrate.pieces"),
+    ("migrate.messages", "migrate.schedule"),
+    ("migrate.messages", "migrate.routes"),
+    ("migrate.messages", "migrate.pieces"),
+    ("migrate.routes", "migrate.pieces"),
     ("migrate.budget", "migrate.schedule"),
     ("integrations.huggingface", "integrations.common"),
     ("integrations.torchtitan", "integrations.common"),
@@ -134,7 +139,7 @@ NEEDS = {
 PURE = [name for name in SOURCES if name.startswith(("distplb.planning", "distplb.packing"))]
 PURE += ["distplb.price", "distplb.chance", "distplb.replay", "distplb.assumed", "distplb.verdict"]
 PURE += ["distplb.saved", "distplb.cost", "distplb.balance", "distplb.bound", "distplb.stoploss", "distplb.account"]
-PURE += ["distplb.migrate.schedule", "distplb.migrate.pieces", "distplb.migrate.budget"]
+PURE += [f"distplb.migrate.{name}" for name in ("schedule", "messages", "routes", "pieces", "budget")]
 IMPURE_MODULES = {"time", "os", "random", "io", "socket", "subprocess", "threading", "pathlib", "datetime", "secrets"}
 IMPURE_MODULES |= {"numpy.random", "torch.random", "torch.distributed", "distplb.comm", "distplb.stages"}
 IMPURE_MODULES |= {"tempfile", "concurrent", "multiprocessing", "filelock"}

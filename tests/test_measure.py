@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from jobs import Clock
 from ranks import on_ranks
 
 from distplb import DistplbError, TimeCurve, Topology, measure, measured_curve
-from distplb.comm.base import Message, WorldOfOne
+from distplb.comm.base import Round, WorldOfOne
 from distplb.comm.torchdist import TorchComm
 
 TOKENS = [64, 16, 256]
@@ -97,17 +98,20 @@ def test_a_curve_is_rank_0s_on_all_ranks_and_so_is_an_error() -> None:
 
 
 class Listening(TorchComm):
-    """Notes whom it sends to and receives from."""
+    """Notes whom it sends to and receives from; by its clock a message takes 0.1 ms, and as long as its bytes."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.heard: set[tuple[int, int, int]] = set()
+        self.heard: set[tuple[int, int]] = set()
+        self.clock, self.bytes_per_second = Clock(), 1e9 if self.rank == 0 else 3e6
 
-    def exchange(self, sends: list[Message], receives: list[Message]) -> None:
-        for (data, to), (room, source) in zip(sends, receives, strict=True):
-            assert data.data_ptr() != room.data_ptr()
-            self.heard.add((to, source, data.numel()))
-        super().exchange(sends, receives)
+    def exchange(self, rounds: Sequence[Round]) -> None:
+        (((data, to),), ((room, source),)), *others = rounds
+        assert not others
+        assert data.data_ptr() != room.data_ptr()
+        self.heard.add((to, source))
+        super().exchange(rounds)
+        self.clock.now += 1e-4 + data.numel() / self.bytes_per_second
 
 
 def links(layouts: list[tuple[tuple[int, int], list[int]]]) -> list[dict[str, Any]]:
@@ -121,10 +125,11 @@ def links(layouts: list[tuple[tuple[int, int], list[int]]]) -> list[dict[str, An
             [rank for rank, own in enumerate(gpu_of_rank) if own == number][group] for number in range(nodes * gpus)
         ]
         measure._now = really
+        measure._MOST_BYTES = 1 << 20
         bandwidths = measure.measured_bandwidths(comm, topology, peers, gpu)
-        measure._now = Clock(tick=0.5 if comm.rank == 0 else 2.0).perf_counter
+        measure._now = comm.clock.perf_counter
         timed = measure.measured_bandwidths(comm, topology, peers, gpu)
-        found.append({"bandwidths": bandwidths, "timed": timed, "heard": {(a, b) for a, b, _ in comm.heard}})
+        found.append({"bandwidths": bandwidths, "timed": timed, "heard": comm.heard})
     return found
 
 
@@ -133,7 +138,7 @@ def test_bandwidths_of_two_ranks_are_positive_and_equal_on_both() -> None:
         for of_topology in found:
             inside, between = of_topology["bandwidths"]
             assert inside == between > 0  # there is one kind of link only
-            assert of_topology["timed"] == (2 * (4 << 20) * 2, 2 * (4 << 20) * 2)  # both GPUs send 4 MiB in 0.5 s
+            assert of_topology["timed"] == pytest.approx((2e9, 2e9))  # both GPUs, at rank 0's rate
     ranks = on_ranks(2, links, [((1, 2), [0, 1])], deadline=60)
     assert len({found[0]["bandwidths"] for found in ranks}) == 1
 
@@ -144,8 +149,9 @@ def test_bandwidths_of_four_ranks_are_of_neighbours_inside_nodes_and_between_the
     for nth in range(len(layouts)):
         assert len({found[nth]["bandwidths"] for found in ranks}) == 1
         assert min(ranks[0][nth]["bandwidths"]) > 0
-    assert {found[0]["timed"] for found in ranks} == {(4 * (4 << 20) * 2, 4 * (4 << 20) * 2)}
-    assert {found[2]["timed"] for found in ranks} == {(2 * (4 << 20) * 2, 2 * (4 << 20) * 2)}  # of one EP group
+    for found in ranks:
+        assert found[0]["timed"] == pytest.approx((4e9, 4e9))
+        assert found[2]["timed"] == pytest.approx((2e9, 2e9))  # of one EP group
     # Of each rank: (to, from), inside and between.
     assert [found[0]["heard"] for found in ranks] == [
         {(1, 1), (2, 2)},
@@ -160,6 +166,47 @@ def test_bandwidths_of_four_ranks_are_of_neighbours_inside_nodes_and_between_the
         {(0, 0), (2, 2)},
     ]
     assert [found[2]["heard"] for found in ranks] == [{(2, 2)}, {(3, 3)}, {(0, 0)}, {(1, 1)}]
+
+
+class Simulated(WorldOfOne):
+    """Rank 0 of two, on a link that is known: a message takes a latency, and as long as its bytes."""
+
+    size = 2
+
+    def __init__(self, latency: float, bytes_per_second: float) -> None:
+        super().__init__()
+        self.clock, self.latency, self.bytes_per_second = Clock(), latency, bytes_per_second
+        self.largest = 0
+
+    def exchange(self, rounds: Sequence[Round]) -> None:
+        (((data, _),), _), *_ = rounds
+        self.largest = max(self.largest, data.numel())
+        self.clock.now += self.latency + data.numel() / self.bytes_per_second
+
+
+@pytest.mark.parametrize(
+    ("latency", "bytes_per_second"),
+    [(2e-4, 3e11), (5e-5, 2e10), (1e-3, 1e9), (2e-4, 1.25e8), (0.03, 1.25e7), (1e-3, 1.25e6), (0.0, 1e5)],
+)
+def test_the_bandwidth_of_a_link_is_bytes_over_seconds_and_not_its_latency(
+    latency: float, bytes_per_second: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """4 MiB over NVLink took 14 µs, and with all calls a hundred: moves were thought ten times too dear and more."""
+    comm = Simulated(latency, bytes_per_second)
+    monkeypatch.setattr(measure, "_now", comm.clock.perf_counter)
+    found = measure.measured_bandwidths(comm, Topology(1, 2), [0, 1], 0)
+    assert found == pytest.approx((2 * bytes_per_second,) * 2, rel=1e-3)
+    assert comm.largest <= 1 << 26
+    assert comm.clock.now < 3
+
+
+def test_where_latency_hides_the_transfer_a_bandwidth_is_no_more_than_twice_what_was_seen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    comm = Simulated(0.5, 1e15)
+    monkeypatch.setattr(measure, "_now", comm.clock.perf_counter)
+    inside, _ = measure.measured_bandwidths(comm, Topology(1, 2), [0, 1], 0)
+    assert 2 * (1 << 26) / 0.5 <= inside <= 2 * 2 * (1 << 26) / 0.5
 
 
 def test_a_ring_of_three_sends_one_way() -> None:

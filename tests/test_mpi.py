@@ -48,7 +48,7 @@ def conforming_and_planning() -> dict[str, Any]:
     conforms(MpiComm(halves), pairs=[])
     buffer = torch.zeros(1, dtype=torch.uint8)
     refused = [
-        refusal(lambda: comm.exchange([(buffer, 0)], [])),
+        refusal(lambda: comm.exchange([([(buffer, 0)], [])])),
         refusal(lambda: MpiComm(MPI.COMM_NULL)),
         refusal(lambda: MpiComm(deadline=0)),
         refusal(lambda: plan(skewed_load()[:, :, : 8 * (1 + comm.rank)], Topology(1, 4), comm=comm)),

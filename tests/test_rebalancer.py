@@ -268,9 +268,9 @@ class Counting(TorchComm):
         self.calls.append("broadcast")
         super().broadcast(tensor, root)
 
-    def exchange(self, sends: Any, receives: Any) -> None:
+    def exchange(self, rounds: Any) -> None:
         self.calls.append("exchange")
-        super().exchange(sends, receives)
+        super().exchange(rounds)
 
 
 def quiet_steps() -> tuple[list[str], int]:
@@ -322,8 +322,10 @@ def test_a_rebalance_costs_one_broadcast_more_than_a_plan_and_the_agreements_of_
         assert free == again == priced == moved
         assert dry == dry_again == [*told, *plan_, "min"]  # whether it could have moved
         assert dear == dear_again == kept
-        # Bandwidths, once: four rounds and a broadcast.
-        assert measured == [*told, *["exchange"] * 4, "broadcast", *moved[1:]]
+        # Bandwidths, once: messages as long as the link is fast, rank 0's word for it, and for what it found.
+        length = len(measured) - len(moved[1:])
+        assert [*measured[:1], *measured[length - 1 :]] == [*told, "broadcast", *moved[1:]]
+        assert set(measured[1:length]) == {"exchange", "broadcast"}
 
 
 def disabled_and_enabled() -> list[int]:

@@ -44,9 +44,9 @@ class Heard(TorchComm):
         self.note("broadcast")
         super().broadcast(tensor, root)
 
-    def exchange(self, sends: Any, receives: Any) -> None:
+    def exchange(self, rounds: Any) -> None:
         self.note("exchange")
-        super().exchange(sends, receives)
+        super().exchange(rounds)
 
 
 class Marked(Job):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import random
 from collections import Counter
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from ranks import on_ranks
 from torch import Tensor
 
 from distplb import LoadWindow, MoELayer, Placement, Rebalancer, Topology
-from distplb.comm.base import Comm
+from distplb.comm.base import Comm, Round
 from distplb.comm.torchdist import TorchComm
 from distplb.migrate import transfer
 
@@ -156,3 +157,58 @@ def test_every_byte_is_its_experts_own_after_each_of_many_random_transfers(ranks
         assert min(first[kind] for kind in KINDS) > 0
         assert first["many at most in a layer"] > TRANSFERS / 10
         assert first["slots"] > 10 * TRANSFERS
+
+
+# --- meetings and connections -----------------------------------------------------------------------------------
+
+
+class Listening(TorchComm):
+    """Ranks that meet in a gloo group first, as over NCCL; counts that, the rounds, and the ranks at the other end."""
+
+    def __init__(self) -> None:
+        self.meetings, self.rounds, self.peers = 0, 0, set[int]()
+        super().__init__(side_group=True)
+
+    def _meet(self) -> None:
+        self.meetings += 1
+        super()._meet()
+
+    def exchange(self, rounds: Sequence[Round]) -> None:
+        """As `Comm`."""
+        self.rounds += len(rounds)
+        self.peers |= {peer for one in rounds for messages in one for _, peer in messages}
+        super().exchange(rounds)
+
+
+def meetings_and_peers() -> list[dict[str, object]]:
+    """Of models of one copy of each expert and of two: at their construction, and in moves of few rounds and many."""
+    found = []
+    transfer._LARGE_BYTES = 1
+    for seed in (0, 5):
+        comm = Listening()
+        model, random_ = Model(seed, comm), random.Random(seed)
+        one = {"copies": comm.size // model.gpus, "connected": sorted(comm.peers)}
+        comm.peers.clear()
+        for transfer._OPERATIONS in (10_000, 2):
+            comm.meetings = comm.rounds = 0
+            model.placement = model.change("derangement", random_, model.placement)
+            model.rebalancer.apply(model.placement)
+            one[f"of {transfer._OPERATIONS}"] = comm.meetings, comm.rounds
+        found.append(one | {"wrong": model.wrong(), "used": sorted(comm.peers)})
+        model.rebalancer.close()
+    return found
+
+
+def test_ranks_meet_once_for_all_rounds_of_a_commit_and_connect_before_there_is_any() -> None:
+    """Over NCCL they met before each round, and the first message between two ranks made buffers in a move."""
+    ranks = on_ranks(4, meetings_and_peers)
+    for rank, (alone, in_twos) in enumerate(ranks):
+        assert (alone["copies"], in_twos["copies"]) == (1, 2)
+        assert alone["connected"] == [other for other in range(4) if other != rank]
+        assert in_twos["connected"] == [rank ^ 1]  # of its own EP group
+        for found in (alone, in_twos):
+            assert found["wrong"] == []
+            assert found["used"] == found["connected"]
+            (few_meetings, few_rounds), (many_meetings, many_rounds) = found["of 10000"], found["of 2"]
+            assert few_rounds <= 2 < 5 < many_rounds
+            assert few_meetings == many_meetings

@@ -8,10 +8,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["Comm", "Message", "WorldOfOne"]
+__all__ = ["Comm", "Message", "Round", "WorldOfOne"]
 
 # One point-to-point operation: the buffer, and the rank at the other end.
 Message = tuple[Tensor, int]
+Round = tuple[Sequence[Message], Sequence[Message]]  # what is sent, and what is received
 
 
 class Comm(Protocol):
@@ -42,8 +43,21 @@ class Comm(Protocol):
     def broadcast(self, tensor: Tensor, root: int) -> None:
         """The root's values, everywhere."""
 
-    def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> None:
-        """One round of point-to-point messages; returns when all of this rank's are done."""
+    def connect(self, peers: Sequence[int]) -> None:
+        """Make all that the library makes at the first message between two ranks, such as buffers on a GPU.
+
+        All ranks call this together. Where messages cannot go that way, `exchange` refuses them.
+
+        Args:
+            peers: the ranks that this one will exchange with; it is one of theirs.
+        """
+
+    def exchange(self, rounds: Sequence[Round]) -> None:
+        """Point-to-point messages, round after round; returns when all of this rank's are done.
+
+        All ranks call this together, also those without messages. Rounds bound how much is under way at once: both
+        ends of a message number their rounds alike, and may leave out those that they have none in.
+        """
 
 
 class WorldOfOne:
@@ -64,5 +78,8 @@ class WorldOfOne:
     def broadcast(self, tensor: Tensor, root: int) -> None:
         """Nobody else to hear it."""
 
-    def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> None:
+    def connect(self, peers: Sequence[int]) -> None:
+        """No other rank to connect to."""
+
+    def exchange(self, rounds: Sequence[Round]) -> None:
         """No other rank to exchange with; messages to oneself are never made."""

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from torch import Tensor
 
 from distplb.comm.agreement import agree
-from distplb.comm.base import Comm, Message
+from distplb.comm.base import Comm, Message, Round
 from distplb.errors import DisagreementError, DistplbError, LostRanksError
 
 __all__ = ["GridComm"]
@@ -64,18 +64,27 @@ class GridComm:
         with self._named(self._outer):
             self._outer.broadcast(tensor, row)
 
-    def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> None:
-        """Messages along rows, then along columns. All ranks call this together, also those without messages.
+    def connect(self, peers: Sequence[int]) -> None:
+        """Rows connect, then columns; ranks in neither are left to `exchange`."""
+        places = [self._place(peer) for peer in peers]
+        for axis, line in enumerate((self._inner, self._outer)):
+            with self._named(line):
+                line.connect([number for place in places if (number := place[axis]) is not None])
+
+    def exchange(self, rounds: Sequence[Round]) -> None:
+        """Messages along rows, then along columns.
 
         Raises:
             DistplbError: on every rank, before anything is sent, if one has a message for neither its row nor column.
         """
-        peers = {peer for messages in (sends, receives) for _, peer in messages}
+        peers = {peer for one in rounds for messages in one for _, peer in messages}
         far = sorted(peer for peer in peers if self._place(peer) == (None, None))
         agree(self, {}, self._diagonal(far) if far else None)
         for line, axis in ((self._inner, 0), (self._outer, 1)):
             with self._named(line):
-                line.exchange(*(list(self._along(axis, messages)) for messages in (sends, receives)))
+                line.exchange(
+                    [(list(self._along(axis, sends)), list(self._along(axis, receives))) for sends, receives in rounds]
+                )
 
     def _check(self) -> None:
         """Rows know of columns and columns of rows; and rows once more, of what only a column saw."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from distplb.comm.base import Message
+from distplb.comm.base import Round
 from distplb.errors import DistplbError, LostRanksError
 
 if TYPE_CHECKING:
@@ -72,7 +72,10 @@ class MpiComm:
         """The root's values, in place."""
         self._finish(lambda: self._comm.Ibcast(tensor.numpy(), root))
 
-    def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> None:
+    def connect(self, peers: Sequence[int]) -> None:
+        """Nothing to make: no experts will be exchanged."""
+
+    def exchange(self, rounds: Sequence[Round]) -> None:
         """Refused: experts are moved where they are trained, by torch.distributed."""
         raise DistplbError("MpiComm only plans, it moves no experts; pass a TorchComm to what moves them")
 

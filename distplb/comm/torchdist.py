@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import PrefixStore
 
-from distplb.comm.base import Message
+from distplb.comm.base import Round
 from distplb.comm.rollcall import RollCall
 from distplb.comm.store import Store
 from distplb.errors import DistplbError, LostRanksError
@@ -40,6 +40,7 @@ _SLICE_SECONDS = 1.0  # of waiting, between two looks at the store
 _MOST_GRACE_SECONDS = 10.0  # of a deadline, kept for the roll call
 _NCCL_PAUSE_SECONDS = 2e-5  # between two looks at a kernel
 _LEAST_SECONDS = 1e-3  # 0 would mean the group's own timeout
+_CONNECTED_AT_ONCE = 16  # peers in each direction
 _EXIT_STATUS = 75  # "temporary failure" of sysexits.h: the launcher may try again
 _SOURCE_LINE = re.compile(r"^\[[^\]]*\] ")  # gloo begins with a place in its sources
 
@@ -138,23 +139,41 @@ class TorchComm:
         with self._in_time() as started:
             self._wait(self._group.broadcast([tensor], options), started, self._is_nccl)
 
-    def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> None:
-        """One batch of sends and receives; waits for all of them."""
+    def connect(self, peers: Sequence[int]) -> None:
+        """A byte to and from each peer: NCCL makes buffers and connections at the first message between two ranks."""
+        byte = torch.zeros(1, dtype=torch.uint8, device=self.device)
+        rounds: list[Round] = []
+        for start in range(1, self.size, _CONNECTED_AT_ONCE):
+            # Messages of a round go equally far, so that both ends of each find it in the same one.
+            far = range(start, min(start + _CONNECTED_AT_ONCE, self.size))
+            ways = [[(self.rank + sign * steps) % self.size for steps in far] for sign in (1, -1)]
+            to, source = ([peer for peer in way if peer in peers] for way in ways)
+            if to or source:
+                rounds.append(([(byte, peer) for peer in to], [(byte.clone(), peer) for peer in source]))
+        self.exchange(rounds)
+
+    def exchange(self, rounds: Sequence[Round]) -> None:
+        """Each round is one batch of sends and receives. Where there is a side group, all meet there once, before."""
         self._meet()
-        operations = [
-            dist.P2POp(way, tensor, self._global(peer), group=self._group)
-            for way, messages in ((dist.isend, sends), (dist.irecv, receives))
-            for tensor, peer in messages
-        ]
-        if not operations:
-            return
-        with self._in_time() as started:
-            for work in dist.batch_isend_irecv(operations):
-                if self._is_nccl:
-                    self._wait_for_kernel(work, started)
-                else:
-                    # Gloo breaks the connection of a message whose wait has ended: no slices here.
-                    work.wait(timedelta(seconds=max(_LEAST_SECONDS, started + self._patience - time.monotonic())))
+        kernels: list[dist.Work] = []
+        for sends, receives in rounds:
+            operations = [
+                dist.P2POp(way, tensor, self._global(peer), group=self._group)
+                for way, messages in ((dist.isend, sends), (dist.irecv, receives))
+                for tensor, peer in messages
+            ]
+            if not operations:
+                continue
+            with self._in_time() as started:
+                for work in dist.batch_isend_irecv(operations):
+                    if self._is_nccl:
+                        kernels.append(work)  # its stream runs them one after the other
+                    else:
+                        # Gloo breaks the connection of a message whose wait has ended: no slices here.
+                        work.wait(timedelta(seconds=max(_LEAST_SECONDS, started + self._patience - time.monotonic())))
+        for work in kernels:
+            with self._in_time() as started:
+                self._wait_for_kernel(work, started)
 
     def _global(self, rank: int) -> int:
         return int(dist.get_global_rank(self._group, rank))

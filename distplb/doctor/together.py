@@ -121,7 +121,7 @@ def _broadcast(comm: Comm, data: Tensor) -> bool:
 def _exchange(comm: Comm, data: Tensor) -> bool:
     room = torch.empty_like(data)
     before = (comm.rank - 1) % comm.size
-    comm.exchange([(data, (comm.rank + 1) % comm.size)], [(room, before)])
+    comm.exchange([([(data, (comm.rank + 1) % comm.size)], [(room, before)])])
     return _ends_with(room, 1 + before)
 
 

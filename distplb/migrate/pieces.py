@@ -49,12 +49,16 @@ class Part:
         return self.stop - self.start
 
     @property
+    def slots(self) -> range:
+        """Of which something is held."""
+        width = self.high - self.low
+        return range(self.start // width, -(-self.stop // width)) if self.start < self.stop else range(0)
+
+    @property
     def spans(self) -> Iterator[Span]:
         """What is held, slot by slot."""
         width = self.high - self.low
-        if self.start == self.stop:
-            return
-        for slot in range(self.start // width, -(-self.stop // width)):
+        for slot in self.slots:
             first = slot * width
             begin, end = max(self.start, first), min(self.stop, first + width)
             yield Span(slot, begin - first + self.low, end - first + self.low, begin - self.start)
@@ -72,8 +76,7 @@ def joined(parts: Iterable[Part]) -> tuple[Part, ...]:
     return tuple(found)
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """Elements `start` to `stop` of one slot's row, held by `rank` from its local element `offset` on."""
 
     rank: int
@@ -113,7 +116,7 @@ class Layout:
                         f"of {self.num_slots} slots × {self.row}, and there are no such; check `gpu` and the starts "
                         "of the shards"
                     )
-        for slot, pieces in enumerate(self.pieces):
+        for slot, pieces in enumerate(() if self.everywhere else self.pieces):
             reached = 0
             for piece in pieces:  # by start
                 if piece.start > reached:
@@ -134,7 +137,15 @@ class Layout:
     @cached_property
     def everywhere(self) -> bool:
         """Whether every rank holds all of it, so that nothing ever crosses ranks."""
-        return all(parts == (Part(0, self.row * self.num_slots, 0, self.row),) for parts in self.held)
+        return bool(self.held) and all(
+            parts == (Part(0, self.row * self.num_slots, 0, self.row),) for parts in self.held
+        )
+
+    @cached_property
+    def is_copied(self) -> bool:
+        """Whether some elements are held by more than one rank."""
+        held = ([piece.stop - piece.start for piece in self.pieces[slot]] for slot in set(self.shapes))
+        return self.everywhere or any(sum(counts) > self.row for counts in held)
 
     @property
     def is_nowhere_on_some(self) -> bool:
@@ -144,7 +155,7 @@ class Layout:
     @cached_property
     def slots(self) -> tuple[tuple[int, ...], ...]:
         """By rank, the slots of which it holds something, in ascending order."""
-        return tuple(tuple(sorted({span.slot for part in parts for span in part.spans})) for parts in self.held)
+        return tuple(tuple(sorted({slot for part in parts for slot in part.slots})) for parts in self.held)
 
     def is_by_gpu(self, slots_per_gpu: int) -> bool:
         """Whether no rank holds anything of two GPUs' slots."""
@@ -153,11 +164,23 @@ class Layout:
     @cached_property
     def most(self) -> int:
         """Elements of one slot's row on the rank that holds most of one."""
+        if self.everywhere:
+            return self.row
         held = Counter[tuple[int, int]]()
-        for slot, pieces in enumerate(self.pieces):
-            for piece in pieces:
+        for slot in set(self.shapes):
+            for piece in self.pieces[slot]:
                 held[slot, piece.rank] += piece.stop - piece.start
         return max(held.values())
+
+    @cached_property
+    def shapes(self) -> tuple[int, ...]:
+        """For each slot, the first one that is held by the same ranks in the same ranges, wherever in their memory."""
+        if self.everywhere:
+            return (0,) * self.num_slots
+        first: dict[tuple[tuple[int, int, int], ...], int] = {}
+        return tuple(
+            first.setdefault(tuple(piece[:3] for piece in pieces), slot) for slot, pieces in enumerate(self.pieces)
+        )
 
     @cached_property
     def pieces(self) -> tuple[tuple[Piece, ...], ...]:

@@ -1,4 +1,4 @@
-"""From two placements to what must be done: closed cycles, commits, copies, messages and rounds. Pure.
+"""From two placements to what must be done: closed cycles, exchanges and commits. Pure.
 
 A change of placement is a set of exchanges: closed cycles of cells, each of which receives what the next one holds. A
 cell is a slot or, where the router limits its choice to groups, a whole block of slots if another group moves in: the
@@ -10,14 +10,13 @@ Shapes: L layers, P slots, M GPUs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 
-from distplb.migrate.pieces import Layout, Piece
 from distplb.placement import Placement
 
-__all__ = ["Copy", "RankStep", "SlotMove", "commits", "copies", "cycles", "exchanges", "rank_step", "rounds"]
+__all__ = ["SlotMove", "commits", "cycles", "exchanges"]
 
 Cell = range  # consecutive slots whose experts go together
 
@@ -29,18 +28,6 @@ class SlotMove:
     layer: int
     source: int
     target: int
-
-
-@dataclass(frozen=True, slots=True)
-class Copy:
-    """`count` elements of tensor number `tensor`, from one rank's local offset to another's (or its own)."""
-
-    tensor: int
-    source_rank: int
-    source_offset: int
-    target_rank: int
-    target_offset: int
-    count: int
 
 
 def cycles(old: Sequence[int], new: Sequence[int]) -> list[list[int]]:
@@ -126,43 +113,65 @@ def _all_commits(
     num_groups: int | None,
 ) -> Iterator[list[SlotMove]]:
     batch: list[SlotMove] = []
-    staged = _Staged(gpu_bytes, router_bytes, old)
+    staged = _Staged(gpu_bytes, router_bytes, old.slots_per_gpu)
     for layer in range(old.num_layers):
         table, wanted = old.expert_of_slot[layer].tolist(), new.expert_of_slot[layer].tolist()
         for cells in exchanges(table, wanted, num_groups):
-            for part in _split(layer, cells, table, wanted, staged, budget):
-                if batch and staged.peak(batch + part) > budget:
+            for part in _split(layer, cells, table, wanted, staged.nothing(), budget):
+                slots = [move.target for move in part]
+                if batch and staged.peak_with(layer, slots) > budget:
                     yield batch
-                    batch = []
+                    batch, staged = [], staged.nothing()
                 # Parts of one exchange read what the one before writes. They never share a commit: an exchange is only
                 # cut where one more of its cells would exceed the budget.
-                batch = batch + part
+                batch += part
+                staged.add(layer, slots)
     if batch:
         yield batch
 
 
-@dataclass(frozen=True)
 class _Staged:
-    gpu_bytes: Sequence[int]
-    router_bytes: Sequence[int]
-    placement: Placement
+    """Bytes that are staged in one commit, as slots are added to it."""
 
-    def peak(self, moves: Sequence[SlotMove]) -> int:
-        """Bytes staged on the fullest rank."""
-        of_gpu: dict[int, int] = {}
-        for move in moves:
-            gpu = move.target // self.placement.slots_per_gpu
-            of_gpu[gpu] = of_gpu.get(gpu, 0) + self.gpu_bytes[move.layer]
-        return max(of_gpu.values(), default=0) + sum(self.router_bytes[move.layer] for move in moves)
+    def __init__(self, gpu_bytes: Sequence[int], router_bytes: Sequence[int], slots_per_gpu: int) -> None:
+        self._given = gpu_bytes, router_bytes, slots_per_gpu
+        self._gpu_bytes, self._router_bytes, self._slots_per_gpu = self._given
+        self._of_gpu: dict[int, int] = {}
+        self._fullest = self._everywhere = 0
+
+    def nothing(self) -> _Staged:
+        """Of a commit that has not begun."""
+        return _Staged(*self._given)
+
+    def add(self, layer: int, slots: Iterable[int]) -> None:
+        """These slots receive an expert too."""
+        for slot in slots:
+            gpu = slot // self._slots_per_gpu
+            self._of_gpu[gpu] = self._of_gpu.get(gpu, 0) + self._gpu_bytes[layer]
+            self._fullest = max(self._fullest, self._of_gpu[gpu])
+            self._everywhere += self._router_bytes[layer]
+
+    def peak_with(self, layer: int, slots: Iterable[int]) -> int:
+        """On the fullest rank, if these slots were added."""
+        more: dict[int, int] = {}
+        fullest, everywhere = self._fullest, self._everywhere
+        for slot in slots:
+            gpu = slot // self._slots_per_gpu
+            more[gpu] = more.get(gpu, self._of_gpu.get(gpu, 0)) + self._gpu_bytes[layer]
+            fullest = max(fullest, more[gpu])
+            everywhere += self._router_bytes[layer]
+        return fullest + everywhere
 
 
 def _split(
-    layer: int, cells: list[Cell], table: list[int], wanted: Sequence[int], staged: _Staged, budget: int
+    layer: int, cells: list[Cell], table: list[int], wanted: Sequence[int], nothing: _Staged, budget: int
 ) -> Iterator[list[SlotMove]]:
     """The exchange as closed cycles within the budget, one after the other the same change; made in `table`."""
     while len(cells) > 1:
-        length = 2
-        while length < len(cells) and staged.peak(_moves(layer, cells[: length + 1], table, wanted)) <= budget:
+        staged, length = nothing.nothing(), 2
+        staged.add(layer, chain(*cells[:length]))
+        while length < len(cells) and staged.peak_with(layer, cells[length]) <= budget:
+            staged.add(layer, cells[length])
             length += 1
         part = _moves(layer, cells[:length], table, wanted)
         yield part
@@ -183,108 +192,3 @@ def _moves(layer: int, cells: list[Cell], table: Sequence[int], wanted: Sequence
             experts = list(slot_of)
         found += [SlotMove(layer, slot_of[expert], slot) for slot, expert in zip(target, experts, strict=True)]
     return found
-
-
-def copies(moves: Sequence[SlotMove], tensors: Sequence[Sequence[tuple[int, Layout]]], rank: int) -> list[Copy]:
-    """What the moves mean for every tensor: all copies between ranks, and those inside `rank`.
-
-    Args:
-        moves: of one commit.
-        tensors: by layer, the number and the layout of each tensor that travels.
-        rank: whose local copies are wanted.
-    """
-    return [
-        copy
-        for move in moves
-        for number, layout in tensors[move.layer]
-        for copy in _row_copies(move, number, layout, rank)
-        if copy.source_rank != copy.target_rank or copy.target_rank == rank
-    ]
-
-
-def _row_copies(move: SlotMove, number: int, layout: Layout, rank: int) -> Iterator[Copy]:
-    sources = layout.pieces[move.source]
-    for target in layout.pieces[move.target]:
-        if layout.everywhere and target.rank != rank:
-            continue
-        twins = [p.rank for p in layout.pieces[move.target] if (p.start, p.stop) == (target.start, target.stop)]
-        at = target.start
-        while at < target.stop:
-            source = _source_at(at, sources, target.rank, twins.index(target.rank))
-            stop = min(target.stop, source.stop)
-            yield Copy(
-                number,
-                source.rank,
-                source.offset + at - source.start,
-                target.rank,
-                target.offset + at - target.start,
-                stop - at,
-            )
-            at = stop
-
-
-def _source_at(element: int, sources: Sequence[Piece], rank: int, nth: int) -> Piece:
-    """Who gives one element: `rank` itself if it can, else the holders in turn, so that none gives to all."""
-    holders = [piece for piece in sources if piece.start <= element < piece.stop]
-    own = [piece for piece in holders if piece.rank == rank]
-    return own[0] if own else holders[nth % len(holders)]
-
-
-def rounds(pairs: Sequence[tuple[int, int]], limit: int) -> list[list[tuple[int, int]]]:
-    """Messages (source rank, target rank) in rounds in which no rank has more than `limit` operations."""
-    found: list[list[tuple[int, int]]] = []
-    used: list[dict[int, int]] = []
-    for source, target in pairs:
-        at = 0
-        while at < len(found) and max(used[at].get(source, 0), used[at].get(target, 0)) >= limit:
-            at += 1
-        if at == len(found):
-            found.append([])
-            used.append({})
-        found[at].append((source, target))
-        for rank in (source, target):
-            used[at][rank] = used[at].get(rank, 0) + 1
-    return found
-
-
-@dataclass(frozen=True)
-class RankStep:
-    """One commit as one rank sees it. A message is one or more copies, whose bytes follow each other in it.
-
-    Args:
-        local: copies from this rank to itself.
-        sends: by target rank, the messages in their order.
-        receives: by source rank, likewise.
-        rounds: (source rank, target rank) of every message between any two ranks, the same on all ranks.
-    """
-
-    local: list[Copy]
-    sends: dict[int, list[list[Copy]]]
-    receives: dict[int, list[list[Copy]]]
-    rounds: list[list[tuple[int, int]]]
-
-
-def rank_step(wanted: Sequence[Copy], rank: int, limit: int, is_large: Callable[[Copy], bool]) -> RankStep:
-    """The copies of a commit, sorted into this rank's messages; at most `limit` operations a rank and round.
-
-    A large copy is a message of its own, which can be sent from where it lies; the others that go the same way are
-    one message, ahead of these.
-    """
-    local: list[Copy] = []
-    ways: dict[tuple[int, int], list[list[Copy]]] = {}
-    for copy in wanted:
-        if copy.source_rank == copy.target_rank:
-            local.append(copy)
-            continue
-        small, *_ = messages = ways.setdefault((copy.source_rank, copy.target_rank), [[]])
-        if is_large(copy):
-            messages.append([copy])
-        else:
-            small.append(copy)
-    messages_of = {way: [message for message in ways[way] if message] for way in sorted(ways)}
-    return RankStep(
-        local,
-        sends={target: messages for (source, target), messages in messages_of.items() if source == rank},
-        receives={source: messages for (source, target), messages in messages_of.items() if target == rank},
-        rounds=rounds([way for way, messages in messages_of.items() for _ in messages], limit),
-    )

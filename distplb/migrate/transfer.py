@@ -17,9 +17,11 @@ from torch import Tensor
 from distplb.comm.agreement import agree
 from distplb.comm.base import Comm
 from distplb.errors import DistplbError, HalfMovedError, LostRanksError, in_stage
+from distplb.migrate.messages import Copy, Messages, RankStep
 from distplb.migrate.pieces import Layout, Part, joined
+from distplb.migrate.routes import peers
 from distplb.migrate.rows import RowTensor
-from distplb.migrate.schedule import Copy, RankStep, SlotMove, commits, copies, rank_step
+from distplb.migrate.schedule import SlotMove, commits
 from distplb.migrate.state import Traveller
 from distplb.placement import Placement
 
@@ -35,7 +37,8 @@ LayerTensors = tuple[Sequence[RowTensor], Sequence[Layout], Sequence[Traveller]]
 def agreed_layouts(layers: Sequence[Sequence[RowTensor]], num_slots: int, comm: Comm) -> list[list[Layout]]:
     """By layer, the layout of each declared tensor: every rank tells the others which parts it holds.
 
-    Two all-reduces: of the largest number of parts, and of [tensors, ranks, parts, 4] integers.
+    Two all-reduces: of the largest number of parts, and of [tensors, ranks, parts, 4] integers. Then each rank connects
+    to those that it may exchange experts with, so that no move has to.
 
     Raises:
         DistplbError: if the ranks together do not hold a tensor whole.
@@ -50,15 +53,18 @@ def agreed_layouts(layers: Sequence[Sequence[RowTensor]], num_slots: int, comm: 
             table[number, comm.rank, place] = torch.tensor([part.start, part.stop, part.low, part.high], device="cpu")
     table = table.to(comm.device)
     comm.all_reduce_sum(table)
-    shared: dict[Layout, Layout] = {}  # equal layouts are one object, whose pieces are made once
+    shared: dict[tuple[int, bytes], Layout] = {}  # equal layouts are one object, whose pieces are made once
     found = []
-    for tensor, ranks in zip(flat, table.tolist(), strict=True):
-        try:
-            held = tuple(joined(Part(*part) for part in parts) for parts in ranks)
-            layout = Layout(tensor.row, num_slots, held)
-        except DistplbError as error:
-            raise DistplbError(f"{tensor.name}: {error}") from error
-        found.append(shared.setdefault(layout, layout))
+    for tensor, ranks in zip(flat, table.cpu(), strict=True):
+        key = tensor.row, ranks.numpy().tobytes()
+        if key not in shared:
+            held = tuple(joined(Part(*part) for part in parts) for parts in ranks.tolist())
+            try:
+                shared[key] = Layout(tensor.row, num_slots, held)
+            except DistplbError as error:
+                raise DistplbError(f"{tensor.name}: {error}") from error
+        found.append(shared[key])
+    comm.connect(peers(found, comm.rank))
     following = iter(found)
     return [[next(following) for _ in layer] for layer in layers]
 
@@ -100,7 +106,8 @@ class Staging:
         kept = self._kept.pop(name, None)
         if kept is None or kept.numel() < size:
             del kept  # before there is more
-            kept = torch.empty(size, dtype=torch.uint8, device="cpu")
+            # Pages that are not touched take no memory: moves of other sizes go on in those that have been.
+            kept = torch.empty(max(size, _STAGING_BYTES) if size else 0, dtype=torch.uint8, device="cpu")
         self._kept[name] = kept
         return kept[:size]
 
@@ -141,19 +148,15 @@ class Move:
         staging = Staging() if staging is None else staging
         self._travelling = [traveller for _, _, travelling in layers for traveller in travelling]
         self._sizes = [traveller.dtype.itemsize for traveller in self._travelling]
+        self._devices = [each.flats[0].device if each.flats else comm.device for each in self._travelling]
         row_bytes = _row_bytes(layers, old.slots_per_gpu)
         budget = _budget(*row_bytes) if limits is None else limits.bytes
         most = None if limits is None else limits.commits
         self._commits = commits(old, new, *row_bytes, budget, most, num_groups)
         self.layers = {move.layer for moves in self._commits for move in moves}
-        self._steps: list[RankStep] = []
         nodes = [0] * comm.size if node_of_rank is None else node_of_rank
-        self._crossing: list[tuple[int, int]] = []  # bytes of each commit, inside nodes and between them
-        numbered = _numbered(layers)
-        for moves in self._commits:
-            wanted = copies(moves, numbered, comm.rank)
-            self._crossing.append(self._bytes_crossing(wanted, nodes))
-            self._steps.append(rank_step(wanted, comm.rank, _OPERATIONS, self._is_large))
+        messages = Messages(_numbered(layers), self._sizes, comm.rank, nodes, _OPERATIONS, _LARGE_BYTES)
+        self._steps = [messages.step(moves) for moves in self._commits]
         outgoing = self._most(_all(self._packed(step)) for step in self._steps)
         self._outgoing = staging.room("outgoing", outgoing, comm.device)
         # What arrives in a commit lies together, from this rank and from others, so that both are within the budget;
@@ -202,8 +205,7 @@ class Move:
                 for copy, data in self._staged(step):
                     self._bytes(copy.tensor, copy.target_offset, copy.count).copy_(data)
                 self.placement = _after(self.placement, moves)
-                inside, between = self._crossing[number]
-                done = done.plus(Moved(len(moves), inside, between, 1))
+                done = done.plus(Moved(len(moves), *step.crossing, 1))
                 on_commit(self.placement)
             except Exception as caught:
                 error = HalfMovedError(f"in stage move: commit {number} was not written whole: {caught!r}")
@@ -231,11 +233,15 @@ class Move:
         for source, message in _each(step.receives):
             receives[source].append(room[: self._total(message)])
             room = room[self._total(message) :]
-        for pairs in step.rounds:
-            self._comm.exchange(
-                [(sends[target].popleft(), target) for source, target in pairs if source == rank],
-                [(receives[source].popleft(), source) for source, target in pairs if target == rank],
-            )
+        self._comm.exchange(
+            [
+                (
+                    [(sends[target].popleft(), target) for source, target in ways if source == rank],
+                    [(receives[source].popleft(), source) for source, target in ways if target == rank],
+                )
+                for ways in step.rounds
+            ]
+        )
 
     def _staged(self, step: RankStep) -> Iterator[tuple[Copy, Tensor]]:
         """Each copy into this rank, with its bytes."""
@@ -255,10 +261,7 @@ class Move:
 
     def _goes_as_it_is(self, message: Sequence[Copy]) -> bool:
         """Whether it is one range of memory that the communicator can read; until all have it, nobody writes there."""
-        return len(message) == 1 and self._source(message[0]).device == self._comm.device
-
-    def _is_large(self, copy: Copy) -> bool:
-        return self._size(copy) >= _LARGE_BYTES
+        return len(message) == 1 and self._devices[message[0].tensor] == self._comm.device
 
     def _source(self, copy: Copy) -> Tensor:
         return self._bytes(copy.tensor, copy.source_offset, copy.count)
@@ -290,14 +293,6 @@ class Move:
         """A view of some elements of a tensor as bytes."""
         return self._travelling[tensor].at(offset, count).view(torch.uint8)
 
-    def _bytes_crossing(self, some: Sequence[Copy], nodes: Sequence[int]) -> tuple[int, int]:
-        """From rank to rank, inside nodes and between them."""
-        found = [0, 0]
-        for copy in some:
-            if copy.source_rank != copy.target_rank:
-                found[nodes[copy.source_rank] != nodes[copy.target_rank]] += self._size(copy)
-        return found[0], found[1]
-
     def _total(self, some: Sequence[Copy]) -> int:
         return sum(self._size(copy) for copy in some)
 
@@ -328,8 +323,8 @@ def _received(step: RankStep) -> list[Copy]:
 def _after(placement: Placement, moves: Sequence[SlotMove]) -> Placement:
     """The placement in force once a commit is written."""
     table = placement.expert_of_slot.clone()
-    for move in moves:
-        table[move.layer, move.target] = placement.expert_of_slot[move.layer, move.source]
+    layers, targets, sources = torch.tensor([(move.layer, move.target, move.source) for move in moves]).T
+    table[layers, targets] = placement.expert_of_slot[layers, sources]
     return Placement(table, placement.num_experts, placement.num_gpus)
 
 
