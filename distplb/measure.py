@@ -11,9 +11,11 @@ import time
 from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
 
 from distplb.comm.agreement import agree, digest, told_by_root
 from distplb.comm.base import Comm, WorldOfOne
+from distplb.errors import in_stage
 from distplb.price import TimeCurve
 from distplb.topology import Topology
 
@@ -105,8 +107,7 @@ def _bandwidth(comm: Comm, peers: Sequence[int], gpu: int, target: Sequence[int]
     to, source = peers[target[gpu]], peers[list(target).index(gpu)]
 
     def seconds(size: int, times: int) -> float:
-        data = torch.ones(size, dtype=torch.uint8, device=comm.device)  # written once, so that no page is missing
-        room = torch.ones_like(data)
+        data, room = _buffers(comm, size)
         found = []
         for _ in range(times):
             start = _now()
@@ -126,6 +127,19 @@ def _bandwidth(comm: Comm, peers: Sequence[int], gpu: int, target: Sequence[int]
     took = seconds(size, times)
     # Where latency is most of it all the same, more than half of it cannot be told from noise.
     return max(1, round(len(target) * size / max(took - min(latency, took / 2), 1e-9)))
+
+
+def _buffers(comm: Comm, size: int) -> tuple[Tensor, Tensor]:
+    """What is sent, and where something arrives; on all ranks or on none."""
+    data = room = torch.empty(0, dtype=torch.uint8, device=comm.device)
+    error: Exception | None = None
+    try:
+        data = torch.ones(size, dtype=torch.uint8, device=comm.device)  # written once, so that no page is missing
+        room = torch.ones_like(data)
+    except Exception as caught:
+        error = in_stage("count", caught)
+    agree(comm, {}, error)
+    return data, room
 
 
 def _most_bytes(comm: Comm) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -11,6 +11,7 @@ import torch
 from distplb.chance import even_by_chance
 from distplb.comm.agreement import told_by_root
 from distplb.comm.base import Comm
+from distplb.errors import in_stage
 from distplb.measure import measured_bandwidths
 from distplb.observer import Observer
 from distplb.placement import Placement
@@ -40,6 +41,7 @@ class Told(NamedTuple):
     slot_bytes: int  # of an expert with all that travels with it; 0 where nothing travels
     tokens: int  # that rank 0 routed in the steps that are kept, in a layer: about as many as the mean GPU receives
     ties: tuple[float | None, ...]  # by layer, the share of tokens that its routers sent by chance, in one forward
+    error: Exception | None = None  # why this rank could not measure; rank 0's word is of no use then
 
 
 class Pricer:
@@ -59,23 +61,31 @@ class Pricer:
         self.model = model
         self._observer, self._comm, self._topology, self._window_steps = observer, comm, topology, window_steps
 
-    def told_by_root(self, took: float, slot_bytes: int, ties: Sequence[float | None]) -> Told:
+    def told_by_root(
+        self, took: float, slot_bytes: int, ties: Callable[[], Sequence[float | None]], num_layers: int
+    ) -> Told:
         """Rank 0's word for what each rank measures for itself; the pace starts anew. One broadcast.
 
         Args:
             took: seconds of the last rebalance on this rank.
             slot_bytes: of an expert on this rank.
-            ties: by layer, the share of tokens that tied; None where nobody looked.
+            ties: gives by layer the share of tokens that tied; None where nobody looked.
+            num_layers: L.
         """
-        pace = self._observer.pace()
-        seconds = [round(1e9 * value) for value in (pace.median, pace.error, took)]
-        counts = [pace.iterations, self._observer.seen, slot_bytes, self._observer.tokens]
-        shares = [-1 if share is None else round(1e9 * share) for share in ties]
-        told = told_by_root(self._comm, [*seconds, *counts, *shares])
-        median, error, took = (value * 1e-9 for value in told[:3])
+        numbers, error = [0] * 7 + [-1] * num_layers, None
+        try:
+            pace = self._observer.pace()
+            seconds = [round(1e9 * value) for value in (pace.median, pace.error, took)]
+            counts = [pace.iterations, self._observer.seen, slot_bytes, self._observer.tokens]
+            shares = [-1 if share is None else round(1e9 * share) for share in ties()]
+            numbers = [*seconds, *counts, *shares]
+        except Exception as caught:  # the others are at the broadcast
+            error = in_stage("count", caught)
+        told = told_by_root(self._comm, numbers)
+        median, error_of_median, took = (value * 1e-9 for value in told[:3])
         iterations, seen, slot_bytes, tokens = told[3:7]
         tied = tuple(None if share < 0 else share * 1e-9 for share in told[7:])
-        return Told(Pace(median, error, iterations), took, seen, slot_bytes, tokens, tied)
+        return Told(Pace(median, error_of_median, iterations), took, seen, slot_bytes, tokens, tied, error)
 
     def priced(self, options: SearchOptions, current: Placement, told: Told, steps_until_next: float) -> SearchOptions:
         """The options of one rebalance: from which placement, and at what price."""

@@ -424,7 +424,8 @@ class Rebalancer:
             held, error = ([], None) if self._dry_run else self._held()
             took = 0.0 if self._pending is None else self._pending.took
             slot_bytes = self._mover.bytes_per_slot(held)
-            told = self._pricer.told_by_root(took, slot_bytes, self._routing.ties())
+            told = self._pricer.told_by_root(took, slot_bytes, self._routing.ties, len(self._names))
+            error = error or told.error
             # At the rate of the window, which may have more or fewer iterations: not all began with a rebalance.
             until_next = told.seen * self._every / self._observer.iterations
             options = self._pricer.priced(self._options, old, told, until_next)

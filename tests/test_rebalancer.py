@@ -714,6 +714,35 @@ def break_down(where: str) -> None:
         transfer.Move._bytes = garbled
 
 
+def unmeasured(what: str) -> str:
+    """The error of a rebalance for which rank 1 cannot measure what rank 0 will tell."""
+
+    def no_memory(*_: Any, **__: Any) -> Any:
+        raise MemoryError("no room")
+
+    job = Job()
+    rebalancer = job.rebalancer(every=1, time_curve=CURVE, comm=TorchComm(deadline=300))
+    job.iterate(HOT_SLOTS)
+    if dist.get_rank() == 1:
+        if what == "ties":
+            rebalancer._routing.ties = no_memory
+        if what == "budget":
+            distplb.rebalancer.within_budget = no_memory
+            rebalancer._max_bytes = 10**9
+    with patch.object(torch, "ones", no_memory if what == "bandwidths" and dist.get_rank() == 1 else torch.ones):
+        try:
+            rebalancer.step()
+        except DistplbError as error:
+            return str(error)
+    return "no error"
+
+
+@pytest.mark.parametrize(("what", "stage"), [("ties", "count"), ("bandwidths", "count"), ("budget", "move")])
+def test_a_rank_that_cannot_measure_leaves_nobody_waiting(what: str, stage: str) -> None:
+    for text in on_ranks(2, unmeasured, what, deadline=60):
+        assert text == f"rank 1: in stage {stage}: MemoryError('no room')"
+
+
 def test_a_rank_without_memory_for_staging_is_known_to_all_before_anything_moves() -> None:
     for kind, text, poisoned, unmoved in on_ranks(2, broken, "preparing", deadline=60):
         assert (kind, text) == ("DistplbError", "rank 1: in stage move: MemoryError('no room')")
