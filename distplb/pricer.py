@@ -24,11 +24,11 @@ from distplb.topology import Topology
 __all__ = ["Pricer", "Told", "default_price"]
 
 # What a moved slot must save where nobody knows what moves cost: this share of the mean GPU's tokens. On DeepSeek-V3's
-# load, disturbed by a tenth, on 16 GPUs of one node, it leaves an imbalance of 1.0049 with 8 % of slots moved, where
+# load, disturbed by a tenth, on 16 GPUs of one node, it leaves an imbalance of 1.0051 with 9 % of slots moved, where
 # moving for nothing leaves 1.0039 with 82 % (benchmarks/results/2026-11-26-default-price.md).
 _LEAST_SAVING = 2.0**-13
 # Of that, what a slot must save inside a node and between nodes, where links are slower. On the same load and 2 nodes,
-# 178 slots instead of 652 cross over, and the imbalance is 1.0050.
+# 194 slots instead of 630 cross over, and the imbalance is 1.0052 as before.
 _BY_DISTANCE = (0.5, 2.0)
 
 
