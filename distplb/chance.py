@@ -60,7 +60,7 @@ def even_by_chance(load: Tensor, placement: Placement) -> Tensor:
     for layer, steps in enumerate(totals.T.tolist()):
         parts = (together[layer], [sum(steps)]), (by_step[layer], steps)
         found.append(all(_is_small(squares, of, num_gpus, shift[layer]) for squares, of in parts))
-    return torch.tensor(found)
+    return torch.tensor(found, device="cpu")
 
 
 def _is_small(squares: int, steps: Sequence[int], num_gpus: int, shift: int) -> bool:

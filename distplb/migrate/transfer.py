@@ -323,7 +323,7 @@ def _received(step: RankStep) -> list[Copy]:
 def _after(placement: Placement, moves: Sequence[SlotMove]) -> Placement:
     """The placement in force once a commit is written."""
     table = placement.expert_of_slot.clone()
-    layers, targets, sources = torch.tensor([(move.layer, move.target, move.source) for move in moves]).T
+    layers, targets, sources = torch.tensor([(move.layer, move.target, move.source) for move in moves], device="cpu").T
     table[layers, targets] = placement.expert_of_slot[layers, sources]
     return Placement(table, placement.num_experts, placement.num_gpus)
 

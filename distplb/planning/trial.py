@@ -41,7 +41,7 @@ def engine_for(
         DistplbError: if an engine is asked for by name and is not there.
     """
     num_steps, _, num_experts = shape
-    classes = None if options.slot_class is None else tuple(torch.as_tensor(options.slot_class).tolist())
+    classes = None if options.slot_class is None else tuple(options.slot_class.tolist())
     trial = _PlanTrial(
         num_steps=1 << (num_steps - 1).bit_length(),
         num_experts=num_experts,
@@ -86,17 +86,17 @@ class _PlanTrial:
         options = SearchOptions(
             num_slots=self.num_slots,
             num_groups=self.num_groups,
-            slot_class=None if self.slot_class is None else torch.tensor(self.slot_class),
+            slot_class=None if self.slot_class is None else torch.tensor(self.slot_class, device="cpu"),
             allow_shared_replicas=self.allow_shared_replicas,
             mode=self.mode,
         )
         if self.has_current:
-            table = torch.arange(self.num_slots) % self.num_experts
+            table = torch.arange(self.num_slots, device="cpu") % self.num_experts
             current = Placement(table.expand(_LAYERS, -1), self.num_experts, self.topology.num_gpus)
             least = float(load.sum()) / _LAYERS / self.topology.num_gpus * 2.0**-12
             options = replace(options, current=current, move_price=(least, 2 * least) if self.has_price else 0.0)
         problem = Problem(load, self.topology, options, ("cuda", engine))
-        cost = problem.costs(torch.arange(_CANDIDATES))
+        cost = problem.costs(torch.arange(_CANDIDATES, device=self.device))
         problem.polish(problem.build(cost.argmin(0)))
 
     def _load(self) -> torch.Tensor:
