@@ -38,24 +38,30 @@ class RollCall:
         """By rank that has answered, what went wrong there, if anything did."""
         return dict(self._told)
 
-    def missing(self, seconds: float, why: str = "") -> list[int] | None:
+    def tell(self, seconds: float, why: str) -> None:
+        """Say that this rank waits for nobody any more, and why; waits until that is written, but not longer."""
+        self._questions.ask(seconds, lambda store: self._say(store, why))
+
+    def missing(self, seconds: float) -> list[int] | None:
         """Say that this rank has lost the others, and wait for all to say so too; the ranks that do not.
 
         Args:
             seconds: to wait; fewer if all answer.
-            why: what went wrong here, for the others to tell; nothing where this rank has lost others.
 
         Returns:
             None where the store does not answer.
         """
         self._silent = None
         until = time.monotonic() + seconds
-        self._questions.ask(seconds, lambda store: self._call(store, until, why))
+        self._questions.ask(seconds, lambda store: self._call(store, until))
         return self._silent
 
-    def _call(self, store: Store, until: float, why: str) -> None:
+    def _say(self, store: Store, why: str) -> None:
+        store.set(f"here/{self._rank}", why)  # first: who sees that somebody was lost reads this
         store.set("lost", "1")
-        store.set(f"here/{self._rank}", why or _NOTHING)
+
+    def _call(self, store: Store, until: float) -> None:
+        self._say(store, _NOTHING)
         while True:
             silent = list(range(self._size)) if self._silent is None else self._silent
             self._silent = [rank for rank in silent if not store.check([f"here/{rank}"])]

@@ -212,7 +212,7 @@ class TorchComm:
                 raise self._lost from error
             # Of this rank alone: the others wait, and hear of it in the store.
             self._lost = LostRanksError((), f"an earlier call has failed on this rank: {error!r}")
-            self._roll.missing(0.0, repr(error)[:_MOST_TOLD])
+            self._roll.tell(self._grace, repr(error)[:_MOST_TOLD])
             raise
 
     def _wait(self, work: dist.Work, started: float, is_kernel: bool) -> None:
