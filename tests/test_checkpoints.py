@@ -17,6 +17,9 @@ import pytest
 import torch
 from checkpoint_job import ITERATIONS, run
 from ranks import on_ranks, outcomes_on_ranks
+from stagers import needs_stagers
+
+pytestmark = needs_stagers
 
 TOLERANCE = 1e-8
 

@@ -51,7 +51,7 @@ def test_alone_it_looks_at_this_process_and_says_how_to_look_at_more() -> None:
     lines = {one["what"]: (one["level"], one["text"]) for one in document["findings"]}
     assert not document["wrong"]
     assert document["timings"] == []
-    assert lines["torch"][1].startswith(torch.__version__)
+    assert lines["torch"][1].startswith(torch.__version__.split("+")[0])  # the package's has no +cu124
     assert lines["launcher"] == ("ok", "none, this process is alone")
     assert "torchrun --nproc-per-node 2 -m distplb doctor" in lines["ranks"][1]
     assert lines["engines"][1].startswith("reference")

@@ -15,9 +15,8 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from ranks import on_ranks
+from stagers import AsyncSaveResponse, DefaultStager, StagingOptions, needs_stagers
 from torch import Tensor, nn
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
-from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
@@ -279,6 +278,7 @@ def moved_about(folder: str) -> dict[str, tuple[int, int, int]]:
     return found
 
 
+@needs_stagers
 def test_random_moves_beside_saves_leave_every_element_where_it_belongs(tmp_path: Path) -> None:
     for rank in on_ranks(4, moved_about, str(tmp_path), deadline=280):
         for name, (wrong, elsewhere, left) in rank.items():

@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from jobs import DIM, EXPERTS, LAYERS, Job, skewed
 from ranks import on_ranks
+from stagers import AsyncSaveResponse, needs_stagers
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse
 
 from distplb import DistplbError, LoadWindow, MoELayer, Placement, Rebalancer, Topology
 from distplb.comm.torchdist import TorchComm
@@ -276,7 +276,9 @@ def test_a_stage_without_layers_takes_part_without_any() -> None:
 # --- saving ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("is_staged", [False, True, None])
+@pytest.mark.parametrize(
+    "is_staged", [pytest.param(False, marks=needs_stagers), pytest.param(True, marks=needs_stagers), None]
+)
 def test_applying_waits_until_what_is_being_saved_is_written(is_staged: bool | None) -> None:
     """Also where it has been staged, and where there is no word of that: what was staged may be the tensors themselves.
 

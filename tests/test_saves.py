@@ -15,10 +15,12 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from jobs import EXPERTS, LAYERS, Job, by_slot, skewed
 from ranks import on_ranks
+from stagers import DefaultStager, StagingOptions, needs_stagers
 from torch import Tensor
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from distplb import Placement
+
+pytestmark = needs_stagers
 
 
 class LiveStager:
