@@ -124,7 +124,7 @@ def measured(case: Case, turns: int) -> dict[str, float]:
     """Moves one after the other, all from the layouts that a job has agreed on once."""
     comm = WorldOfOne()
     comm.size = case.gpus * case.groups  # type: ignore[misc]
-    comm.rank = comm.size // 2 + case.gpus // 2  # type: ignore[misc]
+    comm.rank = case.groups // 2 * case.gpus + case.gpus // 2  # type: ignore[misc]
     layers = job(case, comm.rank)
     limits = Limits(10**9, 10**15 if case.in_one else 256 * MIB, 1e9)
     nodes = [other % case.gpus // 8 for other in range(comm.size)]
