@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from ranks import join_group, preloaded
+from ranks import START_SECONDS, join_group, preloaded
 
 __all__ = ["Pool"]
 
@@ -26,7 +26,7 @@ class Pool:
     starts others.
     """
 
-    def __init__(self, size: int, deadline: float = 60.0) -> None:
+    def __init__(self, size: int, deadline: float = 180.0) -> None:
         self._size, self._deadline = size, deadline
         self._processes: list[Any] = []
         self._pipes: list[Connection] = []
@@ -38,12 +38,14 @@ class Pool:
         Raises:
             AssertionError: with the traceback of each rank that raised, or the ranks that did not answer.
         """
+        seconds = self._deadline
         if not self._processes:
             self._start()
+            seconds += START_SECONDS
         for pipe in self._pipes:
             pipe.send((body, args))
         answers: dict[int, tuple[bool, Any]] = {}
-        end = time.monotonic() + self._deadline
+        end = time.monotonic() + seconds
         while len(answers) < self._size and time.monotonic() < end:
             silent = [pipe for rank, pipe in enumerate(self._pipes) if rank not in answers]
             for pipe in wait(silent, timeout=max(0.0, end - time.monotonic())):
@@ -80,7 +82,7 @@ class Pool:
         self._folder = tempfile.TemporaryDirectory()
         for rank in range(self._size):
             here, there = context.Pipe()
-            arguments = (rank, self._size, self._folder.name, there, self._deadline)
+            arguments = (rank, self._size, self._folder.name, there)
             process = context.Process(target=_serve, args=arguments, daemon=True)
             process.start()
             there.close()
@@ -88,9 +90,9 @@ class Pool:
             self._processes.append(process)
 
 
-def _serve(rank: int, size: int, folder: str, pipe: Connection, deadline: float) -> None:
+def _serve(rank: int, size: int, folder: str, pipe: Connection) -> None:
     torch.set_num_threads(1)
-    join_group(rank, size, folder, deadline)
+    join_group(rank, size, folder)
     try:
         while True:
             try:

@@ -16,13 +16,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-__all__ = ["errors_on_ranks", "join_group", "on_ranks", "outcomes_on_ranks", "preloaded"]
+__all__ = ["START_SECONDS", "errors_on_ranks", "join_group", "on_ranks", "outcomes_on_ranks", "preloaded"]
 
 DEADLINE_SECONDS = 120
+_HERE = (True, "here")
+_PATIENCE = 3  # by which a deadline is stretched: it ends what hangs, and busy cores are no fault
+START_SECONDS = 300  # until all ranks are there: on a busy machine the imports of frameworks alone take a minute
 
 
 def on_ranks(size: int, body: Callable[..., Any], *args: Any, deadline: float = DEADLINE_SECONDS) -> list[Any]:
     """Call `body(*args)` on each of `size` ranks of a gloo group, and return what each returned, by rank.
+
+    The deadline, in seconds of a quiet machine, counts from when all ranks are there.
 
     Raises:
         AssertionError: with the traceback of the first rank that raised; or with the ranks that did not answer
@@ -56,9 +61,7 @@ def _run(size: int, body: Callable[..., Any], args: tuple[Any, ...], deadline: f
         pipes, processes = [], []
         for rank in range(size):
             receiving, sending = context.Pipe(duplex=False)
-            process = context.Process(
-                target=_one_rank, args=(rank, size, folder, sending, body, args, deadline), daemon=True
-            )
+            process = context.Process(target=_one_rank, args=(rank, size, folder, sending, body, args), daemon=True)
             process.start()
             sending.close()
             pipes.append(receiving)
@@ -79,7 +82,7 @@ def preloaded() -> list[str]:
     return ["torch", "torch.distributed", "distplb", *frameworks]
 
 
-def join_group(rank: int, size: int, folder: str, deadline: float) -> None:
+def join_group(rank: int, size: int, folder: str) -> None:
     """Make the default group, with a file in the folder as rendezvous."""
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group(
@@ -87,13 +90,24 @@ def join_group(rank: int, size: int, folder: str, deadline: float) -> None:
         init_method=f"file://{Path(folder) / 'rendezvous'}",
         rank=rank,
         world_size=size,
-        timeout=timedelta(seconds=deadline / 2),
+        timeout=timedelta(seconds=START_SECONDS),
     )
 
 
 def _collect(pipes: list[Connection], deadline: float) -> list[tuple[bool, Any]]:
-    answers: dict[int, tuple[bool, Any]] = {}
-    end = time.monotonic() + deadline
+    here = _received(pipes, dict.fromkeys(range(len(pipes)), "has not started"), START_SECONDS)
+    early = {rank: answer for rank, answer in here.items() if answer != _HERE}
+    if early:
+        return [early.get(rank, (False, "was there, and others were not")) for rank in range(len(pipes))]
+    seconds = _PATIENCE * deadline
+    answers = _received(pipes, dict.fromkeys(range(len(pipes)), f"no answer in {seconds} s"), seconds)
+    return [answers[rank] for rank in range(len(pipes))]
+
+
+def _received(pipes: list[Connection], missing: dict[int, str], seconds: float) -> dict[int, Any]:
+    """The next thing that each rank sends, or what is missing."""
+    answers: dict[int, Any] = {}
+    end = time.monotonic() + seconds
     while len(answers) < len(pipes) and time.monotonic() < end:
         open_pipes = [pipe for rank, pipe in enumerate(pipes) if rank not in answers]
         for pipe in wait(open_pipes, timeout=max(0.0, end - time.monotonic())):
@@ -102,7 +116,7 @@ def _collect(pipes: list[Connection], deadline: float) -> list[tuple[bool, Any]]
                 answers[rank] = pipes[rank].recv()
             except EOFError:
                 answers[rank] = (False, "ended without an answer")
-    return [answers.get(rank, (False, f"no answer in {deadline} s")) for rank in range(len(pipes))]
+    return {rank: answers.get(rank, (False, text)) for rank, text in missing.items()}
 
 
 def _one_rank(
@@ -112,10 +126,10 @@ def _one_rank(
     pipe: Connection,
     body: Callable[..., Any],
     args: tuple[Any, ...],
-    deadline: float,
 ) -> None:
     torch.set_num_threads(1)
-    join_group(rank, size, folder, deadline)
+    join_group(rank, size, folder)
+    pipe.send(_HERE)
     try:
         pipe.send((True, body(*args)))
     except BaseException:

@@ -100,7 +100,7 @@ def test_torchrun_restarts_a_killed_job_from_its_checkpoint(quiet: Run, tmp_path
         # Without the last one torch 2.13 gives the second life the store of the first, and gloo its old addresses.
         env=os.environ
         | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
-        timeout=180,
+        timeout=400,
         check=True,
     )
     resumed = Run([json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)])

@@ -150,7 +150,7 @@ def test_under_torchrun_ranks_exchange_and_move(tmp_path: Path) -> None:
         env=environment | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=400,
         check=False,
     )
     assert run.returncode == 0, run.stderr

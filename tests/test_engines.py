@@ -281,7 +281,7 @@ def test_a_second_process_of_the_node_compiles_nothing(tmp_path: Path) -> None:
     command = [sys.executable, "-c", COMPILED]
     both = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     try:
-        counts = sorted(int(process.communicate(timeout=240)[0]) for process in both)
+        counts = sorted(int(process.communicate(timeout=500)[0]) for process in both)
     finally:
         for process in both:
             process.kill()

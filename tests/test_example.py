@@ -20,7 +20,7 @@ def run(*options: str, ranks: int = 2) -> subprocess.CompletedProcess[str]:
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
     command = [sys.executable, *launcher, str(EXAMPLE), *TINY, *options]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180, check=False)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400, check=False)
 
 
 def trained(*options: str, ranks: int = 2) -> str:
@@ -65,7 +65,7 @@ def test_the_example_of_a_framework_runs_and_tells_the_imbalance_before_and_afte
     example = EXAMPLE.with_name(f"{framework}_moe.py")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(example)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400, check=False)
     assert done.returncode == 0, done.stderr
     pairs = [
         (float(before), float(after))
@@ -81,7 +81,7 @@ def test_experts_without_tokens_end_neither_training_nor_rebalances() -> None:
     example = EXAMPLE.with_name("starved_experts.py")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(example)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400, check=False)
     assert done.returncode == 0, done.stderr
     rebalances = re.findall(r"iteration +(\d+): moved, +(\d+) slots.*first layer: \[(.*)\]", done.stdout)
     assert [int(iteration) for iteration, *_ in rebalances] == list(range(6, 61, 6))

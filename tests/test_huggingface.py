@@ -711,7 +711,7 @@ EXAMPLE = Path(__file__).parent.parent / "examples" / "huggingface_moe.py"
 def test_the_example_runs_and_lowers_the_imbalance_of_every_layer() -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(EXAMPLE)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180, check=False)
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400, check=False)
     assert run.returncode == 0, run.stderr
     found = re.findall(r"(model\.layers\.\d\.mlp): imbalance (\S+) -> (\S+)", run.stdout)
     assert [name for name, _, _ in found] == [f"model.layers.{layer}.mlp" for layer in range(2)] * 3

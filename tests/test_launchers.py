@@ -26,7 +26,7 @@ from distplb.comm.torchdist import TorchComm
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
-DEADLINE = 100  # seconds
+DEADLINE = 300  # seconds
 
 # A script of the user's: each rank plans with the others, and tells what it has been given.
 PLANNING = """
@@ -127,7 +127,7 @@ def told_by_ranks(folder: Path) -> list[Any]:
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
 def test_a_script_parses_and_is_short(script: Path) -> None:
-    parsed = subprocess.run(["bash", "-n", str(script)], capture_output=True, text=True, timeout=20, check=False)
+    parsed = subprocess.run(["bash", "-n", str(script)], capture_output=True, text=True, timeout=100, check=False)
     assert (parsed.returncode, parsed.stderr) == (0, "")
     lines = script.read_text().splitlines()
     assert len(lines) < 50
@@ -141,7 +141,7 @@ def test_a_script_parses_and_is_short(script: Path) -> None:
 def test_shellcheck_has_no_complaint() -> None:
     command = ["shellcheck", "--external-sources", "--source-path=SCRIPTDIR"]
     command += [str(script) for script in SCRIPTS if script.name != "environment.sh"]
-    checked = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    checked = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert checked.returncode == 0, checked.stdout
 
 

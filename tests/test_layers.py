@@ -358,7 +358,7 @@ def test_importing_runs_nothing() -> None:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=400,
         check=False,
     )
     assert run.returncode == 0, run.stderr

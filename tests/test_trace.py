@@ -364,7 +364,7 @@ for iteration in range(3):
 
 
 def test_what_was_added_is_written_when_the_process_ends(tmp_path: Path) -> None:
-    subprocess.run([sys.executable, "-c", UNCLOSED, str(tmp_path)], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", UNCLOSED, str(tmp_path)], check=True, timeout=400)
     assert Trace.read(tmp_path).iteration.tolist() == [0, 1, 2]
 
 
