@@ -137,6 +137,7 @@ def rebalancer_of(
         window=window,
         every=every,
         seed=seed,
+        move_model=distplb.MoveModel(1.0, 1, 1e12, 1e12),  # what moves is compared, not whether it pays
         stop_loss=0,
         on_event=lambda event: moved.append(event.slots_moved) if event.imbalance_next is None else None,
     )

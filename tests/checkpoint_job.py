@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
+from jobs import FREE
 from stagers import DefaultStager, StagingOptions
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -140,6 +141,8 @@ class Job:
             self.optimizer,
             topology=distplb.Topology(1, ep_size),
             every=EVERY,
+            move_model=FREE,
+            stop_loss=0,
             comm=TorchComm(mesh["ep"]),
             verify="digest",
         )

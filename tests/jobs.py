@@ -11,12 +11,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from distplb import LoadWindow, MoELayer, Placement, Rebalancer, Topology
+from distplb import LoadWindow, MoELayer, MoveModel, Placement, Rebalancer, Topology
 from distplb.comm.torchdist import TorchComm
 
-__all__ = ["DIM", "EXPERTS", "LAYERS", "SLOT_BYTES", "Clock", "Job", "by_slot", "skewed"]
+__all__ = ["DIM", "EXPERTS", "FREE", "LAYERS", "SLOT_BYTES", "Clock", "Job", "by_slot", "skewed"]
 
 LAYERS, EXPERTS, DIM = 2, 8, 6
+# Moves cost next to nothing. Without a price, tests count so few tokens that chance could have made them uneven.
+FREE = MoveModel(1.0, 1, 1e12, 1e12)
 SLOT_BYTES = 4 * (2 * DIM * DIM) * 4  # weight, gradient and two moments of AdamW
 
 

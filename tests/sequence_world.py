@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from jobs import FREE
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
@@ -334,6 +335,7 @@ class World:
             slot_class=setup.slot_class,
             num_candidates=4,
             max_bytes=setup.max_bytes,
+            move_model=FREE,
             stop_loss=0,
             spread=Spread(1, 1, 0.0) if setup.spread else None,
             verify="digest",

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from jobs import FREE
 from ranks import on_ranks
 from torch import Tensor, nn
 from torch.distributed._composable_state import _module_state_mapping
@@ -60,6 +61,8 @@ class World:
             self.optimizer,
             topology=Topology(1, ep),
             every=1,
+            move_model=FREE,
+            stop_loss=0,
             window=LoadWindow(1, EXPERTS, 4),
             comm=TorchComm(),
             gpu=self.gpu,

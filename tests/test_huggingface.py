@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from jobs import FREE
 from ranks import on_ranks
 from torch import Tensor, nn
 
@@ -108,7 +109,7 @@ def groups_of(name: str, mode: str) -> int:
 
 def rebalanced(model: nn.Module, mode: str = "permute") -> distplb.Rebalancer:
     optimizer = torch.optim.SGD(model.parameters())
-    return huggingface.rebalancer(model, optimizer, every=EVERY, mode=mode)  # type: ignore[arg-type]  # one of MODES
+    return huggingface.rebalancer(model, optimizer, every=EVERY, move_model=FREE, mode=mode)  # type: ignore[arg-type]  # one of MODES
 
 
 @torch.no_grad()
@@ -550,6 +551,8 @@ def trained(
         model,
         optimizer,
         every=EVERY,
+        move_model=FREE,
+        stop_loss=0,
         mode=mode,  # type: ignore[arg-type]  # one of MODES
         on_event=events.append,
     )

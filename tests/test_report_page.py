@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from jobs import Job, by_slot, skewed
+from jobs import FREE, Job, by_slot, skewed
 from ranks import on_ranks
 
-from distplb import MoveModel
 from distplb.report.figures import PANELS
 from distplb.report.page import write_report
 from distplb.report.run import Run
@@ -40,7 +39,7 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium: 
 def moving(folder: str) -> None:
     """Other experts are hot in every window, and moves cost next to nothing, however long they take here."""
     job = Job()
-    rebalancer = job.rebalancer(every=4, move_model=MoveModel(1.0, 1, 1e12, 1e12), engine="reference", record=folder)
+    rebalancer = job.rebalancer(every=4, move_model=FREE, engine="reference", record=folder)
     for iteration in range(16):
         hot = 2 * (iteration // 4 % 2)
         job.iterate(by_slot(skewed((hot, hot + 1)), rebalancer.placement))

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from jobs import FREE
 from ranks import on_ranks
 from test_training import EXPERTS, batch, furthest
 from torch import Tensor
@@ -113,6 +114,8 @@ def described(model: Any, experts: list[dict[str, ShardedExperts]], optimizer: A
         topology=distplb.Topology(1, GPUS),
         window=window,
         every=EVERY,
+        move_model=FREE,
+        stop_loss=0,
         comm=TorchComm(),
         gpu=dist.get_rank() % GPUS,
         verify="digest",

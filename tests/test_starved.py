@@ -13,16 +13,16 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from jobs import FREE
 from ranks import on_ranks
 from torch import Tensor, nn
 
-from distplb import DistplbError, LoadWindow, MoELayer, MoveModel, Placement, Rebalancer, Topology
+from distplb import DistplbError, LoadWindow, MoELayer, Placement, Rebalancer, Topology
 from distplb.comm.torchdist import TorchComm
 from distplb.events import RebalanceEvent
 
 LAYERS, EXPERTS, DIM, EVERY = 2, 8, 3, 3
 ITERATIONS = 26
-FREE = MoveModel(1.0, 1, 1e12, 1e12)
 Starved = Callable[[int, int, int, int], bool]  # iteration, layer, expert, its GPU
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {

@@ -22,6 +22,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from jobs import FREE
 from ranks import on_ranks
 from torch import Tensor, nn
 from torch.distributed.tensor import Shard
@@ -50,7 +51,13 @@ RANDOM_MOVES, SAVED_EVERY, COMPARED_EVERY = 200, 40, 20
 
 
 def attached(job: Job, **options: Any) -> Any:
-    options = {"every": EVERY, "parallel_dims": job.dims, "gpus_per_node": 1, "stop_loss": 0} | options
+    options = {
+        "every": EVERY,
+        "parallel_dims": job.dims,
+        "gpus_per_node": 1,
+        "stop_loss": 0,
+        "move_model": FREE,
+    } | options
     return rebalancer(job.model, job.optimizers, **options)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from jobs import FREE
 from ranks import on_ranks
 from torch import Tensor
 
@@ -51,6 +52,8 @@ def trained(optimizer_name: str, dtype: torch.dtype, moves: str) -> dict[str, Te
         topology=distplb.Topology(1, dist.get_world_size()),
         window=window,
         every=EVERY,
+        move_model=FREE,
+        stop_loss=0,
         comm=TorchComm(),
         spread=distplb.Spread(1, 2, move_seconds=0) if moves == "spread" else None,
         verify="digest",
