@@ -48,8 +48,10 @@ class RebalanceEvent:
         slots_moved: slots that received another expert, over all layers.
         bytes_inside, bytes_between: what crossed from rank to rank, over all ranks: inside nodes, and between them.
         decision: "moved", "kept" (nothing moved), "dry run", "stopped" (rebalancing has turned itself off), or
-            "skipped" where ranks had different digests: of the steps they had counted, and then nothing is known of the
-            load and all that follows from it is left at its default; or of the placement.
+            "skipped": the ranks' digests differed, of the steps they had counted or of the placement; experts are
+            trained by other settings on some rank, or by no gradient any more; no layer could be moved; or it was
+            refused, with `on_refusal="skip"`. Where that was so before there was a plan, nothing is known of the load,
+            and all that follows from it is left at its default.
         reason: of the decision, in words.
         left_out: for each layer, why moves that would even it out, or seemed to, were not made; empty where there is
             nothing to say.

@@ -17,7 +17,7 @@ from distplb.errors import DistplbError
 from distplb.hashing import hashed
 from distplb.torchnames import break_graph, is_in_backward, is_of_compiled_graph
 
-__all__ = ["LoadWindow", "as_tokens", "excess_bits", "group_of_steps", "scaled", "spare_bits"]
+__all__ = ["LoadWindow", "as_tokens", "excess_bits", "group_of_steps", "scaled", "spare_bits", "window_near"]
 
 # Packing multiplies a weight by a 14-bit noise and the packed key holds 41 bits of cost: 2^40 leaves room for both.
 _MAX_TOTAL_BITS = 40
@@ -138,10 +138,12 @@ class LoadWindow:
                 f"LoadWindow.add: counts has shape {tuple(counts.shape)}; pass [{num_experts}], one for each of the "
                 "router's outputs"
             )
-        if counts.device != self._counts.device:
-            self._move_to(counts.device)
         if training is not None and not training:
             return
+        if counts.device != self._counts.device:
+            if not torch.compiler.is_compiling() and not _is_step(torch.is_grad_enabled()):
+                return  # an evaluation, which may run elsewhere
+            self._move_to(counts.device)
         buffers = (self._counts, self._numbers, self._written, self._edges, self._rows)
         # Compiled, whether gradients are on is known now, and a part of what the graph is guarded by.
         add = torch.ops.distplb.add if torch.compiler.is_compiling() else _add
@@ -215,8 +217,9 @@ class LoadWindow:
                     f"window is on {self._counts.device}; pass LoadWindow(device={str(device)!r}), or run a forward "
                     "before"
                 )
-            for name in ("_numbers", "_written", "_edges", "_rows", "_counts"):  # whose device tells comes last
-                setattr(self, name, getattr(self, name).to(device))
+            with torch.inference_mode(False):  # what is made in it could not be written afterwards
+                for name in ("_numbers", "_written", "_edges", "_rows", "_counts"):  # whose device tells comes last
+                    setattr(self, name, getattr(self, name).to(device))
             self._may_move = False
 
     def _start(self) -> None:
@@ -259,6 +262,18 @@ class LoadWindow:
         return rows[first[rows].argsort()]
 
 
+def window_near(device: torch.device, num_layers: int, num_experts: int, num_steps: int, seed: int) -> LoadWindow:
+    """A window that begins on a device where the first counts are likely, and goes where they are."""
+    window = LoadWindow(num_layers, num_experts, num_steps, device=device, seed=seed)
+    window._may_move = True
+    return window
+
+
+def _is_step(has_gradients: bool) -> bool:
+    """Whether a forward of this thread is one of the training."""
+    return not is_recomputation() and (has_gradients or _is_in_a_recorded_function())
+
+
 def _add(
     counts: Tensor,
     numbers: Tensor,
@@ -274,7 +289,7 @@ def _add(
     Written by `data`, which has no version: a checkpoint in a compiled forward may hold the window's tensors as its
     inputs, and would refuse to recompute with what has changed since.
     """
-    if is_recomputation() or not (has_gradients or _is_in_a_recorded_function()):
+    if not _is_step(has_gradients):
         return
     tokens = tokens.to(torch.int64).reshape(1, -1)  # [1, E]
     number = written.data[layer : layer + 1]  # [1], a view: nothing is read on the host

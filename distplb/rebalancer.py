@@ -80,6 +80,7 @@ _FIELDS = (
     *("the model (digest)", "time_curve (digest)", "move_model (digest)", "slot_class (digest)"),
     "the tables slot_of_expert (digest)",
 )
+_LOOKS = 2  # the first one may be in an iteration whose step was skipped
 _SAVE_SECONDS = 1800.0  # that `apply` waits for an asynchronous save
 _SAVE_PAUSE_SECONDS = 0.2  # of that, between two agreements on whether it has ended: far below any deadline
 
@@ -194,7 +195,8 @@ class Rebalancer:
         self._is_closed = False
         self._stay = set[int]()  # layers that could not be moved when last looked at
         self._on_refusal, self._refused = on_refusal, ""  # the last reason that was told
-        self._has_looked = False  # whether what is there can travel
+        self._looks = _LOOKS  # at whether what is there can travel, that are left
+        self._is_postponed = False  # a rebalance that is due, to the next iteration
         self._record, self._summary_writer = record, summary_writer
         self._mover = self._agreed_mover(layers, optimizer, gpu if layers else None, move_model)
         self._observer = Observer(self._window, self._comm, self._topology, self._mover.gpu, seed)
@@ -236,30 +238,32 @@ class Rebalancer:
         A rebalance whose digests differ between ranks is skipped, with a warning and an event that say so. One that is
         under way, spread over iterations, is dropped when `enabled` is set to False.
 
-        The first call looks whether what is there can travel, so that it is not refused hours later.
+        The first two calls look whether what is there can travel, so that it is not refused hours later. Where a
+        backward pass has begun and no optimizer has stepped, as where a gradient scaler has skipped the step, a
+        rebalance that is due waits for the next iteration.
 
         Raises:
-            DistplbError: on every rank, if the rebalance is refused: nothing has moved then. Not with `on_refusal`
-                "skip".
+            DistplbError: on every rank, if the rebalance is refused: nothing has moved then, but for what a spread one
+                had moved before. Not with `on_refusal` "skip".
             LostRanksError: if ranks do not come, before anything was written.
             HalfMovedError: if a move broke off in the middle, now or before.
         """
         self._refuse_if_unfit()
         self._iteration += 1
-        is_first, self._has_looked = not self._has_looked, True
+        self._looks -= 1
         if not self._names:
-            if is_first:
+            if self._looks == _LOOKS - 1:
                 self._roster.warn_if_nobody_has_layers()
             return
         self._observer.iteration_ends()
         self._mover.watch.iteration_ends()
         try:
-            if is_first:
+            if self._looks >= 0:
                 self._look()
             if not self.enabled:
                 self._drop()
-            elif self._under_way is None and self._iteration % self._every == 0:
-                self._under_way, self._due, self._took = self._rebalance(), self._iteration, 0.0
+            elif self._under_way is None and (self._is_postponed or self._iteration % self._every == 0):
+                self._begin()
             self._go_on()
         except (LostRanksError, HalfMovedError, DisagreementError):
             raise
@@ -382,14 +386,12 @@ class Rebalancer:
 
     def _look(self) -> None:
         """Whether what is there can travel, on all ranks."""
-        error = self._held()[1] if self.enabled and not self._dry_run else None
-        agree(self._comm, {}, error)
+        is_told = self.enabled and not self._dry_run and not self._mover.watch.may_have_skipped()
+        agree(self._comm, {}, self._held()[1] if is_told else None)
 
     def _skip(self, reason: str) -> None:
-        """A rebalance that is refused, where training goes on; what is told again and again is warned of once."""
-        if reason != self._refused:
-            warnings.warn(f"distplb has skipped a rebalance: {reason}", RuntimeWarning, stacklevel=3)
-        self._refused = reason
+        """A rebalance that is refused before anything has moved, where training goes on."""
+        self._warn_of_refusal(reason)
         self._forget_counts()
         self._tell_of_skipping(self._iteration, reason, {})
 
@@ -410,9 +412,15 @@ class Rebalancer:
             raise
         self._took += time.perf_counter() - self._since
 
+    def _begin(self) -> None:
+        """A rebalance, unless some rank cannot tell whether its step has been skipped."""
+        self._is_postponed = not (self._dry_run or self._agreed(lambda: not self._mover.watch.may_have_skipped()))
+        if not self._is_postponed:
+            self._under_way, self._due, self._took = self._rebalance(), self._iteration, 0.0
+
     def _drop(self) -> None:
         """The rebalance under way, wherever it is: between two commits every placement is as good as another."""
-        self._under_way = None
+        self._under_way, self._is_postponed = None, False
 
     def _rebalance(self) -> Iterator[int]:
         """One rebalance, from the window to the event; each time it yields the iteration at which it goes on."""
@@ -451,6 +459,8 @@ class Rebalancer:
         yield began + spread.share_after
         polished(stages)
         planned = planning.share()
+        while self._spread is not None and not self._dry_run and not self._may_go_on():
+            yield self._iteration + 1
         wanted, moved = _Wanted(planned.placement, planned.placement, (False,) * len(self._names)), Moved()
         ready: Ready | None = None
         stays: dict[int, str] = {}
@@ -485,11 +495,19 @@ class Rebalancer:
                 self._warn_of_skipping(differing)
                 decision, reason = "skipped", str(differing)
                 break
+            except (LostRanksError, HalfMovedError):
+                raise
+            except DistplbError as refused:
+                if self._on_refusal == "raise" or not moved.commits:
+                    raise
+                self._warn_of_refusal(str(refused))  # what has moved before is told
+                decision, reason = "skipped", str(refused)
+                break
             ready = None  # the training goes on before there is another
             if done is None:
                 _LOGGER.info("the rebalance of iteration %d waits for an asynchronous save", began)
                 yield self._iteration + 1
-                while not self._saves_have_ended():
+                while not self._may_go_on():
                     yield self._iteration + 1
                 continue
             moved = moved.plus(done)
@@ -499,6 +517,8 @@ class Rebalancer:
             # Twice as many as there was time for: what is made ready and not done is made ready again.
             limits = Limits(2 * done.commits, _COMMIT_BYTES, spread.move_seconds)
             yield self._iteration + 1
+            while not self._may_go_on():
+                yield self._iteration + 1
         account = Account(
             iteration=began,
             layers=self._names,
@@ -576,10 +596,24 @@ class Rebalancer:
         if self._log is not None:
             self._log.take(event)
 
-    def _saves_have_ended(self) -> bool:
-        """Of all ranks, which wait for it together."""
-        (have_ended,) = agree(self._comm, {}, least=[int(self._saves.have_ended())])
-        return bool(have_ended)
+    def _may_go_on(self) -> bool:
+        """Whether all saves have ended, and no step may have been skipped, on any rank; all wait for it together."""
+        return self._agreed(lambda: self._saves.have_ended() and not self._mover.watch.may_have_skipped())
+
+    def _agreed(self, question: Callable[[], bool]) -> bool:
+        """Whether it is so on all ranks."""
+        is_so, error = False, None
+        try:
+            is_so = question()
+        except Exception as caught:  # such as of a future of the user's own
+            error = in_stage("move", caught)
+        return bool(agree(self._comm, {}, error, least=[int(is_so)])[0])
+
+    def _warn_of_refusal(self, reason: str) -> None:
+        """What is told again and again is warned of once."""
+        if reason != self._refused:
+            warnings.warn(f"distplb has skipped a rebalance: {reason}", RuntimeWarning, stacklevel=5)
+        self._refused = reason
 
     def _warn_of_skipping(self, differing: DisagreementError | UntrainedError) -> None:
         """Ranks that counted or planned differently keep training; where they differ in more, they must not."""
@@ -974,7 +1008,7 @@ class Attached:
 
 def _refuse_other_comm(comm: Comm | None) -> None:
     """Before anything is asked of it."""
-    asked = ("rank", "size", "device", "all_reduce_sum", "all_reduce_min", "broadcast", "exchange")
+    asked = ("rank", "size", "device", "all_reduce_sum", "all_reduce_min", "broadcast", "connect", "exchange")
     if comm is not None and not all(hasattr(comm, name) for name in asked):
         raise DistplbError(f"comm is a {type(comm).__name__}; pass a communicator, such as TorchComm(group)")
 

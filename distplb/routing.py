@@ -10,10 +10,11 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from distplb.errors import DistplbError
-from distplb.layer import MoELayer, Removable
-from distplb.load import LoadWindow
+from distplb.layer import MoELayer, Removable, Rows
+from distplb.load import LoadWindow, window_near
 from distplb.placement import Placement
 
 __all__ = ["Routing"]
@@ -59,7 +60,7 @@ class Routing:
             )
         sizes = [self._num_experts(layer) for layer in self._layers]
         num_experts = self._common("the number of experts", sizes, 1)
-        window = LoadWindow(max(1, len(self._layers)), num_experts, num_steps, seed=seed)
+        window = window_near(self._device(), max(1, len(self._layers)), num_experts, num_steps, seed)
         self.subscribe([partial(window.add, index) for index in range(len(self._layers))])
         return window
 
@@ -152,9 +153,21 @@ class Routing:
             return layer.slot_of_expert.numel()
         return int(next(iter(layer.router.values())).shape[0])
 
+    def _device(self) -> torch.device:
+        """Of the experts."""
+        for layer in self._layers:
+            for declared in layer.experts.values():
+                tensor = declared if isinstance(declared, Tensor) else _first(declared)
+                return tensor.device
+        return torch.device("cpu")
+
 
 def _ignore(*_: Any, **__: Any) -> None:
     """Counts that somebody else takes."""
+
+
+def _first(declared: Rows | Sequence[Tensor]) -> Tensor:
+    return declared.tensor if isinstance(declared, Rows) else declared[0]
 
 
 def _handles(name: str, subscription: Any) -> list[Removable]:

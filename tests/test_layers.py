@@ -81,6 +81,7 @@ SIDEWAYS = {
     ("migrate.histories", "migrate.dtensors"),
     ("migrate.histories", "migrate.kinds"),
     ("migrate.histories", "migrate.rows"),
+    ("migrate.histories", "migrate.settings"),
     ("migrate.histories", "migrate.state"),
     ("migrate.unlike", "migrate.histories"),
     ("migrate.unlike", "migrate.rows"),

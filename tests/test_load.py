@@ -790,19 +790,18 @@ def devices(window: LoadWindow) -> set[str]:
     return {getattr(window, name).device.type for name in BUFFERS}
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_a_window_without_a_device_goes_where_the_first_counts_are(training: bool) -> None:
+def test_a_window_without_a_device_goes_where_the_first_counts_are() -> None:
     """It stayed on the CPU, so that the first counts of a GPU were an error of torch's."""
     window = LoadWindow(1, 2, 4)
     assert (window.seen, window.load().shape, devices(window)) == (0, (0, 1, 2), {"cpu"})
     window.rename(torch.tensor([[1, 0]]))
     window.clear()
-    window.add(0, META_COUNTS, training=training)
+    window.add(0, META_COUNTS, training=True)
     assert devices(window) == {"meta"}
     window.clear()
-    window.add(0, META_COUNTS, training=training)
+    window.add(0, META_COUNTS, training=True)
     with pytest.raises(DistplbError, match=r"counts are on cpu, the window on meta; pass LoadWindow\(device='cpu'\)"):
-        window.add(0, torch.ones(2), training=training)
+        window.add(0, torch.ones(2), training=True)
 
 
 def test_first_counts_of_two_threads_have_the_window_go_along_once() -> None:
@@ -1106,3 +1105,17 @@ def test_totals_go_up_to_2_to_the_40_by_a_power_of_two() -> None:
 def test_a_layer_without_tokens_stays_without() -> None:
     load = torch.tensor([[[0, 0], [3, 5]], [[0, 0], [0, 0]]])  # [T, L, E]
     assert (load << spare_bits(load)[:, None]).tolist() == [[[0, 0], [3 << 37, 5 << 37]], [[0, 0], [0, 0]]]
+
+
+def test_an_evaluation_elsewhere_does_not_take_the_window_along() -> None:
+    """Made in `torch.inference_mode()` it could not be written; from another device it did not come back."""
+    window, there = LoadWindow(1, 3, 2), torch.ones(3, dtype=torch.int64, device="meta")
+    for evaluating in (torch.inference_mode(), torch.no_grad()):
+        with evaluating:
+            window.add(0, there)
+    window.add(0, there, training=False)
+    assert window.load().device.type == "cpu"
+    window.add(0, torch.tensor([1, 2, 3]), training=True)
+    window.clear()
+    window.add(0, torch.tensor([4, 5, 6]), training=True)
+    assert window.load().tolist() == [[[4, 5, 6]]]

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from jobs import DIM, EXPERTS, LAYERS, Job, skewed
+from jobs import DIM, EXPERTS, FREE, LAYERS, Job, skewed
 from ranks import errors_on_ranks, on_ranks
 from torch import nn
 
-from distplb import DistplbError, LoadWindow, MoELayer, Rebalancer, Spread, Topology, plan
+from distplb import DistplbError, FlatShard, LoadWindow, MoELayer, Rebalancer, Spread, Topology, plan
 from distplb.comm.torchdist import TorchComm
 from distplb.events import RebalanceEvent
 
@@ -55,6 +55,37 @@ def test_what_cannot_travel_is_refused_at_the_first_step(case: str) -> None:
     """A thousand iterations later it ended the job."""
     for text in errors_on_ranks(2, at_first, case, deadline=60):
         assert text.startswith(AT_FIRST[case])
+
+
+def skipping_steps() -> list[tuple[int, bool]]:
+    """Iterations 1, 2 and 4 are skipped, as a gradient scaler does on overflow: whether experts have moved since."""
+    weight = nn.Parameter(torch.randn(EXPERTS, DIM))
+    shard = nn.Parameter(weight.detach().flatten().clone())
+    router = nn.Parameter(torch.randn(EXPERTS, DIM))
+    optimizer = torch.optim.AdamW([shard, router])
+    layer = MoELayer(
+        name="moe", experts={"w": weight}, router={"weight": router}, shards={"w": FlatShard(shard, start=0)}
+    )
+    window = LoadWindow(1, EXPERTS, 4)
+    events: list[RebalanceEvent] = []
+    rebalancer = Rebalancer(
+        [layer], optimizer, topology=Topology(1, 1), every=2, window=window, move_model=FREE, on_event=events.append
+    )
+    for iteration in range(1, 7):
+        window.add(0, torch.arange(EXPERTS), training=True)
+        (weight.square().sum() + router.square().sum()).backward()
+        if iteration not in (1, 2, 4):
+            shard.grad = weight.grad.flatten().clone()  # type: ignore[union-attr]  # of this backward pass
+            optimizer.step()
+        weight.grad = None
+        optimizer.zero_grad()
+        rebalancer.step()
+    return [(event.iteration, event.decision != "skipped") for event in events if event.imbalance_next is None]
+
+
+def test_a_step_that_a_scaler_skips_puts_a_rebalance_off_and_ends_nothing() -> None:
+    """Scalers begin with such steps: the first look would have ended every job whose optimizer steps on shards."""
+    assert skipping_steps() == [(3, True), (5, True), (6, True)]
 
 
 # --- skipped instead -------------------------------------------------------------------------------------------------

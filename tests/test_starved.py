@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from distplb import DistplbError, LoadWindow, MoELayer, Placement, Rebalancer, Topology
 from distplb.comm.torchdist import TorchComm
 from distplb.events import RebalanceEvent
+from distplb.migrate import state
+from distplb.migrate.settings import steppers
 
 LAYERS, EXPERTS, DIM, EVERY = 2, 8, 3, 3
 ITERATIONS = 26
@@ -256,11 +258,41 @@ def test_a_dry_run_tells_it_too() -> None:
 
 
 def test_it_moves_again_once_the_number_of_the_step_enters_no_update() -> None:
-    """A bias correction that is 1 is 1 for any number: after 37,000 steps with a beta of 0.999, or 720 with 0.95."""
+    """A bias correction that is 1 is 1 for any number: after 37,000 steps with a beta of 0.999, or 731 with 0.95."""
     for events, _, refused in on_ranks(2, left_out, False, (0.4, 0.5)):
         stay = ["step" in event.left_out[0] for event in events]
         assert stay == [nth * EVERY - 1 < 55 for nth in range(1, len(events) + 1)]
         assert refused == "nothing"
+
+
+def test_the_betas_are_those_of_the_one_optimizer_that_steps() -> None:
+    """Where two do, with betas of their own, every step counts for one of them."""
+    param = nn.Parameter(torch.zeros(DIM))
+    quick, slow = (torch.optim.AdamW([param], betas=(0.4, beta)) for beta in (0.5, 0.999))
+    for _ in range(60):
+        param.grad = torch.ones(DIM)
+        quick.step()
+        slow.step()
+    alone, both = (state._holding("w", param, some, steppers(some)).effect for some in ([quick], [quick, slow]))
+    assert alone == {"step": 55.0}
+    assert both == {"step": 60.0, "step of optimizer 1": 60.0}
+
+
+class ManyMoments(torch.optim.Optimizer):
+    """Keeps more tensors for each parameter than can be told of."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {})
+
+    def step(self, closure: None = None) -> None:
+        for param in (p for group in self.param_groups for p in group["params"]):
+            self.state[param] = {f"moment {number}": torch.zeros_like(param) for number in range(15)}
+
+
+def test_state_of_too_many_tensors_is_refused_by_name() -> None:
+    job = Job(ManyMoments, starved, own=False)
+    with pytest.raises(DistplbError, match=r"moe.0.experts.w has 15 tensors of state and gradient; .* at most 13"):
+        job.train()
 
 
 # --- what cannot be known --------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +23,7 @@ from distplb.errors import in_stage
 from distplb.migrate.dtensors import local_like
 from distplb.migrate.kinds import NOTHING, kinds_of
 from distplb.migrate.rows import RowTensor
+from distplb.migrate.settings import Steppers
 from distplb.migrate.state import Holding, Holdings, Traveller
 
 __all__ = ["History", "Own", "agreed_histories", "own_slots"]
@@ -147,7 +148,7 @@ class Own:
 
 
 def agreed_histories(
-    own: Sequence[Own], all_held: Iterable[Holdings], num_slots: int, optimizers: Sequence[Optimizer], comm: Comm
+    own: Sequence[Own], all_held: Iterable[Holdings], num_slots: int, stepping: Steppers, comm: Comm
 ) -> list[History | int | None]:
     """The history of every expert, of any rank, for each of some declared tensors. Two all-reduces; none for none.
 
@@ -155,7 +156,7 @@ def agreed_histories(
         own: the tensors, the same on all ranks; each rank holds something of them.
         all_held: what goes with any tensor of this rank: examples of what others may have.
         num_slots: P.
-        optimizers: that keep the state.
+        stepping: which optimizers step on what, and keep its state.
         comm: the ranks that hold the tensors.
 
     Returns:
@@ -180,45 +181,29 @@ def agreed_histories(
     found: list[History | int | None] = []
     error: Exception | None = None
     try:
-        examples = list(all_held)
+        examples = _examples(all_held)
         for one, low, high in zip(own, least, largest, strict=True):
             differing = (low != high).any(1).nonzero()[:, 0].tolist()
-            found.append(differing[0] if differing else _history(one, low.tolist(), examples, optimizers))
+            alike = examples[digest(sorted(one.held.settings.items()))]
+            found.append(differing[0] if differing else _history(one, low.tolist(), alike, stepping))
     except Exception as caught:  # no memory for zeros
         found, error = [None] * len(own), in_stage("move", caught)
     all_know = agree(comm, {}, error, least=[int(each is not None) for each in found])
     return [each if is_known else None for each, is_known in zip(found, all_know, strict=True)]
 
 
-def _history(
-    one: Own, rows: Sequence[Sequence[int]], all_held: Iterable[Holdings], optimizers: Sequence[Optimizer]
-) -> History | None:
-    alike = [holding for held in all_held if held.settings == one.held.settings for holding in held.each]
-    known = _known([*one.held.each, *alike])
-    histories = []
-    for code, *values in rows:
-        if code not in known or len(known[code].scalars) > _SCALARS:
-            return None
-        what = known[code]
-        histories.append(Row(what, tuple(map(_number, values[: len(what.scalars)]))))
-    slots = dict(zip(own_slots(one.row_tensor) or (), one.held.each, strict=True))
-    steps_on: dict[int, Optimizer] = {}
-    for slot, holding in slots.items() if one.row_tensor.stepped else ():
-        those = [each for each in optimizers if _is_among(holding.tensor, each)]
-        if len(those) != 1:  # what two of them keep under one key would be taken for the other's
-            return None
-        steps_on[slot] = those[0]
-    examples: dict[str, Any] = {}
-    for holding in (*one.held.each, *alike):
-        examples = holding.raw | examples
-    return History(one.layer, histories, slots, examples, steps_on)
+@dataclass(frozen=True)
+class _Known:
+    """What goes with tensors that are trained alike: all that may, by its digest, and an example of each scalar."""
 
+    what: dict[int, What] = field(default_factory=dict)
+    scalars: dict[str, Any] = field(default_factory=dict)
 
-def _known(some: Iterable[Holding]) -> dict[int, What]:
-    """All that may go with tensors like these, by its digest."""
-    known = {}
-    for holding in some:
+    def add(self, holding: Holding) -> None:
         what = _what(holding)
+        if digest(what) in self.what:
+            return
+        self.scalars.update(holding.raw)
         itself = what.kinds[:1]
         gradient = ("grad", itself[0][1])
         state = tuple(kind for kind in what.kinds if kind[0] not in ("", "grad"))
@@ -230,16 +215,42 @@ def _known(some: Iterable[Holding]) -> dict[int, What]:
             What(itself, ()),
             What((*itself, gradient), ()),
         ):
-            known[digest(each)] = each
-    return known
+            self.what[digest(each)] = each
+
+
+def _examples(all_held: Iterable[Holdings]) -> dict[int, _Known]:
+    """By digest of the settings. Looked at once for all tensors: a rank has many, and few that are not alike."""
+    found: dict[int, _Known] = {}
+    seen = set[tuple[int, What]]()
+    for held in all_held:
+        settings = digest(sorted(held.settings.items()))
+        known = found.setdefault(settings, _Known())
+        for holding in held.each:
+            if (settings, _what(holding)) not in seen:
+                seen.add((settings, _what(holding)))
+                known.add(holding)
+    return found
+
+
+def _history(one: Own, rows: Sequence[Sequence[int]], known: _Known, stepping: Steppers) -> History | None:
+    histories = []
+    for code, *values in rows:
+        if code not in known.what or len(known.what[code].scalars) > _SCALARS:
+            return None
+        what = known.what[code]
+        histories.append(Row(what, tuple(map(_number, values[: len(what.scalars)]))))
+    slots = dict(zip(own_slots(one.row_tensor) or (), one.held.each, strict=True))
+    steps_on: dict[int, Optimizer] = {}
+    for slot, holding in slots.items() if one.row_tensor.stepped else ():
+        those = stepping.get(id(holding.tensor), [])
+        if len(those) != 1:  # what two of them keep under one key would be taken for the other's
+            return None
+        steps_on[slot] = those[0][0]
+    return History(one.layer, histories, slots, known.scalars, steps_on)
 
 
 def _what(holding: Holding) -> What:
     return What(kinds_of(holding), tuple(sorted(holding.scalars)))
-
-
-def _is_among(tensor: Tensor, optimizer: Optimizer) -> bool:
-    return any(tensor is parameter for group in optimizer.param_groups for parameter in group["params"])
 
 
 def _with_value(held: Any, example: Any, value: float) -> Any:

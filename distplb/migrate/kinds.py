@@ -8,14 +8,14 @@ import torch
 
 from distplb.comm.agreement import agree, digest
 from distplb.comm.base import Comm
-from distplb.errors import DisagreementError
+from distplb.errors import DisagreementError, in_stage
 from distplb.migrate.rows import RowTensor
-from distplb.migrate.state import Holding, Holdings, Traveller
+from distplb.migrate.state import MOST_KINDS, Holding, Holdings, Traveller
 
 __all__ = ["NOTHING", "agreed_kinds", "kinds_of", "travellers"]
 
 NOTHING = (1 << 63) - 1  # in place of a code, of a rank that holds nothing of a tensor
-_MOST = 16  # codes of one tensor: its settings, its scalars, and its kinds
+_MOST = 2 + MOST_KINDS  # codes of one tensor: its settings, its scalars, and its kinds
 _MIXED = (1 << 62) + 1  # in place of codes, where the tensors that hold it differ; no digest is as large
 _BY_SIZE = {1: torch.uint8, 2: torch.float16, 4: torch.float32, 8: torch.float64}
 
@@ -47,11 +47,14 @@ def agreed_kinds(
     count = sum(map(len, layers))
     codes = torch.full((2, count, _MOST), NOTHING, device="cpu")  # and their negatives
     if error is None:
-        own = [_codes(one) for of_layer in held for one in of_layer]
-        for number, row in enumerate(own):
-            if row is not None:
-                codes[0, number] = torch.tensor(row, device="cpu")
-                codes[1, number] = -codes[0, number]
+        try:
+            own = [_codes(one) for of_layer in held for one in of_layer]
+            for number, row in enumerate(own):
+                if row is not None:
+                    codes[0, number] = torch.tensor(row, device="cpu")
+                    codes[1, number] = -codes[0, number]
+        except Exception as caught:
+            error = in_stage("move", caught)
     reduced = agree(comm, {}, error, least=codes.flatten().tolist())
     least, negative = torch.tensor(reduced, device="cpu").view(2, count, _MOST)
     found = []

@@ -23,7 +23,7 @@ from distplb.migrate.histories import History, Own, agreed_histories, own_slots
 from distplb.migrate.kinds import agreed_kinds, travellers
 from distplb.migrate.pieces import Layout
 from distplb.migrate.rows import RowTensor, row_tensors
-from distplb.migrate.settings import agree_on_settings, trainers
+from distplb.migrate.settings import agree_on_settings, steppers, trainers
 from distplb.migrate.state import Holdings, Traveller, check_known, holdings
 from distplb.migrate.transfer import Limits, Move, Moved, Staging, agreed_layouts
 from distplb.migrate.unlike import Unlike, why_unlike
@@ -135,7 +135,8 @@ class Mover:
         self.watch.refuse_other_optimizers()
         reshard(param_groups(tensor for layer in self._tensors for row in layer for tensor in row.tensors))
         trained = trainers(self._optimizers)
-        return [holdings(tensors, self._optimizers, trained) for tensors in self._tensors]
+        stepping = steppers(self._optimizers)
+        return [holdings(tensors, self._optimizers, trained, stepping) for tensors in self._tensors]
 
     def bytes_per_slot(self, held: Held) -> int:
         """Of one expert's weights with all that travels with them on this rank, in the largest layer; 0 for none.
@@ -177,7 +178,7 @@ class Mover:
                     stays.setdefault(layer, Unlike(row_tensor, held[layer][index], self._is_own[layer][index], None))
         own = [one for one in own if one.layer not in stays]
         every = (one for of_layer in held for one in of_layer)
-        found = agreed_histories(own, every, self._num_slots, self._optimizers, self._comm)
+        found = agreed_histories(own, every, self._num_slots, steppers(self._optimizers), self._comm)
         for one, history in zip(own, found, strict=True):
             if not isinstance(history, History):
                 stays.setdefault(one.layer, Unlike(one.row_tensor, one.held, True, history))

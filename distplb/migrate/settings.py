@@ -14,10 +14,11 @@ from distplb.comm.base import Comm
 from distplb.errors import DistplbError
 from distplb.migrate.rows import RowTensor
 
-__all__ = ["Settings", "Trainers", "agree_on_settings", "settings_of", "trainers"]
+__all__ = ["Settings", "Steppers", "Trainers", "agree_on_settings", "settings_of", "steppers", "trainers"]
 
 Settings = dict[str, Any]  # by name: those of a param group that are numbers, and what torch itself knows
 Trainers = dict[int, Settings]  # by id of a parameter
+Steppers = dict[int, list[tuple[Optimizer, dict[str, Any]]]]  # by id of a parameter, optimizers with its param group
 
 _KIND = "the optimizer"
 _NONE = (1 << 63) - 1  # of a rank that holds nothing of a tensor
@@ -31,6 +32,16 @@ def trainers(optimizers: Sequence[Optimizer]) -> Trainers:
             settings: Settings = {_KIND: type(optimizer).__name__}
             settings |= {name: value for name, raw in group.items() if (value := _comparable(raw)) is not None}
             found |= {id(parameter): found.get(id(parameter), {}) | settings for parameter in group["params"]}
+    return found
+
+
+def steppers(optimizers: Sequence[Optimizer]) -> Steppers:
+    """Who steps on each parameter."""
+    found: Steppers = {}
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                found.setdefault(id(parameter), []).append((optimizer, group))
     return found
 
 

@@ -17,13 +17,14 @@ from torch.optim import Optimizer
 from distplb.errors import DistplbError
 from distplb.migrate.dtensors import is_dtensor, local_like
 from distplb.migrate.rows import RowTensor, check_plain
-from distplb.migrate.settings import Settings, Trainers, settings_of
+from distplb.migrate.settings import Settings, Steppers, Trainers, settings_of
 from distplb.torchnames import leaves
 
-__all__ = ["Holding", "Holdings", "Traveller", "check_known", "holdings"]
+__all__ = ["MOST_KINDS", "Holding", "Holdings", "Traveller", "check_known", "holdings"]
 
 Optimizers = Sequence[Optimizer]
 
+MOST_KINDS = 14  # that travel with one tensor: itself, its gradient, its optimizer's state
 _ADAMS = (torch.optim.Adam, torch.optim.AdamW)
 
 
@@ -86,7 +87,6 @@ class Holding:
         scalars: state that is one number for the whole tensor, such as its `step`; by name.
         effect: by name, a number that is equal where tensors with one and with the other are trained alike.
         raw: by name, the scalars as they are held.
-        places: of state, by kind or name: the number of the optimizer that holds it, and its key there.
     """
 
     tensor: Tensor
@@ -95,7 +95,6 @@ class Holding:
     scalars: dict[str, float] = field(default_factory=dict)
     effect: dict[str, float] = field(default_factory=dict)
     raw: dict[str, Any] = field(default_factory=dict)
-    places: dict[str, tuple[int, str]] = field(default_factory=dict)
 
     def take(self, name: str, kind: str, value: Tensor) -> None:
         """Note a tensor that travels.
@@ -125,13 +124,16 @@ class Holdings:
         return sum(part.nbytes for holding in self.each for part in holding.local.values())
 
 
-def holdings(tensors: Sequence[RowTensor], optimizers: Optimizers, trained: Trainers) -> list[Holdings]:
+def holdings(
+    tensors: Sequence[RowTensor], optimizers: Optimizers, trained: Trainers, stepping: Steppers
+) -> list[Holdings]:
     """Everything that goes with each of the declared tensors on this rank.
 
     Args:
         tensors: declared by one layer.
         optimizers: that step on them.
         trained: by what settings they do, now.
+        stepping: which of them do.
 
     Raises:
         DistplbError: as `check_known`; or if the optimizer holds a tensor for one of them that is neither a scalar nor
@@ -140,14 +142,14 @@ def holdings(tensors: Sequence[RowTensor], optimizers: Optimizers, trained: Trai
     check_known(tensors, trained)
     return [
         Holdings(
-            tuple(_holding(row_tensor.name, tensor, optimizers, trained) for tensor in row_tensor.tensors),
+            tuple(_holding(row_tensor.name, tensor, optimizers, stepping) for tensor in row_tensor.tensors),
             settings_of(row_tensor, trained),
         )
         for row_tensor in tensors
     ]
 
 
-def _holding(name: str, tensor: Tensor, optimizers: Optimizers, trained: Trainers) -> Holding:
+def _holding(name: str, tensor: Tensor, optimizers: Optimizers, stepping: Steppers) -> Holding:
     found = Holding(tensor)
     found.take(name, "", tensor)
     if tensor.grad is not None:
@@ -162,36 +164,43 @@ def _holding(name: str, tensor: Tensor, optimizers: Optimizers, trained: Trainer
                 _refuse_hidden_tensors(full, value, optimizer)
                 if not isinstance(value, int | float):
                     continue
-                found.scalars[kind] = float(value)
             elif value.shape == tensor.shape and value.is_floating_point():
                 found.take(full, kind, value)
+                continue
             elif value.numel() > 1:
                 raise DistplbError(
                     f"{full} of {type(optimizer).__name__} is {value.dtype} of shape {tuple(value.shape)}, the "
                     f"parameter {tuple(tensor.shape)}: which elements belong to which expert is not known, "
                     "so nothing is moved; use an optimizer whose state has the parameter's shape (AdamW, SGD, ...)"
                 )
-            elif value.numel() and not is_dtensor(value):
-                found.scalars[kind] = float(value)
-            else:
+            elif not value.numel() or is_dtensor(value):
                 continue
-            found.places[kind] = number, key
-            if kind in found.scalars:
-                found.raw[kind] = value
-                found.effect[kind] = found.scalars[kind]
-                if key == "step" and type(optimizer) in _ADAMS:
-                    last = _last_step_that_matters(trained.get(id(tensor), {}).get("betas"))
-                    found.effect[kind] = min(found.scalars[kind], last)
+            found.raw[kind] = value
+            found.scalars[kind] = found.effect[kind] = float(value)
+            if key == "step":
+                found.effect[kind] = min(float(value), _last_step_that_matters(*_betas(stepping.get(id(tensor), []))))
+    if len(found.local) > MOST_KINDS:
+        raise DistplbError(
+            f"{name} has {len(found.local) - 1} tensors of state and gradient; experts move with at most "
+            f"{MOST_KINDS - 1}: use an optimizer with fewer"
+        )
     return found
 
 
+def _betas(stepping: Sequence[tuple[Optimizer, Mapping[str, Any]]]) -> tuple[float, ...]:
+    """Of Adam or AdamW, where nobody else steps on a tensor; else none."""
+    if len(stepping) != 1 or type(stepping[0][0]) not in _ADAMS:
+        return ()
+    return tuple(float(beta) for beta in stepping[0][1]["betas"])
+
+
 @cache
-def _last_step_that_matters(betas: tuple[float, float] | None) -> float:
+def _last_step_that_matters(*betas: float) -> float:
     """From here on Adam's update is the same to the bit whatever the number of the step is.
 
     It enters by the bias corrections 1 − beta^step alone, which are 1 as soon as beta^step is at most 2^-54.
     """
-    if betas is None or not all(0 <= beta < 1 for beta in betas):
+    if not betas or not all(0 <= beta < 1 for beta in betas):
         return math.inf
     return max(1 if beta == 0 else math.ceil(54 * math.log(2) / -math.log(beta)) + 1 for beta in betas)
 

@@ -271,9 +271,9 @@ class Move:
         try:
             (all_have_time,) = agree(self._comm, {"the number of the commit": number}, error, least=[is_time_left])
         except DistplbError as refused:
-            if isinstance(refused, LostRanksError):
+            if isinstance(refused, LostRanksError) and (number or error is None):
                 raise _half_moved(number, refused) from refused
-            raise
+            raise  # where this rank has failed before it agreed, nobody has written the first commit
         except Exception as lost:
             raise _half_moved(number, lost) from lost
         return bool(all_have_time)

@@ -53,6 +53,7 @@ class TrainingWatch:
         self._reached = set[int]()  # parts to which gradients have come in this iteration
         self._hooked = set[int]()  # parts whose hooks were called at any time
         self._has_stepped = False  # any optimizer, in this iteration
+        self._stepped_last = False  # likewise, in the one that has ended last
         self._others: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # that have stepped and were not given
         self._handles: list[Any] = []
         watch = weakref.ref(self)  # so that hooks keep neither the tensors nor the optimizers
@@ -73,13 +74,23 @@ class TrainingWatch:
 
     def refuse_if_begun(self) -> None:
         """Raise if gradients of another step are already on their way."""
-        # Where a step was skipped, as by a gradient scaler, they have been dropped since.
-        begun = any(map(self._holds_gradient, self._begun.values()))
-        if begun or has_pending_gradients(param_groups(self._all_tensors())):
+        if self._has_begun():
             raise DistplbError(
                 "a backward pass has begun since the optimizer's last step; call rebalancer.step() right after "
                 "optimizer.step(), before the next forward"
             )
+
+    def may_have_skipped(self) -> bool:
+        """Whether a backward pass has begun, and no optimizer has stepped in the iteration that has ended.
+
+        As where a gradient scaler has skipped the step: what was begun is then dropped, and the next iteration tells.
+        """
+        return not self._stepped_last and self._has_begun()
+
+    def _has_begun(self) -> bool:
+        # Where a step was skipped, as by a gradient scaler, they have been dropped since.
+        begun = any(map(self._holds_gradient, self._begun.values()))
+        return begun or has_pending_gradients(param_groups(self._all_tensors()))
 
     def refuse_replaced(self) -> None:
         """Raise if a tensor is not the parameter of its FSDP2 module any more."""
@@ -124,7 +135,7 @@ class TrainingWatch:
             for number, part in enumerate(self._parts):
                 is_trained = any(tensor.requires_grad for tensor in part)
                 self._idle[number] = self._idle[number] + 1 if is_trained and number not in self._reached else 0
-        self._has_stepped = False
+        self._has_stepped, self._stepped_last = False, self._has_stepped
         self._reached.clear()
 
     def close(self) -> None:
