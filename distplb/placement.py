@@ -45,7 +45,8 @@ class Placement:
     num_gpus: int
 
     def __post_init__(self) -> None:
-        table = torch.as_tensor(self.expert_of_slot, device="cpu")
+        given = self.expert_of_slot
+        table = given.cpu() if isinstance(given, Tensor) else torch.as_tensor(given, device="cpu")
         if table.dim() != 2 or table.is_floating_point() or table.is_complex() or table.dtype == torch.bool:
             raise DistplbError(
                 f"Placement: expert_of_slot is {table.dtype} of shape {tuple(table.shape)}; "

@@ -280,7 +280,8 @@ class OnDevice(torch.Tensor):
         kwargs = kwargs or {}
         cls.touched.append((threading.current_thread().name, str(func)))
         found = super().__torch_function__(func, types, args, kwargs)
-        if func is torch.Tensor.cpu or (func is torch.Tensor.to and "cpu" in (*args[1:], kwargs.get("device"))):
+        to_host = "cpu" in (*args[1:], kwargs.get("device"))
+        if func is torch.Tensor.cpu or (func is torch.Tensor.to and to_host):
             return found.as_subclass(torch.Tensor)
         return found
 
