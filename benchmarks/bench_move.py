@@ -30,6 +30,8 @@ from torch import nn
 from distplb import LoadWindow, MoELayer, Placement, Rebalancer, Topology
 from distplb.comm.base import Round
 from distplb.comm.torchdist import TorchComm
+from distplb.measure import measured_bandwidths
+from distplb.migrate.transfer import Staging
 from distplb.planning.relabel import relabelled
 
 TESTS = Path(__file__).parent.parent / "tests"
@@ -47,7 +49,8 @@ TEXT = (
     "integers), and what has arrived written once more, to where it belongs. They take turns; bandwidth is the "
     "bytes that cross from rank to rank over the slowest rank's seconds, a ratio that of one turn, each as median "
     "and quartiles. {before}Memory is the rise of the peak resident memory (VmHWM, reset before) above what was "
-    "resident, on the rank where it is largest, and the budget for what arrives in one commit."
+    "resident, on the rank where it is largest, and the budget for what arrives in one commit. Link is the bandwidth "
+    "between hosts that a rebalancer measures, and what both links are limited to."
 )
 
 
@@ -81,10 +84,11 @@ class Found:
     commits: int
     staged: int  # bytes, the most of all ranks
     budget: int
+    between: int  # bytes per second between hosts, as a rebalancer would measure them
 
 
 SETTINGS = [Setting(ranks, row) for ranks in (2, 4) for row in (1, 4, 16)]
-SETTINGS += [Setting(2, 1, 1000.0), Setting(4, 1, 1000.0)]
+SETTINGS += [Setting(ranks, 1, megabits) for megabits in (400.0, 1000.0) for ranks in (2, 4)]
 
 
 def main() -> None:
@@ -170,7 +174,7 @@ def measured(setting: Setting, turns: int) -> dict[str, object]:
         verify="off",
     )
     generator = torch.Generator().manual_seed(0)
-    moving, bare, needed, crossed, staged = [], [], [], [], 0
+    moving, bare, needed, crossed, staged, staging = [], [], [], [], 0, Staging()
     for turn in range(turns + 1):
         fresh = Placement(torch.randperm(EXPERTS, generator=generator)[None], EXPERTS, comm.size)
         target = relabelled(fresh, rebalancer.placement, (size,))
@@ -181,7 +185,7 @@ def measured(setting: Setting, turns: int) -> dict[str, object]:
         staged = max(staged, peak() - resident)
         messages = prepared(comm.rounds)
         again = timed(lambda messages=messages: exchange(messages))
-        least = timed(with_writes(comm.rounds))
+        least = timed(with_writes(comm.rounds, staging))
         if turn:  # the first makes connections
             moving.append(seconds)
             bare.append(again)
@@ -190,7 +194,9 @@ def measured(setting: Setting, turns: int) -> dict[str, object]:
     budget = max(256 * MIB, 2 * STATES * row * 4)
     most = torch.tensor([-staged])
     comm.all_reduce_min(most)
-    return asdict(Found(crossed, moving, bare, needed, len(commits), -int(most), budget))
+    hosts = Topology(1, comm.size) if setting.megabits is None else Topology(2, comm.size // 2)
+    between = measured_bandwidths(comm, hosts, range(comm.size), comm.rank)[1]
+    return asdict(Found(crossed, moving, bare, needed, len(commits), -int(most), budget, between))
 
 
 Rounds = list[tuple[list[tuple[torch.Tensor, int]], list[tuple[torch.Tensor, int]]]]
@@ -218,18 +224,26 @@ def exchange(rounds: Rounds) -> None:
                 work.wait()
 
 
-def with_writes(rounds: list[tuple[list[tuple[int, int]], list[tuple[int, int]]]]) -> Callable[[], None]:
-    """What a move cannot do without, each message from and to memory of its own that was written before."""
-    messages = [
-        tuple([(torch.zeros(size, dtype=torch.uint8), rank) for size, rank in way] for way in both) for both in rounds
-    ]
-    rows = [torch.zeros_like(room) for _, receives in messages for room, _ in receives]
+def with_writes(
+    rounds: list[tuple[list[tuple[int, int]], list[tuple[int, int]]]], staging: Staging
+) -> Callable[[], None]:
+    """What a move cannot do without, each message from and to memory of its own that was written before.
+
+    The memory is kept from turn to turn: gigabytes that are given back cost the process its time later, in a move.
+    """
+    flat = [[one for both in rounds for one in both[way]] for way in (0, 1)]
+    sizes = [size for way in (*flat, flat[1]) for size, _ in way]  # sent, received, and where that belongs
+    parts = iter(staging.room("needed", sum(sizes), torch.device("cpu")).fill_(0).split(sizes))
+    sends, receives = ([(next(parts), rank) for _, rank in way] for way in flat)
+    rows = list(parts)
+    following = iter(sends), iter(receives)
+    messages = [tuple([next(some) for _ in way] for some, way in zip(following, both, strict=True)) for both in rounds]
 
     def run() -> None:
         dist.all_reduce(torch.zeros(8, dtype=torch.int64), dist.ReduceOp.MIN)
         exchange(messages)  # type: ignore[arg-type]
         dist.all_reduce(torch.zeros(8, dtype=torch.int64), dist.ReduceOp.MIN)
-        for row, (room, _) in zip(rows, (one for _, receives in messages for one in receives), strict=True):
+        for row, (room, _) in zip(rows, receives, strict=True):
             row.copy_(room)
         dist.all_reduce(torch.zeros(8, dtype=torch.int64), dist.ReduceOp.MIN)
 
@@ -332,7 +346,7 @@ def ratios(found: dict[str, Any], to: str = "bare") -> list[float]:
 def table(found: dict[Setting, Found], earlier: dict[Setting, list[float]]) -> str:
     """A line for each setting."""
     head = ["ranks", "row, MiB", "crossing, MiB", "commits", "bare, MB/s", "moving, MB/s", "moving / bare"]
-    head += ["before"] * bool(earlier) + ["needed / bare", "moving / needed", "memory, MiB"]
+    head += ["before"] * bool(earlier) + ["needed / bare", "moving / needed", "memory, MiB", "link, MB/s"]
     lines = []
     for setting, one in found.items():
         speeds = [
@@ -345,9 +359,14 @@ def table(found: dict[Setting, Found], earlier: dict[Setting, list[float]]) -> s
         if earlier:
             numbers.append(spread(earlier[setting], 2) if setting in earlier else "")
         least = [bare / needed for bare, needed in zip(one.bare, one.needed, strict=True)]
-        numbers += [spread(least, 2), spread(ratios(asdict(one), "needed"), 2), memory_mib]
+        numbers += [spread(least, 2), spread(ratios(asdict(one), "needed"), 2), memory_mib, link(setting, one)]
         lines.append([setting.where, *numbers])
     return markdown(head, lines)
+
+
+def link(setting: Setting, found: Found) -> str:
+    """Between the hosts: what a rebalancer measures, and the limits of all of them together."""
+    return "" if setting.megabits is None else f"{found.between / 1e6:.0f} of {2 * setting.megabits / 8:.0f}"
 
 
 def spread(values: Sequence[float], digits: int) -> str:
