@@ -1,0 +1,9 @@
+"""Types and values of counts."""
+
+from __future__ import annotations
+
+from inputs.case import Case
+
+__all__ = ["CASES"]
+
+CASES: list[Case] = []

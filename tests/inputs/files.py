@@ -1,0 +1,9 @@
+"""Files of counts and placements."""
+
+from __future__ import annotations
+
+from inputs.case import Case
+
+__all__ = ["CASES"]
+
+CASES: list[Case] = []

@@ -1,0 +1,9 @@
+"""Logs and records of jobs."""
+
+from __future__ import annotations
+
+from inputs.case import Case
+
+__all__ = ["CASES"]
+
+CASES: list[Case] = []
