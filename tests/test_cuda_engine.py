@@ -9,18 +9,16 @@ from __future__ import annotations
 import json
 import os
 import random
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
+from interpreted import prepare, printed_by
 from settle_cases import Settling, settle_cases, woken
 from torch import Tensor
 
-import distplb
 from distplb import DistplbError
 from distplb.packing import cuda, reference, settling, steps
 from distplb.packing.candidates import noisy_keys
@@ -272,8 +270,7 @@ def settle_differences(many: Sequence[Settling], device: str) -> list[str]:
 
 def interpreted() -> None:
     """Print the number of rows and the differences; runs in a child, for Triton must not have been imported before."""
-    torch.set_num_threads(1)
-    patch_once()
+    prepare()
     many = small_cases()
     found = differences(many, "cpu", ["pack", "finish"]) + differences(at_the_limits(), "cpu", ["finish"])
     found += differences([at_the_last_bit()], "cpu", ["lower_variance"])
@@ -292,8 +289,7 @@ def interpreted() -> None:
 
 def settle_interpreted() -> None:
     """As `interpreted`, of `settle`."""
-    torch.set_num_threads(1)
-    patch_once()
+    prepare()
     many = small_settling()
     found = settle_differences(many, "cpu")
     cuda._CELLS = 1  # tiles of a few exchanges, and of a few steps
@@ -303,7 +299,18 @@ def settle_interpreted() -> None:
     settling.scans = cuda.scans = lambda num_packs: 2  # type: ignore[assignment]
     more += settle_cases([(12, 4, 3, 3), (12, 4, 4, 3)], rows=6, seed=3)
     found += settle_differences(more[-2:], "cpu")
-    print(json.dumps([sum(len(case.table) for case in many + more), found]))
+    print(json.dumps([sum(len(case.table) for case in many + more), found, outside_of_tensors()]))
+
+
+def outside_of_tensors() -> str:
+    """What is raised where a kernel is given less of a tensor than it is told."""
+    launch = cuda._launch
+    cuda._launch = lambda kernel, tensors, options: launch(kernel, (tensors[0][:, :-1].clone(), *tensors[1:]), options)
+    try:
+        cuda.pack(torch.arange(12).view(1, 12), 3, layer=torch.zeros(1).long(), candidate=torch.zeros(1).long())
+    except Exception as error:
+        return repr(error)
+    return ""
 
 
 def small_settling() -> list[Settling]:
@@ -311,46 +318,18 @@ def small_settling() -> list[Settling]:
     return [*settle_cases(SETTLED, rows=8), *settle_cases(SETTLED, rows=4, seed=2), *woken()]
 
 
-def patch_once() -> None:
-    """Keep the interpreter from patching Triton's language at each call inside a kernel: two thirds of its time."""
-    from triton.runtime import interpreter
-
-    from distplb.packing import cuda_kernels
-
-    if hasattr(interpreter, "_patch_lang") and hasattr(interpreter, "_LangPatchScope"):
-        interpreter._patch_lang(cuda_kernels.greedy_kernel.fn)
-        interpreter._patch_lang = lambda fn: interpreter._LangPatchScope()
-
-
 def test_interpreted_kernels_equal_the_reference() -> None:
-    rows, rows_with_replicas, found = printed_by("interpreted")
+    rows, rows_with_replicas, found = printed_by("test_cuda_engine", "interpreted")
     assert rows >= 200
     assert rows_with_replicas >= 100
     assert not found, "\n".join(found)
 
 
 def test_interpreted_settle_equals_the_reference() -> None:
-    rows, found = printed_by("settle_interpreted")
+    rows, found, outside = printed_by("test_cuda_engine", "settle_interpreted")
+    assert "addresses are in no tensor of the kernel" in outside  # so the others stayed inside
     assert rows >= 150
     assert not found, "\n".join(found)
-
-
-def printed_by(function: str) -> list:
-    """What a function of this file prints where Triton interprets."""
-    interpreter = pytest.importorskip("triton.runtime.interpreter", reason="Triton is not installed")
-    if not hasattr(interpreter.InterpreterBuilder, "get_int1_ty"):  # as those of Triton 3.2, of torch 2.6, and 3.3
-        pytest.skip("this Triton's interpreter cannot join a condition to one that is False; its compiler can")
-    path = os.pathsep.join([str(Path(distplb.__file__).parents[1]), str(Path(__file__).parent)])
-    run = subprocess.run(
-        [sys.executable, "-c", f"import test_cuda_engine; test_cuda_engine.{function}()"],
-        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
-    return json.loads(run.stdout.splitlines()[-1])
 
 
 def test_the_cases_swap_in_every_step_and_reach_the_limits() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from fsdp2 import needs_fsdp2
 from jobs import FREE
 from ranks import on_ranks
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from distplb.comm.torchdist import TorchComm
 from distplb.migrate.fsdp2 import has_pending_gradients, param_groups
 
 EXPERTS, DIM, TOKENS = 8, 4, 6
+pytestmark = needs_fsdp2
 
 
 class Experts(nn.Module):

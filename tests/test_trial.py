@@ -7,23 +7,18 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from interpreted import prepare, printed_by
 from jobs import EXPERTS, LAYERS, Job, by_slot, skewed
 from ranks import on_ranks
 from settle_cases import settle_cases
-from test_cuda_engine import patch_once
 from torch import Tensor
 
-import distplb
 from distplb import DistplbError, LoadWindow, Placement, RebalanceEvent, Topology, balanced_packing, rebalancer
 from distplb.comm.base import WorldOfOne
 from distplb.comm.torchdist import TorchComm
@@ -185,8 +180,7 @@ def planned(engine: str | None, **options: Any) -> tuple[str, list[list[int]]]:
 
 def interpreted() -> None:
     """Print what plans came out, by which engine, and what was said."""
-    torch.set_num_threads(1)
-    patch_once()
+    prepare()
     said = Logged().said
     found: dict[str, Any] = {}
     for name, options in PLANS.items():
@@ -214,8 +208,7 @@ def interpreted() -> None:
 
 def one_rank_of_a_job() -> dict[str, Any]:
     """Rank 1's kernels are wrong; said when the rebalancer is made, and nothing more while it plans."""
-    torch.set_num_threads(1)
-    patch_once()
+    prepare()
     said, told = Logged().said, list[RebalanceEvent]()
     with broken("table" if TorchComm().rank else None):
         job = Job()
@@ -240,18 +233,7 @@ def one_rank_of_a_job() -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def found() -> dict[str, Any]:
     """What `interpreted` prints, in a child."""
-    pytest.importorskip("triton", reason="Triton is not installed")
-    path = os.pathsep.join([str(Path(distplb.__file__).parents[1]), str(Path(__file__).parent)])
-    run = subprocess.run(
-        [sys.executable, "-c", "import test_trial; test_trial.interpreted()"],
-        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=400,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
-    answer: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
+    answer: dict[str, Any] = printed_by("test_trial", "interpreted")
     return answer
 
 

@@ -19,8 +19,8 @@ KINDS: Mapping[str, Sequence[Case]] = {
 
 _HEAD = """# What is given, and what is answered
 
-Each row is run by the tests (`tests/test_inputs.py`). An answer that begins with "refused" is a `DistplbError`; one that
-begins with "exit 2" is a command's, with what it printed on the standard error.
+Each row is run by the tests (`tests/test_inputs.py`). An answer that begins with "refused" is a `DistplbError`; one
+that begins with "exit 2" is a command's, with what it printed on the standard error.
 """
 
 
