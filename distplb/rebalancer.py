@@ -860,6 +860,8 @@ class Rebalancer:
             check_log(folder / _EVENTS, *job)
         except DistplbError as refused:
             raise DistplbError(f"record: {refused}") from refused
+        except OSError:  # what cannot be read cannot be written either, which is warned of then and ends no training
+            return
 
     def _entered(self) -> tuple[Roster, bool]:
         """This communicator's entry among the job's; and whether it is known on all ranks where the rows are."""

@@ -54,6 +54,7 @@ class TraceWriter:
         self._room = threading.Semaphore(2)
         self._warned = self._closed = False
         self._life = 0  # of the job, as far as the folder tells; known when the first part is written
+        self._last = -1  # iteration
 
     def add(self, load: Tensor, placement: Placement, iterations: Sequence[int] | Tensor) -> None:
         """Take a copy of one part and go on; waits only while two earlier parts are still being written.
@@ -96,7 +97,9 @@ class TraceWriter:
                 self._folder.mkdir(parents=True, exist_ok=True)
                 if not self._life:
                     self._life = check_folder(self._folder, trace.layers, trace.num_experts, placement.num_gpus)
-                write_trace(trace, self._folder / f"{int(trace.iteration[0]):012d}.npz", self._life)
+                first, last = int(trace.iteration[0]), int(trace.iteration[-1])
+                self._life, self._last = self._life + (first <= self._last), last  # where it was loaded, and went back
+                write_trace(trace, self._folder / f"{first:012d}.npz", self._life)
         except Exception as error:
             self.error = error
         finally:
