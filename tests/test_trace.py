@@ -275,7 +275,7 @@ def test_a_resumed_job_overwrites_what_it_counts_again(tmp_path: Path) -> None:
     assert found.load[:, 0, 0].tolist() == [1] * 15 + [2] * 10
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     st.lists(st.tuples(st.integers(0, 12), st.lists(st.integers(1, 4), min_size=1, max_size=4)), min_size=1, max_size=4)
 )
