@@ -5,6 +5,7 @@ Shapes: S steps, T steps of a window, L layers, E experts, R rebalances.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,7 +20,7 @@ from distplb.errors import DistplbError
 from distplb.placement import Placement
 from distplb.planner import plan
 from distplb.price import MoveModel, TimeCurve
-from distplb.replay import Planner, Replay, replay
+from distplb.replay import Planner, Replay, replay_between
 from distplb.saving import saving
 from distplb.topology import Topology
 from distplb.traces.trace import Trace
@@ -137,7 +138,7 @@ class Study:
             bandwidth_between=model.bandwidth_between * self.stands_for,
         )
         self._search: dict[str, Any] = {"num_candidates": num_candidates, "engine": engine, "time_curve": curve}
-        self._static = self._replay(trace, lambda load, current: current, trace.num_steps, None)
+        self._static = self._replay(trace, lambda load, current: current, [], None)
 
     @property
     def iterations(self) -> int:
@@ -146,33 +147,39 @@ class Study:
         span = int(distinct[-1] - distinct[0])
         return round(span * len(distinct) / (len(distinct) - 1)) if len(distinct) > 1 else 1
 
-    def steps_of(self, every: int) -> int:
-        """How many steps the trace has in so many iterations.
+    @property
+    def least(self) -> int:
+        """The fewest iterations between rebalances: those that are recorded may lie far apart."""
+        return -(-self.iterations // len(self.trace.begins))
+
+    def cuts_of(self, every: int) -> list[int]:
+        """The first step of each rebalance's interval, and the end of the last: whole iterations, as many in each.
 
         Raises:
-            DistplbError: if it has none, or not twice as many.
+            DistplbError: if the trace has no iteration in so many, or not twice as many.
         """
-        steps = round(every * self.trace.num_steps / self.iterations)
-        if steps < 1:
-            least = -(-self.iterations // self.trace.num_steps)
-            raise DistplbError(f"the trace has no step in {every} iterations; rebalance every {least} or more")
-        if 2 * steps > self.trace.num_steps:
+        begins = self.trace.begins
+        recorded = round(every * len(begins) / self.iterations)
+        if recorded < 1:
+            raise DistplbError(f"the trace has no step in {every} iterations; rebalance every {self.least} or more")
+        if 2 * recorded > len(begins):
             raise DistplbError(
                 f"the trace covers {self.iterations} iterations, and a rebalance every {every} takes twice as many: to "
                 f"plan on, and to judge; rebalance every {self.iterations // 2} or less, or record for longer"
             )
-        return steps
+        # Whole intervals only: one that is cut off would pay for moves that it has no time to repay.
+        return [*begins.tolist(), self.trace.num_steps][recorded::recorded]
 
     def allows(self, every: int) -> bool:
         """Whether a rebalance every so many iterations can be replayed."""
         try:
-            return self.steps_of(every) > 0
+            return bool(self.cuts_of(every))
         except DistplbError:
             return False
 
     def bound(self, every: int) -> float:
         """What no placement can beat: mean imbalance over layers and an even sample of the steps that are judged."""
-        judged = self.trace.load[self.steps_of(every) :]
+        judged = self.trace.load[self.cuts_of(every)[0] :]
         return float(lower_bound(_sample(judged, WINDOW_STEPS), self.topology, self.trace.num_experts).mean())
 
     def run(self, trials: Sequence[tuple[str, int]], progress: Progress | None = None) -> list[WhatIf]:
@@ -181,26 +188,27 @@ class Study:
         Raises:
             DistplbError: as of `what_if`, before anything is replayed.
         """
-        steps, total = [self.steps_of(every) for _, every in trials], self.trace.num_steps
+        cuts, total = [self.cuts_of(every) for _, every in trials], self.trace.num_steps
         found = []
-        for nth, ((planner, every), number) in enumerate(zip(trials, steps, strict=True)):
+        for nth, ((planner, every), some) in enumerate(zip(trials, cuts, strict=True)):
             told = None if progress is None else _part(progress, nth * total, len(trials) * total)
-            found.append(self._outcome(planner, every, number, told))
+            found.append(self._outcome(planner, every, some, told))
         return found
 
-    def _outcome(self, planner: str, every: int, steps: int, progress: Progress | None) -> WhatIf:
-        trace = _first_steps(self.trace, self.trace.num_steps // steps * steps)
-        remembering = _Remembering(self._planner(planner, steps), self.window, self._curve)
-        found = self._replay(trace, remembering, steps, progress)
+    def _outcome(self, planner: str, every: int, cuts: list[int], progress: Progress | None) -> WhatIf:
+        trace = _first_steps(self.trace, cuts[-1])
+        remembering = _Remembering(self._planner(planner, round(cuts[-1] / len(cuts))), self.window, self._curve)
+        found = self._replay(trace, remembering, cuts[:-1], progress)
         compute, static = (
-            one.fullest[steps : trace.num_steps].sum(1).unflatten(0, (-1, steps)).sum(1).double() * self._second
+            torch.stack([part.sum() for part in one.fullest[cuts[0] : cuts[-1]].split(_lengths(cuts))]).double()
+            * self._second
             for one in (found, self._static)
         )  # [R], seconds of each interval
         moves = torch.tensor(
             [self._model.seconds(*moved) for moved in found.moved.tolist()], dtype=torch.float64, device="cpu"
         )
         share = saving((compute + moves).tolist(), static.tolist())
-        uneven = found.imbalance[steps:].mean(1)
+        uneven = found.imbalance[cuts[0] :].mean(1)
         return WhatIf(
             every=every,
             rebalances=len(moves),
@@ -216,9 +224,9 @@ class Study:
             high=share.high,
         )
 
-    def _replay(self, trace: Trace, planner: Planner, steps: int, progress: Progress | None) -> Replay:
+    def _replay(self, trace: Trace, planner: Planner, cuts: list[int], progress: Progress | None) -> Replay:
         cluster: dict[str, Any] = {"topology": self.topology, "model": self._model, "curve": self._curve}
-        return replay(trace, planner, every=steps, progress=progress, **cluster)
+        return replay_between(trace, planner, cuts, progress=progress, **cluster)
 
     def _planner(self, name: str, steps: int) -> Planner:
         def planned(load: Tensor, current: Placement) -> Placement:
@@ -257,9 +265,12 @@ def _sample(load: Tensor, most: int) -> Tensor:
 
 
 def _first_steps(trace: Trace, steps: int) -> Trace:
-    """Whole intervals only: one that is cut off would pay for moves that it has no time to repay."""
     names = ("load", "placement_of_step", "iteration")
     return replace(trace, **{name: getattr(trace, name)[:steps] for name in names})
+
+
+def _lengths(cuts: Sequence[int]) -> list[int]:
+    return [end - begin for begin, end in itertools.pairwise(cuts)]
 
 
 def _part(progress: Progress, before: int, total: int) -> Progress:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -16,10 +17,13 @@ from typing import Any, Protocol
 from distplb.errors import DistplbError
 from distplb.events import RebalanceEvent
 
-__all__ = ["EventLog", "SummaryWriter", "read_events", "scalars"]
+__all__ = ["EventLog", "SummaryWriter", "check_log", "read_events", "scalars"]
 
 _LOGGER = logging.getLogger("distplb")
-_OUTCOME, _VERSION = "distplb.outcome", 1
+_EVENT, _OUTCOME, _VERSION = "distplb.event", "distplb.outcome", 1
+_MARK = '{"format": "distplb.'  # how each record begins
+_TORN_EVENT = re.compile(r'\{"format": "distplb\.event", "version": 1, "iteration": (\d{1,18}),')
+_MAX_LINE_BYTES = 1 << 24
 _TOLD_LATER = ("imbalance_next", "iteration_seconds_next", "repaid")  # by the next window
 
 
@@ -62,7 +66,7 @@ class EventLog:
         self._path, self._writer = None if path is None else Path(path), summary_writer
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="distplb-events")
         self._failures = set[str]()
-        self._is_torn = False  # whether the last line may have been written in part
+        self._is_torn: bool | None = None  # whether the last line may have been written in part; None: look at the file
 
     def __call__(self, event: RebalanceEvent) -> None:
         """Take the record; as `on_event` of a `Rebalancer` on rank 0."""
@@ -96,7 +100,8 @@ class EventLog:
             return
         line = _let_go(event.json_parts()) if event.imbalance_next is None else _outcome(event)
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        begin, self._is_torn = "\n" * self._is_torn, True
+        begin = "\n" * (_is_torn(self._path) if self._is_torn is None else self._is_torn)
+        self._is_torn = True
         with self._path.open("a", encoding="utf-8") as file:
             file.write(f"{begin}{line}\n")
         self._is_torn = False
@@ -147,40 +152,129 @@ def scalars(event: RebalanceEvent) -> dict[str, float]:
     return found
 
 
-def read_events(path: str | os.PathLike[str]) -> list[RebalanceEvent]:
+def read_events(path: str | os.PathLike[str], max_bytes: int = 2**30) -> list[RebalanceEvent]:
     """The records of a file, in the order of iterations, each complete as far as its next window has told.
 
-    Of a job that was resumed and went through iterations again, those of its last life. A line that was written in
-    part, because the job was killed or the disk was full, is left out with a warning.
+    Of a job that was resumed and went through iterations again, those of its last life. A record that was written in
+    part, because the job was killed or the disk was full, is left out with a warning; one that follows it on the same
+    line is kept.
+
+    Args:
+        path: of the file.
+        max_bytes: refuse a larger file; a line may have 16 MiB.
 
     Raises:
-        DistplbError: naming the file and line, if it cannot be read or holds something else.
+        DistplbError: naming the file and line, if it cannot be read, is too large, or holds something else.
     """
+    found: dict[int, RebalanceEvent] = {}
+    torn: list[int] = []
+    is_log = True
     try:
-        lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
+        size = Path(path).stat().st_size
+        if size > max_bytes:
+            raise DistplbError(
+                f"{path} has {size} bytes, {max_bytes} are allowed; pass a larger max_bytes if you trust it"
+            )
+        for number, text in _records(Path(path)):
+            try:
+                document = json.loads(text)
+            except (ValueError, RecursionError):
+                torn.append(number)
+                is_log = is_log and text.startswith(_MARK[: len(text)])
+                _take_torn(text, found)
+                continue
+            try:
+                _take(document, text, found)
+            except (DistplbError, ValueError, KeyError, TypeError, AttributeError) as error:
+                raise DistplbError(f"{path}, line {number}: {error}; pass a file that an EventLog wrote") from error
     except OSError as error:
         raise DistplbError(f"{path} cannot be read ({error.strerror}); pass a file that an EventLog wrote") from error
-    found: dict[int, RebalanceEvent] = {}
-    for number, line in enumerate(lines, start=1):
-        try:
-            document = json.loads(line)
-        except (ValueError, RecursionError):
-            if line.strip():
-                warnings.warn(f"{path}: line {number} is not whole, and left out", RuntimeWarning, stacklevel=2)
-            continue
-        try:
-            _take(document, line, found)
-        except (DistplbError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DistplbError(f"{path}, line {number}: {error}; pass a file that an EventLog wrote") from error
+    if torn and not found and not is_log:
+        raise DistplbError(f"{path}, line {torn[0]}: it is no line of JSON; pass a file that an EventLog wrote")
+    if torn:
+        lines = f"line {torn[0]} is" if len(torn) == 1 else f"lines {', '.join(map(str, torn[:9]))} are"
+        more = f" (and {len(torn) - 9} more)" if len(torn) > 9 else ""
+        warnings.warn(f"{path}: {lines} not whole, and left out{more}", RuntimeWarning, stacklevel=2)
     return list(found.values())
 
 
-def _take(document: Mapping[str, Any], line: str, found: dict[int, RebalanceEvent]) -> None:
-    """Add what a line says."""
+def check_log(path: Path, layers: Sequence[str], num_experts: int, num_gpus: int) -> None:
+    """See that a file which is to be appended to, if there is one, begins with a record of such a job.
+
+    Raises:
+        DistplbError: naming the file, if it is something else or of another job.
+    """
+    if not path.is_file():
+        return
+    text = next((text for _, text in _records(path)), "")
+    try:
+        document = json.loads(text)
+    except (ValueError, RecursionError):
+        document = None
+        if text.startswith(_MARK[: len(text)]):  # one that was cut off, or none
+            return
+    if not isinstance(document, dict) or document.get("format") not in (_EVENT, _OUTCOME):
+        raise DistplbError(f"{path} is no log of rebalances; record in a folder of its own, or move the file away")
+    tables = document.get("tokens_of_gpu_after")
+    known = {
+        "layers": (document.get("layers"), list(layers)),
+        "num_experts": (document.get("num_experts"), num_experts),
+        "GPUs": (len(tables[0]) if tables else None, num_gpus),
+    }
+    for name, (there, here) in known.items():
+        if there and there != here:
+            raise DistplbError(
+                f"{path} is of another job: it has {name} {there!r:.80}, this one {here!r:.80}; record in a folder of "
+                "its own, or move the file away"
+            )
+
+
+def _records(path: Path) -> Iterator[tuple[int, str]]:
+    """The number of a line, and the text of a record; a line has several where one breaks off, or its end is missing.
+
+    In a record's own texts quotes are escaped, so that the beginning of a record is nothing else.
+    """
+    with path.open("rb") as file:
+        number = 0
+        while line := file.readline(_MAX_LINE_BYTES + 1):
+            number += 1
+            if len(line) > _MAX_LINE_BYTES:
+                raise DistplbError(
+                    f"{path}, line {number} has more than {_MAX_LINE_BYTES} bytes; cut it off, or pass a file that an "
+                    "EventLog wrote"
+                )
+            whole = line.decode("utf-8", "replace")
+            parts = (
+                [whole] if whole.find(_MARK, 1) < 0 or _is_json(whole) else re.split(f"(?={re.escape(_MARK)})", whole)
+            )
+            yield from ((number, text) for part in parts if (text := part.strip("\0 \t\r\n")))
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _take_torn(text: str, found: dict[int, RebalanceEvent]) -> None:
+    """A record that breaks off still tells where the job was: what an earlier life wrote from there on is past."""
+    match = _TORN_EVENT.match(text)
+    if match is not None:
+        _go_back(found, int(match[1]))
+
+
+def _go_back(found: dict[int, RebalanceEvent], iteration: int) -> None:
+    while found and next(reversed(found)) >= iteration:
+        found.popitem()
+
+
+def _take(document: Any, text: str, found: dict[int, RebalanceEvent]) -> None:
+    """Add what a record says."""
     if not isinstance(document, dict) or document.get("format") != _OUTCOME:
-        event = RebalanceEvent.from_json(line)
-        for iteration in [one for one in found if one >= event.iteration]:  # of an earlier life of the job
-            del found[iteration]
+        event = RebalanceEvent.from_json(text)
+        _go_back(found, event.iteration)
         found[event.iteration] = event
         return
     if document["version"] != _VERSION:
@@ -189,6 +283,15 @@ def _take(document: Mapping[str, Any], line: str, found: dict[int, RebalanceEven
         known = {name: document[name] for name in _TOLD_LATER}
         event = found[document["iteration"]]
         found[event.iteration] = replace(event, **known | {"imbalance_next": tuple(known["imbalance_next"])})
+
+
+def _is_torn(path: Path) -> bool:
+    """Whether the last line of a file has no end: the process that wrote it was killed."""
+    if not path.is_file() or not path.stat().st_size:
+        return False
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) != b"\n"
 
 
 def _let_go(parts: Iterable[str]) -> str:

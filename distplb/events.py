@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 from distplb.errors import DistplbError
@@ -12,6 +12,8 @@ from distplb.errors import DistplbError
 __all__ = ["RebalanceEvent"]
 
 _FORMAT, _VERSION = "distplb.event", 1
+# Of the fields without a default, which tells that of the others.
+_KINDS = {"iteration": int, "layers": tuple, "decision": str, "reason": str, "seconds": dict, "last_applied": int}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,17 +145,18 @@ class RebalanceEvent:
 
     @classmethod
     def from_json(cls, line: str) -> RebalanceEvent:
-        """What `to_json` wrote, by this version or by one with fewer fields.
+        """What `to_json` wrote, by this version or by one with fewer fields or more, which are left out.
 
         Raises:
-            DistplbError: if the line is not such an object, or of a version that is not known.
+            DistplbError: if the line is not such an object, lacks a field that all have, or is of a version that is not
+                known.
         """
         try:
             document = json.loads(line)
             found = (document.pop("format"), document.pop("version"))
             if found != (_FORMAT, _VERSION):
                 raise DistplbError(f"it is {found[0]!r:.40}, version {found[1]!r:.40}; this distplb reads {_FORMAT} 1")
-            return cls(**{name: _frozen(value) for name, value in document.items()})
+            return cls(**_known(document))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise DistplbError(f"it is not a rebalance's record ({error})") from error
 
@@ -166,6 +169,21 @@ def _parts(value: Any) -> Iterator[str]:
     for number, row in enumerate(value):
         yield f"{', ' if number else '['}{json.dumps(row, allow_nan=False)}"
     yield "]"
+
+
+def _known(document: dict[str, Any]) -> dict[str, Any]:
+    """The fields that there are, each of its kind."""
+    known = {one.name: one for one in fields(RebalanceEvent)}
+    lacking = [name for name, one in known.items() if one.default is MISSING and name not in document]
+    if lacking:
+        raise ValueError(f"it lacks {', '.join(lacking)}")
+    found = {name: _frozen(value) for name, value in document.items() if name in known}
+    for name, value in found.items():
+        kind = _KINDS.get(name, type(known[name].default))
+        is_number = kind is float and type(value) is int
+        if kind is not type(None) and type(value) is not kind and not is_number:
+            raise ValueError(f"{name} is {value!r:.40}")
+    return found
 
 
 def _frozen(value: Any) -> Any:

@@ -34,7 +34,7 @@ from distplb.errors import (
     UntrainedError,
     in_stage,
 )
-from distplb.eventlog import EventLog, SummaryWriter
+from distplb.eventlog import EventLog, SummaryWriter, check_log
 from distplb.events import RebalanceEvent
 from distplb.layer import MoELayer
 from distplb.load import LoadWindow
@@ -56,6 +56,7 @@ from distplb.spread import Spread
 from distplb.stages import Stages
 from distplb.stoploss import Pace, StopLoss
 from distplb.topology import Topology
+from distplb.traces.parts import check_folder
 from distplb.traces.writer import TraceWriter
 
 __all__ = ["Rebalancer"]
@@ -63,6 +64,7 @@ __all__ = ["Rebalancer"]
 _LOGGER = logging.getLogger("distplb")
 _VERIFIED_BY_DEFAULT = 3  # rebalances
 _AT_ONCE = Spread(0, 0)
+_EVENTS = "events.jsonl"  # in the folder of a record
 # Of a spread move: small commits, so that the time is looked at often, but not so small that agreeing takes longer.
 _COMMIT_BYTES = 16 << 20
 # What all ranks must share from the start.
@@ -132,7 +134,8 @@ class Rebalancer:
             Between them the placement in force is a valid one, and may be saved. Another rebalance begins when the last
             has ended.
         record: folder for a trace of all windows and a log of all events, written by rank 0 beside the training;
-            `Trace.read` and `distplb report` read it. In a pipeline each stage needs a folder of its own.
+            `Trace.read` and `distplb report` read it. A resumed job goes on in its folder; one that holds files of a
+            job of other layers, experts or GPUs is refused. In a pipeline each stage needs a folder of its own.
         summary_writer: gets imbalance, bytes, seconds and so on as scalars after each rebalance, such as
             `torch.utils.tensorboard.SummaryWriter`; that of rank 0.
         dry_run: plan and report, but move nothing; also where state and gradients could not travel, which the event's
@@ -206,7 +209,7 @@ class Rebalancer:
         if is_writer and record is not None:
             self._trace = TraceWriter(record, layers=self._names)
         if is_writer and (record is not None or summary_writer is not None):
-            self._log = EventLog(None if record is None else Path(record) / "events.jsonl", summary_writer)
+            self._log = EventLog(None if record is None else Path(record) / _EVENTS, summary_writer)
         self._first = self._placement = self._start
         self._roster, self._knows_rows = self._entered()
         if self._knows_rows:
@@ -814,6 +817,7 @@ class Rebalancer:
             self._start = self._routing.start(self._logical_order())
             check_legal(self._start, self._logical_order(), self._routing.num_groups, self._slot_class)
             self._try_engine()
+            self._check_record()
             mover = Mover(layers, optimizers, self._comm, self._topology, num_slots, gpu, self._routing.num_groups)
             verify = ("first", "digest", "off").index(self._verify)
             limit = -1 if self._max_bytes is None else self._max_bytes
@@ -842,6 +846,22 @@ class Rebalancer:
         while steps:
             engine_for(options, self._topology, (steps, num_layers, num_slots), device)
             steps = min(kept, 2 * steps) if steps < kept else 0
+
+    def _check_record(self) -> None:
+        """By the rank that writes it, before the others are told: nothing of another job is in the folder."""
+        if self._record is None or self._comm.rank or not self._names:
+            return
+        folder = Path(self._record)
+        if folder.exists() and not folder.is_dir():
+            raise DistplbError(f"record: {folder} is a file; pass a folder")
+        job = (self._names, self._window.shape[2], self._topology.num_gpus)
+        try:
+            check_folder(folder, *job)
+            check_log(folder / _EVENTS, *job)
+        except DistplbError as refused:
+            raise DistplbError(f"record: {refused}") from refused
+        except OSError:  # what cannot be read cannot be written either, which is warned of then and ends no training
+            return
 
     def _entered(self) -> tuple[Roster, bool]:
         """This communicator's entry among the job's; and whether it is known on all ranks where the rows are."""

@@ -5,7 +5,8 @@ Shapes: S steps, T steps of a window, L layers, E experts, P slots, M GPUs, R re
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,7 @@ from distplb.price import MoveModel, TimeCurve, moved_slots
 from distplb.topology import Topology
 from distplb.traces.trace import Trace
 
-__all__ = ["Planner", "Replay", "replay"]
+__all__ = ["Planner", "Replay", "replay", "replay_between"]
 
 Planner = Callable[[Tensor, Placement], Placement]
 
@@ -76,6 +77,9 @@ def replay(
 ) -> Replay:
     """Call a planner every so many steps with what it would have seen by then, and judge its plan on the steps after.
 
+    As in a job, it is called between two iterations: steps of one iteration, its micro-batches and EP groups side by
+    side, are all seen by a plan or all judged under it.
+
     The trace's own placements play no part: its loads are of experts, wherever those were.
 
     >>> trace = Trace(torch.tensor([[[6, 6, 1, 1]]] * 4), (Placement.contiguous(1, 4, 2),), torch.zeros(4).long(),
@@ -92,10 +96,11 @@ def replay(
         trace: S steps.
         planner: gets `[T, L, E]` tokens and the placement in force, and returns the next; the same if it would stay.
         topology: of the EP group that is modelled, which need not be that of the trace.
-        every: steps between its calls.
+        every: steps between its calls, each of which is put off to the end of the iteration.
         model: what tokens and moves cost in seconds.
         curve: from an expert's tokens to its time, in place of the model's seconds per token; replicas share tokens.
-        window: the most steps that the planner gets, the last of those since its last call; all where None.
+        window: the most steps that the planner gets, whole iterations (but of the last one, if that is longer), the
+            last of those since its last call; all where None.
         start: the placement of the first steps, contiguous where None; it may hold replicas.
         progress: called with the steps that are done and S.
 
@@ -105,19 +110,48 @@ def replay(
     for name, value in (("every", every), ("window", window)):
         if value is not None and (not isinstance(value, int) or value < 1):
             raise DistplbError(f"replay: {name} is {value!r}; pass steps, at least 1")
+    wanted = torch.arange(0, trace.num_steps, every, device="cpu")[1:]
+    cuts = trace.begins[torch.searchsorted(trace.begins, wanted).clamp(max=len(trace.begins) - 1)]
+    cuts = cuts[cuts >= wanted].unique()  # the last iteration may begin before, and there is none after it
+    return replay_between(
+        trace,
+        planner,
+        cuts.tolist(),
+        topology=topology,
+        model=model,
+        curve=curve,
+        window=window,
+        start=start,
+        progress=progress,
+    )
+
+
+def replay_between(
+    trace: Trace,
+    planner: Planner,
+    cuts: Sequence[int],
+    *,
+    topology: Topology,
+    model: MoveModel,
+    curve: TimeCurve | None = None,
+    window: int | None = None,
+    start: Placement | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Replay:
+    """`replay` with the planner called before each of these steps, which rise and are the first of their iterations."""
     current = Placement.contiguous(trace.num_layers, trace.num_experts, topology.num_gpus) if start is None else start
     _check(current, "start", trace, topology)
     placements, moved, judged = [current], [], []
-    for begin in range(0, trace.num_steps, every):
+    for last, (begin, end) in zip([0, 0, *cuts], itertools.pairwise([0, *cuts, trace.num_steps]), strict=False):
         if begin:
-            seen = trace.load[max(begin - every, begin - (window or every)) : begin]
+            seen = trace.load[_window(trace, last, begin, window) : begin]
             current = planner(seen.clone(), current)
             _check(current, f"the plan for step {begin}", trace, topology)
             moved.append(moved_slots(placements[-1], current, topology).sum(0))
             placements.append(current)
-        judged += [_judged(steps, current, curve) for steps in trace.load[begin : begin + every].split(_STEPS_AT_ONCE)]
+        judged += [_judged(steps, current, curve) for steps in trace.load[begin:end].split(_STEPS_AT_ONCE)]
         if progress is not None:
-            progress(min(begin + every, trace.num_steps), trace.num_steps)
+            progress(end, trace.num_steps)
     fullest, imbalance = (torch.cat(parts) for parts in zip(*judged, strict=True))
     moves = torch.stack(moved) if moved else torch.zeros(0, 2, dtype=torch.int64, device="cpu")
     inside, between = moves.sum(0).tolist()
@@ -125,11 +159,18 @@ def replay(
         imbalance=imbalance,
         fullest=fullest,
         moved=moves,
-        rebalance_steps=tuple(range(every, trace.num_steps, every)),
+        rebalance_steps=tuple(cuts),
         placements=tuple(placements),
         compute_seconds=int(fullest.sum()) * (model.seconds_per_token if curve is None else 1e-9),
         move_seconds=model.seconds(inside, between),
     )
+
+
+def _window(trace: Trace, last: int, begin: int, window: int | None) -> int:
+    """The first step of a window that ends where a rebalance begins, and begins no earlier than the last one did."""
+    first = last if window is None else max(last, begin - window)
+    whole = trace.begins[(trace.begins >= first) & (trace.begins < begin)]
+    return int(whole[0]) if len(whole) else first
 
 
 def _check(placement: Placement, name: str, trace: Trace, topology: Topology) -> None:

@@ -158,7 +158,7 @@ def test_where_steps_stand_for_several_moves_weigh_less() -> None:
     every_step = Study(trace_of(skewed(20)), TOPOLOGY, MODEL)
     each_tenth = Study(trace_of(skewed(20), 10 * torch.arange(20)), TOPOLOGY, MODEL)
     assert (each_tenth.iterations, each_tenth.stands_for) == (200, 10)
-    assert each_tenth.steps_of(40) == every_step.steps_of(4) == 4
+    assert each_tenth.cuts_of(40) == every_step.cuts_of(4) == [4, 8, 12, 16, 20]
     one, ten = every_step.run([(STEPS, 4)])[0], each_tenth.run([(STEPS, 40)])[0]
     assert ten.move_seconds == pytest.approx(one.move_seconds)
     assert ten.static_seconds == pytest.approx(10 * one.static_seconds)
@@ -179,6 +179,23 @@ def test_where_steps_stand_for_several_moves_weigh_less() -> None:
 def test_an_interval_that_the_trace_cannot_tell_of_is_refused(every: int, text: str) -> None:
     with pytest.raises(DistplbError, match=text):
         what_if(trace_of(skewed(20)), TOPOLOGY, MODEL, [every])
+
+
+@pytest.mark.parametrize("gap", [1, 10])
+def test_intervals_are_of_whole_iterations(gap: int) -> None:
+    """Half an iteration's micro-batches were planned on, and its other half judged under that plan."""
+    lengths = [2, 2, 2, 6, 6, 6, 1, 3, 4]  # steps of each iteration: a batch that grows, and a sample of a window
+    iteration = torch.tensor([gap * nth for nth, length in enumerate(lengths) for _ in range(length)])
+    study = Study(trace_of(skewed(32), iteration), TOPOLOGY, MODEL)
+    (one,) = study.run([(STEPS, 2 * gap)])
+    assert one.rebalances == 3
+    assert one.static_seconds == pytest.approx(24 * 0.012 * gap)
+    assert one.compute_seconds == pytest.approx(24 * 0.007 * gap)
+    assert (study.iterations, study.least) == (9 * gap, gap)
+    assert study.cuts_of(2 * gap) == [4, 12, 24, 28]
+    assert study.cuts_of(4 * gap) == [12, 28]
+    with pytest.raises(DistplbError, match=f"no step in {gap // 3} iterations; rebalance every {gap} or more"):
+        study.cuts_of(gap // 3)
 
 
 def test_a_trace_of_any_size_stands_for_a_step_of_the_same_seconds() -> None:
@@ -390,6 +407,18 @@ def test_megatrons_files_are_read_and_ep_groups_side_by_side_are_known(tmp_path:
     assert document["verdict"]["answer"] == "yes"
     files = [tmp_path / f"rank{rank}.jsonl" for rank in range(4)]
     assert told(replayed(*files, "--megatron-ep", 2, "--every", 200, "--json")) == document
+    log = tmp_path / "earlier" / "tokens_per_expert.log"
+    log.parent.mkdir()
+    log.write_text(
+        "".join(
+            f"Rank={rank} iter={100 * at} layer=1 tokens_per_expert={[6, 6] if rank % 2 == 0 else [1, 1]}\n"
+            for at in range(1, 11)
+            for rank in range(4)
+            for _ in range(2)
+        )
+    )
+    for path in (log, log.parent):
+        assert told(replayed(path, "--megatron-ep", 2, "--every", 200, "--json")) == document
 
 
 def test_wrong_input_is_one_line(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import inspect
 import json
 import logging
 import threading
+import tracemalloc
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -86,7 +87,12 @@ def test_a_line_of_fewer_fields_is_read() -> None:
         ('{"format": "distplb.event", "version": 2}', "it is 'distplb.event', version 2; this distplb reads"),
         ('{"format": "other", "version": 1}', "it is 'other', version 1"),
         ('{"version": 1}', "not a rebalance's record"),
-        ('{"format": "distplb.event", "version": 1, "colour": 3}', "colour"),
+        (
+            '{"format": "distplb.event", "version": 1, "iteration": 3}',
+            "lacks layers, decision, reason, seconds, last_a",
+        ),
+        (event().to_json().replace('"iteration": 500', '"iteration": "500"'), "record .iteration is '500'"),
+        (event().to_json().replace('"steps": 8', '"steps": 8.5'), "record .steps is 8.5"),
         ("[1, 2]", "not a rebalance's record"),
         ("7", "not a rebalance's record"),
     ],
@@ -94,6 +100,14 @@ def test_a_line_of_fewer_fields_is_read() -> None:
 def test_other_lines_are_refused(line: str, told: str) -> None:
     with pytest.raises(DistplbError, match=told):
         RebalanceEvent.from_json(line)
+
+
+def test_fields_of_a_later_version_are_left_out(tmp_path: Path) -> None:
+    """The README promises that a version may add fields; one more made the whole log unreadable."""
+    more = event().to_json()[:-1] + ', "colour": [3, {"format": "distplb.event"}]}'
+    assert RebalanceEvent.from_json(more) == event()
+    (tmp_path / "events.jsonl").write_text(f"{more}\n")
+    assert read_events(tmp_path / "events.jsonl") == [event()]
 
 
 def test_a_log_has_one_line_a_rebalance_and_a_short_one_of_its_outcome(tmp_path: Path) -> None:
@@ -127,9 +141,74 @@ def test_a_line_that_was_cut_off_is_left_out_with_a_warning(tmp_path: Path) -> N
         assert read_events(path) == [event(500)]
 
 
+@pytest.mark.parametrize("between", ["\n", "", "\0\0", "\0\n"])
+def test_a_record_that_breaks_off_anywhere_takes_no_other_along(tmp_path: Path, between: str) -> None:
+    """The process was killed while it wrote record 2, and the next one went on in the same line: 3 was left out too."""
+    path = tmp_path / "events.jsonl"
+    torn = event(2).to_json()
+    for cut in range(1, len(torn), 7):
+        path.write_text(f"{event(1).to_json()}\n{torn[:cut]}{between}{event(3).to_json()}\n{event(4).to_json()}\n")
+        with pytest.warns(RuntimeWarning, match=r"events\.jsonl: line 2 is not whole, and left out$"):
+            assert read_events(path) == [event(1), event(3), event(4)]
+    path.write_text(f"{event(1).to_json()}\n{torn}{between}{event(3).to_json()}\n")
+    assert read_events(path) == [event(1), event(2), event(3)]
+
+
+def test_a_log_that_was_left_with_half_a_record_goes_on_in_a_line_of_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    path.write_text(f"{event(1).to_json()}\n{event(2).to_json()[:100]}")
+    log = EventLog(path)
+    for number in (3, 4):
+        log(event(number))
+    log.close()
+    assert path.read_text().splitlines()[2:] == [event(3).to_json(), event(4).to_json()]
+
+
+def test_a_record_that_breaks_off_tells_where_its_life_began(tmp_path: Path) -> None:
+    """The outcome of the second life's rebalance was added to the first life's record of the same iteration."""
+    path = tmp_path / "events.jsonl"
+    outcome = json.dumps({"format": "distplb.outcome", "version": 1, "iteration": 1000} | NEXT)
+    path.write_text(
+        f"{event(500).to_json()}\n{event(1000).to_json()}\n{event(1500).to_json()}\n{event(1000).to_json()[:200]}\n{outcome}\n"
+    )
+    with pytest.warns(RuntimeWarning, match="line 4 is not whole"):
+        assert read_events(path) == [event(500)]
+
+
+def test_many_lines_that_break_off_are_one_warning(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    path.write_text(f"{event(1).to_json()}\n" + f"{event(2).to_json()[:50]}\n" * 12)
+    with pytest.warns(RuntimeWarning, match=r"lines 2, .*, 10 are not whole, and left out \(and 3 more\)$") as caught:
+        assert read_events(path) == [event(1)]
+    assert [one.filename for one in caught] == [__file__]
+
+
+def test_what_is_too_large_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    """A hole in a file takes no room on the disk, and took its size in memory."""
+    path = tmp_path / "events.jsonl"
+    with path.open("wb") as file:
+        file.truncate(100 * 10**9)
+    tracemalloc.start()
+    with pytest.raises(
+        DistplbError, match=r"events\.jsonl has 100000000000 bytes, 1073741824 are allowed; pass a larger"
+    ):
+        read_events(path)
+    with path.open("r+b") as file:
+        file.truncate(1 << 30)
+    with pytest.raises(DistplbError, match=r"events\.jsonl, line 1 has more than 16777216 bytes; cut it off, or"):
+        read_events(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 27
+    path.write_text(f"{event(1).to_json()}\n")
+    with pytest.raises(DistplbError, match=r"bytes, 10 are allowed"):
+        read_events(path, max_bytes=10)
+
+
 @pytest.mark.parametrize(
     ("text", "told"),
     [
+        ("iteration,decision\n", "line 1: it is no line of JSON; pass a file that an EventLog wrote"),
         ("[]\n", "line 1: it is not a rebalance's record"),
         ('{"format": "distplb.outcome", "version": 9}\n', "line 1: it has version 9"),
         ('{"format": "distplb.outcome"}\n', "line 1: 'version'"),

@@ -40,6 +40,14 @@ def lines_of(framework: str) -> str:
     return found
 
 
+def leave_events(layers: tuple[str, ...]) -> None:
+    """As a job of the README's lines leaves them behind."""
+    Path("run/events.jsonl").unlink(missing_ok=True)
+    log = EventLog("run/events.jsonl")
+    log(RebalanceEvent(iteration=60, layers=layers, decision="kept", reason="", seconds={}, last_applied=60))
+    log.close()
+
+
 def snippets_run(folder: str) -> int:
     """All Python of the README, one block after the other, around the example's model on one rank."""
     sys.path.insert(0, str(ROOT / "examples"))
@@ -67,14 +75,15 @@ def snippets_run(folder: str) -> int:
     start = Placement.contiguous(2, 16, 4)
     trace = Trace(counts, (start,), torch.zeros(120, dtype=torch.int64), torch.arange(120))
     trace.save("trace.npz")
-    log = EventLog("run/events.jsonl")  # as a job of the README's lines leaves it behind
-    log(RebalanceEvent(iteration=60, layers=("0", "1"), decision="kept", reason="", seconds={}, last_applied=60))
-    log.close()
+    leave_events(trace.layers)
     trace.save("run/000000000000.npz")
     iterations = []
     for block in own_blocks():
         if "Rebalancer(" in block and "rebalancer" in names:
             names["rebalancer"].close()  # each block stands for a job of its own
+        if 'record="run",' in block:  # which is resumed here; the trace was of another
+            Path("run/000000000000.npz").unlink()
+            leave_events(tuple(names["moes"]))
         exec(compile(textwrap.dedent(block), "README.md", "exec"), names)
         iterations.append(names["rebalancer"].iteration)
     assert iterations[0] == 4

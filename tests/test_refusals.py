@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +14,20 @@ from jobs import DIM, EXPERTS, FREE, LAYERS, Job, skewed
 from ranks import errors_on_ranks, on_ranks
 from torch import nn
 
-from distplb import DistplbError, FlatShard, LoadWindow, MoELayer, Rebalancer, Spread, Topology, plan
+from distplb import (
+    DistplbError,
+    FlatShard,
+    LoadWindow,
+    MoELayer,
+    Placement,
+    Rebalancer,
+    Spread,
+    Topology,
+    Trace,
+    TraceWriter,
+    plan,
+    read_events,
+)
 from distplb.comm.torchdist import TorchComm
 from distplb.events import RebalanceEvent
 
@@ -179,16 +194,82 @@ def test_layers_and_optimizers_are_named_by_their_number() -> None:
         job.rebalancer()
 
 
-def wrong_on_one() -> str:
+def refused(job: Job, **options: Any) -> str:
     try:
-        Job().rebalancer(spread=(1, 2) if dist.get_rank() == 1 else Spread(0, 1))
+        job.rebalancer(**options).close()
     except DistplbError as error:
         return str(error)
     return "no error"
 
 
-def test_a_wrong_type_on_one_rank_is_known_to_all() -> None:
-    assert errors_on_ranks(2, wrong_on_one, deadline=60) == ["rank 1: spread is a tuple; pass a Spread"] * 2
+def wrong_on_one(folder: Path) -> list[str]:
+    """Refused by one rank: an argument of rank 1; a folder that rank 0 is to write to. And what follows is built."""
+    job = Job()
+    wrong = refused(job, spread=(1, 2) if dist.get_rank() == 1 else Spread(0, 1))
+    return [wrong, refused(job, record=folder), refused(job, record=folder / "own")]
+
+
+def test_what_one_rank_refuses_is_known_to_all(tmp_path: Path) -> None:
+    """A record beside that of another job was found out when the trace was read, after training."""
+    with TraceWriter(tmp_path) as writer:
+        writer.add(torch.ones(1, 1, 2, dtype=torch.int64), Placement.contiguous(1, 2, 2), [5])
+    for wrong, record, own in on_ranks(2, wrong_on_one, tmp_path, deadline=60):
+        assert wrong == "rank 1: spread is a tuple; pass a Spread"
+        assert record.startswith(f"rank 0: record: {tmp_path / '000000000005.npz'} is of another job: it has layers: 1")
+        assert own == "no error"
+
+
+def trained(record: Path, iterations: int, state: dict[str, Any] | None = None) -> dict[str, Any]:
+    """A job of one process, from its beginning or resumed; the state that it would save."""
+    job = Job(ranks=1)
+    rebalancer = job.rebalancer(record=record)
+    if state is not None:
+        rebalancer.load_state_dict(state)
+    for _ in range(iterations):
+        job.iterate()
+        rebalancer.step()
+    rebalancer.close()
+    return rebalancer.state_dict()
+
+
+def test_a_resumed_job_goes_on_in_its_folder(tmp_path: Path) -> None:
+    """From iteration 4, after the first life went on to 8; what that recorded after 4 is of no account any more."""
+    state = trained(tmp_path, 4)
+    trained(tmp_path, 4, state)
+    assert Trace.read(tmp_path).iteration.tolist() == list(range(1, 9))
+    trained(tmp_path, 2, state)
+    assert Trace.read(tmp_path).iteration.tolist() == list(range(1, 7))
+    assert [event.iteration for event in read_events(tmp_path / "events.jsonl")] == [2, 4, 6]
+    trained(tmp_path, 2)  # and from its beginning
+    assert Trace.read(tmp_path).iteration.tolist() == [1, 2]
+    assert [event.iteration for event in read_events(tmp_path / "events.jsonl")] == [2]
+
+
+def test_a_folder_of_another_job_is_refused_when_built(tmp_path: Path) -> None:
+    trained(tmp_path, 4)
+    larger, job = Job(ranks=1, experts=2 * EXPERTS), Job(ranks=1)
+    layers = [replace(layer, name=f"other.{nth}") for nth, layer in enumerate(job.layers())]
+    alone = tmp_path / "events only"
+    alone.mkdir()
+    (alone / "events.jsonl").write_text((tmp_path / "events.jsonl").read_text())
+    for path in (tmp_path / "000000000001.npz", alone / "events.jsonl"):
+        begin = f"record: {path} is of another job: it has "
+        assert refused(larger, record=path.parent).startswith(begin)
+        assert refused(job, layers=layers, record=path.parent).startswith(begin)
+        assert refused(job, record=path.parent) == "no error"
+    assert refused(Job(ranks=1), record=tmp_path / "events.jsonl") == (
+        f"record: {tmp_path / 'events.jsonl'} is a file; pass a folder"
+    )
+    (tmp_path / "mine").mkdir()
+    for text in ("a,b\n", "[]\n", '{"format": "other"}\n'):
+        (tmp_path / "mine" / "events.jsonl").write_text(text)
+        assert refused(Job(ranks=1), record=tmp_path / "mine").startswith(
+            f"record: {tmp_path / 'mine' / 'events.jsonl'} is no log of rebalances; record in a folder of its own"
+        )
+        assert (tmp_path / "mine" / "events.jsonl").read_text() == text
+    for text in ("", '{"format": "distplb.ev', (tmp_path / "events.jsonl").read_text()[:100]):
+        (tmp_path / "mine" / "events.jsonl").write_text(text)
+        assert refused(Job(ranks=1), record=tmp_path / "mine") == "no error"
 
 
 # --- no layers anywhere ----------------------------------------------------------------------------------------------

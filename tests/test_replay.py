@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from distplb import DistplbError, Placement, Topology, imbalance, plan
@@ -182,3 +184,45 @@ def test_progress_is_told() -> None:
 def test_what_does_not_fit_is_refused(options: dict[str, Any], wording: str) -> None:
     with pytest.raises(DistplbError, match=wording):
         replayed(random_load(6), **options)
+
+
+# --- iterations of several steps --------------------------------------------------------------------------------
+
+
+def iterations_of(lengths: list[int], gap: int = 1) -> list[int]:
+    """An iteration for each step; each iteration has so many."""
+    return [gap * nth for nth, length in enumerate(lengths) for _ in range(length)]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=9), st.integers(1, 12), st.none() | st.integers(1, 8))
+def test_no_iteration_is_on_both_sides_of_a_plan(lengths: list[int], every: int, window: int | None) -> None:
+    """Micro-batches of one iteration were seen by a plan, and others of it judged under it."""
+    iteration, seen = iterations_of(lengths), list[list[int]]()
+    load = torch.arange(1, len(iteration) + 1)[:, None, None] * torch.ones(1, 2, 8, dtype=torch.int64)
+    trace = Trace(load, trace_of(load).placements, torch.zeros(len(load)).long(), torch.tensor(iteration))
+
+    def planner(steps: Tensor, current: Placement) -> Placement:
+        seen.append((steps[:, 0, 0] - 1).tolist())
+        return current
+
+    found = replay(trace, planner, topology=TOPOLOGY, every=every, model=MODEL, window=window)
+    begins = {iteration.index(at) for at in iteration}
+    plain = [min((at for at in begins if at >= step), default=None) for step in range(every, len(load), every)]
+    assert found.rebalance_steps == tuple(dict.fromkeys(at for at in plain if at is not None))
+    assert len(found.fullest) == len(load)
+    for begin, end, steps in zip([0, *found.rebalance_steps], found.rebalance_steps, seen, strict=False):
+        assert steps == list(range(steps[0], end))  # the last ones, up to the plan
+        assert iteration[end - 1] != iteration[end]
+        if window is None:
+            assert steps[0] == begin
+        else:
+            whole = [at for at in begins if max(begin, end - window) <= at < end]
+            assert steps[0] == min(whole, default=max(begin, end - window))
+
+
+def test_a_planner_is_not_called_within_the_only_iteration() -> None:
+    load = random_load(0, steps=6)
+    trace = Trace(load, trace_of(load).placements, torch.zeros(6).long(), torch.full((6,), 7))
+    found = replay(trace, lambda *_: pytest.fail("called"), topology=TOPOLOGY, every=2, model=MODEL)
+    assert (found.rebalance_steps, found.slots_moved, len(found.fullest)) == ((), 0, 6)

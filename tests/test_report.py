@@ -544,3 +544,22 @@ def test_a_missing_library_is_named_with_what_brings_it(monkeypatch: pytest.Monk
     done = CliRunner().invoke(main, ["report", str(folder)])
     assert done.exit_code == 2
     assert "pip install 'distplb[report]'" in done.stderr
+
+
+@pytest.mark.parametrize("lengths", [[1], [5], [1, 1], [3, 3, 3], [1, 5, 1], [5, 1], [1, 1, 1, 9]])
+def test_no_iteration_is_planned_on_and_judged(lengths: list[int]) -> None:
+    """The second half of a trace began in the middle of an iteration, whose other micro-batches were planned on."""
+    iteration = [10 * nth for nth, length in enumerate(lengths) for _ in range(length)]
+    run = Run("run", trace=replace(trace(len(iteration)), iteration=torch.tensor(iteration)))
+    assert run.judged is not None
+    assert run.trace is not None
+    unseen = run.judged.unseen
+    begins = [iteration.index(at) for at in sorted(set(iteration))]
+    half = next((at for at in begins if at >= max(1, len(iteration) // 2)), None)
+    if half is None:
+        assert unseen is None
+    else:
+        assert unseen is not None
+        assert int(unseen.before.sum()) == int(run.trace.load[half:].sum())
+        assert (unseen.first, unseen.last) == (iteration[half], iteration[-1])
+    assert Summary.of(run).imbalance_before is not None

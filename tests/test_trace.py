@@ -20,6 +20,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from distplb import DistplbError, Placement, Trace, TraceWriter
 
@@ -273,10 +275,89 @@ def test_a_resumed_job_overwrites_what_it_counts_again(tmp_path: Path) -> None:
     assert found.load[:, 0, 0].tolist() == [1] * 15 + [2] * 10
 
 
+@settings(max_examples=20, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 12), st.lists(st.integers(1, 4), min_size=1, max_size=4)), min_size=1, max_size=4)
+)
+def test_of_each_life_what_the_next_one_records_again_is_left_out(
+    tmp_path_factory: pytest.TempPathFactory, lives: list[tuple[int, list[int]]]
+) -> None:
+    """Parts of an earlier life came between those of a later one, wherever their names put them.
+
+    Each life begins at an iteration, or where the last one ended if that is earlier, and writes parts of some lengths.
+    In every second life the process is the same: the job has loaded an earlier state.
+    """
+    folder, wanted = tmp_path_factory.mktemp("run"), dict[int, int]()
+    writer = TraceWriter(folder)
+    for life, (begin, lengths) in enumerate(lives, start=1):
+        if life % 2:
+            writer.close()
+            writer = TraceWriter(folder)
+        at = min(begin, max(wanted, default=0) + 1)
+        wanted = {iteration: tokens for iteration, tokens in wanted.items() if iteration < at}
+        for length in lengths:
+            part = range(at, at + length)
+            writer.add(torch.full((length, 1, 2), life), Placement.contiguous(1, 2, 2), part)
+            wanted |= dict.fromkeys(part, life)
+            at += length
+    writer.close()
+    found = Trace.read(folder)
+    assert dict(zip(found.iteration.tolist(), found.load[:, 0, 0].tolist(), strict=True)) == wanted
+    assert found.iteration.tolist() == sorted(wanted)
+
+
+def test_a_part_says_which_life_wrote_it_and_a_trace_alone_does_not(tmp_path: Path) -> None:
+    for life in (1, 2):
+        with TraceWriter(tmp_path) as writer:
+            writer.add(torch.ones(1, 1, 2, dtype=torch.int64), Placement.contiguous(1, 2, 2), [life])
+    random_trace().save(tmp_path / "alone.npz")
+    told = [json.loads(np.load(path)["about"].tobytes()) for path in sorted(tmp_path.iterdir())]
+    assert [one.get("life") for one in told] == [1, 2, None]
+
+
+def test_nothing_is_written_beside_parts_of_another_job(tmp_path: Path) -> None:
+    """All parts of both jobs could not be read any more."""
+    with TraceWriter(tmp_path, layers=["moe"]) as writer:
+        writer.add(torch.ones(1, 1, 4, dtype=torch.int64), Placement.contiguous(1, 4, 2), [0])
+    other = TraceWriter(tmp_path, layers=["moe"])
+    other.add(torch.ones(1, 1, 4, dtype=torch.int64), Placement.contiguous(1, 4, 4), [5])
+    with pytest.warns(RuntimeWarning, match=r"0\.npz is of another job: it has .*GPUs: 2; this one .*GPUs: 4; rec"):
+        other.close()
+    assert Trace.read(tmp_path).iteration.tolist() == [0]
+
+
+def test_a_part_that_is_half_written_is_ignored_and_a_damaged_one_is_named(tmp_path: Path) -> None:
+    random_trace(steps=2).save(tmp_path / "0.npz")
+    random_trace(steps=2, first=1).save(tmp_path / "1.npz")
+    content = (tmp_path / "1.npz").read_bytes()
+    (tmp_path / "2.npz.77.tmp").write_bytes(content[:100])
+    assert Trace.read(tmp_path).num_steps == 4
+    for damage in (b"", content[:100], content[:-40], content[:300] + b"\0" * 200 + content[500:]):
+        (tmp_path / "1.npz").write_bytes(damage)
+        with pytest.raises(DistplbError, match=r"1\.npz .*; or move 1\.npz away, to read the parts beside it$"):
+            Trace.read(tmp_path)
+        with TraceWriter(tmp_path / "new") as writer:  # a resumed job is not stopped by it
+            writer.add(torch.ones(1, 1, 2, dtype=torch.int64), Placement.contiguous(1, 2, 2), [9])
+        (tmp_path / "new" / "0.npz").write_bytes(damage)
+        with TraceWriter(tmp_path / "new") as writer:
+            writer.add(torch.ones(1, 1, 2, dtype=torch.int64), Placement.contiguous(1, 2, 2), [10])
+        assert writer.error is None
+
+
+def test_the_first_step_of_each_iteration(tmp_path: Path) -> None:
+    def begins(*iteration: int) -> list[int]:
+        load = torch.ones(len(iteration), 1, 2, dtype=torch.int64)
+        one = Trace(load, (Placement.contiguous(1, 2, 2),), [0] * len(iteration), iteration)  # type: ignore[arg-type]
+        return one.begins.tolist()
+
+    assert begins(7) == begins(7, 7, 7) == [0]
+    assert begins(7, 7, 8, 20, 20) == [0, 2, 3]
+
+
 def test_parts_of_different_jobs_are_refused(tmp_path: Path) -> None:
     random_trace().save(tmp_path / "0.npz")
     Trace(torch.ones(1, 1, 2).long(), (Placement.contiguous(1, 2, 2),), [0], [9]).save(tmp_path / "1.npz")
-    with pytest.raises(DistplbError, match=r"1\.npz has other layers than .*0\.npz; pass parts of one job"):
+    with pytest.raises(DistplbError, match=r"1\.npz has other layers than .*0\.npz; pass parts of one job, and"):
         Trace.read(tmp_path)
     Trace(torch.ones(1, 2, 2).long(), (Placement.contiguous(2, 2, 2),), [0], [9], random_trace().layers).save(
         tmp_path / "1.npz"
@@ -478,7 +559,7 @@ def test_files_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
     (tmp_path / "rank1.jsonl").write_text(line(1, 0, [[1, 2]]))
     refuses("there is no file of rank 0")
     (tmp_path / "rank0.jsonl").write_text("")
-    refuses(r"rank0\.jsonl has no lines")
+    refuses(r"rank0\.jsonl has no whole line; pass the files of ranks that have written some")
     (tmp_path / "rank0.jsonl").write_text(line(1, 0, [[1, 2]]))
     assert Trace.from_megatron(tmp_path).num_experts == 4
     refuses("2 ranks with 3 GPUs in an EP group, expert tensor parallel 1, 1 pipeline stages", num_gpus=3)
@@ -486,8 +567,8 @@ def test_files_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
     (tmp_path / "rank0.jsonl").write_text(line(1, 0, [[1, 3]]))
     refuses("rank0.jsonl and .*rank1.jsonl have different counts", expert_tensor_parallel=2)
     for other, wording in (
-        (line(2, 0, [[1, 2]]), r"rank1\.jsonl or .*rank0\.jsonl lacks iteration 1 of decoder\.layers\.0"),
-        (line(1, 0, [[1, 2]]) + line(1, 1, [[1, 2]]), r"lacks iteration 1 of decoder\.layers\.1"),
+        (line(2, 0, [[1, 2]]), r"rank1\.jsonl lacks iteration 1 of decoder\.layers\.0, and no iteration is whole"),
+        (line(1, 0, [[1, 2]]) + line(1, 1, [[1, 2]]), r"rank0\.jsonl lacks iteration 1 of decoder\.layers\.1, and no"),
         (line(1, 0, [[1, 2, 3]]), r"rank1\.jsonl has \(1, 3\) micro-batches and experts in iteration 1"),
         (line(1, 0, [[1, 2]] * 2), r"rank1\.jsonl has \(2, 2\) micro-batches and experts"),
     ):

@@ -25,6 +25,7 @@ from distplb.cli.replayed import Costs, Replayed, document, print_tables
 from distplb.errors import DistplbError
 from distplb.eventlog import read_events
 from distplb.topology import Topology
+from distplb.traces.megatron_lines import is_megatron, num_ranks
 from distplb.traces.trace import Trace
 from distplb.verdict import verdict
 
@@ -122,10 +123,11 @@ def replay(
 ) -> None:
     """Say what rebalancing would have saved on a recorded trace, and whether to install it.
 
-    TRACE is a .npz file or the folder of Rebalancer(record=...), or Megatron-Core's folder tokens_per_expert or its
-    files rank<number>.jsonl. Every step is judged under a plan that had not seen it. What tokens and moves cost is as
-    the job measured it, where the folder has priced events and no other costs are named; else it is assumed. Exits with
-    0; with 1 under --exit-code where the answer is no; with 2 for wrong use or input.
+    TRACE is a .npz file or the folder of Rebalancer(record=...), or Megatron-Core's folder tokens_per_expert, its files
+    rank<number>.jsonl, or its earlier tokens_per_expert.log. Every step is judged under a plan that had not seen it.
+    What tokens and moves cost is as the job measured it, where the folder has priced events and no other costs are
+    named; else it is assumed. Exits with 0; with 1 under --exit-code where the answer is no; with 2 for wrong use or
+    input.
     """
     trace, side_by_side = _read(paths, megatron_ep, megatron_expert_tp, megatron_pipeline)
     topology = _topology(trace, nodes, gpus_per_node)
@@ -155,15 +157,12 @@ def replay(
 
 def _read(paths: Sequence[Path], ep: int | None, expert_tp: int, pipeline: int) -> tuple[Trace, int]:
     """The trace, and how many EP groups have their steps of the same time in it."""
-    first = paths[0]
-    is_megatron = first.suffix == ".jsonl" or (first.is_dir() and any(first.glob("rank*.jsonl")))
-    if is_megatron:
+    if is_megatron(paths):
         trace = Trace.from_megatron(*paths, num_gpus=ep, expert_tensor_parallel=expert_tp, pipeline_parallel=pipeline)
-        ranks = sum(len(list(path.glob("rank*.jsonl"))) if path.is_dir() else 1 for path in paths)
-        return trace, ranks // (trace.placements[0].num_gpus * expert_tp * pipeline)
+        return trace, num_ranks(paths) // (trace.placements[0].num_gpus * expert_tp * pipeline)
     if len(paths) > 1:
         raise DistplbError(f"{len(paths)} traces were named; pass one, or all ranks' files of Megatron-Core")
-    return Trace.read(first), 1
+    return Trace.read(paths[0]), 1
 
 
 def _topology(trace: Trace, nodes: int, gpus_per_node: int | None) -> Topology:
@@ -216,15 +215,14 @@ def _study(trace: Trace, side_by_side: int, topology: Topology, costs: Costs, op
 def _usual(study: Study) -> int:
     """Iterations between rebalances, a round number: 1, 2, 5, 10, 20, 50 and so on."""
     most = max(1, study.iterations // _FEWEST_REBALANCES)
-    least = -(-study.iterations // study.trace.num_steps)  # in fewer there is no step
     round_ones: list[int] = [digit * 10**zeros for zeros in range(len(str(most))) for digit in (1, 2, 5)]
-    return max(least, *(number for number in round_ones if number <= most))
+    return max(study.least, *(number for number in round_ones if number <= most))
 
 
 def _replayed(study: Study, every: int) -> tuple[dict[str, WhatIf], list[WhatIf]]:
     """Planners by name; and other intervals between rebalances, with the price."""
     names = (STATIC, SUM, STEPS, PRICED)
-    study.steps_of(every)  # refuses it, where that is to be
+    study.cuts_of(every)  # refuses it, where that is to be
     candidates = sorted({round(every * times) for times in _TIMES} - {every})
     others = [one for one in candidates if study.allows(one)]
     with progress("replaying") as tell:

@@ -83,21 +83,27 @@ class Judged:
         index = self.trace.placement_of_step
         return (index != index[0]).long().cummax(0).values.bool()
 
+    @property
+    def half(self) -> int:
+        """The step at which about the second half of the trace begins: the first one of an iteration."""
+        middle = max(1, self.trace.num_steps // 2)
+        later = self.trace.begins[self.trace.begins >= middle]
+        return int(later[0]) if len(later) else self.trace.num_steps
+
     @cached_property
     def unseen(self) -> Unseen | None:
         """The last placement on its own steps; where there is only one, a plan on the half that follows its own.
 
-        None for a single step.
+        None for a single iteration.
         """
         trace = self.trace
         if self.has_moved:
             last = int(trace.placement_of_step[-1])
             steps = (trace.placement_of_step == last).nonzero()[:, 0]
             return self._under(steps, trace.placements[last], is_replayed=False)
-        half = trace.num_steps // 2
-        if not half:
+        if self.half == trace.num_steps:
             return None
-        seen, unseen = torch.arange(trace.num_steps, device="cpu").tensor_split([half])
+        seen, unseen = torch.arange(trace.num_steps, device="cpu").tensor_split([self.half])
         slots = self._first.num_slots
         planned = plan(trace.load[_evenly(seen, _PLANNED_ON)], self.topology, num_slots=slots, current=self._first)
         return self._under(unseen, planned, is_replayed=True)

@@ -152,7 +152,7 @@ def _bound(run: Run) -> float | None:
     if judged is None:
         return None
     steps, bound = judged.bound
-    counted = judged.later[steps] if judged.has_moved else steps >= judged.trace.num_steps // 2
+    counted = judged.later[steps] if judged.has_moved else steps >= judged.half
     return float((bound[counted] if bool(counted.any()) else bound).mean())
 
 

@@ -72,7 +72,7 @@ def _suiting(run: Run, study: Study) -> list[int]:
     found: list[int] = []
     left = _MOST_NUMBERS // (study.trace.num_layers * study.trace.num_experts)
     for interval in dict.fromkeys([*wanted, *(total // part for part in _PARTS)]):
-        if interval < 1 or 2 * interval > total or interval * study.trace.num_steps < total:
+        if interval < study.least or not study.allows(interval):
             continue
         if total // interval <= left and len(found) < _MOST_TRIALS:
             found.append(interval)

@@ -5,11 +5,11 @@ Shapes: S steps, L layers, E experts, P slots, M GPUs, N placements.
 
 from __future__ import annotations
 
-import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -20,19 +20,12 @@ from distplb.errors import DistplbError
 from distplb.placement import Placement
 from distplb.traces.files import ArrayFile, write_arrays
 from distplb.traces.megatron import read_megatron
+from distplb.traces.parts import About, open_part, read_about, write_about
 
-__all__ = ["Trace"]
+__all__ = ["Trace", "write_trace"]
 
-_FORMAT_VERSION = 1
-_MAX_ABOUT_BYTES = 1 << 22
-# Arrays of a file: kinds of dtype, dims.
-_ARRAYS = {
-    "about": ("u", 1),  # JSON, as bytes
-    "load": ("u", 3),
-    "iteration": ("i", 1),
-    "placement_of_step": ("i", 1),
-    "expert_of_slot": ("u", 3),
-}
+A = TypeVar("A")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,51 +117,43 @@ class Trace:
         """E."""
         return int(self.load.shape[2])
 
+    @property
+    def begins(self) -> Tensor:
+        """The first step of each iteration, rising from 0."""
+        changes = self.iteration.diff(prepend=self.iteration[:1] - 1)
+        return changes.nonzero()[:, 0]
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a `.npz` file, compressed, counts in the smallest unsigned integers that hold them."""
-        about = {
-            "format": "distplb.trace",
-            "version": _FORMAT_VERSION,
-            "num_gpus": self.placements[0].num_gpus,
-            "layers": list(self.layers),
-            "note": self.note,
-        }
-        encoded = np.frombuffer(json.dumps(about).encode(), dtype=np.uint8)
-        if len(encoded) > _MAX_ABOUT_BYTES:
-            raise DistplbError(f"Trace: names and note take {len(encoded)} bytes; shorten the note")
-        arrays = {
-            "about": encoded,
-            "load": _smallest(self.load.numpy()),
-            "iteration": self.iteration.numpy(),
-            "placement_of_step": self.placement_of_step.numpy(),
-            "expert_of_slot": _smallest(torch.stack([one.expert_of_slot for one in self.placements]).numpy()),
-        }
-        write_arrays(Path(path), arrays)
+        write_trace(self, Path(path))
 
     @classmethod
     def read(cls, path: str | os.PathLike[str], max_bytes: int = 2**32) -> Trace:
         """Read what `save` wrote, or a folder of parts that a `TraceWriter` wrote, in the order of their names.
 
-        An iteration that two parts have counts as in the later one: the job was resumed from a checkpoint.
+        A job that was resumed goes back to an earlier iteration: what its earlier lives recorded from there on is left
+        out. Of parts that do not say which life wrote them, an iteration that two have counts as in the later one.
 
         Args:
             path: a file, or a folder.
             max_bytes: refuse what would take more memory than this; nothing has been unpacked then.
 
         Raises:
-            DistplbError: naming the file, if it is not a trace of a version that is known, damaged, or too large.
+            DistplbError: naming the file, if it is not a trace of a version that is known, damaged, too large, or of
+                another job than the parts beside it.
         """
         paths = sorted(Path(path).glob("*.npz")) if Path(path).is_dir() else [Path(path)]
         if not paths:
             raise DistplbError(f"{path} is a folder without .npz files; pass one that a TraceWriter wrote to")
-        files = [ArrayFile(one, _ARRAYS) for one in paths]
+        is_folder = Path(path).is_dir()
+        files = [_named(one, is_folder, open_part, one) for one in paths]
         size = sum(file.num_bytes(itemsize=8) for file in files)
         if size > max_bytes:
             raise DistplbError(
                 f"{path} would take {size} bytes in memory, {max_bytes} are allowed; pass a larger max_bytes "
                 "if you trust it"
             )
-        return _joined(paths, [_trace_of(file) for file in files])
+        return _joined([_Part(one.path, *_named(one.path, is_folder, _trace_of, one)) for one in files])
 
     @classmethod
     def from_megatron(
@@ -186,20 +171,26 @@ class Trace:
         one counts: the job was resumed, or ran the iteration again. Where a rank has several virtual pipeline stages,
         the writer mixes their layers, and what is read is mixed likewise.
 
+        Iterations that not all ranks have whole, as where one died while it wrote, are left out with a warning. A job
+        that recomputes activations counts each micro-batch twice; where all have a twin, each is used once, with a
+        warning.
+
         Source of the format: `ActivationLogger.save_tpe` in megatron/training/activation_logging.py of
-        megatron-core 0.18.0 to 0.19.2; of the order of ranks: `initialize_model_parallel` in
+        megatron-core 0.18.0 to 0.19.2 (pull request 3842), and of the revision before, which wrote one
+        `tokens_per_expert.log` for all ranks; of the order of ranks: `initialize_model_parallel` in
         megatron/core/parallel_state.py, order tp-cp-ep-dp-pp. Earlier versions write no such files.
 
         Args:
-            paths: the folder `tokens_per_expert` beside the checkpoints, or all ranks' files `rank<number>.jsonl`.
+            paths: the folder `tokens_per_expert` beside the checkpoints, or all ranks' files `rank<number>.jsonl`; or
+                `tokens_per_expert.log`.
             num_gpus: M, the expert-parallel size; where None, all ranks are one EP group.
             expert_tensor_parallel: ranks that share each expert; they have the same counts.
             pipeline_parallel: stages; layers are then named "pp<stage>.decoder.layers.<number within the stage>".
             max_bytes: refuse files that are larger together.
 
         Raises:
-            DistplbError: with file and line, for what is not such a line; or if ranks, iterations, layers or
-                micro-batches are missing somewhere.
+            DistplbError: with file and line, for what is not such a line; if a rank is missing, no iteration is whole,
+                or micro-batches differ between ranks or layers.
         """
         found = read_megatron(
             [Path(path) for path in paths], num_gpus, expert_tensor_parallel, pipeline_parallel, max_bytes
@@ -215,27 +206,42 @@ class Trace:
         )
 
 
+def write_trace(trace: Trace, path: Path, life: int = 0) -> None:
+    """As `Trace.save`; a part of a running job says which life of it this is."""
+    about = write_about(About(trace.placements[0].num_gpus, trace.layers, trace.note, life))
+    arrays = {
+        "about": np.frombuffer(about, dtype=np.uint8),
+        "load": _smallest(trace.load.numpy()),
+        "iteration": trace.iteration.numpy(),
+        "placement_of_step": trace.placement_of_step.numpy(),
+        "expert_of_slot": _smallest(torch.stack([one.expert_of_slot for one in trace.placements]).numpy()),
+    }
+    write_arrays(path, arrays)
+
+
 def _smallest(values: NDArray[np.int64]) -> NDArray[Any]:
     return values.astype(np.min_scalar_type(int(values.max())))
 
 
-def _trace_of(file: ArrayFile) -> Trace:
-    """One part. The version comes first: what else is wrong may be so because of it."""
-    if file.shapes["about"][0] > _MAX_ABOUT_BYTES:
-        raise DistplbError(f"{file.path} has names and a note of {file.shapes['about'][0]} bytes; write it anew")
+def _named(path: Path, is_part: bool, read: Callable[[A], T], given: A) -> T:
+    """What is read; of a part among others, an error says what to do with it."""
     try:
-        about = json.loads(file.read("about").tobytes())
-        if about["format"] != "distplb.trace" or about["version"] != _FORMAT_VERSION:
-            raise DistplbError(
-                f"it is {str(about['format'])[:40]!r}, version {str(about['version'])[:40]}; "
-                f"this distplb reads 'distplb.trace', version {_FORMAT_VERSION}"
-            )
+        return read(given)
+    except DistplbError as error:
+        if not is_part:
+            raise
+        raise DistplbError(f"{error}; or move {path.name} away, to read the parts beside it") from error
+
+
+def _trace_of(file: ArrayFile) -> tuple[Trace, int]:
+    """One part, and its life. The version comes first: what else is wrong may be so because of it."""
+    try:
+        about = read_about(file)
         load = _int64(file.read("load"))
         tables = _int64(file.read("expert_of_slot"))
-        placements = tuple(Placement(table, load.shape[2], int(about["num_gpus"])) for table in tables)
+        placements = tuple(Placement(table, load.shape[2], about.num_gpus) for table in tables)
         index, iteration = (_int64(file.read(name)) for name in ("placement_of_step", "iteration"))
-        layers = tuple(str(name) for name in about["layers"])
-        return Trace(load, placements, index, iteration, layers, str(about["note"]))
+        return Trace(load, placements, index, iteration, about.layers, about.note), about.life
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError, DistplbError) as error:
         raise DistplbError(f"{file.path} is not a trace ({error})") from error
 
@@ -246,28 +252,50 @@ def _int64(values: NDArray[Any]) -> Tensor:
     return torch.from_numpy(values.astype(np.int64))
 
 
-def _joined(paths: list[Path], parts: list[Trace]) -> Trace:
-    """One trace of parts in their order, each up to where the next begins."""
+class _Part(NamedTuple):
+    path: Path
+    trace: Trace
+    life: int
+
+    @property
+    def begin(self) -> int:
+        return int(self.trace.iteration[0])
+
+
+def _joined(parts: list[_Part]) -> Trace:
+    """One trace of parts, each up to where the next one of its life begins, or any of a later life."""
     first, places = parts[0], dict[Placement, int]()
-    begins = [int(part.iteration[0]) for part in parts]
-    ends = [*begins[1:], int(parts[-1].iteration[-1]) + 1]
+    begins = {life: min(part.begin for part in parts if part.life == life) for life in {part.life for part in parts}}
     loads, indices, iterations = [], [], []
-    for nth, part in enumerate(parts):
-        if part.layers != first.layers:
-            raise DistplbError(f"{paths[nth]} has other layers than {paths[0]}; pass parts of one job")
-        if begins[nth] > ends[nth]:
+    parts = sorted(parts, key=lambda part: part.life)  # within a life in the order of names, as they came
+    for part, following in zip(parts, [*parts[1:], None], strict=True):
+        if part.trace.layers != first.trace.layers:
             raise DistplbError(
-                f"{paths[nth + 1]} begins at iteration {ends[nth]}, before {paths[nth]} at {begins[nth]}; "
-                "name parts in the order of time"
+                f"{part.path} has other layers than {first.path}; pass parts of one job, and of one stage of a pipeline"
             )
-        kept = part.iteration < ends[nth]
-        index = torch.tensor([places.setdefault(one, len(places)) for one in part.placements], device="cpu")
-        loads.append(part.load[kept])
-        indices.append(index[part.placement_of_step[kept]])
-        iterations.append(part.iteration[kept])
+        end = min([begin for life, begin in begins.items() if life > part.life], default=None)
+        if following is not None and following.life == part.life:
+            if part.begin > following.begin:
+                raise DistplbError(
+                    f"{following.path} begins at iteration {following.begin}, before {part.path} at {part.begin}; "
+                    "name parts in the order of time"
+                )
+            end = following.begin if end is None else min(end, following.begin)
+        kept = torch.ones_like(part.trace.iteration, dtype=torch.bool) if end is None else part.trace.iteration < end
+        index = torch.tensor([places.setdefault(one, len(places)) for one in part.trace.placements], device="cpu")
+        loads.append(part.trace.load[kept])
+        indices.append(index[part.trace.placement_of_step[kept]])
+        iterations.append(part.trace.iteration[kept])
     try:
         return Trace(
-            torch.cat(loads), tuple(places), torch.cat(indices), torch.cat(iterations), first.layers, first.note
+            torch.cat(loads),
+            tuple(places),
+            torch.cat(indices),
+            torch.cat(iterations),
+            first.trace.layers,
+            first.trace.note,
         )
     except (DistplbError, RuntimeError) as error:
-        raise DistplbError(f"the parts beside {paths[0]} are not of one job ({error})") from error
+        raise DistplbError(
+            f"the parts beside {first.path} are not of one job ({error}); move those of others away"
+        ) from error

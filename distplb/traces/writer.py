@@ -18,7 +18,8 @@ from torch import Tensor
 
 from distplb.errors import DistplbError
 from distplb.placement import Placement
-from distplb.traces.trace import Trace
+from distplb.traces.parts import check_folder
+from distplb.traces.trace import Trace, write_trace
 
 __all__ = ["TraceWriter"]
 
@@ -39,7 +40,9 @@ class TraceWriter:
     >>> folder.cleanup()
 
     Args:
-        folder: made if need be. Parts are named by their first iteration; a part of the same name is replaced.
+        folder: made if need be. Parts are named by their first iteration; a part of the same name is replaced. Beside
+            parts of another job nothing is written. Those of an earlier life of this one stay, and `Trace.read` leaves
+            out what they have of the iterations from which this life goes on.
         layers: names, as in `Trace`.
         note: as in `Trace`.
     """
@@ -50,6 +53,8 @@ class TraceWriter:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="distplb-trace")
         self._room = threading.Semaphore(2)
         self._warned = self._closed = False
+        self._life = 0  # of the job, as far as the folder tells; known when the first part is written
+        self._last = -1  # iteration
 
     def add(self, load: Tensor, placement: Placement, iterations: Sequence[int] | Tensor) -> None:
         """Take a copy of one part and go on; waits only while two earlier parts are still being written.
@@ -90,7 +95,11 @@ class TraceWriter:
                 trace = Trace(load, (placement,), torch.zeros(len(load), dtype=torch.int64, device="cpu"), iteration)
                 trace = replace(trace, layers=self._layers or trace.layers, note=self._note)
                 self._folder.mkdir(parents=True, exist_ok=True)
-                trace.save(self._folder / f"{int(trace.iteration[0]):012d}.npz")
+                if not self._life:
+                    self._life = check_folder(self._folder, trace.layers, trace.num_experts, placement.num_gpus)
+                first, last = int(trace.iteration[0]), int(trace.iteration[-1])
+                self._life, self._last = self._life + (first <= self._last), last  # where it was loaded, and went back
+                write_trace(trace, self._folder / f"{first:012d}.npz", self._life)
         except Exception as error:
             self.error = error
         finally:
