@@ -22,6 +22,7 @@ from distplb.placement import Placement
 from distplb.planner import Planned
 from distplb.planning.options import SearchOptions
 from distplb.price import MoveModel, moved_slots
+from distplb.replay import judged
 from distplb.stoploss import Pace
 from distplb.topology import Topology
 
@@ -134,9 +135,8 @@ class Account:
         if self.model is None:
             return None, None
         load, curve = self.planned.load, self.options.time_curve
-        time = load if curve is None else curve.time(load)
         second = 1e-9 if curve is not None else self.model.seconds_per_token
-        before, after = (_tokens(time, placement).amax(2).sum() for placement in (self.old, self.target))
+        before, after = (judged(load, placement, curve)[0].sum() for placement in (self.old, self.target))
         inside, between = moved_slots(self.old, self.target, self.topology).sum(0).tolist()
         # The price was made for all steps of the window, also those without tokens: there will be as many of them.
         saved = (before - after).item() * second * self.steps_until_next / len(load) * self.model.trust

@@ -6,7 +6,7 @@ Shapes: T steps, L layers, E experts, P slots, M GPUs.
 from __future__ import annotations
 
 import random
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -195,6 +195,9 @@ def test_shares_of_replicas_are_exact() -> None:
     assert RebalanceEvent.from_json(event.to_json()) == event
     saved = account(load, thirds, halves, model=MODEL, steps_until_next=2, options=options)
     assert saved.event(Moved(), "", "", {}).saved_seconds == pytest.approx(2 * (3 - 2) * 0.25 * 0.8)
+    curved = replace(options, time_curve=TimeCurve((0, 1, 2), (0, 100, 400)))  # a half takes 50 ns
+    saved = account(load, thirds, halves, model=MODEL, steps_until_next=2, options=curved)
+    assert saved.event(Moved(), "", "", {}).saved_seconds == pytest.approx(2 * (300 - 200) * 1e-9 * 0.8)
 
 
 # --- seconds --------------------------------------------------------------------------------------------------------

@@ -399,6 +399,25 @@ def test_compare_of_a_buffer_that_is_filled_in_part_is_that_of_what_was_filled(t
     assert (other["steps_unseen"], other["unseen_without_tokens"]["steps_without_tokens"]) == (6, 26)
 
 
+def test_steps_without_tokens_in_some_layer_are_left_out_there(tmp_path: Path) -> None:
+    load = drawn(steps=4)
+    load[1, 0], load[2:, 1] = 0, 0
+    path = saved(tmp_path / "load.npy", load)
+    found = document("plan", path, *GPUS)
+    means = [
+        distplb.imbalance(load[load[:, at].any(1)], Placement.contiguous(3, 8, 2))[:, at].mean() for at in range(3)
+    ]
+    assert [row["before"] for row in found["layers"]] == pytest.approx([float(mean) for mean in means])
+    assert found["all_layers"]["before"] == pytest.approx(float(sum(means)) / 3)
+    assert (found["steps"], found["steps_without_tokens"], found["pairs_without_tokens"]) == (4, 0, 3)
+    assert "A step had no tokens in a layer 3 times, and is left out there." in printed("plan", path, *GPUS)
+    padded = saved(tmp_path / "padded.npy", torch.cat([load[:2], load[:1] * 0]))
+    told = (
+        "1 of 3 steps had no tokens and is left out. Another step had no tokens in a layer once, and is left out there."
+    )
+    assert told in printed("plan", padded, *GPUS)
+
+
 def test_plan_tells_nothing_of_what_has_no_tokens(tmp_path: Path) -> None:
     load = drawn(steps=2)
     load[:, 0] = 0
