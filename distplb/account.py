@@ -5,6 +5,7 @@ Shapes: T steps, L layers, M GPUs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,19 +15,21 @@ from torch import Tensor
 
 from distplb.balance import balancedness_sglang, balancedness_vllm, max_violation
 from distplb.bound import lower_bound
-from distplb.cost import gpu_tokens, imbalance, layer_cost
+from distplb.cost import gpu_tokens, imbalance, known, mean_of_known, steps_with_tokens
 from distplb.events import RebalanceEvent
 from distplb.migrate.transfer import Moved
 from distplb.placement import Placement
 from distplb.planner import Planned
 from distplb.planning.options import SearchOptions
 from distplb.price import MoveModel, moved_slots
+from distplb.replay import judged
 from distplb.stoploss import Pace
 from distplb.topology import Topology
 
 __all__ = ["AS_EVEN", "Account", "completed"]
 
 AS_EVEN = "the GPUs are as even as chance leaves them"
+_NO_TOKENS = "it had no tokens"
 
 _HOTTEST = 4  # experts of each layer that are named
 _UNEVEN = 1e-3  # of imbalance above the bound, below which there is nothing to say of a layer
@@ -71,39 +74,19 @@ class Account:
 
     def event(self, moved: Moved, decision: str, reason: str, seconds: dict[str, float]) -> RebalanceEvent:
         """The record; what the next window tells is left open."""
-        load, model, curve = self.planned.load, self.model, self.options.time_curve
-        before, after = (_tokens(load, placement) for placement in (self.old, self.target))  # [T, L, M]
-        saved, moving = self._modelled()
-        reached = by_layer(load, self.target)
-        bound = tuple(lower_bound(load, self.topology, self.target.num_slots).tolist())
+        load, model, curve = steps_with_tokens(self.planned.load), self.model, self.options.time_curve
         return RebalanceEvent(
             iteration=self.iteration,
             layers=self.layers,
             num_experts=load.shape[2],
             num_nodes=self.topology.num_nodes,
-            steps=len(load),
-            imbalance_before=by_layer(load, self.old),
-            imbalance_after=reached,
-            imbalance_bound=bound,
-            **_memory(before, "before"),
-            **_memory(after, "after"),
-            tokens_of_gpu_before=_table(before.sum(0)),
-            tokens_of_gpu_after=_table(after.sum(0)),
-            hottest_experts=_hottest(load.sum(0)),
-            balancedness_vllm_before=balancedness_vllm(before),
-            balancedness_vllm_after=balancedness_vllm(after),
-            balancedness_sglang_before=balancedness_sglang(before),
-            balancedness_sglang_after=balancedness_sglang(after),
-            max_violation=max_violation(load),
+            **(self._of_load(load) if len(load) else {}),
             slots_moved=moved.slots,
             bytes_inside=moved.bytes_inside,
             bytes_between=moved.bytes_between,
             decision=decision,
             reason=reason,
-            left_out=self._left_out(reached, bound),
             move_price=self.options.prices,
-            saved_seconds=saved,
-            move_seconds=moving,
             seconds_per_token=None if model is None else model.seconds_per_token,
             bytes_per_slot=None if model is None else model.bytes_per_slot,
             bandwidth_inside=None if model is None else model.bandwidth_inside,
@@ -121,22 +104,45 @@ class Account:
             last_applied=self.last_applied,
         )
 
+    def _of_load(self, load: Tensor) -> dict[str, Any]:
+        """What follows from the load of the steps that have tokens, at least one."""
+        before, after = (_tokens(load, placement) for placement in (self.old, self.target))  # [T, L, M]
+        saved, moving = self._modelled()
+        reached = by_layer(load, self.target)
+        bound = known(lower_bound(load, self.topology, self.target.num_slots))
+        return {
+            "steps": len(load),
+            "imbalance_before": by_layer(load, self.old),
+            "imbalance_after": reached,
+            "imbalance_bound": bound,
+            **_memory(before, "before"),
+            **_memory(after, "after"),
+            "tokens_of_gpu_before": _table(before.sum(0)),
+            "tokens_of_gpu_after": _table(after.sum(0)),
+            "hottest_experts": _hottest(load.sum(0)),
+            "balancedness_vllm_before": balancedness_vllm(before),
+            "balancedness_vllm_after": balancedness_vllm(after),
+            "balancedness_sglang_before": balancedness_sglang(before),
+            "balancedness_sglang_after": balancedness_sglang(after),
+            "max_violation": max_violation(load),
+            "left_out": self._left_out(reached, bound),
+            "saved_seconds": saved,
+            "move_seconds": moving,
+        }
+
     def _modelled(self) -> tuple[float | None, float | None]:
         """Seconds saved until the next rebalance, and seconds of the moves."""
         if self.model is None:
             return None, None
         load, curve = self.planned.load, self.options.time_curve
-        time = load if curve is None else curve.time(load)
         second = 1e-9 if curve is not None else self.model.seconds_per_token
-        before, after = (
-            layer_cost(time, placement.expert_of_slot.to(time.device), placement.num_gpus).sum()
-            for placement in (self.old, self.target)
-        )
+        before, after = (judged(load, placement, curve)[0].sum() for placement in (self.old, self.target))
         inside, between = moved_slots(self.old, self.target, self.topology).sum(0).tolist()
-        saved = int(before - after) * second * self.steps_until_next / len(load) * self.model.trust
+        # The price was made for all steps of the window, also those without tokens: there will be as many of them.
+        saved = (before - after).item() * second * self.steps_until_next / len(load) * self.model.trust
         return saved, self.model.seconds(inside, between)
 
-    def _left_out(self, after: Sequence[float], bound: Sequence[float]) -> tuple[str, ...]:
+    def _left_out(self, after: Sequence[float | None], bound: Sequence[float | None]) -> tuple[str, ...]:
         """Layer by layer, why the plan stops short of the bound, or this of the plan."""
         over = (self.target.expert_of_slot != self.planned.placement.expert_of_slot).sum(1).tolist()
         is_priced = any(self.options.prices)
@@ -144,6 +150,8 @@ class Account:
         for layer, (reached, possible, slots) in enumerate(zip(after, bound, over, strict=True)):
             if layer in self.stays:
                 texts.append(self.stays[layer])
+            elif reached is None or possible is None:
+                texts.append(_NO_TOKENS)
             elif self.left_alone[layer]:
                 texts.append(AS_EVEN)
             elif slots:
@@ -159,9 +167,9 @@ def completed(event: RebalanceEvent, load: Tensor, plan: Placement, pace: Pace, 
     return replace(event, imbalance_next=by_layer(load, plan), iteration_seconds_next=pace.median, repaid=repaid)
 
 
-def by_layer(load: Tensor, placement: Placement) -> tuple[float, ...]:
-    """Imbalance of each layer, the mean over the steps."""
-    return tuple(imbalance(load, placement).mean(0).tolist())
+def by_layer(load: Tensor, placement: Placement) -> tuple[float | None, ...]:
+    """Imbalance of each layer, the mean over the steps in which it has tokens; None where there are none."""
+    return known(mean_of_known(imbalance(load, placement), dim=0))
 
 
 def _tokens(load: Tensor, placement: Placement) -> Tensor:
@@ -169,13 +177,16 @@ def _tokens(load: Tensor, placement: Placement) -> Tensor:
 
 
 def _memory(of_gpu: Tensor, when: str) -> dict[str, Any]:
-    """Peak and 99th percentile of tokens per GPU and step, all layers added up."""
+    """Peak and 99th percentile of tokens per GPU and step, all layers added up: whole tokens, which memory has to hold.
+
+    Shares of replicas may add up to fractions, and those are rounded up.
+    """
     tokens = of_gpu.sum(1).flatten()  # [T · M]
-    p99 = int(torch.quantile(tokens.double(), 0.99, interpolation="higher"))
-    return {f"tokens_peak_{when}": int(tokens.max()), f"tokens_p99_{when}": p99}
+    p99 = torch.quantile(tokens.double(), 0.99, interpolation="higher").item()
+    return {f"tokens_peak_{when}": math.ceil(tokens.max().item()), f"tokens_p99_{when}": math.ceil(p99)}
 
 
-def _table(values: Tensor) -> tuple[tuple[int, ...], ...]:
+def _table(values: Tensor) -> tuple[tuple[float, ...], ...]:
     return tuple(map(tuple, values.tolist()))
 
 

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from distplb.assumed import AssumedJob, steps_stood_for
 from distplb.bound import lower_bound
-from distplb.cost import imbalance
+from distplb.cost import mean_of_known
 from distplb.errors import DistplbError
 from distplb.placement import Placement
 from distplb.planner import plan
 from distplb.price import MoveModel, TimeCurve
-from distplb.replay import Planner, Replay, replay_between
+from distplb.replay import Planner, Replay, chosen_steps, judged, replay_between, with_tokens
 from distplb.saving import saving
 from distplb.topology import Topology
 from distplb.traces.trace import Trace
@@ -35,6 +35,8 @@ Progress = Callable[[int, int], None]
 @dataclass(frozen=True, kw_only=True)
 class WhatIf:
     """What a planner would have made of a trace, on steps that it had not seen; those before its first plan are out.
+
+    Means are over what has tokens.
 
     Args:
         every: iterations between rebalances.
@@ -102,6 +104,9 @@ def what_if(
 class Study:
     """Replays of one trace, each judged on the steps after its first rebalance, against the contiguous placement there.
 
+    Steps without tokens are left out first, and iterations that have no others do not count: of a buffer of which a
+    part was filled, that part is replayed, and a move has as many steps to repay itself as if the rest were not there.
+
     Args:
         trace, topology, model, curve, num_candidates, engine: as of `what_if`.
         window: the most steps that a plan is made from, an even sample of those since the last one.
@@ -109,7 +114,7 @@ class Study:
             tell where None.
 
     Raises:
-        DistplbError: if the experts do not go evenly on the GPUs, or a number is not positive.
+        DistplbError: if the experts do not go evenly on the GPUs, a number is not positive, or no step has tokens.
     """
 
     def __init__(
@@ -128,7 +133,8 @@ class Study:
         if not self.stands_for > 0 or window < 1:
             raise DistplbError(f"stands_for is {self.stands_for}, window {window}; pass steps, more than 0")
         topology.slots_per_gpu(trace.num_experts)
-        self.trace, self.topology, self.window, self._curve = trace, topology, window, curve
+        self._recorded = trace.iteration.unique()
+        self.trace, self.topology, self.window, self._curve = with_tokens(trace), topology, window, curve
         self._second = model.seconds_per_token if curve is None else 1e-9
         # A step that stands for many has moves that last as many times as long: each takes that part of a move's time.
         self._model = replace(
@@ -138,14 +144,14 @@ class Study:
             bandwidth_between=model.bandwidth_between * self.stands_for,
         )
         self._search: dict[str, Any] = {"num_candidates": num_candidates, "engine": engine, "time_curve": curve}
-        self._static = self._replay(trace, lambda load, current: current, [], None)
+        self._static = self._replay(self.trace, lambda load, current: current, [], None)
 
     @property
     def iterations(self) -> int:
-        """Of the job that the trace covers, recorded or not."""
-        distinct = self.trace.iteration.unique()
-        span = int(distinct[-1] - distinct[0])
-        return round(span * len(distinct) / (len(distinct) - 1)) if len(distinct) > 1 else 1
+        """Of the job that the trace covers, recorded or not, but for those that were recorded without any tokens."""
+        recorded, counted = self._recorded, len(self.trace.iteration.unique())
+        span = int(recorded[-1] - recorded[0])
+        return round(span * counted / (len(recorded) - 1)) if len(recorded) > 1 else 1
 
     @property
     def least(self) -> int:
@@ -179,8 +185,8 @@ class Study:
 
     def bound(self, every: int) -> float:
         """What no placement can beat: mean imbalance over layers and an even sample of the steps that are judged."""
-        judged = self.trace.load[self.cuts_of(every)[0] :]
-        return float(lower_bound(_sample(judged, WINDOW_STEPS), self.topology, self.trace.num_experts).mean())
+        sample = _sample(self.trace.load[self.cuts_of(every)[0] :], WINDOW_STEPS)
+        return float(mean_of_known(lower_bound(sample, self.topology, self.trace.num_experts)))
 
     def run(self, trials: Sequence[tuple[str, int]], progress: Progress | None = None) -> list[WhatIf]:
         """Replay each pair of a planner, by name, and iterations between rebalances.
@@ -196,7 +202,7 @@ class Study:
         return found
 
     def _outcome(self, planner: str, every: int, cuts: list[int], progress: Progress | None) -> WhatIf:
-        trace = _first_steps(self.trace, cuts[-1])
+        trace = chosen_steps(self.trace, slice(cuts[-1]))
         remembering = _Remembering(self._planner(planner, round(cuts[-1] / len(cuts))), self.window, self._curve)
         found = self._replay(trace, remembering, cuts[:-1], progress)
         compute, static = (
@@ -207,14 +213,16 @@ class Study:
         moves = torch.tensor(
             [self._model.seconds(*moved) for moved in found.moved.tolist()], dtype=torch.float64, device="cpu"
         )
+        if not bool(static.sum()):
+            raise DistplbError("the time curve gives no time to the tokens of the trace; pass one that was measured")
         share = saving((compute + moves).tolist(), static.tolist())
-        uneven = found.imbalance[cuts[0] :].mean(1)
+        uneven = mean_of_known(found.imbalance[cuts[0] :], dim=1)
         return WhatIf(
             every=every,
             rebalances=len(moves),
-            imbalance=float(uneven.mean()),
+            imbalance=float(mean_of_known(uneven)),
             imbalance_seen=remembering.mean_imbalance,
-            worst_step=float(uneven.max()),
+            worst_step=float(uneven.nan_to_num(nan=1.0).max()),
             slots_moved=found.slots_moved,
             compute_seconds=float(compute.sum()) * self.stands_for,
             move_seconds=float(moves.sum()) * self.stands_for,
@@ -253,8 +261,7 @@ class _Remembering:
     def __call__(self, load: Tensor, current: Placement) -> Placement:
         load = _sample(load, self._window)
         found = self._planner(load, current)
-        work = load if self._curve is None else self._curve.time(load)
-        self._seen.append(float(imbalance(work, found).mean()))
+        self._seen.append(float(mean_of_known(judged(load, found, self._curve)[1])))
         return found
 
 
@@ -262,11 +269,6 @@ def _sample(load: Tensor, most: int) -> Tensor:
     """`[T, L, E]`: evenly so many of the steps, or all where there are fewer."""
     number = min(most, len(load))
     return load[torch.arange(number, device="cpu") * len(load) // number]
-
-
-def _first_steps(trace: Trace, steps: int) -> Trace:
-    names = ("load", "placement_of_step", "iteration")
-    return replace(trace, **{name: getattr(trace, name)[:steps] for name in names})
 
 
 def _lengths(cuts: Sequence[int]) -> list[int]:

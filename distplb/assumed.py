@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from distplb.errors import DistplbError
 from distplb.events import RebalanceEvent
 from distplb.price import MoveModel, TimeCurve
@@ -18,6 +20,7 @@ __all__ = [
     "AssumedJob",
     "recorded_costs",
     "steps_stood_for",
+    "tokens_of_mean_gpu",
 ]
 
 # A job of the size of DeepSeek-V3 in bfloat16 on H100s.
@@ -34,8 +37,8 @@ class AssumedJob:
     Args:
         seconds_per_token: of one expert, forward and backward.
         bytes_per_slot: of one expert, with its optimizer state.
-        tokens_per_gpu: of the mean GPU in a step and layer, each token counted once for each of its experts. A trace's
-            tokens are scaled to it: those of a small job stand for those of a large one.
+        tokens_per_gpu: of the mean GPU in a step and layer that has any, each token counted once for each of its
+            experts. A trace's tokens are scaled to it: those of a small job stand for those of a large one.
         bandwidth_inside: bytes per second that each GPU sends and receives inside a node while all do: NVLink.
         bandwidth_between: likewise between nodes: 400 Gbit/s.
     """
@@ -52,7 +55,7 @@ class AssumedJob:
         Raises:
             DistplbError: if the trace has no tokens, or one of the numbers is not positive.
         """
-        mean = float(trace.load.sum()) / trace.num_steps / trace.num_layers / num_gpus
+        mean = tokens_of_mean_gpu(trace.load, num_gpus)
         if not mean:
             raise DistplbError("the trace has no tokens; pass one of a job that trains")
         return MoveModel(
@@ -61,6 +64,17 @@ class AssumedJob:
             bandwidth_inside=self.bandwidth_inside * num_gpus,
             bandwidth_between=self.bandwidth_between * num_gpus,
         )
+
+
+def tokens_of_mean_gpu(load: Tensor, num_gpus: int) -> float:
+    """In a step and layer, over those that have tokens; 0 where none has.
+
+    Args:
+        load: `[T, L, E]`, tokens of each expert.
+        num_gpus: M.
+    """
+    counted = int(load.any(2).sum())
+    return float(load.sum()) / max(1, counted) / num_gpus
 
 
 def recorded_costs(events: Iterable[RebalanceEvent]) -> tuple[MoveModel, TimeCurve | None] | None:
@@ -81,7 +95,7 @@ def steps_stood_for(trace: Trace, side_by_side: int = 1) -> float:
     so far apart only one was recorded. Steps that a window left out within an iteration are not known of.
 
     Args:
-        trace: with its iterations.
+        trace: with its iterations, also those without tokens: that a row is empty does not make the others last longer.
         side_by_side: EP groups whose steps at the same time are all in the trace, as in Megatron-LM's files; 1 for
             a `Rebalancer`'s, where each step is that of one group.
     """

@@ -1,12 +1,16 @@
-"""How even a load is, in the definitions that other projects report.
+"""How even a load is, in the definitions that other projects report; NaN of a load without any tokens.
 
 Shapes: T steps, L layers, E experts, M GPUs.
 """
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
+
+from distplb.cost import mean_of_known
 
 __all__ = ["balancedness_sglang", "balancedness_vllm", "max_violation"]
 
@@ -26,12 +30,12 @@ def balancedness_vllm(of_gpu: Tensor) -> float:
 
     Source: `EplbState.step` in vllm/distributed/eplb/eplb_state.py.
     """
-    fullest = int(of_gpu.amax(-1).sum())
-    return int(of_gpu.sum()) / of_gpu.shape[-1] / fullest if fullest else 1.0
+    total, fullest = of_gpu.sum().item(), of_gpu.amax(-1).sum().item()
+    return total / of_gpu.shape[-1] / fullest if fullest else math.nan
 
 
 def balancedness_sglang(of_gpu: Tensor) -> float:
-    """The mean over layers and steps of mean GPU / fullest GPU; 1 where there are no tokens.
+    """The mean over layers and steps that have tokens of mean GPU / fullest GPU.
 
     >>> balancedness_sglang(torch.tensor([[[3, 1], [2, 2]]]))
     0.8333333333333333
@@ -42,11 +46,11 @@ def balancedness_sglang(of_gpu: Tensor) -> float:
     Source: `compute_utilization_rate` in sglang/srt/eplb/expert_distribution.py, which adds 1e-5 to both.
     """
     fullest, mean = of_gpu.amax(-1).double(), of_gpu.double().mean(-1)  # [T, L]
-    return float(torch.where(fullest > 0, mean / fullest.clamp(min=1), 1.0).mean())
+    return float(mean_of_known(torch.where(fullest > 0, mean / fullest.clamp(min=1e-300), math.nan)))
 
 
 def max_violation(load: Tensor) -> float:
-    """MaxVio: the mean over layers and steps of fullest expert / mean expert - 1; 0 where there are no tokens.
+    """MaxVio: the mean over layers and steps that have tokens of fullest expert / mean expert - 1.
 
     It tells how well the *router* balances, and no placement changes it.
 
@@ -60,4 +64,4 @@ def max_violation(load: Tensor) -> float:
     step it is their MaxVio of a batch.
     """
     fullest, mean = load.amax(-1).double(), load.double().mean(-1)  # [T, L]
-    return float(torch.where(mean > 0, fullest / mean.clamp(min=1e-300) - 1, 0.0).mean())
+    return float(mean_of_known(torch.where(mean > 0, fullest / mean.clamp(min=1e-300) - 1, math.nan)))

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from distplb.cost import mean_of_known
 from distplb.errors import DistplbError
 from distplb.load import as_tokens
 from distplb.topology import Topology
@@ -40,8 +41,9 @@ def lower_bound(load: Tensor, topology: Topology, num_slots: int, num_groups: in
     >>> lower_bound(torch.tensor([[9, 1, 1, 1]]), Topology(1, 2), num_slots=4)
     tensor([1.6667], dtype=torch.float64)
 
-    The larger of the bound of the mean step and the mean of the steps' own bounds; a step without tokens counts as
-    even. The bound of one step is the largest of several, which are proved where they are computed. In every case:
+    The larger of the bound of the mean step and the mean of the steps' own bounds, over the steps in which the layer
+    has tokens. The bound of one step is the largest of several, which are proved where they are computed. In every
+    case:
 
     (a) the mean GPU.
 
@@ -77,7 +79,7 @@ def lower_bound(load: Tensor, topology: Topology, num_slots: int, num_groups: in
         num_groups: B, if each node holds B / N whole groups of consecutive experts, in P / N slots; none where None.
 
     Returns:
-        `[L]` float64, each at least 1.
+        `[L]` float64, each at least 1; NaN for a layer without any tokens.
 
     Raises:
         DistplbError: if the load is not one of tokens, or slots or groups cannot be spread evenly.
@@ -88,15 +90,17 @@ def lower_bound(load: Tensor, topology: Topology, num_slots: int, num_groups: in
     _check(num_experts, topology, num_slots, num_groups)
     mean = tokens.sum(-1, keepdim=True).double() / topology.num_gpus  # [T, L, 1]
     share = tokens.double() / mean.clamp(min=_TINY)  # [T, L, E], in mean GPUs; 0 without tokens
-    busy = (mean > 0).sum(0)  # [L, 1], steps that have tokens
+    is_busy = mean > 0  # [T, L, 1]; a step without tokens is no step
+    busy = is_busy.sum(0)  # [L, 1]
     mean_step = share.sum(0, keepdim=True) / busy.clamp(min=1)  # [1, L, E], of those
     weight = torch.cat([share, mean_step])
     fullest = _fullest(weight.flatten(0, 1), topology, num_slots, num_groups)
     of_step, of_mean = fullest.unflatten(0, weight.shape[:2]).split([num_steps, 1])  # [T, L, W], [1, L, W]
     if num_slots == num_experts:  # (e)
         of_step = (of_step * mean * (1 - _ROUNDING)).ceil() / mean.clamp(min=_TINY)
-    of_mean = (of_mean[0].clamp(min=1) * busy + (num_steps - busy)) / num_steps
-    bound = torch.maximum(of_step.clamp(min=1).mean(0), of_mean).amin(-1)  # [L]; one way for all steps
+    of_step = of_step.clamp(min=1).masked_fill(~is_busy, math.nan)
+    of_mean = of_mean[0].clamp(min=1).masked_fill(busy == 0, math.nan)
+    bound = torch.maximum(mean_of_known(of_step, dim=0), of_mean).amin(-1)  # [L]; one way for all steps
     # The last digits of a float sum must not lift the bound above what a placement reaches.
     return (bound * (1 - _ROUNDING)).clamp(min=1)
 

@@ -11,8 +11,8 @@ from math import isqrt
 import torch
 from torch import Tensor
 
-from distplb.cost import gpu_tokens
-from distplb.load import scaled
+from distplb.cost import gpu_units
+from distplb.load import scaled, spare_bits
 from distplb.placement import Placement
 
 __all__ = ["even_by_chance"]
@@ -38,7 +38,8 @@ def even_by_chance(load: Tensor, placement: Placement) -> Tensor:
     one in a million. A placement that was planned on an earlier window has that one's chance in it, which adds
     M − 1, and the price of moves keeps it from evening out the rest: 3 (M − 1) are allowed for both.
 
-    Steps of unlike totals count as the number of equal ones that have the same mean and variance (Satterthwaite).
+    Steps of unlike totals count as the number of equal ones that have the same mean and variance (Satterthwaite); those
+    without tokens as none. A layer without any tokens does not differ at all.
 
     Args:
         load: `[T, L, E]` int64 tokens.
@@ -49,23 +50,29 @@ def even_by_chance(load: Tensor, placement: Placement) -> Tensor:
     """
     num_gpus = placement.num_gpus
     load = scaled(load)
-    of_gpu = gpu_tokens(load, placement.expert_of_slot.to(load.device), num_gpus)  # [T, L, M]
+    # Replicas share in units of 2^-k tokens: whole tokens would lose what a few of them are.
+    fine = spare_bits(load) if placement.has_replicas else torch.zeros_like(load[0, :, 0])  # [L], k
+    units = load << fine[:, None]
+    of_gpu = gpu_units(units, placement.expert_of_slot.to(load.device), num_gpus)  # [T, L, M]
     totals = load.sum(2)  # [T, L]
-    above = of_gpu * num_gpus - totals[:, :, None]  # [T, L, M], M times what a GPU has above the mean
-    shift = [max(0, (num_gpus * total).bit_length() - _BITS) for total in totals.sum(0).tolist()]
+    above = of_gpu * num_gpus - units.sum(2)[:, :, None]  # [T, L, M], M times what a GPU has above the mean
+    shift = [max(0, (num_gpus * total).bit_length() - _BITS) for total in units.sum((0, 2)).tolist()]
     bits = torch.tensor(shift, device=load.device)[:, None]
     by_step = (above >> bits).square().sum((0, 2)).tolist()
     together = (above.sum(0) >> bits).square().sum(1).tolist()
-    found = []
+    found, fine_bits = [], fine.tolist()
     for layer, steps in enumerate(totals.T.tolist()):
         parts = (together[layer], [sum(steps)]), (by_step[layer], steps)
-        found.append(all(_is_small(squares, of, num_gpus, shift[layer]) for squares, of in parts))
+        found.append(all(_is_small(squares, of, num_gpus, shift[layer], fine_bits[layer]) for squares, of in parts))
     return torch.tensor(found, device="cpu")
 
 
-def _is_small(squares: int, steps: Sequence[int], num_gpus: int, shift: int) -> bool:
-    """Whether a sum of squares, of M times what is above the mean, shifted right, is one of chance; exact."""
+def _is_small(squares: int, steps: Sequence[int], num_gpus: int, shift: int, fine: int) -> bool:
+    """Whether a sum of squares, of M times what is above the mean, shifted right, is one of chance; exact.
+
+    The squares are of units of 2^-`fine` tokens, the steps of tokens.
+    """
     total, square = sum(steps), sum(tokens**2 for tokens in steps)
     freedom = (num_gpus - 1) * (total**2 // max(1, square))
     most = freedom + 6 * isqrt(freedom) + 18 + _FROM_BEFORE * (num_gpus - 1)
-    return (squares << 2 * shift) * total <= num_gpus * square * most
+    return (squares << 2 * shift) * total <= (num_gpus * square * most) << 2 * fine

@@ -5,6 +5,9 @@ Shapes: T steps, L layers, E experts, P slots, M GPUs, G slots on each GPU.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -12,7 +15,19 @@ from distplb.errors import DistplbError
 from distplb.load import as_tokens
 from distplb.placement import Placement
 
-__all__ = ["COST_BITS", "MAX_COST", "gpu_tokens", "imbalance", "layer_cost"]
+__all__ = [
+    "COST_BITS",
+    "MAX_COST",
+    "gpu_tokens",
+    "gpu_units",
+    "imbalance",
+    "known",
+    "layer_cost",
+    "mean_of_known",
+    "mean_of_layers",
+    "over_mean",
+    "steps_with_tokens",
+]
 
 COST_BITS = 41
 MAX_COST = (1 << COST_BITS) - 1
@@ -34,16 +49,38 @@ def layer_cost(load: Tensor, expert_of_slot: Tensor, num_gpus: int, moving: Tens
     return cost.clamp_(max=MAX_COST)
 
 
-def gpu_tokens(load: Tensor, expert_of_slot: Tensor, num_gpus: int) -> Tensor:
-    """`[T, L, M]` int64: the tokens of each GPU.
+def gpu_units(load: Tensor, expert_of_slot: Tensor, num_gpus: int) -> Tensor:
+    """`[T, L, M]` int64: what each GPU has of a load in units so small that the rests of shares do not count.
+
+    It stays in integers, so that all ranks find the same; what is told to people is `gpu_tokens`.
 
     Args:
-        load: `[T, L, E]` int64; replicas share an expert's tokens by integer division.
+        load: `[T, L, E]` int64; replicas share what their expert has by integer division.
         expert_of_slot: `[L, P]`.
         num_gpus: M.
     """
     replicas = _replicas(load.shape[-1], expert_of_slot)
     return torch.stack([_of_gpus(step, expert_of_slot, replicas, num_gpus) for step in load])
+
+
+def gpu_tokens(load: Tensor, expert_of_slot: Tensor, num_gpus: int) -> Tensor:
+    """`[T, L, M]`: the tokens of each GPU; int64 where there are no replicas, else float64, as shares may be fractions.
+
+    >>> gpu_tokens(torch.tensor([[[5, 4]]]), torch.tensor([[0, 1]]), num_gpus=2)
+    tensor([[[5, 4]]])
+    >>> gpu_tokens(torch.tensor([[[5, 4]]]), torch.tensor([[0, 0, 0, 1]]), num_gpus=2)
+    tensor([[[3.3333, 5.6667]]], dtype=torch.float64)
+
+    Args:
+        load: `[T, L, E]` int64; replicas share an expert's tokens evenly.
+        expert_of_slot: `[L, P]`.
+        num_gpus: M.
+    """
+    replicas = _replicas(load.shape[-1], expert_of_slot)
+    of_slot = load.gather(-1, expert_of_slot.expand(len(load), -1, -1))  # [T, L, P]
+    share = of_slot if replicas is None else of_slot.double() / replicas
+    of_gpu: Tensor = share.unflatten(-1, (num_gpus, -1)).sum(-1)
+    return of_gpu
 
 
 def _replicas(num_experts: int, table: Tensor) -> Tensor | None:
@@ -64,18 +101,22 @@ def _of_gpus(step: Tensor, table: Tensor, replicas: Tensor | None, num_gpus: int
 
 
 def imbalance(load: Tensor, placement: Placement) -> Tensor:
-    """Fullest GPU over mean GPU, at least 1; 1 where there are no tokens.
+    """Fullest GPU over mean GPU, at least 1; NaN where a step has no tokens in a layer.
 
-    >>> load = torch.tensor([[6, 2, 1, 3]])
-    >>> imbalance(load, Placement.contiguous(num_layers=1, num_experts=4, num_gpus=2))
-    tensor([[1.3333]], dtype=torch.float64)
+    >>> load = torch.tensor([[[6, 2, 1, 3]], [[0, 0, 0, 0]]])
+    >>> found = imbalance(load, Placement.contiguous(num_layers=1, num_experts=4, num_gpus=2))
+    >>> found
+    tensor([[1.3333],
+            [   nan]], dtype=torch.float64)
+    >>> found.nanmean()
+    tensor(1.3333, dtype=torch.float64)
 
     Args:
         load: `[T, L, E]` or `[L, E]`, tokens of each expert; replicas share them evenly.
         placement: of the same layers and experts.
 
     Returns:
-        `[T, L]` float64.
+        `[T, L]` float64. A step without tokens is no step: `nanmean` is the mean of those that are.
 
     Raises:
         DistplbError: if the load is not one of tokens or its shape is not the placement's.
@@ -86,8 +127,53 @@ def imbalance(load: Tensor, placement: Placement) -> Tensor:
             f"load has {tokens.shape[1]} layers of {tokens.shape[2]} experts, the placement "
             f"{placement.num_layers} of {placement.num_experts}; pass the load of the same model"
         )
-    share = tokens.double() / placement.replicas.to(tokens.device)  # [T, L, E]
-    slots = placement.expert_of_slot.to(tokens.device).expand(len(tokens), -1, -1)
-    gpu_load = share.gather(-1, slots).unflatten(-1, (placement.num_gpus, -1)).sum(-1)  # [T, L, M]
-    mean = tokens.sum(-1).double() / placement.num_gpus  # [T, L]
-    return torch.where(mean > 0, gpu_load.amax(-1) / mean.clamp(min=1e-300), 1.0).clamp(min=1.0)
+    fullest = gpu_tokens(tokens, placement.expert_of_slot.to(tokens.device), placement.num_gpus).amax(-1)  # [T, L]
+    return over_mean(fullest, tokens.sum(-1).double() / placement.num_gpus)
+
+
+def over_mean(fullest: Tensor, mean: Tensor) -> Tensor:
+    """Fullest over mean, float64 and at least 1; NaN where the mean is 0."""
+    return torch.where(mean > 0, (fullest / mean.clamp(min=1e-300)).clamp(min=1.0), math.nan)
+
+
+# --- steps and layers without tokens ----------------------------------------------------------------------------
+
+
+def steps_with_tokens(load: Tensor) -> Tensor:
+    """`[T', L, E]`: the steps in which any layer of `[T, L, E]` has tokens; none where there are none.
+
+    >>> steps_with_tokens(torch.tensor([[[1, 2]], [[0, 0]], [[3, 0]]])).tolist()
+    [[[1, 2]], [[3, 0]]]
+    """
+    return load[(load != 0).flatten(1).any(1)]
+
+
+def mean_of_known(values: Tensor, dim: int | None = None) -> Tensor:
+    """The mean over steps, layers or both that leaves out what is NaN, because it has no tokens; NaN of nothing.
+
+    >>> mean_of_known(torch.tensor([[1.0, torch.nan], [2.0, torch.nan]]), dim=0)
+    tensor([1.5000,    nan])
+
+    Args:
+        values: float, of any shape.
+        dim: that is reduced; all where None.
+    """
+    is_known, filled = ~values.isnan(), values.nan_to_num(nan=0.0)
+    if dim is None:
+        return filled.sum() / is_known.sum()
+    return filled.sum(dim) / is_known.sum(dim)
+
+
+def known(values: Tensor) -> tuple[float | None, ...]:
+    """Of `[L]`: None for NaN, as events and JSON have it."""
+    return tuple(None if math.isnan(value) else value for value in values.tolist())
+
+
+def mean_of_layers(values: Iterable[float | None]) -> float | None:
+    """The mean of the layers that have tokens; None where none has.
+
+    >>> mean_of_layers((1.0, None, 2.0))
+    1.5
+    """
+    counted = [value for value in values if value is not None]
+    return sum(counted) / len(counted) if counted else None

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from distplb.cost import mean_of_layers
 from distplb.errors import DistplbError
 from distplb.events import RebalanceEvent
 
@@ -123,7 +124,7 @@ class EventLog:
 
 
 def scalars(event: RebalanceEvent) -> dict[str, float]:
-    """What of a record is a number over time; means over layers.
+    """What of a record is a number over time; means over the layers that had tokens.
 
     `now` is of the window that was planned on, under the placement in force while it was counted; `expected` of the
     same window under the plan; `next` of the window after it, under the plan, and there only in a completed record.
@@ -132,7 +133,7 @@ def scalars(event: RebalanceEvent) -> dict[str, float]:
     (`distplb.balance`), MaxVio >= 0.
     """
     if event.imbalance_next is not None:
-        later = {"imbalance/next": _mean(event.imbalance_next)}
+        later = _level("next", event.imbalance_next)
         if event.iteration_seconds_next:
             later["seconds/iteration_next"] = event.iteration_seconds_next
         return later
@@ -141,10 +142,10 @@ def scalars(event: RebalanceEvent) -> dict[str, float]:
     if not event.steps:  # nothing is known of the load
         return found
     for when, suffix in (("now", "before"), ("expected", "after")):
-        found[f"imbalance/{when}"] = _mean(getattr(event, f"imbalance_{suffix}"))
+        found |= _level(when, getattr(event, f"imbalance_{suffix}"))
         for name in ("balancedness_vllm", "balancedness_sglang", "tokens_peak", "tokens_p99"):
             found[f"{name}/{when}"] = getattr(event, f"{name}_{suffix}")
-    found |= {"imbalance/bound": _mean(event.imbalance_bound), "max_violation": event.max_violation}
+    found |= _level("bound", event.imbalance_bound) | {"max_violation": event.max_violation}
     for name in ("slots_moved", "bytes_inside", "bytes_between"):
         found[f"moved/{name}"] = getattr(event, name)
     if event.iteration_seconds:
@@ -308,5 +309,7 @@ def _outcome(event: RebalanceEvent) -> str:
     return json.dumps({"format": _OUTCOME, "version": _VERSION, "iteration": event.iteration} | known, allow_nan=False)
 
 
-def _mean(values: tuple[float, ...]) -> float:
-    return sum(values) / len(values)
+def _level(name: str, values: Iterable[float | None]) -> dict[str, float]:
+    """The mean imbalance of the layers, where any of them had tokens."""
+    mean = mean_of_layers(values)
+    return {} if mean is None else {f"imbalance/{name}": mean}

@@ -20,7 +20,8 @@ _KINDS = {"iteration": int, "layers": tuple, "decision": str, "reason": str, "se
 class RebalanceEvent:
     """What one rebalance saw, decided and did; equal on all ranks but for the seconds by stage.
 
-    Imbalances are fullest GPU / mean GPU in tokens, for each layer the mean over the steps of a window. What was
+    Imbalances are fullest GPU / mean GPU in tokens, for each layer the mean over the steps of a window in which it had
+    tokens; None for a layer that had none at all. Means over layers and steps leave those without tokens out. What was
     measured is rank 0's measurement. With the load and the placement that was in force, the options in here give the
     plan again, to the bit.
 
@@ -29,7 +30,8 @@ class RebalanceEvent:
         layers: the L names, in the order of all that follows.
         num_experts: E.
         num_nodes: of the EP group; its GPUs go evenly on them.
-        steps: in the window that the plan was made from.
+        steps: in the window that the plan was made from, as far as they had tokens. 0 where none had: nothing is known
+            of the load then, and all that follows from it is left at its default.
         imbalance_before: of this window, under the placement in force while it was counted.
         imbalance_after: of this window, which the plan has seen, under the plan.
         imbalance_bound: what no placement could beat on this window.
@@ -37,9 +39,11 @@ class RebalanceEvent:
             window has been counted. The record is then given a second time, complete. After a dry run it says what
             the plan would have left.
         tokens_peak_before: tokens of the fullest GPU in the fullest step, all layers added up: what memory must hold.
-        tokens_p99_before: the 99th percentile of tokens per GPU and step, likewise.
+        tokens_p99_before: the 99th percentile of tokens per GPU and step, likewise. Both are whole tokens, rounded up
+            where replicas share their expert's.
         tokens_peak_after, tokens_p99_after: of the same window under the plan.
-        tokens_of_gpu_before: `[L, M]`, of the window, all steps added up, under the placement in force.
+        tokens_of_gpu_before: `[L, M]`, of the window, all steps added up, under the placement in force; integers, or
+            floats where there are replicas, which share their expert's tokens evenly.
         tokens_of_gpu_after: the same under the plan.
         hottest_experts: by layer, (expert, its tokens in the window) of those that got most, the first one most.
         balancedness_vllm_before, balancedness_vllm_after: mean GPU's tokens of all layers and steps, added up, over the
@@ -87,16 +91,16 @@ class RebalanceEvent:
     num_experts: int = 0
     num_nodes: int = 0
     steps: int = 0
-    imbalance_before: tuple[float, ...] = ()
-    imbalance_after: tuple[float, ...] = ()
-    imbalance_bound: tuple[float, ...] = ()
-    imbalance_next: tuple[float, ...] | None = None
+    imbalance_before: tuple[float | None, ...] = ()
+    imbalance_after: tuple[float | None, ...] = ()
+    imbalance_bound: tuple[float | None, ...] = ()
+    imbalance_next: tuple[float | None, ...] | None = None
     tokens_peak_before: int = 0
     tokens_p99_before: int = 0
     tokens_peak_after: int = 0
     tokens_p99_after: int = 0
-    tokens_of_gpu_before: tuple[tuple[int, ...], ...] = ()
-    tokens_of_gpu_after: tuple[tuple[int, ...], ...] = ()
+    tokens_of_gpu_before: tuple[tuple[float, ...], ...] = ()
+    tokens_of_gpu_after: tuple[tuple[float, ...], ...] = ()
     hottest_experts: tuple[tuple[tuple[int, int], ...], ...] = ()
     balancedness_vllm_before: float = 1.0
     balancedness_vllm_after: float = 1.0

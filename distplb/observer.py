@@ -99,9 +99,12 @@ class Observer:
 
     @property
     def tokens(self) -> int:
-        """That this rank has routed in the steps that are kept, in a layer, on average. Waits for the device."""
+        """That this rank has routed in the steps that are kept, on average in a layer that has any.
+
+        Waits for the device.
+        """
         counts = self._window.load()
-        return int(counts.sum()) // counts.shape[1]
+        return int(counts.sum()) // max(1, int(counts.any(2).any(0).sum()))
 
     def load(self, placement: Placement | None) -> Tensor:
         """`[T, L, E]`: this rank's part, by expert; 0 in steps that are other groups'. Waits for the device.

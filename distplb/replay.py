@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from distplb.cost import gpu_tokens, mean_of_known, over_mean
 from distplb.errors import DistplbError
 from distplb.placement import Placement
 from distplb.price import MoveModel, TimeCurve, moved_slots
 from distplb.topology import Topology
 from distplb.traces.trace import Trace
 
-__all__ = ["Planner", "Replay", "replay", "replay_between"]
+__all__ = ["Planner", "Replay", "chosen_steps", "judged", "replay", "replay_between", "with_tokens"]
 
 Planner = Callable[[Tensor, Placement], Placement]
 
@@ -30,8 +31,10 @@ class Replay:
     """What each step cost under the plan that was in force, and what the moves cost.
 
     Args:
-        imbalance: `[S, L]` float64, fullest GPU over mean GPU, of what `fullest` counts.
-        fullest: `[S, L]` int64, of the fullest GPU: tokens, or nanoseconds where a curve was given.
+        imbalance: `[S, L]` float64, fullest GPU over mean GPU, of what `fullest` counts; NaN where a step has no tokens
+            in a layer.
+        fullest: `[S, L]`, of the fullest GPU: tokens, or nanoseconds where a curve was given; 0 where a step has no
+            tokens in a layer. int64, or float64 where a placement holds replicas, whose shares may be fractions.
         moved: `[R, 2]` int64, slots that each rebalance moved inside nodes and between them, over all layers.
         rebalance_steps: `[R]`, the first step under each new plan.
         placements: R + 1, the one at the start first.
@@ -59,8 +62,8 @@ class Replay:
 
     @property
     def mean_imbalance(self) -> float:
-        """Over all steps and layers."""
-        return float(self.imbalance.mean())
+        """Over all steps and layers that have tokens; NaN where none has."""
+        return float(mean_of_known(self.imbalance))
 
 
 def replay(
@@ -98,7 +101,8 @@ def replay(
         topology: of the EP group that is modelled, which need not be that of the trace.
         every: steps between its calls, each of which is put off to the end of the iteration.
         model: what tokens and moves cost in seconds.
-        curve: from an expert's tokens to its time, in place of the model's seconds per token; replicas share tokens.
+        curve: from an expert's tokens to its time, in place of the model's seconds per token; replicas share tokens
+            evenly, and the time of a fraction lies on the line between those of the whole tokens beside it.
         window: the most steps that the planner gets, whole iterations (but of the last one, if that is longer), the
             last of those since its last call; all where None.
         start: the placement of the first steps, contiguous where None; it may hold replicas.
@@ -141,7 +145,7 @@ def replay_between(
     """`replay` with the planner called before each of these steps, which rise and are the first of their iterations."""
     current = Placement.contiguous(trace.num_layers, trace.num_experts, topology.num_gpus) if start is None else start
     _check(current, "start", trace, topology)
-    placements, moved, judged = [current], [], []
+    placements, moved, parts = [current], [], []
     for last, (begin, end) in zip([0, 0, *cuts], itertools.pairwise([0, *cuts, trace.num_steps]), strict=False):
         if begin:
             seen = trace.load[_window(trace, last, begin, window) : begin]
@@ -149,10 +153,10 @@ def replay_between(
             _check(current, f"the plan for step {begin}", trace, topology)
             moved.append(moved_slots(placements[-1], current, topology).sum(0))
             placements.append(current)
-        judged += [_judged(steps, current, curve) for steps in trace.load[begin:end].split(_STEPS_AT_ONCE)]
+        parts += [judged(steps, current, curve) for steps in trace.load[begin:end].split(_STEPS_AT_ONCE)]
         if progress is not None:
             progress(end, trace.num_steps)
-    fullest, imbalance = (torch.cat(parts) for parts in zip(*judged, strict=True))
+    fullest, imbalance = (torch.cat(values) for values in zip(*parts, strict=True))
     moves = torch.stack(moved) if moved else torch.zeros(0, 2, dtype=torch.int64, device="cpu")
     inside, between = moves.sum(0).tolist()
     return Replay(
@@ -161,7 +165,7 @@ def replay_between(
         moved=moves,
         rebalance_steps=tuple(cuts),
         placements=tuple(placements),
-        compute_seconds=int(fullest.sum()) * (model.seconds_per_token if curve is None else 1e-9),
+        compute_seconds=fullest.sum().item() * (model.seconds_per_token if curve is None else 1e-9),
         move_seconds=model.seconds(inside, between),
     )
 
@@ -183,12 +187,50 @@ def _check(placement: Placement, name: str, trace: Trace, topology: Topology) ->
         )
 
 
-def _judged(load: Tensor, placement: Placement, curve: TimeCurve | None) -> tuple[Tensor, Tensor]:
-    """`[T, L]` int64 and float64: the fullest GPU, and its ratio to the mean; 1 where nothing is to be done."""
-    slots = placement.expert_of_slot
-    share = load // placement.replicas  # [T, L, E], as in `layer_cost`
-    share = share if curve is None else curve.time(share)
-    of_gpu = share.gather(2, slots.expand(len(load), -1, -1)).unflatten(2, (placement.num_gpus, -1)).sum(3)
-    fullest, total = of_gpu.amax(2), of_gpu.sum(2)  # [T, L]
-    even = total.double() / placement.num_gpus
-    return fullest, torch.where(total > 0, fullest / even.clamp(min=1e-300), 1.0)
+def judged(load: Tensor, placement: Placement, curve: TimeCurve | None) -> tuple[Tensor, Tensor]:
+    """`[T, L]` each: the fullest GPU, as `Replay.fullest`, and its ratio to the mean, as `Replay.imbalance`.
+
+    Args:
+        load: `[T, L, E]` int64 tokens.
+        placement: of the same layers and experts.
+        curve: as for `replay`.
+    """
+    total = load.sum(2)  # [T, L]
+    if curve is None:
+        of_gpu, mean = gpu_tokens(load, placement.expert_of_slot, placement.num_gpus), total.double()
+    else:
+        of_gpu = _gpu_times(load, placement, curve).masked_fill((total == 0)[..., None], 0)  # nothing is run
+        mean = of_gpu.sum(2).double()
+    fullest = of_gpu.amax(2)
+    return fullest, over_mean(fullest, mean / placement.num_gpus)
+
+
+def _gpu_times(load: Tensor, placement: Placement, curve: TimeCurve) -> Tensor:
+    """`[T, L, M]`: nanoseconds of each GPU; int64 where there are no replicas, else float64."""
+    if placement.has_replicas:
+        whole, rest = load // placement.replicas, load % placement.replicas  # [T, L, E]
+        time = curve.time(whole).double()
+        time = time + (curve.time(whole + 1) - time) * rest / placement.replicas
+    else:
+        time = curve.time(load)
+    of_slot = time.gather(2, placement.expert_of_slot.expand(len(load), -1, -1))  # [T, L, P]
+    of_gpu: Tensor = of_slot.unflatten(2, (placement.num_gpus, -1)).sum(3)
+    return of_gpu
+
+
+def with_tokens(trace: Trace) -> Trace:
+    """The steps of a trace in which any layer has tokens: a step without is none, such as a row that was never filled.
+
+    Raises:
+        DistplbError: if there is none.
+    """
+    steps = trace.load.flatten(1).any(1).nonzero()[:, 0]
+    if not len(steps):
+        raise DistplbError(f"the trace has {trace.num_steps} steps and no tokens in any; pass one of a job that trains")
+    return trace if len(steps) == trace.num_steps else chosen_steps(trace, steps)
+
+
+def chosen_steps(trace: Trace, steps: Tensor | slice) -> Trace:
+    """The same trace with some of its steps only."""
+    names = ("load", "placement_of_step", "iteration")
+    return replace(trace, **{name: getattr(trace, name)[steps] for name in names})

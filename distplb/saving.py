@@ -19,7 +19,7 @@ _SURE = 0.975  # both sides together leave 5 % out
 
 
 class Saving(NamedTuple):
-    """A share of static's seconds, and its 95 % interval; None where there is too little to tell one from."""
+    """A share of static seconds, 0 of none, and its 95 % interval; None where too little is there to tell one from."""
 
     saved: float
     low: float | None
@@ -41,17 +41,22 @@ def saving(seconds: Sequence[float], static: Sequence[float], seed: int = 0) -> 
 
     Args:
         seconds: `[R]`, of each interval between rebalances, moves included.
-        static: `[R]`, of the same steps without any; more than 0 together.
+        static: `[R]`, of the same steps without any.
         seed: of the resamples.
     """
     ours, others = np.asarray(seconds, dtype=np.float64), np.asarray(static, dtype=np.float64)
-    saved, number = float(1 - ours.sum() / others.sum()), len(ours)
+    number = len(ours)
+    if not others.sum():
+        return Saving(0.0, None, None)
+    saved = float(1 - ours.sum() / others.sum())
     if number < FEWEST_INTERVALS:
         return Saving(saved, None, None)
     length = math.isqrt(number)
     begins = np.random.default_rng(seed).integers(0, number, (_RESAMPLES, math.ceil(number / length)))
     drawn = (begins[..., None] + np.arange(length)).reshape(_RESAMPLES, -1)[:, :number] % number  # [B, R]
-    shares = 1 - ours[drawn].sum(1) / others[drawn].sum(1)
+    base = others[drawn].sum(1)
+    having = base > 0  # some blocks may have no time at all
+    shares = 1 - ours[drawn].sum(1)[having] / base[having]
     low, high = saved + (np.quantile(shares, (1 - _SURE, _SURE)) - saved) * _widening(number / length)
     return Saving(saved, float(low), float(high))
 

@@ -6,13 +6,14 @@ Shapes: T steps, L layers, E experts, P slots, M GPUs.
 from __future__ import annotations
 
 import random
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from distplb import MoveModel, Placement, TimeCurve, Topology, lower_bound
+from distplb import MoveModel, Placement, RebalanceEvent, TimeCurve, Topology, lower_bound
 from distplb.account import Account, completed
 from distplb.migrate.transfer import Moved
 from distplb.planner import Planned
@@ -126,11 +127,77 @@ def test_balancedness_of_others_and_maxvio_against_plain_python() -> None:
     assert event.max_violation == pytest.approx(sum(max(row) * len(row) / sum(row) - 1 for row in rows) / len(rows))
 
 
-def test_without_tokens_all_is_even() -> None:
+def test_of_a_window_without_tokens_nothing_is_known() -> None:
+    """It was told to be even, with a bound of 1."""
     load, old, new = random_case(1, 2, 2)
-    event = account(load * 0, old, new).event(Moved(), "", "", {})
-    assert event.balancedness_vllm_before == event.balancedness_sglang_after == 1.0
-    assert event.max_violation == 0.0
+    event = account(load * 0, old, new, model=MODEL).event(Moved(), "kept", "why", {"count": 1.0})
+    unknown = RebalanceEvent(
+        iteration=7, layers=("0", "1"), decision="kept", reason="why", seconds={"count": 1.0}, last_applied=7
+    )
+    following = ("steps", "imbalance", "tokens", "hottest", "balancedness", "max_violation", "saved", "left_out")
+    names = [one.name for one in fields(RebalanceEvent) if one.name.startswith(following)]
+    assert len(names) == 19
+    assert [getattr(event, name) for name in names] == [getattr(unknown, name) for name in names]
+    assert (event.decision, event.reason, event.num_experts, event.bytes_per_slot) == ("kept", "why", 4, 600)
+    told = completed(event, load * 0, new, Pace(2.5, 0.1, 3), repaid=None)
+    assert told.imbalance_next == (None, None)  # and not None, which says that the next window is not counted yet
+    assert RebalanceEvent.from_json(told.to_json()) == told
+
+
+def test_steps_and_layers_without_tokens_are_none() -> None:
+    load, old, new = random_case(8, 6, 2, layers=3)
+    load[:, 1] = 0
+    load[2, 0] = 0
+    padded = torch.cat([load[:3], torch.zeros_like(load), load[3:]])
+    event, without = (account(one, old, new).event(Moved(), "", "", {}) for one in (padded, load))
+    assert event == without
+    assert event.steps == 6
+    for levels in (event.imbalance_before, event.imbalance_after, event.imbalance_bound):
+        assert [level is None for level in levels] == [False, True, False]
+    only = account(load[[0, 1, 3, 4, 5], :1], *(Placement(one.expert_of_slot[:1], 4, 2) for one in (old, new)))
+    assert event.imbalance_before[0] == only.event(Moved(), "", "", {}).imbalance_before[0]
+    assert event.left_out[1] == "it had no tokens"
+    assert RebalanceEvent.from_json(event.to_json()) == event
+    assert "[null, null]" not in event.to_json()
+    assert ", null, " in event.to_json()
+
+
+def test_what_moves_save_does_not_depend_on_steps_without_tokens() -> None:
+    """As many of them are to come as there were in the window."""
+    load, old, new = random_case(9, 5, 3)
+    padded = torch.cat([load, torch.zeros_like(load)])
+    event, without = (
+        account(one, old, new, model=MODEL, steps_until_next=10 * len(one)).event(Moved(), "", "", {})
+        for one in (padded, load)
+    )
+    assert event.saved_seconds == pytest.approx(without.saved_seconds)
+
+
+def test_shares_of_replicas_are_exact() -> None:
+    """They were integer divisions: a token of an expert with two replicas was on no GPU."""
+    load = torch.ones(2, 1, 8, dtype=torch.int64)
+    old = Placement.contiguous(1, 8, 4)
+    halves = Placement(torch.tensor([[0, 1, 2, 3, 4, 5, 6, 7] * 2]), 8, 4)
+    thirds = Placement(torch.tensor([[0, 0, 1, 0, 2, 3, 4, 5, 6, 7, 7, 7]]), 8, 4)
+    options = SearchOptions(num_slots=16, current=halves)
+    even = account(load, halves, halves, options=options).event(Moved(), "", "", {})
+    assert even.tokens_of_gpu_before == ((4.0,) * 4,)
+    assert (even.tokens_peak_before, even.tokens_p99_before) == (2, 2)
+    assert even.imbalance_before == even.imbalance_bound == (1.0,)
+    assert even.balancedness_vllm_before == even.balancedness_sglang_before == 1.0
+    event = account(load, thirds, thirds, options=SearchOptions(num_slots=12, current=thirds)).event(
+        Moved(), "", "", {}
+    )
+    assert event.tokens_of_gpu_before == (pytest.approx((10 / 3, 14 / 3, 6.0, 2.0)),)
+    assert event.tokens_peak_before == 3
+    assert event.imbalance_before == (1.5,)
+    assert type(account(load, old, old).event(Moved(), "", "", {}).tokens_of_gpu_before[0][0]) is int
+    assert RebalanceEvent.from_json(event.to_json()) == event
+    saved = account(load, thirds, halves, model=MODEL, steps_until_next=2, options=options)
+    assert saved.event(Moved(), "", "", {}).saved_seconds == pytest.approx(2 * (3 - 2) * 0.25 * 0.8)
+    curved = replace(options, time_curve=TimeCurve((0, 1, 2), (0, 100, 400)))  # a half takes 50 ns
+    saved = account(load, thirds, halves, model=MODEL, steps_until_next=2, options=curved)
+    assert saved.event(Moved(), "", "", {}).saved_seconds == pytest.approx(2 * (300 - 200) * 1e-9 * 0.8)
 
 
 # --- seconds --------------------------------------------------------------------------------------------------------

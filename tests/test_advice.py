@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -209,6 +209,83 @@ def test_a_trace_of_any_size_stands_for_a_step_of_the_same_seconds() -> None:
         assert model.seconds(0, 1) == pytest.approx(1000 / 40)
     with pytest.raises(DistplbError, match="no tokens"):
         assumed_model(trace_of(torch.zeros(3, 1, 4, dtype=torch.int64)), TOPOLOGY)
+
+
+# --- steps and layers without tokens ----------------------------------------------------------------------------
+
+
+def ring(filled: Tensor, rows: int, first: int = 0) -> Tensor:
+    """`[S, L, E]`: a buffer of so many rows, of which some in a row are filled."""
+    load = torch.zeros(rows, *filled.shape[1:], dtype=torch.int64)
+    load[first : first + len(filled)] = filled
+    return load
+
+
+@pytest.mark.parametrize("first", [0, 130, 380])
+def test_a_buffer_that_is_filled_in_part_is_what_was_filled(first: int) -> None:
+    """Steps without tokens were even, and took no time: no planner saved anything, or the moves of one more."""
+    load, cluster = noise(20) * torch.arange(1, 33), Topology(1, 2)
+    trials = [(name, 5) for name in (STATIC, SUM, STEPS, PRICED)]
+    studies = [Study(trace_of(one), cluster, MODEL) for one in (load, ring(load, 400, first))]
+    found, wanted = (study.run(trials) for study in reversed(studies))
+    assert found == wanted
+    assert [study.iterations for study in studies] == [20, 20]
+    assert [study.stands_for for study in studies] == [1, 1]
+    assert [study.bound(5) for study in studies] == [studies[0].bound(5)] * 2
+    models = [assumed_model(trace_of(one), cluster) for one in (load, ring(load, 400, first))]
+    assert models[0] == models[1]
+
+
+def test_a_price_does_not_depend_on_steps_without_tokens() -> None:
+    """Empty steps are no time in which a move could repay itself, and take none from one that does."""
+    alternating = torch.stack([skewed(20), torch.zeros_like(skewed(20))], dim=1).flatten(0, 1)
+    for slot_bytes, moved in ((4, 2), (6, 0)):
+        model = replace(MODEL, bytes_per_slot=slot_bytes)
+        for load in (skewed(20), ring(skewed(20), 999), alternating):
+            assert Study(trace_of(load), TOPOLOGY, model).run([(PRICED, 4)])[0].slots_moved == moved
+
+
+def test_layers_without_tokens_are_in_no_mean() -> None:
+    load = noise(20) * torch.arange(1, 33)
+    dense = torch.cat([torch.zeros(20, 3, 32, dtype=torch.int64), load], dim=1)
+    trials = [(name, 4) for name in (STATIC, PRICED)]
+    found, wanted = (Study(trace_of(one), Topology(1, 2), MODEL).run(trials) for one in (dense, load))
+    assert list(map(asdict, found)) == [pytest.approx(asdict(one), rel=1e-12) for one in wanted]
+    assert assumed_model(trace_of(dense), TOPOLOGY) == assumed_model(trace_of(load), TOPOLOGY)
+
+
+def test_a_trace_without_tokens_is_refused() -> None:
+    with pytest.raises(DistplbError, match="the trace has 3 steps and no tokens in any; pass one of a job that trains"):
+        Study(trace_of(torch.zeros(3, 1, 4, dtype=torch.int64)), TOPOLOGY, MODEL)
+
+
+def test_a_curve_without_time_is_refused() -> None:
+    """What is saved was a fraction of nothing."""
+    curve = TimeCurve((0, 100, 200), (0, 0, 10))
+    with pytest.raises(
+        DistplbError, match="the time curve gives no time to the tokens of the trace; pass one that was"
+    ):
+        what_if(trace_of(skewed(20)), TOPOLOGY, MODEL, [4], curve=curve)
+    assert saving([1, 2], [0, 0]) == Saving(0.0, None, None)
+    found = saving([0, 0, 0, 0, 0, 0, 0, 9], [0, 0, 0, 0, 0, 0, 0, 10])
+    assert found.low == found.high == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_the_command_says_what_it_leaves_out(tmp_path: Path, as_json: bool) -> None:
+    load = torch.cat([torch.zeros(20, 1, 4, dtype=torch.int64), skewed(20)], dim=1)
+    trace_of(ring(load, 24)).save(tmp_path / "trace.npz")
+    words = ["replay", str(tmp_path / "trace.npz"), "--every", "4", "--engine", "reference"]
+    done = CliRunner().invoke(main, words + ["--json"] * as_json)
+    assert done.exit_code == 0, done.output
+    if as_json:
+        told = json.loads(done.stdout)
+        assert (told["steps"], told["iterations"]) == (20, 20)
+        assert (told["steps_without_tokens"], told["layers_without_tokens"]) == (4, ["0"])
+        assert told["planners"]["static"]["imbalance"] == 12 / 7
+    else:
+        assert "4 of 24 steps had no tokens and are left out. 1 of 2 layers had no tokens: 0; means" in done.stdout
+        assert "nan" not in done.stdout
 
 
 # --- how surely -------------------------------------------------------------------------------------------------

@@ -91,8 +91,7 @@ def test_greedy_variants_give_the_same_valid_placement(shape: tuple[int, ...], s
         check(table, load, topology, slots, groups)
         assert shared or not sharing(table, topology.num_gpus)
         assert torch.equal(table, found[0])
-        placement = Placement(table, experts, topology.num_gpus)
-        assert torch.equal(imbalance(load, placement), imbalance(load, Placement(found[0], experts, topology.num_gpus)))
+        Placement(table, experts, topology.num_gpus)  # checks itself
 
 
 @pytest.mark.parametrize("plan", GREEDY)
@@ -159,4 +158,4 @@ def test_the_packing_core_as_a_planner() -> None:
     check(table, load, topology, 16, None)
     found = imbalance(load, Placement(table, 16, 4))
     greedy = imbalance(load, Placement(baselines.greedy_numpy(load, topology, 16), 16, 4))
-    assert (found <= greedy + 1e-12).all()
+    assert not (found > greedy + 1e-12).any()  # of a layer without tokens both are unknown

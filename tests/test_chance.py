@@ -113,3 +113,22 @@ def test_counts_of_any_size_are_judged_exactly() -> None:
     load = torch.tensor([[even, uneven, [0] * 4, [1, 0, 0, 0]]])
     assert even_by_chance(load, placement).tolist() == [True, False, True, True]
     assert even_by_chance(load[:, :3] * 2**9, Placement.contiguous(3, 4, 2)).tolist() == [True, False, True]
+
+
+def test_steps_without_tokens_are_none() -> None:
+    load = drawn(5, 8, 6, 32, 64.0, torch.ones(6, 32))
+    load[:, 3, :4] *= 4
+    placement = Placement.contiguous(6, 32, 8)
+    padded = torch.cat([load[:3], torch.zeros_like(load), load[3:]])
+    assert even_by_chance(padded, placement).tolist() == even_by_chance(load, placement).tolist()
+    assert even_by_chance(load, placement).tolist() == [True, True, True, False, True, True]
+
+
+@pytest.mark.parametrize("factor", [1, 10**6])
+def test_few_tokens_of_replicas_are_not_lost(factor: int) -> None:
+    """Shares were whole tokens, so that one token of two replicas was on no GPU, and even GPUs looked far from even."""
+    halves = Placement(torch.tensor([[0, 1, 2, 3, 4, 5, 6, 7] * 2]), 8, 4)
+    load = torch.ones(200, 1, 8, dtype=torch.int64) * factor
+    assert even_by_chance(load, halves).tolist() == [True]
+    load[:, :, :4] *= 9  # GPUs 0 and 2 then have nine times as much as 1 and 3
+    assert even_by_chance(load, halves).tolist() == [False]

@@ -374,6 +374,65 @@ def test_compare_on_one_step_says_that_it_is_judged_on_itself(tmp_path: Path) ->
     assert "unseen" not in shown
 
 
+def test_compare_of_a_buffer_that_is_filled_in_part_is_that_of_what_was_filled(tmp_path: Path) -> None:
+    """Empty rows were even steps: every planner, and the bound, had nearly 1."""
+    filled = drawn(steps=6)
+    filled[:, 1] = 0
+    buffer = torch.cat([torch.zeros(20, 3, 8, dtype=torch.int64), filled[:4], torch.zeros_like(filled), filled[4:]])
+    given, whole = saved(tmp_path / "given.npy", filled), saved(tmp_path / "whole.npy", buffer)
+    found, wanted = (document("compare", path, *GPUS) for path in (whole, given))
+    for one in (found, wanted):
+        for row in one["planners"]:
+            del row["seconds"]
+    assert found["planners"] == wanted["planners"]
+    assert found["judged"] == "planned on the first 3 steps, unseen are the 3 steps after them"
+    assert (found["steps_planned_on"], found["steps_unseen"], found["steps_without_tokens"]) == (3, 3, 26)
+    assert found["layers_without_tokens"] == wanted["layers_without_tokens"] == ["1"]
+    left_out = (
+        "26 of 32 steps had no tokens and are left out. 1 of 3 layers had no tokens: 1; means are of the other 2."
+    )
+    assert left_out in printed("compare", whole, *GPUS)
+    shown = printed("compare", given, "--unseen", whole, *GPUS)
+    assert f"26 of 32 steps of {whole} had no tokens and are left out." in shown
+    assert f"1 of 3 layers of {given} had no tokens: 1;" in shown
+    other = document("compare", given, "--unseen", whole, *GPUS)
+    assert (other["steps_unseen"], other["unseen_without_tokens"]["steps_without_tokens"]) == (6, 26)
+
+
+def test_steps_without_tokens_in_some_layer_are_left_out_there(tmp_path: Path) -> None:
+    load = drawn(steps=4)
+    load[1, 0], load[2:, 1] = 0, 0
+    path = saved(tmp_path / "load.npy", load)
+    found = document("plan", path, *GPUS)
+    means = [
+        distplb.imbalance(load[load[:, at].any(1)], Placement.contiguous(3, 8, 2))[:, at].mean() for at in range(3)
+    ]
+    assert [row["before"] for row in found["layers"]] == pytest.approx([float(mean) for mean in means])
+    assert found["all_layers"]["before"] == pytest.approx(float(sum(means)) / 3)
+    assert (found["steps"], found["steps_without_tokens"], found["pairs_without_tokens"]) == (4, 0, 3)
+    assert "A step had no tokens in a layer 3 times, and is left out there." in printed("plan", path, *GPUS)
+    padded = saved(tmp_path / "padded.npy", torch.cat([load[:2], load[:1] * 0]))
+    told = (
+        "1 of 3 steps had no tokens and is left out. Another step had no tokens in a layer once, and is left out there."
+    )
+    assert told in printed("plan", padded, *GPUS)
+
+
+def test_plan_tells_nothing_of_what_has_no_tokens(tmp_path: Path) -> None:
+    load = drawn(steps=2)
+    load[:, 0] = 0
+    path = saved(tmp_path / "load.npy", torch.cat([load, load * 0]))
+    found = document("plan", path, *GPUS)
+    assert (found["steps"], found["steps_without_tokens"], found["layers_without_tokens"]) == (2, 2, ["0"])
+    assert [found["layers"][0][name] for name in ("before", "after", "bound", "moved_inside")] == [None, None, None, 0]
+    mean = distplb.imbalance(load[:, 1:], Placement.contiguous(2, 8, 2)).mean()
+    assert found["all_layers"]["before"] == pytest.approx(float(mean))
+    assert re.search(r"^ ?0 +– +– +– +0", printed("plan", path, *GPUS), re.MULTILINE)
+    nothing = document("plan", saved(tmp_path / "nothing.npy", load * 0), *GPUS)
+    assert (nothing["steps"], nothing["all_layers"]["before"]) == (0, None)
+    assert "nan" not in json.dumps(nothing)
+
+
 def planners(*words: object) -> list[str]:
     return [row["planner"] for row in document("compare", *words, *GPUS)["planners"]]
 

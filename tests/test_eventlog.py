@@ -11,7 +11,7 @@ import logging
 import threading
 import tracemalloc
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -223,6 +223,28 @@ def test_what_is_no_log_is_named(tmp_path: Path, text: str, told: str) -> None:
         read_events(tmp_path / "missing.jsonl")
 
 
+def test_layers_without_tokens_are_null_in_a_log_and_in_no_mean(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    one = event(500, imbalance_before=(1.5, None), imbalance_after=(1.25, None), imbalance_bound=(1.0, None))
+    outcome = NEXT | {"imbalance_next": (None, 1.5)}
+    log = EventLog(path)
+    for record in (one, replace(one, **outcome), event(1000), event(1000, **NEXT | {"imbalance_next": (None, None)})):
+        log(record)
+    log.close()
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["format"] for line in lines] == ["distplb.event", "distplb.outcome"] * 2
+    assert (lines[0]["imbalance_before"], lines[1]["imbalance_next"], lines[3]["imbalance_next"]) == (
+        [1.5, None],
+        [None, 1.5],
+        [None, None],
+    )
+    told = read_events(path)
+    assert told == [replace(one, **outcome), event(1000, **NEXT | {"imbalance_next": (None, None)})]
+    assert scalars(one)["imbalance/now"] == 1.5
+    assert scalars(told[0])["imbalance/next"] == 1.5
+    assert scalars(told[1]) == {"seconds/iteration_next": 0.25}
+
+
 # --- scalars --------------------------------------------------------------------------------------------------------
 
 
@@ -344,6 +366,29 @@ def test_a_rebalancer_writes_a_run(tmp_path: Path, caplog: pytest.LogCaptureFixt
     assert (first.num_experts, first.num_nodes, first.tokens_of_gpu_before) == (4, 1, ((20,),))
     assert first.max_violation == pytest.approx(0.6)
     assert Trace.read(tmp_path).num_steps == 4
+
+
+def test_a_rebalancer_writes_of_windows_without_tokens_that_nothing_is_known(tmp_path: Path) -> None:
+    experts, told = torch.nn.Parameter(torch.arange(4.0)[:, None].clone()), list[RebalanceEvent]()
+    window = LoadWindow(1, 4, 8)
+    rebalancer = Rebalancer(
+        [MoELayer(name="moe", experts={"w": experts}, router={"w": torch.zeros(4, 2)})],
+        torch.optim.AdamW([experts]),
+        topology=Topology(1, 1),
+        every=2,
+        window=window,
+        record=tmp_path,
+        on_event=told.append,
+    )
+    for counts in ([0, 0, 0, 0], [0, 0, 0, 0], [4, 3, 2, 1], [0, 0, 0, 0], [4, 3, 2, 1]):
+        window.add(0, torch.tensor(counts))
+        rebalancer.step()
+    rebalancer.close()
+    first, second = read_events(tmp_path / "events.jsonl")
+    assert [one.imbalance_next for one in told] == [None, (1.0,), None]
+    assert (first.decision, first.steps, first.imbalance_before, first.imbalance_next) == ("kept", 0, (), (1.0,))
+    assert (second.steps, second.imbalance_before, second.tokens_of_gpu_before) == (1, (1.0,), ((10,),))
+    assert Trace.read(tmp_path).load.sum((1, 2)).tolist() == [0, 0, 10, 0]
 
 
 # --- on the host ----------------------------------------------------------------------------------------------------

@@ -64,6 +64,16 @@ def test_the_time_before_a_clear_and_of_what_is_done_then_is_nobodys(monkeypatch
 # --- alone ----------------------------------------------------------------------------------------------------------
 
 
+def test_the_tokens_of_a_layer_are_of_layers_that_have_any() -> None:
+    """From them the price of a move is made where nothing is measured: dense layers made moves cheaper."""
+    window = LoadWindow(3, 2, 4)
+    for _ in range(2):
+        for layer, counts in enumerate(([10, 20], [0, 0], [30, 0])):
+            window.add(layer, torch.tensor(counts), training=True)
+    assert alone(window).tokens == 60
+    assert alone().tokens == 0
+
+
 def test_each_step_belongs_to_an_iteration_since_the_last_clear() -> None:
     window = LoadWindow(1, 2, 100)
     job = alone(window)

@@ -14,8 +14,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from distplb import DistplbError, Placement, Topology, balanced_packing
+from distplb import DistplbError, Placement, Topology, balanced_packing, imbalance
+from distplb.cost import mean_of_known
 from distplb.packing.steps import pack_loads
+from distplb.planning.greedy import contiguous, greedy_numpy
 from distplb.planning.options import SearchOptions
 from distplb.planning.problem import Problem
 from distplb.price import TimeCurve, moved_slots
@@ -536,6 +538,65 @@ def test_a_layer_without_tokens_stays_unless_it_breaks_the_rules(policy: str) ->
             assert row == start if keeps_rules(policy, start, start) else keeps_rules(policy, row, start)
 
 
+# --- experts in order -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_experts_stay_in_order_where_no_legal_plan_costs_less(policy: str) -> None:
+    """An even load, or none, was planned as 0, 2, 4, 6, 1, 3, 5, 7."""
+    topology, options = POLICIES[policy]
+    load = torch.ones(3, 6, 16, dtype=torch.int64)
+    load[:, 1] = 0
+    load[:, 2] = 7 * 2**40
+    load[:, 3, 0] = 10**6  # one hot expert, which is the fullest GPU wherever it is
+    load[:, 4:] = torch.randint(0, 3, (3, 2, 16), generator=torch.Generator().manual_seed(1))
+    in_order = contiguous(load[0], topology, options.get("num_slots", 16))
+    is_legal = keeps_rules(policy, in_order[0].tolist(), list(range(16)))
+    assert is_legal == (policy != "replicas apart")
+    for steps in (load, load[:1]):
+        plan = searched(Problem(steps, topology, SearchOptions(**options)), 1)
+        found, other = (plain_costs(steps, table, topology.num_gpus) for table in (plan, in_order))
+        for row, wanted, cost, of_order in zip(plan.tolist(), in_order.tolist(), found, other, strict=True):
+            assert keeps_rules(policy, row, list(range(16)))
+            if is_legal:
+                assert row == wanted if cost == of_order else cost < of_order
+        if is_legal:
+            assert plan[:3].tolist() == in_order[:3].tolist()
+
+
+@pytest.mark.parametrize("num_candidates", [1, 4])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_steps_without_tokens_do_not_change_a_plan(policy: str, num_candidates: int) -> None:
+    """One step and an empty one was planned by steps 10 and 11, as several steps are."""
+    topology, options = POLICIES[policy]
+    current = Placement(placement_of(policy, skewed(31, 1, 3, 16)).expert_of_slot, 16, topology.num_gpus)
+    for load in (skewed(30, 1, 3, 16), skewed(30, 4, 3, 16)):
+        padded = torch.cat([torch.zeros_like(load[:1]), load[:1], torch.zeros_like(load), load[1:]])
+        for given in ({}, {"current": current}, {"current": current, "move_price": 25.0}):
+            plans = [
+                searched(Problem(one, topology, SearchOptions(**options, **given)), num_candidates)
+                for one in (load, padded)
+            ]
+            assert torch.equal(*plans)
+
+
+# --- few tokens, and replicas -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps", [1, 8])
+@pytest.mark.parametrize("factor", [3, 10**5])
+def test_a_plan_of_few_tokens_is_that_of_as_many_times_as_many(steps: int, factor: int) -> None:
+    """Shares of replicas are fractions of a token, which a search in whole tokens would not see."""
+    load = torch.poisson(torch.ones(steps, 4, 16), generator=torch.Generator().manual_seed(steps)).long()
+    costs = []
+    for one in (load, load * factor):
+        plan = Placement(searched(Problem(one, Topology(1, 4), SearchOptions(num_slots=32)), 2), 16, 4)
+        costs.append(mean_of_known(imbalance(load, plan)))
+        greedy = Placement(greedy_numpy(one.sum(0), Topology(1, 4), 32), 16, 4)
+        assert costs[-1] <= mean_of_known(imbalance(load, greedy)) + 1e-9
+    assert float(costs[0]) == pytest.approx(float(costs[1]), rel=0.02)
+
+
 @pytest.mark.parametrize("num_slots", [16, 24])
 def test_the_current_placement_changes_names_and_not_costs_of_what_starts_afresh(num_slots: int) -> None:
     load = skewed(8, 1, 20, 16)
@@ -866,7 +927,7 @@ def test_experts_that_are_hot_in_the_same_steps_are_kept_apart(company: int, bou
 
 
 def test_one_step_without_a_current_placement_is_never_settled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its plan is that of steps 1 to 9."""
+    """Its plan is that of steps 1 to 9, or experts in order where these do as well."""
 
     def refuse(*_: object, **__: object) -> Tensor:
         raise AssertionError("settled")
@@ -881,9 +942,14 @@ def test_one_step_without_a_current_placement_is_never_settled(monkeypatch: pyte
         if problem._apart is None:
             assert torch.equal(table, policy.search(weight, layer=torch.arange(10), candidate=candidate, seed=4)), name
         finished, even = policy.polish(weight, table), problem._uneven(table)
-        polished = problem.polish(table)
-        for layer in range(10):
-            assert torch.equal(polished[layer], (finished if layer in even.tolist() else table)[layer]), name
+        wanted = torch.where(torch.isin(torch.arange(10), even)[:, None], finished, table)
+        in_order = contiguous(weight, topology, options.get("num_slots", 16))
+        if keeps_rules(name, in_order[0].tolist(), list(range(16))):
+            costs = zip(*(plain_costs(load, each, topology.num_gpus) for each in (in_order, wanted)), strict=True)
+            is_kept = torch.tensor([kept <= other for kept, other in costs])
+            assert not is_kept.all() or name == "one slot a GPU"
+            wanted = torch.where(is_kept[:, None], in_order, wanted)
+        assert torch.equal(problem.polish(table), wanted), name
     with pytest.raises(AssertionError, match="settled"):
         Problem(skewed(16, 2, 10, 16), Topology(1, 4)).build(torch.zeros(10, dtype=torch.int64))
 

@@ -231,6 +231,24 @@ ZERO = {
     "tokens_of_gpu_after": ((0,) * 4,) * 2,
     "hottest_experts": (((0, 0),),) * 2,
 }
+LEVELS = ("imbalance_before", "imbalance_after", "imbalance_bound")
+HALF: dict[str, Any] = dict.fromkeys((*LEVELS, "imbalance_next"), (None, 1.5)) | {
+    "tokens_of_gpu_before": ((0,) * 4, (600, 400, 200, 400)),
+    "tokens_of_gpu_after": ((0,) * 4, (440.5, 400.5, 359, 400)),
+    "hottest_experts": (((0, 0),), ((3, 800), (1, 200))),
+}
+NOTHING = replace(
+    SKIPPED, decision="kept", iteration=20, num_experts=EXPERTS, num_nodes=1
+)  # of a window without tokens
+
+
+def with_holes(given: Trace) -> Trace:
+    """Every second step has no tokens, and the first layer none in any."""
+    load = given.load.clone()
+    load[1::2], load[:, 0] = 0, 0
+    return replace(given, load=load)
+
+
 RUNS = {
     "nothing": Run("nothing"),
     "one event": Run("run", (event(),)),
@@ -253,6 +271,13 @@ RUNS = {
     "trace without tokens": Run(
         "run", trace=replace(trace(steps=4), load=torch.zeros(4, 2, EXPERTS, dtype=torch.int64))
     ),
+    "trace of steps and layers without tokens": Run("run", trace=with_holes(trace(steps=24))),
+    "trace of one step with tokens": Run("run", trace=with_holes(trace(steps=2))),
+    "moved, with steps and layers without tokens": Run("run", trace=with_holes(trace(steps=24, moved_at=12))),
+    "a layer without tokens": Run("run", (event(**HALF), event(2, **HALF | {"imbalance_next": None}))),
+    "a window without tokens follows": Run("run", (event(imbalance_next=(None, None)),)),
+    "a window without tokens between": Run("run", (event(), NOTHING, event(3))),
+    "windows without tokens alone": Run("run", (NOTHING,)),
     "trace on other GPUs": Run("run", trace=trace(steps=4), topology=Topology(2, 1)),
     "both": Run("run", (event(1), event(2)), trace(steps=20, moved_at=10)),
     "both, all skipped": Run("run", (SKIPPED,), trace(steps=20)),
@@ -328,6 +353,48 @@ def test_what_is_missing_is_said_with_what_to_switch_on() -> None:
 )
 def test_the_headline_is_the_result(run: str | Run, wording: str) -> None:
     assert wording in Summary.of(RUNS[run] if isinstance(run, str) else run).headline
+
+
+# --- steps and layers without tokens ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("moved_at", [None, 12])
+def test_steps_and_layers_without_tokens_are_in_no_mean(moved_at: int | None) -> None:
+    """They counted as even: a trace of which every second step is empty seemed half as uneven."""
+    whole = trace(steps=24, moved_at=moved_at)
+    holes = with_holes(whole)
+    steps = slice(None, None, 2)
+    alone = Trace(
+        whole.load[steps, 1:],
+        tuple(Placement(one.expert_of_slot[1:], EXPERTS, 4) for one in whole.placements),
+        whole.placement_of_step[steps],
+        whole.iteration[steps],
+        whole.layers[1:],
+    )
+    found, wanted = (Summary.of(Run("run", trace=one)) for one in (holes, alone))
+    assert found.imbalance_before == pytest.approx(wanted.imbalance_before)
+    assert found.imbalance_after == pytest.approx(wanted.imbalance_after)
+    assert found.imbalance_bound == pytest.approx(wanted.imbalance_bound)
+    assert (found.steps_without_tokens, found.layers_without_tokens) == (12, ("blocks.0.moe",))
+    assert json.loads(json.dumps(found.as_json(), allow_nan=False))["steps_without_tokens"] == 12
+    run = Run("run", trace=holes)
+    facts = {fact.name: fact for fact in found.facts(run)}
+    assert facts["Left out"][1:] == ("12 of 24 steps", "they have no tokens")
+    assert facts["Without tokens"][1:] == ("1 of 2 layers", "blocks.0.moe; means leave them out")
+    drawn = lines(figures.imbalance_over_time(run))["mean of layers, smoothed"].get_ydata()
+    levels = lines(figures.imbalance_over_time(Run("run", trace=alone)))["mean of layers, smoothed"].get_ydata()
+    np.testing.assert_allclose(drawn, levels)
+    before = figures.load_by_gpu(run).axes[0].images[0].get_array()
+    np.testing.assert_array_equal(np.ma.getmaskarray(before), [[True] * 4, [False] * 4])
+
+
+def test_levels_of_events_are_means_of_the_layers_with_tokens() -> None:
+    run = Run("run", (event(**HALF), NOTHING, event(3, **HALF)))
+    found = Summary.of(run)
+    assert (found.imbalance_before, found.imbalance_after, found.imbalance_bound) == (1.5, 1.5, 1.5)
+    assert found.layers_without_tokens == ("blocks.0.moe",)
+    drawn = lines(figures.imbalance_over_time(run))["mean of layers in each window"].get_ydata()
+    np.testing.assert_array_equal(drawn, [1.5, 1.5, np.nan, 1.5, 1.5, 1.5, 1.5])
 
 
 # --- strings are untrusted --------------------------------------------------------------------------------------
@@ -462,6 +529,7 @@ def test_a_run_is_read_from_its_folder_its_log_or_its_trace(folder: Path) -> Non
     ("changed", "wording"),
     [
         ({"imbalance_before": (1.5,)}, "imbalances of 1 layers, not 2"),
+        ({"imbalance_before": (None, None)}, "it has 10 steps, but tokens in no layer"),
         ({"imbalance_after": (1.5, "x")}, "iteration 10 is damaged"),
         ({"imbalance_next": (1.5, float("inf"))}, "negative or not finite"),
         ({"seconds": {"move": -1.0}}, "negative or not finite"),

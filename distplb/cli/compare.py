@@ -15,11 +15,12 @@ import click
 from rich.table import Table
 from torch import Tensor
 
+from distplb.cli.empties import Empties
 from distplb.cli.inputs import Inputs, read_inputs
 from distplb.cli.options import search_options, topology_options
 from distplb.cli.output import console, json_option, plain, print_json, progress, table
 from distplb.comm.base import WorldOfOne
-from distplb.cost import imbalance
+from distplb.cost import imbalance, mean_of_known, steps_with_tokens
 from distplb.errors import DistplbError
 from distplb.load import as_tokens
 from distplb.packing.balanced import balanced_packing
@@ -47,17 +48,18 @@ class _Steps(NamedTuple):
     planned: Tensor  # [T, L, E]
     unseen: Tensor | None  # [T', L, E]
     told: str
+    empty_unseen: Empties | None  # of a file of its own
 
 
 class _Uneven(NamedTuple):
-    """Imbalance, mean over the steps."""
+    """Imbalance, mean over the steps and layers that have tokens."""
 
     mean: float  # over layers
     worst: float  # layer
 
     @classmethod
     def of(cls, by_layer: Tensor) -> _Uneven:
-        return cls(float(by_layer.mean()), float(by_layer.max()))
+        return cls(float(mean_of_known(by_layer)), float(by_layer.nan_to_num(nan=1.0).max()))
 
 
 class _Row(NamedTuple):
@@ -88,7 +90,8 @@ def compare(
     the first half is planned on then. A load of one step is judged on itself. Files as for `distplb plan`.
     """
     inputs = read_inputs(loads, topology, options, current)
-    steps = _steps(loads, inputs.load, unseen)
+    empties = Empties.of(inputs.load, inputs.layers)
+    steps = _steps(loads, inputs, empties, unseen)
     inputs = replace(inputs, load=steps.planned)
     rows: list[_Row] = []
     with progress("comparing") as told:
@@ -100,13 +103,16 @@ def compare(
             rows.append(_judged(name, planner, inputs, steps))
         rows.append(_bound(inputs, steps))
     if as_json:
-        print_json(_document(loads, inputs, steps, rows))
+        print_json(_document(loads, inputs, empties, steps, rows))
     else:
         out = console()
         out.print(_table(steps, rows, narrow=out.width < _NARROW))
+        for left_out in _left_out(loads, unseen, empties, steps):
+            out.print(plain(left_out))
 
 
-def _steps(path: Path, load: Tensor, unseen: Path | None) -> _Steps:
+def _steps(path: Path, inputs: Inputs, empties: Empties, unseen: Path | None) -> _Steps:
+    load = _counted(path, inputs.load)
     if unseen is not None:
         other = as_tokens(read_loads(unseen).load)
         if other.shape[1:] != load.shape[1:]:
@@ -114,12 +120,33 @@ def _steps(path: Path, load: Tensor, unseen: Path | None) -> _Steps:
                 f"{unseen} has {other.shape[1]} layers of {other.shape[2]} experts, {path} has {load.shape[1]} of "
                 f"{load.shape[2]}; pass two loads of the same model"
             )
-        return _Steps(load, other, f"planned on {_count(load)} of {path}, unseen are {_count(other)} of {unseen}")
+        of_other, other = Empties.of(other, inputs.layers), _counted(unseen, other)
+        told = f"planned on {_count(load)} of {path}, unseen are {_count(other)} of {unseen}"
+        return _Steps(load, other, told, of_other)
     half = len(load) // 2
     if half:
         seen, other = load[:half], load[half:]
-        return _Steps(seen, other, f"planned on the first {_count(seen)}, unseen are the {_count(other)} after them")
-    return _Steps(load, None, "judged on the one step that was planned on, so not what it is worth on others")
+        told = f"planned on the first {_count(seen)}, unseen are the {_count(other)} after them"
+        return _Steps(seen, other, told, None)
+    told = "judged on the one step that was planned on, so not what it is worth on others"
+    return _Steps(load, None, told, None)
+
+
+def _left_out(path: Path, unseen: Path | None, empties: Empties, steps: _Steps) -> list[str]:
+    """What has no tokens, in words."""
+    if steps.empty_unseen is None:
+        lines = [empties.told()]
+    else:
+        lines = [empties.told(str(path)), steps.empty_unseen.told(str(unseen))]
+    return [line for line in lines if line]
+
+
+def _counted(path: Path, load: Tensor) -> Tensor:
+    """The steps that have tokens, which are planned on and judged."""
+    found = steps_with_tokens(load)
+    if not len(found):
+        raise DistplbError(f"{path} has no tokens, so every placement is as good; pass counts of steps that ran")
+    return found
 
 
 def _count(load: Tensor) -> str:
@@ -169,7 +196,7 @@ def _judged(name: str, planner: Planner, inputs: Inputs, steps: _Steps) -> _Row:
     placement = planner(steps.planned)
     seconds = time.perf_counter() - began
     seen, unseen = (
-        None if load is None else _Uneven.of(imbalance(load, placement).mean(0))
+        None if load is None else _Uneven.of(mean_of_known(imbalance(load, placement), dim=0))
         for load in (steps.planned, steps.unseen)
     )
     assert seen is not None
@@ -199,12 +226,14 @@ def _table(steps: _Steps, rows: list[_Row], *, narrow: bool) -> Table:
     return found
 
 
-def _document(loads: Path, inputs: Inputs, steps: _Steps, rows: list[_Row]) -> dict[str, Any]:
+def _document(loads: Path, inputs: Inputs, empties: Empties, steps: _Steps, rows: list[_Row]) -> dict[str, Any]:
     return {
         "loads": str(loads),
         "judged": steps.told,
         "steps_planned_on": len(steps.planned),
         "steps_unseen": 0 if steps.unseen is None else len(steps.unseen),
+        **empties.as_json(),
+        "unseen_without_tokens": None if steps.empty_unseen is None else steps.empty_unseen.as_json(),
         "nodes": inputs.topology.num_nodes,
         "gpus_per_node": inputs.topology.gpus_per_node,
         "slots": inputs.start.num_slots,

@@ -5,17 +5,19 @@ Shapes: T steps, L layers.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import click
 from rich.table import Table
 
+from distplb.cli.empties import Empties
 from distplb.cli.inputs import Inputs, read_inputs
 from distplb.cli.options import search_options, topology_options
 from distplb.cli.output import console, json_option, plain, print_json, progress, table
 from distplb.comm.base import WorldOfOne
-from distplb.cost import imbalance
+from distplb.cost import imbalance, known, mean_of_known, mean_of_layers, steps_with_tokens
 from distplb.errors import DistplbError
 from distplb.placement import Placement
 from distplb.planner import plan_in_stages
@@ -34,10 +36,12 @@ Example:
 
 
 class _Row(NamedTuple):
+    """Of a layer without tokens there is no imbalance."""
+
     layer: str
-    before: float
-    after: float
-    bound: float
+    before: float | None
+    after: float | None
+    bound: float | None
     moved_inside: int
     moved_between: int
 
@@ -65,25 +69,28 @@ def plan(
     """Plan a placement for LOADS and say what it is worth.
 
     LOADS are tokens of each expert: a distplb trace, or counts as .npy, .npz, .csv or .json, [layers, experts] or
-    [steps, layers, experts]. Imbalance is the fullest GPU over the mean GPU, the mean over the steps.
+    [steps, layers, experts]. Imbalance is the fullest GPU over the mean GPU, the mean over the steps that have tokens.
     """
     if output is not None and not output.parent.is_dir():
         raise DistplbError(f"there is no folder {output.parent}; make it, or pass another --output")
     inputs = read_inputs(loads, topology, options, current)
+    empties = Empties.of(inputs.load, inputs.layers)
+    if empties.counted_steps:
+        inputs = replace(inputs, load=steps_with_tokens(inputs.load))
     with progress("planning"):
         planned = plan_in_stages(inputs.load, topology, WorldOfOne(), inputs.options)
         rows = _rows(inputs, planned.placement)
     if output is not None:
         planned.placement.save(output, inputs.layers)
     if as_json:
-        print_json(_document(loads, inputs, planned.engine, rows, output))
+        print_json(_document(loads, inputs, empties, planned.engine, rows, output))
     else:
-        _print(inputs, rows, show_all, output)
+        _print(inputs, empties, rows, show_all, output)
 
 
 def _rows(inputs: Inputs, placement: Placement) -> list[_Row]:
-    before, after = (imbalance(inputs.load, one).mean(0).tolist() for one in (inputs.start, placement))
-    bound = inputs.bound(inputs.load).tolist()
+    before, after = (known(mean_of_known(imbalance(inputs.load, one), dim=0)) for one in (inputs.start, placement))
+    bound = known(inputs.bound(inputs.load))
     moved = moved_slots(inputs.start, placement, inputs.topology).T.tolist()
     return [_Row(*values) for values in zip(inputs.layers, before, after, bound, *moved, strict=True)]
 
@@ -91,16 +98,19 @@ def _rows(inputs: Inputs, placement: Placement) -> list[_Row]:
 def _over_all(rows: list[_Row], name: str) -> _Row:
     """The mean of what is a ratio, the sum of what is counted."""
     _, before, after, bound, inside, between = zip(*rows, strict=True)
-    before, after, bound = (sum(values) / len(rows) for values in (before, after, bound))
-    return _Row(name, before, after, bound, sum(inside), sum(between))
+    level, level_after, level_bound = map(mean_of_layers, (before, after, bound))
+    return _Row(name, level, level_after, level_bound, sum(inside), sum(between))
 
 
-def _document(loads: Path, inputs: Inputs, engine: str, rows: list[_Row], output: Path | None) -> dict[str, Any]:
+def _document(
+    loads: Path, inputs: Inputs, empties: Empties, engine: str, rows: list[_Row], output: Path | None
+) -> dict[str, Any]:
     total = _over_all(rows, "")._asdict()
     del total["layer"]
     return {
         "loads": str(loads),
-        "steps": len(inputs.load),
+        "steps": empties.counted_steps,
+        **empties.as_json(),
         "nodes": inputs.topology.num_nodes,
         "gpus_per_node": inputs.topology.gpus_per_node,
         "slots": inputs.start.num_slots,
@@ -115,9 +125,11 @@ def _document(loads: Path, inputs: Inputs, engine: str, rows: list[_Row], output
 # --- for a person -----------------------------------------------------------------------------------------------
 
 
-def _print(inputs: Inputs, rows: list[_Row], show_all: bool, output: Path | None) -> None:
+def _print(inputs: Inputs, empties: Empties, rows: list[_Row], show_all: bool, output: Path | None) -> None:
     out = console()
     out.print(_table(rows, show_all))
+    if empties.told():
+        out.print(plain(empties.told()))
     out.print(plain(_summary(inputs, rows)))
     if output is not None:
         out.print(plain(f"Written to {output}."))
@@ -126,7 +138,7 @@ def _print(inputs: Inputs, rows: list[_Row], show_all: bool, output: Path | None
 def _table(rows: list[_Row], show_all: bool) -> Table:
     shown, rest = rows, list[_Row]()
     if not show_all and len(rows) > _MOST_ROWS:
-        shown = sorted(rows, key=lambda row: -row.before)
+        shown = sorted(rows, key=lambda row: -(row.before or 0))
         shown, rest = shown[:_MOST_ROWS], shown[_MOST_ROWS:]
     found = table("layer", "before", "after", "bound", "slots moved")
     for row in shown:
@@ -139,16 +151,21 @@ def _table(rows: list[_Row], show_all: bool) -> Table:
 
 
 def _add(found: Table, row: _Row) -> None:
-    found.add_row(plain(row.layer), *(f"{value:.4f}" for value in row[1:4]), str(row.moved))
+    found.add_row(plain(row.layer), *("–" if value is None else f"{value:.4f}" for value in row[1:4]), str(row.moved))
 
 
 def _summary(inputs: Inputs, rows: list[_Row]) -> str:
-    steps, tokens = len(inputs.load), int(inputs.load.sum())
-    if not tokens:
+    steps = len(inputs.load)
+    levels = [(row.before, row.after, row.bound) for row in rows]
+    before, after, bound = (  # of the layers that have tokens
+        [value for value in values if value is not None] for values in zip(*levels, strict=True)
+    )
+    if not before:
         return "The load has no tokens at all, so every placement is as good."
-    if all(row.before <= row.bound + _EVEN for row in rows):
+    if all(one <= least + _EVEN for one, least in zip(before, bound, strict=True)):
         return "The placement in force meets the bound already: there is nothing to gain on this load."
-    met = " The plan meets the bound." if all(row.after <= row.bound + _EVEN for row in rows) else ""
+    is_met = all(one <= least + _EVEN for one, least in zip(after, bound, strict=True))
+    met = " The plan meets the bound." if is_met else ""
     over = f", mean over {steps} steps," if steps > 1 else ""
     return (
         f"Fullest GPU / mean GPU{over} of the load that was planned on.{met} "

@@ -20,6 +20,7 @@ from distplb.assumed import (
     recorded_costs,
     steps_stood_for,
 )
+from distplb.cli.empties import Empties
 from distplb.cli.output import json_option, print_json, progress
 from distplb.cli.replayed import Costs, Replayed, document, print_tables
 from distplb.errors import DistplbError
@@ -143,7 +144,7 @@ def replay(
         bytes_per_slot=costs.model.bytes_per_slot,
         expert_share=options["expert_share"],
     )
-    replayed = Replayed(study, costs, found, others, bound, told)
+    replayed = Replayed(study, costs, found, others, bound, told, Empties.of(trace.load, trace.layers))
     if as_json:
         print_json(document(replayed))
     else:

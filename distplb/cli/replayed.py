@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 from rich.table import Table
 
 from distplb.advice import PRICED, STATIC, Study, WhatIf
-from distplb.assumed import AssumedJob
-from distplb.cli.output import console, table
+from distplb.assumed import AssumedJob, tokens_of_mean_gpu
+from distplb.cli.empties import Empties
+from distplb.cli.output import console, plain, table
 from distplb.price import MoveModel, TimeCurve
 from distplb.verdict import Verdict, percent
 
@@ -26,7 +27,8 @@ class Costs(NamedTuple):
 
 
 class Replayed(NamedTuple):
-    """What there is to tell: planners by name, other intervals with the price, the bound of all placements, advice."""
+    """What there is to tell: planners by name, other intervals with the price, the bound of all placements, advice,
+    and what of the trace has no tokens."""
 
     study: Study
     costs: Costs
@@ -34,14 +36,16 @@ class Replayed(NamedTuple):
     others: Sequence[WhatIf]
     bound: float
     told: Verdict
+    empties: Empties
 
 
 def document(replayed: Replayed) -> dict[str, Any]:
     """All of it, for scripts."""
-    study, costs, found, others, bound, told = replayed
+    study, costs, found, others, bound, told, empties = replayed
     trace = study.trace
     return {
         "steps": trace.num_steps,
+        **empties.as_json(),
         "layers": trace.num_layers,
         "experts": trace.num_experts,
         "iterations": study.iterations,
@@ -59,13 +63,15 @@ def document(replayed: Replayed) -> dict[str, Any]:
 
 def print_tables(replayed: Replayed) -> None:
     """Two tables, what was assumed, and the advice."""
-    study, costs, found, others, bound, told = replayed
+    study, costs, found, others, bound, told, empties = replayed
     out = console()
     trace, cluster = study.trace, study.topology
     out.print(
         f"{trace.num_steps} steps of {study.iterations} iterations, {trace.num_layers} layers of {trace.num_experts} "
         f"experts on {cluster.num_gpus} GPUs ({cluster.num_nodes} × {cluster.gpus_per_node})"
     )
+    if empties.told():
+        out.print(plain(empties.told()))
     out.print()
     out.print(_planners(found, bound))
     out.print()
@@ -113,7 +119,7 @@ def _costs(study: Study, costs: Costs) -> str:
             f"{model.seconds_per_token * 1e6:.3g} µs a token, {model.bandwidth_inside / 1e9:.3g} GB/s of all GPUs "
             f"inside nodes and {model.bandwidth_between / 1e9:.3g} between them; {stands}"
         )
-    mean = float(study.trace.load.sum()) / study.trace.num_steps / study.trace.num_layers / study.topology.num_gpus
+    mean = tokens_of_mean_gpu(study.trace.load, study.topology.num_gpus)
     return (
         f"Assumed: {job.bytes_per_slot / 1e6:.0f} MB an expert with its state, {job.seconds_per_token * 1e6:.2f} µs a "
         f"token, {job.bandwidth_inside / 1e9:g} GB/s a GPU inside a node and {job.bandwidth_between / 1e9:g} between "

@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from distplb.cost import COST_BITS, MAX_COST, layer_cost
+from distplb.cost import COST_BITS, MAX_COST, layer_cost, steps_with_tokens
 from distplb.errors import DistplbError
 from distplb.load import excess_bits, spare_bits
 from distplb.packing.candidates import Names, ceilings
@@ -19,6 +19,7 @@ from distplb.packing.settling import MOST_BITS, Terms
 from distplb.packing.steps import crowded
 from distplb.placement import Placement
 from distplb.planning.classes import Classes
+from distplb.planning.greedy import contiguous
 from distplb.planning.moves import distances, in_units, tolls
 from distplb.planning.options import SearchOptions
 from distplb.planning.policies import Blocks, Flat, Hierarchy, Policy
@@ -36,6 +37,7 @@ class Problem:
     """Costs of candidates, the table behind a candidate, and the finish on a table; all of it pure.
 
     An even candidate starts afresh, an odd one from the placement in force, where there is one that keeps the rules.
+    Steps without any tokens are left out, so that a plan does not depend on them.
 
     >>> problem = Problem(torch.tensor([[[9, 1, 5, 5]]]), Topology(1, 2))
     >>> problem.costs(torch.tensor([0, 1]))
@@ -78,10 +80,13 @@ class Problem:
         if num_slots > load.shape[2] and options.allow_shared_replicas and roomy:
             apart = replace(options, allow_shared_replicas=False)
             self._apart = _policy(apart, topology, num_slots, load.shape[1], packing)
-        self._may_stay = torch.zeros(load.shape[1], dtype=torch.bool, device=load.device)  # [L]
-        if self.current is not None:
-            self._may_stay = self._allows(self.current.expert_of_slot.to(load.device))
-        self._measure(load, topology, options)
+        # What a layer keeps where nothing legal costs less: what is in force, or else the experts in order.
+        self._kept = contiguous(load[0], topology, num_slots) if self.current is None else self.current.expert_of_slot
+        self._kept = self._kept.to(load.device)  # [L, P]
+        self._may_be_kept = self._allows(self._kept)  # [L]
+        self._may_stay = self._may_be_kept & (self.current is not None)
+        counted = steps_with_tokens(load)
+        self._measure(counted if len(counted) else load[:1], topology, options)
         # The cheapest table that was met for each layer, so that a root need not build it a second time.
         self._met: tuple[Tensor, Tensor, Tensor] | None = None  # candidate [L], cost [L], table [L, P]
 
@@ -146,7 +151,8 @@ class Problem:
     def polish(self, table: Tensor) -> Tensor:
         """`[L, P]`: more moves where they cost no more; then the names under which most experts stay in place.
 
-        A layer whose current placement keeps the rules and costs no more keeps it.
+        A layer whose current placement keeps the rules and costs no more keeps it. Where there is none, that is so of
+        experts in order.
 
         Raises:
             DistplbError: if a layer breaks the rules, which no table of a candidate does.
@@ -168,11 +174,9 @@ class Problem:
             polished[rows] = self._finished(table[rows], rows)
             # Steps 10 and 11 count in coarser units, and step 9 knows no price.
             table = self._no_dearer(polished, table)
-        if self.current is None:
-            return table
-        moved = self._no_dearer(self._named_as(table), table)
-        kept = self._no_dearer(self.current.expert_of_slot.to(table.device), moved)
-        return torch.where(self._may_stay[:, None], kept, moved)
+        if self.current is not None:
+            table = self._no_dearer(self._named_as(table), table)
+        return torch.where(self._may_be_kept[:, None], self._no_dearer(self._kept, table), table)
 
     def _finished(self, table: Tensor, layer: Tensor) -> Tensor:
         """`[X, P]`: step 9 on one step of load, steps 10 and 11 once more on several."""

@@ -7,21 +7,23 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
+from matplotlib.colors import Colormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
+from distplb.events import RebalanceEvent
 from distplb.report.run import Run
-from distplb.report.style import COLOURS, FONT, WIDE, dress, empty, is_narrow, mark_each, panels, write_numbers
+from distplb.report.style import COLOURS, FONT, GREY, WIDE, dress, empty, is_narrow, mark_each, panels, write_numbers
 from distplb.report.texts import differing, label, printable, shortened
 
 __all__ = ["load_by_gpu", "load_by_gpu_caption", "load_by_gpu_lacks"]
 
-Ratios = NDArray[np.float64]  # [L, M], tokens of a GPU over those of its layer's mean GPU
+Ratios = NDArray[np.float64]  # [L, M], tokens of a GPU over those of its layer's mean GPU; NaN without tokens
 
 _COLOURS = "RdBu_r"  # red: more than the mean, blue: less, white: the mean; red and blue differ to everybody
 _LEAST_SPAN = 0.1  # of the scale, on each side of 1: a difference of a hundredth is not to look like much
@@ -38,7 +40,7 @@ class _Maps(NamedTuple):
 def load_by_gpu(run: Run, width: float = WIDE) -> Figure:
     """Two heat maps `[L, M]`: tokens of each GPU over the mean GPU of its layer, before and after, on one scale.
 
-    Lines separate nodes. Numbers stand in the cells where they fit.
+    Lines separate nodes. Numbers stand in the cells where they fit. Layers without tokens are grey.
 
     Args:
         run: with a trace, or with an event that knows the tokens of the GPUs.
@@ -54,14 +56,14 @@ def load_by_gpu(run: Run, width: float = WIDE) -> Figure:
     pattern, names = differing(run.layers)
     for axes, ratios, title in zip(both, maps[:2], maps.titles, strict=True):
         dress(axes, title, "GPU", f"layer ({label(pattern, 30)})" if pattern else "layer", grid="")
-        axes.imshow(ratios, cmap=_COLOURS, norm=norm, aspect="auto", interpolation="none")
+        axes.imshow(ratios, cmap=_colours(), norm=norm, aspect="auto", interpolation="none")
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         mark_each(axes, "y", names, most=max(2, int(height / 0.2)))
         _separate_nodes(axes, run, gpus)
         cell = (width - 1.3) / (1 if stacked else 2) / gpus, height / layers
         if cell[0] >= _ROOM[0] and cell[1] >= _ROOM[1]:
-            texts = np.array([[f"{ratio:.2f}" for ratio in row] for row in ratios])
-            write_numbers(axes, ratios, texts, ScalarMappable(norm, _COLOURS))
+            texts = np.array([["–" if np.isnan(ratio) else f"{ratio:.2f}" for ratio in row] for row in ratios])
+            write_numbers(axes, ratios, texts, ScalarMappable(norm, _colours()))
         axes.label_outer()
     _colour_bar(figure, norm, maps, stacked)
     return figure
@@ -70,8 +72,8 @@ def load_by_gpu(run: Run, width: float = WIDE) -> Figure:
 def load_by_gpu_caption(run: Run) -> str:
     """What to see in `load_by_gpu`, in numbers."""
     maps = _maps(run)
-    layer, gpu = np.unravel_index(maps.before.argmax(), maps.before.shape)
-    before, after = (ratios.max(1) for ratios in maps[:2])  # [L]
+    layer, gpu = np.unravel_index(np.nanargmax(maps.before), maps.before.shape)
+    before, after = (ratios[~np.isnan(ratios[:, 0])].max(1) for ratios in maps[:2])  # [L], of those with tokens
     name = shortened(printable(run.layers[layer]))
     return (
         f"Tokens of each GPU over the mean GPU of its layer; {maps.source}. White is the mean, red carries more and "
@@ -84,9 +86,14 @@ def load_by_gpu_caption(run: Run) -> str:
 
 def load_by_gpu_lacks(run: Run) -> str:
     """What a run needs for `load_by_gpu` and does not have; empty where it has."""
-    if any(event.tokens_of_gpu_before for event in run.known) or (run.judged and run.judged.unseen):
+    if any(_tells(event) for event in run.known) or (run.judged and run.judged.unseen):
         return ""
     return "No load of GPUs was recorded: pass Rebalancer(record=...) a folder, and let it rebalance once."
+
+
+def _tells(event: RebalanceEvent) -> bool:
+    """Whether it knows tokens of GPUs; earlier versions also wrote windows without any."""
+    return any(map(any, event.tokens_of_gpu_before)) and any(map(any, event.tokens_of_gpu_after))
 
 
 def _maps(run: Run) -> _Maps:
@@ -100,7 +107,7 @@ def _maps(run: Run) -> _Maps:
             ("Before: experts where they began", f"After: {second}"),
             f"the same steps of iterations {unseen.first:,} to {unseen.last:,} in both, which the plan had not seen",
         )
-    having = [event for event in run.known if event.tokens_of_gpu_before]
+    having = [event for event in run.known if _tells(event)]
     event = next((event for event in reversed(having) if event.decision == "moved"), having[-1])
     return _Maps(
         _ratios(event.tokens_of_gpu_before),
@@ -113,12 +120,16 @@ def _maps(run: Run) -> _Maps:
 def _ratios(tokens: Any) -> Ratios:
     of_gpu = np.asarray(tokens, dtype=np.float64)
     mean = of_gpu.mean(1, keepdims=True)
-    return np.asarray(np.divide(of_gpu, mean, out=np.ones_like(of_gpu), where=mean > 0))
+    return np.asarray(np.divide(of_gpu, mean, out=np.full_like(of_gpu, np.nan), where=mean > 0))
+
+
+def _colours() -> Colormap:
+    return matplotlib.colormaps[_COLOURS].with_extremes(bad=GREY)
 
 
 def _norm(maps: _Maps) -> Normalize:
     """1 in the middle, and as far to each side as the fuller of both maps goes."""
-    span = max(_LEAST_SPAN, *(float(np.abs(ratios - 1).max()) for ratios in maps[:2]))
+    span = max(_LEAST_SPAN, *(float(np.nanmax(np.abs(ratios - 1))) for ratios in maps[:2]))
     return Normalize(1 - span, 1 + span)
 
 
@@ -133,9 +144,9 @@ def _colour_bar(figure: Figure, norm: Normalize, maps: _Maps, stacked: bool) -> 
     where: dict[str, Any] = (
         {"location": "bottom", "shrink": 0.9, "aspect": 30} if stacked else {"location": "right", "aspect": 25}
     )
-    bar = figure.colorbar(ScalarMappable(norm, _COLOURS), ax=figure.axes, pad=0.02, **where)
+    bar = figure.colorbar(ScalarMappable(norm, _colours()), ax=figure.axes, pad=0.02, **where)
     bar.set_label("tokens / mean GPU of the layer", fontsize=FONT)
     bar.ax.tick_params(labelsize=FONT)
     bar.outline.set_linewidth(0.4)
-    ends = min(1 - _LEAST_SPAN, *(ratios.min() for ratios in maps[:2])), float(norm.vmax or 1)
+    ends = min(1 - _LEAST_SPAN, *(float(np.nanmin(ratios)) for ratios in maps[:2])), float(norm.vmax or 1)
     (bar.ax.set_xlim if stacked else bar.ax.set_ylim)(*ends)

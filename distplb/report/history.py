@@ -9,12 +9,14 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
+from distplb.cost import mean_of_known, mean_of_layers
 from distplb.events import RebalanceEvent
 from distplb.report.run import Run
 from distplb.report.style import COLOURS, FONT, GREY, WIDE, dress, empty, is_narrow, legend_below
@@ -36,15 +38,18 @@ _OTHER = ("*", "white")
 
 
 class _Line(NamedTuple):
-    """Iterations `[I]` and, of each, the layers `[I, L]`; a NaN between what does not hang together."""
+    """Iterations `[I]` and, of each, the layers `[I, L]`.
+
+    NaN for a layer without tokens, and for all of them between what does not hang together.
+    """
 
     at: Floats
     layers: Floats
 
     @property
     def mean(self) -> Floats:
-        """`[I]`, over the layers."""
-        return np.asarray(self.layers.mean(1))
+        """`[I]`, over the layers that have tokens."""
+        return np.asarray(mean_of_known(torch.from_numpy(self.layers), dim=1))
 
 
 def imbalance_over_time(run: Run, width: float = WIDE) -> Figure:
@@ -76,18 +81,19 @@ def imbalance_over_time_caption(run: Run) -> str:
     judged = run.judged
     text = "The line is the mean over the layers, the band goes from the most even layer to the least even one. "
     if judged is None:
-        told = [np.mean(event.imbalance_next) for event in run.known if event.imbalance_next]
-        text += f"It began at {np.mean(run.known[0].imbalance_before):.2f}"
-        text += f" and was {np.mean(told):.2f} in the windows after a rebalance" if told else ""
+        told = mean_of_layers(mean_of_layers(event.imbalance_next) for event in run.known if event.imbalance_next)
+        text += f"It began at {mean_of_layers(run.known[0].imbalance_before):.2f}"
+        text += "" if told is None else f" and was {told:.2f} in the windows after a rebalance"
     elif judged.has_moved:
         text += (
-            f"After the first move it is {judged.in_force[judged.later].mean():.2f} on average, on steps that no plan "
-            f"had seen; without any moves it would be {judged.as_begun[judged.later].mean():.2f}, the dashed line"
+            f"After the first move it is {mean_of_known(judged.in_force[judged.later]):.2f} on average, on steps that "
+            "no plan had seen; without any moves it would be "
+            f"{mean_of_known(judged.as_begun[judged.later]):.2f}, the dashed line"
         )
     else:
-        text += f"It is {judged.in_force.mean():.2f} on average"
-    bound = _bound(run).layers
-    text += f"; no placement could beat {np.nanmean(bound):.2f}, the dotted line. "
+        text += f"It is {mean_of_known(judged.in_force):.2f} on average"
+    bound = torch.from_numpy(_bound(run).layers)
+    text += f"; no placement could beat {mean_of_known(bound):.2f}, the dotted line. "
     if run.events:
         text += f"The marks are {plural(len(run.events), 'rebalance')}; the closer the line keeps to the bound until "
         text += "the next mark, the longer a plan lasts."
@@ -109,7 +115,13 @@ def _draw_lines(axes: Axes, run: Run) -> list[Any]:
         handles.append(Line2D([], [], color=COLOURS["sky"], linewidth=0.8, label="each iteration"))
     band: dict[str, Any] = {"color": COLOURS["sky"], "alpha": 0.25, "linewidth": 0}
     handles.append(
-        axes.fill_between(line.at, line.layers.min(1), line.layers.max(1), label="from layer to layer", **band)
+        axes.fill_between(
+            line.at,
+            np.fmin.reduce(line.layers, axis=1),
+            np.fmax.reduce(line.layers, axis=1),
+            label="from layer to layer",
+            **band,
+        )
     )
     named = "mean of layers" + (", smoothed" if raw is not None else " in each window")
     handles += axes.plot(line.at, line.mean, color=COLOURS["blue"], linewidth=1.8, label=named)
@@ -149,7 +161,8 @@ def _draw_marks(axes: Axes, events: Sequence[RebalanceEvent]) -> list[Any]:
 def _cut_the_first(axes: Axes, run: Run) -> None:
     """Where the window before the first rebalance alone would make all others flat, it leaves the axes."""
     first, *others = run.known
-    least, most = np.mean(first.imbalance_before), max((max(event.imbalance_before) for event in others), default=1.0)
+    least = mean_of_layers(first.imbalance_before) or 1.0
+    most = max((level for event in others for level in event.imbalance_before if level is not None), default=1.0)
     if others and least - 1 > 3 * (most - 1) > 0:
         axes.set_ylim(1 - 0.05 * (most - 1), 1 + 1.2 * (most - 1))
         at, top = first.iteration, 1 + 1.12 * (most - 1)
@@ -210,11 +223,12 @@ def _thinned(iteration: NDArray[Any], values: NDArray[Any]) -> _Line:
     """One point for each iteration, or for some in a row where there are too many."""
     stride = max(1, -(-int(iteration[-1] - iteration[0] + 1) // _MOST_POINTS))
     _, first, place = np.unique((iteration - iteration[0]) // stride, return_index=True, return_inverse=True)
-    count = np.bincount(place)
-    sums = np.zeros((len(first), values.shape[1]))
-    np.add.at(sums, place, values)
-    middle = np.bincount(place, weights=iteration) / count
-    return _Line(middle, sums / count[:, None])
+    is_known = ~np.isnan(values)
+    sums, counts = np.zeros((2, len(first), values.shape[1]))
+    np.add.at(sums, place, np.where(is_known, values, 0))
+    np.add.at(counts, place, is_known)
+    middle = np.bincount(place, weights=iteration) / np.bincount(place)
+    return _Line(middle, _over(sums, counts))
 
 
 def _smooth(iteration: NDArray[Any], values: NDArray[Any], part: NDArray[Any]) -> _Line:
@@ -231,8 +245,17 @@ def _smooth(iteration: NDArray[Any], values: NDArray[Any], part: NDArray[Any]) -
 
 
 def _moving_average(values: Floats, reach: int) -> Floats:
-    """Of each row and up to `reach` on both sides of it."""
-    sums = np.concatenate([np.zeros((1, values.shape[1])), values.cumsum(0)])
+    """Of each row and up to `reach` on both sides of it, as far as it is known there."""
+    is_known = ~np.isnan(values)
     at = np.arange(len(values))
     low, high = np.maximum(at - reach, 0), np.minimum(at + reach + 1, len(values))
-    return np.asarray((sums[high] - sums[low]) / (high - low)[:, None])
+    sums, counts = (
+        np.concatenate([np.zeros((1, values.shape[1])), one.cumsum(0)])
+        for one in (np.where(is_known, values, 0), is_known)
+    )
+    return _over(sums[high] - sums[low], counts[high] - counts[low])
+
+
+def _over(sums: Floats, counts: Floats) -> Floats:
+    """The quotient; NaN of nothing."""
+    return np.asarray(np.divide(sums, counts, out=np.full_like(sums, np.nan), where=counts > 0))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from distplb.bound import lower_bound
-from distplb.cost import gpu_tokens, imbalance
+from distplb.cost import gpu_tokens, imbalance, mean_of_known
 from distplb.placement import Placement
 from distplb.planner import plan
 from distplb.topology import Topology
@@ -30,8 +30,8 @@ class Unseen(NamedTuple):
 
     Args:
         first, last: iterations.
-        before, after: `[L, M]` int64, tokens of each GPU.
-        imbalance_before, imbalance_after: means over layers and steps.
+        before, after: `[L, M]`, tokens of each GPU; int64, or float64 where a placement has replicas.
+        imbalance_before, imbalance_after: means over layers and steps that have tokens.
         is_replayed: whether the second was never in force, but planned on the steps before.
     """
 
@@ -57,7 +57,7 @@ class Judged:
 
     @cached_property
     def in_force(self) -> Tensor:
-        """`[S, L]` float64: the imbalance of each step under the placement that it ran under."""
+        """`[S, L]` float64: the imbalance of each step under the placement that it ran under; NaN without tokens."""
         found = torch.ones(self.trace.num_steps, self.trace.num_layers, dtype=torch.float64, device="cpu")
         for index in self.trace.placement_of_step.unique().tolist():
             steps = (self.trace.placement_of_step == index).nonzero()[:, 0]
@@ -72,7 +72,7 @@ class Judged:
 
     @cached_property
     def bound(self) -> tuple[Tensor, Tensor]:
-        """`[B]` steps, and `[B, L]` float64: what no placement could beat in them."""
+        """`[B]` steps, and `[B, L]` float64: what no placement could beat in them; NaN without tokens."""
         steps = _evenly(torch.arange(self.trace.num_steps, device="cpu"), _BOUND_STEPS)
         slots = self._first.num_slots
         return steps, torch.stack([lower_bound(self.trace.load[step], self.topology, slots) for step in steps])
@@ -115,7 +115,7 @@ class Judged:
     def _under(self, steps: Tensor, placement: Placement, is_replayed: bool) -> Unseen:
         load, iterations, both = self.trace.load, self.trace.iteration[steps], (self._first, placement)
         before, after = (_tokens(load, steps, one) for one in both)
-        level, level_after = (float(_imbalance(load, steps, one).mean()) for one in both)
+        level, level_after = (float(mean_of_known(_imbalance(load, steps, one))) for one in both)
         return Unseen(int(iterations[0]), int(iterations[-1]), before, after, level, level_after, is_replayed)
 
 

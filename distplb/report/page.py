@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from distplb import __version__
+from distplb.cost import mean_of_layers
 from distplb.errors import DistplbError
 from distplb.events import RebalanceEvent
 from distplb.price import MoveModel
@@ -125,9 +125,9 @@ def _picture(drawn: Image) -> _Picture:
 def _row(event: RebalanceEvent) -> dict[str, Any]:
     """What the table says of a rebalance."""
     levels = {
-        name: f"{np.mean(values):.3f}" if values else "–"
+        name: "–" if level is None else f"{level:.3f}"
         for name in ("before", "after", "bound", "next")
-        for values in [getattr(event, f"imbalance_{name}")]
+        for level in [mean_of_layers(getattr(event, f"imbalance_{name}") or ())]
     }
     return levels | {
         "iteration": f"{event.iteration:,}",

@@ -20,6 +20,7 @@ from distplb.errors import DistplbError
 from distplb.eventlog import read_events
 from distplb.events import RebalanceEvent
 from distplb.placement import Placement
+from distplb.replay import with_tokens
 from distplb.report.judged import Judged
 from distplb.report.texts import printable
 from distplb.topology import Topology
@@ -100,8 +101,28 @@ class Run:
 
     @cached_property
     def judged(self) -> Judged | None:
-        """The trace under its placements."""
-        return None if self.trace is None or self.topology is None else Judged(self.trace, self.topology)
+        """The steps of the trace that have tokens, under its placements; None where there are none."""
+        return None if self.counted is None or self.topology is None else Judged(self.counted, self.topology)
+
+    @cached_property
+    def counted(self) -> Trace | None:
+        """The steps of the trace that have tokens: others are no steps. None where there are none."""
+        return None if self.trace is None or not bool(self.trace.load.any()) else with_tokens(self.trace)
+
+    @property
+    def empty_steps(self) -> int:
+        """How many steps of the trace have no tokens, and are left out."""
+        return 0 if self.trace is None or self.counted is None else self.trace.num_steps - self.counted.num_steps
+
+    @cached_property
+    def empty_layers(self) -> tuple[str, ...]:
+        """Layers that have tokens in no step of the trace, or where there is none in no window of the events."""
+        if self.counted is not None:
+            has_tokens = self.counted.load.any(2).any(0).tolist()
+        else:
+            levels = [event.imbalance_before for event in self.known]
+            has_tokens = [any(level is not None for level in layer) for layer in zip(*levels, strict=True)]
+        return tuple(name for name, has in zip(self.layers, has_tokens, strict=False) if not has)
 
     @cached_property
     def every(self) -> int | None:
@@ -148,7 +169,7 @@ def _wrong_numbers(event: RebalanceEvent) -> str:
         *(event.slots_moved, event.bytes_inside, event.bytes_between, event.tokens_peak_before),
         *(event.iteration_seconds, event.iteration_seconds_next or 0, *event.seconds.values()),
         *(event.balancedness_vllm_before, event.balancedness_sglang_before),
-        *(event.imbalance_before + event.imbalance_after + event.imbalance_bound + (event.imbalance_next or ())),
+        *(level for levels in _levels(event) for level in levels if level is not None),
         *(tokens for row in event.tokens_of_gpu_before + event.tokens_of_gpu_after for tokens in row),
         *(number for pairs in event.hottest_experts for pair in pairs for number in pair),
     ]
@@ -158,11 +179,19 @@ def _wrong_numbers(event: RebalanceEvent) -> str:
     return "" if all(isinstance(text, str) for text in texts) else "a name is no text"
 
 
+def _levels(event: RebalanceEvent) -> list[tuple[float | None, ...]]:
+    """The imbalances by layer that it has; None for layers without tokens."""
+    found = [event.imbalance_before, event.imbalance_after, event.imbalance_bound, event.imbalance_next]
+    return [levels for levels in found if levels is not None]
+
+
 def _wrong_sizes(event: RebalanceEvent) -> str:
     layers = len(event.layers)
-    by_layer = [event.imbalance_before, event.imbalance_after, event.imbalance_bound, event.imbalance_next]
-    if event.steps and any(len(values) != layers for values in by_layer if values is not None):
+    if event.steps and any(len(levels) != layers for levels in _levels(event)):
         return f"it has imbalances of {len(event.imbalance_before)} layers, not {layers}"
+    of_window = [event.imbalance_before, event.imbalance_after, event.imbalance_bound]
+    if event.steps and layers and any(set(levels) == {None} for levels in of_window):
+        return f"it has {event.steps} steps, but tokens in no layer"
     tables = [event.tokens_of_gpu_before, event.tokens_of_gpu_after]
     if any(len(table) not in (0, layers) for table in [*tables, event.hottest_experts]):
         return f"it has tokens of other layers than its {layers}"

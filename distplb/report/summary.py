@@ -6,13 +6,15 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
-import numpy as np
+from torch import Tensor
 
+from distplb.cost import mean_of_known, mean_of_layers
 from distplb.report.run import Run
-from distplb.report.texts import amount, from_to, percent, plural, printable, seconds
+from distplb.report.texts import amount, from_to, percent, plural, printable, seconds, shortened
 
 __all__ = ["Fact", "Summary"]
 
+_MOST_NAMES = 4  # of layers without tokens
 _NOTICED = 0.005  # of imbalance: less is shown as the same two digits
 
 
@@ -33,7 +35,8 @@ class Summary:
     which nothing moved, both are its second half, after a plan made on the first.
 
     Args:
-        imbalance_before: mean over layers and steps, with the experts where they began; None where nothing tells.
+        imbalance_before: mean over layers and steps that have tokens, with the experts where they began; None where
+            nothing tells.
         imbalance_after: the same under the plans, on steps that they had not seen; None where there are none.
         imbalance_bound: what no placement could beat; None where nothing tells.
         rebalances: how many there were of each decision.
@@ -44,6 +47,8 @@ class Summary:
         iteration_seconds_before: the median iteration before the first rebalance; None where none was timed.
         iteration_seconds_after: the median one after the last rebalance that knows.
         is_replayed: whether `after` was never run, but replayed from the trace.
+        steps_without_tokens: of the trace, which are left out.
+        layers_without_tokens: their names, which means leave out.
     """
 
     imbalance_before: float | None
@@ -57,6 +62,8 @@ class Summary:
     iteration_seconds_before: float | None
     iteration_seconds_after: float | None
     is_replayed: bool
+    steps_without_tokens: int
+    layers_without_tokens: tuple[str, ...]
 
     @classmethod
     def of(cls, run: Run) -> Summary:
@@ -76,6 +83,8 @@ class Summary:
             iteration_seconds_before=timed[0] if timed else None,
             iteration_seconds_after=timed_next[-1] if timed_next else None,
             is_replayed=not run.known and run.judged is not None and not run.judged.has_moved,
+            steps_without_tokens=run.empty_steps,
+            layers_without_tokens=run.empty_layers,
         )
 
     def as_json(self) -> dict[str, Any]:
@@ -115,7 +124,7 @@ class Summary:
 
     def facts(self, run: Run) -> list[Fact]:
         """What the page shows at its head, as far as it is known."""
-        found = [_imbalance_fact(self), _size_fact(run)]
+        found = [_imbalance_fact(self), _size_fact(run), *_empty_facts(run)]
         if run.events:
             how = ", ".join(f"{number} {printable(decision)}" for decision, number in self.rebalances.items())
             found.append(Fact("Rebalances", f"{len(run.events):,}", how))
@@ -130,16 +139,14 @@ class Summary:
 def _imbalances(run: Run) -> tuple[float | None, float | None]:
     judged = run.judged
     if judged is not None and judged.has_moved:
-        return float(judged.as_begun[judged.later].mean()), float(judged.in_force[judged.later].mean())
+        return _mean(judged.as_begun[judged.later]), _mean(judged.in_force[judged.later])
     if run.known:
-        told = [np.mean(event.imbalance_next) for event in run.known if event.imbalance_next]
-        return float(np.mean(run.known[0].imbalance_before)), float(np.mean(told)) if told else None
+        told = mean_of_layers(mean_of_layers(event.imbalance_next) for event in run.known if event.imbalance_next)
+        return mean_of_layers(run.known[0].imbalance_before), told
     if judged is None:
         return None, None
     unseen = judged.unseen
-    return (
-        (float(judged.in_force.mean()), None) if unseen is None else (unseen.imbalance_before, unseen.imbalance_after)
-    )
+    return (_mean(judged.in_force), None) if unseen is None else (unseen.imbalance_before, unseen.imbalance_after)
 
 
 def _bound(run: Run) -> float | None:
@@ -147,13 +154,18 @@ def _bound(run: Run) -> float | None:
     if run.known:
         began = min((event.iteration for event in run.events if event.slots_moved), default=0)
         later = [event for event in run.known if event.iteration > began] or run.known
-        return float(np.mean([np.mean(event.imbalance_bound) for event in later]))
+        return mean_of_layers(mean_of_layers(event.imbalance_bound) for event in later)
     judged = run.judged
     if judged is None:
         return None
     steps, bound = judged.bound
     counted = judged.later[steps] if judged.has_moved else steps >= judged.half
-    return float((bound[counted] if bool(counted.any()) else bound).mean())
+    return _mean(bound[counted] if bool(counted.any()) else bound)
+
+
+def _mean(levels: Tensor) -> float:
+    """Of steps, each of which has tokens in a layer."""
+    return float(mean_of_known(levels))
 
 
 def _imbalance_fact(summary: Summary) -> Fact:
@@ -172,6 +184,21 @@ def _size_fact(run: Run) -> Fact:
     where = "" if run.topology is None else f"on {plural(run.topology.num_gpus, 'GPU')}"
     where += "" if run.topology is None else f" of {plural(run.topology.num_nodes, 'node')}"
     return Fact("Model", plural(len(run.layers), "MoE layer"), f"{plural(experts, 'expert')} {where}".strip())
+
+
+def _empty_facts(run: Run) -> list[Fact]:
+    found = []
+    if run.empty_steps and run.trace is not None:
+        value = f"{run.empty_steps:,} of {plural(run.trace.num_steps, 'step')}"
+        found.append(Fact("Left out", value, "they have no tokens"))
+    if run.empty_layers:
+        names = ", ".join(shortened(printable(name)) for name in run.empty_layers[:_MOST_NAMES])
+        more = len(run.empty_layers) - _MOST_NAMES
+        value = f"{len(run.empty_layers):,} of {plural(len(run.layers), 'layer')}"
+        found.append(
+            Fact("Without tokens", value, f"{names}{f' and {more:,} more' * (more > 0)}; means leave them out")
+        )
+    return found
 
 
 def _share_of_run(run: Run) -> str:

@@ -45,7 +45,7 @@ def with_trials(
                 f"{run.name} has no trace to try intervals on; pass the folder of Rebalancer(record=...)"
             )
         return run
-    if not every and (trace.num_experts % topology.num_gpus or not int(trace.load.sum())):
+    if not every and (trace.num_experts % topology.num_gpus or run.counted is None):
         return run
     model, curve, costs = (model, None, "as given") if model is not None else _costs(run, trace, topology)
     study = Study(trace, topology, model, curve=curve)
