@@ -20,7 +20,9 @@ from distplb.assumed import (
     recorded_costs,
     steps_stood_for,
 )
-from distplb.cli.output import json_option, print_json, progress
+from distplb.cli.given import Amount, GivenPath, Whole
+from distplb.cli.hints import hints_of
+from distplb.cli.output import json_option, print_hints, print_json, progress
 from distplb.cli.replayed import Costs, Replayed, document, print_tables
 from distplb.errors import DistplbError
 from distplb.eventlog import read_events
@@ -51,15 +53,13 @@ def _options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 def _count(name: str, text: str, default: int | None = None) -> Callable[[Any], Any]:
-    return click.option(
-        name, type=click.IntRange(min=1), metavar="N", default=default, show_default=default is not None, help=text
-    )
+    return click.option(name, type=Whole(), metavar="N", default=default, show_default=default is not None, help=text)
 
 
-def _amount(name: str, text: str, default: float | None = None, most: float | None = None) -> Callable[[Any], Any]:
+def _amount(name: str, text: str, default: float | None = None, most: float = 1e18) -> Callable[[Any], Any]:
     return click.option(
         name,
-        type=click.FloatRange(min=0, max=most, min_open=True),
+        type=Amount(most=most),
         metavar="X",
         default=default,
         show_default=default is not None,
@@ -75,7 +75,7 @@ _of_the_trace = _options(
     _count("--megatron-expert-tp", "Their expert tensor parallel size.", 1),
 )
 _of_the_search = _options(
-    _count("--every", "Iterations between rebalances; about a twentieth of the trace where left out."),
+    _count("--every", "Iterations between rebalances; at most a twelfth of the trace where left out."),
     _count("--window", "The most steps that a plan is made from.", WINDOW_STEPS),
     _count("--candidates", "Starts for each layer; 4 where left out."),
     click.option("--engine", metavar="NAME", help="reference, cpu or cuda; the fastest that is there where left out."),
@@ -95,13 +95,15 @@ _of_the_job = _options(
     _amount("--tokens-per-gpu", "Of the mean GPU in a step and layer, once for each expert.", _JOB.tokens_per_gpu),
     _amount("--bandwidth-inside", "GB/s of each GPU inside a node, all at once.", _JOB.bandwidth_inside / 1e9),
     _amount("--bandwidth-between", "GB/s of each GPU between nodes, all at once.", _JOB.bandwidth_between / 1e9),
-    _amount("--expert-share", "Of an iteration that experts take; without it, the time in experts is told.", most=1),
+    _amount(
+        "--expert-share", "Of an iteration that experts take, as 0.35; without it, the time in experts is told.", most=1
+    ),
     _amount("--stands-for", "Steps of the job for each recorded one; as iterations tell where left out."),
 )
 
 
 @click.command(epilog=_EPILOG)
-@click.argument("paths", metavar="TRACE...", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
+@click.argument("paths", metavar="TRACE...", nargs=-1, required=True, type=GivenPath(exists=True))
 @_of_the_trace
 @_of_the_search
 @_of_the_job
@@ -125,7 +127,7 @@ def replay(
     TRACE is a .npz file or the folder of Rebalancer(record=...), or Megatron-Core's folder tokens_per_expert or its
     files rank<number>.jsonl. Every step is judged under a plan that had not seen it. What tokens and moves cost is as
     the job measured it, where the folder has priced events and no other costs are named; else it is assumed. Exits with
-    0; with 1 under --exit-code where the answer is no; with 2 for wrong use or input.
+    0; with 1 under --exit-code where the answer is no; with 2 for wrong use or input. Hints as for `distplb plan`.
     """
     trace, side_by_side = _read(paths, megatron_ep, megatron_expert_tp, megatron_pipeline)
     topology = _topology(trace, nodes, gpus_per_node)
@@ -142,10 +144,12 @@ def replay(
         expert_share=options["expert_share"],
     )
     replayed = Replayed(study, costs, found, others, bound, told)
+    hints = hints_of(trace.load, before=[found[STATIC].imbalance], is_trace=True)
     if as_json:
-        print_json(document(replayed))
+        print_json(document(replayed) | {"hints": hints})
     else:
         print_tables(replayed)
+        print_hints(hints)
     if exit_code and told.answer == "no":
         sys.exit(1)
 
