@@ -59,6 +59,9 @@ class OptionError(DistplbError):
     def __str__(self) -> str:
         return self.told(in_python)
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({str(self)!r})"
+
     def __reduce__(self) -> tuple[Callable[..., OptionError], tuple[str, dict[str, object]]]:
         return _option_error, (str(self.args[0]), self._values)
 

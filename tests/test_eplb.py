@@ -198,7 +198,7 @@ def test_weights_that_are_none_are_refused(weight: Tensor, wording: str) -> None
         (
             (2, 1, 1, 2),
             "num_slots is 2 for 4 experts; it counts the slots of all GPUs, and every expert needs one: "
-            "pass at least num_slots=4",
+            "pass num_slots=6 for 2 more than experts, or num_slots=4 for 2 on each of 2 GPUs",
         ),
         ((6, 3, 1, 2), "num_groups is 3, which does not divide 4 experts; pass the number of groups of the router"),
         ((6, 0, 1, 2), "num_groups is 0, which does not divide 4 experts; pass the number of groups of the router"),

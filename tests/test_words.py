@@ -90,6 +90,7 @@ def test_an_option_error_names_options_as_its_reader_passes_them() -> None:
     assert str(error) == "num_slots is '{x}'; pass num_slots=8, mode='remap' or engine=None"
     assert error.told(as_option) == "--slots is '{x}'; pass --slots 8, --mode remap or no --engine"
     assert as_option("max_bytes", "") == "max_bytes in Python"
+    assert repr(error).startswith('OptionError("num_slots is')
     again = pickle.loads(pickle.dumps(error))
     assert (type(again), str(again)) == (OptionError, str(error))
 
