@@ -20,7 +20,7 @@ from distplb.assumed import (
     recorded_costs,
     steps_stood_for,
 )
-from distplb.cli.given import Amount, GivenPath, Whole
+from distplb.cli.given import Amount, GivenPath, Whole, as_option
 from distplb.cli.hints import hints_of
 from distplb.cli.output import json_option, print_hints, print_json, progress
 from distplb.cli.replayed import Costs, Replayed, document, print_tables
@@ -80,6 +80,7 @@ _of_the_search = _options(
     _count("--candidates", "Starts for each layer; 4 where left out."),
     click.option("--engine", metavar="NAME", help="reference, cpu or cuda; the fastest that is there where left out."),
 )
+_MEGATRON = ("megatron_ep", "megatron_pipeline", "megatron_expert_tp")
 _COSTS = (
     "expert_parameters",
     "bytes_per_parameter",
@@ -165,9 +166,17 @@ def _read(paths: Sequence[Path], ep: int | None, expert_tp: int, pipeline: int) 
         trace = Trace.from_megatron(*paths, num_gpus=ep, expert_tensor_parallel=expert_tp, pipeline_parallel=pipeline)
         ranks = sum(len(list(path.glob("rank*.jsonl"))) if path.is_dir() else 1 for path in paths)
         return trace, ranks // (trace.placements[0].num_gpus * expert_tp * pipeline)
+    if given := _given(_MEGATRON):
+        raise DistplbError(f"{given[0]} is of Megatron-Core's files, and {first} is none; leave it out")
     if len(paths) > 1:
         raise DistplbError(f"{len(paths)} traces were named; pass one, or all ranks' files of Megatron-Core")
     return Trace.read(first), 1
+
+
+def _given(names: Sequence[str]) -> list[str]:
+    """The options that stand on the command line, of those whose parameters have these names."""
+    source = click.get_current_context().get_parameter_source
+    return [as_option(name, "") for name in names if source(name) is ParameterSource.COMMANDLINE]
 
 
 def _topology(trace: Trace, nodes: int, gpus_per_node: int | None) -> Topology:
@@ -182,8 +191,8 @@ def _topology(trace: Trace, nodes: int, gpus_per_node: int | None) -> Topology:
 
 def _recorded(run: Path) -> Costs | None:
     """Of a run's events, unless other costs are asked for."""
-    log, context = run / "events.jsonl", click.get_current_context()
-    if not log.is_file() or any(context.get_parameter_source(one) is ParameterSource.COMMANDLINE for one in _COSTS):
+    log = run / "events.jsonl"
+    if not log.is_file() or _given(_COSTS):
         return None
     found = recorded_costs(read_events(log))
     return None if found is None else Costs(*found)
@@ -193,7 +202,7 @@ def _assumed(trace: Trace, topology: Topology, options: Mapping[str, Any]) -> Co
     parameters = options["expert_parameters"]
     job = AssumedJob(
         seconds_per_token=OPERATIONS * parameters / options["tflops"] / 1e12,
-        bytes_per_slot=round(options["bytes_per_parameter"] * parameters),
+        bytes_per_slot=max(1, round(options["bytes_per_parameter"] * parameters)),
         tokens_per_gpu=options["tokens_per_gpu"],
         bandwidth_inside=options["bandwidth_inside"] * 1e9,
         bandwidth_between=options["bandwidth_between"] * 1e9,

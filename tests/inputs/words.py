@@ -380,16 +380,6 @@ CASES: list[Case] = [
         told("plan", "a.npy", "b.npy", *TWO),
     ),
     Case(
-        "`plan load.npy --replicas 2`",
-        "exit 2: [Error: No such option '--replicas'. Try 'distplb plan --help'.]",
-        told("plan", "load.npy", *TWO, "--replicas", 2),
-    ),
-    Case(
-        "`rebalance load.npy`",
-        "exit 2: [Error: No such command 'rebalance'. Try 'distplb --help'.]",
-        told("rebalance", "load.npy"),
-    ),
-    Case(
         "`--output placement.json`",
         "written",
         written("--output", "{folder}/placement.json"),
@@ -501,6 +491,11 @@ CASES: list[Case] = [
         "exit 2: [Error: Invalid value for '--expert-share': 30.0 is not in the range 1e-06 to 1. Try "
         "'distplb replay --help'.]",
         replayed("--expert-share", 30),
+    ),
+    Case(
+        "`replay trace.npz --megatron-ep 64`",
+        "exit 2: [Error: --megatron-ep is of Megatron-Core's files, and trace.npz is none; leave it out]",
+        replayed("--megatron-ep", 64),
     ),
     Case(
         "`replay run.npz` without the file",
