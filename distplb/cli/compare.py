@@ -5,6 +5,7 @@ Shapes: T steps, L layers, E experts, P slots.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -94,6 +95,8 @@ def compare(
     steps = _steps(loads, inputs, unseen)
     before = imbalance(inputs.load, inputs.start).mean(0).tolist()
     hints = hints_of(inputs.load, before=before, is_trace=inputs.has_steps)
+    if unseen is not None and steps.unseen is not None:  # of which it does not matter how even they are, or how many
+        hints += [f"{unseen}: {hint}" for hint in hints_of(steps.unseen, before=[math.inf], is_trace=False)]
     inputs = replace(inputs, load=steps.planned)
     rows: list[_Row] = []
     with progress("comparing") as told:

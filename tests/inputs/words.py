@@ -151,6 +151,13 @@ def reported(*options: object) -> Run:
     return run
 
 
+def judged_on_ranks(folder: Path) -> object:
+    """`distplb compare` on a load whose unseen steps are counts of single ranks."""
+    np.save(folder / "ranks.npy", of_single_ranks())
+    words = ("compare", file(folder, 2, 2, 16), "--unseen", folder / "ranks.npy", *TWO, "--engine", "reference")
+    return command(*words, show=lambda out: "a table")
+
+
 def told(*words: object) -> Run:
     return lambda folder: command(*words)
 
@@ -545,6 +552,12 @@ CASES: list[Case] = [
         "a table [Hint: no expert has tokens in more than one of 4 steps: counts of single ranks, each of"
         " its own experts? add them up]",
         hinted(of_single_ranks()),
+    ),
+    Case(
+        "`compare --unseen ranks.npy`, with these",
+        "a table [Hint: ranks.npy: no expert has tokens in more than one of 4 steps: counts of single "
+        "ranks, each of its own experts? add them up]",
+        judged_on_ranks,
     ),
     Case(
         "their sum",
