@@ -132,7 +132,7 @@ class Study:
         self.stands_for = steps_stood_for(trace) if stands_for is None else stands_for
         if not self.stands_for > 0 or window < 1:
             raise DistplbError(f"stands_for is {self.stands_for}, window {window}; pass steps, more than 0")
-        topology.slots_per_gpu(trace.num_experts)
+        topology.experts_per_gpu(trace.num_experts)
         self._recorded = trace.iteration.unique()
         self.trace, self.topology, self.window, self._curve = with_tokens(trace), topology, window, curve
         self._second = model.seconds_per_token if curve is None else 1e-9

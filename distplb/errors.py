@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
-__all__ = ["DisagreementError", "DistplbError", "HalfMovedError", "LostRanksError", "UntrainedError", "in_stage"]
+__all__ = [
+    "DisagreementError",
+    "DistplbError",
+    "HalfMovedError",
+    "LostRanksError",
+    "Naming",
+    "OptionError",
+    "UnforeseenError",
+    "UntrainedError",
+    "in_python",
+    "in_stage",
+]
+
+Naming = Callable[[str, str], str]  # of an option's name and a value of it, "" for none: how the reader passes it
 
 
 class DistplbError(RuntimeError):
@@ -12,6 +26,69 @@ class DistplbError(RuntimeError):
 
     Raised on every rank of a collective call, with the same text, even where only one rank saw the cause.
     """
+
+
+def in_python(name: str, value: str) -> str:
+    """As an argument: `num_slots`, and `num_slots=8` with a value."""
+    return f"{name}={value}" if value else name
+
+
+class OptionError(DistplbError):
+    """Options that do not fit, which each reader knows by another name: an argument, or an option of a command.
+
+    >>> error = OptionError("{num_slots} is {found}; pass {num_slots:8}", found=6)
+    >>> str(error)
+    'num_slots is 6; pass num_slots=8'
+    >>> error.told(lambda name, value: f"--slots {value}".strip())
+    '--slots is 6; pass --slots 8'
+
+    Args:
+        template: as of `str.format`. A name that has no value here is an option's, by its name in Python; what follows
+            its colon is a value to pass, None for leaving it out.
+        values: of the other names.
+    """
+
+    def __init__(self, template: str, **values: object) -> None:
+        super().__init__(template)
+        self._values = values
+
+    def told(self, naming: Naming) -> str:
+        """The text with options named so."""
+        return str(self.args[0]).format_map(_Values(self._values, naming))
+
+    def __str__(self) -> str:
+        return self.told(in_python)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({str(self)!r})"
+
+    def __reduce__(self) -> tuple[Callable[..., OptionError], tuple[str, dict[str, object]]]:
+        return _option_error, (str(self.args[0]), self._values)
+
+
+def _option_error(template: str, values: Mapping[str, Any]) -> OptionError:
+    return OptionError(template, **values)
+
+
+class _Values(dict[str, Any]):
+    def __init__(self, values: Mapping[str, object], naming: Naming) -> None:
+        super().__init__(values)
+        self._naming = naming
+
+    def __missing__(self, name: str) -> _Option:
+        return _Option(name, self._naming)
+
+
+class _Option(NamedTuple):
+    name: str
+    naming: Naming
+
+    def __format__(self, value: str) -> str:
+        return self.naming(self.name, value)
+
+
+class UnforeseenError(DistplbError):
+    """A stage met an exception that is none of distplb's, its `__cause__`: want of memory, or a fault to report."""
 
 
 class DisagreementError(DistplbError):
@@ -67,4 +144,8 @@ class LostRanksError(DistplbError):
 
 def in_stage(name: str, error: Exception) -> DistplbError:
     """What went wrong in a stage, for all ranks to raise: what nobody foresaw is told with the stage's name."""
-    return error if isinstance(error, DistplbError) else DistplbError(f"in stage {name}: {error!r}")
+    if isinstance(error, DistplbError):
+        return error
+    unforeseen = UnforeseenError(f"in stage {name}: {error!r}")
+    unforeseen.__cause__ = error
+    return unforeseen

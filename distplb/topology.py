@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, NamedTuple, Protocol
 
-from distplb.errors import DistplbError
+from distplb.errors import DistplbError, OptionError
 
 __all__ = ["Mesh", "Topology"]
 
@@ -124,12 +124,32 @@ class Topology:
             DistplbError: if they cannot be.
         """
         if num_slots < 1 or num_slots % self.num_gpus:
-            raise DistplbError(
-                f"{num_slots} slots cannot be spread evenly over {self.num_gpus} GPUs "
-                f"({self.num_nodes} nodes × {self.gpus_per_node}); make the number of slots "
-                f"a multiple of {self.num_gpus}, or use a number of GPUs that divides {num_slots}"
+            raise OptionError(
+                "{slots} slots cannot be spread evenly over {gpus} GPUs ({nodes} nodes × {each}); make the number of "
+                "slots a multiple of {gpus}, or {num_nodes} × {gpus_per_node} a divisor of {slots}",
+                slots=num_slots,
+                gpus=self.num_gpus,
+                nodes=self.num_nodes,
+                each=self.gpus_per_node,
             )
         return num_slots // self.num_gpus
+
+    def experts_per_gpu(self, num_experts: int) -> int:
+        """Experts on each GPU where each has one slot.
+
+        Raises:
+            DistplbError: if they cannot be spread evenly.
+        """
+        if num_experts % self.num_gpus:
+            raise OptionError(
+                "{experts} experts cannot be spread evenly over {gpus} GPUs ({nodes} nodes × {each}); make {num_nodes} "
+                "× {gpus_per_node} a divisor of {experts}",
+                experts=num_experts,
+                gpus=self.num_gpus,
+                nodes=self.num_nodes,
+                each=self.gpus_per_node,
+            )
+        return num_experts // self.num_gpus
 
 
 class _Job(NamedTuple):

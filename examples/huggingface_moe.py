@@ -7,6 +7,8 @@ Half a minute on two CPU cores. Each rank trains on bytes of its own from the ma
 
 from __future__ import annotations
 
+import argparse
+
 import texts
 import torch
 import torch.distributed as dist
@@ -77,4 +79,5 @@ def say(line: str, now: bool = True) -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args()  # it has no options
     main()

@@ -10,6 +10,8 @@ dropout), torch.compile is off, and the one name that is undefined without Trans
 
 from __future__ import annotations
 
+import argparse
+
 import texts
 import torch
 import torch.distributed as dist
@@ -92,6 +94,7 @@ def report(event: distplb.RebalanceEvent) -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args()  # it has no options
     torch.compiler.set_stance("force_eager")
     torch.cuda.current_device = lambda: "cpu"
     initialize_rng_tracker(inference_rng_tracker=True)

@@ -9,6 +9,7 @@ parallelised as torchtitan's Trainer does it; lines marked "CPU" stand in for a 
 
 from __future__ import annotations
 
+import argparse
 from types import SimpleNamespace
 
 import texts
@@ -86,4 +87,5 @@ def report(event: distplb.RebalanceEvent) -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args()  # it has no options
     main()

@@ -2,6 +2,10 @@
 # Builds the wheel, installs it into an empty environment beside nothing of this folder's package, and runs the README's
 # snippets, the command line and the report against it: before a release.
 set -euo pipefail
+if [ $# -gt 0 ]; then
+    echo "it takes no arguments, and $* was passed; launch/wheel.sh" >&2
+    exit 2
+fi
 . "$(dirname "$0")/environment.sh" dev
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

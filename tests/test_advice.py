@@ -507,7 +507,7 @@ def test_wrong_input_is_one_line(tmp_path: Path) -> None:
         "nothing.npz' does not exist": [tmp_path / "nothing.npz"],
         "without .npz files": [tmp_path / "empty"],
         "cut.npz cannot be read": [tmp_path / "cut.npz"],
-        "4 slots cannot be spread evenly over 3 GPUs": [good, "--gpus-per-node", 3],
+        "4 experts cannot be spread evenly over 3 GPUs": [good, "--gpus-per-node", 3],
         "do not go evenly on 3 nodes": [good, "--nodes", 3],
         "covers 20 iterations, and a rebalance every 21": [good, "--every", 21],
         "one GPU has nothing to balance": [good, "--gpus-per-node", 1],

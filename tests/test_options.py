@@ -39,27 +39,34 @@ REFUSED = {
     "fewer slots than experts": (
         (2, 2),
         {"num_slots": 8},
-        "num_slots is 8 for 12 experts; every expert needs a slot: pass at least 12",
+        "num_slots is 8 for 12 experts; it counts the slots of all GPUs, and every expert needs one: "
+        "pass at least num_slots=12, "
+        "or num_slots=20 for 8 more than experts, or num_slots=32 for 8 on each of 4 GPUs",
     ),
     "fewer slots than experts, and not a multiple": (
         (1, 5),
         {"num_slots": 10},
-        "num_slots is 10 for 12 experts; every expert needs a slot: pass at least 15",
+        "num_slots is 10 for 12 experts; it counts the slots of all GPUs, and every expert needs one: "
+        "pass at least num_slots=15, "
+        "or num_slots=25 for 13 more than experts, or num_slots=50 for 10 on each of 5 GPUs",
     ),
     "no slots": (
         (2, 2),
         {"num_slots": 0},
-        "num_slots is 0 for 12 experts; every expert needs a slot: pass at least 12",
+        "num_slots is 0 for 12 experts; it counts the slots of all GPUs, and every expert needs one: "
+        "pass at least num_slots=12",
     ),
     "slots of no GPU": (
         (2, 2),
         {"num_slots": 14},
-        "14 slots cannot be spread evenly over 4 GPUs (2 nodes × 2); make the number of slots a multiple of 4",
+        "14 slots cannot be spread evenly over 4 GPUs (2 nodes × 2); pass num_slots=16, 4 more than experts, "
+        "or num_nodes and gpus_per_node whose product divides 14",
     ),
     "experts of no GPU": (
         (1, 5),
         {},
-        "12 slots cannot be spread evenly over 5 GPUs (1 nodes × 5); make the number of slots a multiple of 5",
+        "12 slots cannot be spread evenly over 5 GPUs (1 nodes × 5); pass num_slots=15, 3 more than experts, "
+        "or num_nodes and gpus_per_node whose product divides 12",
     ),
     "replicas in mode permute": (
         (1, 4),
@@ -147,7 +154,7 @@ REFUSED = {
     "another engine": (
         (1, 2),
         {"engine": "warp"},
-        "engine 'warp' is not there; pass one of reference, cpu, cuda, or None",
+        "engine 'warp' is not there; pass one of reference, cpu, cuda, or engine=None",
     ),
     "a price of nothing": (
         (1, 2),

@@ -282,10 +282,10 @@ PRICED: dict[str, tuple[dict[str, Any], str]] = {
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "slots": (
         {"topology": Topology(1, 5)},
-        "32 slots cannot be spread evenly over 5 GPUs (1 nodes × 5); make the number of slots a multiple of 5",
+        "32 slots cannot be spread evenly over 5 GPUs (1 nodes × 5); pass num_slots=35, 3 more than experts",
     ),
     "candidates": ({"num_candidates": 0}, "num_candidates is 0; pass 1 to 2^22"),
-    "engine": ({"engine": "magic"}, "engine 'magic' is not there; pass one of reference, cpu, cuda, or None"),
+    "engine": ({"engine": "magic"}, "engine 'magic' is not there; pass one of reference, cpu, cuda, or engine=None"),
 }
 
 

@@ -591,7 +591,7 @@ def test_the_command_tells_the_numbers_as_json(folder: Path, tmp_path: Path) -> 
         (["{run}/events.jsonl", "--every", "5"], "events.jsonl has no trace to try intervals on"),
         (["{run}", "--nodes", "2"], "--nodes 2 without --gpus-per-node"),
         (["{run}", "--output", "{run}/no/report.html"], "there is no folder"),
-        (["{run}/000000000001.npz", "--gpus-per-node", "3"], "8 slots cannot be spread evenly over 3 GPUs"),
+        (["{run}/000000000001.npz", "--gpus-per-node", "3"], "8 experts cannot be spread evenly over 3 GPUs"),
     ],
 )
 def test_wrong_input_is_one_line(

@@ -16,9 +16,11 @@ from rich.table import Table
 from torch import Tensor
 
 from distplb.cli.empties import Empties
+from distplb.cli.given import GivenPath
+from distplb.cli.hints import hints_of
 from distplb.cli.inputs import Inputs, read_inputs
 from distplb.cli.options import search_options, topology_options
-from distplb.cli.output import console, json_option, plain, print_json, progress, table
+from distplb.cli.output import console, json_option, plain, print_hints, print_json, progress, table
 from distplb.comm.base import WorldOfOne
 from distplb.cost import imbalance, mean_of_known, steps_with_tokens
 from distplb.errors import DistplbError
@@ -30,7 +32,7 @@ from distplb.planning.greedy import contiguous, greedy_numpy
 from distplb.planning.options import SearchOptions
 from distplb.price import moved_slots
 from distplb.topology import Topology
-from distplb.traces.loads import read_loads
+from distplb.traces.loads import Loads, read_loads
 
 __all__ = ["compare"]
 
@@ -71,8 +73,8 @@ class _Row(NamedTuple):
 
 
 @click.command(epilog=_EXAMPLE)
-@click.argument("loads", type=click.Path(path_type=Path))
-@click.option("--unseen", type=click.Path(path_type=Path), help="Judge on this load, which no planner has seen.")
+@click.argument("loads", type=GivenPath())
+@click.option("--unseen", type=GivenPath(), help="Judge on this load, which no planner has seen.")
 @topology_options
 @search_options
 @json_option
@@ -87,11 +89,16 @@ def compare(
     """Plan for LOADS with several planners and show them side by side.
 
     Plans are judged on steps that they have not seen: those of --unseen, or else the second half of LOADS, of which
-    the first half is planned on then. A load of one step is judged on itself. Files as for `distplb plan`.
+    the first half is planned on then. A load of one step is judged on itself. Layers of two files are the same by their
+    names, or by position where neither has names. Files, and hints, as for `distplb plan`.
     """
     inputs = read_inputs(loads, topology, options, current)
     empties = Empties.of(inputs.load, inputs.layers)
     steps = _steps(loads, inputs, empties, unseen)
+    before = float(mean_of_known(imbalance(inputs.load, inputs.start)))
+    hints = hints_of(inputs.load, before=before, is_trace=inputs.has_steps)
+    if unseen is not None and steps.unseen is not None:  # of which it does not matter how even they are, or how many
+        hints += [f"{unseen}: {hint}" for hint in hints_of(steps.unseen, before=None, is_trace=False)]
     inputs = replace(inputs, load=steps.planned)
     rows: list[_Row] = []
     with progress("comparing") as told:
@@ -103,23 +110,19 @@ def compare(
             rows.append(_judged(name, planner, inputs, steps))
         rows.append(_bound(inputs, steps))
     if as_json:
-        print_json(_document(loads, inputs, empties, steps, rows))
+        print_json(_document(loads, inputs, empties, steps, rows) | {"hints": hints})
     else:
         out = console()
         out.print(_table(steps, rows, narrow=out.width < _NARROW))
         for left_out in _left_out(loads, unseen, empties, steps):
             out.print(plain(left_out))
+        print_hints(hints)
 
 
 def _steps(path: Path, inputs: Inputs, empties: Empties, unseen: Path | None) -> _Steps:
     load = _counted(path, inputs.load)
     if unseen is not None:
-        other = as_tokens(read_loads(unseen).load)
-        if other.shape[1:] != load.shape[1:]:
-            raise DistplbError(
-                f"{unseen} has {other.shape[1]} layers of {other.shape[2]} experts, {path} has {load.shape[1]} of "
-                f"{load.shape[2]}; pass two loads of the same model"
-            )
+        other = _of_the_same_layers(read_loads(unseen), unseen, inputs, path)
         of_other, other = Empties.of(other, inputs.layers), _counted(unseen, other)
         told = f"planned on {_count(load)} of {path}, unseen are {_count(other)} of {unseen}"
         return _Steps(load, other, told, of_other)
@@ -147,6 +150,31 @@ def _counted(path: Path, load: Tensor) -> Tensor:
     if not len(found):
         raise DistplbError(f"{path} has no tokens, so every placement is as good; pass counts of steps that ran")
     return found
+
+
+def _of_the_same_layers(found: Loads, unseen: Path, inputs: Inputs, path: Path) -> Tensor:
+    """`[T', L, E]` of the layers that are planned for, in their order: by name, or by position where there are none."""
+    other, load = as_tokens(found.load), inputs.load
+    named, other_named = (one != tuple(map(str, range(len(one)))) for one in (inputs.layers, found.layers))
+    if other.shape[2] != load.shape[2] or (other.shape[1] != load.shape[1] and not named and not other_named):
+        raise DistplbError(
+            f"{unseen} has {other.shape[1]} layers of {other.shape[2]} experts, {path} has {load.shape[1]} of "
+            f"{load.shape[2]}; pass two loads of the same model"
+        )
+    if named != other_named:
+        without, with_, layers = (path, unseen, found.layers) if other_named else (unseen, path, inputs.layers)
+        raise DistplbError(
+            f"{without} has no names of layers, {with_} has {layers[0]!r} and others; pass two files with names, or "
+            "two without"
+        )
+    row = {name: at for at, name in enumerate(found.layers)}
+    missing = [name for name in inputs.layers if name not in row]
+    if missing:
+        own = ", ".join(map(repr, found.layers[:3])) + ", ..." * (len(found.layers) > 3)
+        raise DistplbError(
+            f"{unseen} has no layer {missing[0]!r}, which {path} has; it has {own}: pass two loads of the same model"
+        )
+    return other[:, [row[name] for name in inputs.layers]]
 
 
 def _count(load: Tensor) -> str:

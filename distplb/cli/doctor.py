@@ -7,8 +7,10 @@ import sys
 
 import click
 from rich.table import Table
+from rich.text import Text
 
-from distplb.cli.output import console, json_option, print_json, table
+from distplb.cli.given import Amount
+from distplb.cli.output import console, json_option, plain, print_json, table
 from distplb.doctor.examine import Examination, examined
 
 __all__ = ["doctor"]
@@ -25,7 +27,7 @@ Examples:
 @click.command(epilog=_EPILOG)
 @click.option(
     "--deadline",
-    type=click.FloatRange(min=0, min_open=True),
+    type=Amount(least=1e-3, most=1e6),
     metavar="SECONDS",
     default=60.0,
     show_default=True,
@@ -58,7 +60,7 @@ def _print(found: Examination) -> None:
     out = console()
     findings = Table(box=None, show_header=False, pad_edge=False)
     for one in found.findings:
-        findings.add_row(f"[{_STYLES[one.level]}]{one.level}[/]", one.what, one.text)
+        findings.add_row(Text(one.level, style=_STYLES[one.level]), plain(one.what), plain(one.text))
     out.print(findings)
     if found.timings:
         out.print(_timings(found))
@@ -67,5 +69,5 @@ def _print(found: Examination) -> None:
 def _timings(found: Examination) -> Table:
     lines = table("round", "ms", "GB/s", title="Medians of rank 0")
     for one in found.timings:
-        lines.add_row(one.what, f"{one.seconds * 1e3:.1f}", f"{one.rate / 1e9:.2f}")
+        lines.add_row(plain(one.what), f"{one.seconds * 1e3:.1f}", f"{one.rate / 1e9:.2f}")
     return lines

@@ -31,6 +31,7 @@ class Inputs:
         topology: of the EP group.
         options: of the search, with the placement in force as `current`.
         start: that placement.
+        has_steps: whether the file has steps; what has none is one step, a sum over some.
     """
 
     load: Tensor
@@ -38,6 +39,7 @@ class Inputs:
     topology: Topology
     options: SearchOptions
     start: Placement
+    has_steps: bool
 
     def bound(self, load: Tensor) -> Tensor:
         """`[L]` float64: what no placement of these options can beat on a load."""
@@ -64,4 +66,4 @@ def read_inputs(loads: Path, topology: Topology, options: SearchOptions, current
         start = Placement.load(current, found.layers)
     options = replace(options, current=start)
     options.check(topology, num_layers, num_experts)
-    return Inputs(load, found.layers, topology, options, start)
+    return Inputs(load, found.layers, topology, options, start, found.load.dim() == 3)

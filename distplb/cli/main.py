@@ -1,16 +1,22 @@
 """`distplb`: the commands, and what becomes of an error.
 
 Exit codes: 0 done, 1 the answer is no (`doctor` found a fault, `replay --exit-code` advises against it), 2 wrong use or
-input, 130 interrupted, 141 nobody reads any more.
+input, or not enough memory for it, 70 a fault of distplb, 130 interrupted, 141 nobody reads any more.
+
+An exception that is none of distplb's own (of torch, NumPy, Numba or Python) is a fault of distplb: one line asks to
+report it. In Python's development mode, `python -X dev -m distplb`, its traceback is shown instead.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import sys
+import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TextIO
 
 import click
@@ -19,15 +25,18 @@ from click.exceptions import Exit, NoArgsIsHelpError
 import distplb
 from distplb.cli.compare import compare
 from distplb.cli.doctor import doctor
-from distplb.cli.output import forgive_encodings, printable
+from distplb.cli.given import as_option
+from distplb.cli.output import forgive_encodings, one_line
 from distplb.cli.plan import plan
 from distplb.cli.replay import replay
 from distplb.cli.report import report
-from distplb.errors import DistplbError
+from distplb.errors import DistplbError, OptionError, UnforeseenError
 
 __all__ = ["main"]
 
+_PACKAGE = Path(distplb.__file__).parent
 _INTERRUPTED, _CLOSED_PIPE = 130, 141  # as shells count: 128 + the signal
+_NO_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory", re.IGNORECASE)  # torch's RuntimeErrors
 _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
 
@@ -37,7 +46,13 @@ class _Refused(click.ClickException):
     exit_code = 2
 
     def __init__(self, text: str) -> None:
-        super().__init__(printable(text))
+        super().__init__(one_line(text))
+
+
+class _Fault(_Refused):
+    """A fault of distplb."""
+
+    exit_code = 70  # EX_SOFTWARE of sysexits.h
 
 
 class _Commands(click.Group):
@@ -58,21 +73,46 @@ def _in_one_line() -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.showwarning = _warn
             yield
-    except NoArgsIsHelpError:
+    except (NoArgsIsHelpError, Exit):
         raise
     except click.UsageError as error:
-        where = f" Try '{error.ctx.command_path} --help'." if error.ctx else ""
-        raise _Refused(f"{error.format_message()}{where}") from error
+        text = error.format_message()
+        text += "" if text.endswith((".", "?")) else "."
+        raise _Refused(f"{text} Try '{error.ctx.command_path} --help'." if error.ctx else text) from error
+    except OptionError as error:
+        raise _Refused(error.told(as_option)) from error
+    except UnforeseenError as error:
+        raise _unforeseen(error.__cause__ or error) from error
     except DistplbError as error:
         raise _Refused(str(error)) from error
     except BrokenPipeError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is flushed at the end goes there
         raise Exit(_CLOSED_PIPE) from error
-    except OSError as error:
-        raise _Refused(f"{error.filename or 'the system'}: {error.strerror or error}") from error
     except (KeyboardInterrupt, click.Abort) as stopped:
         click.echo("Interrupted.", err=True)
         raise Exit(_INTERRUPTED) from stopped
+    except click.ClickException:
+        raise
+    except Exception as error:
+        raise _unforeseen(error) from error
+
+
+def _unforeseen(error: BaseException) -> _Refused:
+    """What nobody refused, in one line; in development mode a fault is raised as it is, with its traceback."""
+    if isinstance(error, OSError):
+        return _Refused(f"{error.filename or 'the system'}: {error.strerror or error}")
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error))):
+        return _Refused("there is not enough memory for this; pass fewer steps, slots or candidates")
+    if sys.flags.dev_mode:
+        raise error
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if Path(frame.filename).is_relative_to(_PACKAGE)]
+    where = f" at {Path(own[-1].filename).relative_to(_PACKAGE)}:{own[-1].lineno}" if own else ""
+    said = str(error).strip().split("\n")[0]
+    return _Fault(
+        f"distplb has a fault: {type(error).__name__}{where}{f' ({said})' if said else ''}; please report this line "
+        "with the command and its input. `python -X dev -m distplb` in place of `distplb` shows the traceback"
+    )
 
 
 def _warn(
@@ -84,7 +124,7 @@ def _warn(
     line: str | None = None,
 ) -> None:
     """`warnings.showwarning` without the line of code."""
-    click.echo(f"Warning: {printable(str(message))}", err=True)
+    click.echo(f"Warning: {one_line(str(message))}", err=True)
 
 
 @click.group("distplb", cls=_Commands, context_settings=_SETTINGS)

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
+from distplb.cli.given import GivenPath, Whole
 from distplb.planning.options import SearchOptions
 from distplb.topology import Topology
 
 __all__ = ["search_options", "topology_options"]
 
 Command = TypeVar("Command", bound=Callable[..., Any])
-_AT_LEAST_1 = click.IntRange(min=1)
+_AT_LEAST_1 = Whole()
 
 
 def _price(_context: click.Context, _parameter: click.Parameter, text: str) -> float | tuple[float, float]:
@@ -71,7 +71,11 @@ def search_options(command: Command) -> Callable[..., Any]:
 
     return _with(
         with_options,
-        click.option("--slots", type=_AT_LEAST_1, help="Slots of all GPUs; more than experts means replicas."),
+        click.option(
+            "--slots",
+            type=_AT_LEAST_1,
+            help="Slots of all GPUs; more than experts for replicas, as many where left out.",
+        ),
         click.option("--groups", type=_AT_LEAST_1, help="Groups of experts of a group-limited router."),
         click.option(
             "--mode",
@@ -82,7 +86,7 @@ def search_options(command: Command) -> Callable[..., Any]:
         ),
         click.option(
             "--current",
-            type=click.Path(path_type=Path),
+            type=GivenPath(),
             help="The placement in force, as --output writes it; contiguous where left out.",
         ),
         click.option(
@@ -93,7 +97,7 @@ def search_options(command: Command) -> Callable[..., Any]:
             help="Tokens of the whole load that a moved slot must save: one number, or INSIDE,BETWEEN nodes.",
         ),
         click.option("--candidates", type=_AT_LEAST_1, help="Starts for each layer; 4 where left out."),
-        click.option("--seed", type=click.IntRange(min=0), default=0, help="Of all that is random."),
+        click.option("--seed", type=Whole(0), default=0, show_default=True, help="Of all that is random."),
         click.option("--engine", help="reference, cpu or cuda; the fastest that is there where left out."),
     )
 

@@ -5,24 +5,49 @@ from __future__ import annotations
 import io
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import click
 from rich import box
-from rich.console import Console
+from rich.console import Console, JustifyMethod, OverflowMethod
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["console", "forgive_encodings", "json_option", "plain", "print_json", "printable", "progress", "table"]
+__all__ = [
+    "console",
+    "forgive_encodings",
+    "json_option",
+    "one_line",
+    "plain",
+    "print_hints",
+    "print_json",
+    "printable",
+    "progress",
+    "table",
+]
 
+_MOST_LETTERS = 600  # of one message, whose beginning says what was found and whose end what to pass
 _PIPE_WIDTH = 200  # columns; in a pipe nothing is cut off and lines are not wrapped
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 class _Console(Console):
+    def render_str(
+        self,
+        text: str,
+        *,
+        style: str | Style = "",
+        justify: JustifyMethod | None = None,
+        overflow: OverflowMethod | None = None,
+        **_: Any,
+    ) -> Text:
+        """Every string is shown as it is: rich would take brackets for markup, and names between colons for emoji."""
+        return Text(printable(text), style=style, justify=justify, overflow=overflow)
+
     def on_broken_pipe(self) -> None:
         raise BrokenPipeError  # rich would end the process with 1, which means something here
 
@@ -43,6 +68,12 @@ def printable(text: str) -> str:
     return "".join(letter if letter.isprintable() else "?" for letter in " ".join(text.split()))
 
 
+def one_line(text: str) -> str:
+    """`printable`, and of a length that can be read: the middle is left out."""
+    text = printable(text)
+    return text if len(text) <= _MOST_LETTERS else f"{text[: _MOST_LETTERS - 205]} ... {text[-200:]}"
+
+
 def plain(text: str) -> Text:
     """As it is: no markup, no control codes."""
     return Text(printable(text))
@@ -53,9 +84,9 @@ def table(first: str, *others: str, title: str | None = None) -> Table:
     found = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     if title is not None:
         found.title, found.title_justify, found.title_style = plain(title), "left", ""
-    found.add_column(first, overflow="fold")
+    found.add_column(plain(first), overflow="fold")
     for name in others:
-        found.add_column(name.replace(" ", "\n"), justify="right", no_wrap=True, vertical="bottom")
+        found.add_column(Text(name.replace(" ", "\n")), justify="right", no_wrap=True, vertical="bottom")
     return found
 
 
@@ -64,14 +95,20 @@ def print_json(document: Mapping[str, Any]) -> None:
     click.echo(json.dumps(document, indent=2, allow_nan=False))
 
 
+def print_hints(hints: Sequence[str]) -> None:
+    """What looks unlike a load of a job, a line each on standard error."""
+    for hint in hints:
+        click.echo(f"Hint: {one_line(hint)}", err=True)
+
+
 @contextmanager
 def progress(what: str) -> Iterator[Callable[[int, int], None]]:
     """What is to be called with (done, all) now and then; a bar on standard error where that is a terminal."""
     if not sys.stderr.isatty():
         yield lambda done, total: None
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=_Console(stderr=True), transient=True) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 

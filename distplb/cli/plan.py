@@ -13,12 +13,13 @@ import click
 from rich.table import Table
 
 from distplb.cli.empties import Empties
+from distplb.cli.given import GivenPath, OutputPath, refuse_overwriting
+from distplb.cli.hints import hints_of
 from distplb.cli.inputs import Inputs, read_inputs
 from distplb.cli.options import search_options, topology_options
-from distplb.cli.output import console, json_option, plain, print_json, progress, table
+from distplb.cli.output import console, json_option, plain, print_hints, print_json, progress, table
 from distplb.comm.base import WorldOfOne
 from distplb.cost import imbalance, known, mean_of_known, mean_of_layers, steps_with_tokens
-from distplb.errors import DistplbError
 from distplb.placement import Placement
 from distplb.planner import plan_in_stages
 from distplb.planning.options import SearchOptions
@@ -51,10 +52,10 @@ class _Row(NamedTuple):
 
 
 @click.command(epilog=_EXAMPLE)
-@click.argument("loads", type=click.Path(path_type=Path))
+@click.argument("loads", type=GivenPath())
 @topology_options
 @search_options
-@click.option("--output", type=click.Path(path_type=Path), help="Write the placement there, as JSON by layer.")
+@click.option("--output", type=OutputPath(), help="Write the placement there, as JSON by layer.")
 @click.option("--all", "show_all", is_flag=True, help=f"Show all layers, not only the {_MOST_ROWS} most uneven.")
 @json_option
 def plan(
@@ -69,10 +70,10 @@ def plan(
     """Plan a placement for LOADS and say what it is worth.
 
     LOADS are tokens of each expert: a distplb trace, or counts as .npy, .npz, .csv or .json, [layers, experts] or
-    [steps, layers, experts]. Imbalance is the fullest GPU over the mean GPU, the mean over the steps that have tokens.
+    [steps, layers, experts]. Imbalance is the fullest GPU over the mean GPU, the mean over steps that have tokens. A
+    load that looks like none of a job's is hinted at, on the standard error, or as "hints" of the JSON.
     """
-    if output is not None and not output.parent.is_dir():
-        raise DistplbError(f"there is no folder {output.parent}; make it, or pass another --output")
+    refuse_overwriting(output, loads)
     inputs = read_inputs(loads, topology, options, current)
     empties = Empties.of(inputs.load, inputs.layers)
     if empties.counted_steps:
@@ -82,10 +83,12 @@ def plan(
         rows = _rows(inputs, planned.placement)
     if output is not None:
         planned.placement.save(output, inputs.layers)
+    hints = hints_of(inputs.load, before=mean_of_layers([row.before for row in rows]), is_trace=inputs.has_steps)
     if as_json:
-        print_json(_document(loads, inputs, empties, planned.engine, rows, output))
+        print_json(_document(loads, inputs, empties, planned.engine, rows, output) | {"hints": hints})
     else:
         _print(inputs, empties, rows, show_all, output)
+        print_hints(hints)
 
 
 def _rows(inputs: Inputs, placement: Placement) -> list[_Row]:

@@ -21,7 +21,9 @@ from distplb.assumed import (
     steps_stood_for,
 )
 from distplb.cli.empties import Empties
-from distplb.cli.output import json_option, print_json, progress
+from distplb.cli.given import Amount, GivenPath, Whole, as_option
+from distplb.cli.hints import hints_of
+from distplb.cli.output import json_option, print_hints, print_json, progress
 from distplb.cli.replayed import Costs, Replayed, document, print_tables
 from distplb.errors import DistplbError
 from distplb.eventlog import read_events
@@ -53,15 +55,13 @@ def _options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 def _count(name: str, text: str, default: int | None = None) -> Callable[[Any], Any]:
-    return click.option(
-        name, type=click.IntRange(min=1), metavar="N", default=default, show_default=default is not None, help=text
-    )
+    return click.option(name, type=Whole(), metavar="N", default=default, show_default=default is not None, help=text)
 
 
-def _amount(name: str, text: str, default: float | None = None, most: float | None = None) -> Callable[[Any], Any]:
+def _amount(name: str, text: str, default: float | None = None, most: float = 1e18) -> Callable[[Any], Any]:
     return click.option(
         name,
-        type=click.FloatRange(min=0, max=most, min_open=True),
+        type=Amount(most=most),
         metavar="X",
         default=default,
         show_default=default is not None,
@@ -77,11 +77,12 @@ _of_the_trace = _options(
     _count("--megatron-expert-tp", "Their expert tensor parallel size.", 1),
 )
 _of_the_search = _options(
-    _count("--every", "Iterations between rebalances; about a twentieth of the trace where left out."),
+    _count("--every", "Iterations between rebalances; at most a twelfth of the trace where left out."),
     _count("--window", "The most steps that a plan is made from.", WINDOW_STEPS),
     _count("--candidates", "Starts for each layer; 4 where left out."),
     click.option("--engine", metavar="NAME", help="reference, cpu or cuda; the fastest that is there where left out."),
 )
+_MEGATRON = ("megatron_ep", "megatron_pipeline", "megatron_expert_tp")
 _COSTS = (
     "expert_parameters",
     "bytes_per_parameter",
@@ -97,13 +98,15 @@ _of_the_job = _options(
     _amount("--tokens-per-gpu", "Of the mean GPU in a step and layer, once for each expert.", _JOB.tokens_per_gpu),
     _amount("--bandwidth-inside", "GB/s of each GPU inside a node, all at once.", _JOB.bandwidth_inside / 1e9),
     _amount("--bandwidth-between", "GB/s of each GPU between nodes, all at once.", _JOB.bandwidth_between / 1e9),
-    _amount("--expert-share", "Of an iteration that experts take; without it, the time in experts is told.", most=1),
+    _amount(
+        "--expert-share", "Of an iteration that experts take, as 0.35; without it, the time in experts is told.", most=1
+    ),
     _amount("--stands-for", "Steps of the job for each recorded one; as iterations tell where left out."),
 )
 
 
 @click.command(epilog=_EPILOG)
-@click.argument("paths", metavar="TRACE...", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
+@click.argument("paths", metavar="TRACE...", nargs=-1, required=True, type=GivenPath(exists=True))
 @_of_the_trace
 @_of_the_search
 @_of_the_job
@@ -128,7 +131,7 @@ def replay(
     rank<number>.jsonl, or its earlier tokens_per_expert.log. Every step is judged under a plan that had not seen it.
     What tokens and moves cost is as the job measured it, where the folder has priced events and no other costs are
     named; else it is assumed. Exits with 0; with 1 under --exit-code where the answer is no; with 2 for wrong use or
-    input.
+    input. Hints as for `distplb plan`.
     """
     trace, side_by_side = _read(paths, megatron_ep, megatron_expert_tp, megatron_pipeline)
     topology = _topology(trace, nodes, gpus_per_node)
@@ -145,10 +148,12 @@ def replay(
         expert_share=options["expert_share"],
     )
     replayed = Replayed(study, costs, found, others, bound, told, Empties.of(trace.load, trace.layers))
+    hints = hints_of(trace.load, before=found[STATIC].imbalance, is_trace=True)
     if as_json:
-        print_json(document(replayed))
+        print_json(document(replayed) | {"hints": hints})
     else:
         print_tables(replayed)
+        print_hints(hints)
     if exit_code and told.answer == "no":
         sys.exit(1)
 
@@ -161,9 +166,17 @@ def _read(paths: Sequence[Path], ep: int | None, expert_tp: int, pipeline: int) 
     if is_megatron(paths):
         trace = Trace.from_megatron(*paths, num_gpus=ep, expert_tensor_parallel=expert_tp, pipeline_parallel=pipeline)
         return trace, num_ranks(paths) // (trace.placements[0].num_gpus * expert_tp * pipeline)
+    if given := _given(_MEGATRON):
+        raise DistplbError(f"{given[0]} is of Megatron-Core's files, and {paths[0]} is none; leave it out")
     if len(paths) > 1:
         raise DistplbError(f"{len(paths)} traces were named; pass one, or all ranks' files of Megatron-Core")
     return Trace.read(paths[0]), 1
+
+
+def _given(names: Sequence[str]) -> list[str]:
+    """The options that stand on the command line, of those whose parameters have these names."""
+    source = click.get_current_context().get_parameter_source
+    return [as_option(name, "") for name in names if source(name) is ParameterSource.COMMANDLINE]
 
 
 def _topology(trace: Trace, nodes: int, gpus_per_node: int | None) -> Topology:
@@ -178,8 +191,8 @@ def _topology(trace: Trace, nodes: int, gpus_per_node: int | None) -> Topology:
 
 def _recorded(run: Path) -> Costs | None:
     """Of a run's events, unless other costs are asked for."""
-    log, context = run / "events.jsonl", click.get_current_context()
-    if not log.is_file() or any(context.get_parameter_source(one) is ParameterSource.COMMANDLINE for one in _COSTS):
+    log = run / "events.jsonl"
+    if not log.is_file() or _given(_COSTS):
         return None
     found = recorded_costs(read_events(log))
     return None if found is None else Costs(*found)
@@ -189,7 +202,7 @@ def _assumed(trace: Trace, topology: Topology, options: Mapping[str, Any]) -> Co
     parameters = options["expert_parameters"]
     job = AssumedJob(
         seconds_per_token=OPERATIONS * parameters / options["tflops"] / 1e12,
-        bytes_per_slot=round(options["bytes_per_parameter"] * parameters),
+        bytes_per_slot=max(1, round(options["bytes_per_parameter"] * parameters)),
         tokens_per_gpu=options["tokens_per_gpu"],
         bandwidth_inside=options["bandwidth_inside"] * 1e9,
         bandwidth_between=options["bandwidth_between"] * 1e9,

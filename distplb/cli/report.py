@@ -6,13 +6,14 @@ from pathlib import Path
 
 import click
 
+from distplb.cli.given import GivenPath, OutputPath, Whole, refuse_overwriting
 from distplb.cli.output import console, json_option, plain, print_json, progress
 from distplb.errors import DistplbError
 from distplb.topology import Topology
 
 __all__ = ["report"]
 
-_AT_LEAST_1 = click.IntRange(min=1)
+_AT_LEAST_1 = Whole()
 _EPILOG = """\b
 Examples:
   distplb report run/
@@ -21,15 +22,15 @@ Examples:
 
 
 @click.command(epilog=_EPILOG)
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=GivenPath())
 @click.option(
     "--output",
-    type=click.Path(dir_okay=False, path_type=Path),
-    default=Path("report.html"),
+    type=OutputPath(),
+    default="report.html",
     show_default=True,
     help="The page to write.",
 )
-@click.option("--png", type=click.Path(file_okay=False, path_type=Path), help="A folder for the figures as PNG.")
+@click.option("--png", type=GivenPath(file_okay=False), help="A folder for the figures as PNG.")
 @click.option(
     "--every", type=_AT_LEAST_1, multiple=True, help="Iterations between rebalances to try on the trace; repeatable."
 )
@@ -50,6 +51,7 @@ def report(
     RUN is the folder of Rebalancer(record=...), its events.jsonl, or a trace (.npz). Other intervals between
     rebalances are tried where there is a trace.
     """
+    refuse_overwriting(output, run)
     if nodes > 1 and gpus_per_node is None:
         raise DistplbError(f"--nodes {nodes} without --gpus-per-node; pass both")
     try:

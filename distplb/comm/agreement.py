@@ -72,6 +72,8 @@ def raise_everywhere(
         text[: len(words)] = torch.frombuffer(bytearray(words), dtype=torch.uint8)
     text = text.to(comm.device)
     comm.broadcast(text, rank)
+    if comm.size == 1 and isinstance(error, kind):
+        raise error  # which knows more than its text
     told = bytes(text.tolist()).rstrip(b"\0").decode(errors="replace")
     raise kind(told if comm.size == 1 else f"rank {rank}: {told}") from error
 

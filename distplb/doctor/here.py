@@ -66,7 +66,7 @@ def versions() -> dict[str, str]:
 def local_ranks() -> int:
     """Ranks of the job on this node, as torchrun tells them; 1 where nobody does."""
     told = os.environ.get("LOCAL_WORLD_SIZE", "1")
-    return int(told) if told.isdecimal() else 1
+    return max(1, int(told)) if told.isdecimal() else 1
 
 
 def findings() -> Iterator[Finding]:

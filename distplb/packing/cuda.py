@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from distplb.errors import DistplbError
+from distplb.errors import DistplbError, OptionError
 from distplb.packing.candidates import noisy_keys
 from distplb.packing.settling import Terms, scans
 
@@ -424,6 +424,8 @@ def _check_packs(num_items: int, num_packs: int) -> None:
             f"{num_items} items cannot be packed evenly into {num_packs} packs; pass a divisor of {num_items}"
         )
     if num_items > MOST_ITEMS:
-        raise DistplbError(
-            f"a row has {num_items} items and engine 'cuda' packs at most {MOST_ITEMS}; pass engine='reference'"
+        raise OptionError(
+            "a row has {items} items and {engine} 'cuda' packs at most {most}; pass {engine:'reference'}",
+            items=num_items,
+            most=MOST_ITEMS,
         )

@@ -7,7 +7,7 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
-from distplb.errors import DistplbError
+from distplb.errors import OptionError
 from distplb.packing import cpu, cuda, reference
 from distplb.packing.settling import Terms
 
@@ -64,9 +64,14 @@ def engine_named(name: str | None, device: torch.device | str = "cpu") -> tuple[
         if torch.device(device).type == "cuda" and cuda.is_there():
             name = "cuda"
     if name not in _ENGINES:
-        raise DistplbError(f"engine {name!r} is not there; pass one of {', '.join(_ENGINES)}, or None")
+        known = ", ".join(_ENGINES)
+        raise OptionError(
+            "{engine} {name!r} is not there; pass one of {known}, or {engine:None}", name=name, known=known
+        )
     if (name == "cpu" and not cpu.is_there()) or (name == "cuda" and not cuda.is_there()):
-        raise DistplbError(f"engine {name!r} is not there: {_MISSING[name]}, or pass engine=None")
+        raise OptionError(
+            "{engine} {name!r} is not there: {missing}, or pass {engine:None}", name=name, missing=_MISSING[name]
+        )
     if name == "cpu":
         cpu.warm_up()
     return name, cast(Engine, _ENGINES[name])

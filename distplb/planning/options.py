@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from distplb.arguments import refuse_wrong_types
-from distplb.errors import DistplbError
+from distplb.errors import DistplbError, OptionError
 from distplb.packing.candidates import CANDIDATE_BITS
 from distplb.packing.engines import engine_named
 from distplb.placement import Placement
@@ -22,6 +22,7 @@ from distplb.topology import Topology
 
 __all__ = ["SearchOptions"]
 
+_MOST_SLOTS = 1 << 20  # of a layer; tables of more would not fit anywhere
 _MOST_PRICE = 2.0**200  # more than any load, in tokens or in time, and finite: 0 where a curve takes no time
 
 
@@ -75,6 +76,10 @@ class SearchOptions:
         self._check_current(topology, num_layers, num_experts)
         self._check_slot_class(num_experts)
 
+    @property
+    def _may_have_replicas(self) -> bool:
+        return self.mode == "remap" and self.slot_class is None
+
     def fields(self, num_experts: int) -> dict[str, int]:
         """What all ranks must share, as integers by name; the engine may differ."""
         return {
@@ -111,37 +116,48 @@ class SearchOptions:
 
     def _check_numbers(self) -> None:
         if not 1 <= self.candidates <= 1 << CANDIDATE_BITS:
-            raise DistplbError(f"num_candidates is {self.num_candidates}; pass 1 to 2^{CANDIDATE_BITS}")
+            raise OptionError(
+                "{num_candidates} is {found}; pass 1 to 2^{most}", found=self.num_candidates, most=CANDIDATE_BITS
+            )
         if not 0 <= self.seed < 1 << 62:
-            raise DistplbError(f"seed is {self.seed}; pass a whole number in [0, 2^62)")
+            raise OptionError("{seed} is {found}; pass a whole number in [0, 2^62)", found=self.seed)
         if self.mode not in ("permute", "remap"):
-            raise DistplbError(f"mode is {self.mode!r}; pass 'permute' or 'remap'")
+            raise OptionError("{mode} is {found!r}; pass 'permute' or 'remap'", found=self.mode)
         given = self._given_prices
         if len(given) != 2 or not all(_is_price(price) for price in given):
-            raise DistplbError(
-                f"move_price is {self.move_price!r}; pass tokens of the window for each moved slot, at least 0: one "
-                "number, or a pair (inside a node, between nodes)"
+            raise OptionError(
+                "{move_price} is {found!r}; pass tokens of the window for each moved slot, at least 0: one number, or "
+                "a pair (inside a node, between nodes)",
+                found=self.move_price,
             )
         if any(given) and self.current is None:
-            raise DistplbError(
-                f"move_price is {self.move_price!r} without current; pass the placement in force, or no price"
+            raise OptionError(
+                "{move_price} is {found!r} without {current}; pass the placement in force, or no price",
+                found=self.move_price,
             )
         engine_named(self.engine)
 
     def _check_slots(self, topology: Topology, num_experts: int) -> None:
         num_slots = self.slots(num_experts)
         if num_slots < num_experts:
-            raise DistplbError(
-                f"num_slots is {num_slots} for {num_experts} experts; every expert needs a slot: "
-                f"pass at least {_next_multiple(num_experts, topology.num_gpus)}"
+            raise self._too_few_slots(topology, num_experts)
+        if self.num_slots is not None and num_slots > _MOST_SLOTS:
+            raise OptionError(
+                "{num_slots} is {found}, more than can be planned; pass the slots of all GPUs together, at most {most}",
+                found=num_slots,
+                most=_MOST_SLOTS,
             )
+        if num_slots % topology.num_gpus:
+            raise self._uneven_slots(topology, num_experts)
         size = topology.slots_per_gpu(num_slots)
         if num_slots == num_experts:
             return
         if self.mode == "permute":
-            raise DistplbError(
-                f"num_slots is {num_slots} for {num_experts} experts, and mode 'permute' knows no replicas; "
-                f"pass mode='remap', or num_slots={num_experts}"
+            raise OptionError(
+                "{num_slots} is {found} for {experts} experts, and {mode} 'permute' knows no replicas; "
+                "pass {mode:'remap'}, or {num_slots:{experts}}",
+                found=num_slots,
+                experts=num_experts,
             )
         nodes = topology.num_nodes if self.num_groups is not None else 1
         if not self.allow_shared_replicas and size > num_experts // nodes:
@@ -150,26 +166,72 @@ class SearchOptions:
                 "pass allow_shared_replicas=True or fewer slots"
             )
 
+    def _too_few_slots(self, topology: Topology, num_experts: int) -> OptionError:
+        """Fewer than experts: perhaps those of one GPU were meant, or those beyond one for each expert."""
+        num_slots, gpus = self.slots(num_experts), topology.num_gpus
+        least, all_ = _next_multiple(num_experts, gpus), num_slots * gpus
+        more = _next_multiple(num_experts + num_slots, gpus)
+        remedies = [] if all_ == least else ["at least {num_slots:{least}}"]
+        if num_slots > 0 and self._may_have_replicas and more <= _MOST_SLOTS:
+            remedies.append("{num_slots:{more}} for {extra} more than experts")
+        if all_ == num_experts or (self._may_have_replicas and num_experts < all_ <= _MOST_SLOTS):
+            remedies.append("{num_slots:{all_}} for {found} on each of {gpus} GPUs")
+        return OptionError(
+            "{num_slots} is {found} for {experts} experts; it counts the slots of all GPUs, and every expert needs "
+            f"one: pass {', or '.join(remedies)}",
+            found=num_slots,
+            experts=num_experts,
+            gpus=gpus,
+            least=least,
+            more=more,
+            extra=more - num_experts,
+            all_=all_,
+        )
+
+    def _uneven_slots(self, topology: Topology, num_experts: int) -> OptionError:
+        """GPUs cannot share these slots evenly."""
+        num_slots = self.slots(num_experts)
+        fits = _next_multiple(num_slots, topology.num_gpus)
+        what = "{slots} slots cannot be spread evenly over {gpus} GPUs ({nodes} nodes × {each}); pass "
+        replicas = "{num_slots:{fits}}, {extra} more than experts, or "
+        may_have = self._may_have_replicas and fits <= _MOST_SLOTS
+        return OptionError(
+            f"{what}{replicas if may_have else ''}{{num_nodes}} and {{gpus_per_node}} whose product divides {{slots}}",
+            slots=num_slots,
+            gpus=topology.num_gpus,
+            nodes=topology.num_nodes,
+            each=topology.gpus_per_node,
+            fits=fits,
+            extra=fits - num_experts,
+        )
+
     def _check_groups(self, topology: Topology, num_experts: int) -> None:
         groups = self.num_groups
         if groups is None:
             return
         if groups < 1 or num_experts % groups:
-            raise DistplbError(
-                f"num_groups is {groups}, which does not divide {num_experts} experts; pass the number of groups of "
-                "the router, or leave it out"
+            raise OptionError(
+                "{num_groups} is {groups}, which does not divide {experts} experts; pass the number of groups of the "
+                "router, or leave it out",
+                groups=groups,
+                experts=num_experts,
             )
         if self.mode == "remap" and groups % topology.num_nodes:
-            raise DistplbError(
-                f"num_groups is {groups}, which {topology.num_nodes} nodes cannot share evenly; pass a multiple of "
-                f"{topology.num_nodes}, or leave it out to plan without groups"
+            raise OptionError(
+                "{num_groups} is {groups}, which {nodes} nodes cannot share evenly; pass a multiple of {nodes}, or "
+                "leave it out to plan without groups",
+                groups=groups,
+                nodes=topology.num_nodes,
             )
         block, size = num_experts // groups, num_experts // topology.num_gpus
         if self.mode == "permute" and block % size and size % block:
-            raise DistplbError(
-                f"a block of {block} slots (num_groups is {groups}) neither fills whole GPUs of {size} slots nor "
+            raise OptionError(
+                "a block of {block} slots ({num_groups} is {groups}) neither fills whole GPUs of {size} slots nor "
                 "divides them, so no block permutation evens out the GPUs; use a number of GPUs that divides "
-                f"{groups} or is a multiple of it"
+                "{groups} or is a multiple of it",
+                block=block,
+                groups=groups,
+                size=size,
             )
 
     def _check_current(self, topology: Topology, num_layers: int, num_experts: int) -> None:
@@ -179,9 +241,18 @@ class SearchOptions:
         found = (current.num_layers, current.num_experts, current.num_slots, current.num_gpus)
         wanted = (num_layers, num_experts, self.slots(num_experts), topology.num_gpus)
         if found != wanted:
-            raise DistplbError(
-                f"current has (layers, experts, slots, GPUs) = {found}, the load and topology {wanted}; "
-                "pass the placement in force of the same model"
+            differ = [at for at in range(4) if found[at] != wanted[at]]
+            remedy = "pass the placement in force of the same model"
+            if differ == [2]:
+                remedy += ", or {num_slots:{slots}}"
+            elif differ == [3]:
+                remedy += ", or {num_nodes} and {gpus_per_node} of {gpus} GPUs"
+            raise OptionError(
+                "{current} has (layers, experts, slots, GPUs) = {found}, the load and topology {wanted}; " + remedy,
+                found=found,
+                wanted=wanted,
+                slots=current.num_slots,
+                gpus=current.num_gpus,
             )
 
     def _check_slot_class(self, num_experts: int) -> None:

@@ -148,7 +148,7 @@ class Run:
             )
         if found == topology.num_gpus:
             return trace
-        topology.slots_per_gpu(trace.num_experts)
+        topology.experts_per_gpu(trace.num_experts)
         begun = Placement.contiguous(trace.num_layers, trace.num_experts, topology.num_gpus)
         return replace(trace, placements=(begun,), placement_of_step=torch.zeros_like(trace.placement_of_step))
 
