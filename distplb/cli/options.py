@@ -83,7 +83,7 @@ def search_options(command: Command) -> Callable[..., Any]:
         click.option(
             "--current",
             type=click.Path(path_type=Path),
-            help="The placement in force, as --output writes it; contiguous where left out.",
+            help="The placement in force, as --output or another project writes it; contiguous where left out.",
         ),
         click.option(
             "--move-price",

@@ -64,8 +64,9 @@ def plan(
 ) -> None:
     """Plan a placement for LOADS and say what it is worth.
 
-    LOADS are tokens of each expert: a distplb trace, or counts as .npy, .npz, .csv or .json, [layers, experts] or
-    [steps, layers, experts]. Imbalance is the fullest GPU over the mean GPU, the mean over the steps.
+    LOADS are tokens of each expert: a distplb trace, or counts as .npy, .npz, .csv, .tsv, .txt, .json, .yaml, .pt or
+    .safetensors, [layers, experts] or [steps, layers, experts]. Imbalance is the fullest GPU over the mean GPU, the
+    mean over the steps.
     """
     if output is not None and not output.parent.is_dir():
         raise DistplbError(f"there is no folder {output.parent}; make it, or pass another --output")

@@ -25,6 +25,7 @@ from distplb.cli.replayed import Costs, Replayed, document, print_tables
 from distplb.errors import DistplbError
 from distplb.eventlog import read_events
 from distplb.topology import Topology
+from distplb.traces.loads import read_trace
 from distplb.traces.trace import Trace
 from distplb.verdict import verdict
 
@@ -123,11 +124,13 @@ def replay(
     """Say what rebalancing would have saved on a recorded trace, and whether to install it.
 
     TRACE is a .npz file or the folder of Rebalancer(record=...), or Megatron-Core's folder tokens_per_expert or its
-    files rank<number>.jsonl. Every step is judged under a plan that had not seen it. What tokens and moves cost is as
+    files rank<number>.jsonl, or counts [steps, layers, experts] as distplb plan reads them, with --gpus-per-node; their
+    steps are iterations. Every step is judged under a plan that had not seen it. What tokens and moves cost is as
     the job measured it, where the folder has priced events and no other costs are named; else it is assumed. Exits with
     0; with 1 under --exit-code where the answer is no; with 2 for wrong use or input.
     """
-    trace, side_by_side = _read(paths, megatron_ep, megatron_expert_tp, megatron_pipeline)
+    gpus = None if gpus_per_node is None else nodes * gpus_per_node
+    trace, side_by_side = _read(paths, gpus, megatron_ep, megatron_expert_tp, megatron_pipeline)
     topology = _topology(trace, nodes, gpus_per_node)
     costs = _recorded(paths[0]) or _assumed(trace, topology, options)
     study = _study(trace, side_by_side, topology, costs, options)
@@ -153,7 +156,7 @@ def replay(
 # --- what is read -----------------------------------------------------------------------------------------------
 
 
-def _read(paths: Sequence[Path], ep: int | None, expert_tp: int, pipeline: int) -> tuple[Trace, int]:
+def _read(paths: Sequence[Path], gpus: int | None, ep: int | None, expert_tp: int, pipeline: int) -> tuple[Trace, int]:
     """The trace, and how many EP groups have their steps of the same time in it."""
     first = paths[0]
     is_megatron = first.suffix == ".jsonl" or (first.is_dir() and any(first.glob("rank*.jsonl")))
@@ -163,7 +166,7 @@ def _read(paths: Sequence[Path], ep: int | None, expert_tp: int, pipeline: int) 
         return trace, ranks // (trace.placements[0].num_gpus * expert_tp * pipeline)
     if len(paths) > 1:
         raise DistplbError(f"{len(paths)} traces were named; pass one, or all ranks' files of Megatron-Core")
-    return Trace.read(first), 1
+    return read_trace(first, gpus), 1
 
 
 def _topology(trace: Trace, nodes: int, gpus_per_node: int | None) -> Topology:

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from distplb.documents.text import parse_json
 from distplb.errors import DistplbError
 from distplb.placement import Placement
 from distplb.traces.files import ArrayFile, write_arrays
@@ -224,20 +225,36 @@ def _trace_of(file: ArrayFile) -> Trace:
     if file.shapes["about"][0] > _MAX_ABOUT_BYTES:
         raise DistplbError(f"{file.path} has names and a note of {file.shapes['about'][0]} bytes; write it anew")
     try:
-        about = json.loads(file.read("about").tobytes())
-        if about["format"] != "distplb.trace" or about["version"] != _FORMAT_VERSION:
+        about = parse_json(file.read("about").tobytes())
+        if (
+            about["format"] != "distplb.trace"
+            or type(about["version"]) is not int
+            or about["version"] != _FORMAT_VERSION
+        ):
             raise DistplbError(
                 f"it is {str(about['format'])[:40]!r}, version {str(about['version'])[:40]}; "
                 f"this distplb reads 'distplb.trace', version {_FORMAT_VERSION}"
             )
         load = _int64(file.read("load"))
         tables = _int64(file.read("expert_of_slot"))
-        placements = tuple(Placement(table, load.shape[2], int(about["num_gpus"])) for table in tables)
+        placements = tuple(Placement(table, load.shape[2], _num_gpus(about["num_gpus"])) for table in tables)
         index, iteration = (_int64(file.read(name)) for name in ("placement_of_step", "iteration"))
-        layers = tuple(str(name) for name in about["layers"])
+        layers = _names(about["layers"])
         return Trace(load, placements, index, iteration, layers, str(about["note"]))
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError, DistplbError) as error:
         raise DistplbError(f"{file.path} is not a trace ({error})") from error
+
+
+def _num_gpus(value: Any) -> int:
+    if type(value) is not int or value < 1:
+        raise DistplbError(f"its num_gpus is {value!r:.40}, which is no number of GPUs")
+    return value
+
+
+def _names(values: Any) -> tuple[str, ...]:
+    if not isinstance(values, list) or not all(type(name) in (str, int) for name in values):
+        raise DistplbError(f"its layers are {values!r:.40}, which is no list of names")
+    return tuple(str(name) for name in values)
 
 
 def _int64(values: NDArray[Any]) -> Tensor:
