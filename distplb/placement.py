@@ -23,7 +23,7 @@ from distplb.errors import DistplbError
 __all__ = ["Placement", "load_placement"]
 
 _FORMAT_VERSION = 1
-_MOST_BYTES = 1 << 30  # of memory, for 10,000 layers of 1,000 slots as text
+_MOST_BYTES = 1 << 30  # of memory: enough for 10,000 layers of 500 slots as text
 _WANTED = "one written by Placement.save, or an object with physical_to_logical_map"
 _DIGEST_BITS = 62  # fits an int64 and its negative, so that a MIN all-reduce of both can compare it
 

@@ -123,5 +123,7 @@ def _header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
 
 
 def _unreadable(where: str, damage: Exception) -> DistplbError:
+    if isinstance(damage, OSError) and damage.strerror:
+        return DistplbError(f"{where} cannot be read ({damage.strerror})")
     why = " ".join(str(damage).split()) or type(damage).__name__
     return DistplbError(f"{where} cannot be read ({why[:200]}); it is damaged or cut off: write it anew")

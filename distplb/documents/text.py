@@ -11,7 +11,7 @@ from distplb.errors import DistplbError
 
 __all__ = ["parse_json", "read_json", "read_text", "read_yaml"]
 
-_GROWTH = 16  # bytes in memory for each byte of text, where it is numbers in lists
+_GROWTH = 32  # bytes in memory, at the most, for each byte of text that is numbers
 _MOST_YAML = 1 << 24  # bytes; PyYAML reads about one megabyte in a second
 _WHOLE = re.compile(r"-?(0|[1-9][0-9]*)")  # YAML 1.1 also reads 010 as 8 and 1:30 as 90
 

@@ -86,6 +86,8 @@ def counts_of(path: Path, document: Any) -> Table:
         rank = document.get("rank")
         if rank is not None and key not in _SUMMED:
             raise DistplbError(f"{path} is of rank {str(rank)[:20]} alone; add up {key!r} over all ranks")
+        if isinstance(document[key], Mapping):
+            return _by_layer(path, document[key])
         return Table(_array(path, document[key], f"{path}: {key!r}"), None)
     if isinstance(document, list) and document and all(isinstance(one, Mapping) for one in document):
         return _records(path, document)

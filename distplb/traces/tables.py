@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from distplb.documents.text import read_text
 from distplb.errors import DistplbError
-from distplb.traces.numbers import Cell, counts, is_number
+from distplb.traces.numbers import counts, is_number
 
 __all__ = ["Line", "Table", "read_table", "role_of", "table_of"]
 
@@ -166,8 +166,8 @@ def _header(path: Path, lines: list[Line]) -> list[str] | None:
         return cells
     if len(cells) > 3 and set(cells) in [{str(number) for number in _from(first, cells)} for first in (0, 1)]:
         raise DistplbError(
-            f"{path}, {place} has each number from {min(map(int, cells))} to {max(map(int, cells))}, and may be a header or "
-            "counts; pass a header such as 'layer,0,1,2', and names of the layers"
+            f"{path}, {place} has each number from {min(map(int, cells))} to {max(map(int, cells))}, and may be a "
+            "header or counts; pass a header such as 'layer,0,1,2', and names of the layers"
         )
     return None
 
@@ -269,10 +269,12 @@ def _values(path: Path, rows: list[Line], columns: list[int]) -> NDArray[Any]:
     texts = [line.cells[column] for line in rows for column in columns]
     if all(len(text) < 19 and text.isascii() and text.isdecimal() for text in texts):
         return np.array([int(text) for text in texts]).reshape(len(rows), len(columns))
-    cells = [
-        Cell(line.cells[column], f"{path}, {line.place}, column {column + 1}") for line in rows for column in columns
-    ]
-    return _int64(counts(cells)).reshape(len(rows), len(columns))
+
+    def place(at: int) -> str:
+        row, column = divmod(at, len(columns))
+        return f"{path}, {rows[row].place}, column {columns[column] + 1}"
+
+    return _int64(counts(texts, place)).reshape(len(rows), len(columns))
 
 
 def _int64(numbers: list[int]) -> NDArray[Any]:
@@ -340,9 +342,10 @@ def _in_step(column: int | None, step: int) -> str:
 
 
 def _whole(path: Path, line: Line, column: int) -> int:
-    found = counts([Cell(line.cells[column], f"{path}, {line.place}, column {column + 1}")])[0]
+    place = f"{path}, {line.place}, column {column + 1}"
+    found = counts([line.cells[column]], lambda _: place)[0]
     if found < 0:
-        raise DistplbError(f"{path}, {line.place}, column {column + 1}: {found} is no number of a step or an expert")
+        raise DistplbError(f"{place}: {found} is no number of a step or an expert")
     return found
 
 
