@@ -25,6 +25,7 @@ from distplb import DistplbError, Placement, Topology
 from distplb.report.run import Run
 from distplb.traces.loads import read_loads
 
+SUFFIXES = [".csv", ".tsv", ".txt", ".json", ".yaml", ".npy", ".npz", ".pt", ".safetensors"]
 COUNTS = [[5, 1, 0, 2], [3, 3, 7, 1]]  # [L, E]
 STEPS = [COUNTS, [[1, 1, 1, 1], [0, 9, 0, 0]]]  # [T, L, E]
 
@@ -198,6 +199,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "tag.yaml": (lambda path: path.write_text("!!python/object/apply:os.getcwd []"), "is not YAML that can be read"),
     "twice.yaml": (lambda path: path.write_text("a: [1, 2]\na: [3, 4]\n"), "an object names 'a' twice"),
     "deep.yaml": (lambda path: path.write_text("[" * 1_000), "is not YAML that can be read .*recursion"),
+    "control.yaml": (lambda path: path.write_text("a: \x01"), "unacceptable character #x0001"),
     "cut.yaml": (lambda path: path.write_text("a: [1,\n"), r"is not YAML that can be read \(line 2: "),
     "two.npz": (lambda path: np.savez(path, load_history=COUNTS, counts=COUNTS), "has 'load_history', 'counts'; pass"),
     "large-header.npz": (large_header, "NumPy's format 2.0 is not known for numbers"),
@@ -251,6 +253,21 @@ def test_every_format_has_a_limit(name: str, tmp_path: Path) -> None:
         read_loads(tmp_path / name, max_bytes=40)
 
 
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_ten_gigabytes_are_refused_unread(suffix: str, tmp_path: Path) -> None:
+    """A file of text was refused above a limit, and a placement was read whole, whatever it was."""
+    path = tmp_path / f"a{suffix}"
+    with path.open("wb") as file:
+        file.truncate(10 << 30)  # sparse: it takes no room
+    tracemalloc.start()
+    for read in (read_loads, Placement.load):
+        with pytest.raises(DistplbError, match=f"a{suffix} .*(has 10737418240 bytes|cannot be read|has no header)"):
+            read(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 22
+
+
 def test_yaml_without_pyyaml_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.yaml").write_text("a: [1, 2]\n")
     monkeypatch.setitem(sys.modules, "yaml", None)
@@ -288,7 +305,7 @@ CONTENTS = (
 
 @settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    suffix=st.sampled_from([".csv", ".tsv", ".txt", ".json", ".yaml", ".npy", ".npz", ".pt", ".safetensors"]),
+    suffix=st.sampled_from(SUFFIXES),
     content=CONTENTS,
 )
 def test_whatever_a_file_holds_no_other_error_comes_out(tmp_path: Path, suffix: str, content: bytes) -> None:

@@ -12,7 +12,8 @@ from distplb.errors import DistplbError
 __all__ = ["parse_json", "read_json", "read_text", "read_yaml"]
 
 _GROWTH = 32  # bytes in memory, at the most, for each byte of text that is numbers
-_MOST_YAML = 1 << 24  # bytes; PyYAML reads about one megabyte in a second
+_YAML_GROWTH = 256  # PyYAML has a node, and two marks, for each number
+_MOST_YAML = 1 << 24  # bytes
 _WHOLE = re.compile(r"-?(0|[1-9][0-9]*)")  # YAML 1.1 also reads 010 as 8 and 1:30 as 90
 
 # How files begin that are no text.
@@ -92,13 +93,13 @@ def read_yaml(path: Path, max_bytes: int) -> Any:
         import yaml
     except ImportError as missing:
         raise DistplbError(f"{path} needs PyYAML; pip install pyyaml, or pass it as JSON") from missing
-    text = read_text(path, min(max_bytes, _MOST_YAML * _GROWTH))
+    text = read_text(path, min(max_bytes // _YAML_GROWTH, _MOST_YAML) * _GROWTH)
     try:
         return _plain(yaml.compose(text, Loader=yaml.SafeLoader), set())
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         where = "" if mark is None else f"line {mark.line + 1}: "
-        why = getattr(error, "problem", None) or str(error)
+        why = " ".join((getattr(error, "problem", None) or str(error)).split())
         raise DistplbError(f"{path} is not YAML that can be read ({where}{why[:200]})") from error
 
 
