@@ -251,7 +251,7 @@ def _in_file(path: Path, found: SlotMap, layer_names: Sequence[str] | None, *, a
     if found.named == "numbers" and not set(names) & set(rows):
         numbers = [re.findall(r"[0-9]+", name) for name in names]
         if all(len(one) == 1 for one in numbers):  # such as model.layers.3.mlp
-            names = [str(int(number)) for (number,) in numbers]
+            names = [number.lstrip("0") or "0" for (number,) in numbers]
     missing = [name for name in names if name not in found.rows]
     if missing:
         raise DistplbError(f"{path} has no layer {missing[0][:80]!r}; it has {_few(rows)}")

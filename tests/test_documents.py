@@ -298,6 +298,18 @@ def test_damaged_files_are_errors_of_ours_or_still_counts(
 
 
 TEXTS = st.text("0123456789,;.[]{}:\"'-+eE_ \t\n\r#&*!|%nulaytrsp\0\ufeff", max_size=40)
+NAMES = "layer expert count step rank total index e0 e1 layer0 a nan".split()
+WORDS = st.sampled_from([*NAMES, *"-1 1.5 1,000 1.000 2e1 0 1 2 3 12".split(), "", "9" * 5000])
+TABLES = st.lists(st.lists(WORDS, min_size=1, max_size=4).map(";".join), min_size=1, max_size=5).map("\n".join)
+KEYS = st.sampled_from(
+    "load logical_count counts rank records total 0 a layer expert format version num_experts num_gpus expert_of_slot "
+    "physical_to_logical_map initial_global_assignments num_slots layer_list layer_id moe_layer_count device_list "
+    "device_id device_count device_expert".split()
+)
+VALUES = st.sampled_from([0, 1, 2, 3, -1, 1.5, 2.0, True, None, "a", "distplb.placement", 2**70, 10**400, 1e400])
+DOCUMENTS = st.recursive(
+    VALUES, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(KEYS, inner, max_size=4), max_leaves=12
+).map(json.dumps)
 CONTENTS = (
     TEXTS.map(str.encode) | st.binary(max_size=200) | st.binary(max_size=100).map(lambda data: b"PK\x03\x04" + data)
 )

@@ -34,7 +34,8 @@ _ROLES = {
     "index": "index unnamed:_0",
 }
 _ROLE = {name: role for role, names in _ROLES.items() for name in names.split()}
-_NUMBERED = re.compile(r"(.*?)([0-9]{1,9})")
+_INDEX = re.compile(r"[0-9]{1,9}")
+_NUMBERED = re.compile(r"(.*?)([0-9]{1,9})", re.DOTALL)
 
 
 class Table(NamedTuple):
@@ -154,7 +155,7 @@ def _header(path: Path, lines: list[Line]) -> list[str] | None:
         return cells if len(lines) > 1 or corner else None
     experts = [cell for at, cell in enumerate(cells) if not (roles[at] or (at == 0 and not cell))]
     if corner or any(roles):
-        numbers = sorted(int(cell) for cell in experts if cell.isdecimal())
+        numbers = sorted(int(cell) for cell in experts if _INDEX.fullmatch(cell))
         if len(numbers) < len(experts) or numbers not in (_from(0, experts), _from(1, experts)):
             first = next(cell for cell in cells if role_of(cell)) if any(roles) else ""
             raise DistplbError(
@@ -359,7 +360,7 @@ def _grid(path: Path, rows: Mapping[tuple[int, str], tuple[str, Any]], names: li
     """`[T, L, E]`: steps in the order of their numbers, layers in that of theirs, or in which they come."""
     steps = sorted({step for step, _ in rows})
     layers = list(dict.fromkeys(layer for _, layer in rows))
-    if all(layer.isdecimal() for layer in layers):
+    if all(_INDEX.fullmatch(layer) for layer in layers):
         layers.sort(key=int)
     for step in steps:
         for layer in layers:
