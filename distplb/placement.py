@@ -239,6 +239,8 @@ def _in_file(path: Path, found: SlotMap, layer_names: Sequence[str] | None, *, a
     if layer_names is None:
         return rows
     names = [str(name) for name in layer_names]
+    if not names:
+        raise DistplbError(f"{path}: no layer is asked for; name one of {_few(rows)}")
     if len(set(names)) != len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise DistplbError(f"{path}: layer {twice[:80]!r} is asked for twice; name each layer once")

@@ -201,11 +201,15 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "deep.yaml": (lambda path: path.write_text("[" * 1_000), "is not YAML that can be read .*recursion"),
     "control.yaml": (lambda path: path.write_text("a: \x01"), "unacceptable character #x0001"),
     "cut.yaml": (lambda path: path.write_text("a: [1,\n"), r"is not YAML that can be read \(line 2: "),
+    "one-rank.npz": (lambda path: np.savez(path, load=COUNTS, rank=1), "has 'rank' beside 'load', and is of one rank"),
     "two.npz": (lambda path: np.savez(path, load_history=COUNTS, counts=COUNTS), "has 'load_history', 'counts'; pass"),
     "large-header.npz": (large_header, "NumPy's format 2.0 is not known for numbers"),
     "float16.npy": (lambda path: np.save(path, np.array([[4096, 1]], "f2")), "at most 2048 in float16, which rounds"),
     "float32.npy": (lambda path: np.save(path, np.array([[2**25, 1]], "f4")), "at most 16777216 in float32"),
-    "one-rank.json": (lambda path: path.write_text('{"rank": 1, "counts": [[1, 2]]}'), "is of rank 1 alone; add up"),
+    "one-rank.json": (
+        lambda path: path.write_text('{"rank": 1, "counts": [[1, 2]]}'),
+        "has 'rank' beside 'counts', and is of one rank; add up all ranks",
+    ),
     "objects.json": (lambda path: path.write_text('{"0": {"0": 1}}'), "'0' is an object, as pandas writes them"),
     "unlike.json": (lambda path: path.write_text('[{"0": 1}, {"1": 1}]'), "object 1 has other names than the first"),
     "holes.json": (lambda path: path.write_text('[{"0": 1, "1": null}]'), "object 0: null is not a count"),
@@ -298,13 +302,29 @@ def test_damaged_files_are_errors_of_ours_or_still_counts(
 
 
 TEXTS = st.text("0123456789,;.[]{}:\"'-+eE_ \t\n\r#&*!|%nulaytrsp\0\ufeff", max_size=40)
-NAMES = "layer expert count step rank total index e0 e1 layer0 a nan".split()
-WORDS = st.sampled_from([*NAMES, *"-1 1.5 1,000 1.000 2e1 0 1 2 3 12".split(), "", "9" * 5000])
+NAMES = ["layer", "expert", "count", "step", "rank", "total", "index", "e0", "e1", "layer0", "a", "nan"]
+WORDS = st.sampled_from([*NAMES, *["-1", "1.5", "1,000", "1.000", "2e1", "0", "1", "2", "3", "12"], "", "9" * 5000])
 TABLES = st.lists(st.lists(WORDS, min_size=1, max_size=4).map(";".join), min_size=1, max_size=5).map("\n".join)
 KEYS = st.sampled_from(
-    "load logical_count counts rank records total 0 a layer expert format version num_experts num_gpus expert_of_slot "
-    "physical_to_logical_map initial_global_assignments num_slots layer_list layer_id moe_layer_count device_list "
-    "device_id device_count device_expert".split()
+    [
+        *[
+            "load",
+            "logical_count",
+            "counts",
+            "rank",
+            "records",
+            "total",
+            "0",
+            "a",
+            "layer",
+            "expert",
+            "format",
+            "version",
+        ],
+        *["num_experts", "num_gpus", "expert_of_slot", "physical_to_logical_map", "initial_global_assignments"],
+        *["num_slots", "layer_list", "layer_id", "moe_layer_count", "device_list", "device_id", "device_count"],
+        "device_expert",
+    ]
 )
 VALUES = st.sampled_from([0, 1, 2, 3, -1, 1.5, 2.0, True, None, "a", "distplb.placement", 2**70, 10**400, 1e400])
 DOCUMENTS = st.recursive(

@@ -334,6 +334,8 @@ def test_layers_experts_and_gpus_that_are_asked_for_must_be_the_files(tmp_path: 
         Placement.load(path, num_gpus=7)
     with pytest.raises(DistplbError, match=r"layer 'blocks.2.moe' is asked for twice"):
         Placement.load(path, [NAMES[1], NAMES[1]])
+    with pytest.raises(DistplbError, match=r"no layer is asked for; name one of blocks.0.moe"):
+        Placement.load(path, [])
     with pytest.raises(DistplbError, match="1 different layer names for 3 layers"):
         permuted.save(path, [1, "1", "1"])  # type: ignore[list-item]
 

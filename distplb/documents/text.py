@@ -119,7 +119,12 @@ def _plain(node: Any, seen: set[int]) -> Any:
         return _different(pairs)
     if kind == "int" and _WHOLE.fullmatch(node.value):
         return int(node.value)
-    if kind in ("str", "null", "bool", "float"):
-        values = {"null": None, "bool": node.value.lower() in ("true", "yes", "on")}
-        return float(node.value) if kind == "float" and node.value[-1].isdigit() else values.get(kind, node.value)
+    if kind == "float" and node.value[-1].isdigit():
+        return float(node.value)
+    if kind == "bool":
+        return node.value.lower() in ("true", "yes", "on")
+    if kind in ("str", "float"):  # .nan and .inf are texts here, which no count is
+        return node.value
+    if kind == "null":
+        return None
     raise ValueError(f"line {line} has {node.value!r:.40}, which is no plain number, text, list or object")

@@ -33,7 +33,7 @@ _COUNTS = (
     *("load", "loads", "logical_count", "expert_load", "expert_loads", "logical_expert_load", "load_history"),
     *("expert_count", "expert_counts", "tokens_per_expert", "counts"),
 )
-_SUMMED = ("load", "logical_count")  # over the ranks, whoever wrote them
+_SUMMED = "logical_count"  # over all ranks, although SGLang writes the number of one beside it
 # What is no count of experts over all ranks, and what to do.
 _OTHERS = {
     "expert_load_window": "is a ring of one rank's tokens on physical experts: add up the ranks and the replicas",
@@ -55,12 +55,12 @@ def key_of_counts(path: Path, names: Sequence[str]) -> str | None:
     Raises:
         DistplbError: if several may be meant, or what is there is something else.
     """
-    if "load" in names:
-        return "load"
-    found = [name for name in names if name in _COUNTS]
+    found = ["load"] if "load" in names else [name for name in names if name in _COUNTS]
     if len(found) > 1:
         raise DistplbError(f"{path} has {_listed(found)}; pass a file of one of them, or name it 'load'")
     if found:
+        if "rank" in names and found[0] != _SUMMED:
+            raise DistplbError(f"{path} has 'rank' beside {found[0]!r}, and is of one rank; add up all ranks")
         return found[0]
     for name, why in _OTHERS.items():
         if name in names:
@@ -83,9 +83,6 @@ def counts_of(path: Path, document: Any) -> Table:
         key = key_of_counts(path, list(document))
         if key is None:
             return _by_layer(path, document)
-        rank = document.get("rank")
-        if rank is not None and key not in _SUMMED:
-            raise DistplbError(f"{path} is of rank {str(rank)[:20]} alone; add up {key!r} over all ranks")
         if isinstance(document[key], Mapping):
             return _by_layer(path, document[key])
         return Table(_array(path, document[key], f"{path}: {key!r}"), None)

@@ -308,7 +308,7 @@ _DUMPS = [
     ),
     _counts(
         "JSON: expert_load of rank 3",
-        "refused: a.json is of rank 3 alone; add up 'expert_load' over all ranks",
+        "refused: a.json has 'rank' beside 'expert_load', and is of one rank; add up all ranks",
         "a.json",
         '{"rank": 3, "expert_load": [[5, 3]]}',
     ),
