@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +16,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from distplb.documents.maps import MAPS, SlotMap, slot_map
+from distplb.documents.read import check_is_file, read_document
 from distplb.errors import DistplbError
 
-__all__ = ["Placement"]
+__all__ = ["Placement", "load_placement"]
 
 _FORMAT_VERSION = 1
+_MOST_BYTES = 1 << 30  # of memory: enough for 10,000 layers of 500 slots as text
+_WANTED = "one written by Placement.save, or an object with physical_to_logical_map"
 _DIGEST_BITS = 62  # fits an int64 and its negative, so that a MIN all-reduce of both can compare it
 
 
@@ -144,7 +149,11 @@ class Placement:
         return int.from_bytes(hashlib.sha256(data).digest()[:8], "big") >> (64 - _DIGEST_BITS)
 
     def save(self, path: str | os.PathLike[str], layer_names: Sequence[str] | None = None) -> None:
-        """Write the placement as JSON, keyed by layer name ("0", "1", ... where none are given)."""
+        """Write the placement as JSON, keyed by layer name ("0", "1", ... where none are given).
+
+        Raises:
+            DistplbError: if the names are not one for each layer, all different.
+        """
         names = _checked_names(layer_names, self.num_layers)
         document = {
             "format": "distplb.placement",
@@ -159,37 +168,111 @@ class Placement:
         draft.replace(path)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], layer_names: Sequence[str] | None = None) -> Placement:
-        """Read what `save` wrote; rows come in the order of `layer_names`, or of the file.
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        layer_names: Sequence[str] | None = None,
+        *,
+        num_experts: int | None = None,
+        num_gpus: int | None = None,
+    ) -> Placement:
+        """Read what `save` wrote, or a map that another project wrote; see the README's table of files.
+
+        Args:
+            path: of JSON, whatever it is named; or of YAML, `.pt`, `.safetensors` or `.npz` by its suffix.
+            layer_names: the rows' order; where None, the file's. Of a file of `save` they may be some of the layers, as
+                those of a pipeline stage; a map of another project must have these layers and no others.
+            num_experts: E, which must be the file's; where neither tells, all up to the largest that has a slot.
+            num_gpus: M, which must be the file's; maps of most projects do not tell it.
 
         Raises:
-            DistplbError: if the file is not a placement of a version that is known, or lacks a named layer.
+            DistplbError: naming the file and the place, if it is no placement, or of other layers, experts or GPUs.
         """
-        try:
-            document = json.loads(Path(path).read_text())
-            version = document["version"]
-            if version != _FORMAT_VERSION:
-                raise DistplbError(f"{path} has version {version}; this distplb reads version {_FORMAT_VERSION}")
-            tables = {name: torch.tensor(row, device="cpu") for name, row in document["expert_of_slot"].items()}
-            num_experts, num_gpus = int(document["num_experts"]), int(document["num_gpus"])
-        except DistplbError:
-            raise
-        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:  # the last of torch and json
+        return load_placement(Path(path), layer_names, num_experts, num_gpus, all_layers=False)
+
+
+def load_placement(
+    path: Path, layer_names: Sequence[str] | None, num_experts: int | None, num_gpus: int | None, *, all_layers: bool
+) -> Placement:
+    """As `Placement.load`; with `all_layers`, `layer_names` are all layers of the file."""
+    check_is_file(path, _WANTED)
+    found = _read(path)
+    experts = _agreed(path, "experts", num_experts, found.num_experts)
+    gpus = _agreed(path, "GPUs", num_gpus, found.num_gpus)
+    if gpus is None:
+        raise DistplbError(f"{path} does not tell its number of GPUs; pass num_gpus, the size of the EP group")
+    names = _in_file(path, found, layer_names, all_layers=all_layers or found.named != "names")
+    table = torch.tensor([found.rows[name] for name in names], device="cpu")
+    try:
+        return Placement(table, int(table.max()) + 1 if experts is None else experts, gpus)
+    except DistplbError as error:
+        raise DistplbError(f"{path}: {str(error).removeprefix('Placement: ')}") from error
+
+
+def _read(path: Path) -> SlotMap:
+    try:
+        document = read_document(path, _chosen, _MOST_BYTES, otherwise=".json")
+    except DistplbError as error:
+        why = f"it {str(error).removeprefix(f'{path} ')}"
+        raise DistplbError(f"{path} is not a placement file ({why}); pass {_WANTED}") from error
+    try:
+        return slot_map(path, document)
+    except ValueError as error:
+        raise DistplbError(f"{path} is not a placement file ({error}); pass {_WANTED}") from error
+
+
+def _chosen(names: Sequence[str]) -> str:
+    return next((name for name in MAPS if name in names), names[0])
+
+
+def _agreed(path: Path, what: str, given: int | None, told: int | None) -> int | None:
+    if given is not None and told is not None and given != told:
+        raise DistplbError(
+            f"{path} is of {told} {what}, and {given} are asked for; pass the placement of this model and cluster"
+        )
+    return told if given is None else given
+
+
+def _in_file(path: Path, found: SlotMap, layer_names: Sequence[str] | None, *, all_layers: bool) -> list[str]:
+    """The file's names of layers, in the order of those that are asked for."""
+    rows = list(found.rows)
+    if layer_names is None:
+        return rows
+    names = [str(name) for name in layer_names]
+    if not names:
+        raise DistplbError(f"{path}: no layer is asked for; name one of {_few(rows)}")
+    if len(set(names)) != len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise DistplbError(f"{path}: layer {twice[:80]!r} is asked for twice; name each layer once")
+    if found.named == "order" and set(names) != set(rows):
+        if len(names) != len(rows):
             raise DistplbError(
-                f"{path} is not a placement file ({error!r}); pass one written by Placement.save"
-            ) from error
-        names = list(tables) if layer_names is None else list(layer_names)
-        missing = [name for name in names if name not in tables]
-        if missing:
-            raise DistplbError(f"{path} has no layer {missing[0]!r}; it has {', '.join(tables)}")
-        rows = [tables[name] for name in names]
-        if len({row.shape for row in rows}) != 1:
-            raise DistplbError(f"{path} has no layers, or layers of different numbers of slots; write it anew")
-        return cls(torch.stack(rows), num_experts, num_gpus)
+                f"{path} has {len(rows)} layers without names, and {len(names)} are asked for; pass a map of these"
+            )
+        return rows
+    if found.named == "numbers" and not set(names) & set(rows):
+        numbers = [re.findall(r"[0-9]+", name) for name in names]
+        if all(len(one) == 1 for one in numbers):  # such as model.layers.3.mlp
+            names = [number.lstrip("0") or "0" for (number,) in numbers]
+    missing = [name for name in names if name not in found.rows]
+    if missing:
+        raise DistplbError(f"{path} has no layer {missing[0][:80]!r}; it has {_few(rows)}")
+    surplus = [name for name in rows if name not in names]
+    if all_layers and surplus:
+        raise DistplbError(
+            f"{path} also has layer {surplus[0][:80]!r}, which is not among {_few(names)}; pass one of these"
+        )
+    if len(set(names)) != len(names):
+        raise DistplbError(f"{path} numbers its layers, and two of {_few(list(layer_names))} have the same number")
+    return names
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(name[:80] for name in names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
 
 
 def _checked_names(layer_names: Sequence[str] | None, num_layers: int) -> list[str]:
-    names = [str(layer) for layer in range(num_layers)] if layer_names is None else list(layer_names)
+    names = [str(layer) for layer in (range(num_layers) if layer_names is None else layer_names)]
     if len(names) != num_layers or len(set(names)) != num_layers:
         raise DistplbError(
             f"{len(set(names))} different layer names for {num_layers} layers; pass one of its own for each"

@@ -110,7 +110,10 @@ FILES: dict[str, tuple[Callable[[Path], object], str]] = {
     "half.npy": (lambda path: np.save(path, [[0.5, 1]]), r"half.npy has 0.5 at \[0, 0\] .*must be whole: pass tokens"),
     "words.csv": (lambda path: path.write_text("1,2\n3,x\n"), "words.csv, line 2, column 2: 'x' is not a count"),
     "cut.json": (lambda path: path.write_text("[[1,"), "cut.json is not JSON that can be read"),
-    "load.pt": (lambda path: path.write_text("x"), "load.pt ends in '.pt'; pass .npy, .npz, .csv, .json or"),
+    "load.pt": (
+        lambda path: path.write_text("x"),
+        "load.pt is no archive of torch.save, .*: pass torch.save of tensors",
+    ),
     "huge.npy": (lambda path: np.save(path, [[2**62, 2**62]]), "2\\^48 on each rank is the most"),
     "two\nlines.npy": (lambda path: None, "there is no file two lines.npy"),
     "\x1b[31mred.npy": (lambda path: None, r"there is no file \?\[31mred.npy"),
@@ -147,12 +150,12 @@ OPTIONS: dict[str, str] = {
     "--gpus-per-node 2 --move-price cheap": "'cheap' is no price; pass tokens, at least 0: one number, or INSIDE,BETW",
     "--gpus-per-node 2 --move-price 1,2,3": "'1,2,3' is no price",
     "--gpus-per-node 2 --move-price nan": "'nan' is no price",
-    "--gpus-per-node 2 --current missing.json": "missing.json: No such file or directory",
-    "--gpus-per-node 2 --current empty.json": "empty.json is not a placement file .*; pass one written by",
+    "--gpus-per-node 2 --current missing.json": "there is no file missing.json; pass one written by",
+    "--gpus-per-node 2 --current empty.json": "empty.json is empty; pass one written by",
     "--gpus-per-node 2 --current deep.json": "deep.json is not a placement file .*recursion.*; pass one written by",
     "--gpus-per-node 2 --current large.json": "large.json is not a placement file .*; pass one written by",
     "--gpus-per-node 2 --current nested.json": "nested.json is not a placement file .*; pass one written by Placement",
-    "--gpus-per-node 2 --current other.json": r"\(3, 8, 8, 4\), the load and topology \(3, 8, 8, 2\); pass the placem",
+    "--gpus-per-node 2 --current other.json": "other.json is of 4 GPUs, and 2 are asked for; pass the placement",
     "--gpus-per-node 2 --current few.json": "few.json has no layer '2'; it has 0, 1",
     "--gpus-per-node 2 --twice": r"No such option.* '?--twice'?.*Try 'distplb \w+ --help'",
     "--gpus-per-node 2 more.npy": r"unexpected extra argument \(more.npy\)",
@@ -206,18 +209,18 @@ def test_other_wrong_commands(words: str, said: str, tmp_path: Path, monkeypatch
 # Commands on traces and runs, and what is said.
 TRACES = [
     ("replay missing.npz", "Path 'missing.npz' does not exist"),
-    ("replay empty.npz", "empty.npz cannot be read .*; pass a trace written by"),
+    ("replay empty.npz", "empty.npz is empty; pass"),
     ("replay folder", "folder is a folder without .npz files; pass"),
-    ("replay cut.npz", "cut.npz cannot be read .*; pass a trace written by"),
+    ("replay cut.npz", "cut.npz cannot be read .*; it is damaged or cut off"),
     ("replay pickle.npz", "pickle.npz has array 'load' of object"),
     ("replay rank0.jsonl", "rank0.jsonl.*line 1"),
     ("replay trace.npz --gpus-per-node 3", "3 GPUs"),
     ("replay trace.npz --every 0", "'--every': 0 is not in the range"),
     ("replay", "Missing argument 'TRACE...'"),
     ("report missing.npz", "there is no missing.npz; pass the folder of Rebalancer"),
-    ("report empty.npz", "empty.npz cannot be read .*; pass a trace written by"),
+    ("report empty.npz", "empty.npz is empty; pass"),
     ("report folder", "folder has neither events nor a trace; pass the folder of Rebalancer"),
-    ("report cut.npz", "cut.npz cannot be read .*; pass a trace written by"),
+    ("report cut.npz", "cut.npz cannot be read .*; it is damaged or cut off"),
     ("report pickle.npz", "pickle.npz has array 'load' of object"),
     ("report notes.txt", "notes.txt"),
     ("report trace.npz --gpus-per-node 3 --every 2", "3 GPUs"),
@@ -238,6 +241,22 @@ def test_commands_on_traces_and_runs(words: str, said: str, tmp_path: Path, monk
     Path("rank0.jsonl").write_bytes(b'{"caf\xe9": 1}\n')
     Path("notes.txt").write_text("nothing of the kind")
     assert_refused(run(*words.split()), said)
+
+
+def test_replay_of_counts_is_that_of_the_same_trace(tmp_path: Path) -> None:
+    """Counts were no trace, and a trace could only be made by a job."""
+    load = drawn()
+    rows = [
+        f"{step},{layer},{','.join(map(str, row))}"
+        for step, one in enumerate(load.tolist())
+        for layer, row in zip("abc", one, strict=True)
+    ]
+    (tmp_path / "load.csv").write_text("\n".join(["step,layer,0,1,2,3,4,5,6,7", *rows]))
+    given = [traced(tmp_path / "trace.npz"), saved(tmp_path / "load.npy"), tmp_path / "load.csv"]
+    found = [document("replay", path, *GPUS, "--every", 2) for path in given]
+    assert found[0] == found[1] == found[2]
+    assert_refused(run("replay", given[1]), "load.npy has counts, and no placement; pass --gpus-per-node")
+    assert_refused(run("replay", given[1], "--gpus-per-node", 3), "load.npy has 8 experts, which do not go evenly on 3")
 
 
 # --- plan -------------------------------------------------------------------------------------------------------

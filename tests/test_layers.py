@@ -25,7 +25,7 @@ SOURCES = {
 
 # Import only downward. A name stands for a module or for all modules of a folder.
 LEVELS = [
-    {"errors", "topology", "stages", "hashing", "stoploss", "ties", "torchnames"},
+    {"errors", "topology", "stages", "hashing", "stoploss", "ties", "torchnames", "documents"},
     {"arguments", "placement", "load", "layer", "events", "traces", "spread", "saves", "background"},
     {"cost", "balance", "bound", "price", "routing", "saved", "saving", "eventlog"},
     {"packing", "planning", "comm", "chance"},
@@ -46,6 +46,7 @@ SIDEWAYS = {
     ("bound", "cost"),
     ("balance", "cost"),
     ("eventlog", "cost"),
+    ("documents", "errors"),
     ("traces", "placement"),
     ("planning", "packing"),
     ("migrate.mover", "migrate.transfer"),
@@ -99,7 +100,7 @@ SIDEWAYS = {
     ("integrations.megatron", "integrations.common"),
 }
 # Folders whose modules see each other; those of `migrate` only as told above.
-OPEN_FOLDERS = {"packing", "planning", "comm", "traces", "report", "doctor", "cli"}
+OPEN_FOLDERS = {"documents", "packing", "planning", "comm", "traces", "report", "doctor", "cli"}
 # All but the numbers of a report, which need no plotting library.
 FIGURES = {
     f"distplb.report.{name}" for name in ("bars", "figures", "gpu_load", "history", "hottest", "intervals", "style")
@@ -110,6 +111,7 @@ KEPT_IN = {
         *("distplb.comm.torchdist", "distplb.migrate.dtensors", "distplb.migrate.fsdp2", "distplb.torchnames"),
     },
     "mpi4py": {"distplb.comm.mpi"},
+    "yaml": {"distplb.documents.text"},
     "scipy": {"distplb.planning.relabel", "distplb.saving"},
     "numba": {"distplb.packing.cpu", "distplb.packing.cpu_steps"},
     "filelock": {"distplb.packing.cpu"},
@@ -126,7 +128,7 @@ KEPT_IN = {
 NOWHERE = {"deepspeed", "accelerate", "tensorboard"}
 # Imported when they are used, and by modules that nothing imports before.
 FRAMEWORKS = {"transformers", "torchtitan", "megatron"}
-LATE = {"numba", "triton", "filelock", "scipy", "mpi4py", "matplotlib", "jinja2", "click", "rich"}
+LATE = {"yaml", "numba", "triton", "filelock", "scipy", "mpi4py", "matplotlib", "jinja2", "click", "rich"}
 NEEDS = {
     "distplb.packing.cpu_kernels": "numba",
     "distplb.packing.cpu_settle": "numba",

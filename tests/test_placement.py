@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable
 from dataclasses import FrozenInstanceError
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -219,7 +221,6 @@ def test_another_version_is_refused_by_its_number(tmp_path: Path, permuted: Plac
 @pytest.mark.parametrize(
     "text",
     [
-        "",
         "experts",
         "[1, 2]",
         "null",
@@ -231,7 +232,7 @@ def test_another_version_is_refused_by_its_number(tmp_path: Path, permuted: Plac
         '{"version": 1, "num_experts": 2, "num_gpus": 1, "expert_of_slot": {"0": {"0": 1}}}',
         "[" * 100_000,
     ],
-    ids=range(11),
+    ids=range(10),
 )
 def test_a_file_that_is_no_placement_is_refused(tmp_path: Path, text: str) -> None:
     """A table that was a list, or held words, came up as a bare TypeError or ValueError without the file's name."""
@@ -245,7 +246,9 @@ def test_a_file_that_is_no_placement_is_refused(tmp_path: Path, text: str) -> No
 def test_a_file_without_layers_or_with_unequal_ones_is_refused(tmp_path: Path, tables: dict[str, list[int]]) -> None:
     path = tmp_path / "odd.json"
     path.write_text(json.dumps({"version": 1, "num_experts": 2, "num_gpus": 1, "expert_of_slot": tables}))
-    with pytest.raises(DistplbError, match=r"odd.json has no layers, or layers of different numbers of slots"):
+    with pytest.raises(
+        DistplbError, match=r"odd.json is not a placement file \((it has no layers|layer '1' has 3 slots)"
+    ):
         Placement.load(path)
 
 
@@ -267,3 +270,174 @@ def test_a_file_whose_table_is_impossible_is_refused(tmp_path: Path, permuted: P
     path.write_text(json.dumps(document))
     with pytest.raises(DistplbError, match="slot 3 of layer 1 holds expert 6; experts are numbered 0 to 5"):
         Placement.load(path)
+
+
+def changed(**fields: object) -> str:
+    document = {
+        "format": "distplb.placement",
+        "version": 1,
+        "num_experts": 2,
+        "num_gpus": 1,
+        "expert_of_slot": {"a": [0, 1]},
+    }
+    return json.dumps(document | fields)
+
+
+# By file: what the error says beside its name.
+WRONG = {
+    changed(num_experts=2.9): r"\(num_experts is 2.9; it must be a whole number",
+    changed(num_experts="2"): r"\(num_experts is '2'; it must be a whole number",
+    changed(num_gpus=True): r"\(num_gpus is True; it must be a whole number",
+    changed(num_gpus=0): r"\(num_gpus is 0; it must be a whole number, at least 1",
+    changed(format="somebody.else"): r"has format 'somebody.else'; this distplb reads 'distplb.placement'",
+    changed(version=True): "has version True; this distplb reads version 1",
+    changed(version="1"): "has version 1; this distplb reads version 1",
+    changed(expert_of_slot={"a": [0, 1], "b": [0]}): r"\(layer 'b' has 1 slots where the first has 2\)",
+    changed(expert_of_slot={"a": [0, True]}): r"\(layer 'a': slot 1 holds True; it must be the number of an expert",
+    changed(expert_of_slot={"a": [0, 1.0]}): r"\(layer 'a': slot 1 holds 1.0; it must be the number of an expert",
+    changed(expert_of_slot={"a": [0, "1"]}): r"\(layer 'a': slot 1 holds '1'; it must be the number of an expert",
+    changed(expert_of_slot={"a": "01"}): r"\(layer 'a' is '01' where a list is expected\)",
+    changed(expert_of_slot={"a": [0, 2]}): "slot 1 of layer 0 holds expert 2; experts are numbered 0 to 1",
+    changed().replace('"a": ', '"a": [1, 0], "a": '): r"\(it is not JSON .*an object names 'a' twice",
+    changed().replace(
+        '"num_gpus"', '"num_gpus": 2, "num_gpus"'
+    ): r"\(it is not JSON .*an object names 'num_gpus' twice",
+    "[[0, 1]]": r"\(it has no names, and a bare table may also map from logical to physical; pass an object",
+    '{"a": [0, 1]}': r"\(it has 'a', and none of physical_to_logical_map, ",
+    '{"phy2log": [[0]], "layer_list": []}': r"\(it has 'phy2log', 'layer_list', and more than one of",
+    "\0" * 9000: r"\(it is no text \(byte 0 is 0\); pass text",
+    "\xff" * 9000: r"\(it is not UTF-8 text \(byte 0\)",
+}
+
+
+@pytest.mark.parametrize("text", WRONG, ids=range(len(WRONG)))
+def test_what_is_no_placement_is_refused_with_the_place(tmp_path: Path, text: str) -> None:
+    """num_experts 2.9 and "2" were 2, true was 1, the second of two layers of one name won, and any format was ours.
+
+    Of a file that is no text, the error had all of the content.
+    """
+    (tmp_path / "p.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(DistplbError, match=WRONG[text]) as refused:
+        Placement.load(tmp_path / "p.json")
+    assert str(refused.value).startswith(str(tmp_path / "p.json"))
+    assert len(str(refused.value)) < len(str(tmp_path)) + 400
+    assert "\n" not in str(refused.value)
+
+
+def test_layers_experts_and_gpus_that_are_asked_for_must_be_the_files(tmp_path: Path, permuted: Placement) -> None:
+    path = tmp_path / "p.json"
+    permuted.save(path, NAMES)
+    assert Placement.load(path, NAMES, num_experts=6, num_gpus=permuted.num_gpus) == permuted
+    with pytest.raises(DistplbError, match=r"p.json is of 6 experts, and 8 are asked for"):
+        Placement.load(path, num_experts=8)
+    with pytest.raises(DistplbError, match=rf"p.json is of {permuted.num_gpus} GPUs, and 7 are asked for"):
+        Placement.load(path, num_gpus=7)
+    with pytest.raises(DistplbError, match=r"layer 'blocks.2.moe' is asked for twice"):
+        Placement.load(path, [NAMES[1], NAMES[1]])
+    with pytest.raises(DistplbError, match=r"no layer is asked for; name one of blocks.0.moe"):
+        Placement.load(path, [])
+    with pytest.raises(DistplbError, match="1 different layer names for 3 layers"):
+        permuted.save(path, [1, "1", "1"])  # type: ignore[list-item]
+
+
+def test_a_file_of_another_name_and_one_that_is_not_there(tmp_path: Path, permuted: Placement) -> None:
+    permuted.save(tmp_path / "placement")
+    assert Placement.load(tmp_path / "placement") == permuted
+    with pytest.raises(DistplbError, match=r"there is no file .*none.json; pass one written by Placement.save"):
+        Placement.load(tmp_path / "none.json")
+
+
+# --- maps of other projects -------------------------------------------------------------------------------------
+
+TABLE = [[0, 1, 2, 3, 0, 1], [0, 2, 0, 1, 0, 3]]  # the example of vLLM's EplbState: 4 experts, 6 slots
+DEVICES = [[[0, 1], [2, 3], [0, 1]], [[0, 2], [0, 1], [0, 3]]]
+
+
+def expert_map(**fields: object) -> dict[str, Any]:
+    """As vllm-ascend reads it."""
+    layers = [
+        {
+            "layer_id": layer,
+            "device_count": 3,
+            "device_list": [{"device_id": at, "device_expert": experts} for at, experts in enumerate(devices)],
+        }
+        for layer, devices in enumerate(DEVICES)
+    ]
+    return {"moe_layer_count": 2, "layer_list": layers} | fields
+
+
+def assignments(**fields: object) -> str:
+    """As TensorRT-LLM's generate_eplb_config.py writes it."""
+    document = {"initial_global_assignments": dict(zip((3, 4), TABLE, strict=True)), "num_slots": 6} | fields
+    return "".join(
+        f"{name}:\n" + "".join(f"  {key}: {row}\n" for key, row in value.items())
+        if isinstance(value, dict)
+        else f"{name}: {value}\n"
+        for name, value in document.items()
+    )
+
+
+MAPS: dict[str, Callable[[Path], object]] = {
+    "sglang.json": lambda path: path.write_text(json.dumps({"physical_to_logical_map": TABLE})),
+    "sglang.pt": lambda path: torch.save({"physical_to_logical_map": torch.tensor(TABLE, dtype=torch.int32)}, path),
+    "passes.pt": lambda path: torch.save({"records": [], "last_physical_to_logical_map": torch.tensor(TABLE)}, path),
+    "eplb.npz": lambda path: np.savez(path, phy2log=TABLE, logcnt=[[2, 2, 1, 1], [3, 1, 1, 1]]),
+    "trt.yaml": lambda path: path.write_text(assignments(layer_updates_per_iter=0)),
+    "trt.json": lambda path: path.write_text(
+        json.dumps({"initial_global_assignments": {"3": TABLE[0], "4": TABLE[1]}})
+    ),
+    "ascend.json": lambda path: path.write_text(json.dumps(expert_map())),
+}
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_maps_of_other_projects_become_placements(tmp_path: Path, name: str) -> None:
+    MAPS[name](tmp_path / name)
+    expected = Placement(torch.tensor(TABLE), 4, 3)
+    assert Placement.load(tmp_path / name, num_gpus=3) == expected
+    assert Placement.load(tmp_path / name, num_experts=4, num_gpus=3) == expected
+    backwards = ["layers.4.mlp", "layers.3.mlp"] if "trt" in name else ["1", "0"]
+    assert Placement.load(tmp_path / name, backwards, num_gpus=3) == Placement(torch.tensor(TABLE[::-1]), 4, 3)
+    with pytest.raises(DistplbError, match=rf"{name} (also has layer '?|has 2 layers without names, and 1 are)"):
+        Placement.load(tmp_path / name, backwards[:1] if "trt" in name else ["moe"], num_gpus=3)
+    with pytest.raises(DistplbError, match=rf"{name}: expert 4 has no slot in layer 0"):
+        Placement.load(tmp_path / name, num_experts=5, num_gpus=3)
+    if name != "ascend.json":
+        with pytest.raises(DistplbError, match=rf"{name} does not tell its number of GPUs; pass num_gpus"):
+            Placement.load(tmp_path / name)
+
+
+MAPS_REFUSED = {
+    "physical_to_logical_map, layer 1 is 3 where a list is expected": {"physical_to_logical_map": [[0], 3]},
+    "layer '1' has 1 slots where the first has 2": {"physical_to_logical_map": [[0, 1], [0]]},
+    "layer 3 has 2 slots, and num_slots is 4": {"initial_global_assignments": {"3": [0, 1]}, "num_slots": 4},
+    "moe_layer_count is 3, and layer_list has 2 layers": expert_map(moe_layer_count=3),
+    "device_count of entry 0 of layer_list is 2, and it has 1 devices": {
+        "layer_list": [{"device_count": 2, "device_list": [{"device_expert": [0]}]}]
+    },
+    "layer_id 0 comes twice": {"layer_list": [{"layer_id": 0, "device_list": [{"device_expert": [0]}]}] * 2},
+    r"device_id of entry 0 of layer_list are \[1\]; they must count from 0": {
+        "layer_list": [{"device_list": [{"device_id": 1, "device_expert": [0]}]}]
+    },
+    "the devices of entry 0 of layer_list have different numbers": {
+        "layer_list": [{"device_list": [{"device_expert": [0]}, {"device_expert": [0, 1]}]}]
+    },
+    "its layers are on 1 and on 2 devices": {
+        "layer_list": [{"device_list": [{"device_expert": [0]}] * number} for number in (1, 2)]
+    },
+}
+
+
+@pytest.mark.parametrize("words", MAPS_REFUSED)
+def test_maps_that_do_not_fit_together_are_refused(tmp_path: Path, words: str) -> None:
+    (tmp_path / "m.json").write_text(json.dumps(MAPS_REFUSED[words]))
+    with pytest.raises(DistplbError, match=rf"m.json is not a placement file \({words}"):
+        Placement.load(tmp_path / "m.json", num_gpus=1)
+
+
+def test_layers_by_number_are_not_taken_by_order(tmp_path: Path) -> None:
+    (tmp_path / "trt.yaml").write_text(assignments())
+    with pytest.raises(DistplbError, match=r"trt.yaml has no layer '0'; it has 3, 4"):
+        Placement.load(tmp_path / "trt.yaml", ["0", "1"], num_gpus=3)
+    with pytest.raises(DistplbError, match=r"trt.yaml has no layer '5'; it has 3, 4"):
+        Placement.load(tmp_path / "trt.yaml", ["layers.4", "layers.5"], num_gpus=3)

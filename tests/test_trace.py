@@ -24,6 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distplb import DistplbError, Placement, Trace, TraceWriter
+from distplb.traces.loads import read_loads
 
 
 def random_trace(seed: int = 0, steps: int = 6, first: int = 0) -> Trace:
@@ -104,6 +105,28 @@ def test_counts_take_the_smallest_integers_that_hold_them(tmp_path: Path, most: 
     assert int(Trace.read(tmp_path / "trace.npz").load.max()) == most
 
 
+@pytest.mark.parametrize("dtype", ["u2", "u4", "u8", ">u2", ">u8"])
+def test_unsigned_counts_are_read_as_they_are(tmp_path: Path, dtype: str) -> None:
+    """Also by other readers than `Trace.read`, and where another machine wrote them."""
+    arrays = arrays_of(random_trace(), tmp_path)
+    most = min(int(np.iinfo(dtype).max), 2**63 - 1)
+    load = np.array(arrays["load"], dtype)
+    load[0, 0, 0] = most
+    np.savez_compressed(tmp_path / "other.npz", **arrays | {"load": load})
+    for found in (Trace.read(tmp_path / "other.npz").load, read_loads(tmp_path / "other.npz").load):
+        assert int(found[0, 0, 0]) == most
+        assert found[1:].tolist() == random_trace().load[1:].tolist()
+
+
+def test_a_trace_of_an_earlier_version_is_still_read() -> None:
+    path = Path(__file__).parent.parent / "benchmarks" / "traces" / "plain-2x16.npz"
+    with np.load(path) as file:
+        about, load = json.loads(file["about"].tobytes()), file["load"].astype(np.int64)
+    found = read_loads(path)
+    assert found.load.tolist() == load.tolist()
+    assert found.layers == tuple(about["layers"])
+
+
 def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = random_trace()
     wanted.save(tmp_path / "trace.npz")
@@ -138,6 +161,13 @@ def about(**changed: Any) -> np.ndarray:
         ({"about": about(layers=["a"])}, "1 different names for 2 layers"),
         ({"about": about(layers=7)}, "is not a trace"),
         ({"about": about(num_gpus=3)}, "8 slots for 6 experts on 3 GPUs"),
+        ({"about": about(num_gpus=4.9)}, "its num_gpus is 4.9, which is no number of GPUs"),
+        ({"about": about(num_gpus="4")}, "its num_gpus is '4', which is no number of GPUs"),
+        ({"about": about(num_gpus=True)}, "its num_gpus is True, which is no number of GPUs"),
+        ({"about": about(version=True)}, "version True; this distplb reads 'distplb.trace', version 1"),
+        ({"about": about(layers="ab")}, "its layers are 'ab', which is no list of names"),
+        ({"about": about(layers=[["a"], ["b"]])}, "which is no list of names"),
+        ({"about": np.frombuffer(b'{"version": 1, "version": 1}', dtype=np.uint8)}, "an object names 'version' twice"),
         ({"about": np.frombuffer(b"[" * 100_000, dtype=np.uint8)}, "is not a trace"),
         ({"about": np.frombuffer(b"[]", dtype=np.uint8)}, "is not a trace"),
         ({"about": np.zeros(1 << 23, dtype=np.uint8)}, "a note of 8388608 bytes"),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from distplb.bound import lower_bound
 from distplb.load import as_tokens
-from distplb.placement import Placement
+from distplb.placement import Placement, load_placement
 from distplb.planning.greedy import contiguous
 from distplb.planning.options import SearchOptions
 from distplb.topology import Topology
@@ -63,7 +63,7 @@ def read_inputs(loads: Path, topology: Topology, options: SearchOptions, current
         table = contiguous(load[0], topology, options.slots(num_experts))
         start = Placement(table, num_experts, topology.num_gpus)
     else:
-        start = Placement.load(current, found.layers)
+        start = load_placement(current, found.layers, num_experts, topology.num_gpus, all_layers=True)
     options = replace(options, current=start)
     options.check(topology, num_layers, num_experts)
     return Inputs(load, found.layers, topology, options, start, found.load.dim() == 3)

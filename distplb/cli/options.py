@@ -87,7 +87,7 @@ def search_options(command: Command) -> Callable[..., Any]:
         click.option(
             "--current",
             type=GivenPath(),
-            help="The placement in force, as --output writes it; contiguous where left out.",
+            help="The placement in force, as --output or another project writes it; contiguous where left out.",
         ),
         click.option(
             "--move-price",

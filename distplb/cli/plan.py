@@ -69,9 +69,10 @@ def plan(
 ) -> None:
     """Plan a placement for LOADS and say what it is worth.
 
-    LOADS are tokens of each expert: a distplb trace, or counts as .npy, .npz, .csv or .json, [layers, experts] or
-    [steps, layers, experts]. Imbalance is the fullest GPU over the mean GPU, the mean over steps that have tokens. A
-    load that looks like none of a job's is hinted at, on the standard error, or as "hints" of the JSON.
+    LOADS are tokens of each expert: a distplb trace, or counts as .npy, .npz, .csv, .tsv, .txt, .json, .yaml, .pt or
+    .safetensors, [layers, experts] or [steps, layers, experts]. Imbalance is the fullest GPU over the mean GPU, the
+    mean over steps that have tokens. A load that looks like none of a job's is hinted at, on the standard error, or as
+    "hints" of the JSON.
     """
     refuse_overwriting(output, loads)
     inputs = read_inputs(loads, topology, options, current)

@@ -28,6 +28,7 @@ from distplb.cli.replayed import Costs, Replayed, document, print_tables
 from distplb.errors import DistplbError
 from distplb.eventlog import read_events
 from distplb.topology import Topology
+from distplb.traces.loads import read_trace
 from distplb.traces.megatron_lines import is_megatron, num_ranks
 from distplb.traces.trace import Trace
 from distplb.verdict import verdict
@@ -128,12 +129,14 @@ def replay(
     """Say what rebalancing would have saved on a recorded trace, and whether to install it.
 
     TRACE is a .npz file or the folder of Rebalancer(record=...), or Megatron-Core's folder tokens_per_expert, its files
-    rank<number>.jsonl, or its earlier tokens_per_expert.log. Every step is judged under a plan that had not seen it.
+    rank<number>.jsonl, or its earlier tokens_per_expert.log; or counts [steps, layers, experts] as distplb plan reads
+    them, with --gpus-per-node, whose steps are iterations. Every step is judged under a plan that had not seen it.
     What tokens and moves cost is as the job measured it, where the folder has priced events and no other costs are
     named; else it is assumed. Exits with 0; with 1 under --exit-code where the answer is no; with 2 for wrong use or
     input. Hints as for `distplb plan`.
     """
-    trace, side_by_side = _read(paths, megatron_ep, megatron_expert_tp, megatron_pipeline)
+    gpus = None if gpus_per_node is None else nodes * gpus_per_node
+    trace, side_by_side = _read(paths, gpus, megatron_ep, megatron_expert_tp, megatron_pipeline)
     topology = _topology(trace, nodes, gpus_per_node)
     costs = _recorded(paths[0]) or _assumed(trace, topology, options)
     study = _study(trace, side_by_side, topology, costs, options)
@@ -161,7 +164,7 @@ def replay(
 # --- what is read -----------------------------------------------------------------------------------------------
 
 
-def _read(paths: Sequence[Path], ep: int | None, expert_tp: int, pipeline: int) -> tuple[Trace, int]:
+def _read(paths: Sequence[Path], gpus: int | None, ep: int | None, expert_tp: int, pipeline: int) -> tuple[Trace, int]:
     """The trace, and how many EP groups have their steps of the same time in it."""
     if is_megatron(paths):
         trace = Trace.from_megatron(*paths, num_gpus=ep, expert_tensor_parallel=expert_tp, pipeline_parallel=pipeline)
@@ -170,7 +173,7 @@ def _read(paths: Sequence[Path], ep: int | None, expert_tp: int, pipeline: int) 
         raise DistplbError(f"{given[0]} is of Megatron-Core's files, and {paths[0]} is none; leave it out")
     if len(paths) > 1:
         raise DistplbError(f"{len(paths)} traces were named; pass one, or all ranks' files of Megatron-Core")
-    return Trace.read(paths[0]), 1
+    return read_trace(paths[0], gpus), 1
 
 
 def _given(names: Sequence[str]) -> list[str]:

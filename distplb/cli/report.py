@@ -48,8 +48,8 @@ def report(
 ) -> None:
     """Write the report of a RUN as one HTML file that needs no network.
 
-    RUN is the folder of Rebalancer(record=...), its events.jsonl, or a trace (.npz). Other intervals between
-    rebalances are tried where there is a trace.
+    RUN is the folder of Rebalancer(record=...), its events.jsonl, a trace (.npz), or counts as for distplb replay.
+    Other intervals between rebalances are tried where there is a trace.
     """
     refuse_overwriting(output, run)
     if nodes > 1 and gpus_per_node is None:

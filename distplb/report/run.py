@@ -24,6 +24,7 @@ from distplb.replay import with_tokens
 from distplb.report.judged import Judged
 from distplb.report.texts import printable
 from distplb.topology import Topology
+from distplb.traces.loads import read_trace
 from distplb.traces.trace import Trace
 
 __all__ = ["Run"]
@@ -68,6 +69,8 @@ class Run:
     def read(cls, path: str | os.PathLike[str], topology: Topology | None = None) -> Run:
         """Read the folder of `Rebalancer(record=...)`, a file of events (`.jsonl`), or a trace (`.npz`).
 
+        Counts `[steps, layers, experts]` in any file that `distplb plan` reads are a trace where `topology` is given.
+
         Raises:
             DistplbError: naming the file, if it is none of these, damaged, or empty.
         """
@@ -81,7 +84,8 @@ class Run:
         events = read_events(log) if is_log else []
         if not events and not is_trace:
             raise DistplbError(f"{path} has neither events nor a trace; pass the folder of Rebalancer(record=...)")
-        return cls(path.resolve().name, tuple(events), Trace.read(path) if is_trace else None, topology)
+        trace = read_trace(path, None if topology is None else topology.num_gpus) if is_trace else None
+        return cls(path.resolve().name, tuple(events), trace, topology)
 
     @property
     def layers(self) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from distplb.documents.text import parse_json
 from distplb.errors import DistplbError
 from distplb.traces.files import ArrayFile
 
@@ -69,14 +70,28 @@ def read_about(file: ArrayFile) -> About:
     """
     if file.shapes["about"][0] > _MAX_BYTES:
         raise DistplbError(f"it has names and a note of {file.shapes['about'][0]} bytes; write it anew")
-    found: dict[str, Any] = json.loads(file.read("about").tobytes())
-    if found["format"] != _FORMAT or found["version"] != _VERSION:
+    found: dict[str, Any] = parse_json(file.read("about").tobytes())
+    if found["format"] != _FORMAT or type(found["version"]) is not int or found["version"] != _VERSION:
         raise DistplbError(
             f"it is {str(found['format'])[:40]!r}, version {str(found['version'])[:40]}; "
             f"this distplb reads {_FORMAT!r}, version {_VERSION}"
         )
-    layers = tuple(str(name) for name in found["layers"])
-    return About(int(found["num_gpus"]), layers, str(found["note"]), int(found.get("life", 0)))
+    life = found.get("life", 0)
+    if type(life) is not int or life < 0:
+        raise DistplbError(f"its life is {life!r:.40}, which is no number of one")
+    return About(_num_gpus(found["num_gpus"]), _names(found["layers"]), str(found["note"]), life)
+
+
+def _num_gpus(value: Any) -> int:
+    if type(value) is not int or value < 1:
+        raise DistplbError(f"its num_gpus is {value!r:.40}, which is no number of GPUs")
+    return value
+
+
+def _names(values: Any) -> tuple[str, ...]:
+    if not isinstance(values, list) or not all(type(name) in (str, int) for name in values):
+        raise DistplbError(f"its layers are {values!r:.40}, which is no list of names")
+    return tuple(str(name) for name in values)
 
 
 def check_folder(folder: Path, layers: Sequence[str], num_experts: int, num_gpus: int) -> int:

@@ -1,12 +1,13 @@
-"""One array of counts out of a `.npy` or `.npz` that may come from anywhere: sizes first, and nothing is run.
+"""Arrays out of a `.npy` or `.npz` that may come from anywhere: sizes first, and nothing is run.
 
-Archives that are a trace are read by `Trace`; see `loads`.
+Archives that are a trace are read by `Trace`.
 """
 
 from __future__ import annotations
 
 import math
 import zipfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -17,13 +18,16 @@ from distplb.errors import DistplbError
 
 __all__ = ["array_names", "read_npy", "read_npz"]
 
-_LAYOUT = "[layers, experts] or [steps, layers, experts]"
 _PICKLE = "is refused, because reading a pickle can run code"
 _SUFFIX = ".npy"
 
 
 def read_npy(path: Path, max_bytes: int) -> NDArray[Any]:
-    """The array of a `.npy` file.
+    """The numbers of a `.npy` file.
+
+    Args:
+        path: of the file.
+        max_bytes: that they may take as int64.
 
     Raises:
         DistplbError: naming the file, if it is no such file, is damaged, a pickle, or too large.
@@ -35,20 +39,22 @@ def read_npy(path: Path, max_bytes: int) -> NDArray[Any]:
         return _array(file, path.stat().st_size, str(path), max_bytes)
 
 
-def read_npz(path: Path, max_bytes: int) -> NDArray[Any]:
-    """The one array of a `.npz` file, or the one that is named "load".
+def read_npz(path: Path, choose: Callable[[Sequence[str]], str], max_bytes: int) -> dict[str, NDArray[Any]]:
+    """One array of a `.npz` file, by its name.
+
+    Args:
+        path: of the file.
+        choose: the one of these names that is meant.
+        max_bytes: as in `read_npy`.
 
     Raises:
-        DistplbError: as `read_npy`, or if it is not clear which array is meant.
+        DistplbError: as `read_npy`.
     """
-    names = array_names(path)
-    name = "load" if "load" in names else names[0]
-    if name != "load" and len(names) != 1:
-        shown = ", ".join(repr(one[:40]) for one in names[:8])
-        raise DistplbError(f"{path} holds arrays {shown}; pass a file of one array, or name it 'load'")
+    name = choose(array_names(path))
     try:
         with zipfile.ZipFile(path) as archive, archive.open(name + _SUFFIX) as member:
-            return _array(member, archive.getinfo(name + _SUFFIX).file_size, f"{path}: array {name!r}", max_bytes)
+            size = archive.getinfo(name + _SUFFIX).file_size
+            return {name: _array(member, size, f"{path}: array {name[:80]!r}", max_bytes)}
     except DistplbError:
         raise
     except Exception as damage:  # zipfile and zlib raise a dozen kinds
@@ -68,11 +74,17 @@ def array_names(path: Path) -> list[str]:
         raise _unreadable(str(path), damage) from damage
     others = [name for name in members if not name.endswith(_SUFFIX)]
     if any(name.endswith(".pkl") for name in others):
-        raise DistplbError(f"{path} holds a pickle, which {_PICKLE}; pass arrays written by numpy.savez")
+        raise DistplbError(
+            f"{path} holds a pickle, which {_PICKLE}; pass arrays written by numpy.savez, or name it .pt if torch.save "
+            "wrote it"
+        )
     if others or not members:
         found = repr(others[0][:40]) if others else "nothing"
         raise DistplbError(f"{path} holds {found} where arrays are expected; pass a file written by numpy.savez")
-    return [name.removesuffix(_SUFFIX) for name in members]
+    names = [name.removesuffix(_SUFFIX) for name in members]
+    if len(set(names)) != len(names):
+        raise DistplbError(f"{path} has an array twice; write it anew with numpy.savez")
+    return names
 
 
 def _array(file: IO[bytes], size: int, where: str, max_bytes: int) -> NDArray[Any]:
@@ -82,10 +94,10 @@ def _array(file: IO[bytes], size: int, where: str, max_bytes: int) -> NDArray[An
         start = file.tell()
         if dtype.hasobject:
             raise DistplbError(f"{where} holds Python objects as a pickle, which {_PICKLE}; pass integers")
-        if dtype.kind not in "iuf" or len(shape) not in (2, 3) or 0 in shape:
-            raise DistplbError(f"{where} has dtype {dtype} and shape {shape}; pass counts, {_LAYOUT}, none empty")
+        if dtype.kind not in "iuf":
+            raise DistplbError(f"{where} has dtype {str(dtype)[:40]} and shape {shape}; pass integers")
         needed = start + math.prod(shape) * dtype.itemsize
-        if min(shape) < 0 or needed != size:
+        if min(shape, default=0) < 0 or needed != size:
             raise DistplbError(
                 f"{where} has {size} bytes where shape {shape} of {dtype} takes {needed}: it is damaged or cut off; "
                 "write it anew"
@@ -102,14 +114,16 @@ def _array(file: IO[bytes], size: int, where: str, max_bytes: int) -> NDArray[An
 
 
 def _header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Of NumPy's format 1.0, whose headers take 64 KiB at most; others are for arrays with fields."""
     version = np.lib.format.read_magic(file)
-    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-    if version not in readers:
-        raise ValueError(f"NumPy's format {version[0]}.{version[1]} is not known for counts")
-    shape, _, dtype = readers[version](file)
+    if version != (1, 0):
+        raise ValueError(f"NumPy's format {version[0]}.{version[1]} is not known for numbers")
+    shape, _, dtype = np.lib.format.read_array_header_1_0(file)
     return shape, dtype
 
 
 def _unreadable(where: str, damage: Exception) -> DistplbError:
-    why = str(damage) or type(damage).__name__
+    if isinstance(damage, OSError) and damage.strerror:
+        return DistplbError(f"{where} cannot be read ({damage.strerror})")
+    why = " ".join(str(damage).split()) or type(damage).__name__
     return DistplbError(f"{where} cannot be read ({why[:200]}); it is damaged or cut off: write it anew")
