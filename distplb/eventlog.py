@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from distplb.arguments import refuse_wrong_types
 from distplb.errors import DistplbError
 from distplb.events import RebalanceEvent
 
@@ -59,6 +60,7 @@ class EventLog:
     """
 
     def __init__(self, path: str | os.PathLike[str] | None, summary_writer: SummaryWriter | None = None) -> None:
+        refuse_wrong_types({"path": (path, (str, os.PathLike, None), "the path of a file")})
         self._path, self._writer = None if path is None else Path(path), summary_writer
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="distplb-events")
         self._failures = set[str]()
@@ -156,6 +158,7 @@ def read_events(path: str | os.PathLike[str]) -> list[RebalanceEvent]:
     Raises:
         DistplbError: naming the file and line, if it cannot be read or holds something else.
     """
+    refuse_wrong_types({"path": (path, (str, os.PathLike), "the path of a file that an EventLog wrote")})
     try:
         lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError as error:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from distplb.arguments import refuse_wrong_types, whole_number
 from distplb.errors import DistplbError
 from distplb.placement import Placement
 from distplb.price import MoveModel, TimeCurve, moved_slots
@@ -102,9 +103,19 @@ def replay(
     Raises:
         DistplbError: for a number below 1, or a placement of another model or cluster than the trace and topology.
     """
-    for name, value in (("every", every), ("window", window)):
-        if value is not None and (not isinstance(value, int) or value < 1):
-            raise DistplbError(f"replay: {name} is {value!r}; pass steps, at least 1")
+    every = whole_number("replay: every", every, 1, "steps, at least 1")
+    window = None if window is None else whole_number("replay: window", window, 1, "steps, at least 1")
+    refuse_wrong_types(
+        {
+            "replay: trace": (trace, (Trace,), "a Trace"),
+            "replay: planner": (planner, (Callable,), "a function of a load and the placement in force"),
+            "replay: topology": (topology, (Topology,), "a Topology"),
+            "replay: model": (model, (MoveModel,), "a MoveModel"),
+            "replay: curve": (curve, (TimeCurve, None), "a TimeCurve"),
+            "replay: start": (start, (Placement, None), "a Placement"),
+            "replay: progress": (progress, (Callable, None), "a function of two numbers"),
+        }
+    )
     current = Placement.contiguous(trace.num_layers, trace.num_experts, topology.num_gpus) if start is None else start
     _check(current, "start", trace, topology)
     placements, moved, judged = [current], [], []
@@ -133,6 +144,7 @@ def replay(
 
 
 def _check(placement: Placement, name: str, trace: Trace, topology: Topology) -> None:
+    refuse_wrong_types({f"replay: {name}": (placement, (Placement,), "a Placement")})
     found = (placement.num_layers, placement.num_experts, placement.num_gpus)
     wanted = (trace.num_layers, trace.num_experts, topology.num_gpus)
     if found != wanted:
