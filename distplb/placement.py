@@ -15,6 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from distplb.arguments import refuse_wrong_types, whole_number
+from distplb.counts import as_integers
 from distplb.errors import DistplbError
 
 __all__ = ["Placement"]
@@ -45,14 +47,15 @@ class Placement:
     num_gpus: int
 
     def __post_init__(self) -> None:
-        given = self.expert_of_slot
-        table = given.cpu() if isinstance(given, Tensor) else torch.as_tensor(given, device="cpu")
-        if table.dim() != 2 or table.is_floating_point() or table.is_complex() or table.dtype == torch.bool:
+        wanted = "integers of shape [layers, slots]"
+        table = as_integers("Placement: expert_of_slot", self.expert_of_slot, wanted)
+        if table.dim() != 2:
             raise DistplbError(
-                f"Placement: expert_of_slot is {table.dtype} of shape {tuple(table.shape)}; "
-                "pass integers of shape [layers, slots]"
+                f"Placement: expert_of_slot is {table.dtype} of shape {tuple(table.shape)}; pass {wanted}"
             )
-        object.__setattr__(self, "expert_of_slot", table.to(torch.int64, copy=True).contiguous())
+        object.__setattr__(self, "expert_of_slot", table.to("cpu", copy=True).contiguous())
+        for name in ("num_experts", "num_gpus"):
+            object.__setattr__(self, name, whole_number(f"Placement: {name}", getattr(self, name)))
         self._check()
 
     def _check(self) -> None:
@@ -79,6 +82,10 @@ class Placement:
     @classmethod
     def contiguous(cls, num_layers: int, num_experts: int, num_gpus: int) -> Placement:
         """Expert e in slot e of every layer: how jobs start."""
+        num_layers, num_experts = (
+            whole_number(f"Placement: {name}", value, least=0)
+            for name, value in (("num_layers", num_layers), ("num_experts", num_experts))
+        )
         table = torch.arange(num_experts, device="cpu").expand(num_layers, num_experts)
         return cls(table, num_experts, num_gpus)
 
@@ -145,6 +152,7 @@ class Placement:
 
     def save(self, path: str | os.PathLike[str], layer_names: Sequence[str] | None = None) -> None:
         """Write the placement as JSON, keyed by layer name ("0", "1", ... where none are given)."""
+        refuse_wrong_types({"path": (path, (str, os.PathLike), "the path of a file")})
         names = _checked_names(layer_names, self.num_layers)
         document = {
             "format": "distplb.placement",
@@ -165,6 +173,8 @@ class Placement:
         Raises:
             DistplbError: if the file is not a placement of a version that is known, or lacks a named layer.
         """
+        refuse_wrong_types({"path": (path, (str, os.PathLike), "the path of a file that Placement.save wrote")})
+        refuse_wrong_types({"layer_names": (layer_names, (Sequence, None), "the names of layers")})
         try:
             document = json.loads(Path(path).read_text())
             version = document["version"]
@@ -189,6 +199,7 @@ class Placement:
 
 
 def _checked_names(layer_names: Sequence[str] | None, num_layers: int) -> list[str]:
+    refuse_wrong_types({"layer_names": (layer_names, (Sequence, None), "a name for each layer")})
     names = [str(layer) for layer in range(num_layers)] if layer_names is None else list(layer_names)
     if len(names) != num_layers or len(set(names)) != num_layers:
         raise DistplbError(
