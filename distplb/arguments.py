@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+from torch import Tensor
+
 from distplb.errors import DistplbError
 
-__all__ = ["refuse_wrong_types"]
+__all__ = ["plain", "refuse_wrong_types", "shown", "whole_number"]
 
 
 def refuse_wrong_types(given: Mapping[str, tuple[Any, tuple[Any, ...], str]]) -> None:
@@ -28,5 +31,61 @@ def refuse_wrong_types(given: Mapping[str, tuple[Any, tuple[Any, ...], str]]) ->
         kinds = tuple(kind for kind in types if kind is not None)
         is_fine = isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
         if not is_fine and not (value is None and None in types):
-            is_short = value is None or isinstance(value, bool | int | float | str)
-            raise DistplbError(f"{name} is {repr(value) if is_short else 'a ' + type(value).__name__}; pass {words}")
+            raise DistplbError(f"{name} is {shown(value)}; pass {words}")
+
+
+def plain(value: Any) -> Any:
+    """A scalar of NumPy or torch as Python's own number; everything else as it is.
+
+    >>> import torch
+    >>> plain(torch.tensor(4)), plain(np.float32(0.5)), plain("4")
+    (4, 0.5, '4')
+    """
+    if isinstance(value, np.number | np.bool_):
+        return value.item()
+    if isinstance(value, np.ndarray) and value.ndim == 0 and value.dtype.kind in "biuf":
+        return value.item()
+    if isinstance(value, Tensor) and value.dim() == 0 and not value.is_meta and not hasattr(value, "full_tensor"):
+        return value.item()
+    return value
+
+
+def whole_number(name: str, value: Any, least: int | None = None, wanted: str = "") -> int:
+    """A whole number of Python, NumPy or torch, as Python's own; 4.0 and True are none.
+
+    >>> whole_number("num_slots", np.int64(4))
+    4
+    >>> whole_number("num_slots", 4.0)
+    Traceback (most recent call last):
+    distplb.errors.DistplbError: num_slots is 4.0; pass a whole number
+
+    Args:
+        name: of the argument.
+        value: that was given.
+        least: that it may be.
+        wanted: what to pass, in words; a whole number of at least `least` where empty.
+
+    Raises:
+        DistplbError: for what is none, or less.
+    """
+    found = plain(value)
+    if not isinstance(found, int) or isinstance(found, bool) or (least is not None and found < least):
+        wanted = wanted or ("a whole number" if least is None else f"a whole number of at least {least}")
+        raise DistplbError(f"{name} is {shown(value)}; pass {wanted}")
+    return found
+
+
+def shown(value: Any) -> str:
+    """What was given, in few words: a number or text as it is, and of everything else the type.
+
+    >>> shown("gloo"), shown([1, 2])
+    ("'gloo'", 'a list')
+    """
+    value = plain(value)
+    if value is None or isinstance(value, bool | int | float | str):
+        text = repr(value)
+        return text if len(text) <= 80 else f"{text[:77]}..."
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    name = type(value).__name__
+    return f"{'an' if name[0] in 'AEIOUaeiou' else 'a'} {name}"

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from distplb.arguments import refuse_wrong_types, whole_number
 from distplb.cost import mean_of_known
+from distplb.counts import Counts, as_tokens
 from distplb.errors import DistplbError
-from distplb.load import as_tokens
 from distplb.topology import Topology
 
 __all__ = ["lower_bound"]
@@ -35,7 +36,7 @@ _LEVELS = 16  # values of τ that (i) and (j) try
 _PRICES = (0.25, 0.5, 1, 1.25, 1.5, 2, 2.5, 3, 4, 6)  # of a spare replica, in (h) and (j), in slots
 
 
-def lower_bound(load: Tensor, topology: Topology, num_slots: int, num_groups: int | None = None) -> Tensor:
+def lower_bound(load: Counts, topology: Topology, num_slots: int, num_groups: int | None = None) -> Tensor:
     """What no placement can beat: a bound of the imbalance's mean over the steps.
 
     >>> lower_bound(torch.tensor([[9, 1, 1, 1]]), Topology(1, 2), num_slots=4)
@@ -73,7 +74,7 @@ def lower_bound(load: Tensor, topology: Topology, num_slots: int, num_groups: in
     Without replicas two slots a GPU are decided by (c), and with replicas one slot a GPU by (f): these are optima.
 
     Args:
-        load: `[T, L, E]` or `[L, E]`, tokens of each expert.
+        load: `[T, L, E]` or `[L, E]`, tokens of each expert, of any type that is exact.
         topology: of the EP group.
         num_slots: P, a multiple of M and at least E; more than E means replicas, also several of one on a GPU.
         num_groups: B, if each node holds B / N whole groups of consecutive experts, in P / N slots; none where None.
@@ -85,6 +86,9 @@ def lower_bound(load: Tensor, topology: Topology, num_slots: int, num_groups: in
         DistplbError: if the load is not one of tokens, or slots or groups cannot be spread evenly.
     """
     tokens = as_tokens(load)
+    refuse_wrong_types({"topology": (topology, (Topology,), "a Topology, such as Topology.from_env()")})
+    num_slots = whole_number("num_slots", num_slots)
+    num_groups = None if num_groups is None else whole_number("num_groups", num_groups)
     num_steps, _, num_experts = tokens.shape
     topology.slots_per_gpu(num_slots)
     _check(num_experts, topology, num_slots, num_groups)

@@ -11,8 +11,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from distplb.arguments import refuse_wrong_types
+from distplb.counts import Counts, as_tokens
 from distplb.errors import DistplbError
-from distplb.load import as_tokens
 from distplb.placement import Placement
 
 __all__ = [
@@ -100,7 +101,7 @@ def _of_gpus(step: Tensor, table: Tensor, replicas: Tensor | None, num_gpus: int
     return of_gpu
 
 
-def imbalance(load: Tensor, placement: Placement) -> Tensor:
+def imbalance(load: Counts, placement: Placement) -> Tensor:
     """Fullest GPU over mean GPU, at least 1; NaN where a step has no tokens in a layer.
 
     >>> load = torch.tensor([[[6, 2, 1, 3]], [[0, 0, 0, 0]]])
@@ -112,7 +113,8 @@ def imbalance(load: Tensor, placement: Placement) -> Tensor:
     tensor(1.3333, dtype=torch.float64)
 
     Args:
-        load: `[T, L, E]` or `[L, E]`, tokens of each expert; replicas share them evenly.
+        load: `[T, L, E]` or `[L, E]`, tokens of each expert, of any type that is exact; replicas share
+            them evenly.
         placement: of the same layers and experts.
 
     Returns:
@@ -122,6 +124,7 @@ def imbalance(load: Tensor, placement: Placement) -> Tensor:
         DistplbError: if the load is not one of tokens or its shape is not the placement's.
     """
     tokens = as_tokens(load)
+    refuse_wrong_types({"placement": (placement, (Placement,), "a Placement")})
     if tuple(tokens.shape[1:]) != (placement.num_layers, placement.num_experts):
         raise DistplbError(
             f"load has {tokens.shape[1]} layers of {tokens.shape[2]} experts, the placement "

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from distplb.arguments import refuse_wrong_types, whole_number
 from distplb.cost import mean_of_layers
 from distplb.errors import DistplbError
 from distplb.events import RebalanceEvent
@@ -64,6 +65,7 @@ class EventLog:
     """
 
     def __init__(self, path: str | os.PathLike[str] | None, summary_writer: SummaryWriter | None = None) -> None:
+        refuse_wrong_types({"path": (path, (str, os.PathLike, None), "the path of a file")})
         self._path, self._writer = None if path is None else Path(path), summary_writer
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="distplb-events")
         self._failures = set[str]()
@@ -167,6 +169,8 @@ def read_events(path: str | os.PathLike[str], max_bytes: int = 2**30) -> list[Re
     Raises:
         DistplbError: naming the file and line, if it cannot be read, is too large, or holds something else.
     """
+    refuse_wrong_types({"path": (path, (str, os.PathLike), "the path of a file that an EventLog wrote")})
+    max_bytes = whole_number("max_bytes", max_bytes, least=1)
     found: dict[int, RebalanceEvent] = {}
     torn: list[int] = []
     is_log = True

@@ -11,6 +11,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from distplb.arguments import refuse_wrong_types, whole_number
 from distplb.ties import RouterTies
 
 __all__ = ["ExpertTensor", "FlatShard", "MoELayer", "Rows"]
@@ -48,6 +49,10 @@ class FlatShard:
 
     values: Tensor
     start: int
+
+    def __post_init__(self) -> None:
+        refuse_wrong_types({"FlatShard: values": (self.values, (Tensor,), "the tensor that the optimizer steps on")})
+        object.__setattr__(self, "start", whole_number("FlatShard: start", self.start, least=0))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,3 +105,19 @@ class MoELayer:
     counts: Callable[[Callable[..., None]], Removable | Sequence[Removable] | None] | None = None
     ties: RouterTies | None = None
     invalidate: Callable[[], None] | None = None
+
+    def __post_init__(self) -> None:
+        by_name = "tensors by name"
+        refuse_wrong_types(
+            {
+                "MoELayer: name": (self.name, (str,), "the layer's name in the model"),
+                "MoELayer: experts": (self.experts, (Mapping,), by_name),
+                "MoELayer: router": (self.router, (Mapping,), by_name),
+                "MoELayer: shards": (self.shards, (Mapping,), "FlatShards by the name of a tensor"),
+                "MoELayer: slot_of_expert": (self.slot_of_expert, (Tensor, None), "a table of int64"),
+                "MoELayer: counts": (self.counts, (Callable, None), "a function that takes the one to be told"),
+                "MoELayer: invalidate": (self.invalidate, (Callable, None), "a function"),
+            }
+        )
+        if self.num_groups is not None:
+            object.__setattr__(self, "num_groups", whole_number("MoELayer: num_groups", self.num_groups, least=1))

@@ -7,23 +7,26 @@ from __future__ import annotations
 
 import sys
 import threading
+from collections.abc import Sequence
 from types import FrameType
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+from distplb.arguments import refuse_wrong_types, shown, whole_number
+from distplb.counts import Counts, as_counts, as_integers, as_tensor, marked, refuse_marked, refuse_unreadable
 from distplb.errors import DistplbError
 from distplb.hashing import hashed
 from distplb.torchnames import break_graph, is_in_backward, is_of_compiled_graph
 
-__all__ = ["LoadWindow", "as_tokens", "excess_bits", "group_of_steps", "scaled", "spare_bits", "window_near"]
+__all__ = ["LoadWindow", "excess_bits", "group_of_steps", "scaled", "spare_bits", "window_near"]
 
 # Packing multiplies a weight by a 14-bit noise and the packed key holds 41 bits of cost: 2^40 leaves room for both.
 _MAX_TOTAL_BITS = 40
-# Each rank's own total stays below this, so that the sum over 2^14 of them cannot leave an int64.
-_MAX_RANK_TOTAL = 2.0**48
 _NONE = -1  # the number of no step
+_VALUELESS = ("meta",)  # devices whose tensors have no values; tests let it stand for an accelerator
 _EACH_STEP = 2048  # so many steps after a clear, at the least, are drawn for one by one, and later ones in blocks
 _LAST_STEP = 2**31  # from here on none is kept; times a hash of 32 bits it still fits an int64
 # A step is several operations on the same tensors. One for all windows: a compiled graph knows tensors, not windows.
@@ -78,15 +81,17 @@ class LoadWindow:
         seed: int = 0,
         max_bytes: int = 64 * 2**20,
     ) -> None:
-        for name, value in (
-            ("num_layers", num_layers),
-            ("num_experts", num_experts),
-            ("num_steps", num_steps),
-        ):
-            if value < 1:
-                raise DistplbError(f"LoadWindow: {name} is {value}; pass at least 1")
+        num_layers, num_experts, num_steps, max_bytes = (
+            whole_number(f"LoadWindow: {name}", value, least=1)
+            for name, value in (
+                *(("num_layers", num_layers), ("num_experts", num_experts)),
+                *(("num_steps", num_steps), ("max_bytes", max_bytes)),
+            )
+        )
+        self._seed = whole_number("LoadWindow: seed", seed)
         rows = min(num_steps, _steps_that_fit(num_layers, num_experts, max_bytes))
-        self._may_move, device = device is None, torch.device("cpu" if device is None else device)
+        self._may_move, device = device is None, _device("cpu" if device is None else device)
+        self._layers = tuple(str(layer) for layer in range(num_layers))  # as errors name them
         # Row T takes what is not kept, so that each step is the same operations.
         self._counts = torch.zeros(rows + 1, num_layers, num_experts, dtype=torch.int64, device=device)
         self._numbers = torch.empty(rows + 1, num_layers, dtype=torch.int64, device=device)  # whose counts these are
@@ -97,7 +102,7 @@ class LoadWindow:
         # The step of each block that may be kept, and the one after it: where a step lies among them tells its row.
         self._edges = torch.empty(2 * blocks, dtype=torch.int64, device=device)
         self._rows = torch.full((2 * blocks + 1,), rows, dtype=torch.int64, device=device)
-        self._seed, self._clears = seed, 0
+        self._clears = 0
         self._start()
 
     @property
@@ -111,7 +116,7 @@ class LoadWindow:
         """Steps that every layer has had since the last clear, kept or not. Waits for the device."""
         return int(self._written.min())
 
-    def add(self, layer: int, counts: Tensor, *, training: bool | None = None) -> None:
+    def add(self, layer: int, counts: Counts, *, training: bool | None = None) -> None:
         """Take in one step of one layer, unless this forward is an evaluation or a recomputation.
 
         Recomputation under activation checkpointing runs inside the backward pass, and is known by that. An
@@ -122,22 +127,33 @@ class LoadWindow:
 
         Args:
             layer: index in [0, L).
-            counts: `[E]` integers, this rank's tokens for each of the router's outputs.
+            counts: `[E]`, this rank's tokens for each of the router's outputs: integers, or floats that are whole
+                numbers and that their dtype counts exactly.
             training: pass `module.training` where evaluations run with gradients; they would otherwise be counted.
                 `True` does not make a step of a forward under `torch.no_grad()`.
 
         Raises:
             DistplbError: for a layer that is not there, counts of another number of experts or on another device than
-                the window; or, of a compiled forward, if one without gradients is a part of one with gradients.
+                the window, and what is no count where the counts are on the host; on an accelerator, where nobody
+                waits, `load` tells of it. Or, of a compiled forward, if one without gradients is a part of one with
+                gradients.
         """
         num_layers, num_experts = self._counts.shape[1:]
+        if type(layer) is not int:
+            layer = whole_number("LoadWindow.add: layer", layer, wanted=f"an index in [0, {num_layers})")
         if not 0 <= layer < num_layers:
             raise DistplbError(f"LoadWindow.add: layer is {layer}; pass an index in [0, {num_layers})")
-        if counts.numel() != num_experts:
+        if not isinstance(counts, Tensor):
+            counts = as_tensor("LoadWindow.add: counts", counts)
+        elif type(counts).__name__ == "DTensor" or not torch.compiler.is_compiling():
+            refuse_unreadable("LoadWindow.add: counts", counts)
+        if counts.dim() != 1 or counts.numel() != num_experts:
             raise DistplbError(
                 f"LoadWindow.add: counts has shape {tuple(counts.shape)}; pass [{num_experts}], one for each of the "
                 "router's outputs"
             )
+        if training not in (True, False, None):
+            refuse_wrong_types({"LoadWindow.add: training": (training, (bool, None), "True, False or None")})
         if training is not None and not training:
             return
         if counts.device != self._counts.device:
@@ -147,21 +163,31 @@ class LoadWindow:
         buffers = (self._counts, self._numbers, self._written, self._edges, self._rows)
         # Compiled, whether gradients are on is known now, and a part of what the graph is guarded by.
         add = torch.ops.distplb.add if torch.compiler.is_compiling() else _add
-        add(*buffers, layer, counts.detach(), torch.is_grad_enabled())
+        add(*buffers, layer, counts.detach(), torch.is_grad_enabled(), self._layers[layer])
 
     def load(self) -> Tensor:
         """`[T', L, E]` int64: the kept steps that every layer has, in the order of time. Waits for the device.
 
         T' ≤ T; while layers differ in their number of steps, as in the middle of a forward, only what all of them
         keep under the same number is handed out.
+
+        Raises:
+            DistplbError: for what is no count, with layer, step and expert.
         """
-        return self._counts[self._common_rows()]
+        rows = self._common_rows()
+        found = self._counts[rows]
+        refuse_marked(found, self._numbers[rows, 0], self._layers)
+        return found
 
     def steps(self) -> Tensor:
         """`[T']` int64: the numbers of the steps of `load`, counted from 0 at the last clear. Waits for the device."""
         return self._numbers[self._common_rows(), 0]
 
-    def rename(self, source: Tensor) -> None:
+    def name_layers(self, names: Sequence[str]) -> None:
+        """Have errors call the L layers by these names."""
+        self._layers = tuple(repr(name) for name in names)
+
+    def rename(self, source: Counts) -> None:
         """The router's outputs have changed places: credit each with what another has counted. In place.
 
         >>> window = LoadWindow(num_layers=1, num_experts=3, num_steps=1)
@@ -177,6 +203,7 @@ class LoadWindow:
             DistplbError: if it is not.
         """
         num_layers, num_experts = self._counts.shape[1:]
+        source = as_integers("LoadWindow.rename: source", source, f"int64 of shape [{num_layers}, {num_experts}]")
         if source.shape != (num_layers, num_experts):
             raise DistplbError(
                 f"LoadWindow.rename: source has shape {tuple(source.shape)}; pass [{num_layers}, {num_experts}]"
@@ -201,6 +228,8 @@ class LoadWindow:
 
     def _move_to(self, device: torch.device) -> None:
         """Go where the first counts are."""
+        if device.type in _VALUELESS:
+            raise DistplbError("LoadWindow.add: counts are on the device meta, which keeps no values; pass real ones")
         if torch.compiler.is_compiling():
             break_graph()  # refused in a full graph: pass LoadWindow(device=...), or run a forward that is not compiled
         with _one_at_a_time:
@@ -283,6 +312,7 @@ def _add(
     layer: int,
     tokens: Tensor,
     has_gradients: bool,
+    name: str,
 ) -> None:
     """One step of one layer of a window, whose tensors come first, unless it is none of the training.
 
@@ -291,7 +321,11 @@ def _add(
     """
     if not _is_step(has_gradients):
         return
-    tokens = tokens.to(torch.int64).reshape(1, -1)  # [1, E]
+    if tokens.device.type == "cpu":
+        tokens = as_counts(f"LoadWindow.add: layer {name}", tokens, ("expert",))
+    else:
+        tokens = marked(tokens)  # nobody waits for the device; `load` looks at it
+    tokens = tokens.reshape(1, -1)  # [1, E]
     number = written.data[layer : layer + 1]  # [1], a view: nothing is read on the host
     with _one_at_a_time:
         row = rows.index_select(0, torch.searchsorted(edges, number, right=True))  # [1]
@@ -304,7 +338,7 @@ def _add(
 _library = torch.library.Library("distplb", "DEF")
 _library.define(
     "add(Tensor(a!) counts, Tensor(b!) numbers, Tensor(c!) written, Tensor edges, Tensor rows, int layer, "
-    "Tensor tokens, bool has_gradients) -> ()"
+    "Tensor tokens, bool has_gradients, str name) -> ()"
 )
 _library.impl("add", _add, "CompositeExplicitAutograd")
 torch.library.register_fake("distplb::add", lambda *_: None, lib=_library)
@@ -343,6 +377,13 @@ def _is_in_a_recorded_function() -> bool:
     return False
 
 
+def _device(device: Any) -> torch.device:
+    try:
+        return torch.device(device)
+    except (TypeError, RuntimeError) as unknown:
+        raise DistplbError(f"LoadWindow: device is {shown(device)}; pass a torch.device or its name") from unknown
+
+
 def _steps_that_fit(num_layers: int, num_experts: int, max_bytes: int) -> int:
     one_step = 8 * num_layers * num_experts
     if max_bytes < one_step:
@@ -370,62 +411,13 @@ def group_of_steps(steps: Tensor, num_groups: int, seed: int) -> Tensor:
     Raises:
         DistplbError: for less than one group.
     """
-    if num_groups < 1:
-        raise DistplbError(f"num_groups is {num_groups}; pass the number of EP groups, at least 1")
+    num_groups = whole_number("num_groups", num_groups, 1, "the number of EP groups, at least 1")
     missing = torch.arange(1, -len(steps) % num_groups + 1, device=steps.device)
     whole = torch.cat([steps, -missing])  # the last block is filled up with numbers that no step has
     # The sum tells windows apart, so that it is not always the same group that the last block leaves out.
     keys = hashed(torch.zeros_like(whole), seed, seed >> 32, steps.sum(), whole)
     keys = keys.view(-1, num_groups)  # [blocks, groups]
     return keys.argsort(dim=1, stable=True).argsort(dim=1).flatten()[: len(steps)]
-
-
-def as_tokens(load: Tensor) -> Tensor:
-    """`[T, L, E]` int64 from `[L, E]` or `[T, L, E]` of any number type; floats are rounded half-even.
-
-    Raises:
-        DistplbError: for another shape, NaN, infinite or negative values, fractions of a token, or too many tokens.
-    """
-    load = (load if isinstance(load, Tensor) else torch.as_tensor(load, device="cpu")).detach()
-    if load.dim() not in (2, 3) or 0 in load.shape:
-        raise DistplbError(
-            f"load has shape {tuple(load.shape)}; pass [layers, experts] or [steps, layers, experts], none empty"
-        )
-    if load.is_complex() or load.dtype == torch.bool:
-        raise DistplbError(f"load has dtype {load.dtype}; pass token counts as integers")
-    load = load if load.dim() == 3 else load[None]
-    check_weights("load", load)
-    if load.is_floating_point():
-        if 0 < float(load.max()) < 1:
-            raise DistplbError(
-                f"load has no value of a whole token (the largest is {float(load.max())}); "
-                "pass token counts, or multiply the frequencies by the tokens they stand for"
-            )
-        load = load.double().round()
-    most = int(load.max()) * load.shape[0] * load.shape[2]  # exact sums only where they may matter
-    if most >= _MAX_RANK_TOTAL and float(load.double().sum((0, 2)).max()) >= _MAX_RANK_TOTAL:
-        raise DistplbError(
-            f"load has a layer of {float(load.double().sum((0, 2)).max()):.3g} tokens; "
-            "2^48 on each rank is the most that can be added up"
-        )
-    return load.to(torch.int64)
-
-
-def check_weights(name: str, value: Tensor) -> None:
-    """Refuse what is not a finite, non-negative number, with the first offender's place and value."""
-    if value.is_floating_point() and not bool(value.isfinite().all()):
-        wrong, what = ~value.isfinite(), "finite"
-    elif (value.is_floating_point() or value.is_signed()) and value.numel() and bool(value.min() < 0):
-        wrong, what = value < 0, "non-negative"
-    else:
-        return
-    places = wrong.nonzero()
-    if len(places):
-        place = tuple(places[0].tolist())
-        raise DistplbError(
-            f"{name} is {value[place].item()} at index {list(place)} ({len(places)} such); "
-            f"counts must be {what}: check the counter that made them"
-        )
 
 
 def excess_bits(load: Tensor, bits: int = _MAX_TOTAL_BITS) -> Tensor:

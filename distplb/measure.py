@@ -13,9 +13,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from distplb.arguments import refuse_wrong_types, shown, whole_number
 from distplb.comm.agreement import agree, digest, told_by_root
-from distplb.comm.base import Comm, WorldOfOne
-from distplb.errors import in_stage
+from distplb.comm.base import Comm, WorldOfOne, refuse_other_comm
+from distplb.errors import DistplbError, in_stage
 from distplb.price import TimeCurve
 from distplb.topology import Topology
 
@@ -43,15 +44,31 @@ def measured_curve(run: Callable[[int], object], tokens: Sequence[int], *, comm:
     Raises:
         DistplbError: on every rank, with what `run` raised on one of them; or if they differ in `tokens`.
     """
+    refuse_other_comm(comm)
     comm = WorldOfOne() if comm is None else comm
-    nanoseconds, error = [0] * len(tokens), None
+    nanoseconds: list[int] = []
+    error: Exception | None = None
     try:
+        refuse_wrong_types({"run": (run, (Callable,), "a function of a number of tokens")})
+        tokens = _numbers(tokens)
         nanoseconds = [round(1e9 * seconds) for seconds in _timed(run, tokens)]
     except Exception as caught:
         error = caught
-    agree(comm, {"the tokens of the time curve (digest)": digest(list(tokens))}, error)
+    agree(comm, {"the tokens of the time curve (digest)": 0 if error else digest(tokens)}, error)
     told = told_by_root(comm, nanoseconds)
     return TimeCurve.through(tokens, [value * 1e-9 for value in told])
+
+
+def _numbers(tokens: Sequence[int]) -> list[int]:
+    """Plain ones, at least 1."""
+    wanted = "numbers of tokens, each a whole one of at least 1, such as (1024, 4096)"
+    try:
+        found = list(tokens)
+    except TypeError:
+        raise DistplbError(f"tokens is {shown(tokens)}; pass {wanted}") from None
+    if not found:
+        raise DistplbError(f"tokens is empty; pass {wanted}")
+    return [whole_number(f"tokens[{nth}]", number, least=1) for nth, number in enumerate(found)]
 
 
 def _timed(run: Callable[[int], object], tokens: Sequence[int]) -> list[float]:
@@ -88,6 +105,15 @@ def measured_bandwidths(comm: Comm, topology: Topology, peers: Sequence[int], gp
         peers: `[M]`, the ranks of this rank's EP group, by GPU.
         gpu: this rank's.
     """
+    refuse_other_comm(comm)
+    refuse_wrong_types(
+        {
+            "topology": (topology, (Topology,), "a Topology"),
+            "peers": (peers, (Sequence,), "the ranks of this rank's EP group, by GPU"),
+            "gpu": (gpu, (int,), "this rank's number in its EP group"),
+        }
+    )
+    peers = [whole_number(f"peers[{nth}]", peer) for nth, peer in enumerate(peers)]
     inside = _bandwidth(comm, peers, gpu, _ring(topology, inside=True)) if topology.gpus_per_node > 1 else 0
     between = _bandwidth(comm, peers, gpu, _ring(topology, inside=False)) if topology.num_nodes > 1 else 0
     found = told_by_root(comm, [inside or between or _NO_LINK, between or inside or _NO_LINK])

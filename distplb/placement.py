@@ -16,6 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from distplb.arguments import refuse_wrong_types, whole_number
+from distplb.counts import as_integers
 from distplb.documents.maps import MAPS, SlotMap, slot_map
 from distplb.documents.read import check_is_file, read_document
 from distplb.errors import DistplbError
@@ -50,14 +52,15 @@ class Placement:
     num_gpus: int
 
     def __post_init__(self) -> None:
-        given = self.expert_of_slot
-        table = given.cpu() if isinstance(given, Tensor) else torch.as_tensor(given, device="cpu")
-        if table.dim() != 2 or table.is_floating_point() or table.is_complex() or table.dtype == torch.bool:
+        wanted = "integers of shape [layers, slots]"
+        table = as_integers("Placement: expert_of_slot", self.expert_of_slot, wanted)
+        if table.dim() != 2:
             raise DistplbError(
-                f"Placement: expert_of_slot is {table.dtype} of shape {tuple(table.shape)}; "
-                "pass integers of shape [layers, slots]"
+                f"Placement: expert_of_slot is {table.dtype} of shape {tuple(table.shape)}; pass {wanted}"
             )
-        object.__setattr__(self, "expert_of_slot", table.to(torch.int64, copy=True).contiguous())
+        object.__setattr__(self, "expert_of_slot", table.to("cpu", copy=True).contiguous())
+        for name in ("num_experts", "num_gpus"):
+            object.__setattr__(self, name, whole_number(f"Placement: {name}", getattr(self, name)))
         self._check()
 
     def _check(self) -> None:
@@ -84,6 +87,10 @@ class Placement:
     @classmethod
     def contiguous(cls, num_layers: int, num_experts: int, num_gpus: int) -> Placement:
         """Expert e in slot e of every layer: how jobs start."""
+        num_layers, num_experts = (
+            whole_number(f"Placement: {name}", value, least=0)
+            for name, value in (("num_layers", num_layers), ("num_experts", num_experts))
+        )
         table = torch.arange(num_experts, device="cpu").expand(num_layers, num_experts)
         return cls(table, num_experts, num_gpus)
 
@@ -154,6 +161,7 @@ class Placement:
         Raises:
             DistplbError: if the names are not one for each layer, all different.
         """
+        refuse_wrong_types({"path": (path, (str, os.PathLike), "the path of a file")})
         names = _checked_names(layer_names, self.num_layers)
         document = {
             "format": "distplb.placement",
@@ -188,6 +196,14 @@ class Placement:
         Raises:
             DistplbError: naming the file and the place, if it is no placement, or of other layers, experts or GPUs.
         """
+        refuse_wrong_types(
+            {
+                "path": (path, (str, os.PathLike), "the path of a file that Placement.save wrote"),
+                "layer_names": (layer_names, (Sequence, None), "the names of layers"),
+            }
+        )
+        num_experts = None if num_experts is None else whole_number("num_experts", num_experts, least=1)
+        num_gpus = None if num_gpus is None else whole_number("num_gpus", num_gpus, least=1)
         return load_placement(Path(path), layer_names, num_experts, num_gpus, all_layers=False)
 
 
@@ -272,6 +288,7 @@ def _few(names: Sequence[str]) -> str:
 
 
 def _checked_names(layer_names: Sequence[str] | None, num_layers: int) -> list[str]:
+    refuse_wrong_types({"layer_names": (layer_names, (Sequence, None), "a name for each layer")})
     names = [str(layer) for layer in (range(num_layers) if layer_names is None else layer_names)]
     if len(names) != num_layers or len(set(names)) != num_layers:
         raise DistplbError(

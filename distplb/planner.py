@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from distplb.comm.agreement import agree, raise_everywhere
-from distplb.comm.base import Comm, WorldOfOne
+from distplb.comm.base import Comm, WorldOfOne, refuse_other_comm
+from distplb.counts import Counts, as_tokens
 from distplb.errors import in_stage
-from distplb.load import as_tokens
 from distplb.packing.candidates import CANDIDATE_BITS
 from distplb.placement import Placement
 from distplb.planning.options import SearchOptions
@@ -41,7 +41,7 @@ class Planned:
 
 
 def plan(
-    load: Tensor,
+    load: Counts,
     topology: Topology,
     *,
     comm: Comm | None = None,
@@ -70,8 +70,8 @@ def plan(
     tensor([[0, 1, 2, 0, 2, 3]])
 
     Args:
-        load: `[L, E]` or `[T, L, E]` tokens of each expert as counted **on this rank**; the ranks' counts are
-            added up, so a load that one rank knows already goes in there and zeros elsewhere.
+        load: `[L, E]` or `[T, L, E]` tokens of each expert as counted **on this rank**, of any type that is exact; the
+            ranks' counts are added up, so a load that one rank knows already goes in there and zeros elsewhere.
         topology: of one EP group; its GPUs divide the slots.
         comm: the ranks that plan together; None for this process alone.
         num_slots: P, at least E; E where None. What is above E is given to replicas of hot experts.
@@ -96,6 +96,7 @@ def plan(
     Raises:
         DistplbError: on every rank, if any rank's load or options are refused or differ from the others'.
     """
+    refuse_other_comm(comm)
     options = SearchOptions(
         num_slots=num_slots,
         num_groups=num_groups,
@@ -113,7 +114,7 @@ def plan(
 
 
 def plan_in_stages(
-    load: Tensor, topology: Topology, comm: Comm, options: SearchOptions, *, stages: Stages | None = None
+    load: Counts, topology: Topology, comm: Comm, options: SearchOptions, *, stages: Stages | None = None
 ) -> Planned:
     """`plan`, for a caller that wants its seconds.
 
@@ -143,7 +144,7 @@ class Planning:
 
     def __init__(
         self,
-        load: Tensor,
+        load: Counts,
         topology: Topology,
         comm: Comm,
         options: SearchOptions,
@@ -212,7 +213,7 @@ class Planning:
 
 
 def _agreed_load(
-    load: Tensor,
+    load: Counts,
     topology: Topology,
     comm: Comm,
     options: SearchOptions,

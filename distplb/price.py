@@ -8,12 +8,14 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from distplb.arguments import plain, refuse_wrong_types, shown
+from distplb.counts import Counts, as_counts
 from distplb.errors import DistplbError
 from distplb.placement import Placement
 from distplb.topology import Topology
@@ -48,7 +50,10 @@ class TimeCurve:
 
     def __post_init__(self) -> None:
         for name, limit in (("tokens", _MAX_TOKENS), ("nanoseconds", _MAX_NANOSECONDS)):
-            values = getattr(self, name)
+            refuse_wrong_types(
+                {f"TimeCurve: {name}": (getattr(self, name), (Sequence, np.ndarray), "the points' numbers")}
+            )
+            values = [plain(value) for value in getattr(self, name)]
             wrong = [value for value in values if type(value) is not int or not 0 <= value <= limit]
             if wrong:
                 raise DistplbError(f"TimeCurve: {name} has {wrong[0]!r}; pass whole numbers from 0 to {limit}")
@@ -85,6 +90,9 @@ class TimeCurve:
         tensor([10, 12])
         """
         most = (1 << 40) // _LINEAR_TOKENS
+        nanoseconds_per_token = plain(nanoseconds_per_token)
+        number = (nanoseconds_per_token, (int, float), "a number")
+        refuse_wrong_types({"nanoseconds_per_token": number})
         if not 0 < nanoseconds_per_token <= most:
             raise DistplbError(f"{nanoseconds_per_token!r} nanoseconds per token; pass more than 0 and at most {most}")
         return cls((0, _LINEAR_TOKENS), (0, round(nanoseconds_per_token * _LINEAR_TOKENS)))
@@ -98,13 +106,16 @@ class TimeCurve:
         >>> TimeCurve.through([64, 128, 192], [3e-6, 2e-6, 4e-6]).nanoseconds
         (0, 2500, 2500, 4000)
         """
-        if len(tokens) != len(seconds) or not len(tokens):
-            raise DistplbError(f"{len(tokens)} tokens and {len(seconds)} seconds were measured; pass as many of both")
-        if not all(math.isfinite(value) and value >= 0 for value in (*tokens, *seconds)):
+        numbers, seconds = _numbers("tokens", tokens), _numbers("seconds", seconds)
+        if len(numbers) != len(seconds) or not numbers:
+            raise DistplbError(f"{len(numbers)} tokens and {len(seconds)} seconds were measured; pass as many of both")
+        if not all(math.isfinite(value) and value >= 0 for value in (*numbers, *seconds)):
             raise DistplbError(
-                f"measured {list(seconds)} seconds at {list(tokens)} tokens; pass finite numbers of at least 0"
+                f"measured {list(seconds)} seconds at {numbers} tokens; pass finite numbers of at least 0"
             )
-        places, place, weight = np.unique(np.asarray(tokens), return_inverse=True, return_counts=True)
+        if not all(value == int(value) for value in numbers):
+            raise DistplbError(f"measured at {numbers} tokens; pass whole numbers of tokens")
+        places, place, weight = np.unique(np.asarray(numbers), return_inverse=True, return_counts=True)
         mean = np.bincount(place, weights=np.asarray(seconds, dtype=np.float64)) / weight
         times = [round(value * 1e9) for value in _never_falling(mean.tolist(), weight.tolist())]
         idle = [] if places[0] == 0 else [0]
@@ -115,14 +126,17 @@ class TimeCurve:
         """Of the last point: its time over its tokens."""
         return self.nanoseconds[-1] / self.tokens[-1]
 
-    def time(self, load: Tensor) -> Tensor:
+    def time(self, load: Counts) -> Tensor:
         """Nanoseconds for each number of tokens of a tensor of any shape, int64; whole numbers on every device.
 
         Rounded down; from 2^40 ns on, 2^40 ns.
+
+        Raises:
+            DistplbError: for what is no number of tokens.
         """
+        load = as_counts("load", load, ()).contiguous()
         tokens, times = (torch.tensor(values, device=load.device) for values in (self.tokens, self.nanoseconds))
         more, longer = tokens.diff(), times.diff()  # of each segment
-        load = load.to(torch.int64).contiguous()
         segment = (torch.searchsorted(tokens, load, right=True) - 1).clamp_(0, len(more) - 1)
         beyond = load - tokens[segment]
         # Whole lengths of the segment and the rest apart: neither product can leave an int64.
@@ -134,6 +148,14 @@ class TimeCurve:
         """A number in [0, 2^62) that differs between different curves, equal on every machine."""
         data = np.array([self.tokens, self.nanoseconds], dtype="<i8").tobytes()
         return int.from_bytes(hashlib.sha256(data).digest()[:8], "big") >> (64 - _DIGEST_BITS)
+
+
+def _numbers(name: str, given: Sequence[float]) -> list[float]:
+    refuse_wrong_types({name: (given, (Sequence, np.ndarray, Tensor), "what was measured, number by number")})
+    numbers = [plain(value) for value in given]
+    words = "a number"
+    refuse_wrong_types({f"{name}[{nth}]": (one, (int, float), words) for nth, one in enumerate(numbers)})
+    return numbers
 
 
 def _never_falling(values: Sequence[float], weights: Sequence[float]) -> list[float]:
@@ -177,8 +199,10 @@ class MoveModel:
     trust: float = 0.5
 
     def __post_init__(self) -> None:
-        if not 0 < self.trust <= 1:
-            raise DistplbError(f"MoveModel: trust is {self.trust!r}; pass a share, above 0 and at most 1")
+        for field in fields(self):
+            object.__setattr__(self, field.name, plain(getattr(self, field.name)))
+        if isinstance(self.trust, bool) or not isinstance(self.trust, int | float) or not 0 < self.trust <= 1:
+            raise DistplbError(f"MoveModel: trust is {shown(self.trust)}; pass a share, above 0 and at most 1")
         for name in ("seconds_per_token", "bytes_per_slot", "bandwidth_inside", "bandwidth_between"):
             _check_positive(f"MoveModel: {name}", getattr(self, name))
 
@@ -192,6 +216,7 @@ class MoveModel:
             window_steps: T, of the load that is planned on.
             steps_until_next: of the same kind, until the next rebalance.
         """
+        window_steps, steps_until_next = plain(window_steps), plain(steps_until_next)
         _check_positive("price: window_steps", window_steps)
         _check_positive("price: steps_until_next", steps_until_next)
         share = window_steps / steps_until_next / self.seconds_per_token / self.trust
@@ -204,7 +229,7 @@ class MoveModel:
 
 def _check_positive(name: str, value: float) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise DistplbError(f"{name} is {value!r}; pass a number above 0")
+        raise DistplbError(f"{name} is {shown(value)}; pass a number above 0")
 
 
 def moved_slots(old: Placement, new: Placement, topology: Topology) -> Tensor:
@@ -224,6 +249,8 @@ def moved_slots(old: Placement, new: Placement, topology: Topology) -> Tensor:
     Raises:
         DistplbError: if they are of different models or clusters.
     """
+    known = {"topology": (topology, (Topology,), "a Topology")}
+    refuse_wrong_types({"old": (old, (Placement,), "a Placement"), "new": (new, (Placement,), "a Placement")} | known)
     shapes = [(one.num_layers, one.num_experts, one.num_gpus) for one in (old, new)]
     if shapes[0] != shapes[1] or old.num_gpus != topology.num_gpus:
         raise DistplbError(

@@ -21,10 +21,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from distplb.account import AS_EVEN, Account, completed
-from distplb.arguments import refuse_wrong_types
+from distplb.arguments import plain, refuse_wrong_types, whole_number
 from distplb.background import Background
 from distplb.comm.agreement import agree, digest
-from distplb.comm.base import Comm, WorldOfOne
+from distplb.comm.base import Comm, WorldOfOne, refuse_other_comm
 from distplb.comm.roster import Roster
 from distplb.errors import (
     DisagreementError,
@@ -180,8 +180,11 @@ class Rebalancer:
         on_event: Callable[[RebalanceEvent], None] | None = None,
     ) -> None:
         self.enabled = True
-        _refuse_other_comm(comm)
+        refuse_other_comm(comm)
         self._comm: Comm = WorldOfOne() if comm is None or not layers else comm
+        every, window_steps, seed, max_bytes, stop_loss, gpu, dry_run = map(
+            plain, (every, window_steps, seed, max_bytes, stop_loss, gpu, dry_run)
+        )
         self._topology, self._every = (topology if layers else Topology(1, 1)), every
         self._given_window, self._window_steps, self._slot_class, self._seed = window, window_steps, slot_class, seed
         self._search: dict[str, Any] = {"num_candidates": num_candidates, "engine": engine, "time_curve": time_curve}
@@ -805,6 +808,8 @@ class Rebalancer:
             self._optimizers = optimizers
             self._routing = Routing(layers)
             self._window = self._checked_window(layers)
+            if layers:
+                self._window.name_layers(self._names)
             num_slots = self._window.shape[2]
             self._options = SearchOptions(
                 mode=self._routing.mode,
@@ -814,6 +819,7 @@ class Rebalancer:
                 **self._search,
             )
             self._options.check(self._topology, len(layers), num_slots)
+            self._slot_class = self._options.slot_class
             self._start = self._routing.start(self._logical_order())
             check_legal(self._start, self._logical_order(), self._routing.num_groups, self._slot_class)
             self._try_engine()
@@ -903,6 +909,7 @@ class Rebalancer:
                 "topology": (self._topology, (Topology,), "a Topology, such as Topology.from_env()"),
                 "window": (self._given_window, (LoadWindow, None), "a LoadWindow"),
                 "window_steps": (self._window_steps, (int,), whole),
+                "seed": (self._seed, (int,), whole),
                 "gpu": (gpu, (int, None), "this rank's number in its EP group"),
                 "move_model": (model, (MoveModel, None), "a MoveModel"),
                 "spread": (self._spread, (Spread, None), "a Spread"),
@@ -916,11 +923,10 @@ class Rebalancer:
         refuse_wrong_types({f"optimizer[{n}]": (one, (Optimizer,), "an optimizer") for n, one in enumerate(several)})
 
     def _check_options(self, layers: Sequence[MoELayer]) -> None:
-        if not isinstance(self._every, int) or self._every < 1:
-            raise DistplbError(f"every is {self._every!r}; pass iterations, at least 1")
+        whole_number("every", self._every, 1, "iterations, at least 1")
         for name, value in (("max_bytes", self._max_bytes), ("stop_loss", self._stop_loss.patience)):
-            if value is not None and (not isinstance(value, int) or value < 0):
-                raise DistplbError(f"{name} is {value!r}; pass a whole number of at least 0")
+            if name == "stop_loss" or value is not None:
+                whole_number(name, value, least=0)
         if self._verify not in ("first", "digest", "off"):
             raise DistplbError(f"verify is {self._verify!r}; pass 'first', 'digest' or 'off'")
         if self._on_refusal not in ("raise", "skip"):
@@ -1024,13 +1030,6 @@ class Attached:
         if self._stepped == self._all:
             self._stepped.clear()
             self._step()
-
-
-def _refuse_other_comm(comm: Comm | None) -> None:
-    """Before anything is asked of it."""
-    asked = ("rank", "size", "device", "all_reduce_sum", "all_reduce_min", "broadcast", "connect", "exchange")
-    if comm is not None and not all(hasattr(comm, name) for name in asked):
-        raise DistplbError(f"comm is a {type(comm).__name__}; pass a communicator, such as TorchComm(group)")
 
 
 def _changes(old: Placement, new: Placement, layer: int) -> bool:

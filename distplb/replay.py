@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from distplb.arguments import refuse_wrong_types, whole_number
 from distplb.cost import gpu_tokens, mean_of_known, over_mean
 from distplb.errors import DistplbError
 from distplb.placement import Placement
@@ -111,9 +112,19 @@ def replay(
     Raises:
         DistplbError: for a number below 1, or a placement of another model or cluster than the trace and topology.
     """
-    for name, value in (("every", every), ("window", window)):
-        if value is not None and (not isinstance(value, int) or value < 1):
-            raise DistplbError(f"replay: {name} is {value!r}; pass steps, at least 1")
+    every = whole_number("replay: every", every, 1, "steps, at least 1")
+    window = None if window is None else whole_number("replay: window", window, 1, "steps, at least 1")
+    refuse_wrong_types(
+        {
+            "replay: trace": (trace, (Trace,), "a Trace"),
+            "replay: planner": (planner, (Callable,), "a function of a load and the placement in force"),
+            "replay: topology": (topology, (Topology,), "a Topology"),
+            "replay: model": (model, (MoveModel,), "a MoveModel"),
+            "replay: curve": (curve, (TimeCurve, None), "a TimeCurve"),
+            "replay: start": (start, (Placement, None), "a Placement"),
+            "replay: progress": (progress, (Callable, None), "a function of two numbers"),
+        }
+    )
     wanted = torch.arange(0, trace.num_steps, every, device="cpu")[1:]
     cuts = trace.begins[torch.searchsorted(trace.begins, wanted).clamp(max=len(trace.begins) - 1)]
     cuts = cuts[cuts >= wanted].unique()  # the last iteration may begin before, and there is none after it
@@ -178,6 +189,7 @@ def _window(trace: Trace, last: int, begin: int, window: int | None) -> int:
 
 
 def _check(placement: Placement, name: str, trace: Trace, topology: Topology) -> None:
+    refuse_wrong_types({f"replay: {name}": (placement, (Placement,), "a Placement")})
     found = (placement.num_layers, placement.num_experts, placement.num_gpus)
     wanted = (trace.num_layers, trace.num_experts, topology.num_gpus)
     if found != wanted:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from distplb.arguments import plain, refuse_wrong_types, whole_number
 from distplb.errors import DistplbError
 
 __all__ = ["Spread"]
@@ -35,6 +36,10 @@ class Spread:
     move_seconds: float = 0.1
 
     def __post_init__(self) -> None:
+        for name in ("choose_after", "share_after"):
+            object.__setattr__(self, name, whole_number(f"Spread: {name}", getattr(self, name)))
+        object.__setattr__(self, "move_seconds", plain(self.move_seconds))
+        refuse_wrong_types({"Spread: move_seconds": (self.move_seconds, (int, float), "seconds")})
         if not 0 <= self.choose_after <= self.share_after or not self.move_seconds >= 0:
             raise DistplbError(
                 f"{self}: pass offsets that do not fall, and seconds, none of them negative, such as "

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, NamedTuple, Protocol
 
+from distplb.arguments import shown, whole_number
 from distplb.errors import DistplbError, OptionError
 
 __all__ = ["Mesh", "Topology"]
@@ -46,9 +47,7 @@ class Topology:
 
     def __post_init__(self) -> None:
         for name in ("num_nodes", "gpus_per_node"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise DistplbError(f"Topology: {name} is {value!r}; pass a whole number of at least 1")
+            object.__setattr__(self, name, whole_number(f"Topology: {name}", getattr(self, name), least=1))
 
     @classmethod
     def of_ranks(cls, ranks: Sequence[int], gpus_per_node: int) -> Topology:
@@ -65,8 +64,8 @@ class Topology:
             DistplbError: if the nodes have different numbers of the ranks, or the ranks of a node do not follow each
                 other.
         """
-        if gpus_per_node < 1:
-            raise DistplbError(f"gpus_per_node is {gpus_per_node}; pass the job's GPUs on each node, at least 1")
+        gpus_per_node = whole_number("gpus_per_node", gpus_per_node, 1, "the job's GPUs on each node, at least 1")
+        ranks = _ranks(ranks)
         nodes = [rank // gpus_per_node for rank in ranks]
         blocks = [len(list(block)) for _, block in groupby(nodes)]
         if len(set(blocks)) != 1 or len(blocks) != len(set(nodes)):
@@ -90,7 +89,7 @@ class Topology:
             DistplbError: if no launcher is known by its environment variables, or the ranks are not spread evenly.
         """
         job = _job(os.environ)
-        ranks = range(job.size) if ranks is None else ranks
+        ranks = range(job.size) if ranks is None else _ranks(ranks)
         outside = [rank for rank in ranks if not 0 <= rank < job.size]
         if outside:
             raise DistplbError(f"ranks {outside} of the EP group are none of the job's {job.size}; pass global ranks")
@@ -107,6 +106,8 @@ class Topology:
         Raises:
             DistplbError: if the mesh has several axes, or its ranks are not spread evenly.
         """
+        if not hasattr(mesh, "ndim") or not hasattr(mesh, "mesh"):
+            raise DistplbError(f"mesh is {shown(mesh)}; pass the device mesh of the EP group, as in mesh['ep']")
         if mesh.ndim != 1:
             raise DistplbError(f"the mesh has {mesh.ndim} axes; pass that of the EP group, as in mesh['ep']")
         ranks = mesh.mesh.tolist()
@@ -123,6 +124,7 @@ class Topology:
         Raises:
             DistplbError: if they cannot be.
         """
+        num_slots = whole_number("num_slots", num_slots)
         if num_slots < 1 or num_slots % self.num_gpus:
             raise OptionError(
                 "{slots} slots cannot be spread evenly over {gpus} GPUs ({nodes} nodes × {each}); make the number of "
@@ -150,6 +152,15 @@ class Topology:
                 each=self.gpus_per_node,
             )
         return num_experts // self.num_gpus
+
+
+def _ranks(ranks: Any) -> list[int]:
+    """Of an EP group, whole numbers."""
+    try:
+        found = list(ranks)
+    except TypeError:
+        raise DistplbError(f"ranks is {shown(ranks)}; pass the global ranks of the EP group") from None
+    return [whole_number(f"ranks[{nth}]", rank) for nth, rank in enumerate(found)]
 
 
 class _Job(NamedTuple):

@@ -386,7 +386,7 @@ def test_larger_placements_do_not_beat_it_either(num_experts: int, num_slots: in
 
 @pytest.mark.parametrize(("num_slots", "topology"), [(2048, (128, 8)), (4096, (128, 8)), (4096, (1, 4096))])
 def test_thousands_of_experts_are_no_trouble(num_slots: int, topology: tuple[int, int]) -> None:
-    load = torch.empty(1, 3, 2048).log_normal_(5, 1.2, generator=torch.Generator().manual_seed(0))
+    load = torch.empty(1, 3, 2048).log_normal_(5, 1.2, generator=torch.Generator().manual_seed(0)).round()
     found = lower_bound(load, Topology(*topology), num_slots)
     assert found.isfinite().all()
     assert (found >= 1).all()
@@ -428,5 +428,5 @@ def test_uneven_slots_and_groups_are_refused(
 
 
 def test_what_is_no_load_is_refused() -> None:
-    with pytest.raises(DistplbError, match="load is -1 at index"):
+    with pytest.raises(DistplbError, match="load has -1 for"):
         lower_bound(torch.tensor([[3, -1]]), Topology(1, 2), 2)

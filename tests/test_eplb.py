@@ -172,13 +172,21 @@ def test_large_counts_are_placed_as_small_ones() -> None:
 @pytest.mark.parametrize(
     ("weight", "wording"),
     [
-        (torch.tensor([[1.0, float("nan"), 1, 1]]), "weight is nan at index [0, 1] (1 such); counts must be finite"),
-        (torch.tensor([[1.0, 1, float("inf"), 1]]), "weight is inf at index [0, 2] (1 such); counts must be finite"),
-        (torch.tensor([[1.0, 1, 1, -2]]), "weight is -2.0 at index [0, 3] (1 such); counts must be non-negative"),
-        (torch.ones(4), "weight is torch.float32 of shape (4,); pass numbers of shape [rows, items], none empty"),
-        (torch.ones(1, 1, 4), "weight is torch.float32 of shape (1, 1, 4); pass numbers of shape [rows, items]"),
-        (torch.ones(0, 4), "weight is torch.float32 of shape (0, 4); pass numbers of shape [rows, items], none empty"),
-        (torch.ones(1, 4, dtype=torch.bool), "weight is torch.bool of shape (1, 4); pass numbers"),
+        (
+            torch.tensor([[1.0, float("nan"), 1, 1]]),
+            "weight has nan for expert 1 of layer 0 (1 such); counts must be finite",
+        ),
+        (
+            torch.tensor([[1.0, 1, float("inf"), 1]]),
+            "weight has inf for expert 2 of layer 0 (1 such); counts must be finite",
+        ),
+        (
+            torch.tensor([[1.0, 1, 1, -2]]),
+            "weight has -2.0 for expert 3 of layer 0 (1 such); counts must be non-negative",
+        ),
+        (torch.ones(4), "weight has shape (4,); pass numbers of shape [layers, experts], none empty"),
+        (torch.ones(1, 1, 4), "weight has shape (1, 1, 4); pass numbers of shape [layers, experts]"),
+        (torch.ones(0, 4), "weight has shape (0, 4); pass numbers of shape [layers, experts], none empty"),
         (torch.full((1, 4), 2**61), "weight has a row whose total is 9.22e+18, too large to add up; divide"),
     ],
 )

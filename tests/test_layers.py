@@ -25,8 +25,11 @@ SOURCES = {
 
 # Import only downward. A name stands for a module or for all modules of a folder.
 LEVELS = [
-    {"errors", "topology", "stages", "hashing", "stoploss", "ties", "torchnames", "documents"},
-    {"arguments", "placement", "load", "layer", "events", "traces", "spread", "saves", "background"},
+    {
+        *("errors", "arguments", "counts", "topology", "stages", "hashing", "stoploss", "ties", "torchnames"),
+        "documents",
+    },
+    {"placement", "load", "layer", "events", "traces", "spread", "saves", "background"},
     {"cost", "balance", "bound", "price", "routing", "saved", "saving", "eventlog"},
     {"packing", "planning", "comm", "chance"},
     {"migrate", "replay", "measure", "assumed"},
@@ -41,6 +44,10 @@ LEVELS = [
 # Names of one level do not import each other, but for these.
 SIDEWAYS = {
     ("topology", "errors"),
+    ("topology", "arguments"),
+    ("arguments", "errors"),
+    ("counts", "errors"),
+    ("counts", "arguments"),
     ("__main__", "cli"),
     ("stages", "errors"),
     ("bound", "cost"),
@@ -145,6 +152,7 @@ NEEDS = {
 PURE = [name for name in SOURCES if name.startswith(("distplb.planning", "distplb.packing"))]
 PURE += ["distplb.price", "distplb.chance", "distplb.replay", "distplb.assumed", "distplb.verdict"]
 PURE += ["distplb.saved", "distplb.cost", "distplb.balance", "distplb.bound", "distplb.stoploss", "distplb.account"]
+PURE += ["distplb.counts", "distplb.arguments"]
 PURE += [f"distplb.migrate.{name}" for name in ("schedule", "messages", "routes", "pieces", "budget")]
 IMPURE_MODULES = {"time", "os", "random", "io", "socket", "subprocess", "threading", "pathlib", "datetime", "secrets"}
 IMPURE_MODULES |= {"numpy.random", "torch.random", "torch.distributed", "distplb.comm", "distplb.stages"}

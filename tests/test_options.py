@@ -33,7 +33,7 @@ def random_placement(num_layers: int, num_experts: int, num_slots: int, num_gpus
 # --- refusals ---------------------------------------------------------------------------------------------------
 
 NO_PRICES = [-1.0, float("nan"), (1.0, -1e-9), (float("nan"), 1.0), (1.0,), (1.0, 2.0, 3.0), (), [1.0, 2.0], "5", None]
-NO_PRICES += [True, (1.0, None), 1j, torch.tensor(1.0)]
+NO_PRICES += [True, (1.0, None), 1j, torch.tensor([1.0])]
 
 REFUSED = {
     "fewer slots than experts": (
@@ -199,18 +199,23 @@ def test_what_does_not_go_together_is_refused_with_the_value_and_a_remedy(case: 
 @pytest.mark.parametrize(
     ("load", "wording"),
     [
-        (torch.tensor([[1.0, float("nan")]]), "load is nan at index [0, 0, 1] (1 such); counts must be finite: check"),
-        (torch.tensor([[float("inf"), 1.0]]), "load is inf at index [0, 0, 0] (1 such); counts must be finite: check"),
+        (
+            torch.tensor([[1.0, float("nan")]]),
+            "load has nan for expert 1 of layer 0 (1 such); counts must be finite: check",
+        ),
+        (
+            torch.tensor([[float("inf"), 1.0]]),
+            "load has inf for expert 0 of layer 0 (1 such); counts must be finite: check",
+        ),
         (
             torch.tensor([[-float("inf"), 1.0]]),
-            "load is -inf at index [0, 0, 0] (1 such); counts must be finite: check",
+            "load has -inf for expert 0 of layer 0 (1 such); counts must be finite: check",
         ),
         (
             torch.tensor([[[4, 1]], [[4, -1]]]),
-            "load is -1 at index [1, 0, 1] (1 such); counts must be non-negative: check",
+            "load has -1 for expert 1 of layer 0 in step 1 (1 such); counts must be non-negative: check",
         ),
-        (torch.ones(1, 2, dtype=torch.bool), "load has dtype torch.bool; pass token counts as integers"),
-        (torch.ones(1, 2, dtype=torch.complex64), "load has dtype torch.complex64; pass token counts as integers"),
+        (torch.ones(1, 2, dtype=torch.complex64), "load has dtype torch.complex64; pass counts as integers"),
         (torch.ones(2), "load has shape (2,); pass [layers, experts] or [steps, layers, experts], none empty"),
         (torch.ones(1, 1, 1, 2), "load has shape (1, 1, 1, 2); pass [layers, experts] or [steps, layers, experts]"),
         (torch.ones(1, 0), "load has shape (1, 0); pass [layers, experts] or [steps, layers, experts], none empty"),
@@ -218,7 +223,10 @@ def test_what_does_not_go_together_is_refused_with_the_value_and_a_remedy(case: 
             torch.ones(0, 1, 2),
             "load has shape (0, 1, 2); pass [layers, experts] or [steps, layers, experts], none empty",
         ),
-        (torch.tensor([[0.25, 0.75]]), "load has no value of a whole token (the largest is 0.75); pass token counts"),
+        (
+            torch.tensor([[0.25, 0.75]]),
+            "load has 0.25 for expert 0 of layer 0 (2 such); counts must be whole tokens: mul",
+        ),
     ],
 )
 def test_what_is_not_a_load_is_refused_with_the_value_and_a_remedy(load: Tensor, wording: str) -> None:

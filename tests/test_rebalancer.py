@@ -23,6 +23,7 @@ from torch import Tensor, nn
 import distplb
 from distplb import DistplbError, LoadWindow, MoELayer, MoveModel, Placement, TimeCurve, Topology, observer, pricer
 from distplb.comm.torchdist import TorchComm
+from distplb.counts import marked
 from distplb.errors import HalfMovedError
 from distplb.events import RebalanceEvent
 from distplb.migrate import checksum, transfer
@@ -90,8 +91,10 @@ def refused(case: str) -> str:
         if odd and case == "backward":
             job.backward()
         if odd and case == "counts":
-            job.window.add(0, torch.full((EXPERTS,), -1))
-            job.window.add(1, torch.full((EXPERTS,), -1))
+            for layer in range(LAYERS):
+                job.window.add(layer, torch.zeros(EXPERTS))
+            # As on an accelerator, where `add` does not wait to look at them.
+            job.window._counts[job.window._numbers == 1] = marked(torch.full((EXPERTS,), 0.5))
         if odd and case == "placement":
             rebalancer.apply(scattered(1))
         elif case == "placement":
@@ -129,7 +132,10 @@ CASES = {
     "gpus": "the topology has 4 GPUs, the communicator 2 ranks; pass a topology whose GPUs are the ranks",
     "undeclared": "moe.0 has 1 expert tensors, 0 router tensors and no table; declare all expert tensors, and either",
     "no counts": "the window has no steps of some layer; have each layer's forward call window.add(index, counts)",
-    "counts": "rank 1: load is -1 at index [1, 0, 0] (16 such); counts must be non-negative",
+    "counts": (
+        "rank 1: LoadWindow: layer 'moe.0' has a number of torch.float32 that is no whole one from 0 to 16777216 for "
+        "expert 0 in step 1 (16 such); counts must be whole tokens, and torch.float32 counts to 16777216 only"
+    ),
     "adafactor": "moe.0.experts.w:col_var of Adafactor is torch.float32 of shape (4, 1, 12), the parameter (4, 6, 12)",
     "8-bit": "moe.0.experts.w:absmax1 of Blockwise8bit is torch.float32 of shape (18,), the parameter (4, 6, 12)",
     "backward": "rank 1: a backward pass has begun since the optimizer's last step; call rebalancer.step() right after",

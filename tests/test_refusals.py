@@ -162,7 +162,11 @@ WRONG: dict[str, tuple[Any, str]] = {
     "on_refusal": ("ignore", "on_refusal is 'ignore'; pass 'raise' or 'skip'"),
     "every": (2.0, "every is 2.0; pass iterations, at least 1"),
     "max_bytes": (1e9, "max_bytes is 1000000000.0; pass a whole number of at least 0"),
-    "comm": ("gloo", "comm is a str; pass a communicator, such as TorchComm(group)"),
+    "comm": (
+        "gloo",
+        "comm is 'gloo'; pass a communicator, such as TorchComm(group) of distplb.comm.torchdist, or None for this "
+        "process alone",
+    ),
 }
 
 

@@ -617,6 +617,19 @@ def test_a_model_that_is_compiled_as_a_whole_is_counted_by_its_running_counts() 
 
 
 @pytest.mark.filterwarnings("ignore:In CPU autocast")
+def test_running_counts_that_may_have_lost_tokens_are_refused() -> None:
+    """What they grew by is then a whole number, and a wrong one: nothing else would tell."""
+    part = Part(use_reentrant=None)
+    window = filled(part)
+    part.compile(backend="eager")
+    part(micro_batch())
+    part.moe.tokens_per_expert_E.fill_(2.0**24)
+    with pytest.raises(DistplbError, match=r"LoadWindow\.add: layer 0 has nan for expert 0 .* counts must be finite"):
+        part(micro_batch())
+    assert window.seen == 1
+
+
+@pytest.mark.filterwarnings("ignore:In CPU autocast")
 def test_neither_evaluations_nor_forwards_of_a_copy_are_steps() -> None:
     part = Part()
     window, other = filled(part), copy.deepcopy(part)

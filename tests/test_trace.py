@@ -60,10 +60,10 @@ def test_layers_without_names_are_numbered() -> None:
 @pytest.mark.parametrize(
     ("changed", "wording"),
     [
-        ({"load": torch.ones(4, 8)}, "load is torch.float32; pass integers"),
+        ({"load": torch.full((2, 1, 4), 0.5)}, "load has 0.5 for expert 0 of layer 0 in step 0"),
         ({"load": torch.ones(4, 8, dtype=torch.int64)}, "load has shape .4, 8.; pass .steps, layers, experts."),
         ({"load": torch.ones(0, 1, 4, dtype=torch.int64)}, "load has shape"),
-        ({"load": torch.full((2, 1, 4), -3)}, "load has -3 tokens"),
+        ({"load": torch.full((2, 1, 4), -3)}, "load has -3 for expert 0 of layer 0 in step 0"),
         ({"iteration": [1, 2, 3]}, "iteration has shape .3. for 2 steps"),
         ({"iteration": [2, 1]}, "iteration falls from one step to the next"),
         ({"placement_of_step": [0, 1]}, "placement_of_step goes from 0 to 1 for 1 placements"),

@@ -23,8 +23,8 @@ from distplb.cli.options import search_options, topology_options
 from distplb.cli.output import console, json_option, plain, print_hints, print_json, progress, table
 from distplb.comm.base import WorldOfOne
 from distplb.cost import imbalance, mean_of_known, steps_with_tokens
+from distplb.counts import as_tokens
 from distplb.errors import DistplbError
-from distplb.load import as_tokens
 from distplb.packing.balanced import balanced_packing
 from distplb.placement import Placement
 from distplb.planner import plan_in_stages

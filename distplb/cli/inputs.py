@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from distplb.bound import lower_bound
-from distplb.load import as_tokens
+from distplb.counts import as_tokens
 from distplb.placement import Placement, load_placement
 from distplb.planning.greedy import contiguous
 from distplb.planning.options import SearchOptions
@@ -56,7 +56,7 @@ def read_inputs(loads: Path, topology: Topology, options: SearchOptions, current
         DistplbError: for a file that cannot be read, and what does not go together.
     """
     found = read_loads(loads)
-    load = as_tokens(found.load)
+    load = as_tokens(found.load, layers=found.layers)
     _, num_layers, num_experts = load.shape
     replace(options, move_price=0.0).check(topology, num_layers, num_experts)
     if current is None:

@@ -8,7 +8,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["Comm", "Message", "Round", "WorldOfOne"]
+from distplb.arguments import shown
+from distplb.errors import DistplbError
+
+__all__ = ["Comm", "Message", "Round", "WorldOfOne", "refuse_other_comm"]
 
 # One point-to-point operation: the buffer, and the rank at the other end.
 Message = tuple[Tensor, int]
@@ -83,3 +86,20 @@ class WorldOfOne:
 
     def exchange(self, rounds: Sequence[Round]) -> None:
         """No other rank to exchange with; messages to oneself are never made."""
+
+
+_ASKED = ("rank", "size", "device", "all_reduce_sum", "all_reduce_min", "broadcast", "connect", "exchange")
+
+
+def refuse_other_comm(comm: object) -> None:
+    """Refuse what is no communicator, before anything is asked of it; None is let pass.
+
+    Raises:
+        DistplbError: with what to pass.
+    """
+    if comm is None or (not isinstance(comm, type) and all(hasattr(comm, name) for name in _ASKED)):
+        return
+    raise DistplbError(
+        f"comm is {shown(comm)}; pass a communicator, such as TorchComm(group) of distplb.comm.torchdist, or None for "
+        "this process alone"
+    )

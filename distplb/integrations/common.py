@@ -55,7 +55,7 @@ def tokens_of_experts(chosen: Tensor, num_experts: int) -> Tensor:
     >>> tokens_of_experts(torch.tensor([[0, 2], [2, 1]]), num_experts=4)
     tensor([1, 1, 2, 0])
     """
-    flat = chosen.detach().flatten()
+    flat = chosen.detach().flatten().to(torch.int64)
     return torch.zeros(num_experts, dtype=torch.int64, device=flat.device).scatter_add_(0, flat, torch.ones_like(flat))
 
 

@@ -9,6 +9,7 @@ Shapes: B sequences, S tokens of each, K experts of each token, E experts, P slo
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
@@ -24,6 +25,7 @@ from torchtitan.models.common.moe import MoE, TokenChoiceTopKRouter
 from torchtitan.models.common.token_dispatcher import AllToAllTokenDispatcher
 
 from distplb.comm.torchdist import TorchComm
+from distplb.counts import exact_limit
 from distplb.errors import DistplbError
 from distplb.integrations.common import Tell, gpus_of_a_node, named_parts, not_found, refuse_moved, tokens_of_experts
 from distplb.layer import MoELayer
@@ -304,7 +306,10 @@ class _Counts:
                 return
             counts = thread.routed
             if counts is None:
-                counts = _local(self._moe.tokens_per_expert_E) - thread.running
+                running = _local(self._moe.tokens_per_expert_E)
+                # From 2^24 on float32 may have lost tokens: what it grew by is no count then, as the window will tell.
+                inexact = running >= exact_limit(running.dtype)
+                counts = (running - thread.running).masked_fill_(inexact, math.nan)
             thread.running = thread.routed = None
             tell(counts, training=self._moe.training)
 

@@ -11,9 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from distplb.arguments import whole_number
+from distplb.counts import Counts, as_weights
 from distplb.errors import DistplbError
 from distplb.hashing import hashed
-from distplb.load import check_weights, scaled
+from distplb.load import scaled
 from distplb.packing.candidates import CANDIDATE_BITS
 from distplb.packing.engines import Engine
 from distplb.packing.steps import pack_loads
@@ -28,7 +30,7 @@ _TRIED_ROWS = 12
 _BATCH = 1 << 20  # weights packed at a time, which bounds the memory
 
 
-def balanced_packing(weight: Tensor, num_packs: int, num_candidates: int = 64) -> tuple[Tensor, Tensor]:
+def balanced_packing(weight: Counts, num_packs: int, num_candidates: int = 64) -> tuple[Tensor, Tensor]:
     """Pack n weighted items into packs of exactly n / `num_packs` items; rows are independent.
 
     Seven steps: (1) noisy keys, (2) greedy, (3) variance refinement, (4) min-max refinement, (5) choose the best
@@ -51,6 +53,7 @@ def balanced_packing(weight: Tensor, num_packs: int, num_candidates: int = 64) -
     """
     whole = as_whole(weight)
     rows, num_items = whole.shape
+    num_packs, num_candidates = whole_number("num_packs", num_packs), whole_number("num_candidates", num_candidates)
     if num_packs < 1 or num_items % num_packs:
         raise DistplbError(
             f"{num_items} items cannot be packed evenly into {num_packs} packs; pass a divisor of {num_items}"
@@ -76,28 +79,27 @@ def balanced_packing(weight: Tensor, num_packs: int, num_candidates: int = 64) -
     return slot // size, slot % size
 
 
-def as_whole(weight: Tensor) -> Tensor:
-    """`[X, n]` int64 with each row's total at most 2^40, whatever the type and size of the weights."""
-    weight = (weight if isinstance(weight, Tensor) else torch.as_tensor(weight, device="cpu")).detach()
-    if weight.dim() != 2 or weight.is_complex() or weight.dtype == torch.bool or 0 in weight.shape:
-        raise DistplbError(
-            f"weight is {weight.dtype} of shape {tuple(weight.shape)}; pass numbers of shape [rows, items], none empty"
-        )
-    check_weights("weight", weight)
-    total = weight.double().sum(1)  # [X]
-    if float(total.max()) >= (math.inf if weight.is_floating_point() else _MAX_TOTAL):
+def as_whole(weight: Counts, dims: tuple[str, str] = ("row", "item")) -> Tensor:
+    """`[X, n]` int64 with each row's total at most 2^40, whatever the type and size of the weights.
+
+    Args:
+        weight: `[X, n]`.
+        dims: what its rows and items are.
+    """
+    given = as_weights("weight", weight, dims)
+    total = given.double().sum(1)  # [X]
+    if float(total.max()) >= (math.inf if given.is_floating_point() else _MAX_TOTAL):
         raise DistplbError(
             f"weight has a row whose total is {float(total.max()):.3g}, too large to add up; "
             "divide the weights by a power of two"
         )
-    if weight.is_floating_point():
-        value = weight.double()
+    if given.is_floating_point():
         # Whole numbers keep their own scale, so that they pack as the same integers would.
-        whole = (value == value.round()).all(1) & (total < _MAX_TOTAL)
+        whole = (given == given.round()).all(1) & (total < _MAX_TOTAL)
         exponent = (_FLOAT_BITS - torch.frexp(total).exponent).masked_fill(whole, 0)  # [X]
         half = exponent // 2  # in two steps, because 2 to the whole exponent may be beyond a float
-        weight = (value * _power_of_two(half)[:, None] * _power_of_two(exponent - half)[:, None]).round()
-    return scaled(weight.to(torch.int64)[None])[0]
+        given = (given * _power_of_two(half)[:, None] * _power_of_two(exponent - half)[:, None]).round()
+    return scaled(given.to(torch.int64)[None])[0]
 
 
 def _power_of_two(exponent: Tensor) -> Tensor:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from distplb.arguments import whole_number
+from distplb.counts import Counts
 from distplb.errors import DistplbError
 from distplb.packing.balanced import as_whole
 from distplb.placement import Placement
@@ -19,7 +21,7 @@ __all__ = ["rebalance_experts"]
 
 
 def rebalance_experts(
-    weight: Tensor, num_replicas: int, num_groups: int, num_nodes: int, num_gpus: int
+    weight: Counts, num_replicas: int, num_groups: int, num_nodes: int, num_gpus: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Placement of replicated experts, in the form of `eplb.rebalance_experts` (deepseek-ai/EPLB).
 
@@ -47,9 +49,16 @@ def rebalance_experts(
     Raises:
         DistplbError: for weights that are not finite and non-negative, and numbers that do not divide.
     """
+    num_replicas, num_groups, num_nodes, num_gpus = (
+        whole_number(name, value)
+        for name, value in (
+            *(("num_replicas", num_replicas), ("num_groups", num_groups)),
+            *(("num_nodes", num_nodes), ("num_gpus", num_gpus)),
+        )
+    )
     if num_nodes < 1 or num_gpus < 1 or num_gpus % num_nodes:
         raise DistplbError(f"{num_gpus} GPUs cannot be spread evenly over {num_nodes} nodes; pass a divisor of them")
-    whole = as_whole(torch.as_tensor(weight, device="cpu"))
+    whole = as_whole(weight, ("layer", "expert")).to("cpu")
     options = SearchOptions(num_slots=num_replicas, num_groups=num_groups if num_groups % num_nodes == 0 else None)
     problem = Problem(whole[None], Topology(num_nodes, num_gpus // num_nodes), options)
     plain = torch.zeros(len(whole), dtype=torch.int64, device="cpu")

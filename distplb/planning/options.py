@@ -6,13 +6,14 @@ Shapes: L layers, E experts, P slots, M GPUs, G slots on each.
 from __future__ import annotations
 
 import hashlib
+from contextlib import suppress
 from dataclasses import dataclass
-from numbers import Integral
 
 import torch
 from torch import Tensor
 
-from distplb.arguments import refuse_wrong_types
+from distplb.arguments import plain, refuse_wrong_types, shown
+from distplb.counts import as_integers
 from distplb.errors import DistplbError, OptionError
 from distplb.packing.candidates import CANDIDATE_BITS
 from distplb.packing.engines import engine_named
@@ -42,6 +43,16 @@ class SearchOptions:
     move_price: float | tuple[float, float] = 0.0
     time_curve: TimeCurve | None = None
 
+    def __post_init__(self) -> None:
+        # Numbers of NumPy and torch become Python's; what is none is refused by `check`, where all ranks hear of it.
+        for name in ("num_slots", "num_groups", "num_candidates", "seed", "allow_shared_replicas"):
+            object.__setattr__(self, name, plain(getattr(self, name)))
+        price = self.move_price
+        object.__setattr__(self, "move_price", tuple(map(plain, price)) if isinstance(price, tuple) else plain(price))
+        if isinstance(self.slot_class, Tensor):
+            with suppress(DistplbError):
+                object.__setattr__(self, "slot_class", as_integers("slot_class", self.slot_class, "integers"))
+
     def slots(self, num_experts: int) -> int:
         """P."""
         return num_experts if self.num_slots is None else self.num_slots
@@ -69,6 +80,7 @@ class SearchOptions:
         Raises:
             DistplbError: with the value and what to pass instead.
         """
+        refuse_wrong_types({"topology": (topology, (Topology,), "a Topology, such as Topology.from_env()")})
         self._check_types()
         self._check_numbers()
         self._check_slots(topology, num_experts)
@@ -100,7 +112,7 @@ class SearchOptions:
         }
 
     def _check_types(self) -> None:
-        whole, maybe = "a whole number", (Integral, None)
+        whole, maybe = "a whole number", (int, None)
         refuse_wrong_types(
             {
                 "num_slots": (self.num_slots, maybe, whole),
@@ -108,8 +120,9 @@ class SearchOptions:
                 "slot_class": (self.slot_class, (Tensor, None), "a tensor of integers, one for each slot"),
                 "current": (self.current, (Placement, None), "a Placement"),
                 "num_candidates": (self.num_candidates, maybe, whole),
-                "seed": (self.seed, (Integral,), whole),
+                "seed": (self.seed, (int,), whole),
                 "engine": (self.engine, (str, None), "the name of an engine, or None for the fastest"),
+                "allow_shared_replicas": (self.allow_shared_replicas, (bool,), "True or False"),
                 "time_curve": (self.time_curve, (TimeCurve, None), "a TimeCurve, such as measured_curve returns"),
             }
         )
@@ -121,8 +134,8 @@ class SearchOptions:
             )
         if not 0 <= self.seed < 1 << 62:
             raise OptionError("{seed} is {found}; pass a whole number in [0, 2^62)", found=self.seed)
-        if self.mode not in ("permute", "remap"):
-            raise OptionError("{mode} is {found!r}; pass 'permute' or 'remap'", found=self.mode)
+        if not isinstance(self.mode, str) or self.mode not in ("permute", "remap"):
+            raise OptionError("{mode} is {found}; pass 'permute' or 'remap'", found=shown(self.mode))
         given = self._given_prices
         if len(given) != 2 or not all(_is_price(price) for price in given):
             raise OptionError(
@@ -258,13 +271,10 @@ class SearchOptions:
     def _check_slot_class(self, num_experts: int) -> None:
         if self.slot_class is None:
             return
-        found = torch.as_tensor(self.slot_class, device="cpu")
-        whole = not (found.is_floating_point() or found.is_complex() or found.dtype == torch.bool)
-        if tuple(found.shape) != (num_experts,) or not whole:
-            raise DistplbError(
-                f"slot_class is {found.dtype} of shape {tuple(found.shape)}; pass an integer for each of "
-                f"{num_experts} slots"
-            )
+        wanted = f"an integer for each of {num_experts} slots"
+        found = as_integers("slot_class", self.slot_class, wanted)
+        if tuple(found.shape) != (num_experts,):
+            raise DistplbError(f"slot_class is {found.dtype} of shape {tuple(found.shape)}; pass {wanted}")
         if self.slots(num_experts) != num_experts or self.num_groups is not None:
             raise DistplbError(
                 "slot_class goes with neither replicas nor groups: leave out num_slots and num_groups, or slot_class"

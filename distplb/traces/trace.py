@@ -6,7 +6,7 @@ Shapes: S steps, L layers, E experts, P slots, M GPUs, N placements.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -16,6 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from distplb.arguments import refuse_wrong_types, whole_number
+from distplb.counts import as_integers, as_step_counts
 from distplb.errors import DistplbError
 from distplb.placement import Placement
 from distplb.traces.files import ArrayFile, write_arrays
@@ -38,10 +40,10 @@ class Trace:
     (2, ('0',))
 
     Args:
-        load: `[S, L, E]` integers, tokens of each expert; the steps in the order of time.
+        load: `[S, L, E]`, tokens of each expert, of any type that is exact; the steps in the order of time.
         placements: N of the same layers, experts, slots and GPUs.
-        placement_of_step: `[S]`, the index of the placement that was in force.
-        iteration: `[S]`, of the job; never falling. An iteration may have several steps, or none.
+        placement_of_step: `[S]` integers, the index of the placement that was in force.
+        iteration: `[S]` integers, of the job; never falling. An iteration may have several steps, or none.
         layers: the L names; "0", "1", ... where none are given.
         note: whatever a reader should know, such as the command that made it.
 
@@ -57,19 +59,20 @@ class Trace:
     note: str = ""
 
     def __post_init__(self) -> None:
-        for name in ("load", "placement_of_step", "iteration"):
-            value = torch.as_tensor(getattr(self, name), device="cpu").detach()
-            if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
-                raise DistplbError(f"Trace: {name} is {value.dtype}; pass integers")
-            object.__setattr__(self, name, value.to(torch.int64).contiguous())
+        one = (self.placements, (Sequence,), "placements, such as (Placement.contiguous(num_layers, ...),)")
+        refuse_wrong_types({"Trace: placements": one, "Trace: layers": (self.layers, (Sequence,), "names")})
+        for nth, placement in enumerate(self.placements):
+            refuse_wrong_types({f"Trace: placements[{nth}]": (placement, (Placement,), "a Placement")})
+        object.__setattr__(self, "load", as_step_counts("Trace: load", self.load, self.layers).cpu().contiguous())
+        for name in ("placement_of_step", "iteration"):
+            value = as_integers(f"Trace: {name}", getattr(self, name), "integers")
+            object.__setattr__(self, name, value.cpu().contiguous())
         object.__setattr__(self, "placements", tuple(self.placements))
         self._check_shapes()
         object.__setattr__(self, "layers", tuple(self.layers) or tuple(str(at) for at in range(self.num_layers)))
         self._check_values()
 
     def _check_shapes(self) -> None:
-        if self.load.dim() != 3 or 0 in self.load.shape:
-            raise DistplbError(f"Trace: load has shape {list(self.load.shape)}; pass [steps, layers, experts], none 0")
         for name in ("placement_of_step", "iteration"):
             if getattr(self, name).shape != self.load.shape[:1]:
                 raise DistplbError(
@@ -88,8 +91,6 @@ class Trace:
                 )
 
     def _check_values(self) -> None:
-        if int(self.load.min()) < 0:
-            raise DistplbError(f"Trace: load has {int(self.load.min())} tokens; counts must be non-negative")
         least, most = self.placement_of_step.aminmax()
         if least < 0 or most >= len(self.placements):
             raise DistplbError(
@@ -125,6 +126,7 @@ class Trace:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a `.npz` file, compressed, counts in the smallest unsigned integers that hold them."""
+        refuse_wrong_types({"path": (path, (str, os.PathLike), "the path of a file")})
         write_trace(self, Path(path))
 
     @classmethod
@@ -142,6 +144,8 @@ class Trace:
             DistplbError: naming the file, if it is not a trace of a version that is known, damaged, too large, or of
                 another job than the parts beside it.
         """
+        refuse_wrong_types({"path": (path, (str, os.PathLike), "the path of a file or a folder")})
+        max_bytes = whole_number("max_bytes", max_bytes, least=1)
         paths = sorted(Path(path).glob("*.npz")) if Path(path).is_dir() else [Path(path)]
         if not paths:
             raise DistplbError(f"{path} is a folder without .npz files; pass one that a TraceWriter wrote to")

@@ -16,6 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from distplb.arguments import refuse_wrong_types
+from distplb.counts import Counts, as_integers, as_step_counts, as_tensor
 from distplb.errors import DistplbError
 from distplb.placement import Placement
 from distplb.traces.parts import check_folder
@@ -48,6 +50,10 @@ class TraceWriter:
     """
 
     def __init__(self, folder: str | os.PathLike[str], *, layers: Sequence[str] = (), note: str = "") -> None:
+        refuse_wrong_types({"folder": (folder, (str, os.PathLike), "the path of a folder")})
+        refuse_wrong_types(
+            {"layers": (layers, (Sequence,), "the names of the layers"), "note": (note, (str,), "a text")}
+        )
         self.error: Exception | None = None
         self._folder, self._layers, self._note = Path(folder), tuple(layers), note
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="distplb-trace")
@@ -56,24 +62,26 @@ class TraceWriter:
         self._life = 0  # of the job, as far as the folder tells; known when the first part is written
         self._last = -1  # iteration
 
-    def add(self, load: Tensor, placement: Placement, iterations: Sequence[int] | Tensor) -> None:
+    def add(self, load: Counts, placement: Placement, iterations: Counts) -> None:
         """Take a copy of one part and go on; waits only while two earlier parts are still being written.
 
         Args:
-            load: `[T, L, E]`, tokens of each expert.
+            load: `[T, L, E]`, tokens of each expert, of any type that is exact.
             placement: that they ran under.
-            iterations: `[T]`, of the job.
+            iterations: `[T]` integers, of the job.
 
         Raises:
-            DistplbError: if the writer was closed.
+            DistplbError: if the writer was closed, or for arguments that are no counts, placement or iterations.
         """
         self._warn()
         if self._closed:
             raise DistplbError(f"the trace in {self._folder} was closed; open a TraceWriter anew")
-        if self.error is not None or not len(load):
+        refuse_wrong_types({"placement": (placement, (Placement,), "a Placement")})
+        given = as_tensor("load", load)
+        if self.error is not None or (given.dim() == 3 and not len(given)):
             return
-        counts = load.detach().to("cpu", copy=True)
-        numbers = torch.as_tensor(iterations, device="cpu").clone()
+        counts = as_step_counts("load", given, self._layers).to("cpu", copy=True)
+        numbers = as_integers("iterations", iterations, "integers").to("cpu", copy=True)
         self._room.acquire()
         self._thread.submit(self._write, counts, placement, numbers)
 
