@@ -20,7 +20,7 @@ from torch.nn.functional import pad
 
 from distplb.arguments import refuse_wrong_types, whole_number
 from distplb.cost import mean_of_known
-from distplb.counts import Counts, as_tokens
+from distplb.counts import Counts, as_load
 from distplb.errors import DistplbError
 from distplb.topology import Topology
 
@@ -74,7 +74,7 @@ def lower_bound(load: Counts, topology: Topology, num_slots: int, num_groups: in
     Without replicas two slots a GPU are decided by (c), and with replicas one slot a GPU by (f): these are optima.
 
     Args:
-        load: `[T, L, E]` or `[L, E]`, tokens of each expert, of any type that is exact.
+        load: `[T, L, E]` or `[L, E]`, tokens of each expert, of any type that is exact, or weights with fractions.
         topology: of the EP group.
         num_slots: P, a multiple of M and at least E; more than E means replicas, also several of one on a GPU.
         num_groups: B, if each node holds B / N whole groups of consecutive experts, in P / N slots; none where None.
@@ -85,7 +85,7 @@ def lower_bound(load: Counts, topology: Topology, num_slots: int, num_groups: in
     Raises:
         DistplbError: if the load is not one of tokens, or slots or groups cannot be spread evenly.
     """
-    tokens = as_tokens(load)
+    tokens = as_load(load)
     refuse_wrong_types({"topology": (topology, (Topology,), "a Topology, such as Topology.from_env()")})
     num_slots = whole_number("num_slots", num_slots)
     num_groups = None if num_groups is None else whole_number("num_groups", num_groups)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from distplb.arguments import refuse_wrong_types
-from distplb.counts import Counts, as_tokens
+from distplb.counts import Counts, as_load
 from distplb.errors import DistplbError
 from distplb.placement import Placement
 
@@ -113,8 +113,8 @@ def imbalance(load: Counts, placement: Placement) -> Tensor:
     tensor(1.3333, dtype=torch.float64)
 
     Args:
-        load: `[T, L, E]` or `[L, E]`, tokens of each expert, of any type that is exact; replicas share
-            them evenly.
+        load: `[T, L, E]` or `[L, E]`, tokens of each expert, of any type that is exact, or weights with fractions;
+            replicas share them evenly.
         placement: of the same layers and experts.
 
     Returns:
@@ -123,7 +123,7 @@ def imbalance(load: Counts, placement: Placement) -> Tensor:
     Raises:
         DistplbError: if the load is not one of tokens or its shape is not the placement's.
     """
-    tokens = as_tokens(load)
+    tokens = as_load(load)
     refuse_wrong_types({"placement": (placement, (Placement,), "a Placement")})
     if tuple(tokens.shape[1:]) != (placement.num_layers, placement.num_experts):
         raise DistplbError(

@@ -1,7 +1,7 @@
 """The one door for counts: whatever they are held in becomes int64 tokens, or is refused by name, place and value.
 
-Integers of every type are counts, and so are floats that are whole numbers which their dtype counts exactly. Weights,
-which nobody adds up, may be fractions.
+Integers of every type are counts, and so are floats that are whole numbers which their dtype counts exactly. Floats
+with fractions are weights: right where one process plans or judges them, refused where counts are added up.
 
 Shapes: T steps, L layers, E experts; X rows of n items.
 """
@@ -23,11 +23,13 @@ __all__ = [
     "Counts",
     "as_counts",
     "as_integers",
+    "as_load",
     "as_step_counts",
     "as_tensor",
     "as_tokens",
     "as_weights",
     "exact_limit",
+    "fixed_point",
     "marked",
     "refuse_marked",
     "refuse_unreadable",
@@ -38,6 +40,8 @@ Counts = Tensor | NDArray[Any] | Sequence[Any]
 
 # Each rank's own total stays below this, so that the sum over 2^14 of them cannot leave an int64.
 _MAX_RANK_TOTAL = 2.0**48
+# Weights are scaled to a total of just under 2^39, so that rounding up cannot carry it beyond 2^40.
+_WEIGHT_BITS, _MAX_WHOLE = 39, 2.0**62
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _INTEGERS = (
     *(torch.uint8, torch.uint16, torch.uint32, torch.uint64),
@@ -82,6 +86,46 @@ def as_tokens(load: Counts, name: str = "load", layers: Sequence[str] = ()) -> T
                 "2^48 on each rank is the most that can be added up"
             )
     return tokens
+
+
+def as_load(load: Counts, name: str = "load") -> Tensor:
+    """As `as_tokens`, where nobody adds anything: of floats with fractions, which are weights, proportional numbers.
+
+    A layer with fractions is multiplied by a power of two, the same in all steps, so that what is rounded is a part of
+    2^39 of its total. Ratios, as an imbalance is one, are what they were.
+
+    >>> as_load([[0.5, 0.5, 0.5, 1.5]]) / 2**37
+    tensor([[[0.5000, 0.5000, 0.5000, 1.5000]]])
+
+    Raises:
+        DistplbError: as of `as_tokens`, fractions apart.
+    """
+    given = as_tensor(name, load)
+    if not given.is_floating_point() or given.dim() not in (2, 3) or bool((given == given.round()).all()):
+        return as_tokens(given, name)
+    weights = _checked_weights(name, given, ("step", "layer", "expert")[3 - given.dim() :])
+    rows = (weights if weights.dim() == 3 else weights[None]).transpose(0, 1)  # [L, T, E]
+    if float(rows.sum((1, 2)).max()) >= _MAX_RANK_TOTAL:
+        raise DistplbError(f"{name} has a layer whose total is 2^48 or more; divide the weights by a power of two")
+    return fixed_point(rows.flatten(1)).view(rows.shape).transpose(0, 1).contiguous()
+
+
+def fixed_point(weights: Tensor) -> Tensor:
+    """`[X, n]` int64: each row of float64 times the power of two that brings its total just under 2^39, rounded.
+
+    Whole numbers of a smaller total than 2^62 keep their own scale, so that they pack as the same integers would.
+    """
+    total = weights.sum(1)  # [X]
+    whole = (weights == weights.round()).all(1) & (total < _MAX_WHOLE)
+    exponent = (_WEIGHT_BITS - torch.frexp(total).exponent).masked_fill(whole, 0)  # [X]
+    half = exponent // 2  # in two steps, because 2 to the whole exponent may be beyond a float
+    scaled = weights * _power_of_two(half)[:, None] * _power_of_two(exponent - half)[:, None]
+    return scaled.round().to(torch.int64)
+
+
+def _power_of_two(exponent: Tensor) -> Tensor:
+    """float64, exact on every device and torch, which `pow` and `ldexp` do not promise; from 2^-1022 to 2^1023."""
+    return ((exponent.to(torch.int64) + 1023) << 52).view(torch.float64)
 
 
 def as_counts(name: str, value: Any, dims: Sequence[str], layers: Sequence[str] = ()) -> Tensor:
@@ -135,6 +179,11 @@ def as_weights(name: str, value: Any, dims: Sequence[str] = ("row", "item")) -> 
         )
     if not value.is_floating_point():
         return as_counts(name, value, dims)
+    return _checked_weights(name, value, dims)
+
+
+def _checked_weights(name: str, value: Tensor, dims: Sequence[str]) -> Tensor:
+    """As float64, where they are finite and none is negative."""
     wide: Tensor = value.double()
     for wrong, what in ((~wide.isfinite(), _finite), (wide < 0, _non_negative(value.dtype))):
         if bool(wrong.any()):

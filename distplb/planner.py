@@ -15,7 +15,7 @@ from torch import Tensor
 
 from distplb.comm.agreement import agree, raise_everywhere
 from distplb.comm.base import Comm, WorldOfOne, refuse_other_comm
-from distplb.counts import Counts, as_tokens
+from distplb.counts import Counts, as_load, as_tokens
 from distplb.errors import in_stage
 from distplb.packing.candidates import CANDIDATE_BITS
 from distplb.placement import Placement
@@ -71,7 +71,8 @@ def plan(
 
     Args:
         load: `[L, E]` or `[T, L, E]` tokens of each expert as counted **on this rank**, of any type that is exact; the
-            ranks' counts are added up, so a load that one rank knows already goes in there and zeros elsewhere.
+            ranks' counts are added up, so a load that one rank knows already goes in there and zeros elsewhere. Of one
+            rank, without a price and a curve, it may be weights with fractions.
         topology: of one EP group; its GPUs divide the slots.
         comm: the ranks that plan together; None for this process alone.
         num_slots: P, at least E; E where None. What is above E is given to replicas of hot experts.
@@ -225,7 +226,10 @@ def _agreed_load(
     try:
         if error is not None:
             raise error
-        tokens = as_tokens(load)
+        # What ranks add up, and what has a price or a time in tokens, is tokens.
+        is_free = isinstance(options.move_price, int | float) and options.move_price == 0
+        has_unit = comm.size > 1 or not is_free or options.time_curve is not None
+        tokens = as_tokens(load) if has_unit else as_load(load)
         steps, num_layers, num_experts = tokens.shape
         options.check(topology, num_layers, num_experts)
         values = (steps, num_layers, num_experts, topology.num_nodes, topology.gpus_per_node)

@@ -401,10 +401,42 @@ def test_weights_may_be_fractions_and_are_refused_alike_otherwise(case: str) -> 
             pack(REFUSED[case][0], 1)
 
 
-def test_an_imbalance_of_fractions_is_no_number() -> None:
-    """It was 2.0: each half was rounded to an even number."""
-    with pytest.raises(DistplbError, match=r"load has 0\.5 for expert 0 of layer 0 \(4 such\); counts must be whole"):
-        imbalance([[0.5, 0.5, 0.5, 1.5]], Placement.contiguous(1, 4, 2))
+def test_fractions_are_weights_where_nobody_adds_up() -> None:
+    """An imbalance was 2.0 here: each half was rounded to an even number."""
+    start = Placement.contiguous(1, 4, 2)
+    assert imbalance([[0.5, 0.5, 0.5, 1.5]], start).item() == 4 / 3
+    assert lower_bound([[0.5, 0.5, 0.5, 1.5]], TOPOLOGY, 4).item() == pytest.approx(4 / 3)
+    with pytest.raises(DistplbError, match=r"load has 0\.5 for expert 0 of layer 0 \(3 such\); counts must be whole"):
+        plan([[0.5, 0.5, 0.5, 2]], TOPOLOGY, time_curve=TimeCurve.linear(1.0))
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.lists(st.integers(0, 10**6), min_size=4, max_size=4), min_size=1, max_size=3).filter(
+        lambda steps: any(map(sum, steps))
+    ),
+    st.sampled_from([2.0**-20, 2.0**-3, 2.0**-60]),
+)
+def test_weights_are_judged_as_the_counts_that_they_are_in_proportion_to(steps: list[list[int]], part: float) -> None:
+    load = torch.tensor(steps)[:, None]
+    weights = load * part
+    start = Placement.contiguous(1, 4, 2)
+    assert torch.equal(imbalance(weights, start).nan_to_num(), imbalance(load, start).nan_to_num())
+    assert torch.allclose(lower_bound(weights, TOPOLOGY, 4), lower_bound(load, TOPOLOGY, 4), atol=1e-5)
+    table = plan(weights, TOPOLOGY, engine="reference")
+    assert torch.equal(imbalance(weights, table).nan_to_num(), imbalance(load, table).nan_to_num())
+
+
+def test_weights_that_have_no_proportion_are_refused() -> None:
+    doors: list[Callable[[Any], object]] = [
+        lambda load: imbalance(load, Placement.contiguous(1, 2, 2)),
+        lambda load: plan(load, TOPOLOGY),
+        lambda load: lower_bound(load, TOPOLOGY, 2),
+    ]
+    for wrong in ([[0.5, float("nan")]], [[0.5, -1.0]], [[0.5, float("inf")]], [[0.5, 2.0**48]]):
+        for door in doors:
+            with pytest.raises(DistplbError, match=r"^load has |in stage count: load has "):
+                door(wrong)
 
 
 def test_a_layer_is_named_where_its_name_is_known() -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from distplb.arguments import whole_number
-from distplb.counts import Counts, as_weights
+from distplb.counts import Counts, as_weights, fixed_point
 from distplb.errors import DistplbError
 from distplb.hashing import hashed
 from distplb.load import scaled
@@ -23,8 +23,6 @@ from distplb.packing.trial import engine_after
 
 __all__ = ["as_whole", "balanced_packing"]
 
-# A float row is scaled to a total of just under 2^39, so that rounding up cannot carry it beyond 2^40.
-_FLOAT_BITS = 39
 _MAX_TOTAL = 2.0**62
 _TRIED_ROWS = 12
 _BATCH = 1 << 20  # weights packed at a time, which bounds the memory
@@ -93,18 +91,7 @@ def as_whole(weight: Counts, dims: tuple[str, str] = ("row", "item")) -> Tensor:
             f"weight has a row whose total is {float(total.max()):.3g}, too large to add up; "
             "divide the weights by a power of two"
         )
-    if given.is_floating_point():
-        # Whole numbers keep their own scale, so that they pack as the same integers would.
-        whole = (given == given.round()).all(1) & (total < _MAX_TOTAL)
-        exponent = (_FLOAT_BITS - torch.frexp(total).exponent).masked_fill(whole, 0)  # [X]
-        half = exponent // 2  # in two steps, because 2 to the whole exponent may be beyond a float
-        given = (given * _power_of_two(half)[:, None] * _power_of_two(exponent - half)[:, None]).round()
-    return scaled(given.to(torch.int64)[None])[0]
-
-
-def _power_of_two(exponent: Tensor) -> Tensor:
-    """float64, exact on every device and torch, which `pow` and `ldexp` do not promise; from 2^-1022 to 2^1023."""
-    return ((exponent.to(torch.int64) + 1023) << 52).view(torch.float64)
+    return scaled((fixed_point(given) if given.is_floating_point() else given)[None])[0]
 
 
 @dataclass(frozen=True)

@@ -179,20 +179,28 @@ CASES: list[Case] = [
         lambda _: _uneven([[2.0**53 + 2, 0, 1, 0]]),
     ),
     Case(
-        "imbalance([[.5, .5, .5, 1.5]])",
-        (
-            "refused: load has 0.5 for expert 0 of layer 0 (4 such); counts must be whole tokens: multiply "
-            "frequencies by the tokens they stand for, and of means over steps pass the sums (mean × steps)"
-        ),
+        "imbalance([[.5, .5, .5, 1.5]]), of weights",
+        "1.3333",
         lambda _: _uneven([[0.5, 0.5, 0.5, 1.5]]),
     ),
     Case(
-        "plan([[.7, .1, .1, .1]])",
+        "plan([[.4, .3, .2, .1]]), of weights",
+        "[[0, 3, 1, 2]]",
+        lambda _: _planned([[0.4, 0.3, 0.2, 0.1]]),
+    ),
+    Case(
+        "the same with a price of moves, which is in tokens",
         (
-            "refused: load has 0.7 for expert 0 of layer 0 (4 such); counts must be whole tokens: multiply "
+            "refused: load has 0.4 for expert 0 of layer 0 (4 such); counts must be whole tokens: multiply "
             "frequencies by the tokens they stand for, and of means over steps pass the sums (mean × steps)"
         ),
-        lambda _: _planned([[0.7, 0.1, 0.1, 0.1]]),
+        lambda _: plan(
+            [[0.4, 0.3, 0.2, 0.1]],
+            Topology(1, 2),
+            current=Placement.contiguous(1, 4, 2),
+            move_price=1.0,
+            engine="reference",
+        ),
     ),
     Case(
         "plan with NaN",

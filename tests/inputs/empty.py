@@ -206,14 +206,21 @@ _STEPS = [
     ),
     Case(
         "`distplb plan` of the same: what it says",
-        "3 of 4 steps had no tokens and are left out.",
+        (
+            "3 of 4 steps had no tokens and are left out. [Hint: there is one step: a plan for it is judged on what "
+            "it was made from; record some more]"
+        ),
         lambda folder: command(
             "plan", saved(folder, steps([[100, 200]], empty=3)), *ON_TWO, show=line_with("no tokens")
         ),
     ),
     Case(
         "`distplb plan` of a model of 61 layers of which 3 are dense: what it says",
-        "3 of 61 layers had no tokens: 0, 1, 2; means are of the other 58.",
+        (
+            "3 of 61 layers had no tokens: 0, 1, 2; means are of the other 58. [Hint: there is one step: a plan for it "
+            "is judged on what it was made from; record some more] [Hint: all 58 layers have the same counts: one layer, "
+            "recorded for all of them?]"
+        ),
         lambda folder: command("plan", saved(folder, dense(61, 0, 1, 2)), *ON_TWO, show=line_with("no tokens")),
     ),
     Case(

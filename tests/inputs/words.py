@@ -354,9 +354,10 @@ CASES: list[Case] = [
     ),
     Case(
         "`--current` of 4 GPUs, `--gpus-per-node 2`",
-        "exit 2: [Error: --current has (layers, experts, slots, GPUs) = (3, 8, 8, 4), the load and "
-        "topology (3, 8, 8, 2); pass the placement in force of the same model, or --nodes and "
-        "--gpus-per-node of 4 GPUs]",
+        (
+            "exit 2: [Error: placement.json is of 4 GPUs, and 2 are asked for; pass the placement of this model and "
+            "cluster]"
+        ),
         in_force(8, 4),
     ),
     Case(
