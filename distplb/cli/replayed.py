@@ -68,7 +68,8 @@ def print_tables(replayed: Replayed) -> None:
     trace, cluster = study.trace, study.topology
     out.print(
         f"{trace.num_steps} steps of {study.iterations} iterations, {trace.num_layers} "
-        f"layer{'s' * (trace.num_layers != 1)} of {trace.num_experts} experts on {cluster.num_gpus} GPUs ({cluster.num_nodes} × {cluster.gpus_per_node})"
+        f"layer{'s' * (trace.num_layers != 1)} of {trace.num_experts} experts on {cluster.num_gpus} GPUs "
+        f"({cluster.num_nodes} × {cluster.gpus_per_node})"
     )
     if empties.told():
         out.print(plain(empties.told()))

@@ -218,8 +218,8 @@ _STEPS = [
         "`distplb plan` of a model of 61 layers of which 3 are dense: what it says",
         (
             "3 of 61 layers had no tokens: 0, 1, 2; means are of the other 58. [Hint: there is one step: a plan for it "
-            "is judged on what it was made from; record some more] [Hint: all 58 layers have the same counts: one layer, "
-            "recorded for all of them?]"
+            "is judged on what it was made from; record some more] [Hint: all 58 layers have the same counts: one "
+            "layer, recorded for all of them?]"
         ),
         lambda folder: command("plan", saved(folder, dense(61, 0, 1, 2)), *ON_TWO, show=line_with("no tokens")),
     ),
