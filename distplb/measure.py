@@ -44,7 +44,7 @@ def measured_curve(run: Callable[[int], object], tokens: Sequence[int], *, comm:
     Raises:
         DistplbError: on every rank, with what `run` raised on one of them; or if they differ in `tokens`.
     """
-    refuse_other_comm(comm)
+    refuse_other_comm(comm, moves=False)
     comm = WorldOfOne() if comm is None else comm
     nanoseconds: list[int] = []
     error: Exception | None = None
@@ -105,7 +105,7 @@ def measured_bandwidths(comm: Comm, topology: Topology, peers: Sequence[int], gp
         peers: `[M]`, the ranks of this rank's EP group, by GPU.
         gpu: this rank's.
     """
-    refuse_other_comm(comm)
+    refuse_other_comm(comm, moves=True)
     refuse_wrong_types(
         {
             "topology": (topology, (Topology,), "a Topology"),

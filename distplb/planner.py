@@ -97,7 +97,7 @@ def plan(
     Raises:
         DistplbError: on every rank, if any rank's load or options are refused or differ from the others'.
     """
-    refuse_other_comm(comm)
+    refuse_other_comm(comm, moves=False)
     options = SearchOptions(
         num_slots=num_slots,
         num_groups=num_groups,

@@ -180,7 +180,7 @@ class Rebalancer:
         on_event: Callable[[RebalanceEvent], None] | None = None,
     ) -> None:
         self.enabled = True
-        refuse_other_comm(comm)
+        refuse_other_comm(comm, moves=True)
         self._comm: Comm = WorldOfOne() if comm is None or not layers else comm
         every, window_steps, seed, max_bytes, stop_loss, gpu, dry_run = map(
             plain, (every, window_steps, seed, max_bytes, stop_loss, gpu, dry_run)

@@ -223,10 +223,6 @@ def test_what_does_not_go_together_is_refused_with_the_value_and_a_remedy(case: 
             torch.ones(0, 1, 2),
             "load has shape (0, 1, 2); pass [layers, experts] or [steps, layers, experts], none empty",
         ),
-        (
-            torch.tensor([[0.25, 0.75]]),
-            "load has 0.25 for expert 0 of layer 0 (2 such); counts must be whole tokens: mul",
-        ),
     ],
 )
 def test_what_is_not_a_load_is_refused_with_the_value_and_a_remedy(load: Tensor, wording: str) -> None:

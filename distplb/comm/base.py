@@ -88,16 +88,22 @@ class WorldOfOne:
         """No other rank to exchange with; messages to oneself are never made."""
 
 
-_ASKED = ("rank", "size", "device", "all_reduce_sum", "all_reduce_min", "broadcast", "connect", "exchange")
+_PLANS, _MOVES = ("rank", "size", "device", "all_reduce_sum", "all_reduce_min", "broadcast"), ("connect", "exchange")
 
 
-def refuse_other_comm(comm: object) -> None:
+def refuse_other_comm(comm: object, *, moves: bool) -> None:
     """Refuse what is no communicator, before anything is asked of it; None is let pass.
+
+    Args:
+        comm: given.
+        moves: whether rows will be exchanged over it, for which a plan needs no method.
 
     Raises:
         DistplbError: with what to pass.
     """
-    if comm is None or (not isinstance(comm, type) and all(hasattr(comm, name) for name in _ASKED)):
+    if comm is None or (
+        not isinstance(comm, type) and all(hasattr(comm, name) for name in (*_PLANS, *(_MOVES if moves else ())))
+    ):
         return
     raise DistplbError(
         f"comm is {shown(comm)}; pass a communicator, such as TorchComm(group) of distplb.comm.torchdist, or None for "

@@ -91,13 +91,13 @@ def _ours(path: Path, document: Mapping[str, Any]) -> SlotMap:
     if missing:
         raise ValueError(f"it has no {missing[0]!r}")
     experts, gpus = (_number(document[name], name) for name in ("num_experts", "num_gpus"))
-    rows = {name: _row(row, f"layer {name[:80]!r}") for name, row in _object(document["expert_of_slot"]).items()}
+    rows = {name: _row(row, f"layer {name[:80]!r}") for name, row in _mapping(document["expert_of_slot"]).items()}
     return _checked(SlotMap(rows, "names", experts, gpus))
 
 
 def _by_number(document: Mapping[str, Any]) -> SlotMap:
     """TensorRT-LLM's."""
-    table = _object(document["initial_global_assignments"])
+    table = _mapping(document["initial_global_assignments"])
     rows = {str(name): _row(row, f"layer {str(name)[:40]}") for name, row in table.items()}
     if "num_slots" in document:
         slots = _number(document["num_slots"], "num_slots")
@@ -117,13 +117,13 @@ def _by_device(document: Mapping[str, Any]) -> SlotMap:
     gpus = set()
     for nth, layer in enumerate(layers):
         place = f"entry {nth} of layer_list"
-        number = str(_number(_object(layer).get("layer_id", nth), f"layer_id of {place}", least=0))
+        number = str(_number(_mapping(layer).get("layer_id", nth), f"layer_id of {place}", least=0))
         devices = _list(layer.get("device_list"), f"device_list of {place}")
         if "device_count" in layer and _number(layer["device_count"], f"device_count of {place}") != len(devices):
             raise ValueError(f"device_count of {place} is {layer['device_count']}, and it has {len(devices)} devices")
         if number in rows:
             raise ValueError(f"layer_id {number} comes twice")
-        ids = [_object(device).get("device_id", at) for at, device in enumerate(devices)]
+        ids = [_mapping(device).get("device_id", at) for at, device in enumerate(devices)]
         if ids != list(range(len(devices))):
             raise ValueError(f"device_id of {place} are {str(ids)[:60]}; they must count from 0")
         parts = [_row(device.get("device_expert"), f"device {at} of {place}") for at, device in enumerate(devices)]
@@ -169,7 +169,7 @@ def _list(values: Any, place: str) -> list[Any]:
     return list(values)
 
 
-def _object(values: Any) -> Mapping[str, Any]:
+def _mapping(values: Any) -> Mapping[str, Any]:
     if not isinstance(values, Mapping):
         raise ValueError(f"it has {values!r:.40} where an object is expected")
     return values
