@@ -170,6 +170,7 @@ REFUSED = {
     "layer,2,3\na,1,2\n": "line 1 has 'layer' as a header has, and numbers that do not count the experts",
     "rank 0,1,2\nrank 1,3,4\n": "'rank 0' names a rank where a layer is expected",
     "a,1,2\nb,3,4\ntotal,5,6\n": "'total' is not the sum of the other rows",
+    "a,1,2\nb,3,4\nmean,2,3\n": "'mean' is no layer but made of the others; leave it out",
     "layer,0,1,sum\na,1,2,4\n": "line 2: the experts have 3 tokens, and the total is 4",
     "layer,0,1\n,1,2\n": "has a layer without a name",
     "0,1,2\n": "has a header and no rows; .*if its counts are 0, 1, 2",

@@ -31,6 +31,7 @@ _TRACE = {"about", "load"}  # arrays that tell a trace from another archive
 _TABLES = (".csv", ".tsv", ".txt")
 _KINDS = ".npy, .npz, .csv, .tsv, .txt, .json, .yaml, .pt, .safetensors or a folder of trace parts"
 _LAYOUT = "[layers, experts] or [steps, layers, experts]"
+_STATISTICS = {"mean", "average", "avg", "median", "max", "min", "std"}  # names of rows beside the layers
 _NUMBERED = re.compile(r"([a-z]+)[ _.-]?[0-9]+", re.IGNORECASE)
 
 
@@ -183,6 +184,11 @@ def _check_names(path: Path, layers: tuple[str, ...]) -> None:
         raise DistplbError(
             f"{path}: {other[:40]!r} is what a column is named, and stands where a layer's name is expected; pass a "
             "list of counts for each layer, or rows with names of columns above them"
+        )
+    made = next((name for name in layers if name.strip().lower() in _STATISTICS), None)
+    if made is not None and len(layers) > 1:
+        raise DistplbError(
+            f"{path}: {made[:40]!r} is no layer but made of the others; leave it out, or give the layer another name"
         )
     kinds = {match and role_of(match[1]) for match in (_NUMBERED.fullmatch(name) for name in layers)}
     if len(kinds) == 1 and kinds <= {"expert", "rank", "step"}:
