@@ -168,6 +168,8 @@ class Study:
         recorded = round(every * len(begins) / self.iterations)
         if recorded < 1:
             raise DistplbError(f"the trace has no step in {every} iterations; rebalance every {self.least} or more")
+        if len(begins) < 2:
+            raise DistplbError("the trace covers one iteration: to plan on, and to judge, takes two; record for longer")
         if 2 * recorded > len(begins):
             raise DistplbError(
                 f"the trace covers {self.iterations} iterations, and a rebalance every {every} takes twice as many: to "

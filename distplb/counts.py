@@ -364,7 +364,7 @@ def _stacked(name: str, values: Sequence[Any]) -> Tensor:
     for nth, kind in enumerate(kinds):
         if kind != kinds[0]:
             first, other = (f"{shape} of {dtype} on {device}" for dtype, shape, device in (kinds[0], kind))
-            raise DistplbError(f"{name}[0] is {first}, {name}[{nth}] is {other}; pass parts that are alike")
+            raise DistplbError(f"{name}[0] is {first}, {_call(name, '')}[{nth}] is {other}; pass parts that are alike")
     return torch.stack(parts)
 
 
@@ -375,7 +375,7 @@ def _refuse_ragged(name: str, values: Any, place: str = "") -> None:
         if length != lengths[0]:
             told = [f"a list of {one}" if one >= 0 else "no list" for one in (lengths[0], length)]
             raise DistplbError(
-                f"{name}{place}[0] is {told[0]}, {name}{place}[{nth}] is {told[1]}; pass lists of equal length"
+                f"{name}{place}[0] is {told[0]}, {_call(name, place)}[{nth}] is {told[1]}; pass lists of equal length"
             )
     if lengths and lengths[0] >= 0:
         for nth, one in enumerate(values):

@@ -181,6 +181,11 @@ def test_an_interval_that_the_trace_cannot_tell_of_is_refused(every: int, text: 
         what_if(trace_of(skewed(20)), TOPOLOGY, MODEL, [every])
 
 
+def test_a_trace_of_one_iteration_is_not_told_to_rebalance_every_zero() -> None:
+    with pytest.raises(DistplbError, match=r"covers one iteration: .* takes two; record for longer"):
+        what_if(trace_of(skewed(1)), TOPOLOGY, MODEL, [1])
+
+
 @pytest.mark.parametrize("gap", [1, 10])
 def test_intervals_are_of_whole_iterations(gap: int) -> None:
     """Half an iteration's micro-batches were planned on, and its other half judged under that plan."""

@@ -94,7 +94,7 @@ def _array(file: IO[bytes], size: int, where: str, max_bytes: int) -> NDArray[An
         start = file.tell()
         if dtype.hasobject:
             raise DistplbError(f"{where} holds Python objects as a pickle, which {_PICKLE}; pass integers")
-        if dtype.kind not in "iuf":
+        if dtype.kind not in "biuf":
             raise DistplbError(f"{where} has dtype {str(dtype)[:40]} and shape {shape}; pass integers")
         needed = start + math.prod(shape) * dtype.itemsize
         if min(shape, default=0) < 0 or needed != size:

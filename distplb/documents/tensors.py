@@ -27,6 +27,7 @@ __all__ = ["read_pt", "read_safetensors"]
 _MOST_HEADER = 1 << 24  # bytes of names, shapes and other plain values
 _DEEPEST = 8  # of lists and objects in each other
 _KINDS = {
+    "BOOL": "|b1",
     "I8": "<i1",
     "I16": "<i2",
     "I32": "<i4",

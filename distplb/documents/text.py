@@ -127,4 +127,5 @@ def _plain(node: Any, seen: set[int]) -> Any:
         return node.value
     if kind == "null":
         return None
-    raise ValueError(f"line {line} has {node.value!r:.40}, which is no plain number, text, list or object")
+    shown = f"{node.value!r:.40}" if isinstance(node.value, str) else "a tag"
+    raise ValueError(f"line {line} has {shown}, which is no plain number, text, list or object")

@@ -46,6 +46,7 @@ _OTHERS = {
     "layer_list": "is a placement, which --current and Placement.load take",
     "expert_of_slot": "is a placement, which --current and Placement.load take",
 }
+_OF_ONE_RANK = ("rank", "rank_id", "ep_rank", "global_rank", "local_rank")
 _ITERATION_AND_LAYER = re.compile(r"[0-9]+_[0-9]+")
 
 
@@ -59,8 +60,9 @@ def key_of_counts(path: Path, names: Sequence[str]) -> str | None:
     if len(found) > 1:
         raise DistplbError(f"{path} has {_listed(found)}; pass a file of one of them, or name it 'load'")
     if found:
-        if "rank" in names and found[0] != _SUMMED:
-            raise DistplbError(f"{path} has 'rank' beside {found[0]!r}, and is of one rank; add up all ranks")
+        rank = next((name for name in names if name.lower() in _OF_ONE_RANK), None)
+        if rank is not None and found[0] != _SUMMED:
+            raise DistplbError(f"{path} has {rank!r} beside {found[0]!r}, and is of one rank; add up all ranks")
         return found[0]
     for name, why in _OTHERS.items():
         if name in names:
@@ -98,6 +100,12 @@ def _by_layer(path: Path, document: Mapping[str, Any]) -> Table:
             raise DistplbError(
                 f"{path}: {name[:40]!r} is an object, as pandas writes them, and may be a layer or an expert; pass a "
                 "list of counts for each layer"
+            )
+        if not isinstance(value, list | np.ndarray):
+            raise DistplbError(
+                f"{path}: {name[:40]!r} is {json.dumps(value, default=str)[:40]} where a list of counts is expected; "
+                "pass a list of counts for each layer, all as long, or name [steps][layers][experts] 'load' (it has "
+                f"{_listed(list(document))})"
             )
     rows = [_array(path, value, f"{path}: {name[:40]!r}") for name, value in document.items()]
     for name, row in zip(document, rows, strict=True):

@@ -31,6 +31,7 @@ _TRACE = {"about", "load"}  # arrays that tell a trace from another archive
 _TABLES = (".csv", ".tsv", ".txt")
 _KINDS = ".npy, .npz, .csv, .tsv, .txt, .json, .yaml, .pt, .safetensors or a folder of trace parts"
 _LAYOUT = "[layers, experts] or [steps, layers, experts]"
+_STATISTICS = {"mean", "average", "avg", "median", "max", "min", "std"}  # names of rows beside the layers
 _NUMBERED = re.compile(r"([a-z]+)[ _.-]?[0-9]+", re.IGNORECASE)
 
 
@@ -121,7 +122,11 @@ def _table(path: Path, max_bytes: int) -> Table:
             raise DistplbError(f"{path} cannot be read ({error.strerror or type(error).__name__})") from error
     if suffix not in SUFFIXES:
         raise DistplbError(f"{path} ends in {path.suffix[:20]!r}; pass {_KINDS}")
-    return counts_of(path, read_document(path, lambda names: _chosen(path, names), max_bytes))
+    document = read_document(path, lambda names: _chosen(path, names), max_bytes)
+    if suffix == ".npz":  # of one array, whatever its name; one of a single dim is a layer
+        (array,) = document.values()
+        return Table(array, None) if array.ndim != 1 else counts_of(path, document)
+    return counts_of(path, document)
 
 
 def _chosen(path: Path, names: Sequence[str]) -> str:
@@ -150,7 +155,7 @@ def _check_shape(path: Path, values: NDArray[Any]) -> None:
             f"{path} has shape {shape}, 4 dims; sum over the ranks, or whatever is beside steps, layers and experts, "
             f"and pass counts, {_LAYOUT}"
         )
-    if values.ndim not in (2, 3) or 0 in shape or values.dtype.kind not in "iufO":
+    if values.ndim not in (2, 3) or 0 in shape or values.dtype.kind not in "biufO":
         raise DistplbError(f"{path} has dtype {values.dtype} and shape {shape}; pass counts, {_LAYOUT}, none empty")
 
 
@@ -174,6 +179,17 @@ def _check_names(path: Path, layers: tuple[str, ...]) -> None:
     if len(set(layers)) != len(layers):
         twice = next(name for name in layers if layers.count(name) > 1)
         raise DistplbError(f"{path} has layer {twice[:80]!r} twice; give each layer a name of its own")
+    other = next((name for name in layers if role_of(name) not in (None, "total")), None)
+    if other is not None:
+        raise DistplbError(
+            f"{path}: {other[:40]!r} is what a column is named, and stands where a layer's name is expected; pass a "
+            "list of counts for each layer, or rows with names of columns above them"
+        )
+    made = next((name for name in layers if name.strip().lower() in _STATISTICS), None)
+    if made is not None and len(layers) > 1:
+        raise DistplbError(
+            f"{path}: {made[:40]!r} is no layer but made of the others; leave it out, or give the layer another name"
+        )
     kinds = {match and role_of(match[1]) for match in (_NUMBERED.fullmatch(name) for name in layers)}
     if len(kinds) == 1 and kinds <= {"expert", "rank", "step"}:
         (kind,) = kinds

@@ -215,8 +215,9 @@ def _told(path: Path, line: _Line, pattern: bytes) -> list[str]:
 
 
 def _refused(path: Path, line: _Line, error: Exception) -> DistplbError:
+    why = f"it has no {error}" if isinstance(error, KeyError) else " ".join(str(error).split()) or type(error).__name__
     return DistplbError(
-        f"{path}, line {line.number} is not a line of tokens per expert ({error!r:.300}); "
+        f"{path}, line {line.number} is not a line of tokens per expert ({why:.300}); "
         "cut off what is damaged, in the files of all ranks"
     )
 
@@ -231,7 +232,9 @@ def _parsed(text: bytes) -> tuple[int, str, Counts]:
     if record["block"] not in ("decoder", "mtp"):
         raise ValueError(f"block is {str(record['block'])[:80]!r}")
     counts = np.asarray(record["tpe"])
-    if counts.ndim != 2 or counts.dtype != np.int64 or not counts.size or counts.min() < 0:
+    if counts.dtype == np.int64 and counts.size and counts.min() < 0:
+        raise ValueError(f"tpe has {counts.min()}, and counts are non-negative")
+    if counts.ndim != 2 or counts.dtype != np.int64 or not counts.size:
         raise ValueError(f"tpe has shape {list(counts.shape)} and dtype {counts.dtype}")
     if record["block"] == "decoder":
         return numbers[0], f"decoder.layers.{numbers[1]}", counts
@@ -271,7 +274,7 @@ def _text_lines(path: Path, broken: list[str]) -> Iterator[tuple[int, int, str, 
         match = _TEXT_LINE.fullmatch(line.text)
         try:
             if match is None:
-                raise ValueError(line.text[:80].decode(errors="replace"))
+                raise ValueError(repr(line.text[:80].decode(errors="replace").strip()))
             counts = np.asarray(json.loads(match[4]))
             if counts.dtype != np.int64 or not counts.size:
                 raise ValueError(f"{counts.size} numbers of dtype {counts.dtype}")

@@ -35,6 +35,7 @@ _ROLES = {
 }
 _ROLE = {name: role for role, names in _ROLES.items() for name in names.split()}
 _INDEX = re.compile(r"[0-9]{1,9}")
+_DIGITS = re.compile(r"[0-9]+")
 _NUMBERED = re.compile(r"(.*?)([0-9]{1,9})", re.DOTALL)
 
 
@@ -156,6 +157,12 @@ def _header(path: Path, lines: list[Line]) -> list[str] | None:
     experts = [cell for at, cell in enumerate(cells) if not (roles[at] or (at == 0 and not cell))]
     if corner or any(roles):
         numbers = sorted(int(cell) for cell in experts if _INDEX.fullmatch(cell))
+        words = [cell for cell in experts if cell and not is_number(cell)]
+        if words:
+            raise DistplbError(
+                f"{path}, {place} has column {words[0][:40]!r} beside experts that are numbered; leave it out, or name "
+                "it 'layer' or 'step' if it is that"
+            )
         if len(numbers) < len(experts) or numbers not in (_from(0, experts), _from(1, experts)):
             first = next(cell for cell in cells if role_of(cell)) if any(roles) else ""
             raise DistplbError(
@@ -170,7 +177,20 @@ def _header(path: Path, lines: list[Line]) -> list[str] | None:
             f"{path}, {place} has each number from {min(map(int, cells))} to {max(map(int, cells))}, and may be a "
             "header or counts; pass a header such as 'layer,0,1,2', and names of the layers"
         )
+    forms = {_DIGITS.sub("#", line.cells[0]) for line in lines}
+    is_layer = len(forms) == 1 and "#" in min(forms)  # as in moe.0, moe.1
+    if not is_number(cells[0]) and not is_layer and _count_on(cells[1:]):
+        raise DistplbError(
+            f"{path}, {place} has {cells[0][:40]!r} and the numbers from {cells[1]} to {cells[-1]}, and may be a "
+            "header or counts; name its first column 'layer' or 'step' if it is a header, else put one above it"
+        )
     return None
+
+
+def _count_on(cells: Sequence[str]) -> bool:
+    """Whether they number experts, as seldom counts do: from 0, or at least three from 1."""
+    firsts = (0, 1) if len(cells) > 2 else (0,)
+    return len(cells) > 1 and any(cells == [str(number) for number in _from(first, cells)] for first in firsts)
 
 
 def _from(first: int, of: Sequence[object]) -> list[int]:
@@ -198,8 +218,8 @@ class _Columns(NamedTuple):
                 experts.append(at)
             elif role in roles:
                 raise DistplbError(
-                    f"{path}, {place}: columns {header[roles[role]][:40]!r} and {name[:40]!r} are both a {role}; pass "
-                    "one"
+                    f"{path}, {place}: columns {header[roles[role]][:40]!r} and {name[:40]!r} both name the "
+                    f"{role}; pass one"
                 )
             else:
                 roles[role] = at
@@ -226,8 +246,17 @@ def _numbered(path: Path, place: str, names: list[str]) -> list[int]:
         raise DistplbError(f"{path}, {place} has column {twice[:40]!r} twice; give each a name of its own")
     found = [_NUMBERED.fullmatch(name) for name in names]
     parts = [(match[1].lower(), int(match[2])) for match in found if match]
-    if len(parts) < len(names) or len({prefix for prefix, _ in parts}) > 1:
+    if not parts:
         return list(range(len(names)))
+    other = next((name for name, match in zip(names, found, strict=True) if not match), None)
+    if other is None and len({prefix for prefix, _ in parts}) > 1:
+        other = next(name for name, (prefix, _) in zip(names, parts, strict=True) if prefix != parts[0][0])
+    if other is not None:
+        numbered = next(name for name, match in zip(names, found, strict=True) if match and name != other)
+        raise DistplbError(
+            f"{path}, {place} has column {other[:40]!r}, which does not number an expert as {numbered[:40]!r} does; "
+            "leave it out, or name it 'layer' or 'step' if it is that"
+        )
     role = role_of(parts[0][0].rstrip("_-. ")) if parts[0][0] else None
     if role in ("layer", "step", "rank"):
         raise DistplbError(
@@ -305,8 +334,15 @@ def _wide(path: Path, columns: _Columns, rows: list[Line]) -> Table:
 
 def _long(path: Path, columns: _Columns, rows: list[Line]) -> Table:
     """One row for each count."""
-    if columns.layer is None or columns.expert is None or columns.tokens is None or columns.experts or columns.total:
-        surplus = f", and not {columns.names[0][:40]!r}" if columns.experts else ""
+    if (
+        columns.layer is None
+        or columns.expert is None
+        or columns.tokens is None
+        or columns.experts
+        or columns.total is not None
+    ):
+        others = [*columns.names, *(["a total"] if columns.total is not None else [])]
+        surplus = f", and not {others[0][:40]!r}" if others else ""
         raise DistplbError(
             f"{path} has a column of experts or of counts; pass columns 'layer', 'expert' and 'count', with or without "
             f"'step'{surplus}"

@@ -370,6 +370,11 @@ CASES: list[Case] = [
         lambda _: _added(torch.ones(1, 4)),
     ),
     Case(
+        "window.add of rows of different lengths",
+        "refused: LoadWindow.add: counts[0] is a list of 2, counts[1] is a list of 1; pass lists of equal length",
+        lambda _: _added([[9, 5], [1]]),
+    ),
+    Case(
         "window.add for layer 1 of one",
         "refused: LoadWindow.add: layer is 1; pass an index in [0, 1)",
         lambda _: _added([9, 5, 1, 5], layer=1),

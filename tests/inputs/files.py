@@ -199,6 +199,73 @@ _TABLES = [
         "a.csv",
         "\ufefflayer,0,1,,\r\nx,5,3,,\r\n,,,,\r\n",
     ),
+    _counts(
+        "CSV: moe.0 and moe.1 before counts, the first of which are 0, 1, 2",
+        "[[0, 1, 2], [4, 4, 1]] of moe.0, moe.1",
+        "a.csv",
+        "moe.0,0,1,2\nmoe.1,4,4,1\n",
+    ),
+    _counts(
+        "CSV: moe,0,1,2 above counts",
+        "refused: a.csv, line 1 has 'moe' and the numbers from 0 to 2, and may be a header or counts; name its "
+        "first column 'layer' or 'step' if it is a header, else put one above it",
+        "a.csv",
+        "moe,0,1,2\nx,5,3,4\n",
+    ),
+    _counts(
+        "CSV: columns epoch, layer, e0, e1",
+        "refused: a.csv, line 1 has column 'epoch', which does not number an expert as 'e0' does; leave it "
+        "out, or name it 'layer' or 'step' if it is that",
+        "a.csv",
+        "epoch,layer,e0,e1\n0,x,5,3\n",
+    ),
+    _counts(
+        "CSV: columns layer, 0, 1, mean",
+        "refused: a.csv, line 1 has column 'mean' beside experts that are numbered; leave it out, or name it "
+        "'layer' or 'step' if it is that",
+        "a.csv",
+        "layer,0,1,mean\nx,5,3,4\n",
+    ),
+    _counts(
+        "JSON: columns of pandas, each a list",
+        "refused: a.json: 'layer' is what a column is named, and stands where a layer's name is expected; pass "
+        "a list of counts for each layer, or rows with names of columns above them",
+        "a.json",
+        '{"layer": [0, 0], "expert": [0, 1], "count": [5, 3]}',
+    ),
+    _counts(
+        "JSON: load of ep_rank 3",
+        "refused: a.json has 'ep_rank' beside 'load', and is of one rank; add up all ranks",
+        "a.json",
+        '{"ep_rank": 3, "load": [[5, 3]]}',
+    ),
+    _counts(
+        "JSON: a setting beside the layers",
+        "refused: a.json: 'epoch' is 3 where a list of counts is expected; pass a list of counts for each "
+        "layer, all as long, or name [steps][layers][experts] 'load' (it has 'epoch', 'x')",
+        "a.json",
+        '{"epoch": 3, "x": [5, 3]}',
+    ),
+    _counts(
+        "YAML with a tag of Python",
+        "refused: a.yaml is not YAML that can be read (line 1 has a tag, which is no plain number, text, list "
+        "or object)",
+        "a.yaml",
+        "x: !!python/tuple [5, 3]\n",
+    ),
+    _counts(
+        ".npz of one array without a name",
+        "[[5, 3], [1, 7]] of 0, 1",
+        "a.npz",
+        lambda path: np.savez(path, np.array([[5, 3], [1, 7]])),
+    ),
+    _counts(".npy of bools, a token each", "[[1, 0]] of 0", "a.npy", _array([[1, 0]], bool)),
+    _counts(
+        ".pt of bools, a token each",
+        "[[1, 0]] of 0",
+        "a.pt",
+        lambda path: torch.save(torch.tensor([[True, False]]), path),
+    ),
     _counts("CSV of semicolons", "[[5, 3]] of x", "a.csv", "layer;0;1\nx;5;3\n"),
     _counts(
         "CSV of sep=; with 1.234.567 and 5,0", "[[1234567, 5]] of x", "a.csv", "sep=;\nlayer;0;1\nx;1.234.567;5,0\n"

@@ -274,9 +274,21 @@ CASES: list[Case] = [
     ),
     Case(
         "Megatron: a line of another kind of layer",
-        'refused: rank0.jsonl, line 2 is not a line of tokens per expert (ValueError("block is '
-        "'encoder'\")); cut off what is damaged, in the files of all ranks",
+        "refused: rank0.jsonl, line 2 is not a line of tokens per expert (block is 'encoder'); cut off "
+        "what is damaged, in the files of all ranks",
         read(line(1, 0, [A]) + line(2, 0, [A]).replace("decoder", "encoder")),
+    ),
+    Case(
+        "Megatron: a negative count",
+        "refused: rank0.jsonl, line 1 is not a line of tokens per expert (tpe has -2, and counts are "
+        "non-negative); cut off what is damaged, in the files of all ranks",
+        read(line(1, 0, [[4, -2]])),
+    ),
+    Case(
+        "Megatron: a line without counts",
+        "refused: rank0.jsonl, line 1 is not a line of tokens per expert (it has no 'tpe'); cut off what "
+        "is damaged, in the files of all ranks",
+        read(line(1, 0, [A]).replace("tpe", "counts")),
     ),
     Case(
         "Megatron: tokens_per_expert.log of an earlier revision",
@@ -290,9 +302,8 @@ CASES: list[Case] = [
     ),
     Case(
         "Megatron: tokens_per_expert.log with a tensor",
-        "refused: tokens_per_expert.log, line 1 is not a line of tokens per expert (ValueError('Rank=0 "
-        "iter=1 layer=0 tokens_per_expert=tensor([1])\\n')); cut off what is damaged, in the files of "
-        "all ranks",
+        "refused: tokens_per_expert.log, line 1 is not a line of tokens per expert ('Rank=0 "
+        "iter=1 layer=0 tokens_per_expert=tensor([1])'); cut off what is damaged, in the files of all ranks",
         read_text("Rank=0 iter=1 layer=0 tokens_per_expert=tensor([1])\n"),
     ),
     # Replays
