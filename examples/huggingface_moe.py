@@ -68,8 +68,10 @@ def batch(text: Tensor, iteration: int) -> Tensor:
 def report(event: distplb.RebalanceEvent) -> None:
     if event.imbalance_next is not None:
         return  # the last record once more, now that its plan has been tried
-    for layer, before, after in zip(event.layers, event.imbalance_before, event.imbalance_after, strict=True):
-        say(f"{layer}: imbalance {before:.4f} -> {after:.4f}")
+    # Nothing is known of the load where a rebalance was skipped, nor of the imbalance of a layer without tokens.
+    for layer, before, after in zip(event.layers, event.imbalance_before, event.imbalance_after, strict=False):
+        if before is not None and after is not None:
+            say(f"{layer}: imbalance {before:.4f} -> {after:.4f}")
     say(f"{event.slots_moved} slots moved ({event.reason}); router ties {event.router_ties}")
 
 

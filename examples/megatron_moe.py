@@ -27,6 +27,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.overrides import TorchFunctionMode
 
 import distplb
+from distplb.cost import mean_of_layers
 from distplb.integrations import megatron
 
 ITERATIONS, EVERY, SEQUENCES, LENGTH = 60, 20, 4, 64
@@ -87,7 +88,10 @@ def train_step(model, optimizer, text: torch.Tensor, seed: int) -> float:
 
 def report(event: distplb.RebalanceEvent) -> None:
     """A rebalance's record comes twice; the second time it knows how its plan did on tokens that it had not seen."""
-    before, after = (sum(v) / len(v) for v in (event.imbalance_before, event.imbalance_next or event.imbalance_after))
+    levels = (event.imbalance_before, event.imbalance_next or event.imbalance_after)
+    before, after = (mean_of_layers(of_layers) for of_layers in levels)
+    if before is None or after is None:
+        return  # nothing is known of the load
     tokens = "the same" if event.imbalance_next is None else "the next"
     if dist.get_rank() == 0:
         print(f"rebalance at {event.iteration}: imbalance {before:.3f} -> {after:.3f} on {tokens} tokens", flush=True)

@@ -39,6 +39,7 @@ from torch import Tensor
 
 import distplb
 from distplb.comm.torchdist import TorchComm
+from distplb.cost import mean_of_layers
 
 ROUTERS = ("plain", "loss-free")
 COMPARED = ("static", "rebalanced", "forced")
@@ -318,9 +319,10 @@ def report(event: Any) -> None:
     """A rebalance's record comes twice: when it is done, and again once a window has been counted under its plan."""
     if event.imbalance_next is not None:
         return  # said already: it is what the next rebalance calls before
-    before, after, bound = (
-        sum(values) / len(values) for values in (event.imbalance_before, event.imbalance_after, event.imbalance_bound)
-    )
+    levels = (event.imbalance_before, event.imbalance_after, event.imbalance_bound)
+    before, after, bound = (mean_of_layers(of_layers) for of_layers in levels)
+    if before is None:
+        return  # nothing is known of the load
     say(
         f"    rebalance after iteration {event.iteration}: imbalance {before:.3f} -> {after:.3f} (bound {bound:.3f}), "
         f"{event.slots_moved} slots and {event.bytes_moved / 1e6:.0f} MB moved in {sum(event.seconds.values()):.2f} s"

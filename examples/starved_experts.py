@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import distplb
 from distplb.comm.torchdist import TorchComm
+from distplb.cost import mean_of_layers
 
 STARVED, FROM, TO, RANK_AT = 3, 12, 32, 45  # the expert, its iterations, and that of the whole rank
 NEVER = -1e9  # of a bias: who has it is not chosen
@@ -129,10 +130,11 @@ class Training:
             return
         state = self.optimizer.state
         steps = [int(state[one.w_in]["step"]) if one.w_in in state else 0 for one in self.model.moes[0].own]
-        before, after = (sum(values) / len(values) for values in (event.imbalance_before, event.imbalance_after))
+        before, after = (mean_of_layers(values) for values in (event.imbalance_before, event.imbalance_after))
+        imbalance = "unknown" if before is None or after is None else f"{before:.3f} -> {after:.3f}"
         print(
-            f"iteration {event.iteration:3}: {event.decision}, {event.slots_moved:2} slots, imbalance {before:.3f} -> "
-            f"{after:.3f}; steps of the experts that are on rank 0 now, in the first layer: {steps}",
+            f"iteration {event.iteration:3}: {event.decision}, {event.slots_moved:2} slots, imbalance {imbalance}; "
+            f"steps of the experts that are on rank 0 now, in the first layer: {steps}",
             flush=True,
         )
 

@@ -81,8 +81,10 @@ def batch(text: torch.Tensor, iteration: int) -> torch.Tensor:
 def report(event: distplb.RebalanceEvent) -> None:
     if event.imbalance_next is not None or dist.get_rank():
         return  # the last record once more, now that its plan has been tried
-    for layer, before, after in zip(event.layers, event.imbalance_before, event.imbalance_after, strict=True):
-        print(f"{layer}: imbalance {before:.4f} -> {after:.4f}")
+    # Nothing is known of the load where a rebalance was skipped, nor of the imbalance of a layer without tokens.
+    for layer, before, after in zip(event.layers, event.imbalance_before, event.imbalance_after, strict=False):
+        if before is not None and after is not None:
+            print(f"{layer}: imbalance {before:.4f} -> {after:.4f}")
     print(f"{event.slots_moved} slots moved ({event.reason})")
 
 

@@ -208,6 +208,7 @@ def agreements() -> list[str]:
         ({"a": 1, "b": comm.rank}, None),
         ({"a": 1}, DistplbError("ä too long " * 400) if comm.rank == 2 else None),
         ({"a": 1}, ValueError("mine") if comm.rank else None),
+        ({"a": 1}, DistplbError("record: \udcff is a file") if comm.rank == 1 else None),
         ({"a": 1}, HalfMovedError("torn") if comm.rank == 2 else DistplbError("other") if comm.rank == 1 else None),
     ]
     for fields, error in cases:
@@ -225,8 +226,10 @@ def test_ranks_agree_on_fields_and_share_the_error_of_the_lowest_failed_rank() -
         assert heard[1] == f"DisagreementError ranks disagree on b: 0 on one, 2 on another, {rank} on rank"[:60]
         assert heard[2].startswith("DistplbError rank 2: ä too long")
         assert heard[3] == "DistplbError rank 1: ValueError('mine')"
+        # A folder's name that is no UTF-8 stopped the rank that told of it, and the others waited for its text.
+        assert heard[4] == r"DistplbError rank 1: record: \udcff is a file"
         # The gravest kind wins, whoever speaks: afterwards no rank may take its experts for whole.
-        assert heard[4] == "HalfMovedError rank 1: other"
+        assert heard[5] == "HalfMovedError rank 1: other"
 
 
 # --- what pickles is not used --------------------------------------------------------------------------------------

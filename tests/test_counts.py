@@ -476,10 +476,11 @@ def test_dtensors_are_refused_at_every_door(alone: Any) -> None:
     ):
         with pytest.raises(DistplbError, match="is a DTensor with placements"):
             door()
+    row = DTensor.from_local(torch.ones(2, dtype=torch.int64), alone, [Replicate()])
     for full in (False, True):
         add = torch.compile(LoadWindow(1, 2, 1).add, backend="eager", fullgraph=full)
         with pytest.raises((DistplbError, torch._dynamo.exc.Unsupported), match="is a DTensor with placements"):
-            add(0, whole[0], training=True)
+            add(0, row, training=True)
 
 
 # --- a window ---------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pyyaml import those_of_pyyaml_marked
 
 from distplb import DistplbError, Placement, Topology
 from distplb.report.run import Run
@@ -99,7 +100,7 @@ READ: dict[str, tuple[Callable[[Path], object], list, tuple[str, ...]]] = {
 }
 
 
-@pytest.mark.parametrize("name", READ)
+@pytest.mark.parametrize("name", those_of_pyyaml_marked(READ))
 def test_what_other_people_write_is_read(name: str, tmp_path: Path) -> None:
     write, expected, layers = READ[name]
     write(tmp_path / name)
@@ -219,7 +220,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 
 
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("name", those_of_pyyaml_marked(REFUSED))
 def test_what_is_not_certain_or_not_safe_is_refused_in_one_line(name: str, tmp_path: Path) -> None:
     make, words = REFUSED[name]
     make(tmp_path / name)
@@ -244,7 +245,8 @@ def test_what_is_too_large_is_refused_before_memory_is_taken(name: str, tmp_path
 
 
 @pytest.mark.parametrize(
-    "name", ["bare.pt", "int64.safetensors", "key.json", "named.yaml", "key.npz", "a.csv", "a.npy"]
+    "name",
+    those_of_pyyaml_marked(["bare.pt", "int64.safetensors", "key.json", "named.yaml", "key.npz", "a.csv", "a.npy"]),
 )
 def test_every_format_has_a_limit(name: str, tmp_path: Path) -> None:
     others = {
@@ -256,7 +258,7 @@ def test_every_format_has_a_limit(name: str, tmp_path: Path) -> None:
         read_loads(tmp_path / name, max_bytes=40)
 
 
-@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("suffix", those_of_pyyaml_marked(SUFFIXES))
 def test_ten_gigabytes_are_refused_unread(suffix: str, tmp_path: Path) -> None:
     """A file of text was refused above a limit, and a placement was read whole, whatever it was."""
     path = tmp_path / f"a{suffix}"

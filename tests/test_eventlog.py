@@ -17,7 +17,6 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from torch.utils.tensorboard import SummaryWriter
 
 from distplb import (
     DistplbError,
@@ -260,10 +259,15 @@ def test_scalars_by_hand() -> None:
     assert scalars(skipped) == {"last_applied": 0}
 
 
+def summary_writer(folder: Path) -> Any:
+    tensorboard = pytest.importorskip("torch.utils.tensorboard", reason="TensorBoard is not installed")
+    return tensorboard.SummaryWriter(str(folder))
+
+
 def test_tensorboard_shows_them_at_the_iteration_of_the_rebalance(tmp_path: Path) -> None:
+    writer = summary_writer(tmp_path)
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    writer = SummaryWriter(str(tmp_path))
     log = EventLog(None, writer)
     for record in (event(500), event(500, **NEXT), event(1000, imbalance_before=(3.0, 3.0))):
         log(record)
@@ -426,7 +430,7 @@ def test_a_record_is_made_on_the_host_and_the_gpu_is_left_to_the_training(
         every=4,
         window=window,
         record=tmp_path,
-        summary_writer=SummaryWriter(tmp_path / "tensorboard"),
+        summary_writer=summary_writer(tmp_path / "tensorboard"),
         on_event=told.append,
         max_bytes=0,
         time_curve=TimeCurve.linear(3.0),

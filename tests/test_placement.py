@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pyyaml import needs_pyyaml, those_of_pyyaml_marked
 
 from distplb import DistplbError, Placement
 
@@ -390,7 +391,7 @@ MAPS: dict[str, Callable[[Path], object]] = {
 }
 
 
-@pytest.mark.parametrize("name", MAPS)
+@pytest.mark.parametrize("name", those_of_pyyaml_marked(MAPS))
 def test_maps_of_other_projects_become_placements(tmp_path: Path, name: str) -> None:
     MAPS[name](tmp_path / name)
     expected = Placement(torch.tensor(TABLE), 4, 3)
@@ -435,6 +436,7 @@ def test_maps_that_do_not_fit_together_are_refused(tmp_path: Path, words: str) -
         Placement.load(tmp_path / "m.json", num_gpus=1)
 
 
+@needs_pyyaml
 def test_layers_by_number_are_not_taken_by_order(tmp_path: Path) -> None:
     (tmp_path / "trt.yaml").write_text(assignments())
     with pytest.raises(DistplbError, match=r"trt.yaml has no layer '0'; it has 3, 4"):

@@ -7,9 +7,15 @@ import ast
 import runpy
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+
+import distplb
+from distplb.cost import mean_of_layers
 
 ROOT = Path(__file__).parent.parent
 PYTHON = sorted(path for folder in ("examples", "benchmarks") for path in (ROOT / folder).glob("*.py"))
@@ -57,6 +63,25 @@ def test_a_script_refuses_options_that_it_does_not_know(
     lacks = "the following arguments are required: " in told  # is said before what is unknown
     assert lacks or f"unrecognized arguments: {' '.join(UNKNOWN)}" in told
     assert "parse_known_args" not in path.read_text() or path.stem == "bench_spread"  # hands the others on
+
+
+@pytest.mark.parametrize("name", sorted({"pretrain_moe", *FRAMEWORKS}))
+def test_an_example_tells_of_rebalances_that_know_no_imbalance_of_a_layer(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A skipped rebalance, and a layer without tokens, were errors in the log."""
+    body = ast.parse((ROOT / "examples" / f"{name}.py").read_text()).body
+    report = [node for node in body if isinstance(node, ast.FunctionDef) and node.name == "report"]
+    on_rank_0 = SimpleNamespace(get_rank=lambda: 0)
+    names = {"Any": Any, "distplb": distplb, "dist": on_rank_0, "say": print, "mean_of_layers": mean_of_layers}
+    exec(compile(ast.Module(list(report), []), name, "exec"), names)
+    skipped = distplb.RebalanceEvent(
+        iteration=8, layers=("a", "b"), decision="skipped", reason="", seconds={}, last_applied=0
+    )
+    levels = {f"imbalance_{when}": (1.5, None) for when in ("before", "after", "bound")}
+    for event in (skipped, replace(skipped, decision="moved", steps=2, **levels)):
+        names["report"](event)
+    assert capsys.readouterr().out.count("imbalance 1.5") == 1
 
 
 def test_building_the_wheel_takes_no_arguments() -> None:

@@ -68,7 +68,8 @@ def raise_everywhere(
     """Every rank raises what went wrong on `rank`, which passes its `error`. All ranks know the rank by now."""
     text = torch.zeros(_TEXT_BYTES, dtype=torch.uint8, device="cpu")
     if comm.rank == rank:
-        words = (str(error) if isinstance(error, DistplbError) else repr(error)).encode()[:_TEXT_BYTES]
+        told = str(error) if isinstance(error, DistplbError) else repr(error)
+        words = told.encode(errors="backslashreplace")[:_TEXT_BYTES]  # names of files may be no UTF-8
         text[: len(words)] = torch.frombuffer(bytearray(words), dtype=torch.uint8)
     text = text.to(comm.device)
     comm.broadcast(text, rank)
