@@ -35,7 +35,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Differences of runs with moves from runs without.")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the result there, as markdown")
     options = parser.parse_args()
-    sys.path.insert(0, str(TESTS))
+    sys.path[:0] = [str(TESTS / room) for room in ("helpers", "integrations")]
     parts = [
         f"## {name}\n\n{markdown(HEAD, list(lines()))}"
         for name, lines in (

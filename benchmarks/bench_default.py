@@ -21,10 +21,10 @@ from torch import Tensor
 
 import distplb
 from distplb import MoveModel, Placement, Topology, imbalance, replay
-from distplb.chance import even_by_chance
+from distplb.core.price import moved_slots
 from distplb.packing.engines import engine_named
-from distplb.price import moved_slots
-from distplb.pricer import default_price
+from distplb.planning.chance import even_by_chance
+from distplb.train.pricing import default_price
 
 Planner = Callable[[Tensor, Placement], Placement]
 

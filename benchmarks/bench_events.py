@@ -21,11 +21,11 @@ from tables import command_line, header, markdown, progress
 from torch.utils.tensorboard import SummaryWriter
 
 from distplb import EventLog, Placement, RebalanceEvent, Topology, plan
-from distplb.account import Account
 from distplb.migrate.transfer import Moved
-from distplb.planner import Planned
 from distplb.planning.options import SearchOptions
-from distplb.stoploss import Pace
+from distplb.planning.plan import Planned
+from distplb.train.account import Account
+from distplb.train.stop_loss import Pace
 
 STEPS, LAYERS, EXPERTS, TOPOLOGY = 32, 58, 256, Topology(8, 8)
 ITERATION_SECONDS, BETWEEN = 2e-3, 40  # of an iteration; iterations from one record to the next

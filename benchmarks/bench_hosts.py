@@ -29,9 +29,9 @@ from torch import Tensor
 import distplb
 from distplb import LoadWindow, MoELayer, MoveModel, Rebalancer, Topology
 from distplb.comm.torchdist import TorchComm
-from distplb.measure import measured_bandwidths
+from distplb.train.measure import measured_bandwidths
 
-TESTS = Path(__file__).parent.parent / "tests"
+TESTS = Path(__file__).parent.parent / "tests" / "helpers"
 STEPS, SEQUENCES, LAYERS = 8, 16, 12
 ROW = 1 << 14  # float32 elements of an expert, with two moments besides
 AWARE, UNAWARE = Topology(2, 2), Topology(1, 4)

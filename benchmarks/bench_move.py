@@ -30,11 +30,11 @@ from torch import nn
 from distplb import LoadWindow, MoELayer, Placement, Rebalancer, Topology
 from distplb.comm.base import Round
 from distplb.comm.torchdist import TorchComm
-from distplb.measure import measured_bandwidths
 from distplb.migrate.transfer import Staging
 from distplb.planning.relabel import relabelled
+from distplb.train.measure import measured_bandwidths
 
-TESTS = Path(__file__).parent.parent / "tests"
+TESTS = Path(__file__).parent.parent / "tests" / "helpers"
 EXPERTS, LAYERS = 64, 1
 MIB = 1 << 20
 STATES = 3  # weight and two moments
@@ -291,7 +291,7 @@ def of_checkout(where: Path, setting: Setting, turns: int) -> dict[str, Any]:
     """What another checkout's own benchmark finds on this machine's loopback."""
     given = f"bench_move.Setting({setting.ranks}, {setting.row_mib}), {turns}"
     code = f"import bench_move, dataclasses, json; print(json.dumps(dataclasses.asdict(bench_move.on_one({given}))))"
-    paths = [where, where / "benchmarks", where / "tests"]
+    paths = [where, where / "benchmarks", where / "tests" / "helpers"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(str(path.resolve()) for path in paths)}
     words = [sys.executable, "-c", code]
     done = subprocess.run(words, cwd=paths[1], env=environment, stdout=subprocess.PIPE, check=True, text=True)

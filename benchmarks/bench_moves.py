@@ -28,8 +28,8 @@ from torch import Tensor
 
 import distplb
 from distplb import Placement, imbalance, lower_bound
+from distplb.core.price import moved_slots
 from distplb.packing.engines import engine_named
-from distplb.price import moved_slots
 
 Array = np.ndarray
 Planner = Callable[[Tensor, Placement], Placement]  # tokens [L, E] and the placement in force -> the next

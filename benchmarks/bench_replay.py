@@ -30,9 +30,9 @@ from torch import Tensor
 
 import distplb
 from distplb import MoveModel, Placement, replay
-from distplb.assumed import FLOPS, AssumedJob
 from distplb.packing.engines import engine_named
-from distplb.replay import Planner, Replay
+from distplb.study.costs import FLOPS, AssumedJob
+from distplb.study.replay import Planner, Replay
 
 STATIC, GREEDY, SUM, STEPS, PRICED = "static", "greedy", "ours on the sum", "ours on the steps", "ours with the price"
 MOST_MOVES = 1 / 3  # of greedy's

@@ -27,9 +27,9 @@ from torch import Tensor
 from distplb import Placement, Topology, imbalance, lower_bound
 from distplb.comm.base import Comm, Round
 from distplb.comm.torchdist import TorchComm
-from distplb.planner import plan_in_stages
+from distplb.core.stages import Stages
 from distplb.planning.options import SearchOptions
-from distplb.stages import Stages
+from distplb.planning.plan import plan_in_stages
 
 __all__ = ["CASES", "Case", "dealt"]
 

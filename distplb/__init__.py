@@ -1,24 +1,24 @@
 """distplb: keeps the GPUs of mixture-of-experts pretraining equally busy."""
 
-from distplb.bound import lower_bound
-from distplb.cost import imbalance
+from distplb.core.bound import lower_bound
+from distplb.core.cost import imbalance
+from distplb.core.layer import FlatShard, MoELayer
+from distplb.core.placement import Placement
+from distplb.core.price import MoveModel, TimeCurve
+from distplb.core.topology import Topology
 from distplb.errors import DistplbError
-from distplb.eventlog import EventLog, read_events
-from distplb.events import RebalanceEvent
-from distplb.layer import FlatShard, MoELayer
-from distplb.load import LoadWindow
-from distplb.measure import measured_curve
 from distplb.packing.balanced import balanced_packing
-from distplb.placement import Placement
-from distplb.planner import plan
 from distplb.planning.eplb import rebalance_experts
-from distplb.price import MoveModel, TimeCurve
-from distplb.rebalancer import Rebalancer
-from distplb.replay import replay
-from distplb.spread import Spread
-from distplb.topology import Topology
-from distplb.traces.trace import Trace
-from distplb.traces.writer import TraceWriter
+from distplb.planning.plan import plan
+from distplb.records.event_log import EventLog, read_events
+from distplb.records.events import RebalanceEvent
+from distplb.records.trace import Trace
+from distplb.records.trace_writer import TraceWriter
+from distplb.study.replay import replay
+from distplb.train.measure import measured_curve
+from distplb.train.rebalancer import Rebalancer
+from distplb.train.spread import Spread
+from distplb.train.window import LoadWindow
 
 __all__ = [
     "DistplbError",

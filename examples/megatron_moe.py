@@ -27,7 +27,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.overrides import TorchFunctionMode
 
 import distplb
-from distplb.cost import mean_of_layers
+from distplb.core.cost import mean_of_layers
 from distplb.integrations import megatron
 
 ITERATIONS, EVERY, SEQUENCES, LENGTH = 60, 20, 4, 64

@@ -39,7 +39,7 @@ from torch import Tensor
 
 import distplb
 from distplb.comm.torchdist import TorchComm
-from distplb.cost import mean_of_layers
+from distplb.core.cost import mean_of_layers
 
 ROUTERS = ("plain", "loss-free")
 COMPARED = ("static", "rebalanced", "forced")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import distplb
 from distplb.comm.torchdist import TorchComm
-from distplb.cost import mean_of_layers
+from distplb.core.cost import mean_of_layers
 
 STARVED, FROM, TO, RANK_AT = 3, 12, 32, 45  # the expert, its iterations, and that of the whole rank
 NEVER = -1e9  # of a bias: who has it is not chosen

@@ -22,17 +22,17 @@ from distplb.cli.inputs import Inputs, read_inputs
 from distplb.cli.options import search_options, topology_options
 from distplb.cli.output import console, json_option, plain, print_hints, print_json, progress, table
 from distplb.comm.base import WorldOfOne
-from distplb.cost import imbalance, mean_of_known, steps_with_tokens
-from distplb.counts import as_tokens
+from distplb.core.cost import imbalance, mean_of_known, steps_with_tokens
+from distplb.core.counts import as_tokens
+from distplb.core.placement import Placement
+from distplb.core.price import moved_slots
+from distplb.core.topology import Topology
 from distplb.errors import DistplbError
 from distplb.packing.balanced import balanced_packing
-from distplb.placement import Placement
-from distplb.planner import plan_in_stages
 from distplb.planning.greedy import contiguous, greedy_numpy
 from distplb.planning.options import SearchOptions
-from distplb.price import moved_slots
-from distplb.topology import Topology
-from distplb.traces.loads import Loads, read_loads
+from distplb.planning.plan import plan_in_stages
+from distplb.records.loads import Loads, read_loads
 
 __all__ = ["compare"]
 

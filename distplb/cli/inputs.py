@@ -10,13 +10,13 @@ from pathlib import Path
 
 from torch import Tensor
 
-from distplb.bound import lower_bound
-from distplb.counts import as_tokens
-from distplb.placement import Placement, load_placement
+from distplb.core.bound import lower_bound
+from distplb.core.counts import as_tokens
+from distplb.core.placement import Placement, load_placement
+from distplb.core.topology import Topology
 from distplb.planning.greedy import contiguous
 from distplb.planning.options import SearchOptions
-from distplb.topology import Topology
-from distplb.traces.loads import read_loads
+from distplb.records.loads import read_loads
 
 __all__ = ["Inputs", "read_inputs"]
 

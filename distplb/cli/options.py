@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 import click
 
 from distplb.cli.given import GivenPath, Whole
+from distplb.core.topology import Topology
 from distplb.planning.options import SearchOptions
-from distplb.topology import Topology
 
 __all__ = ["search_options", "topology_options"]
 

@@ -19,12 +19,12 @@ from distplb.cli.inputs import Inputs, read_inputs
 from distplb.cli.options import search_options, topology_options
 from distplb.cli.output import console, json_option, plain, print_hints, print_json, progress, table
 from distplb.comm.base import WorldOfOne
-from distplb.cost import imbalance, known, mean_of_known, mean_of_layers, steps_with_tokens
-from distplb.placement import Placement
-from distplb.planner import plan_in_stages
+from distplb.core.cost import imbalance, known, mean_of_known, mean_of_layers, steps_with_tokens
+from distplb.core.placement import Placement
+from distplb.core.price import moved_slots
+from distplb.core.topology import Topology
 from distplb.planning.options import SearchOptions
-from distplb.price import moved_slots
-from distplb.topology import Topology
+from distplb.planning.plan import plan_in_stages
 
 __all__ = ["plan"]
 

@@ -10,8 +10,19 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from distplb.advice import PRICED, STATIC, STEPS, SUM, WINDOW_STEPS, Study, WhatIf
-from distplb.assumed import (
+from distplb.cli.empties import Empties
+from distplb.cli.given import Amount, GivenPath, Whole, as_option
+from distplb.cli.hints import hints_of
+from distplb.cli.output import json_option, print_hints, print_json, progress
+from distplb.cli.replayed import Costs, Replayed, document, print_tables
+from distplb.core.topology import Topology
+from distplb.errors import DistplbError
+from distplb.records.event_log import read_events
+from distplb.records.loads import read_trace
+from distplb.records.megatron_lines import is_megatron, num_ranks
+from distplb.records.trace import Trace
+from distplb.study.advice import PRICED, STATIC, STEPS, SUM, WINDOW_STEPS, Study, WhatIf
+from distplb.study.costs import (
     BYTES_PER_PARAMETER,
     EXPERT_PARAMETERS,
     FLOPS,
@@ -20,18 +31,7 @@ from distplb.assumed import (
     recorded_costs,
     steps_stood_for,
 )
-from distplb.cli.empties import Empties
-from distplb.cli.given import Amount, GivenPath, Whole, as_option
-from distplb.cli.hints import hints_of
-from distplb.cli.output import json_option, print_hints, print_json, progress
-from distplb.cli.replayed import Costs, Replayed, document, print_tables
-from distplb.errors import DistplbError
-from distplb.eventlog import read_events
-from distplb.topology import Topology
-from distplb.traces.loads import read_trace
-from distplb.traces.megatron_lines import is_megatron, num_ranks
-from distplb.traces.trace import Trace
-from distplb.verdict import verdict
+from distplb.study.verdict import verdict
 
 __all__ = ["replay"]
 

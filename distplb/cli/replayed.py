@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 
 from rich.table import Table
 
-from distplb.advice import PRICED, STATIC, Study, WhatIf
-from distplb.assumed import AssumedJob, tokens_of_mean_gpu
 from distplb.cli.empties import Empties
 from distplb.cli.output import console, plain, table
-from distplb.price import MoveModel, TimeCurve
-from distplb.verdict import Verdict, percent
+from distplb.core.price import MoveModel, TimeCurve
+from distplb.study.advice import PRICED, STATIC, Study, WhatIf
+from distplb.study.costs import AssumedJob, tokens_of_mean_gpu
+from distplb.study.verdict import Verdict, percent
 
 __all__ = ["Costs", "Replayed", "document", "print_tables"]
 

@@ -8,8 +8,8 @@ import click
 
 from distplb.cli.given import GivenPath, OutputPath, Whole, refuse_overwriting
 from distplb.cli.output import console, json_option, plain, print_json, progress
+from distplb.core.topology import Topology
 from distplb.errors import DistplbError
-from distplb.topology import Topology
 
 __all__ = ["report"]
 

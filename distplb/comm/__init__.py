@@ -1,1 +1,1 @@
-"""The only folder that knows a communication library. Knows nothing of planning."""
+"""The only folder that knows a communication library. May import `core`; knows nothing of planning."""

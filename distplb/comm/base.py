@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from distplb.arguments import shown
+from distplb.core.arguments import shown
 from distplb.errors import DistplbError
 
 __all__ = ["Comm", "Message", "Round", "WorldOfOne", "refuse_other_comm"]

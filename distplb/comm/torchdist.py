@@ -28,11 +28,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import PrefixStore
 
 from distplb.comm.base import Round
+from distplb.comm.distnames import default_store
 from distplb.comm.rollcall import RollCall
 from distplb.comm.store import Store
+from distplb.core.stages import current_stage
 from distplb.errors import DistplbError, LostRanksError
-from distplb.stages import current_stage
-from distplb.torchnames import default_store
 
 __all__ = ["TorchComm", "backends", "device_type", "is_loss", "job_rank_and_size", "job_store", "process_group"]
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 
 from distplb.comm.base import Comm
 from distplb.comm.torchdist import process_group
+from distplb.core.topology import Topology
 from distplb.doctor import here, together
 from distplb.doctor.finding import Finding, Timing, ok, wrong
 from distplb.errors import DistplbError
-from distplb.topology import Topology
 
 __all__ = ["Examination", "examined", "examined_together"]
 

@@ -17,12 +17,12 @@ from torch import Tensor
 
 import distplb
 from distplb.comm.torchdist import backends
+from distplb.core.placement import Placement
+from distplb.core.topology import Topology
 from distplb.doctor.finding import Finding, note, ok, wrong
 from distplb.errors import DistplbError
 from distplb.packing.engines import engine_named
-from distplb.placement import Placement
-from distplb.planner import plan
-from distplb.topology import Topology
+from distplb.planning.plan import plan
 
 __all__ = ["findings", "local_ranks", "versions"]
 

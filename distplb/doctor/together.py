@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from distplb.comm.base import Comm
+from distplb.core.layer import MoELayer
+from distplb.core.placement import Placement
+from distplb.core.topology import Topology
 from distplb.doctor.finding import Finding, Timing, ok, wrong
-from distplb.layer import MoELayer
-from distplb.load import LoadWindow
-from distplb.placement import Placement
-from distplb.rebalancer import Rebalancer
-from distplb.topology import Topology
+from distplb.train.rebalancer import Rebalancer
+from distplb.train.window import LoadWindow
 
 __all__ = ["collectives", "of_all_ranks", "same_versions", "small_move"]
 

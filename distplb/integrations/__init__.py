@@ -1,1 +1,3 @@
-"""Adapters: each finds a framework's routers, expert tensors and counts, and says which layout they have."""
+"""Adapters: each finds a framework's routers, expert tensors and counts, and says which layout they have. May import
+`train` and what lies below.
+"""

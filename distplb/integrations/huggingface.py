@@ -19,6 +19,10 @@ from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
 from distplb.comm.torchdist import TorchComm
+from distplb.core.layer import MoELayer
+from distplb.core.ties import RouterTies
+from distplb.core.topology import Topology
+from distplb.core.torchnames import forward_pre_hooks
 from distplb.errors import DistplbError
 from distplb.integrations.common import (
     Tell,
@@ -30,11 +34,7 @@ from distplb.integrations.common import (
     tokens_of_experts,
     within_groups,
 )
-from distplb.layer import MoELayer
-from distplb.rebalancer import Rebalancer
-from distplb.ties import RouterTies
-from distplb.topology import Topology
-from distplb.torchnames import forward_pre_hooks
+from distplb.train.rebalancer import Rebalancer
 
 __all__ = ["moe_layers", "rebalancer"]
 

@@ -40,12 +40,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from distplb.comm.torchdist import TorchComm
+from distplb.core.layer import ExpertTensor, FlatShard, MoELayer, Rows
+from distplb.core.ties import RouterTies
+from distplb.core.topology import Topology
 from distplb.errors import DistplbError
 from distplb.integrations.common import counts_of, gpus_of_a_node, named_parts, not_found, within_groups
-from distplb.layer import ExpertTensor, FlatShard, MoELayer, Rows
-from distplb.rebalancer import Rebalancer
-from distplb.ties import RouterTies
-from distplb.topology import Topology
+from distplb.train.rebalancer import Rebalancer
 
 __all__ = ["MegatronRebalancer", "moe_layers", "rebalancer"]
 

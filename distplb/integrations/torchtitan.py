@@ -24,16 +24,17 @@ from torchtitan.distributed import ParallelDims
 from torchtitan.models.common.moe import MoE, TokenChoiceTopKRouter
 from torchtitan.models.common.token_dispatcher import AllToAllTokenDispatcher
 
+from distplb.comm.distnames import flattened
 from distplb.comm.torchdist import TorchComm
-from distplb.counts import exact_limit
+from distplb.core.counts import exact_limit
+from distplb.core.layer import MoELayer
+from distplb.core.ties import RouterTies
+from distplb.core.topology import Topology
+from distplb.core.torchnames import forward_pre_hooks
 from distplb.errors import DistplbError
 from distplb.integrations.common import Tell, gpus_of_a_node, named_parts, not_found, refuse_moved, tokens_of_experts
-from distplb.layer import MoELayer
-from distplb.load import is_recomputation
-from distplb.rebalancer import Rebalancer
-from distplb.ties import RouterTies
-from distplb.topology import Topology
-from distplb.torchnames import flattened, forward_pre_hooks
+from distplb.train.rebalancer import Rebalancer
+from distplb.train.window import is_recomputation
 
 __all__ = ["moe_layers", "rebalancer"]
 

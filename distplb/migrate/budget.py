@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from distplb.cost import layer_cost
+from distplb.core.cost import layer_cost
+from distplb.core.placement import Placement
 from distplb.migrate.schedule import exchanges
-from distplb.placement import Placement
 
 __all__ = ["within_budget"]
 

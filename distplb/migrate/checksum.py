@@ -14,10 +14,10 @@ from torch import Tensor
 
 from distplb.comm.agreement import agree
 from distplb.comm.base import Comm
+from distplb.core.placement import Placement
 from distplb.errors import in_stage
 from distplb.migrate.rows import RowTensor
 from distplb.migrate.state import Traveller
-from distplb.placement import Placement
 
 __all__ = ["expert_checksums"]
 

@@ -13,10 +13,10 @@ from itertools import pairwise
 
 from torch import Tensor
 
+from distplb.comm.dtensors import local_like
+from distplb.core.placement import Placement
 from distplb.errors import DistplbError
-from distplb.migrate.dtensors import local_like
 from distplb.migrate.rows import RowTensor
-from distplb.placement import Placement
 
 __all__ = ["Claim"]
 

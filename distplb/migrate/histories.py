@@ -19,8 +19,8 @@ from torch.optim import Optimizer
 
 from distplb.comm.agreement import agree, digest
 from distplb.comm.base import Comm
+from distplb.comm.dtensors import local_like
 from distplb.errors import in_stage
-from distplb.migrate.dtensors import local_like
 from distplb.migrate.kinds import NOTHING, kinds_of
 from distplb.migrate.rows import RowTensor
 from distplb.migrate.settings import Steppers

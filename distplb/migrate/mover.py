@@ -14,11 +14,14 @@ from torch.optim import Optimizer
 
 from distplb.comm.agreement import agree, digest
 from distplb.comm.base import Comm
+from distplb.comm.fsdp2 import param_groups, reshard, whole_weights
+from distplb.core.layer import MoELayer
+from distplb.core.placement import Placement
+from distplb.core.stages import Stages
+from distplb.core.topology import Topology
 from distplb.errors import DisagreementError, DistplbError, HalfMovedError, LostRanksError, UntrainedError, in_stage
-from distplb.layer import MoELayer
 from distplb.migrate.checksum import expert_checksums
 from distplb.migrate.claims import Claim, Row
-from distplb.migrate.fsdp2 import param_groups, reshard, whole_weights
 from distplb.migrate.histories import History, Own, agreed_histories, own_slots
 from distplb.migrate.kinds import agreed_kinds, travellers
 from distplb.migrate.pieces import Layout
@@ -28,9 +31,6 @@ from distplb.migrate.state import Holdings, Traveller, check_known, holdings
 from distplb.migrate.transfer import Limits, Move, Moved, Staging, agreed_layouts
 from distplb.migrate.unlike import Unlike, why_unlike
 from distplb.migrate.watch import TrainingWatch
-from distplb.placement import Placement
-from distplb.stages import Stages
-from distplb.topology import Topology
 
 __all__ = ["Held", "Mover", "Ready"]
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from distplb.comm.dtensors import block_of, is_dtensor, local_like
+from distplb.core.layer import ExpertTensor, FlatShard, MoELayer, Rows
 from distplb.errors import DistplbError
-from distplb.layer import ExpertTensor, FlatShard, MoELayer, Rows
-from distplb.migrate.dtensors import block_of, is_dtensor, local_like
 from distplb.migrate.pieces import Part, joined
 
 __all__ = ["RowTensor", "check_plain", "row_tensors"]

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 
-from distplb.placement import Placement
+from distplb.core.placement import Placement
 
 __all__ = ["SlotMove", "commits", "cycles", "exchanges"]
 

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from distplb.comm.dtensors import is_dtensor, local_like
+from distplb.core.torchnames import leaves
 from distplb.errors import DistplbError
-from distplb.migrate.dtensors import is_dtensor, local_like
 from distplb.migrate.rows import RowTensor, check_plain
 from distplb.migrate.settings import Settings, Steppers, Trainers, settings_of
-from distplb.torchnames import leaves
 
 __all__ = ["MOST_KINDS", "Holding", "Holdings", "Traveller", "check_known", "holdings"]
 

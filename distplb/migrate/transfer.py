@@ -16,6 +16,7 @@ from torch import Tensor
 
 from distplb.comm.agreement import agree
 from distplb.comm.base import Comm
+from distplb.core.placement import Placement
 from distplb.errors import DistplbError, HalfMovedError, LostRanksError, in_stage
 from distplb.migrate.messages import Copy, Messages, RankStep
 from distplb.migrate.pieces import Layout, Part, joined
@@ -23,7 +24,6 @@ from distplb.migrate.routes import peers
 from distplb.migrate.rows import RowTensor
 from distplb.migrate.schedule import SlotMove, commits
 from distplb.migrate.state import Traveller
-from distplb.placement import Placement
 
 __all__ = ["Limits", "Move", "Moved", "Staging", "agreed_layouts"]
 

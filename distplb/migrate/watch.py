@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from distplb.comm.dtensors import local_like
+from distplb.comm.fsdp2 import has_pending_gradients, param_groups, sharded
 from distplb.errors import DistplbError
-from distplb.migrate.dtensors import local_like
-from distplb.migrate.fsdp2 import has_pending_gradients, param_groups, sharded
 from distplb.migrate.rows import RowTensor
 
 __all__ = ["TrainingWatch"]

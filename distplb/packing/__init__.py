@@ -1,1 +1,4 @@
-"""Items into packs: what the planner packs experts with. Knows nothing of experts, GPUs or ranks."""
+"""Items into packs: what the planner packs experts with, in three engines. Pure; knows no experts or ranks.
+
+May import `core`.
+"""

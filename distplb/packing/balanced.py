@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distplb.arguments import whole_number
-from distplb.counts import Counts, as_weights, fixed_point
+from distplb.core.arguments import whole_number
+from distplb.core.counts import Counts, as_weights
+from distplb.core.fixed_point import fixed_point, scaled
+from distplb.core.hashing import hashed
 from distplb.errors import DistplbError
-from distplb.hashing import hashed
-from distplb.load import scaled
 from distplb.packing.candidates import CANDIDATE_BITS
 from distplb.packing.engines import Engine
 from distplb.packing.steps import pack_loads

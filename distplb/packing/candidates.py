@@ -10,7 +10,7 @@ from typing import TypedDict
 import torch
 from torch import Tensor
 
-from distplb.hashing import hashed
+from distplb.core.hashing import hashed
 
 __all__ = ["CANDIDATE_BITS", "Names", "ceilings", "noisy_keys"]
 

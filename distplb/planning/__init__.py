@@ -1,1 +1,4 @@
-"""Load and topology in, placement out. Pure: no process group, no clock, no file, no global random state."""
+"""Load and topology in, placement out: pure, but for `plan`, which has the collectives between.
+
+May import `packing`, `comm` and `core`.
+"""

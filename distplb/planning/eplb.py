@@ -8,14 +8,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from distplb.arguments import whole_number
-from distplb.counts import Counts
+from distplb.core.arguments import whole_number
+from distplb.core.counts import Counts
+from distplb.core.placement import Placement
+from distplb.core.topology import Topology
 from distplb.errors import DistplbError
 from distplb.packing.balanced import as_whole
-from distplb.placement import Placement
 from distplb.planning.options import SearchOptions
 from distplb.planning.problem import Problem
-from distplb.topology import Topology
 
 __all__ = ["rebalance_experts"]
 

@@ -22,8 +22,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from distplb.core.topology import Topology
 from distplb.errors import DistplbError
-from distplb.topology import Topology
 
 __all__ = ["Pack", "Replicate", "contiguous", "greedy_numpy", "in_three_steps", "pack_numpy", "replicate_numpy"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from distplb.core.placement import Placement
 from distplb.errors import DistplbError
-from distplb.placement import Placement
 
 __all__ = ["check_legal", "keeps_blocks"]
 

@@ -10,9 +10,9 @@ import math
 import torch
 from torch import Tensor
 
-from distplb.cost import MAX_COST
-from distplb.placement import Placement
-from distplb.topology import Topology
+from distplb.core.cost import MAX_COST
+from distplb.core.placement import Placement
+from distplb.core.topology import Topology
 
 __all__ = ["distances", "in_units", "tolls"]
 

@@ -12,14 +12,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distplb.arguments import plain, refuse_wrong_types, shown
-from distplb.counts import as_integers
+from distplb.core.arguments import plain, refuse_wrong_types, shown
+from distplb.core.counts import as_integers
+from distplb.core.placement import Placement
+from distplb.core.price import TimeCurve
+from distplb.core.topology import Topology
 from distplb.errors import DistplbError, OptionError
 from distplb.packing.candidates import CANDIDATE_BITS
 from distplb.packing.engines import engine_named
-from distplb.placement import Placement
-from distplb.price import TimeCurve
-from distplb.topology import Topology
 
 __all__ = ["SearchOptions"]
 

@@ -10,14 +10,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from distplb.cost import COST_BITS, MAX_COST, layer_cost, steps_with_tokens
+from distplb.core.cost import COST_BITS, MAX_COST, layer_cost, steps_with_tokens
+from distplb.core.fixed_point import excess_bits, spare_bits
+from distplb.core.placement import Placement
+from distplb.core.topology import Topology
 from distplb.errors import DistplbError
-from distplb.load import excess_bits, spare_bits
 from distplb.packing.candidates import Names, ceilings
 from distplb.packing.engines import Engine, engine_named
 from distplb.packing.settling import MOST_BITS, Terms
 from distplb.packing.steps import crowded
-from distplb.placement import Placement
 from distplb.planning.classes import Classes
 from distplb.planning.greedy import contiguous
 from distplb.planning.moves import distances, in_units, tolls
@@ -25,7 +26,6 @@ from distplb.planning.options import SearchOptions
 from distplb.planning.policies import Blocks, Flat, Hierarchy, Policy
 from distplb.planning.relabel import relabelled
 from distplb.planning.starts import recounted
-from distplb.topology import Topology
 
 __all__ = ["Problem"]
 

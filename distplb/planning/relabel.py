@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from distplb.placement import Placement
+from distplb.core.placement import Placement
 
 __all__ = ["relabelled"]
 

@@ -9,13 +9,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from distplb.hashing import hashed
+from distplb.core.hashing import hashed
+from distplb.core.placement import Placement
+from distplb.core.topology import Topology
 from distplb.packing.engines import Engine
 from distplb.packing.trial import engine_after
-from distplb.placement import Placement
 from distplb.planning.options import SearchOptions
 from distplb.planning.problem import Problem
-from distplb.topology import Topology
 
 __all__ = ["engine_for"]
 

@@ -1,1 +1,1 @@
-"""The report of a run: figures, and one page that needs nothing else."""
+"""The report of a run: figures, and one page that needs nothing else. May import `study` and what lies below."""

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from distplb.events import RebalanceEvent
+from distplb.records.events import RebalanceEvent
 from distplb.report.run import Run
 from distplb.report.style import COLOURS, FONT, GREY, WIDE, dress, empty, is_narrow, mark_each, panels, write_numbers
 from distplb.report.texts import differing, label, printable, shortened

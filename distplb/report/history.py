@@ -16,8 +16,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from distplb.cost import mean_of_known, mean_of_layers
-from distplb.events import RebalanceEvent
+from distplb.core.cost import mean_of_known, mean_of_layers
+from distplb.records.events import RebalanceEvent
 from distplb.report.run import Run
 from distplb.report.style import COLOURS, FONT, GREY, WIDE, dress, empty, is_narrow, legend_below
 from distplb.report.texts import plural

@@ -16,11 +16,11 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from distplb.events import RebalanceEvent
+from distplb.records.events import RebalanceEvent
+from distplb.records.trace import Trace
 from distplb.report.run import Run
 from distplb.report.style import COLOURS, FONT, GREY, WIDE, dress, empty, is_narrow, mark_each, write_numbers
 from distplb.report.texts import differing, label, percent, printable, shortened
-from distplb.traces.trace import Trace
 
 __all__ = ["hottest_experts", "hottest_experts_caption", "hottest_experts_lacks"]
 

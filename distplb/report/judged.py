@@ -11,12 +11,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from distplb.bound import lower_bound
-from distplb.cost import gpu_tokens, imbalance, mean_of_known
-from distplb.placement import Placement
-from distplb.planner import plan
-from distplb.topology import Topology
-from distplb.traces.trace import Trace
+from distplb.core.bound import lower_bound
+from distplb.core.cost import gpu_tokens, imbalance, mean_of_known
+from distplb.core.placement import Placement
+from distplb.core.topology import Topology
+from distplb.planning.plan import plan
+from distplb.records.trace import Trace
 
 __all__ = ["Judged", "Unseen"]
 

@@ -11,17 +11,17 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from distplb import __version__
-from distplb.cost import mean_of_layers
+from distplb.core.cost import mean_of_layers
+from distplb.core.price import MoveModel
+from distplb.core.topology import Topology
 from distplb.errors import DistplbError
-from distplb.events import RebalanceEvent
-from distplb.price import MoveModel
+from distplb.records.events import RebalanceEvent
 from distplb.report.figures import PANELS, Image, Panel, image
 from distplb.report.run import Run
 from distplb.report.style import NARROW, WIDE
 from distplb.report.summary import Summary
 from distplb.report.texts import amount, printable, seconds
 from distplb.report.trials import with_trials
-from distplb.topology import Topology
 
 __all__ = ["write_figures", "write_report"]
 

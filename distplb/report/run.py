@@ -15,17 +15,17 @@ from pathlib import Path
 
 import torch
 
-from distplb.advice import WhatIf
+from distplb.core.placement import Placement
+from distplb.core.topology import Topology
 from distplb.errors import DistplbError
-from distplb.eventlog import read_events
-from distplb.events import RebalanceEvent
-from distplb.placement import Placement
-from distplb.replay import with_tokens
+from distplb.records.event_log import read_events
+from distplb.records.events import RebalanceEvent
+from distplb.records.loads import read_trace
+from distplb.records.trace import Trace
 from distplb.report.judged import Judged
 from distplb.report.texts import printable
-from distplb.topology import Topology
-from distplb.traces.loads import read_trace
-from distplb.traces.trace import Trace
+from distplb.study.advice import WhatIf
+from distplb.study.replay import with_tokens
 
 __all__ = ["Run"]
 
@@ -43,7 +43,7 @@ class Run:
         topology: of the EP group; where None, what the events tell, else all GPUs of the trace on one node. A trace
             without events may be looked at on another number of GPUs than it ran on: it then begins anew there, with
             the experts in contiguous order.
-        what_if: other intervals between rebalances, tried on the trace, as from `distplb.advice.what_if`.
+        what_if: other intervals between rebalances, tried on the trace, as from `distplb.study.advice.what_if`.
         costs: where `what_if` has its seconds from, in words.
 
     Raises:

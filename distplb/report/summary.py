@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from distplb.cost import mean_of_known, mean_of_layers
+from distplb.core.cost import mean_of_known, mean_of_layers
 from distplb.report.run import Run
 from distplb.report.texts import amount, from_to, percent, plural, printable, seconds, shortened
 

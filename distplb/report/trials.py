@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from distplb.advice import PRICED, Study, assumed_model
-from distplb.assumed import recorded_costs
+from distplb.core.price import MoveModel, TimeCurve
+from distplb.core.topology import Topology
 from distplb.errors import DistplbError
-from distplb.price import MoveModel, TimeCurve
+from distplb.records.trace import Trace
 from distplb.report.run import Run
-from distplb.topology import Topology
-from distplb.traces.trace import Trace
+from distplb.study.advice import PRICED, Study, assumed_model
+from distplb.study.costs import recorded_costs
 
 __all__ = ["with_trials"]
 

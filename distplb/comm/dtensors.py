@@ -1,0 +1,94 @@
+"""DTensors: what of a tensor with a row for every slot this rank holds.
+
+Beside `comm.torchdist` the only place that knows `torch.distributed`: a layout is read off a tensor here, nothing is
+sent. It is imported when the first DTensor is met, because that takes as long as importing torch.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from distplb.comm.distnames import local_shape_and_offset
+from distplb.errors import DistplbError
+
+__all__ = ["Block", "block_of", "is_dtensor", "local_like"]
+
+
+class Block(NamedTuple):
+    """This rank's part of a DTensor `[P, ...]`: some rows, and of each row the elements `low` to `high`."""
+
+    local: Tensor
+    first_row: int
+    row: int  # elements of a whole row
+    low: int
+    high: int
+
+
+def is_dtensor(tensor: Tensor) -> bool:
+    """Whether it is spread over a device mesh."""
+    if "torch.distributed.tensor" not in sys.modules:  # then nobody has made one
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor)
+
+
+def block_of(name: str, tensor: Tensor) -> Block:
+    """What this rank holds of a DTensor.
+
+    Raises:
+        DistplbError: if that is not some whole columns of consecutive rows.
+    """
+    from torch.distributed.tensor import DTensor, Shard
+
+    assert isinstance(tensor, DTensor)
+    for placement in tensor.placements:
+        # A strided shard is one that FSDP2 puts over another of the same dim.
+        is_sharded = isinstance(placement, Shard) or hasattr(placement, "split_factor")
+        if placement.is_partial() or (is_sharded and getattr(placement, "dim", None) not in (0, 1)):
+            raise DistplbError(
+                f"{name} is a DTensor with placements {tensor.placements}; only replicated ones and those sharded "
+                "along dim 0 (experts) or dim 1 are understood, because a rank's part of an expert must be one range"
+            )
+    shape, offset = local_shape_and_offset(tensor)
+    with torch.no_grad():
+        local = tensor.to_local()
+    if tuple(local.shape) != shape:
+        raise DistplbError(
+            f"{name} has a local part of shape {tuple(local.shape)}, where its placements {tensor.placements} on a "
+            f"mesh of shape {tuple(tensor.device_mesh.shape)} say {shape}"
+        )
+    row = tensor.numel() // max(1, tensor.shape[0])
+    if tensor.dim() == 1:
+        return Block(local, offset[0], row, 0, row)
+    inner = row // tensor.shape[1]
+    return Block(local, offset[0], row, offset[1] * inner, (offset[1] + shape[1]) * inner)
+
+
+def local_like(name: str, value: Tensor, like: Tensor) -> Tensor:
+    """The local part of a gradient or of optimizer state, which must lie as its parameter does.
+
+    Raises:
+        DistplbError: if it does not.
+    """
+    if not is_dtensor(like) and not is_dtensor(value):
+        return value
+    from torch.distributed.tensor import DTensor
+
+    if (
+        not isinstance(like, DTensor)
+        or not isinstance(value, DTensor)
+        or (value.placements, value.device_mesh) != (like.placements, like.device_mesh)
+    ):
+        raise DistplbError(
+            f"{name} is a {type(value).__name__} {getattr(value, 'placements', '')}, the parameter a "
+            f"{type(like).__name__} {getattr(like, 'placements', '')}; which elements belong to which expert is not "
+            "known, so nothing is moved"
+        )
+    with torch.no_grad():
+        local: Tensor = value.to_local()
+    return local

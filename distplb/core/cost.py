@@ -1,0 +1,182 @@
+"""What a placement costs, and how uneven it leaves the GPUs.
+
+Shapes: T steps, L layers, E experts, P slots, M GPUs, G slots on each GPU.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from distplb.core.arguments import refuse_wrong_types
+from distplb.core.counts import Counts, as_load
+from distplb.core.placement import Placement
+from distplb.errors import DistplbError
+
+__all__ = [
+    "COST_BITS",
+    "MAX_COST",
+    "gpu_tokens",
+    "gpu_units",
+    "imbalance",
+    "known",
+    "layer_cost",
+    "mean_of_known",
+    "mean_of_layers",
+    "over_mean",
+    "steps_with_tokens",
+]
+
+COST_BITS = 41
+MAX_COST = (1 << COST_BITS) - 1
+
+
+def layer_cost(load: Tensor, expert_of_slot: Tensor, num_gpus: int, moving: Tensor | None = None) -> Tensor:
+    """`[..., L]` int64: the fullest GPU's tokens, added up over the steps, and moving; saturates at 2^41 − 1.
+
+    Args:
+        load: `[T, L, E]` int64; replicas share an expert's tokens by integer division.
+        expert_of_slot: `[..., L, P]`.
+        num_gpus: M.
+        moving: `[..., L]` int64, what the moves to this placement cost, in tokens; nothing where None.
+    """
+    shape, replicas = expert_of_slot.shape, _replicas(load.shape[-1], expert_of_slot)
+    cost = torch.zeros(shape[:-1], dtype=torch.int64, device=load.device) if moving is None else moving.clone()
+    for step in load:  # [L, E]; a step at a time: the whole would be T times as large
+        cost += _of_gpus(step, expert_of_slot, replicas, num_gpus).amax(-1)
+    return cost.clamp_(max=MAX_COST)
+
+
+def gpu_units(load: Tensor, expert_of_slot: Tensor, num_gpus: int) -> Tensor:
+    """`[T, L, M]` int64: what each GPU has of a load in units so small that the rests of shares do not count.
+
+    It stays in integers, so that all ranks find the same; what is told to people is `gpu_tokens`.
+
+    Args:
+        load: `[T, L, E]` int64; replicas share what their expert has by integer division.
+        expert_of_slot: `[L, P]`.
+        num_gpus: M.
+    """
+    replicas = _replicas(load.shape[-1], expert_of_slot)
+    return torch.stack([_of_gpus(step, expert_of_slot, replicas, num_gpus) for step in load])
+
+
+def gpu_tokens(load: Tensor, expert_of_slot: Tensor, num_gpus: int) -> Tensor:
+    """`[T, L, M]`: the tokens of each GPU; int64 where there are no replicas, else float64, as shares may be fractions.
+
+    >>> gpu_tokens(torch.tensor([[[5, 4]]]), torch.tensor([[0, 1]]), num_gpus=2)
+    tensor([[[5, 4]]])
+    >>> gpu_tokens(torch.tensor([[[5, 4]]]), torch.tensor([[0, 0, 0, 1]]), num_gpus=2)
+    tensor([[[3.3333, 5.6667]]], dtype=torch.float64)
+
+    Args:
+        load: `[T, L, E]` int64; replicas share an expert's tokens evenly.
+        expert_of_slot: `[L, P]`.
+        num_gpus: M.
+    """
+    replicas = _replicas(load.shape[-1], expert_of_slot)
+    of_slot = load.gather(-1, expert_of_slot.expand(len(load), -1, -1))  # [T, L, P]
+    share = of_slot if replicas is None else of_slot.double() / replicas
+    of_gpu: Tensor = share.unflatten(-1, (num_gpus, -1)).sum(-1)
+    return of_gpu
+
+
+def _replicas(num_experts: int, table: Tensor) -> Tensor | None:
+    """`[..., L, P]`: replicas of the expert of each slot of a table `[..., L, P]`; None where there are none."""
+    if table.shape[-1] == num_experts:
+        return None
+    counts = torch.zeros((*table.shape[:-1], num_experts), dtype=torch.int64, device=table.device)
+    counts.scatter_add_(-1, table, torch.ones_like(table))
+    return counts.gather(-1, table)
+
+
+def _of_gpus(step: Tensor, table: Tensor, replicas: Tensor | None, num_gpus: int) -> Tensor:
+    """`[..., L, M]`: the tokens of each GPU in one step `[L, E]`."""
+    of_slot = step.expand(*table.shape[:-1], -1).gather(-1, table)  # [..., L, P]
+    share: Tensor = of_slot if replicas is None else of_slot // replicas
+    of_gpu: Tensor = share.unflatten(-1, (num_gpus, -1)).sum(-1)
+    return of_gpu
+
+
+def imbalance(load: Counts, placement: Placement) -> Tensor:
+    """Fullest GPU over mean GPU, at least 1; NaN where a step has no tokens in a layer.
+
+    >>> load = torch.tensor([[[6, 2, 1, 3]], [[0, 0, 0, 0]]])
+    >>> found = imbalance(load, Placement.contiguous(num_layers=1, num_experts=4, num_gpus=2))
+    >>> found
+    tensor([[1.3333],
+            [   nan]], dtype=torch.float64)
+    >>> found.nanmean()
+    tensor(1.3333, dtype=torch.float64)
+
+    Args:
+        load: `[T, L, E]` or `[L, E]`, tokens of each expert, of any type that is exact, or weights with fractions;
+            replicas share them evenly.
+        placement: of the same layers and experts.
+
+    Returns:
+        `[T, L]` float64. A step without tokens is no step: `nanmean` is the mean of those that are.
+
+    Raises:
+        DistplbError: if the load is not one of tokens or its shape is not the placement's.
+    """
+    tokens = as_load(load)
+    refuse_wrong_types({"placement": (placement, (Placement,), "a Placement")})
+    if tuple(tokens.shape[1:]) != (placement.num_layers, placement.num_experts):
+        raise DistplbError(
+            f"load has {tokens.shape[1]} layers of {tokens.shape[2]} experts, the placement "
+            f"{placement.num_layers} of {placement.num_experts}; pass the load of the same model"
+        )
+    fullest = gpu_tokens(tokens, placement.expert_of_slot.to(tokens.device), placement.num_gpus).amax(-1)  # [T, L]
+    return over_mean(fullest, tokens.sum(-1).double() / placement.num_gpus)
+
+
+def over_mean(fullest: Tensor, mean: Tensor) -> Tensor:
+    """Fullest over mean, float64 and at least 1; NaN where the mean is 0."""
+    return torch.where(mean > 0, (fullest / mean.clamp(min=1e-300)).clamp(min=1.0), math.nan)
+
+
+# --- steps and layers without tokens ----------------------------------------------------------------------------
+
+
+def steps_with_tokens(load: Tensor) -> Tensor:
+    """`[T', L, E]`: the steps in which any layer of `[T, L, E]` has tokens; none where there are none.
+
+    >>> steps_with_tokens(torch.tensor([[[1, 2]], [[0, 0]], [[3, 0]]])).tolist()
+    [[[1, 2]], [[3, 0]]]
+    """
+    return load[(load != 0).flatten(1).any(1)]
+
+
+def mean_of_known(values: Tensor, dim: int | None = None) -> Tensor:
+    """The mean over steps, layers or both that leaves out what is NaN, because it has no tokens; NaN of nothing.
+
+    >>> mean_of_known(torch.tensor([[1.0, torch.nan], [2.0, torch.nan]]), dim=0)
+    tensor([1.5000,    nan])
+
+    Args:
+        values: float, of any shape.
+        dim: that is reduced; all where None.
+    """
+    is_known, filled = ~values.isnan(), values.nan_to_num(nan=0.0)
+    if dim is None:
+        return filled.sum() / is_known.sum()
+    return filled.sum(dim) / is_known.sum(dim)
+
+
+def known(values: Tensor) -> tuple[float | None, ...]:
+    """Of `[L]`: None for NaN, as events and JSON have it."""
+    return tuple(None if math.isnan(value) else value for value in values.tolist())
+
+
+def mean_of_layers(values: Iterable[float | None]) -> float | None:
+    """The mean of the layers that have tokens; None where none has.
+
+    >>> mean_of_layers((1.0, None, 2.0))
+    1.5
+    """
+    counted = [value for value in values if value is not None]
+    return sum(counted) / len(counted) if counted else None

@@ -1,0 +1,54 @@
+"""Loads and weights as integers of a size that packing has room for: shifted, or times a power of two and rounded.
+
+Shapes: T steps, L layers, E experts; X rows of n weights.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["excess_bits", "fixed_point", "scaled", "spare_bits"]
+
+# Packing multiplies a weight by a 14-bit noise and the packed key holds 41 bits of cost: 2^40 leaves room for both.
+_MAX_TOTAL_BITS = 40
+# Weights are scaled to a total of just under 2^39, so that rounding up cannot carry it beyond 2^40.
+_WEIGHT_BITS, _MAX_WHOLE = 39, 2.0**62
+
+
+def excess_bits(load: Tensor, bits: int = _MAX_TOTAL_BITS) -> Tensor:
+    """`[L]`: how far each layer of `[T, L, E]` int64 must be shifted right for its total to be at most 2^`bits`."""
+    total = load.sum((0, 2))  # [L]
+    shifts = torch.arange(63 - bits, device=load.device)
+    return ((total >> shifts[:, None]) > 1 << bits).sum(0)  # the first that fits
+
+
+def spare_bits(load: Tensor) -> Tensor:
+    """`[L]`: how far each layer of `[T, L, E]` int64 can be shifted left while its total stays at most 2^40."""
+    total = load.sum((0, 2))  # [L]
+    shifts = torch.arange(_MAX_TOTAL_BITS + 1, device=load.device)
+    fits = total <= (1 << _MAX_TOTAL_BITS) >> shifts[:, None]
+    return torch.where(total > 0, fits.sum(0) - 1, 0)
+
+
+def scaled(load: Tensor) -> Tensor:
+    """Shift each layer of `[T, L, E]` int64 right until its total over the window is at most 2^40."""
+    return load >> excess_bits(load)[:, None]
+
+
+def fixed_point(weights: Tensor) -> Tensor:
+    """`[X, n]` int64: each row of float64 times the power of two that brings its total just under 2^39, rounded.
+
+    Whole numbers of a smaller total than 2^62 keep their own scale, so that they pack as the same integers would.
+    """
+    total = weights.sum(1)  # [X]
+    whole = (weights == weights.round()).all(1) & (total < _MAX_WHOLE)
+    exponent = (_WEIGHT_BITS - torch.frexp(total).exponent).masked_fill(whole, 0)  # [X]
+    half = exponent // 2  # in two steps, because 2 to the whole exponent may be beyond a float
+    scaled = weights * _power_of_two(half)[:, None] * _power_of_two(exponent - half)[:, None]
+    return scaled.round().to(torch.int64)
+
+
+def _power_of_two(exponent: Tensor) -> Tensor:
+    """float64, exact on every device and torch, which `pow` and `ldexp` do not promise; from 2^-1022 to 2^1023."""
+    return ((exponent.to(torch.int64) + 1023) << 52).view(torch.float64)

@@ -1,0 +1,257 @@
+"""`plan`: the three calls of a planning problem, with the collectives between them.
+
+Stages, numbered as in the README: (1) count, (2) search, (3) choose, (4) polish, (5) share.
+Shapes: T steps, L layers, E experts, P slots, K candidates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from distplb.comm.agreement import agree, raise_everywhere
+from distplb.comm.base import Comm, WorldOfOne, refuse_other_comm
+from distplb.core.counts import Counts, as_load, as_tokens
+from distplb.core.placement import Placement
+from distplb.core.price import TimeCurve
+from distplb.core.stages import Stages
+from distplb.core.topology import Topology
+from distplb.errors import in_stage
+from distplb.packing.candidates import CANDIDATE_BITS
+from distplb.planning.options import SearchOptions
+from distplb.planning.problem import Problem
+from distplb.planning.trial import engine_for
+
+__all__ = ["Planned", "Planning", "plan", "plan_in_stages"]
+
+_WORST_KEY = torch.iinfo(torch.int64).max
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A plan, the load `[T, L, E]` of all ranks that it was made from, on the host, and the engine that made it."""
+
+    placement: Placement
+    load: Tensor
+    engine: str
+
+
+def plan(
+    load: Counts,
+    topology: Topology,
+    *,
+    comm: Comm | None = None,
+    num_slots: int | None = None,
+    num_groups: int | None = None,
+    slot_class: Tensor | None = None,
+    current: Placement | None = None,
+    move_price: float | tuple[float, float] = 0.0,
+    time_curve: TimeCurve | None = None,
+    num_candidates: int | None = None,
+    seed: int = 0,
+    engine: str | None = None,
+    allow_shared_replicas: bool = True,
+    mode: str = "remap",
+) -> Placement:
+    """Search, on all ranks together, the placement that costs least; the same plan comes out on all of them.
+
+    Same load and same options give the same plan to the bit, whatever the number of ranks, the engine and the
+    device. The cost of a layer is the fullest GPU's tokens, added up over the steps, and what its moves are priced at;
+    replicas share their expert's tokens evenly.
+
+    >>> load = torch.tensor([[9, 1, 5, 5]])
+    >>> plan(load, Topology(num_nodes=1, gpus_per_node=2)).expert_of_slot
+    tensor([[0, 1, 2, 3]])
+    >>> plan(torch.tensor([[8, 1, 2, 1]]), Topology(num_nodes=1, gpus_per_node=2), num_slots=6).expert_of_slot
+    tensor([[0, 1, 2, 0, 2, 3]])
+
+    Args:
+        load: `[L, E]` or `[T, L, E]` tokens of each expert as counted **on this rank**, of any type that is exact; the
+            ranks' counts are added up, so a load that one rank knows already goes in there and zeros elsewhere. Of one
+            rank, without a price and a curve, it may be weights with fractions.
+        topology: of one EP group; its GPUs divide the slots.
+        comm: the ranks that plan together; None for this process alone.
+        num_slots: P, at least E; E where None. What is above E is given to replicas of hot experts.
+        num_groups: groups of consecutive experts of a group-limited router. In mode "remap" each node gets whole
+            groups (DeepSeek's hierarchical policy), in mode "permute" only block permutations come out.
+        slot_class: `[P]` integers; an expert stays in slots of the class of its present slot. Without replicas.
+        current: the placement in force: odd candidates start from it, the plan is named so that few experts move, and
+            a layer keeps it unless the plan costs less, or what it holds breaks a rule of the other options.
+        move_price: tokens of the whole window for each slot whose expert comes from another GPU; or a pair, inside a
+            node and between nodes. `MoveModel.price` makes it from seconds. Takes `current`.
+        time_curve: from an expert's tokens to its time, which is then what is balanced; `move_price` stays in tokens,
+            of the curve's last point. Tokens themselves where None.
+        num_candidates: K starts for each layer, dealt round-robin to the ranks; 1 where None, or 4 with `current`. From
+            one step of load without a price, K fresh ones are never worse than `balanced_packing` with K.
+        seed: of all that is random.
+        engine: "reference", "cpu" or "cuda"; None for the fastest that is there. "cuda" is tried first, once in a
+            process and shape of the load; where its plans differ or it fails, which is logged, "cpu" plans the same.
+        allow_shared_replicas: whether replicas of an expert may share a GPU, where that lowers the cost.
+        mode: how the plan will be applied. "remap" routes tokens through a table and takes any plan; "permute" moves
+            rows of experts and router, so there are no replicas, and groups stay together in blocks.
+
+    Raises:
+        DistplbError: on every rank, if any rank's load or options are refused or differ from the others'.
+    """
+    refuse_other_comm(comm, moves=False)
+    options = SearchOptions(
+        num_slots=num_slots,
+        num_groups=num_groups,
+        slot_class=slot_class,
+        current=current,
+        num_candidates=num_candidates,
+        seed=seed,
+        engine=engine,
+        allow_shared_replicas=allow_shared_replicas,
+        mode=mode,
+        move_price=move_price,
+        time_curve=time_curve,
+    )
+    return plan_in_stages(load, topology, WorldOfOne() if comm is None else comm, options).placement
+
+
+def plan_in_stages(
+    load: Counts, topology: Topology, comm: Comm, options: SearchOptions, *, stages: Stages | None = None
+) -> Planned:
+    """`plan`, for a caller that wants its seconds.
+
+    Args:
+        load, topology, comm, options: as for `plan`.
+        stages: receives the seconds of each stage.
+    """
+    planning = Planning(load, topology, comm, options, stages=stages)
+    planning.search()
+    planning.choose()
+    planning.polish()
+    return planning.share()
+
+
+class Planning:
+    """A plan under way, in the five stages: making one counts, then `search`, `choose`, `polish` and `share`, in turn.
+
+    Counting, choosing and sharing are collective; searching and polishing are local, run where the caller likes (in
+    another thread, say), and do not raise: what went wrong there is raised on all ranks by the collective that follows.
+
+    Args:
+        load, topology, comm, options: as for `plan`.
+        stages: receives the seconds of each stage.
+        fields: more integers that all ranks must share, agreed on in the same header.
+        error: what the caller met on this rank; all ranks then raise it instead of planning.
+    """
+
+    def __init__(
+        self,
+        load: Counts,
+        topology: Topology,
+        comm: Comm,
+        options: SearchOptions,
+        *,
+        stages: Stages | None = None,
+        fields: Mapping[str, int] | None = None,
+        error: Exception | None = None,
+    ) -> None:
+        self._topology, self._comm, self._options = topology, comm, options
+        self._stages = Stages() if stages is None else stages
+        self._error: Exception | None = None
+        with self._stages.stage("count"):
+            self._load = _agreed_load(load, topology, comm, options, dict(fields or {}), error)
+            comm.all_reduce_sum(self._load)
+        _, num_layers, num_experts = self._load.shape
+        # Negative entries say that a rank failed, and which.
+        self._key = torch.full((num_layers,), -1 - comm.rank, device=self._load.device)
+        self._table = torch.full((num_layers, options.slots(num_experts)), -1, device=comm.device)
+
+    @cached_property
+    def load(self) -> Tensor:
+        """`[T, L, E]`, of all ranks, on the host; copied, which waits for the device, when it is first asked for."""
+        return self._load.to("cpu")
+
+    def search(self) -> None:
+        """(2) This rank's share of the candidates."""
+        with self._stages.stage("search"):
+            try:
+                steps, layers, experts = self._load.shape
+                engine = engine_for(self._options, self._topology, (steps, layers, experts), self._load.device)
+                self._problem = Problem(self._load, self._topology, self._options, engine)
+                self._key = _best_keys(self._problem, self._options.candidates, self._comm, self._load)
+            except Exception as caught:
+                self._error = in_stage("search", caught)
+
+    def choose(self) -> None:
+        """(3) The best candidate of every layer, over all ranks."""
+        with self._stages.stage("choose"):
+            self._comm.all_reduce_min(self._key)
+            worst = int(self._key.min())
+            if worst < 0:
+                raise_everywhere(self._comm, -1 - worst, self._error)
+            self._engine_name = self._problem.engine_name
+            if self._comm.rank != 0:
+                del self._problem  # while the root polishes, not while all wait for what comes after
+
+    def polish(self) -> None:
+        """(4) The root's refinement of the winners; nothing on other ranks."""
+        with self._stages.stage("polish"):
+            if self._comm.rank != 0:
+                return
+            try:
+                best = self._problem.build(self._key & ((1 << CANDIDATE_BITS) - 1))
+                self._table = self._problem.polish(best).to(self._comm.device)
+            except Exception as caught:
+                self._error = in_stage("polish", caught)
+
+    def share(self) -> Planned:
+        """(5) The root's placement, on all ranks."""
+        with self._stages.stage("share"):
+            self._comm.broadcast(self._table, 0)
+            if int(self._table.min()) < 0:
+                raise_everywhere(self._comm, 0, self._error)
+            placement = Placement(self._table, self._load.shape[2], self._topology.num_gpus)
+        return Planned(placement, self.load, self._engine_name)
+
+
+def _agreed_load(
+    load: Counts,
+    topology: Topology,
+    comm: Comm,
+    options: SearchOptions,
+    fields: dict[str, int],
+    error: Exception | None,
+) -> Tensor:
+    """This rank's tokens `[T, L, E]` on the communicator's device, once all ranks agree on everything else."""
+    fields |= dict.fromkeys(_LOAD_FIELDS, 0) | dict.fromkeys(SearchOptions().fields(0), 0)
+    try:
+        if error is not None:
+            raise error
+        # What ranks add up, and what has a price or a time in tokens, is tokens.
+        is_free = isinstance(options.move_price, int | float) and options.move_price == 0
+        has_unit = comm.size > 1 or not is_free or options.time_curve is not None
+        tokens = as_tokens(load) if has_unit else as_load(load)
+        steps, num_layers, num_experts = tokens.shape
+        options.check(topology, num_layers, num_experts)
+        values = (steps, num_layers, num_experts, topology.num_nodes, topology.gpus_per_node)
+        fields |= dict(zip(_LOAD_FIELDS, values, strict=True)) | options.fields(num_experts)
+        # With a world of one the search stays where the counts are.
+        tokens = _copied(tokens, tokens.device if isinstance(comm, WorldOfOne) else comm.device)
+    except Exception as caught:  # also for want of memory, before the others wait for these counts
+        error = in_stage("count", caught)
+    agree(comm, fields, error)
+    return tokens
+
+
+def _copied(tokens: Tensor, device: torch.device) -> Tensor:
+    return tokens.to(device, copy=True).contiguous()
+
+
+_LOAD_FIELDS = ("the load's steps", "the load's layers", "the load's experts", "num_nodes", "gpus_per_node")
+
+
+def _best_keys(problem: Problem, num_candidates: int, comm: Comm, tokens: Tensor) -> Tensor:
+    """`[L]` int64: the least `cost << 22 | candidate` of each layer over this rank's share of the candidates."""
+    mine = torch.arange(num_candidates, device=tokens.device)[comm.rank :: comm.size]
+    if not len(mine):  # more ranks than candidates
+        return torch.full((tokens.shape[1],), _WORST_KEY, device=tokens.device)
+    return (problem.costs(mine) << CANDIDATE_BITS | mine[:, None]).amin(0)

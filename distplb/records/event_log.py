@@ -1,0 +1,319 @@
+"""`EventLog`: the records of all rebalances as lines of JSON, and as scalars for TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from distplb.core.arguments import refuse_wrong_types, whole_number
+from distplb.core.cost import mean_of_layers
+from distplb.errors import DistplbError
+from distplb.records.events import RebalanceEvent
+
+__all__ = ["EventLog", "SummaryWriter", "check_log", "read_events", "scalars"]
+
+_LOGGER = logging.getLogger("distplb")
+_EVENT, _OUTCOME, _VERSION = "distplb.event", "distplb.outcome", 1
+_MARK = '{"format": "distplb.'  # how each record begins
+_TORN_EVENT = re.compile(r'\{"format": "distplb\.event", "version": 1, "iteration": (\d{1,18}),')
+_MAX_LINE_BYTES = 1 << 24
+_TOLD_LATER = ("imbalance_next", "iteration_seconds_next", "repaid")  # by the next window
+
+
+class SummaryWriter(Protocol):
+    """What is asked of a writer of scalars: `torch.utils.tensorboard.SummaryWriter` has it."""
+
+    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> Any:
+        """Take a number down."""
+
+    def add_text(self, tag: str, text_string: str, global_step: int) -> Any:
+        """Take a text down."""
+
+
+class EventLog:
+    """Takes the record of each rebalance and writes it, beside the training, from a thread of its own.
+
+    A call costs the training thread the time of handing over a reference, and the writing lets go of the interpreter
+    every fraction of a millisecond. It never raises: what goes wrong is logged under "distplb", once for each text, and
+    the next record is tried again.
+
+    The file is appended to. A rebalance is one line, `RebalanceEvent.to_json`, written when the rebalance is done; when
+    the next window has told how it fared, a short line follows it: `"format": "distplb.outcome"`, `"version": 1`, the
+    `iteration` that it belongs to, and the fields `imbalance_next`, `iteration_seconds_next` and `repaid`.
+
+    >>> import tempfile
+    >>> folder = tempfile.TemporaryDirectory()
+    >>> log = EventLog(Path(folder.name) / "events.jsonl")
+    >>> log(RebalanceEvent(iteration=500, layers=("0",), decision="kept", reason="", seconds={}, last_applied=500))
+    >>> log.close()
+    >>> [event.iteration for event in read_events(Path(folder.name) / "events.jsonl")]
+    [500]
+    >>> folder.cleanup()
+
+    Args:
+        path: of the file; its folder is made if need be. None for no file.
+        summary_writer: gets `scalars` at the iteration of the rebalance, and decision and reason as a text.
+    """
+
+    def __init__(self, path: str | os.PathLike[str] | None, summary_writer: SummaryWriter | None = None) -> None:
+        refuse_wrong_types({"path": (path, (str, os.PathLike, None), "the path of a file")})
+        self._path, self._writer = None if path is None else Path(path), summary_writer
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="distplb-events")
+        self._failures = set[str]()
+        self._is_torn: bool | None = None  # whether the last line may have been written in part; None: look at the file
+
+    def __call__(self, event: RebalanceEvent) -> None:
+        """Take the record; as `on_event` of a `Rebalancer` on rank 0."""
+        self.take(lambda: event)
+
+    def take(self, make: Callable[[], RebalanceEvent]) -> None:
+        """Take a record that is still to be made, which is done in the log's thread."""
+        try:
+            self._thread.submit(self._take_down, make)
+        except RuntimeError as closed:
+            self._tell(closed)
+
+    def close(self) -> None:
+        """Wait until all is written."""
+        self._thread.shutdown()
+
+    def _take_down(self, make: Callable[[], RebalanceEvent]) -> None:
+        try:
+            event = make()
+        except Exception as error:
+            self._tell(error)
+            return
+        for write in (self._write_line, self._write_scalars):
+            try:
+                write(event)
+            except Exception as error:
+                self._tell(error)
+
+    def _write_line(self, event: RebalanceEvent) -> None:
+        if self._path is None:
+            return
+        line = _let_go(event.json_parts()) if event.imbalance_next is None else _outcome(event)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        begin = "\n" * (_is_torn(self._path) if self._is_torn is None else self._is_torn)
+        self._is_torn = True
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(f"{begin}{line}\n")
+        self._is_torn = False
+
+    def _write_scalars(self, event: RebalanceEvent) -> None:
+        if self._writer is None:
+            return
+        for name, value in scalars(event).items():
+            self._writer.add_scalar(f"distplb/{name}", value, event.iteration)
+            time.sleep(0)
+        if event.imbalance_next is None:
+            self._writer.add_text("distplb/decision", f"{event.decision}: {event.reason}", event.iteration)
+
+    def _tell(self, error: Exception) -> None:
+        text = f"{type(error).__name__}: {error}"
+        if text not in self._failures:
+            self._failures.add(text)
+            _LOGGER.warning("the record of a rebalance could not be written (%s); training goes on", text)
+
+
+def scalars(event: RebalanceEvent) -> dict[str, float]:
+    """What of a record is a number over time; means over the layers that had tokens.
+
+    `now` is of the window that was planned on, under the placement in force while it was counted; `expected` of the
+    same window under the plan; `next` of the window after it, under the plan, and there only in a completed record.
+
+    Tokens, bytes and slots are counts, seconds are seconds; the others are ratios: imbalance >= 1, balancedness <= 1
+    (`distplb.core.balance`), MaxVio >= 0.
+    """
+    if event.imbalance_next is not None:
+        later = _level("next", event.imbalance_next)
+        if event.iteration_seconds_next:
+            later["seconds/iteration_next"] = event.iteration_seconds_next
+        return later
+    found: dict[str, float] = {f"seconds/{stage}": seconds for stage, seconds in event.seconds.items()}
+    found |= {"last_applied": event.last_applied}
+    if not event.steps:  # nothing is known of the load
+        return found
+    for when, suffix in (("now", "before"), ("expected", "after")):
+        found |= _level(when, getattr(event, f"imbalance_{suffix}"))
+        for name in ("balancedness_vllm", "balancedness_sglang", "tokens_peak", "tokens_p99"):
+            found[f"{name}/{when}"] = getattr(event, f"{name}_{suffix}")
+    found |= _level("bound", event.imbalance_bound) | {"max_violation": event.max_violation}
+    for name in ("slots_moved", "bytes_inside", "bytes_between"):
+        found[f"moved/{name}"] = getattr(event, name)
+    if event.iteration_seconds:
+        found["seconds/iteration"] = event.iteration_seconds
+    return found
+
+
+def read_events(path: str | os.PathLike[str], max_bytes: int = 2**30) -> list[RebalanceEvent]:
+    """The records of a file, in the order of iterations, each complete as far as its next window has told.
+
+    Of a job that was resumed and went through iterations again, those of its last life. A record that was written in
+    part, because the job was killed or the disk was full, is left out with a warning; one that follows it on the same
+    line is kept.
+
+    Args:
+        path: of the file.
+        max_bytes: refuse a larger file; a line may have 16 MiB.
+
+    Raises:
+        DistplbError: naming the file and line, if it cannot be read, is too large, or holds something else.
+    """
+    refuse_wrong_types({"path": (path, (str, os.PathLike), "the path of a file that an EventLog wrote")})
+    max_bytes = whole_number("max_bytes", max_bytes, least=1)
+    found: dict[int, RebalanceEvent] = {}
+    torn: list[int] = []
+    is_log = True
+    try:
+        size = Path(path).stat().st_size
+        if size > max_bytes:
+            raise DistplbError(
+                f"{path} has {size} bytes, {max_bytes} are allowed; pass a larger max_bytes if you trust it"
+            )
+        for number, text in _records(Path(path)):
+            try:
+                document = json.loads(text)
+            except (ValueError, RecursionError):
+                torn.append(number)
+                is_log = is_log and text.startswith(_MARK[: len(text)])
+                _take_torn(text, found)
+                continue
+            try:
+                _take(document, text, found)
+            except (DistplbError, ValueError, KeyError, TypeError, AttributeError) as error:
+                raise DistplbError(f"{path}, line {number}: {error}; pass a file that an EventLog wrote") from error
+    except OSError as error:
+        raise DistplbError(f"{path} cannot be read ({error.strerror}); pass a file that an EventLog wrote") from error
+    if torn and not found and not is_log:
+        raise DistplbError(f"{path}, line {torn[0]}: it is no line of JSON; pass a file that an EventLog wrote")
+    if torn:
+        lines = f"line {torn[0]} is" if len(torn) == 1 else f"lines {', '.join(map(str, torn[:9]))} are"
+        more = f" (and {len(torn) - 9} more)" if len(torn) > 9 else ""
+        warnings.warn(f"{path}: {lines} not whole, and left out{more}", RuntimeWarning, stacklevel=2)
+    return list(found.values())
+
+
+def check_log(path: Path, layers: Sequence[str], num_experts: int, num_gpus: int) -> None:
+    """See that a file which is to be appended to, if there is one, begins with a record of such a job.
+
+    Raises:
+        DistplbError: naming the file, if it is something else or of another job.
+    """
+    if not path.is_file():
+        return
+    text = next((text for _, text in _records(path)), "")
+    try:
+        document = json.loads(text)
+    except (ValueError, RecursionError):
+        document = None
+        if text.startswith(_MARK[: len(text)]):  # one that was cut off, or none
+            return
+    if not isinstance(document, dict) or document.get("format") not in (_EVENT, _OUTCOME):
+        raise DistplbError(f"{path} is no log of rebalances; record in a folder of its own, or move the file away")
+    tables = document.get("tokens_of_gpu_after")
+    known = {
+        "layers": (document.get("layers"), list(layers)),
+        "num_experts": (document.get("num_experts"), num_experts),
+        "GPUs": (len(tables[0]) if tables else None, num_gpus),
+    }
+    for name, (there, here) in known.items():
+        if there and there != here:
+            raise DistplbError(
+                f"{path} is of another job: it has {name} {there!r:.80}, this one {here!r:.80}; record in a folder of "
+                "its own, or move the file away"
+            )
+
+
+def _records(path: Path) -> Iterator[tuple[int, str]]:
+    """The number of a line, and the text of a record; a line has several where one breaks off, or its end is missing.
+
+    In a record's own texts quotes are escaped, so that the beginning of a record is nothing else.
+    """
+    with path.open("rb") as file:
+        number = 0
+        while line := file.readline(_MAX_LINE_BYTES + 1):
+            number += 1
+            if len(line) > _MAX_LINE_BYTES:
+                raise DistplbError(
+                    f"{path}, line {number} has more than {_MAX_LINE_BYTES} bytes; cut it off, or pass a file that an "
+                    "EventLog wrote"
+                )
+            whole = line.decode("utf-8", "replace")
+            parts = (
+                [whole] if whole.find(_MARK, 1) < 0 or _is_json(whole) else re.split(f"(?={re.escape(_MARK)})", whole)
+            )
+            yield from ((number, text) for part in parts if (text := part.strip("\0 \t\r\n")))
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _take_torn(text: str, found: dict[int, RebalanceEvent]) -> None:
+    """A record that breaks off still tells where the job was: what an earlier life wrote from there on is past."""
+    match = _TORN_EVENT.match(text)
+    if match is not None:
+        _go_back(found, int(match[1]))
+
+
+def _go_back(found: dict[int, RebalanceEvent], iteration: int) -> None:
+    while found and next(reversed(found)) >= iteration:
+        found.popitem()
+
+
+def _take(document: Any, text: str, found: dict[int, RebalanceEvent]) -> None:
+    """Add what a record says."""
+    if not isinstance(document, dict) or document.get("format") != _OUTCOME:
+        event = RebalanceEvent.from_json(text)
+        _go_back(found, event.iteration)
+        found[event.iteration] = event
+        return
+    if document["version"] != _VERSION:
+        raise DistplbError(f"it has version {document['version']!r:.40}; this distplb reads {_VERSION}")
+    if document["iteration"] in found:
+        known = {name: document[name] for name in _TOLD_LATER}
+        event = found[document["iteration"]]
+        found[event.iteration] = replace(event, **known | {"imbalance_next": tuple(known["imbalance_next"])})
+
+
+def _is_torn(path: Path) -> bool:
+    """Whether the last line of a file has no end: the process that wrote it was killed."""
+    if not path.is_file() or not path.stat().st_size:
+        return False
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) != b"\n"
+
+
+def _let_go(parts: Iterable[str]) -> str:
+    """All of them, with a chance for other threads after each."""
+    found = []
+    for part in parts:
+        found.append(part)
+        time.sleep(0)
+    return "".join(found)
+
+
+def _outcome(event: RebalanceEvent) -> str:
+    known = {name: getattr(event, name) for name in _TOLD_LATER}
+    return json.dumps({"format": _OUTCOME, "version": _VERSION, "iteration": event.iteration} | known, allow_nan=False)
+
+
+def _level(name: str, values: Iterable[float | None]) -> dict[str, float]:
+    """The mean imbalance of the layers, where any of them had tokens."""
+    mean = mean_of_layers(values)
+    return {} if mean is None else {f"imbalance/{name}": mean}

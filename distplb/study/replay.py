@@ -1,0 +1,217 @@
+"""`replay`: what a planner would have made of a recorded job, every step judged under a plan that had not seen it.
+
+Shapes: S steps, T steps of a window, L layers, E experts, P slots, M GPUs, R rebalances.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from distplb.core.arguments import refuse_wrong_types, whole_number
+from distplb.core.cost import mean_of_known
+from distplb.core.placement import Placement
+from distplb.core.price import MoveModel, TimeCurve, fullest_gpu, moved_slots
+from distplb.core.topology import Topology
+from distplb.errors import DistplbError
+from distplb.records.trace import Trace
+
+__all__ = ["Planner", "Replay", "chosen_steps", "replay", "replay_between", "with_tokens"]
+
+Planner = Callable[[Tensor, Placement], Placement]
+
+_STEPS_AT_ONCE = 32  # of the loads by slot, which are as many times as large as one step
+
+
+@dataclass(frozen=True, eq=False)
+class Replay:
+    """What each step cost under the plan that was in force, and what the moves cost.
+
+    Args:
+        imbalance: `[S, L]` float64, fullest GPU over mean GPU, of what `fullest` counts; NaN where a step has no tokens
+            in a layer.
+        fullest: `[S, L]`, of the fullest GPU: tokens, or nanoseconds where a curve was given; 0 where a step has no
+            tokens in a layer. int64, or float64 where a placement holds replicas, whose shares may be fractions.
+        moved: `[R, 2]` int64, slots that each rebalance moved inside nodes and between them, over all layers.
+        rebalance_steps: `[R]`, the first step under each new plan.
+        placements: R + 1, the one at the start first.
+        compute_seconds: modelled: the fullest GPU of every step and layer, all added up.
+        move_seconds: modelled, of all moves.
+    """
+
+    imbalance: Tensor
+    fullest: Tensor
+    moved: Tensor
+    rebalance_steps: tuple[int, ...]
+    placements: tuple[Placement, ...]
+    compute_seconds: float
+    move_seconds: float
+
+    @property
+    def seconds(self) -> float:
+        """Modelled, of computing and moving."""
+        return self.compute_seconds + self.move_seconds
+
+    @property
+    def slots_moved(self) -> int:
+        """By all rebalances, inside nodes and between them, over all layers."""
+        return int(self.moved.sum())
+
+    @property
+    def mean_imbalance(self) -> float:
+        """Over all steps and layers that have tokens; NaN where none has."""
+        return float(mean_of_known(self.imbalance))
+
+
+def replay(
+    trace: Trace,
+    planner: Planner,
+    *,
+    topology: Topology,
+    every: int,
+    model: MoveModel,
+    curve: TimeCurve | None = None,
+    window: int | None = None,
+    start: Placement | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Replay:
+    """Call a planner every so many steps with what it would have seen by then, and judge its plan on the steps after.
+
+    As in a job, it is called between two iterations: steps of one iteration, its micro-batches and EP groups side by
+    side, are all seen by a plan or all judged under it.
+
+    The trace's own placements play no part: its loads are of experts, wherever those were.
+
+    >>> trace = Trace(torch.tensor([[[6, 6, 1, 1]]] * 4), (Placement.contiguous(1, 4, 2),), torch.zeros(4).long(),
+    ...               torch.arange(4))
+    >>> swap = lambda load, current: Placement(torch.tensor([[0, 2, 1, 3]]), num_experts=4, num_gpus=2)
+    >>> model = MoveModel(seconds_per_token=0.5, bytes_per_slot=8, bandwidth_inside=2, bandwidth_between=1)
+    >>> found = replay(trace, swap, topology=Topology(num_nodes=1, gpus_per_node=2), every=2, model=model)
+    >>> found.fullest.flatten().tolist(), found.moved.tolist()
+    ([12, 12, 7, 7], [[2, 0]])
+    >>> found.compute_seconds, found.move_seconds
+    (19.0, 8.0)
+
+    Args:
+        trace: S steps.
+        planner: gets `[T, L, E]` tokens and the placement in force, and returns the next; the same if it would stay.
+        topology: of the EP group that is modelled, which need not be that of the trace.
+        every: steps between its calls, each of which is put off to the end of the iteration.
+        model: what tokens and moves cost in seconds.
+        curve: from an expert's tokens to its time, in place of the model's seconds per token; replicas share tokens
+            evenly, and the time of a fraction lies on the line between those of the whole tokens beside it.
+        window: the most steps that the planner gets, whole iterations (but of the last one, if that is longer), the
+            last of those since its last call; all where None.
+        start: the placement of the first steps, contiguous where None; it may hold replicas.
+        progress: called with the steps that are done and S.
+
+    Raises:
+        DistplbError: for a number below 1, or a placement of another model or cluster than the trace and topology.
+    """
+    every = whole_number("replay: every", every, 1, "steps, at least 1")
+    window = None if window is None else whole_number("replay: window", window, 1, "steps, at least 1")
+    refuse_wrong_types(
+        {
+            "replay: trace": (trace, (Trace,), "a Trace"),
+            "replay: planner": (planner, (Callable,), "a function of a load and the placement in force"),
+            "replay: topology": (topology, (Topology,), "a Topology"),
+            "replay: model": (model, (MoveModel,), "a MoveModel"),
+            "replay: curve": (curve, (TimeCurve, None), "a TimeCurve"),
+            "replay: start": (start, (Placement, None), "a Placement"),
+            "replay: progress": (progress, (Callable, None), "a function of two numbers"),
+        }
+    )
+    wanted = torch.arange(0, trace.num_steps, every, device="cpu")[1:]
+    cuts = trace.begins[torch.searchsorted(trace.begins, wanted).clamp(max=len(trace.begins) - 1)]
+    cuts = cuts[cuts >= wanted].unique()  # the last iteration may begin before, and there is none after it
+    return replay_between(
+        trace,
+        planner,
+        cuts.tolist(),
+        topology=topology,
+        model=model,
+        curve=curve,
+        window=window,
+        start=start,
+        progress=progress,
+    )
+
+
+def replay_between(
+    trace: Trace,
+    planner: Planner,
+    cuts: Sequence[int],
+    *,
+    topology: Topology,
+    model: MoveModel,
+    curve: TimeCurve | None = None,
+    window: int | None = None,
+    start: Placement | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Replay:
+    """`replay` with the planner called before each of these steps, which rise and are the first of their iterations."""
+    current = Placement.contiguous(trace.num_layers, trace.num_experts, topology.num_gpus) if start is None else start
+    _check(current, "start", trace, topology)
+    placements, moved, parts = [current], [], []
+    for last, (begin, end) in zip([0, 0, *cuts], itertools.pairwise([0, *cuts, trace.num_steps]), strict=False):
+        if begin:
+            seen = trace.load[_window(trace, last, begin, window) : begin]
+            current = planner(seen.clone(), current)
+            _check(current, f"the plan for step {begin}", trace, topology)
+            moved.append(moved_slots(placements[-1], current, topology).sum(0))
+            placements.append(current)
+        parts += [fullest_gpu(steps, current, curve) for steps in trace.load[begin:end].split(_STEPS_AT_ONCE)]
+        if progress is not None:
+            progress(end, trace.num_steps)
+    fullest, imbalance = (torch.cat(values) for values in zip(*parts, strict=True))
+    moves = torch.stack(moved) if moved else torch.zeros(0, 2, dtype=torch.int64, device="cpu")
+    inside, between = moves.sum(0).tolist()
+    return Replay(
+        imbalance=imbalance,
+        fullest=fullest,
+        moved=moves,
+        rebalance_steps=tuple(cuts),
+        placements=tuple(placements),
+        compute_seconds=fullest.sum().item() * (model.seconds_per_token if curve is None else 1e-9),
+        move_seconds=model.seconds(inside, between),
+    )
+
+
+def _window(trace: Trace, last: int, begin: int, window: int | None) -> int:
+    """The first step of a window that ends where a rebalance begins, and begins no earlier than the last one did."""
+    first = last if window is None else max(last, begin - window)
+    whole = trace.begins[(trace.begins >= first) & (trace.begins < begin)]
+    return int(whole[0]) if len(whole) else first
+
+
+def _check(placement: Placement, name: str, trace: Trace, topology: Topology) -> None:
+    refuse_wrong_types({f"replay: {name}": (placement, (Placement,), "a Placement")})
+    found = (placement.num_layers, placement.num_experts, placement.num_gpus)
+    wanted = (trace.num_layers, trace.num_experts, topology.num_gpus)
+    if found != wanted:
+        raise DistplbError(
+            f"replay: {name} has {found} layers, experts and GPUs, the trace and topology have {wanted}; "
+            "pass one of the same model and cluster"
+        )
+
+
+def with_tokens(trace: Trace) -> Trace:
+    """The steps of a trace in which any layer has tokens: a step without is none, such as a row that was never filled.
+
+    Raises:
+        DistplbError: if there is none.
+    """
+    steps = trace.load.flatten(1).any(1).nonzero()[:, 0]
+    if not len(steps):
+        raise DistplbError(f"the trace has {trace.num_steps} steps and no tokens in any; pass one of a job that trains")
+    return trace if len(steps) == trace.num_steps else chosen_steps(trace, steps)
+
+
+def chosen_steps(trace: Trace, steps: Tensor | slice) -> Trace:
+    """The same trace with some of its steps only."""
+    names = ("load", "placement_of_step", "iteration")
+    return replace(trace, **{name: getattr(trace, name)[steps] for name in names})

@@ -1,1 +1,0 @@
-"""Recorded loads: the value and its files, a writer beside the job, and what Megatron-LM writes."""

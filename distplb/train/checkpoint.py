@@ -1,0 +1,81 @@
+"""What is saved of a rebalancer: by layer, so that it is loaded on any number of GPUs and any split over a pipeline.
+
+Only tensors, each under a key of its own layer: checkpoints that are written by several ranks keep what every rank
+has under other keys, and of equal keys one. Shapes: L layers, P slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from distplb.core.placement import Placement
+from distplb.errors import DistplbError
+
+__all__ = ["Counters", "Saved"]
+
+_VERSION = 3
+
+
+class Counters(NamedTuple):
+    """Of a rebalancer."""
+
+    iteration: int
+    rebalances: int
+    enabled: bool
+    strikes: int
+
+
+class Saved(NamedTuple):
+    """Placement in force, first placement, and counters."""
+
+    placement: Placement
+    first: Placement
+    counters: Counters
+
+    def to_state(self, names: Sequence[str]) -> dict[str, Any]:
+        """As a state dict of tensors, keyed by layer name."""
+        layers = {
+            name: {
+                "expert_of_slot": self.placement.expert_of_slot[index].clone(),
+                "first": self.first.expert_of_slot[index].clone(),
+                "counters": torch.tensor([int(value) for value in self.counters], device="cpu"),
+            }
+            for index, name in enumerate(names)
+        }
+        return {"version": torch.tensor(_VERSION, device="cpu"), "layers": layers}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any], names: Sequence[str], num_experts: int, num_gpus: int) -> Saved:
+        """Of the named layers, whatever others are in the state; for any number of GPUs.
+
+        Raises:
+            DistplbError: if the state is of another version, lacks a layer, or is of another number of experts.
+        """
+        version = int(state.get("version", -1))
+        if version != _VERSION:
+            raise DistplbError(f"state has version {version}; this distplb reads {_VERSION}")
+        layers = state["layers"]
+        missing = [name for name in names if name not in layers]
+        if missing:
+            raise DistplbError(
+                f"state has no layer {missing[0]!r}; it has {', '.join(sorted(layers)) or 'none'}: load the state of "
+                "this model"
+            )
+        placements = []
+        for key in ("expert_of_slot", "first"):
+            tables = [torch.as_tensor(layers[name][key], device="cpu") for name in names]
+            for name, table in zip(names, tables, strict=True):
+                if tuple(table.shape) != (num_experts,):
+                    raise DistplbError(
+                        f"state has {table.numel()} slots in layer {name!r}, the model {num_experts}; load the state "
+                        "of this model"
+                    )
+            placements.append(Placement(torch.stack(tables), num_experts, num_gpus))
+        # Layers that come together from several stages of a pipeline: what any of them stopped for stays stopped.
+        counters = torch.stack([torch.as_tensor(layers[name]["counters"], device="cpu") for name in names])  # [L, 4]
+        iteration, rebalances, _, strikes = counters.max(0).values.tolist()
+        enabled = bool(counters[:, 2].min())
+        return cls(placements[0], placements[1], Counters(iteration, rebalances, enabled, strikes))

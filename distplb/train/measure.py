@@ -1,0 +1,178 @@
+"""What a plan weighs, measured on the job's own machine: the time of an expert, and the bandwidth of its links.
+
+All ranks measure at once, as they work at once; what rank 0 measured counts, and is the same number on all.
+Shapes: M GPUs of an EP group.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from distplb.comm.agreement import agree, digest, told_by_root
+from distplb.comm.base import Comm, WorldOfOne, refuse_other_comm
+from distplb.core.arguments import refuse_wrong_types, shown, whole_number
+from distplb.core.price import TimeCurve
+from distplb.core.topology import Topology
+from distplb.errors import DistplbError, in_stage
+
+__all__ = ["measured_bandwidths", "measured_curve"]
+
+_REPEATS = 7
+_LEAST_BYTES, _MOST_BYTES = 1 << 16, 1 << 26  # of one message; on a GPU four times as many
+_LEAST_SECONDS, _MOST_SECONDS = 0.05, 0.5  # of one message, so that a burst does not count; of all that are timed
+_LATENCIES = 20  # of the library's calls, that a message should take
+_NO_LINK = 1 << 60  # bytes per second where nothing has to be sent
+
+
+def measured_curve(run: Callable[[int], object], tokens: Sequence[int], *, comm: Comm | None = None) -> TimeCurve:
+    """The time curve of an expert, from a micro-benchmark: medians of 7 rounds, after one that is not timed.
+
+    Collective with a `comm`. For a grouped matrix product, `run` may run several experts of as many tokens each
+    and the seconds of all count; the planner needs proportions only, but the price of moves needs seconds of one.
+
+    Args:
+        run: runs one expert forward and backward with so many tokens; what it leaves running on a GPU is waited
+            for.
+        tokens: numbers of tokens, each at least 1, up to what a hot expert receives in a step.
+        comm: the ranks that measure at once.
+
+    Raises:
+        DistplbError: on every rank, with what `run` raised on one of them; or if they differ in `tokens`.
+    """
+    refuse_other_comm(comm, moves=False)
+    comm = WorldOfOne() if comm is None else comm
+    nanoseconds: list[int] = []
+    error: Exception | None = None
+    try:
+        refuse_wrong_types({"run": (run, (Callable,), "a function of a number of tokens")})
+        tokens = _numbers(tokens)
+        nanoseconds = [round(1e9 * seconds) for seconds in _timed(run, tokens)]
+    except Exception as caught:
+        error = caught
+    agree(comm, {"the tokens of the time curve (digest)": 0 if error else digest(tokens)}, error)
+    told = told_by_root(comm, nanoseconds)
+    return TimeCurve.through(tokens, [value * 1e-9 for value in told])
+
+
+def _numbers(tokens: Sequence[int]) -> list[int]:
+    """Plain ones, at least 1."""
+    wanted = "numbers of tokens, each a whole one of at least 1, such as (1024, 4096)"
+    try:
+        found = list(tokens)
+    except TypeError:
+        raise DistplbError(f"tokens is {shown(tokens)}; pass {wanted}") from None
+    if not found:
+        raise DistplbError(f"tokens is empty; pass {wanted}")
+    return [whole_number(f"tokens[{nth}]", number, least=1) for nth, number in enumerate(found)]
+
+
+def _timed(run: Callable[[int], object], tokens: Sequence[int]) -> list[float]:
+    """Medians. The points take turns, so that a slow moment of the machine hits all of them."""
+    seconds: list[list[float]] = [[] for _ in tokens]
+    for turn in range(_REPEATS + 1):
+        for point, number in zip(seconds, tokens, strict=True):
+            start = _now()
+            run(number)
+            if turn:
+                point.append(_now() - start)
+    return [statistics.median(point) for point in seconds]
+
+
+def _now() -> float:
+    """The time, once what runs on the current GPU has ended."""
+    # Where nothing was ever run on one, to wait would begin to use it, and take of its memory.
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def measured_bandwidths(comm: Comm, topology: Topology, peers: Sequence[int], gpu: int) -> tuple[int, int]:
+    """Bytes per second of a whole EP group inside its nodes and between them, all GPUs exchanging at once.
+
+    Each GPU sends to a neighbour, twice. What counts is the time of a message, less that of a message of one byte: the
+    library's calls, meetings and kernels are paid once for all messages of a move. Messages grow until their transfer
+    takes most of the time, up to 64 MiB (256 MiB on a GPU) and an eighth of a GPU's free memory. Where there is no
+    such link, the other one's number; with a single GPU nothing is ever sent, and both are huge.
+
+    Args:
+        comm: all its ranks call this together.
+        topology: of one EP group.
+        peers: `[M]`, the ranks of this rank's EP group, by GPU.
+        gpu: this rank's.
+    """
+    refuse_other_comm(comm, moves=True)
+    refuse_wrong_types(
+        {
+            "topology": (topology, (Topology,), "a Topology"),
+            "peers": (peers, (Sequence,), "the ranks of this rank's EP group, by GPU"),
+            "gpu": (gpu, (int,), "this rank's number in its EP group"),
+        }
+    )
+    peers = [whole_number(f"peers[{nth}]", peer) for nth, peer in enumerate(peers)]
+    inside = _bandwidth(comm, peers, gpu, _ring(topology, inside=True)) if topology.gpus_per_node > 1 else 0
+    between = _bandwidth(comm, peers, gpu, _ring(topology, inside=False)) if topology.num_nodes > 1 else 0
+    found = told_by_root(comm, [inside or between or _NO_LINK, between or inside or _NO_LINK])
+    return found[0], found[1]
+
+
+def _ring(topology: Topology, *, inside: bool) -> list[int]:
+    """`[M]`: the GPU that each GPU sends to."""
+    size, num_gpus = topology.gpus_per_node, topology.num_gpus
+    if inside:
+        return [gpu // size * size + (gpu + 1) % size for gpu in range(num_gpus)]
+    return [(gpu + size) % num_gpus for gpu in range(num_gpus)]
+
+
+def _bandwidth(comm: Comm, peers: Sequence[int], gpu: int, target: Sequence[int]) -> int:
+    """Of all GPUs together, as this rank sees it; the sizes of messages are rank 0's word."""
+    to, source = peers[target[gpu]], peers[list(target).index(gpu)]
+
+    def seconds(size: int, times: int) -> float:
+        data, room = _buffers(comm, size)
+        found = []
+        for _ in range(times):
+            start = _now()
+            comm.exchange([([(data, to)], [(room, source)])])
+            found.append(_now() - start)
+        return statistics.median(found)
+
+    most = _most_bytes(comm)
+    seconds(1, 1)  # whatever is done at the first message
+    latency = seconds(1, _REPEATS)
+    size, enough = _LEAST_BYTES, 0
+    while not enough:
+        took = seconds(size, 1)
+        (enough,) = told_by_root(comm, [took >= max(_LEAST_SECONDS, _LATENCIES * latency) or 2 * size > most])
+        size *= 1 if enough else 2
+    (times,) = told_by_root(comm, [max(1, min(_REPEATS, int(_MOST_SECONDS / max(took, 1e-9))))])
+    took = seconds(size, times)
+    # Where latency is most of it all the same, more than half of it cannot be told from noise.
+    return max(1, round(len(target) * size / max(took - min(latency, took / 2), 1e-9)))
+
+
+def _buffers(comm: Comm, size: int) -> tuple[Tensor, Tensor]:
+    """What is sent, and where something arrives; on all ranks or on none."""
+    data = room = torch.empty(0, dtype=torch.uint8, device=comm.device)
+    error: Exception | None = None
+    try:
+        data = torch.ones(size, dtype=torch.uint8, device=comm.device)  # written once, so that no page is missing
+        room = torch.ones_like(data)
+    except Exception as caught:
+        error = in_stage("count", caught)
+    agree(comm, {}, error)
+    return data, room
+
+
+def _most_bytes(comm: Comm) -> int:
+    """Of one message, so that all ranks have room for two."""
+    if comm.device.type != "cuda":
+        return _MOST_BYTES
+    free, _ = torch.cuda.mem_get_info(comm.device)
+    least = torch.tensor([min(4 * _MOST_BYTES, free // 16)], device=comm.device)
+    comm.all_reduce_min(least)
+    return int(least)

@@ -1,4 +1,0 @@
-"""What people give distplb, and what it answers: one module for each kind, run by tests/test_inputs.py.
-
-`python -m inputs`, in the folder tests, prints all of it as the table that docs/inputs.md has.
-"""
