@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-__all__ = ["START_SECONDS", "errors_on_ranks", "join_group", "mesh_of", "on_ranks", "outcomes_on_ranks", "preloaded"]
+__all__ = ["START_SECONDS", "errors_on_ranks", "fork_server", "join_group", "mesh_of", "on_ranks", "outcomes_on_ranks"]
 
 DEADLINE_SECONDS = 120
 _HERE = (True, "here")
@@ -55,9 +58,7 @@ def outcomes_on_ranks(
 
 
 def _run(size: int, body: Callable[..., Any], args: tuple[Any, ...], deadline: float) -> list[tuple[bool, Any]]:
-    # A fork server that has imported torch: each process starts in tenths of a second, from a clean state.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(preloaded())
+    context = fork_server()
     with tempfile.TemporaryDirectory() as folder:
         pipes, processes = [], []
         for rank in range(size):
@@ -77,10 +78,17 @@ def _run(size: int, body: Callable[..., Any], args: tuple[Any, ...], deadline: f
                     process.join()
 
 
-def preloaded() -> list[str]:
-    """What the fork server imports, also frameworks: they take longer to import than most tests take to run."""
+def fork_server() -> Any:
+    """A context of processes that start in tenths of a second, from a clean state: torch and more is imported before.
+
+    Frameworks take longer to import than most tests take to run, and so does the engine's machine code to load.
+    """
+    context = multiprocessing.get_context("forkserver")
     frameworks = [f"distplb.integrations.{name}" for name in ("huggingface", "torchtitan", "megatron")]
-    return ["torch", "torch.distributed", "distplb", *frameworks]
+    context.set_forkserver_preload(["torch", "torch.distributed", "distplb", *frameworks, "warm_engine", "pytest"])
+    with patch.dict(os.environ, {"PYTHONPATH": os.pathsep.join(sys.path)}):  # which it does not take over by itself
+        forkserver.ensure_running()
+    return context
 
 
 def join_group(rank: int, size: int, folder: str) -> None:
