@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import sys
@@ -51,13 +52,22 @@ def errors_on_ranks(size: int, body: Callable[..., Any], *args: Any, deadline: f
 
 
 def outcomes_on_ranks(
-    size: int, body: Callable[..., Any], *args: Any, deadline: float = DEADLINE_SECONDS
+    size: int,
+    body: Callable[..., Any],
+    *args: Any,
+    deadline: float = DEADLINE_SECONDS,
+    grace: float = math.inf,
 ) -> list[tuple[bool, Any]]:
-    """As `on_ranks`, for ranks that are expected to fail: by rank, whether it answered, and the answer or why not."""
-    return _run(size, body, args, deadline)
+    """As `on_ranks`, for ranks that are expected to fail: by rank, whether it answered, and the answer or why not.
+
+    Once one has failed, the others have `grace` seconds for their own answer, where they may wait for it in vain.
+    """
+    return _run(size, body, args, deadline, grace)
 
 
-def _run(size: int, body: Callable[..., Any], args: tuple[Any, ...], deadline: float) -> list[tuple[bool, Any]]:
+def _run(
+    size: int, body: Callable[..., Any], args: tuple[Any, ...], deadline: float, grace: float = math.inf
+) -> list[tuple[bool, Any]]:
     context = fork_server()
     with tempfile.TemporaryDirectory() as folder:
         pipes, processes = [], []
@@ -69,10 +79,11 @@ def _run(size: int, body: Callable[..., Any], args: tuple[Any, ...], deadline: f
             pipes.append(receiving)
             processes.append(process)
         try:
-            return _collect(pipes, deadline)
+            return _collect(pipes, deadline, grace)
         finally:
+            end = time.monotonic() + 5
             for process in processes:
-                process.join(5)
+                process.join(max(0.0, end - time.monotonic()))
                 if process.is_alive():
                     process.kill()
                     process.join()
@@ -108,17 +119,19 @@ def mesh_of(axes: str) -> DeviceMesh:
     return init_device_mesh("cpu", (2, 2), mesh_dim_names=tuple(axes.split()))
 
 
-def _collect(pipes: list[Connection], deadline: float) -> list[tuple[bool, Any]]:
+def _collect(pipes: list[Connection], deadline: float, grace: float) -> list[tuple[bool, Any]]:
     here = _received(pipes, dict.fromkeys(range(len(pipes)), "has not started"), START_SECONDS)
     early = {rank: answer for rank, answer in here.items() if answer != _HERE}
     if early:
         return [early.get(rank, (False, "was there, and others were not")) for rank in range(len(pipes))]
     seconds = _PATIENCE * deadline
-    answers = _received(pipes, dict.fromkeys(range(len(pipes)), f"no answer in {seconds} s"), seconds)
+    answers = _received(pipes, dict.fromkeys(range(len(pipes)), f"no answer in {seconds} s"), seconds, grace)
     return [answers[rank] for rank in range(len(pipes))]
 
 
-def _received(pipes: list[Connection], missing: dict[int, str], seconds: float) -> dict[int, Any]:
+def _received(
+    pipes: list[Connection], missing: dict[int, str], seconds: float, grace: float = math.inf
+) -> dict[int, Any]:
     """The next thing that each rank sends, or what is missing."""
     answers: dict[int, Any] = {}
     end = time.monotonic() + seconds
@@ -130,6 +143,8 @@ def _received(pipes: list[Connection], missing: dict[int, str], seconds: float) 
                 answers[rank] = pipes[rank].recv()
             except EOFError:
                 answers[rank] = (False, "ended without an answer")
+            if not answers[rank][0]:
+                end = min(end, time.monotonic() + grace)
     return {rank: answers.get(rank, (False, text)) for rank, text in missing.items()}
 
 
