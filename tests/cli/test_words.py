@@ -21,10 +21,10 @@ import click
 import numpy as np
 import pytest
 import torch
+from benchmark_modules import BENCHMARKS, imported
 from click.testing import CliRunner, Result
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from of_benchmarks import BENCHMARKS, imported
 from torch import Tensor
 
 import distplb
