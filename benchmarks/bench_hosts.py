@@ -27,7 +27,7 @@ from tables import command_line, header, markdown, progress
 from torch import Tensor
 
 import distplb
-from distplb import LoadWindow, MoELayer, MoveModel, Rebalancer, Topology
+from distplb import LoadWindow, MoELayer, MoveModel, Moves, Rebalancer, Record, Search, Topology
 from distplb.comm.torchdist import TorchComm
 from distplb.train.measure import measured_bandwidths
 
@@ -178,10 +178,9 @@ def rebalanced(
         every=len(after),
         window=window,
         comm=comm,
-        move_model=model,
-        seed=seed,
-        verify="off",
-        on_event=events.append,
+        search=Search(seed=seed),
+        moves=Moves(model=model, verify="off"),
+        record=Record(on_event=events.append),
     )
     # The same beginning for both, planned without a word about nodes.
     rebalancer.apply(distplb.plan(before, UNAWARE, num_candidates=4, seed=seed))

@@ -27,7 +27,7 @@ import torch.distributed as dist
 from tables import command_line, header, markdown, progress
 from torch import nn
 
-from distplb import LoadWindow, MoELayer, Placement, Rebalancer, Topology
+from distplb import LoadWindow, MoELayer, Moves, Placement, Rebalancer, Topology
 from distplb.comm.base import Round
 from distplb.comm.torchdist import TorchComm
 from distplb.migrate.transfer import Staging
@@ -171,7 +171,7 @@ def measured(setting: Setting, turns: int) -> dict[str, object]:
         every=1,
         window=LoadWindow(LAYERS, EXPERTS, 1),
         comm=comm,
-        verify="off",
+        moves=Moves(verify="off"),
     )
     generator = torch.Generator().manual_seed(0)
     moving, bare, needed, crossed, staged, staging = [], [], [], [], 0, Staging()

@@ -136,10 +136,11 @@ def rebalancer_of(
         comm=TorchComm(),
         window=window,
         every=every,
-        seed=seed,
-        move_model=distplb.MoveModel(1.0, 1, 1e12, 1e12),  # what moves is compared, not whether it pays
-        stop_loss=0,
-        on_event=lambda event: moved.append(event.slots_moved) if event.imbalance_next is None else None,
+        search=distplb.Search(seed=seed),
+        moves=distplb.Moves(model=distplb.MoveModel(1.0, 1, 1e12, 1e12), stop_loss=0),
+        record=distplb.Record(
+            on_event=lambda event: moved.append(event.slots_moved) if event.imbalance_next is None else None
+        ),
     )
 
 

@@ -26,7 +26,7 @@ import torch.distributed as dist
 from tables import command_line, header, markdown
 from torch import Tensor, nn
 
-from distplb import LoadWindow, MoELayer, Placement, Rebalancer, Topology, plan
+from distplb import LoadWindow, MoELayer, Moves, Placement, Rebalancer, Topology, plan
 from distplb.comm.base import Comm
 from distplb.comm.torchdist import TorchComm
 
@@ -180,7 +180,7 @@ class Experts:
             window=LoadWindow(2, self.num_experts, 1),
             comm=comm,
             every=1 << 30,
-            verify=verify,
+            moves=Moves(verify=verify),
         )
         self.routers = routers
 

@@ -18,6 +18,7 @@ from distplb.core.layer import MoELayer
 from distplb.core.placement import Placement
 from distplb.core.topology import Topology
 from distplb.doctor.finding import Finding, Timing, ok, wrong
+from distplb.train.options import Moves
 from distplb.train.rebalancer import Rebalancer
 from distplb.train.window import LoadWindow
 
@@ -153,7 +154,9 @@ def small_move(comm: Comm, topology: Topology) -> Iterator[Timing | Finding]:
         for at, (weight, router) in enumerate(zip(weights, routers, strict=True))
     ]
     window = LoadWindow(_LAYERS, size, 1, device=comm.device)
-    rebalancer = Rebalancer(layers, optimizer, topology=topology, comm=comm, every=1, window=window, verify="digest")
+    rebalancer = Rebalancer(
+        layers, optimizer, topology=topology, comm=comm, every=1, window=window, moves=Moves(verify="digest")
+    )
     target = experts.cpu().roll(_SLOTS_PER_GPU)  # [P]
     began = time.perf_counter()
     rebalancer.apply(Placement(target.expand(_LAYERS, -1), size, comm.size))

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import chain
 from typing import Any, NoReturn
 
@@ -45,6 +46,7 @@ from distplb.core.ties import RouterTies
 from distplb.core.topology import Topology
 from distplb.errors import DistplbError
 from distplb.integrations.common import counts_of, gpus_of_a_node, named_parts, not_found, within_groups
+from distplb.train.options import Moves, Search
 from distplb.train.rebalancer import Rebalancer
 
 __all__ = ["MegatronRebalancer", "moe_layers", "rebalancer"]
@@ -146,11 +148,15 @@ def rebalancer(
                 "make a Rebalancer of moe_layers(...), and pass it the groups"
             )
     if keep_shards_aligned:
-        options["slot_class"] = _numbers_within_gpu(layers, ep.size)
+        search = options.get("search", Search())
+        options["search"] = replace(search, slot_class=_numbers_within_gpu(layers, ep.size))
+    chunks = [chunk for chunk in named_parts(model_chunks) if isinstance(chunk, DistributedDataParallel)]
+    late = [chunk for chunk in chunks if layers and chunk.ddp_config.overlap_param_gather]
+    if late:
+        options["moves"] = _with_gather(options.get("moves", Moves()), late)
     return MegatronRebalancer(
         layers,
         _torch_optimizers(optimizer),
-        chunks=[chunk for chunk in named_parts(model_chunks) if isinstance(chunk, DistributedDataParallel)],
         topology=Topology.of_ranks(ep.global_ranks, gpus_of_a_node(gpus_per_node)),
         every=every,
         # All ranks of this pipeline stage, which are those that hold its layers.
@@ -163,22 +169,7 @@ def rebalancer(
 
 
 class MegatronRebalancer(Rebalancer):
-    """A `Rebalancer` that has the parameters whole before it moves them.
-
-    Under `overlap_param_gather` each rank has, after `optimizer.step()`, new values of its own range of the parameters
-    only, and the next forward gathers the rest. What is moved must be the same on all ranks that hold it, so the
-    gather is made first where experts may move. The forward then need not make it again.
-
-    Args:
-        chunks: the model chunks in DDP.
-        arguments: of `Rebalancer`.
-        options: of `Rebalancer`.
-    """
-
-    def __init__(self, *arguments: Any, chunks: Sequence[Any], **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        layers: Sequence[MoELayer] = arguments[0]
-        self._late = [chunk for chunk in chunks if layers and chunk.ddp_config.overlap_param_gather]
+    """A `Rebalancer` that is called in the loop only."""
 
     def attach(self) -> NoReturn:
         """Refused: the inner optimizers' steps end before Megatron's own.
@@ -191,9 +182,22 @@ class MegatronRebalancer(Rebalancer):
             "already move them; call rebalancer.step() after Megatron's optimizer.step()"
         )
 
-    def _before_a_move(self) -> None:
-        for chunk in self._late:
+
+def _with_gather(moves: Moves, chunks: Sequence[Any]) -> Moves:
+    """The moves, each with the parameters whole before it.
+
+    Under `overlap_param_gather` each rank has, after `optimizer.step()`, new values of its own range of the parameters
+    only, and the next forward gathers the rest. What is moved must be the same on all ranks that hold it, so the
+    gather is made first where experts may move. The forward then need not make it again.
+    """
+
+    def gather() -> None:
+        for chunk in chunks:
             chunk.start_param_sync(force_sync=True)
+        if moves.before is not None:
+            moves.before()
+
+    return replace(moves, before=gather)
 
 
 # --- layers ------------------------------------------------------------------------------------------------------

@@ -19,7 +19,19 @@ from torch import Tensor, nn
 from torch.utils._device import _device_constructors
 
 import distplb
-from distplb import LoadWindow, MoELayer, MoveModel, Placement, Rebalancer, TimeCurve, Topology, Trace, TraceWriter
+from distplb import (
+    LoadWindow,
+    MoELayer,
+    MoveModel,
+    Moves,
+    Placement,
+    Rebalancer,
+    Search,
+    TimeCurve,
+    Topology,
+    Trace,
+    TraceWriter,
+)
 from distplb.comm.agreement import agree
 from distplb.comm.base import WorldOfOne
 from distplb.comm.torchdist import TorchComm
@@ -94,9 +106,18 @@ def rebalanced(comm: Any = None, gpus: int = 1) -> list[Any]:
     weights, router = parameters(8 // gpus), parameters(8)
     optimizer = torch.optim.SGD([weights, router], lr=0.1, momentum=0.9)
     layer = MoELayer(name="moe", experts={"w": weights}, router={"weight": router})
-    options = {"topology": Topology(1, gpus), "every": 2, "comm": comm, "verify": "digest", "engine": "reference"}
+    moves, search = Moves(verify="digest", max_bytes=10**6), Search(engine="reference")
     counted = LoadWindow(1, 8, 8)
-    rebalancer = Rebalancer([layer], optimizer, window=counted, max_bytes=10**6, **options)
+    rebalancer = Rebalancer(
+        [layer],
+        optimizer,
+        topology=Topology(1, gpus),
+        every=2,
+        comm=comm,
+        window=counted,
+        search=search,
+        moves=moves,
+    )
     for number in range(4):
         counted.add(0, LOAD[number, 0], training=True)
         (weights.sum() + router.sum()).backward()

@@ -22,7 +22,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 import distplb
-from distplb import DistplbError, FlatShard, MoELayer, Placement, Rebalancer, Topology
+from distplb import DistplbError, FlatShard, MoELayer, Moves, Placement, Rebalancer, Topology
 from distplb.comm.torchdist import TorchComm
 from distplb.core.layer import Rows
 
@@ -67,7 +67,7 @@ class World:
             window=distplb.LoadWindow(1, EXPERTS, 4),
             comm=TorchComm(),
             gpu=self.gpu,
-            verify="digest",
+            moves=Moves(verify="digest"),
         )
 
     # --- layouts ---

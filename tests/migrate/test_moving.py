@@ -13,7 +13,7 @@ import torch
 from ranks import on_ranks
 from torch import Tensor
 
-from distplb import FlatShard, LoadWindow, MoELayer, Placement, Rebalancer, Topology
+from distplb import FlatShard, LoadWindow, MoELayer, Moves, Placement, Rebalancer, Topology
 from distplb.comm.torchdist import TorchComm
 from distplb.migrate import transfer
 
@@ -154,7 +154,7 @@ def moved_again_and_again(gpus: int, sharded: bool, times: int, budget: int | No
         every=1,
         comm=comm,
         gpu=gpu,
-        verify="digest",
+        moves=Moves(verify="digest"),
     )
     generator = torch.Generator().manual_seed(0)  # the same placements on all ranks
     for _ in range(times):

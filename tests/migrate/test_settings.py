@@ -13,7 +13,7 @@ import torch.distributed as dist
 from ranks import errors_on_ranks, on_ranks
 from torch import Tensor, nn
 
-from distplb import DistplbError, LoadWindow, MoELayer, Placement, Rebalancer, Topology
+from distplb import DistplbError, LoadWindow, MoELayer, Moves, Placement, Rebalancer, Topology
 from distplb.comm.torchdist import TorchComm
 
 EXPERTS, DIM = 4, 3
@@ -136,7 +136,7 @@ def parted_over_ranks() -> str:
     optimizer, window = torch.optim.SGD([weight, router], lr=0.1), LoadWindow(1, EXPERTS, 1)
     layer = MoELayer(name="moe", experts={"w": weight}, router={"weight": router})
     rebalancer = Rebalancer(
-        [layer], optimizer, topology=Topology(1, 2), every=1, window=window, comm=TorchComm(), stop_loss=0
+        [layer], optimizer, topology=Topology(1, 2), every=1, window=window, comm=TorchComm(), moves=Moves(stop_loss=0)
     )
     if dist.get_rank() == 1:
         optimizer.param_groups[0]["lr"] = 0.05

@@ -16,7 +16,7 @@ import torch
 from ranks import on_ranks
 from torch import Tensor
 
-from distplb import LoadWindow, MoELayer, Placement, Rebalancer, Topology
+from distplb import LoadWindow, MoELayer, Moves, Placement, Rebalancer, Topology
 from distplb.comm.base import Comm, Round
 from distplb.comm.torchdist import TorchComm
 from distplb.migrate import transfer
@@ -51,7 +51,7 @@ class Model:
             window=LoadWindow(len(layers), self.experts, 1),
             comm=comm,
             gpu=gpu,
-            verify=random_.choice(["off", "off", "off", "digest"]),
+            moves=Moves(verify=random_.choice(["off", "off", "off", "digest"])),
         )
 
     def layer(self, number: int, random_: random.Random) -> MoELayer:

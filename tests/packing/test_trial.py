@@ -28,7 +28,7 @@ from distplb.packing.trial import Compared
 from distplb.planning.options import SearchOptions
 from distplb.planning.plan import plan_in_stages
 from distplb.planning.trial import engine_for
-from distplb.train import rebalancer
+from distplb.train import agreed
 
 TOPOLOGY = Topology(2, 1)
 SHAPE = (3, 2, 8)  # T, L, E
@@ -90,7 +90,7 @@ def test_windows_of_any_number_of_micro_batches_are_tried(
     every: int, kept: int, steps: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tried, needed = [], set[int]()
-    monkeypatch.setattr(rebalancer, "engine_for", lambda options, topology, shape, device: tried.append(shape[0]))
+    monkeypatch.setattr(agreed, "engine_for", lambda options, topology, shape, device: tried.append(shape[0]))
     Job(ranks=1).rebalancer(every=every, window=LoadWindow(LAYERS, EXPERTS, kept), engine="reference").close()
     assert tried == steps
     for micro_batches in range(1, kept + 1):
@@ -218,7 +218,7 @@ def one_rank_of_a_job() -> dict[str, Any]:
         for hot in ((0, 1), (2, 3)):
             for _ in range(4):
                 job.iterate(by_slot(skewed(hot), held.placement))
-            held._iteration += 3  # as if it had been called after each
+            held._job.iteration += 3  # as if it had been called after each
             held.step()
         held.close()
     plans = [event.placement_digest for event in told if event.imbalance_next is None]

@@ -82,7 +82,7 @@ EXPERTS, EVERY, REBALANCES = 48, 3, 3  # so many experts that another seed gives
 CURVE = TimeCurve((0, 20, 180, 2000), (0, 20, 140, 1240))
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "priced": {"time_curve": CURVE, "move_model": MoveModel(1 / 3e9, 50, 1e9, 7e8), "num_candidates": 5},
+    "priced": {"time_curve": CURVE, "model": MoveModel(1 / 3e9, 50, 1e9, 7e8), "num_candidates": 5},
     "dry run": {"dry_run": True, "time_curve": CURVE},
 }
 
@@ -100,7 +100,7 @@ def recorded(folder: str) -> dict[str, list[RebalanceEvent]]:
             gpu=grid.rank % 2,
             every=EVERY,
             seed=11,
-            record=f"{folder}/{name}",
+            folder=f"{folder}/{name}",
             on_event=events.append,
             engine="reference",
             **options,

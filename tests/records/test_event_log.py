@@ -24,8 +24,11 @@ from distplb import (
     LoadWindow,
     MoELayer,
     MoveModel,
+    Moves,
     RebalanceEvent,
     Rebalancer,
+    Record,
+    Search,
     TimeCurve,
     Topology,
     Trace,
@@ -355,8 +358,7 @@ def test_a_rebalancer_writes_a_run(tmp_path: Path, caplog: pytest.LogCaptureFixt
         topology=Topology(1, 1),
         every=2,
         window=window,
-        record=tmp_path,
-        on_event=fails,
+        record=Record(tmp_path, on_event=fails),
     )
     with caplog.at_level(logging.ERROR, "distplb"):
         for _ in range(5):
@@ -381,8 +383,7 @@ def test_a_rebalancer_writes_of_windows_without_tokens_that_nothing_is_known(tmp
         topology=Topology(1, 1),
         every=2,
         window=window,
-        record=tmp_path,
-        on_event=told.append,
+        record=Record(tmp_path, on_event=told.append),
     )
     for counts in ([0, 0, 0, 0], [0, 0, 0, 0], [4, 3, 2, 1], [0, 0, 0, 0], [4, 3, 2, 1]):
         window.add(0, torch.tensor(counts))
@@ -429,19 +430,14 @@ def test_a_record_is_made_on_the_host_and_the_gpu_is_left_to_the_training(
         topology=Topology(1, 1),
         every=4,
         window=window,
-        record=tmp_path,
-        summary_writer=summary_writer(tmp_path / "tensorboard"),
-        on_event=told.append,
-        max_bytes=0,
-        time_curve=TimeCurve.linear(3.0),
-        move_model=MoveModel(1e-6, 10, 1e9, 1e9),
-        spread=spread,
-        engine="reference",
+        search=Search(time_curve=TimeCurve.linear(3.0), engine="reference"),
+        moves=Moves(max_bytes=0, model=MoveModel(1e-6, 10, 1e9, 1e9), spread=spread),
+        record=Record(tmp_path, summary_writer=summary_writer(tmp_path / "tensorboard"), on_event=told.append),
     )
     made: list[Any] = []
-    assert rebalancer._log is not None
-    take = rebalancer._log.take
-    rebalancer._log.take = lambda make: (made.append(make), take(make))[1]  # type: ignore[method-assign]
+    assert rebalancer._job.journal.log is not None
+    take = rebalancer._job.journal.log.take
+    rebalancer._job.journal.log.take = lambda make: (made.append(make), take(make))[1]  # type: ignore[method-assign]
     OnDevice.touched.clear()
     for _ in range(14):
         window.add(0, torch.tensor([4, 3, 2, 1]))

@@ -39,7 +39,7 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium: 
 def moving(folder: str) -> None:
     """Other experts are hot in every window, and moves cost next to nothing, however long they take here."""
     job = Job()
-    rebalancer = job.rebalancer(every=4, move_model=FREE, engine="reference", record=folder)
+    rebalancer = job.rebalancer(every=4, model=FREE, engine="reference", folder=folder)
     for iteration in range(16):
         hot = 2 * (iteration // 4 % 2)
         job.iterate(by_slot(skewed((hot, hot + 1)), rebalancer.placement))

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from jobs import FREE
+from jobs import FREE, in_values
 from ranks import on_ranks
 from torch import Tensor, nn
 
@@ -93,15 +93,15 @@ class Job:
             )
             for n, (params, router) in enumerate(zip(self.params, self.routers, strict=True))
         ]
-        options = {"move_model": FREE, "verify": "digest", "stop_loss": 0, "every": EVERY} | options
+        options = {"model": FREE, "verify": "digest", "stop_loss": 0, "every": EVERY} | options
+        options |= {"on_event": self.events.append}
         self.rebalancer = Rebalancer(
             layers,
             self.optimizer,
             topology=Topology(1, ranks),
             window=self.window,
             comm=TorchComm(deadline=60) if dist.is_initialized() else None,
-            on_event=self.events.append,
-            **options,
+            **in_values(options),
         )
         self.iteration = 0
 

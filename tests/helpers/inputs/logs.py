@@ -14,6 +14,8 @@ from distplb import (
     Placement,
     RebalanceEvent,
     Rebalancer,
+    Record,
+    Search,
     Topology,
     Trace,
     TraceWriter,
@@ -133,8 +135,15 @@ def rebalancer(folder: Path) -> Rebalancer:
     """Of one layer "moe" with 4 experts on one GPU, recording in the folder."""
     experts = torch.nn.Parameter(torch.zeros(4, 1))
     layer = MoELayer(name="moe", experts={"w": experts}, router={"w": torch.zeros(4, 2)})
-    options = {"topology": Topology(1, 1), "every": 2, "window": LoadWindow(1, 4, 8), "engine": "reference"}
-    return Rebalancer([layer], torch.optim.SGD([experts]), record=folder, **options)  # type: ignore[arg-type]
+    return Rebalancer(
+        [layer],
+        torch.optim.SGD([experts]),
+        topology=Topology(1, 1),
+        every=2,
+        window=LoadWindow(1, 4, 8),
+        search=Search(engine="reference"),
+        record=Record(folder),
+    )
 
 
 def recorded_beside(write: Callable[[Path], object]) -> Callable[[Path], object]:
