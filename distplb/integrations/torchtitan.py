@@ -34,7 +34,7 @@ from distplb.core.torchnames import forward_pre_hooks
 from distplb.errors import DistplbError
 from distplb.integrations.common import Tell, gpus_of_a_node, named_parts, not_found, refuse_moved, tokens_of_experts
 from distplb.train.rebalancer import Rebalancer
-from distplb.train.window import is_recomputation
+from distplb.train.recomputation import is_recomputation
 
 __all__ = ["moe_layers", "rebalancer"]
 

@@ -195,12 +195,15 @@ def _repaid(one: WhatIf, bytes_per_slot: int) -> str:
     return f"The moves of a rebalance repay themselves {took}; the same moves would still do so with {limit}."
 
 
+_DRY_RUN = 'Rebalancer(..., moves=Moves(dry_run=True), record=Record("run"))'
+
+
 def _advice(answer: Answer, one: WhatIf) -> str:
     if answer == "yes":
-        return 'See it in your job before anything moves: Rebalancer(..., dry_run=True, record="run").'
+        return f"See it in your job before anything moves: {_DRY_RUN}."
     if answer == "longer":
         wanted = _TRY * one.every
-        return f'Record {wanted} iterations or more, Rebalancer(..., dry_run=True, record="run"), and ask again.'
+        return f"Record {wanted} iterations or more, {_DRY_RUN}, and ask again."
     return ""
 
 

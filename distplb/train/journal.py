@@ -79,10 +79,13 @@ class Journal:
     def tell(self, event: Callable[[], RebalanceEvent]) -> None:
         """Whoever listens on this rank. Making the record takes longer than all else here; the log does it beside."""
         if self._record.on_event is not None:
+            where = ""
             try:
-                self._record.on_event(event())
+                record = event()
+                where = f" at iteration {record.iteration}"
+                self._record.on_event(record)
             except Exception:  # nobody's training ends because of a figure
-                _LOGGER.exception("on_event failed; training goes on")
+                _LOGGER.exception("on_event failed%s; training goes on", where)
         if self.log is not None:
             self.log.take(event)
 

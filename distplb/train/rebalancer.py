@@ -139,6 +139,7 @@ class Rebalancer:
 
     @enabled.setter
     def enabled(self, value: bool) -> None:
+        """To the same on all ranks."""
         self._job.enabled = value
 
     # --- in the loop -----------------------------------------------------------------------------------------

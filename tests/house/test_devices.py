@@ -187,7 +187,7 @@ CALLS: dict[str, Callable[[Path], Any]] = {
     "within_budget": lambda _: within_budget(LOAD, START, distplb.plan(LOAD, TOPOLOGY), 6),
 }
 WITHOUT_TENSORS = {"DistplbError", "EventLog", "FlatShard", "MoELayer", "RebalanceEvent", "Spread", "Topology"}
-WITHOUT_TENSORS |= {"read_events"}
+WITHOUT_TENSORS |= {"Moves", "Record", "Search", "read_events"}
 
 
 def plain(value: Any) -> Any:

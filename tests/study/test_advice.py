@@ -349,7 +349,7 @@ def test_yes_says_what_is_saved_how_surely_and_when_moves_have_repaid_themselves
         "(95 % interval 10.0 to 30.0 %, 9 rebalances): imbalance 1.100 instead of 1.400, bound 1.010. The moves of a "
         "rebalance repay themselves within 10 iterations; the same moves would still do so with 5.0 times the bytes "
         "(5.0 GB an expert), or at 1/5.0 of the bandwidth. See it in your job before anything moves: "
-        'Rebalancer(..., dry_run=True, record="run").'
+        'Rebalancer(..., moves=Moves(dry_run=True), record=Record("run")).'
     )
 
 
