@@ -53,7 +53,7 @@ KEPT_IN = {
     "jinja2": "report.page",
     "transformers": "integrations.huggingface",
     "torchtitan": "integrations.torchtitan",
-    "megatron": "integrations.megatron",
+    "megatron": "integrations.megatron integrations.megatron_optimizers",
 }
 NOWHERE = {"deepspeed", "accelerate", "tensorboard"}
 # Imported when they are used, and by modules that nothing imports before.
@@ -71,6 +71,7 @@ NEEDS = {
     "distplb.integrations.huggingface": "transformers",
     "distplb.integrations.torchtitan": "torchtitan",
     "distplb.integrations.megatron": "megatron",
+    "distplb.integrations.megatron_optimizers": "megatron",
 }
 # Rooms and modules that decide, and act on nothing.
 PURE = """
