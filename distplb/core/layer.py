@@ -52,7 +52,7 @@ class FlatShard:
 
     def __post_init__(self) -> None:
         refuse_wrong_types({"FlatShard: values": (self.values, (Tensor,), "the tensor that the optimizer steps on")})
-        object.__setattr__(self, "start", whole_number("FlatShard: start", self.start, least=0))
+        object.__setattr__(self, "start", whole_number("FlatShard: start", self.start, minimum=0))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,4 +120,4 @@ class MoELayer:
             }
         )
         if self.num_groups is not None:
-            object.__setattr__(self, "num_groups", whole_number("MoELayer: num_groups", self.num_groups, least=1))
+            object.__setattr__(self, "num_groups", whole_number("MoELayer: num_groups", self.num_groups, minimum=1))

@@ -88,7 +88,7 @@ class Placement:
     def contiguous(cls, num_layers: int, num_experts: int, num_gpus: int) -> Placement:
         """Expert e in slot e of every layer: how jobs start."""
         num_layers, num_experts = (
-            whole_number(f"Placement: {name}", value, least=0)
+            whole_number(f"Placement: {name}", value, minimum=0)
             for name, value in (("num_layers", num_layers), ("num_experts", num_experts))
         )
         table = torch.arange(num_experts, device="cpu").expand(num_layers, num_experts)
@@ -202,8 +202,8 @@ class Placement:
                 "layer_names": (layer_names, (Sequence, None), "the names of layers"),
             }
         )
-        num_experts = None if num_experts is None else whole_number("num_experts", num_experts, least=1)
-        num_gpus = None if num_gpus is None else whole_number("num_gpus", num_gpus, least=1)
+        num_experts = None if num_experts is None else whole_number("num_experts", num_experts, minimum=1)
+        num_gpus = None if num_gpus is None else whole_number("num_gpus", num_gpus, minimum=1)
         return load_placement(Path(path), layer_names, num_experts, num_gpus, all_layers=False)
 
 

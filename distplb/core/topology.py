@@ -47,7 +47,7 @@ class Topology:
 
     def __post_init__(self) -> None:
         for name in ("num_nodes", "gpus_per_node"):
-            object.__setattr__(self, name, whole_number(f"Topology: {name}", getattr(self, name), least=1))
+            object.__setattr__(self, name, whole_number(f"Topology: {name}", getattr(self, name), minimum=1))
 
     @classmethod
     def of_ranks(cls, ranks: Sequence[int], gpus_per_node: int) -> Topology:

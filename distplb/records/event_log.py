@@ -170,7 +170,7 @@ def read_events(path: str | os.PathLike[str], max_bytes: int = 2**30) -> list[Re
         DistplbError: naming the file and line, if it cannot be read, is too large, or holds something else.
     """
     refuse_wrong_types({"path": (path, (str, os.PathLike), "the path of a file that an EventLog wrote")})
-    max_bytes = whole_number("max_bytes", max_bytes, least=1)
+    max_bytes = whole_number("max_bytes", max_bytes, minimum=1)
     found: dict[int, RebalanceEvent] = {}
     torn: list[int] = []
     is_log = True

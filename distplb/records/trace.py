@@ -145,7 +145,7 @@ class Trace:
                 another job than the parts beside it.
         """
         refuse_wrong_types({"path": (path, (str, os.PathLike), "the path of a file or a folder")})
-        max_bytes = whole_number("max_bytes", max_bytes, least=1)
+        max_bytes = whole_number("max_bytes", max_bytes, minimum=1)
         paths = sorted(Path(path).glob("*.npz")) if Path(path).is_dir() else [Path(path)]
         if not paths:
             raise DistplbError(f"{path} is a folder without .npz files; pass one that a TraceWriter wrote to")

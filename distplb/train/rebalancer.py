@@ -926,7 +926,7 @@ class Rebalancer:
         whole_number("every", self._every, 1, "iterations, at least 1")
         for name, value in (("max_bytes", self._max_bytes), ("stop_loss", self._stop_loss.patience)):
             if name == "stop_loss" or value is not None:
-                whole_number(name, value, least=0)
+                whole_number(name, value, minimum=0)
         if self._verify not in ("first", "digest", "off"):
             raise DistplbError(f"verify is {self._verify!r}; pass 'first', 'digest' or 'off'")
         if self._on_refusal not in ("raise", "skip"):

@@ -80,7 +80,7 @@ class LoadWindow:
         max_bytes: int = 64 * 2**20,
     ) -> None:
         num_layers, num_experts, num_steps, max_bytes = (
-            whole_number(f"LoadWindow: {name}", value, least=1)
+            whole_number(f"LoadWindow: {name}", value, minimum=1)
             for name, value in (
                 *(("num_layers", num_layers), ("num_experts", num_experts)),
                 *(("num_steps", num_steps), ("max_bytes", max_bytes)),
@@ -138,7 +138,7 @@ class LoadWindow:
         """
         num_layers, num_experts = self._counts.shape[1:]
         if type(layer) is not int:
-            layer = whole_number("LoadWindow.add: layer", layer, wanted=f"an index in [0, {num_layers})")
+            layer = whole_number("LoadWindow.add: layer", layer, expected=f"an index in [0, {num_layers})")
         if not 0 <= layer < num_layers:
             raise DistplbError(f"LoadWindow.add: layer is {layer}; pass an index in [0, {num_layers})")
         if not isinstance(counts, Tensor):
