@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from distplb.core.arguments import refuse_wrong_types
-from distplb.core.counts import Counts, as_integers, as_step_counts, as_tensor
+from distplb.core.counts import Counts, as_integers, as_step_counts
 from distplb.core.placement import Placement
+from distplb.core.plain_tensor import as_tensor
 from distplb.errors import DistplbError
 from distplb.records.trace import Trace, write_trace
 from distplb.records.trace_parts import check_folder

@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from distplb.core.arguments import refuse_wrong_types, shown, whole_number
-from distplb.core.counts import Counts, as_counts, as_integers, as_tensor, marked, refuse_marked, refuse_unreadable
+from distplb.core.counts import Counts, as_counts, as_integers, marked, refuse_marked
 from distplb.core.hashing import hashed
+from distplb.core.plain_tensor import as_tensor, refuse_unreadable
 from distplb.core.torchnames import break_graph, is_in_backward, is_of_compiled_graph
 from distplb.errors import DistplbError
 

@@ -45,7 +45,8 @@ from distplb import (
     replay,
 )
 from distplb.comm.base import WorldOfOne
-from distplb.core.counts import as_counts, as_tokens, exact_limit, marked, refuse_marked
+from distplb.core.count_errors import exact_limit
+from distplb.core.counts import as_counts, as_tokens, marked, refuse_marked
 from distplb.train.measure import measured_bandwidths
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
