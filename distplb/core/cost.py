@@ -14,18 +14,20 @@ from torch import Tensor
 from distplb.core.arguments import refuse_wrong_types
 from distplb.core.counts import Counts, as_load
 from distplb.core.placement import Placement
+from distplb.core.price import TimeCurve
 from distplb.errors import DistplbError
 
 __all__ = [
     "COST_BITS",
     "MAX_COST",
+    "fullest_gpu",
     "gpu_tokens",
     "gpu_units",
     "imbalance",
-    "known",
     "layer_cost",
     "mean_of_known",
     "mean_of_layers",
+    "nan_to_none",
     "over_mean",
     "steps_with_tokens",
 ]
@@ -105,11 +107,11 @@ def imbalance(load: Counts, placement: Placement) -> Tensor:
     """Fullest GPU over mean GPU, at least 1; NaN where a step has no tokens in a layer.
 
     >>> load = torch.tensor([[[6, 2, 1, 3]], [[0, 0, 0, 0]]])
-    >>> found = imbalance(load, Placement.contiguous(num_layers=1, num_experts=4, num_gpus=2))
-    >>> found
+    >>> of_step = imbalance(load, Placement.contiguous(num_layers=1, num_experts=4, num_gpus=2))
+    >>> of_step
     tensor([[1.3333],
             [   nan]], dtype=torch.float64)
-    >>> found.nanmean()
+    >>> of_step.nanmean()
     tensor(1.3333, dtype=torch.float64)
 
     Args:
@@ -132,6 +134,38 @@ def imbalance(load: Counts, placement: Placement) -> Tensor:
         )
     fullest = gpu_tokens(tokens, placement.expert_of_slot.to(tokens.device), placement.num_gpus).amax(-1)  # [T, L]
     return over_mean(fullest, tokens.sum(-1).double() / placement.num_gpus)
+
+
+def fullest_gpu(load: Tensor, placement: Placement, curve: TimeCurve | None) -> tuple[Tensor, Tensor]:
+    """`[T, L]` each: the fullest GPU, in tokens or nanoseconds, and its ratio to the mean; 0 and NaN without tokens.
+
+    Args:
+        load: `[T, L, E]` int64 tokens.
+        placement: of the same layers and experts.
+        curve: from an expert's tokens to its time; replicas share tokens evenly, and the time of a fraction lies on the
+            line between those of the whole tokens beside it.
+    """
+    total = load.sum(2)  # [T, L]
+    if curve is None:
+        of_gpu, mean = gpu_tokens(load, placement.expert_of_slot, placement.num_gpus), total.double()
+    else:
+        of_gpu = _gpu_times(load, placement, curve).masked_fill((total == 0)[..., None], 0)  # nothing is run
+        mean = of_gpu.sum(2).double()
+    fullest = of_gpu.amax(2)
+    return fullest, over_mean(fullest, mean / placement.num_gpus)
+
+
+def _gpu_times(load: Tensor, placement: Placement, curve: TimeCurve) -> Tensor:
+    """`[T, L, M]`: nanoseconds of each GPU; int64 where there are no replicas, else float64."""
+    if placement.has_replicas:
+        whole, rest = load // placement.replicas, load % placement.replicas  # [T, L, E]
+        time = curve.time(whole).double()
+        time = time + (curve.time(whole + 1) - time) * rest / placement.replicas
+    else:
+        time = curve.time(load)
+    of_slot = time.gather(2, placement.expert_of_slot.expand(len(load), -1, -1))  # [T, L, P]
+    of_gpu: Tensor = of_slot.unflatten(2, (placement.num_gpus, -1)).sum(3)
+    return of_gpu
 
 
 def over_mean(fullest: Tensor, mean: Tensor) -> Tensor:
@@ -167,7 +201,7 @@ def mean_of_known(values: Tensor, dim: int | None = None) -> Tensor:
     return filled.sum(dim) / is_known.sum(dim)
 
 
-def known(values: Tensor) -> tuple[float | None, ...]:
+def nan_to_none(values: Tensor) -> tuple[float | None, ...]:
     """Of `[L]`: None for NaN, as events and JSON have it."""
     return tuple(None if math.isnan(value) else value for value in values.tolist())
 

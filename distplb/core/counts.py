@@ -154,7 +154,8 @@ def as_weights(name: str, value: Any, dims: Sequence[str] = ("row", "item")) -> 
     if not value.is_floating_point():
         return as_counts(name, value, dims)
     refuse_weights(name, value, dims)
-    return value.double()
+    weights: Tensor = value.double()
+    return weights
 
 
 def as_integers(name: str, value: Any, expected: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""What distplb is told of one MoE layer: its router's and its experts' tensors, who holds what of them, its counts.
+"""The description of one MoE layer: its router's and its experts' tensors, who holds what of them, its counts.
 
 Shapes: E experts, P slots, G slots on this GPU.
 """

@@ -157,10 +157,10 @@ class Topology:
 def _ranks(ranks: Any) -> list[int]:
     """Of an EP group, whole numbers."""
     try:
-        found = list(ranks)
+        numbers = list(ranks)
     except TypeError:
         raise DistplbError(f"ranks is {shown(ranks)}; pass the global ranks of the EP group") from None
-    return [whole_number(f"ranks[{nth}]", rank) for nth, rank in enumerate(found)]
+    return [whole_number(f"ranks[{nth}]", rank) for nth, rank in enumerate(numbers)]
 
 
 class _Job(NamedTuple):
@@ -204,20 +204,20 @@ def _job(environment: Mapping[str, str]) -> _Job:
             f"no launcher has set {', '.join(one.ranks_of_node for one in _LAUNCHERS)}; start the job by torchrun, "
             "srun or mpiexec, or pass Topology(num_nodes, gpus_per_node)"
         )
-    told = {name: environment.get(name) for name in launcher if name}
+    variables = {name: environment.get(name) for name in launcher if name}
     try:
         of_node = _ranks_of_nodes(environment[launcher.ranks_of_node])
         size, rank, local_rank = (int(environment[name]) for name in launcher[1:4])
         nodes = int(environment.get(launcher.nodes, size // of_node[0]))
     except (KeyError, ValueError) as unreadable:
         raise DistplbError(
-            f"the launcher's {told} cannot be read; pass Topology(num_nodes, gpus_per_node)"
+            f"the launcher's {variables} cannot be read; pass Topology(num_nodes, gpus_per_node)"
         ) from unreadable
     per_node = of_node[0]
     if len(set(of_node)) != 1 or size != nodes * per_node or rank % per_node != local_rank:
         raise DistplbError(
-            f"{told}: the nodes have different numbers of ranks, or ranks do not follow each other node by node; start "
-            "as many on each, in blocks (srun --distribution=block)"
+            f"{variables}: the nodes have different numbers of ranks, or ranks do not follow each other node by node; "
+            "start as many on each, in blocks (srun --distribution=block)"
         )
     return _Job(size, per_node)
 
@@ -228,10 +228,10 @@ def _ranks_of_nodes(text: str) -> list[int]:
     >>> _ranks_of_nodes("2(x3),1")
     [2, 2, 2, 1]
     """
-    found = []
+    counts = []
     for part in text.split(","):
-        matched = _TASKS.fullmatch(part)
-        if matched is None or not int(matched[1]):
+        match = _TASKS.fullmatch(part)
+        if match is None or not int(match[1]):
             raise ValueError(f"no number of ranks: {part!r}")
-        found += [int(matched[1])] * int(matched[2] or 1)
-    return found
+        counts += [int(match[1])] * int(match[2] or 1)
+    return counts

@@ -16,7 +16,15 @@ from hypothesis import strategies as st
 
 from distplb import DistplbError, Placement, imbalance
 from distplb.core.balance import balancedness_sglang, balancedness_vllm, max_violation
-from distplb.core.cost import gpu_tokens, gpu_units, known, layer_cost, mean_of_known, mean_of_layers, steps_with_tokens
+from distplb.core.cost import (
+    gpu_tokens,
+    gpu_units,
+    layer_cost,
+    mean_of_known,
+    mean_of_layers,
+    nan_to_none,
+    steps_with_tokens,
+)
 
 
 def random_load(random_: random.Random, *shape: int) -> list:
@@ -89,7 +97,7 @@ def test_a_step_without_tokens_has_no_imbalance() -> None:
     load = torch.tensor([[[100, 200], [0, 0]], *[[[0, 0], [0, 0]]] * 3])
     found = imbalance(load, Placement.contiguous(2, 2, 2))
     assert found.shape == (4, 2)
-    assert known(mean_of_known(found, dim=0)) == (4 / 3, None)
+    assert nan_to_none(mean_of_known(found, dim=0)) == (4 / 3, None)
     assert float(mean_of_known(found)) == 4 / 3
     assert math.isnan(mean_of_known(found[1:]))
 
@@ -105,7 +113,7 @@ def test_steps_without_tokens_change_no_mean(data: st.DataObject) -> None:
         padded = torch.cat([padded[:at], torch.zeros_like(load[:1]), padded[at:]])
     assert torch.equal(steps_with_tokens(padded), steps_with_tokens(load))
     placement = Placement(torch.tensor([[0, 1, 2, 3, 0, 2], [0, 1, 2, 3, 1, 1]]), 4, 2)
-    means = [known(mean_of_known(imbalance(one, placement), dim=0)) for one in (load, padded)]
+    means = [nan_to_none(mean_of_known(imbalance(one, placement), dim=0)) for one in (load, padded)]
     assert [mean is None for mean in means[1]] == [not bool(layer.any()) for layer in load.unbind(1)]
     assert [mean or 0 for mean in means[1]] == pytest.approx([mean or 0 for mean in means[0]], rel=1e-12)
     others = [

@@ -79,8 +79,8 @@ def array_names(path: Path) -> list[str]:
             "wrote it"
         )
     if others or not members:
-        found = repr(others[0][:40]) if others else "nothing"
-        raise DistplbError(f"{path} holds {found} where arrays are expected; pass a file written by numpy.savez")
+        content = repr(others[0][:40]) if others else "nothing"
+        raise DistplbError(f"{path} holds {content} where arrays are expected; pass a file written by numpy.savez")
     names = [name.removesuffix(_SUFFIX) for name in members]
     if len(set(names)) != len(names):
         raise DistplbError(f"{path} has an array twice; write it anew with numpy.savez")

@@ -47,12 +47,12 @@ def read_document(
         raise DistplbError(f"{path} cannot be read ({error.strerror or type(error).__name__})") from error
 
 
-def check_is_file(path: Path, wanted: str) -> None:
-    """Refuse what is no file, or an empty one; `wanted` says what to pass."""
+def check_is_file(path: Path, expected: str) -> None:
+    """Refuse what is no file, or an empty one; `expected` says what to pass."""
     try:
         if not path.is_file():
-            raise DistplbError(f"there is no file {path}; pass {wanted}")
+            raise DistplbError(f"there is no file {path}; pass {expected}")
         if not path.stat().st_size:
-            raise DistplbError(f"{path} is empty; pass {wanted}")
+            raise DistplbError(f"{path} is empty; pass {expected}")
     except OSError as error:
         raise DistplbError(f"{path} cannot be read ({error.strerror or type(error).__name__})") from error

@@ -103,19 +103,19 @@ def read_yaml(path: Path, max_bytes: int) -> Any:
         raise DistplbError(f"{path} is not YAML that can be read ({where}{why[:200]})") from error
 
 
-def _plain(node: Any, seen: set[int]) -> Any:
+def _plain(node: Any, visited: set[int]) -> Any:
     """The value of a node of PyYAML. One that comes a second time is an alias: a few can stand for a large file."""
     if node is None:
         return None
     line = node.start_mark.line + 1
-    if id(node) in seen:
+    if id(node) in visited:
         raise ValueError(f"line {line} is referred to elsewhere; write it out")
-    seen.add(id(node))
+    visited.add(id(node))
     kind = node.tag.removeprefix("tag:yaml.org,2002:")
     if kind == "seq":
-        return [_plain(one, seen) for one in node.value]
+        return [_plain(one, visited) for one in node.value]
     if kind == "map":
-        pairs = [(str(_plain(name, seen)), _plain(value, seen)) for name, value in node.value]
+        pairs = [(str(_plain(name, visited)), _plain(value, visited)) for name, value in node.value]
         return _different(pairs)
     if kind == "int" and _WHOLE.fullmatch(node.value):
         return int(node.value)
