@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from distplb.core.documents.tensors import read_pt, read_safetensors
 from distplb.core.documents.text import read_json, read_yaml
 from distplb.errors import DistplbError
 
-__all__ = ["SUFFIXES", "check_is_file", "read_document"]
+__all__ = ["SUFFIXES", "check_is_file", "read_document", "reading"]
 
 _READERS: dict[str, Callable[[Path, int], Any]] = {
     ".json": read_json,
@@ -41,18 +42,23 @@ def read_document(
     """
     suffix = path.suffix.lower()
     suffix = otherwise if otherwise and suffix not in SUFFIXES else suffix
-    try:
+    with reading(path):
         return read_npz(path, choose, max_bytes) if suffix == ".npz" else _READERS[suffix](path, max_bytes)
-    except OSError as error:
-        raise DistplbError(f"{path} cannot be read ({error.strerror or type(error).__name__})") from error
 
 
 def check_is_file(path: Path, expected: str) -> None:
     """Refuse what is no file, or an empty one; `expected` says what to pass."""
-    try:
+    with reading(path):
         if not path.is_file():
             raise DistplbError(f"there is no file {path}; pass {expected}")
         if not path.stat().st_size:
             raise DistplbError(f"{path} is empty; pass {expected}")
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Name the file in what the operating system refuses inside."""
+    try:
+        yield
     except OSError as error:
         raise DistplbError(f"{path} cannot be read ({error.strerror or type(error).__name__})") from error

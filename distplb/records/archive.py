@@ -1,4 +1,4 @@
-"""Archives of arrays that may come from anywhere: sizes are checked before anything is unpacked, nothing is run."""
+"""The archives of arrays that traces are kept in: sizes are checked before anything is unpacked, nothing is run."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from distplb.core.documents.arrays import read_header
 from distplb.errors import DistplbError
 
 __all__ = ["ArrayFile", "write_arrays"]
@@ -58,9 +59,7 @@ class ArrayFile:
 
     def _read_header(self, archive: zipfile.ZipFile, name: str, size: int, kinds: str, dims: int) -> None:
         with archive.open(f"{name}.npy") as member:
-            if np.lib.format.read_magic(member) != (1, 0):
-                raise self._error(f"has array {name!r} in a format of NumPy's that is not 1.0")
-            shape, _, dtype = np.lib.format.read_array_header_1_0(member)
+            shape, dtype = read_header(member)
             start = member.tell()
         if dtype.hasobject or dtype.kind not in kinds or len(shape) != dims or min(shape, default=0) < 0:
             raise self._error(f"has array {name!r} of {dtype} and shape {shape}")
