@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from distplb.errors import DistplbError
 
-__all__ = ["plain", "refuse_wrong_types", "shown", "whole_number"]
+__all__ = ["listed", "plain", "refuse_wrong_types", "shown", "whole_number"]
 
 
 def refuse_wrong_types(arguments: Mapping[str, tuple[Any, tuple[Any, ...], str]]) -> None:
@@ -89,3 +89,13 @@ def shown(value: Any) -> str:
         return f"the class {value.__name__}"
     name = type(value).__name__
     return f"{'an' if name[0] in 'AEIOUaeiou' else 'a'} {name}"
+
+
+def listed(names: Iterable[object]) -> str:
+    """Names out of a file, in quotes: the first eight, of each what a message has room for.
+
+    >>> listed(["load", "iteration"])
+    "'load', 'iteration'"
+    """
+    texts = [repr(str(name)[:40]) for name in names]
+    return ", ".join(texts[:8] + ["..."] * (len(texts) > 8))

@@ -36,17 +36,16 @@ COST_BITS = 41
 MAX_COST = (1 << COST_BITS) - 1
 
 
-def layer_cost(load: Tensor, expert_of_slot: Tensor, num_gpus: int, moving: Tensor | None = None) -> Tensor:
-    """`[..., L]` int64: the fullest GPU's tokens, added up over the steps, and moving; saturates at 2^41 − 1.
+def layer_cost(load: Tensor, expert_of_slot: Tensor, num_gpus: int) -> Tensor:
+    """`[..., L]` int64: the fullest GPU's tokens, added up over the steps; saturates at 2^41 − 1.
 
     Args:
         load: `[T, L, E]` int64; replicas share an expert's tokens by integer division.
         expert_of_slot: `[..., L, P]`.
         num_gpus: M.
-        moving: `[..., L]` int64, what the moves to this placement cost, in tokens; nothing where None.
     """
     shape, replicas = expert_of_slot.shape, _replicas(load.shape[-1], expert_of_slot)
-    cost = torch.zeros(shape[:-1], dtype=torch.int64, device=load.device) if moving is None else moving.clone()
+    cost = torch.zeros(shape[:-1], dtype=torch.int64, device=load.device)
     for step in load:  # [L, E]; a step at a time: the whole would be T times as large
         cost += _of_gpus(step, expert_of_slot, replicas, num_gpus).amax(-1)
     return cost.clamp_(max=MAX_COST)

@@ -5,7 +5,6 @@ Shapes: L layers, E experts, P slots, M GPUs, G = P / M slots on each GPU.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -20,6 +19,7 @@ from distplb.core.arguments import refuse_wrong_types, whole_number
 from distplb.core.counts import as_integers
 from distplb.core.documents.read import check_is_file, read_document
 from distplb.core.documents.slot_maps import MAPS, SlotMap, parse_slot_map
+from distplb.core.hashing import digest
 from distplb.errors import DistplbError
 
 __all__ = ["Placement", "load_placement"]
@@ -27,7 +27,6 @@ __all__ = ["Placement", "load_placement"]
 _FORMAT_VERSION = 1
 _MOST_BYTES = 1 << 30  # of memory: enough for 10,000 layers of 500 slots as text
 _EXPECTED = "one written by Placement.save, or an object with physical_to_logical_map"
-_DIGEST_BITS = 62  # fits an int64 and its negative, so that a MIN all-reduce of both can compare it
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,7 +152,7 @@ class Placement:
         """A number in [0, 2^62) that differs between different placements, equal on every machine."""
         head = torch.tensor([self.num_experts, self.num_gpus, *self.expert_of_slot.shape], device="cpu")
         data = torch.cat([head, self.expert_of_slot.flatten()]).numpy().astype("<i8").tobytes()
-        return int.from_bytes(hashlib.sha256(data).digest()[:8], "big") >> (64 - _DIGEST_BITS)
+        return digest(data)
 
     def save(self, path: str | os.PathLike[str], layer_names: Sequence[str] | None = None) -> None:
         """Write the placement as JSON, keyed by layer name ("0", "1", ... where none are given).

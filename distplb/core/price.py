@@ -5,7 +5,6 @@ Shapes: L layers, P slots, M GPUs.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from distplb.core.arguments import plain, refuse_wrong_types, shown
 from distplb.core.counts import Counts, as_counts
+from distplb.core.hashing import digest
 from distplb.core.placement import Placement
 from distplb.core.topology import Topology
 from distplb.errors import DistplbError
@@ -26,7 +26,6 @@ __all__ = ["MoveModel", "TimeCurve", "moved_slots"]
 _MAX_NANOSECONDS = 1 << 40
 _MAX_TOKENS = 1 << 40
 _LINEAR_TOKENS = 1 << 20
-_DIGEST_BITS = 62
 
 
 @dataclass(frozen=True)
@@ -147,7 +146,7 @@ class TimeCurve:
     def digest(self) -> int:
         """A number in [0, 2^62) that differs between different curves, equal on every machine."""
         data = np.array([self.tokens, self.nanoseconds], dtype="<i8").tobytes()
-        return int.from_bytes(hashlib.sha256(data).digest()[:8], "big") >> (64 - _DIGEST_BITS)
+        return digest(data)
 
 
 def _numbers(name: str, values: Sequence[float]) -> list[float]:

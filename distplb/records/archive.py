@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from distplb.core.arguments import listed
 from distplb.core.documents.arrays import read_header
 from distplb.errors import DistplbError
 
@@ -67,9 +68,10 @@ class ArrayFile:
             raise self._error(f"has array {name!r} of shape {shape} in {size} bytes")
         self.shapes[name], self._dtypes[name] = shape, dtype
 
-    def num_bytes(self, itemsize: int = 0) -> int:
-        """Of all arrays in memory; where `itemsize` is given, with so many bytes for each value at least."""
-        return sum(math.prod(shape) * max(itemsize, self._dtypes[name].itemsize) for name, shape in self.shapes.items())
+    @property
+    def num_bytes(self) -> int:
+        """Of all arrays in memory, as int64."""
+        return sum(math.prod(shape) * max(8, self._dtypes[name].itemsize) for name, shape in self.shapes.items())
 
     def read(self, name: str) -> Array:
         """One array, unpacked."""
@@ -89,5 +91,4 @@ class ArrayFile:
 
 
 def _few(names: Mapping[str, object]) -> str:
-    shown = ", ".join(repr(name[:40]) for name in sorted(names)[:8])
-    return f"arrays {shown}{', ...' if len(names) > 8 else ''}" if names else "no arrays"
+    return f"arrays {listed(sorted(names))}" if names else "no arrays"

@@ -151,7 +151,7 @@ class Trace:
             raise DistplbError(f"{path} is a folder without .npz files; pass one that a TraceWriter wrote to")
         is_folder = Path(path).is_dir()
         files = [_with_advice(one, is_folder, open_part, one) for one in paths]
-        size = sum(file.num_bytes(itemsize=8) for file in files)
+        size = sum(file.num_bytes for file in files)
         if size > max_bytes:
             raise DistplbError(
                 f"{path} would take {size} bytes in memory, {max_bytes} are allowed; pass a larger max_bytes "

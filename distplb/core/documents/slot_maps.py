@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from distplb.core.arguments import listed
 from distplb.errors import DistplbError
 
 __all__ = ["MAPS", "SlotMap", "parse_slot_map"]
@@ -64,9 +65,8 @@ def parse_slot_map(path: Path, document: Any) -> SlotMap:
     if "version" in document or "format" in document or names == ["expert_of_slot"]:
         return _ours(path, document)
     if len(names) != 1:
-        others = ", ".join(repr(str(name)[:40]) for name in list(document)[:8])
         raise ValueError(
-            f"it has {others or 'nothing'}, and {'none' if not names else 'more than one'} of {', '.join(MAPS)}"
+            f"it has {listed(document) or 'nothing'}, and {'more than one' if names else 'none'} of {', '.join(MAPS)}"
         )
     if names[0] == "layer_list":
         return _by_device(document)

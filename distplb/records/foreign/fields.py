@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from distplb.core.arguments import listed
 from distplb.errors import DistplbError
 from distplb.records.foreign.columns import Line
 from distplb.records.foreign.number_formats import number_array
@@ -78,8 +79,7 @@ def choose_array(path: Path, names: Sequence[str]) -> str:
     """
     key = _key_of_counts(path, names)
     if key is None and len(names) != 1:
-        shown = ", ".join(repr(one[:40]) for one in names[:8])
-        raise DistplbError(f"{path} holds arrays {shown}; pass a file of one array, or name it 'load'")
+        raise DistplbError(f"{path} holds arrays {listed(names)}; pass a file of one array, or name it 'load'")
     return names[0] if key is None else key
 
 
@@ -87,7 +87,7 @@ def _key_of_counts(path: Path, names: Sequence[str]) -> str | None:
     """The name that the counts have; None where all names may be layers."""
     keys = ["load"] if "load" in names else [name for name in names if name in _COUNTS]
     if len(keys) > 1:
-        raise DistplbError(f"{path} has {_listed(keys)}; pass a file of one of them, or name it 'load'")
+        raise DistplbError(f"{path} has {listed(keys)}; pass a file of one of them, or name it 'load'")
     if keys:
         rank = next((name for name in names if name.lower() in _OF_ONE_RANK), None)
         if rank is not None and keys[0] != _SUMMED:
@@ -116,14 +116,14 @@ def _by_layer(path: Path, document: Mapping[str, Any]) -> Table:
             raise DistplbError(
                 f"{path}: {name[:40]!r} is {json.dumps(value, default=str)[:40]} where a list of counts is expected; "
                 "pass a list of counts for each layer, all as long, or name [steps][layers][experts] 'load' (it has "
-                f"{_listed(list(document))})"
+                f"{listed(list(document))})"
             )
     rows = [_array(path, value, f"{path}: {name[:40]!r}") for name, value in document.items()]
     for name, row in zip(document, rows, strict=True):
         if row.ndim != 1 or not row.size or row.shape != rows[0].shape:
             raise DistplbError(
                 f"{path}: {name[:40]!r} has shape {list(row.shape)}; pass a list of counts for each layer, all as long "
-                f"and none empty, or name [steps][layers][experts] 'load' (it has {_listed(list(document))})"
+                f"and none empty, or name [steps][layers][experts] 'load' (it has {listed(list(document))})"
             )
     if not rows:
         raise DistplbError(f"{path} has no layers; pass a list of counts for each layer")
@@ -184,7 +184,3 @@ def _flat(where: str, nested: Any, shape: tuple[int, ...], place: tuple[int, ...
         )
     for at, one in enumerate(nested):
         yield from _flat(where, one, shape[1:], (*place, at))
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(repr(name[:40]) for name in names[:8]) + (", ..." if len(names) > 8 else "")
