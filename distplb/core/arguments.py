@@ -1,4 +1,4 @@
-"""Arguments are checked where they come in: one of a wrong type is refused by name, before it is used."""
+"""Checks arguments where they come in: a wrong type is refused by name, before the value is used."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def shown(value: Any) -> str:
 
 
 def listed(names: Iterable[object]) -> str:
-    """Names out of a file, in quotes: the first eight, of each what a message has room for.
+    """Names read from a file, in quotes and cut to fit a message: the first eight.
 
     >>> listed(["load", "iteration"])
     "'load', 'iteration'"

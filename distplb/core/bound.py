@@ -108,7 +108,7 @@ def _check(num_experts: int, topology: Topology, num_slots: int, num_groups: int
 
 
 def _fullest(weight: Tensor, topology: Topology, num_slots: int, num_groups: int | None) -> Tensor:
-    """`[X, W]`: what the fullest GPU has at least, of rows `[X, E]`, for each way to deal the groups (1 without)."""
+    """`[X, W]`: a lower bound of the fullest GPU's load, of rows `[X, E]`, for each way to deal groups (1 without)."""
     num_gpus, num_nodes = topology.num_gpus, topology.num_nodes
     if num_groups is None or num_nodes == 1:
         return _on_gpus(weight, num_gpus, num_slots)[:, None]
@@ -145,7 +145,7 @@ def _ways(groups: tuple[int, ...], size: int) -> Iterator[list[tuple[int, ...]]]
 
 
 def _on_gpus(weight: Tensor, num_gpus: int, num_slots: int) -> Tensor:
-    """`[X]`: what the fullest GPU has at least, of rows `[X, E]`."""
+    """`[X]`: a lower bound of the fullest GPU's load, of rows `[X, E]`."""
     rows = max(1, _NUMBERS_AT_ONCE // weight.shape[1])
     if num_slots == weight.shape[1]:
         return torch.cat([fullest_pack(part, num_gpus) for part in weight.split(rows)])

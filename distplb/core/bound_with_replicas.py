@@ -1,4 +1,4 @@
-"""What the fullest GPU has at least where experts have replicas: the bounds (f) to (j) of `distplb.core.bound`.
+"""Lower bounds of the fullest GPU's load where experts have replicas: (f) to (j) of `distplb.core.bound`.
 
 Shapes: X rows, E experts, P slots, M GPUs, G slots on each GPU, K levels.
 """
@@ -25,7 +25,7 @@ _PRICES = (0.25, 0.5, 1, 1.25, 1.5, 2, 2.5, 3, 4, 6)  # of a spare replica, in (
 
 
 def fullest_of_replicas(weight: Tensor, num_gpus: int, num_slots: int) -> Tensor:
-    """`[X]`: what the fullest of M GPUs has at least, of rows `[X, E]` in P > E slots.
+    """`[X]`: a lower bound of the fullest of M GPUs, of rows `[X, E]` in P > E slots.
 
     Replicas share their expert's tokens evenly. The largest of
 

@@ -1,4 +1,4 @@
-"""What the fullest GPU has at least where there are no replicas: the bounds (a) to (d) of `distplb.core.bound`.
+"""Lower bounds of the fullest GPU's load without replicas: (a) to (d) of `distplb.core.bound`.
 
 Shapes: X rows, n items (experts or whole groups), M packs (GPUs or nodes) of G items.
 """
@@ -15,7 +15,7 @@ __all__ = ["fullest_pack"]
 
 
 def fullest_pack(weight: Tensor, num_packs: int) -> Tensor:
-    """`[X]`: what the fullest of M packs of G items has at least, of rows `[X, n]`.
+    """`[X]`: a lower bound of the fullest of M packs of G items, of rows `[X, n]`.
 
     For every k and j that make sense:
 

@@ -52,9 +52,9 @@ def layer_cost(load: Tensor, expert_of_slot: Tensor, num_gpus: int) -> Tensor:
 
 
 def gpu_units(load: Tensor, expert_of_slot: Tensor, num_gpus: int) -> Tensor:
-    """`[T, L, M]` int64: what each GPU has of a load in units so small that the rests of shares do not count.
+    """`[T, L, M]` int64: the load of each GPU, in units so small that the remainders of shares do not count.
 
-    It stays in integers, so that all ranks find the same; what is told to people is `gpu_tokens`.
+    It stays in integers, so that all ranks compute the same; people are shown `gpu_tokens`.
 
     Args:
         load: `[T, L, E]` int64; replicas share what their expert has by integer division.
@@ -185,7 +185,7 @@ def steps_with_tokens(load: Tensor) -> Tensor:
 
 
 def mean_of_known(values: Tensor, dim: int | None = None) -> Tensor:
-    """The mean over steps, layers or both that leaves out what is NaN, because it has no tokens; NaN of nothing.
+    """The mean over steps, layers or both, without the NaN of those that have no tokens; NaN where all are.
 
     >>> mean_of_known(torch.tensor([[1.0, torch.nan], [2.0, torch.nan]]), dim=0)
     tensor([1.5000,    nan])
@@ -201,7 +201,7 @@ def mean_of_known(values: Tensor, dim: int | None = None) -> Tensor:
 
 
 def nan_to_none(values: Tensor) -> tuple[float | None, ...]:
-    """Of `[L]`: None for NaN, as events and JSON have it."""
+    """`[L]` as a tuple, with None for NaN, as events and JSON have it."""
     return tuple(None if math.isnan(value) else value for value in values.tolist())
 
 

@@ -87,7 +87,7 @@ def as_tokens(load: Counts, name: str = "load", layers: Sequence[str] = ()) -> T
 
 
 def as_load(load: Counts, name: str = "load") -> Tensor:
-    """As `as_tokens`, where nobody adds anything: of floats with fractions, which are weights, proportional numbers.
+    """As `as_tokens`, for a load that is not added up: floats with fractions are weights, scaled to integers.
 
     A layer with fractions is multiplied by a power of two, the same in all steps, so that what is rounded is a part of
     2^39 of its total. Ratios, as an imbalance is one, are what they were.
@@ -129,7 +129,7 @@ def as_counts(name: str, value: Any, dims: Sequence[str], layers: Sequence[str] 
 
 
 def as_step_counts(name: str, value: Any, layers: Sequence[str] = ()) -> Tensor:
-    """`[T, L, E]` int64 on its device, of what has all three dims; nothing is added up.
+    """`[T, L, E]` int64 on its device, from a load that has all three dims; nothing is added up.
 
     Raises:
         DistplbError: for another shape, or what is no count, with its place and value.
@@ -141,7 +141,7 @@ def as_step_counts(name: str, value: Any, layers: Sequence[str] = ()) -> Tensor:
 
 
 def as_weights(name: str, value: Any, dims: Sequence[str] = ("row", "item")) -> Tensor:
-    """`[X, n]` non-negative numbers: int64, or float64 of what came as floats, fractions too.
+    """`[X, n]` non-negative numbers: int64, or float64 for floats, which may have fractions.
 
     Raises:
         DistplbError: for another shape, NaN, infinite or negative values, with place and value.
@@ -238,7 +238,7 @@ def refuse_marked(load: Tensor, steps: Tensor, layers: Sequence[str]) -> None:
 
 
 def _int64(value: Tensor) -> Tensor:
-    """As it is cast; of uint64 the bits, which are negative from 2^63 on."""
+    """The cast; of uint64 the bits, which are negative from 2^63 on."""
     return value.contiguous().view(torch.int64) if value.dtype == torch.uint64 else value.to(torch.int64)
 
 

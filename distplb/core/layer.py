@@ -21,7 +21,7 @@ class Removable(Protocol):
     """What ends a subscription, such as torch's handle of a hook."""
 
     def remove(self) -> None:
-        """Have no more calls."""
+        """End the subscription."""
 
 
 @dataclass(frozen=True)

@@ -249,7 +249,7 @@ def _agreed(path: Path, what: str, expected: int | None, in_file: int | None) ->
 
 
 def _names_in_file(path: Path, slot_map: SlotMap, layer_names: Sequence[str] | None, *, all_layers: bool) -> list[str]:
-    """The file's names of layers, in the order of those that are asked for."""
+    """The keys of the file's rows, in the order of the layers that are asked for."""
     rows = list(slot_map.rows)
     if layer_names is None:
         return rows

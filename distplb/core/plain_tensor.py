@@ -1,4 +1,4 @@
-"""What numbers come in: tensors, arrays of NumPy or nested lists, as one plain tensor, or refused by name and place."""
+"""Tensors, arrays of NumPy and nested lists of numbers as one plain tensor; all else is refused by name and place."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _NUMBERS = frozenset((torch.bool, *INTEGERS, *_FLOATS))
 
 
 def as_tensor(name: str, value: Any) -> Tensor:
-    """A plain tensor of numbers, of any shape, with the dtype that they came in; without a graph.
+    """A plain tensor of any shape, in the dtype that the numbers came in, without a graph.
 
     Args:
         name: of the argument.

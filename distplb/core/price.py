@@ -122,7 +122,7 @@ class TimeCurve:
 
     @property
     def nanoseconds_per_token(self) -> float:
-        """Of the last point: its time over its tokens."""
+        """The last point's time over its tokens."""
         return self.nanoseconds[-1] / self.tokens[-1]
 
     def time(self, load: Counts) -> Tensor:
@@ -222,7 +222,7 @@ class MoveModel:
         return self.seconds(1, 0) * share, self.seconds(0, 1) * share
 
     def seconds(self, inside: int, between: int) -> float:
-        """That moving so many slots takes, `inside` nodes and then `between` them."""
+        """How long it takes to move so many slots, `inside` nodes and then `between` them."""
         return self.bytes_per_slot * (inside / self.bandwidth_inside + between / self.bandwidth_between)
 
 

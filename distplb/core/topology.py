@@ -16,7 +16,7 @@ __all__ = ["Mesh", "Topology"]
 
 
 class Mesh(Protocol):
-    """What is asked of a device mesh: `torch.distributed.device_mesh.DeviceMesh` has it."""
+    """The part of a device mesh that is used; `torch.distributed.device_mesh.DeviceMesh` has it."""
 
     @property
     def ndim(self) -> int:
@@ -51,7 +51,7 @@ class Topology:
 
     @classmethod
     def of_ranks(cls, ranks: Sequence[int], gpus_per_node: int) -> Topology:
-        """Of the EP group that has these global ranks, where node n has the ranks from n × `gpus_per_node` on.
+        """The topology of the EP group of these global ranks, where node n has the ranks from n × `gpus_per_node` on.
 
         >>> Topology.of_ranks([1, 3, 9, 11], gpus_per_node=8)
         Topology(num_nodes=2, gpus_per_node=2)
@@ -77,7 +77,7 @@ class Topology:
 
     @classmethod
     def from_env(cls, ranks: Sequence[int] | None = None) -> Topology:
-        """Of the EP group that has these global ranks, with the nodes that the launcher tells of.
+        """The topology of the EP group of these global ranks, with the nodes that the launcher tells of.
 
         One process for each GPU; torchrun, srun, mpiexec of MPICH and mpirun of Open MPI are known, looked for in this
         order. A node is what the launcher takes for one; where a faster link joins several, pass the topology yourself.
@@ -97,7 +97,7 @@ class Topology:
 
     @classmethod
     def from_mesh(cls, mesh: Mesh, gpus_per_node: int | None = None) -> Topology:
-        """Of the EP group that is one axis of a device mesh, its ranks strided or not.
+        """The topology of the EP group that is one axis of a device mesh, its ranks strided or not.
 
         Args:
             mesh: of one axis, as in `mesh["ep"]`.
@@ -155,7 +155,7 @@ class Topology:
 
 
 def _ranks(ranks: Any) -> list[int]:
-    """Of an EP group, whole numbers."""
+    """The ranks of an EP group, as whole numbers."""
     try:
         numbers = list(ranks)
     except TypeError:

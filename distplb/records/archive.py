@@ -1,4 +1,4 @@
-"""The archives of arrays that traces are kept in: sizes are checked before anything is unpacked, nothing is run."""
+"""Archives of arrays, in which traces are kept: sizes are checked before anything is unpacked, nothing is run."""
 
 from __future__ import annotations
 

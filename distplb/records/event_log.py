@@ -30,13 +30,13 @@ _OF_NEXT_WINDOW = ("imbalance_next", "iteration_seconds_next", "repaid")  # know
 
 
 class SummaryWriter(Protocol):
-    """What is asked of a writer of scalars: `torch.utils.tensorboard.SummaryWriter` has it."""
+    """The part of a writer of scalars that is used; `torch.utils.tensorboard.SummaryWriter` has it."""
 
     def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> Any:
-        """Take a number down."""
+        """Record a number."""
 
     def add_text(self, tag: str, text_string: str, global_step: int) -> Any:
-        """Take a text down."""
+        """Record a text."""
 
 
 class EventLog:
@@ -47,7 +47,7 @@ class EventLog:
     the next record is tried again.
 
     The file is appended to. A rebalance is one line, `RebalanceEvent.to_json`, written when the rebalance is done; when
-    the next window has told how it fared, a short line follows it: `"format": "distplb.outcome"`, `"version": 1`, the
+    the next window has shown how it fared, a short line follows it: `"format": "distplb.outcome"`, `"version": 1`, the
     `iteration` that it belongs to, and the fields `imbalance_next`, `iteration_seconds_next` and `repaid`.
 
     >>> import tempfile
@@ -76,7 +76,7 @@ class EventLog:
         self.take(lambda: event)
 
     def take(self, make: Callable[[], RebalanceEvent]) -> None:
-        """Take a record that is still to be made, which is done in the log's thread."""
+        """Take a function that makes the record; it is called in the log's thread."""
         try:
             self._thread.submit(self._take_down, make)
         except RuntimeError as closed:
@@ -126,7 +126,7 @@ class EventLog:
 
 
 def scalars(event: RebalanceEvent) -> dict[str, float]:
-    """What of a record is a number over time; means over the layers that had tokens.
+    """The numbers of a record that are followed over time; means over the layers that had tokens.
 
     `now` is of the window that was planned on, under the placement in force while it was counted; `expected` of the
     same window under the plan; `next` of the window after it, under the plan, and there only in a completed record.
@@ -156,7 +156,7 @@ def scalars(event: RebalanceEvent) -> dict[str, float]:
 
 
 def read_events(path: str | os.PathLike[str], max_bytes: int = 2**30) -> list[RebalanceEvent]:
-    """The records of a file, in the order of iterations, each complete as far as its next window has told.
+    """The records of a file, in the order of iterations, each with its outcome where the file has one.
 
     Of a job that was resumed and went through iterations again, those of its last life. A record that was written in
     part, because the job was killed or the disk was full, is left out with a warning; one that follows it on the same
@@ -204,7 +204,7 @@ def read_events(path: str | os.PathLike[str], max_bytes: int = 2**30) -> list[Re
 
 
 def check_log(path: Path, layers: Sequence[str], num_experts: int, num_gpus: int) -> None:
-    """See that a file which is to be appended to, if there is one, begins with a record of such a job.
+    """Check that a file to append to, where there is one, begins with a record of such a job.
 
     Raises:
         DistplbError: naming the file, if it is something else or of another job.

@@ -132,7 +132,7 @@ class RebalanceEvent:
 
     @property
     def bytes_moved(self) -> int:
-        """What crossed from rank to rank, over all ranks."""
+        """Bytes that crossed from rank to rank, over all ranks."""
         return self.bytes_inside + self.bytes_between
 
     def to_json(self) -> str:
@@ -176,7 +176,7 @@ def _parts(value: Any) -> Iterator[str]:
 
 
 def _known(document: dict[str, Any]) -> dict[str, Any]:
-    """The fields that there are, each of its kind."""
+    """The fields that this version knows, each checked for its type."""
     known = {one.name: one for one in fields(RebalanceEvent)}
     lacking = [name for name, one in known.items() if one.default is MISSING and name not in document]
     if lacking:

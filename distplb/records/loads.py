@@ -30,7 +30,7 @@ _KINDS = ".npy, .npz, .csv, .tsv, .txt, .json, .yaml, .pt, .safetensors or a fol
 
 @dataclass(frozen=True, eq=False)
 class Loads:
-    """What a file holds.
+    """The counts of a file.
 
     Args:
         load: `[L, E]` or `[T, L, E]` int64, tokens of each expert.
@@ -68,7 +68,7 @@ def read_loads(path: str | os.PathLike[str], max_bytes: int = 2**32) -> Loads:
 
 
 def read_trace(path: str | os.PathLike[str], num_gpus: int | None = None, max_bytes: int = 2**32) -> Trace:
-    """Read a trace; or counts as `read_loads` does, of which each step is an iteration, from 0, of contiguous experts.
+    """Read a trace; or counts as `read_loads` does, where step t is iteration t and experts are placed contiguously.
 
     Args:
         path: of a file or a folder.
@@ -96,7 +96,7 @@ def read_trace(path: str | os.PathLike[str], num_gpus: int | None = None, max_by
 
 
 def is_trace(path: Path) -> bool:
-    """Whether a path is a folder, or a file that has what a trace has.
+    """Whether a path is a folder, or a file with the arrays of a trace.
 
     Raises:
         DistplbError: if there is no such file, it is empty, or is a `.npz` that cannot be read.

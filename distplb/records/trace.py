@@ -228,7 +228,7 @@ def _smallest(values: NDArray[np.int64]) -> NDArray[Any]:
 
 
 def _with_advice(path: Path, is_part: bool, read: Callable[[A], T], source: A) -> T:
-    """What is read; of a part among others, an error says what to do with it."""
+    """The result of `read`; where it refuses a part among others, the error says what to do with that."""
     try:
         return read(source)
     except DistplbError as error:

@@ -95,7 +95,7 @@ def _names(values: Any) -> tuple[str, ...]:
 
 
 def check_folder(folder: Path, layers: Sequence[str], num_experts: int, num_gpus: int) -> int:
-    """See that all parts in a folder are of a job of these layers, experts and GPUs.
+    """Check that all parts in a folder are of a job with these layers, experts and GPUs.
 
     Parts that cannot be read are passed over: a resumed job goes on beside them, and who reads the trace hears of them.
 

@@ -1,4 +1,4 @@
-"""Arrays out of a `.npy` or `.npz` that may come from anywhere: sizes first, and nothing is run.
+"""Arrays from a `.npy` or `.npz` that may come from anywhere: sizes are checked first, and nothing is run.
 
 Archives that are a trace are read by `Trace`.
 """
@@ -62,7 +62,7 @@ def read_npz(path: Path, choose: Callable[[Sequence[str]], str], max_bytes: int)
 
 
 def array_names(path: Path) -> list[str]:
-    """Of all arrays of a `.npz` file, at least one.
+    """The names of all arrays in a `.npz` file, at least one.
 
     Raises:
         DistplbError: naming the file, if it is no such archive, holds something else too, or nothing.

@@ -1,4 +1,4 @@
-"""`read_document`: what a file of any kind holds."""
+"""`read_document`: the content of a file, whatever its kind."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SUFFIXES = (*_READERS, ".npz")
 def read_document(
     path: Path, choose: Callable[[Sequence[str]], str], max_bytes: int, otherwise: str | None = None
 ) -> Any:
-    """Lists, objects, arrays, numbers and texts in each other, by the file's suffix.
+    """The content as nested lists, objects, arrays, numbers and texts; the suffix says how to read it.
 
     Args:
         path: of a file with one of `SUFFIXES`, in small or large letters.
@@ -57,7 +57,7 @@ def check_is_file(path: Path, expected: str) -> None:
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Name the file in what the operating system refuses inside."""
+    """Errors of the operating system inside become ones that name the file."""
     try:
         yield
     except OSError as error:

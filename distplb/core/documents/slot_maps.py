@@ -1,4 +1,4 @@
-"""Which expert each slot holds, out of a file of ours or of another project.
+"""Which expert each slot holds, read from a file of ours or of another project.
 
 What they write, as read in their sources in November 2026:
 
@@ -33,7 +33,7 @@ _MOST = 2**31  # experts and GPUs
 
 
 class SlotMap(NamedTuple):
-    """What a file tells of a placement.
+    """What a file says of a placement.
 
     Args:
         rows: by layer, in the file's order, P experts each.
@@ -50,7 +50,7 @@ class SlotMap(NamedTuple):
 
 
 def parse_slot_map(path: Path, document: Any) -> SlotMap:
-    """Recognise a placement.
+    """The placement in a document, of whichever project wrote it.
 
     Raises:
         ValueError: with the place, for what is none.

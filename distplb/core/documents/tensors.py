@@ -1,4 +1,4 @@
-"""Tensors out of a file of `torch.save` or of safetensors that may come from anywhere, as arrays.
+"""Tensors from a file of `torch.save` or safetensors that may come from anywhere, as arrays.
 
 The format of safetensors, read here because the package is needed for nothing else: eight bytes, the length of a JSON
 object as a little-endian integer; the object, with dtype, shape and place of each tensor; their bytes.
@@ -72,7 +72,7 @@ def read_pt(path: Path, max_bytes: int) -> Any:
 
 
 def _sizes(path: Path, max_bytes: int) -> set[int]:
-    """Of the archive's members, once these are known to be whole, plain and no larger than allowed."""
+    """The sizes of the archive's members, once these are known to be whole, plain and no larger than allowed."""
     size = path.stat().st_size
     if size > max_bytes:
         raise DistplbError(f"{path} has {size} bytes, {max_bytes} are read; pass the counts alone")

@@ -1,4 +1,4 @@
-"""Text, and JSON and YAML in it, from anywhere: nothing is named twice, nothing is referred to twice."""
+"""Text, JSON and YAML that may come from anywhere: duplicate keys and aliases are refused."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def _different(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def read_yaml(path: Path, max_bytes: int) -> Any:
-    """The same of YAML, where PyYAML is installed: plain values alone, no aliases, no tags.
+    """The same from YAML, where PyYAML is installed: plain values alone, no aliases, no tags.
 
     Raises:
         DistplbError: if it is no such YAML, or PyYAML is not there.

@@ -38,7 +38,7 @@ class Line(NamedTuple):
 
 
 def role_of(name: str) -> str | None:
-    """What a column or a row of this name is, where it is no expert and no layer: a key of `_ROLES`."""
+    """The role of a column or a row of this name, a key of `_ROLES`; None where it is an expert or a layer."""
     return _ROLE.get(re.sub(r"[ .-]", "_", name.strip().lower()))
 
 
@@ -48,7 +48,7 @@ def is_index(text: str) -> bool:
 
 
 def header_of(path: Path, lines: list[Line]) -> list[str] | None:
-    """The first line, where it is certain that it is one; None where it is certain that it is a row."""
+    """The first line if it is certainly a header; None if it is certainly a row."""
     place, cells = lines[0]
     roles = [role_of(cell) for cell in cells]
     corner = not cells[0] or roles[0] is not None
@@ -98,7 +98,7 @@ def _numbers_from(first: int, items: Sequence[object]) -> list[int]:
 
 
 class Columns(NamedTuple):
-    """Places of columns by what they are; of experts in the order of their numbers."""
+    """The place of each column by its role; those of experts in the order of their numbers."""
 
     experts: list[int]
     names: list[str]

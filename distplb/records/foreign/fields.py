@@ -131,7 +131,7 @@ def _by_layer(path: Path, document: Mapping[str, Any]) -> Table:
 
 
 def _records(path: Path, objects: Sequence[Mapping[str, Any]]) -> Table:
-    """Objects that are rows, as pandas and spreadsheets write them: a table."""
+    """The table of objects that are its rows, as pandas and spreadsheets write them."""
     names = list(objects[0])
     lines = [Line("the first object", names)]
     for nth, one in enumerate(objects):
@@ -162,7 +162,7 @@ def _array(path: Path, nested: Any, where: str) -> NDArray[Any]:
 
 
 def _shape(nested: Any) -> tuple[int, ...]:
-    """Along the first of each list; whether the others are alike is seen later."""
+    """The shape along the first of each list; whether the others agree is checked later."""
     shape = []
     while isinstance(nested, list):
         shape.append(len(nested))

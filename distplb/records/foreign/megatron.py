@@ -164,11 +164,11 @@ class _Stage:
         return np.concatenate([counts.reshape(len(counts), -1) for counts in self.counts[at]], axis=1)
 
     def keep(self, at: int, rows: Rows) -> None:
-        """These micro-batches of an iteration only."""
+        """Keep these micro-batches of an iteration only."""
         self.counts[at] = [counts[rows] for counts in self.counts[at]]
 
     def loads(self, shape: tuple[int, ...]) -> list[CountArray]:
-        """Of each iteration `[B, D, L, E]`; the ranks are `[D, M, copies]`."""
+        """For each iteration `[B, D, L, E]`; the ranks are `[D, M, copies]`."""
         loads = []
         for at, of_layers in self.counts.items():
             rows = len(of_layers[0])

@@ -1,4 +1,4 @@
-"""The lines of tokens per expert that each rank of Megatron-LM wrote, in both forms that there have been.
+"""The lines of tokens per expert that each rank of Megatron-LM writes, in the present form and the one before.
 
 One file `rank<number>.jsonl` for each rank, a line for each iteration and layer; "mtp_idx" where "block" is "mtp"::
 
@@ -37,7 +37,7 @@ _RANK_NAME = re.compile(r"rank(\d{1,9})\.jsonl")
 
 
 class RankCounts:
-    """What one rank has written, as its last lines of each iteration have it.
+    """The counts that one rank has written, by its last lines of each iteration.
 
     A job that was resumed goes back to an earlier iteration, and writes in the same files. Its later lines count.
 
@@ -95,7 +95,7 @@ def is_megatron(paths: Sequence[Path]) -> bool:
 
 
 def num_ranks(paths: Sequence[Path]) -> int:
-    """Of all files; those of the older form are read for it."""
+    """The number of ranks in all files; those of the older form are read for it."""
     text = _text_file(paths)
     if text is None:
         return len(_files_by_rank(paths))
@@ -103,7 +103,7 @@ def num_ranks(paths: Sequence[Path]) -> int:
 
 
 def read_ranks(paths: Sequence[Path], max_bytes: int) -> tuple[list[RankCounts], list[str]]:
-    """All ranks, in their order; and the lines that were left out because they break off, in words.
+    """All ranks, in their order; and, in words, the lines that are left out because they break off.
 
     Raises:
         DistplbError: with file and line, for what is no such line; if a rank is missing, or files are too large.
@@ -208,7 +208,7 @@ def _read_json(path: Path, broken: list[str]) -> RankCounts:
 
 
 def _broken_line(path: Path, line: _Line, pattern: bytes) -> list[str]:
-    """Of a line that breaks off."""
+    """A line that breaks off, in words; nothing where it is empty."""
     match = re.search(pattern, line.text)
     which = "" if match is None else f", of iteration {int(match[1])},"
     return [f"{path}: line {line.number}{which} breaks off"] if line.text else []

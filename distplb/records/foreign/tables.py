@@ -44,7 +44,7 @@ def read_table(path: Path, max_bytes: int) -> Table:
 
 
 def parse_table(path: Path, lines: list[Line], *, headed: bool = False) -> Table:
-    """The counts of rows; of several forms, as `read_loads` tells.
+    """The counts of rows, in any of the forms that `read_loads` lists.
 
     Args:
         path: of the file.
@@ -99,7 +99,7 @@ def _lines(path: Path, text: str) -> list[Line]:
 
 
 def _separator(path: Path, text: str) -> tuple[str | None, str, int]:
-    """What parts the cells, None for blanks; the text without a line that says so, and how many lines that took."""
+    """The separator of cells, None for blanks; the text without the line that declares it, and the number of such lines."""
     declared = _SEP_LINE.match(text)
     if declared:
         return declared[1], text[declared.end() :], 1
@@ -141,7 +141,7 @@ def _without_header(path: Path, rows: list[Line]) -> Table:
 
 
 def _values(path: Path, rows: list[Line], columns: list[int]) -> NDArray[Any]:
-    """`[rows, columns]`."""
+    """The counts `[rows, columns]`."""
     texts = [line.cells[column] for line in rows for column in columns]
     if all(len(text) < 19 and text.isascii() and text.isdecimal() for text in texts):
         return np.array([int(text) for text in texts]).reshape(len(rows), len(columns))

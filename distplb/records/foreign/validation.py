@@ -1,4 +1,4 @@
-"""Whether what was read are counts: their shape, whole numbers, and names that are those of layers.
+"""Checks that what was read are counts: the shape, whole numbers, and names that are those of layers.
 
 Shapes: T steps, L layers, E experts.
 """
@@ -53,7 +53,7 @@ def _check_shape(path: Path, values: NDArray[Any]) -> None:
 def _without_total(
     path: Path, load: NDArray[np.int64], layers: tuple[str, ...]
 ) -> tuple[NDArray[np.int64], tuple[str, ...]]:
-    """Without a row that is the sum of the others."""
+    """The counts without a row that is the sum of the others."""
     total = next((at for at, name in enumerate(layers) if role_of(name) == "total"), None)
     if total is None or len(layers) < 2:
         return load, layers
