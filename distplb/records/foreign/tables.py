@@ -99,7 +99,7 @@ def _lines(path: Path, text: str) -> list[Line]:
 
 
 def _separator(path: Path, text: str) -> tuple[str | None, str, int]:
-    """The separator of cells, None for blanks; the text without the line that declares it, and the number of such lines."""
+    """The separator of cells, None for blanks; the text below a line that declares it; and 1 for that line, else 0."""
     declared = _SEP_LINE.match(text)
     if declared:
         return declared[1], text[declared.end() :], 1
