@@ -110,6 +110,11 @@ class Columns(NamedTuple):
 
     @classmethod
     def of(cls, path: Path, place: str, header: list[str]) -> Columns:
+        """The columns of a header.
+
+        Raises:
+            DistplbError: naming the column, for two of one role, names that do not number experts, or rows of ranks.
+        """
         roles: dict[str, int] = {}
         experts = []
         for at, name in enumerate(header):
