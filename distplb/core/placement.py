@@ -18,13 +18,12 @@ from torch import Tensor
 from distplb.core.arguments import refuse_wrong_types, whole_number
 from distplb.core.counts import as_integers
 from distplb.core.documents.read import check_is_file, read_document
-from distplb.core.documents.slot_maps import MAPS, SlotMap, parse_slot_map
+from distplb.core.documents.slot_maps import FORMAT, MAPS, VERSION, SlotMap, parse_slot_map
 from distplb.core.hashing import digest
 from distplb.errors import DistplbError
 
 __all__ = ["Placement", "load_placement"]
 
-_FORMAT_VERSION = 1
 _MOST_BYTES = 1 << 30  # of memory: enough for 10,000 layers of 500 slots as text
 _EXPECTED = "one written by Placement.save, or an object with physical_to_logical_map"
 
@@ -163,8 +162,8 @@ class Placement:
         refuse_wrong_types({"path": (path, (str, os.PathLike), "the path of a file")})
         names = _checked_names(layer_names, self.num_layers)
         document = {
-            "format": "distplb.placement",
-            "version": _FORMAT_VERSION,
+            "format": FORMAT,
+            "version": VERSION,
             "num_experts": self.num_experts,
             "num_gpus": self.num_gpus,
             "expert_of_slot": dict(zip(names, self.expert_of_slot.tolist(), strict=True)),

@@ -24,9 +24,9 @@ import numpy as np
 from distplb.core.arguments import listed
 from distplb.errors import DistplbError
 
-__all__ = ["MAPS", "SlotMap", "parse_slot_map"]
+__all__ = ["FORMAT", "MAPS", "VERSION", "SlotMap", "parse_slot_map"]
 
-_FORMAT, _VERSION = "distplb.placement", 1
+FORMAT, VERSION = "distplb.placement", 1
 _TABLES = ("physical_to_logical_map", "last_physical_to_logical_map", "phy2log")
 MAPS = (*_TABLES, "initial_global_assignments", "layer_list", "expert_of_slot")
 _MOST = 2**31  # experts and GPUs
@@ -79,14 +79,14 @@ def parse_slot_map(path: Path, document: Any) -> SlotMap:
 
 def _ours(path: Path, document: Mapping[str, Any]) -> SlotMap:
     """What `Placement.save` wrote."""
-    kind = document.get("format", _FORMAT)
-    if kind != _FORMAT:
-        raise DistplbError(f"{path} has format {str(kind)[:40]!r}; this distplb reads {_FORMAT!r}")
+    kind = document.get("format", FORMAT)
+    if kind != FORMAT:
+        raise DistplbError(f"{path} has format {str(kind)[:40]!r}; this distplb reads {FORMAT!r}")
     if "version" not in document:
         raise ValueError("it has no 'version'")
     version = document["version"]
-    if type(version) is not int or version != _VERSION:
-        raise DistplbError(f"{path} has version {str(version)[:40]}; this distplb reads version {_VERSION}")
+    if type(version) is not int or version != VERSION:
+        raise DistplbError(f"{path} has version {str(version)[:40]}; this distplb reads version {VERSION}")
     missing = [name for name in ("num_experts", "num_gpus", "expert_of_slot") if name not in document]
     if missing:
         raise ValueError(f"it has no {missing[0]!r}")
