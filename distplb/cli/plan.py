@@ -19,7 +19,7 @@ from distplb.cli.inputs import Inputs, read_inputs
 from distplb.cli.options import search_options, topology_options
 from distplb.cli.output import console, json_option, plain, print_hints, print_json, progress, table
 from distplb.comm.base import WorldOfOne
-from distplb.core.cost import imbalance, known, mean_of_known, mean_of_layers, steps_with_tokens
+from distplb.core.cost import imbalance, mean_of_known, mean_of_layers, nan_to_none, steps_with_tokens
 from distplb.core.placement import Placement
 from distplb.core.price import moved_slots
 from distplb.core.topology import Topology
@@ -93,8 +93,10 @@ def plan(
 
 
 def _rows(inputs: Inputs, placement: Placement) -> list[_Row]:
-    before, after = (known(mean_of_known(imbalance(inputs.load, one), dim=0)) for one in (inputs.start, placement))
-    bound = known(inputs.bound(inputs.load))
+    before, after = (
+        nan_to_none(mean_of_known(imbalance(inputs.load, one), dim=0)) for one in (inputs.start, placement)
+    )
+    bound = nan_to_none(inputs.bound(inputs.load))
     moved = moved_slots(inputs.start, placement, inputs.topology).T.tolist()
     return [_Row(*values) for values in zip(inputs.layers, before, after, bound, *moved, strict=True)]
 

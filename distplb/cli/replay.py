@@ -18,8 +18,8 @@ from distplb.cli.replayed import Costs, Replayed, document, print_tables
 from distplb.core.topology import Topology
 from distplb.errors import DistplbError
 from distplb.records.event_log import read_events
+from distplb.records.foreign.megatron_lines import is_megatron, num_ranks
 from distplb.records.loads import read_trace
-from distplb.records.megatron_lines import is_megatron, num_ranks
 from distplb.records.trace import Trace
 from distplb.study.advice import PRICED, STATIC, STEPS, SUM, WINDOW_STEPS, Study, WhatIf
 from distplb.study.costs import (

@@ -37,10 +37,10 @@ def break_graph() -> None:
 
 
 def forward_pre_hooks(module: nn.Module) -> list[Any]:
-    """In the order in which they run: `Module._forward_pre_hooks`."""
+    """A module's, in the order in which they run: `Module._forward_pre_hooks`."""
     return list(module._forward_pre_hooks.values())
 
 
 def leaves(value: Any) -> list[Any]:
-    """What containers hold, however deep: `torch.utils._pytree.tree_leaves`."""
+    """All that containers hold, however deep: `torch.utils._pytree.tree_leaves`."""
     return torch.utils._pytree.tree_leaves(value)

@@ -26,7 +26,7 @@ from torchtitan.models.common.token_dispatcher import AllToAllTokenDispatcher
 
 from distplb.comm.distnames import flattened
 from distplb.comm.torchdist import TorchComm
-from distplb.core.counts import exact_limit
+from distplb.core.count_errors import exact_limit
 from distplb.core.layer import MoELayer
 from distplb.core.ties import RouterTies
 from distplb.core.topology import Topology

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from distplb.core.bound import lower_bound
-from distplb.core.cost import mean_of_known
+from distplb.core.cost import fullest_gpu, mean_of_known
 from distplb.core.placement import Placement
-from distplb.core.price import MoveModel, TimeCurve, fullest_gpu
+from distplb.core.price import MoveModel, TimeCurve
 from distplb.core.topology import Topology
 from distplb.errors import DistplbError
 from distplb.planning.plan import plan

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from distplb.core.arguments import refuse_wrong_types, whole_number
-from distplb.core.cost import mean_of_known
+from distplb.core.cost import fullest_gpu, mean_of_known
 from distplb.core.placement import Placement
-from distplb.core.price import MoveModel, TimeCurve, fullest_gpu, moved_slots
+from distplb.core.price import MoveModel, TimeCurve, moved_slots
 from distplb.core.topology import Topology
 from distplb.errors import DistplbError
 from distplb.records.trace import Trace

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from distplb.core.balance import balancedness_sglang, balancedness_vllm, max_violation
 from distplb.core.bound import lower_bound
-from distplb.core.cost import gpu_tokens, imbalance, known, mean_of_known, steps_with_tokens
+from distplb.core.cost import fullest_gpu, gpu_tokens, imbalance, mean_of_known, nan_to_none, steps_with_tokens
 from distplb.core.placement import Placement
-from distplb.core.price import MoveModel, fullest_gpu, moved_slots
+from distplb.core.price import MoveModel, moved_slots
 from distplb.core.topology import Topology
 from distplb.migrate.transfer import Moved
 from distplb.planning.options import SearchOptions
@@ -108,7 +108,7 @@ class Account:
         before, after = (_tokens(load, placement) for placement in (self.old, self.target))  # [T, L, M]
         saved, moving = self._modelled()
         reached = by_layer(load, self.target)
-        bound = known(lower_bound(load, self.topology, self.target.num_slots))
+        bound = nan_to_none(lower_bound(load, self.topology, self.target.num_slots))
         return {
             "steps": len(load),
             "imbalance_before": by_layer(load, self.old),
@@ -168,7 +168,7 @@ def completed(event: RebalanceEvent, load: Tensor, plan: Placement, pace: Pace, 
 
 def by_layer(load: Tensor, placement: Placement) -> tuple[float | None, ...]:
     """Imbalance of each layer, the mean over the steps in which it has tokens; None where there are none."""
-    return known(mean_of_known(imbalance(load, placement), dim=0))
+    return nan_to_none(mean_of_known(imbalance(load, placement), dim=0))
 
 
 def _tokens(load: Tensor, placement: Placement) -> Tensor:

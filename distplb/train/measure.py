@@ -68,7 +68,7 @@ def _numbers(tokens: Sequence[int]) -> list[int]:
         raise DistplbError(f"tokens is {shown(tokens)}; pass {wanted}") from None
     if not found:
         raise DistplbError(f"tokens is empty; pass {wanted}")
-    return [whole_number(f"tokens[{nth}]", number, least=1) for nth, number in enumerate(found)]
+    return [whole_number(f"tokens[{nth}]", number, minimum=1) for nth, number in enumerate(found)]
 
 
 def _timed(run: Callable[[int], object], tokens: Sequence[int]) -> list[float]:

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from distplb.core.arguments import refuse_wrong_types, shown, whole_number
-from distplb.core.counts import Counts, as_counts, as_integers, as_tensor, marked, refuse_marked, refuse_unreadable
+from distplb.core.counts import Counts, as_counts, as_integers, marked, refuse_marked
 from distplb.core.hashing import hashed
+from distplb.core.plain_tensor import as_tensor, refuse_unreadable
 from distplb.core.torchnames import break_graph
 from distplb.errors import DistplbError
 from distplb.train.recomputation import is_step
@@ -78,7 +79,7 @@ class LoadWindow:
         max_bytes: int = 64 * 2**20,
     ) -> None:
         num_layers, num_experts, num_steps, max_bytes = (
-            whole_number(f"LoadWindow: {name}", value, least=1)
+            whole_number(f"LoadWindow: {name}", value, minimum=1)
             for name, value in (
                 *(("num_layers", num_layers), ("num_experts", num_experts)),
                 *(("num_steps", num_steps), ("max_bytes", max_bytes)),
@@ -136,7 +137,7 @@ class LoadWindow:
         """
         num_layers, num_experts = self._counts.shape[1:]
         if type(layer) is not int:
-            layer = whole_number("LoadWindow.add: layer", layer, wanted=f"an index in [0, {num_layers})")
+            layer = whole_number("LoadWindow.add: layer", layer, expected=f"an index in [0, {num_layers})")
         if not 0 <= layer < num_layers:
             raise DistplbError(f"LoadWindow.add: layer is {layer}; pass an index in [0, {num_layers})")
         if not isinstance(counts, Tensor):

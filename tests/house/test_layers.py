@@ -75,7 +75,8 @@ NEEDS = {
 }
 # Rooms and modules that decide, and act on nothing.
 PURE = """
-core.arguments core.counts core.fixed_point core.hashing core.ties core.cost core.balance core.bound core.price
+core.arguments core.balance core.bound core.bound_with_replicas core.bound_without_replicas core.cost core.count_errors
+core.counts core.fixed_point core.hashing core.plain_tensor core.price core.ties
 packing planning.chance planning.classes planning.eplb planning.greedy planning.legal planning.moves planning.options
 planning.policies planning.problem planning.relabel planning.starts planning.trial
 migrate.schedule migrate.messages migrate.routes migrate.pieces migrate.budget

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distplb.errors import DistplbError
-from distplb.records.megatron_lines import Counts, RankCounts, read_ranks
+from distplb.records.foreign.megatron_lines import CountArray, RankCounts, read_ranks
 
 __all__ = ["MegatronCounts", "read_megatron"]
 
@@ -28,8 +28,8 @@ _MOST_NAMED = 3
 class MegatronCounts:
     """`load [S, L, E]` and `iteration [S]`, int64; the layers' names, and M."""
 
-    load: Counts
-    iteration: Counts
+    load: CountArray
+    iteration: CountArray
     layers: tuple[str, ...]
     num_gpus: int
 
@@ -54,7 +54,7 @@ def read_megatron(
     grid = np.arange(len(ranks)).reshape(stages, -1, num_gpus, copies)  # [stages, D, M, copies]
     by_stage = [[ranks[number] for number in stage.flatten().tolist()] for stage in grid]
     layers = [_layers(of_stage) for of_stage in by_stage]
-    iterations = _whole(by_stage, layers, broken)
+    iterations = _complete_iterations(by_stage, layers, broken)
     for first, *others in grid.reshape(-1, copies).tolist():
         for other in others:
             _check_same(ranks[first], ranks[other], iterations)
@@ -86,29 +86,29 @@ def _check_same(one: RankCounts, other: RankCounts, iterations: Sequence[int]) -
 # --- whole iterations -------------------------------------------------------------------------------------------
 
 
-def _whole(by_stage: list[list[RankCounts]], layers: list[list[str]], broken: list[str]) -> list[int]:
+def _complete_iterations(by_stage: list[list[RankCounts]], layers: list[list[str]], broken: list[str]) -> list[int]:
     """The iterations that all ranks have with all layers, from the same life of the job; a warning names the others."""
     ranks = [(rank, names) for of_stage, names in zip(by_stage, layers, strict=True) for rank in of_stage]
     left_out = dict[int, str]()
-    found = sorted({at for rank, _ in ranks for at in rank.iterations})
-    for at in found:
+    iterations_of_any = sorted({at for rank, _ in ranks for at in rank.iterations})
+    for at in iterations_of_any:
         for rank, names in ranks:
             lacks = next((name for name in names if name not in rank.iterations.get(at, {})), None)
             if lacks is not None:
                 left_out[at] = f"{rank.name} lacks iteration {at} of {lacks}"
                 break
-    whole = [at for at in found if at not in left_out]
+    whole = [at for at in iterations_of_any if at not in left_out]
     if not whole:
         raise DistplbError(
-            f"{left_out[found[0]]}, and no iteration is whole on all ranks; pass the files of one job, and "
+            f"{left_out[iterations_of_any[0]]}, and no iteration is whole on all ranks; pass the files of one job, and "
             "pipeline_parallel as in it"
         )
     # A rank that died before it wrote its first line of a life does not show that there was one.
-    differ, is_end = any(one.rewinds != ranks[0][0].rewinds for one, _ in ranks), True
+    rewinds_differ, is_end = any(one.rewinds != ranks[0][0].rewinds for one, _ in ranks), True
     for at in reversed(whole):
         first = ranks[0][0]
         other = next((one for one, _ in ranks if (at in one.stale) != (at in first.stale)), None)
-        if other is None and differ and (is_end or at in first.stale):
+        if other is None and rewinds_differ and (is_end or at in first.stale):
             other = next((one for one, _ in ranks if one.versions(at) != first.versions(at)), None)
         if other is not None:
             left_out[at] = f"{other.name} or {first.name} has iteration {at} of an earlier life of the job"
@@ -117,7 +117,7 @@ def _whole(by_stage: list[list[RankCounts]], layers: list[list[str]], broken: li
     iterations = [at for at in whole if at not in left_out]
     if not iterations:
         raise DistplbError(f"{left_out[whole[0]]}, and all others; pass the files of one life of the job")
-    _warn_of(left_out, broken, len(found))
+    _warn_of(left_out, broken, len(iterations_of_any))
     return iterations
 
 
@@ -144,7 +144,7 @@ class _Stage:
     def __init__(self, ranks: Sequence[RankCounts], layers: Sequence[str], iterations: Sequence[int]) -> None:
         self.layers = layers
         shape = ranks[0].iterations[iterations[0]][layers[0]].shape
-        self.counts: dict[int, list[Counts]] = {}
+        self.counts: dict[int, list[CountArray]] = {}
         for at in iterations:
             self.counts[at] = []
             for name in layers:
@@ -159,17 +159,17 @@ class _Stage:
                 self.counts[at].append(np.stack([rank.iterations[at][name] for rank in ranks], axis=1))
         self.first = ranks[0]
 
-    def rows(self, at: int) -> Counts:
+    def rows(self, at: int) -> CountArray:
         """`[B, numbers]`: all that was counted in each micro-batch of an iteration."""
         return np.concatenate([counts.reshape(len(counts), -1) for counts in self.counts[at]], axis=1)
 
     def keep(self, at: int, rows: Rows) -> None:
-        """These micro-batches of an iteration only."""
+        """Keep these micro-batches of an iteration only."""
         self.counts[at] = [counts[rows] for counts in self.counts[at]]
 
-    def loads(self, shape: tuple[int, ...]) -> list[Counts]:
-        """Of each iteration `[B, D, L, E]`; the ranks are `[D, M, copies]`."""
-        found = []
+    def loads(self, shape: tuple[int, ...]) -> list[CountArray]:
+        """For each iteration `[B, D, L, E]`; the ranks are `[D, M, copies]`."""
+        loads = []
         for at, of_layers in self.counts.items():
             rows = len(of_layers[0])
             for name, counts in zip(self.layers, of_layers, strict=True):
@@ -180,8 +180,8 @@ class _Stage:
                     )
             # The experts of a GPU are the same on all its copies.
             load = np.stack([counts.reshape(rows, *shape, -1)[:, :, :, 0] for counts in of_layers], axis=2)
-            found.append(load.reshape(*load.shape[:3], -1))
-        return found
+            loads.append(load.reshape(*load.shape[:3], -1))
+        return loads
 
 
 def _use_recomputed_once(stages: Sequence[_Stage], iterations: Sequence[int]) -> None:
@@ -197,10 +197,10 @@ def _use_recomputed_once(stages: Sequence[_Stage], iterations: Sequence[int]) ->
     doubled: dict[int, list[Rows]] = {}
     for size in {len(stages[0].counts[at][0]) for at in iterations}:
         of_size = [at for at in iterations if len(stages[0].counts[at][0]) == size and at not in halved]
-        found = {at: rows for at in of_size if (rows := _twins(stages, at)) is not None}
-        if len(found) == len(of_size):
-            doubled |= found
-    if doubled and _tells(stages, doubled):
+        kept_rows = {at: rows for at in of_size if (rows := _twins(stages, at)) is not None}
+        if len(kept_rows) == len(of_size):
+            doubled |= kept_rows
+    if doubled and _rows_differ(stages, doubled):
         for at, rows in doubled.items():
             for stage, of_stage in zip(stages, rows, strict=True):
                 stage.keep(at, of_stage)
@@ -214,7 +214,7 @@ def _use_recomputed_once(stages: Sequence[_Stage], iterations: Sequence[int]) ->
         )
 
 
-def _halve_some_layers(of_layers: list[Counts]) -> bool:
+def _halve_some_layers(of_layers: list[CountArray]) -> bool:
     """Where some layers have twice as many rows as the others: those that are recomputed, if each row has its twin."""
     sizes = sorted({len(counts) for counts in of_layers})
     if len(sizes) != 2 or sizes[1] != 2 * sizes[0]:
@@ -230,11 +230,11 @@ def _twins(stages: Sequence[_Stage], at: int) -> list[Rows] | None:
     """Of an iteration: in each stage, the micro-batches that are left where each is used once; None if one is alone."""
     if len({len(counts) for stage in stages for counts in stage.counts[at]}) > 1:
         return None
-    found = [rows for stage in stages if (rows := _first_of_twins(stage.rows(at))) is not None]
-    return found if len(found) == len(stages) else None
+    kept_rows = [rows for stage in stages if (rows := _first_of_twins(stage.rows(at))) is not None]
+    return kept_rows if len(kept_rows) == len(stages) else None
 
 
-def _first_of_twins(rows: Counts) -> Rows | None:
+def _first_of_twins(rows: CountArray) -> Rows | None:
     """Of rows `[B, numbers]` that are all there an even number of times, the first half of each; else None."""
     _, group, sizes = np.unique(rows, axis=0, return_inverse=True, return_counts=True)
     if (sizes % 2).any():
@@ -246,7 +246,7 @@ def _first_of_twins(rows: Counts) -> Rows | None:
     return np.flatnonzero(nth < sizes[group] // 2)
 
 
-def _tells(stages: Sequence[_Stage], doubled: Iterable[int]) -> bool:
+def _rows_differ(stages: Sequence[_Stage], doubled: Iterable[int]) -> bool:
     """Whether micro-batches differ: in an iteration, or from one to the next where each has a single one, twice."""
     for stage in stages:
         alone = set[bytes]()
@@ -262,7 +262,7 @@ def _tells(stages: Sequence[_Stage], doubled: Iterable[int]) -> bool:
 
 
 def _stacked(
-    loads: list[list[Counts]], iterations: list[int], layers: tuple[str, ...], num_gpus: int
+    loads: list[list[CountArray]], iterations: list[int], layers: tuple[str, ...], num_gpus: int
 ) -> MegatronCounts:
     """All stages' layers beside each other, all micro-batches and EP groups after each other."""
     steps = []

@@ -8,10 +8,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from decimal import Decimal
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from distplb.errors import DistplbError
 
-__all__ = ["counts", "is_number"]
+__all__ = ["is_number", "number_array", "parse_counts"]
 
 _PLAIN = re.compile(r"[+-]?[0-9]{1,40}")
 # A space or an apostrophe between groups of three digits is no decimal sign anywhere.
@@ -32,10 +36,10 @@ def is_number(text: str) -> bool:
     )
 
 
-def counts(cells: Sequence[str], place: Callable[[int], str]) -> list[int]:
+def parse_counts(cells: Sequence[str], place: Callable[[int], str]) -> list[int]:
     """The whole numbers that the cells of one table hold; all are written in one way.
 
-    >>> counts(["1,234,567", "1,234", "7.00"], place="cell {}".format)
+    >>> parse_counts(["1,234,567", "1,234", "7.00"], place="cell {}".format)
     [1234567, 1234, 7]
 
     Args:
@@ -51,6 +55,12 @@ def counts(cells: Sequence[str], place: Callable[[int], str]) -> list[int]:
             raise DistplbError(f"{place(at)}: {cells[at][:40]!r} is not a count")
     thousands = _thousands(cells, odd, place)
     return [_count(text, at, thousands, place) for at, text in enumerate(cells)]
+
+
+def number_array(numbers: Sequence[int | float]) -> NDArray[Any]:
+    """`[n]`: of NumPy's type for them; of Python's own numbers where an integer does not fit an int64."""
+    is_long = any(isinstance(number, int) and not -(2**63) <= number < 2**63 for number in numbers)
+    return np.array(numbers, object if is_long else None)
 
 
 def _thousands(cells: Sequence[str], odd: Sequence[int], place: Callable[[int], str]) -> str:

@@ -1,4 +1,4 @@
-"""Which part of somebody else's file are the counts: of SGLang, vLLM, TensorRT-LLM, and of any object or archive.
+"""Which field of a file holds the counts: of SGLang, vLLM, TensorRT-LLM, and of any object or archive.
 
 What they write, as read in their sources in November 2026:
 
@@ -23,10 +23,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from distplb.core.arguments import listed
 from distplb.errors import DistplbError
-from distplb.records.tables import Line, Table, table_of
+from distplb.records.foreign.columns import Line
+from distplb.records.foreign.number_formats import number_array
+from distplb.records.foreign.tables import Table, parse_table
 
-__all__ = ["counts_of", "key_of_counts"]
+__all__ = ["choose_array", "counts_of"]
 
 _LAYOUT = "[layers][experts] or [steps][layers][experts]"
 _COUNTS = (
@@ -50,20 +53,46 @@ _OF_ONE_RANK = ("rank", "rank_id", "ep_rank", "global_rank", "local_rank")
 _ITERATION_AND_LAYER = re.compile(r"[0-9]+_[0-9]+")
 
 
-def key_of_counts(path: Path, names: Sequence[str]) -> str | None:
-    """The name that the counts have; None where all names may be layers.
+def counts_of(path: Path, document: Any) -> Table:
+    """The counts, of any number of dims, and the layers' names where the file has some.
+
+    Raises:
+        DistplbError: naming the place, for what is no count, or not certain to be one.
+    """
+    if isinstance(document, Mapping):
+        key = _key_of_counts(path, list(document))
+        if key is None:
+            return _by_layer(path, document)
+        if isinstance(document[key], Mapping):
+            return _by_layer(path, document[key])
+        return Table(_array(path, document[key], f"{path}: {key!r}"), None)
+    if isinstance(document, list) and document and all(isinstance(one, Mapping) for one in document):
+        return _records(path, document)
+    return Table(_array(path, document, str(path)), None)
+
+
+def choose_array(path: Path, names: Sequence[str]) -> str:
+    """The one array of an archive that holds the counts, by its name.
 
     Raises:
         DistplbError: if several may be meant, or what is there is something else.
     """
-    found = ["load"] if "load" in names else [name for name in names if name in _COUNTS]
-    if len(found) > 1:
-        raise DistplbError(f"{path} has {_listed(found)}; pass a file of one of them, or name it 'load'")
-    if found:
+    key = _key_of_counts(path, names)
+    if key is None and len(names) != 1:
+        raise DistplbError(f"{path} holds arrays {listed(names)}; pass a file of one array, or name it 'load'")
+    return names[0] if key is None else key
+
+
+def _key_of_counts(path: Path, names: Sequence[str]) -> str | None:
+    """The name that the counts have; None where all names may be layers."""
+    keys = ["load"] if "load" in names else [name for name in names if name in _COUNTS]
+    if len(keys) > 1:
+        raise DistplbError(f"{path} has {listed(keys)}; pass a file of one of them, or name it 'load'")
+    if keys:
         rank = next((name for name in names if name.lower() in _OF_ONE_RANK), None)
-        if rank is not None and found[0] != _SUMMED:
-            raise DistplbError(f"{path} has {rank!r} beside {found[0]!r}, and is of one rank; add up all ranks")
-        return found[0]
+        if rank is not None and keys[0] != _SUMMED:
+            raise DistplbError(f"{path} has {rank!r} beside {keys[0]!r}, and is of one rank; add up all ranks")
+        return keys[0]
     for name, why in _OTHERS.items():
         if name in names:
             raise DistplbError(f"{path}: {name!r} {why}; pass {_LAYOUT} as 'load'")
@@ -73,24 +102,6 @@ def key_of_counts(path: Path, names: Sequence[str]) -> str | None:
             "ranks' files, and pass [iterations, layers, experts] as 'load'"
         )
     return None
-
-
-def counts_of(path: Path, document: Any) -> Table:
-    """The counts, of any number of dims, and the layers' names where the file has some.
-
-    Raises:
-        DistplbError: naming the place, for what is no count, or not certain to be one.
-    """
-    if isinstance(document, Mapping):
-        key = key_of_counts(path, list(document))
-        if key is None:
-            return _by_layer(path, document)
-        if isinstance(document[key], Mapping):
-            return _by_layer(path, document[key])
-        return Table(_array(path, document[key], f"{path}: {key!r}"), None)
-    if isinstance(document, list) and document and all(isinstance(one, Mapping) for one in document):
-        return _records(path, document)
-    return Table(_array(path, document, str(path)), None)
 
 
 def _by_layer(path: Path, document: Mapping[str, Any]) -> Table:
@@ -105,14 +116,14 @@ def _by_layer(path: Path, document: Mapping[str, Any]) -> Table:
             raise DistplbError(
                 f"{path}: {name[:40]!r} is {json.dumps(value, default=str)[:40]} where a list of counts is expected; "
                 "pass a list of counts for each layer, all as long, or name [steps][layers][experts] 'load' (it has "
-                f"{_listed(list(document))})"
+                f"{listed(list(document))})"
             )
     rows = [_array(path, value, f"{path}: {name[:40]!r}") for name, value in document.items()]
     for name, row in zip(document, rows, strict=True):
         if row.ndim != 1 or not row.size or row.shape != rows[0].shape:
             raise DistplbError(
                 f"{path}: {name[:40]!r} has shape {list(row.shape)}; pass a list of counts for each layer, all as long "
-                f"and none empty, or name [steps][layers][experts] 'load' (it has {_listed(list(document))})"
+                f"and none empty, or name [steps][layers][experts] 'load' (it has {listed(list(document))})"
             )
     if not rows:
         raise DistplbError(f"{path} has no layers; pass a list of counts for each layer")
@@ -120,7 +131,7 @@ def _by_layer(path: Path, document: Mapping[str, Any]) -> Table:
 
 
 def _records(path: Path, objects: Sequence[Mapping[str, Any]]) -> Table:
-    """Objects that are rows, as pandas and spreadsheets write them: a table."""
+    """The table of objects that are its rows, as pandas and spreadsheets write them."""
     names = list(objects[0])
     lines = [Line("the first object", names)]
     for nth, one in enumerate(objects):
@@ -130,7 +141,7 @@ def _records(path: Path, objects: Sequence[Mapping[str, Any]]) -> Table:
             if isinstance(value, bool | list | Mapping) or value is None:
                 raise DistplbError(f"{path}, object {nth}: {json.dumps(value, default=str)[:40]} is not a count")
         lines.append(Line(f"object {nth}", [str(one[name]) for name in names]))
-    return table_of(path, lines, headed=True)
+    return parse_table(path, lines, headed=True)
 
 
 def _array(path: Path, nested: Any, where: str) -> NDArray[Any]:
@@ -147,12 +158,11 @@ def _array(path: Path, nested: Any, where: str) -> NDArray[Any]:
     flat = list(_flat(where, nested, shape, ()))
     if any(isinstance(number, int) for number in flat):  # kept whole beside floats, which hold fewer digits
         flat = [int(number) if isinstance(number, float) and number.is_integer() else number for number in flat]
-    many = any(isinstance(number, int) and not -(2**63) <= number < 2**63 for number in flat)
-    return np.array(flat, object if many else None).reshape(shape)
+    return number_array(flat).reshape(shape)
 
 
 def _shape(nested: Any) -> tuple[int, ...]:
-    """Along the first of each list; whether the others are alike is seen later."""
+    """The shape along the first of each list; whether the others agree is checked later."""
     shape = []
     while isinstance(nested, list):
         shape.append(len(nested))
@@ -168,13 +178,9 @@ def _flat(where: str, nested: Any, shape: tuple[int, ...], place: tuple[int, ...
         yield nested
         return
     if not isinstance(nested, list) or len(nested) != shape[0]:
-        found = f"a list of {len(nested)}" if isinstance(nested, list) else json.dumps(nested, default=str)[:40]
+        value = f"a list of {len(nested)}" if isinstance(nested, list) else json.dumps(nested, default=str)[:40]
         raise DistplbError(
-            f"{where}: {found} at {list(place)} where a list of {shape[0]} is expected; pass counts as {_LAYOUT}"
+            f"{where}: {value} at {list(place)} where a list of {shape[0]} is expected; pass counts as {_LAYOUT}"
         )
     for at, one in enumerate(nested):
         yield from _flat(where, one, shape[1:], (*place, at))
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(repr(name[:40]) for name in names[:8]) + (", ..." if len(names) > 8 else "")

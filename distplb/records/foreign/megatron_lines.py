@@ -1,4 +1,4 @@
-"""The lines of tokens per expert that each rank of Megatron-LM wrote, in both forms that there have been.
+"""The lines of tokens per expert that each rank of Megatron-LM writes, in the present form and the one before.
 
 One file `rank<number>.jsonl` for each rank, a line for each iteration and layer; "mtp_idx" where "block" is "mtp"::
 
@@ -25,9 +25,9 @@ from numpy.typing import NDArray
 
 from distplb.errors import DistplbError
 
-__all__ = ["Counts", "RankCounts", "is_megatron", "num_ranks", "read_ranks"]
+__all__ = ["CountArray", "RankCounts", "is_megatron", "num_ranks", "read_ranks"]
 
-Counts = NDArray[np.int64]
+CountArray = NDArray[np.int64]
 
 _MAX_LINE_BYTES = 1 << 24
 _JSON, _TEXT = b'{"iter"', b"Rank="  # how lines begin
@@ -37,7 +37,7 @@ _RANK_NAME = re.compile(r"rank(\d{1,9})\.jsonl")
 
 
 class RankCounts:
-    """What one rank has written, as its last lines of each iteration have it.
+    """The counts that one rank has written, by its last lines of each iteration.
 
     A job that was resumed goes back to an earlier iteration, and writes in the same files. Its later lines count.
 
@@ -52,14 +52,14 @@ class RankCounts:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.iterations: dict[int, dict[str, Counts]] = {}
+        self.iterations: dict[int, dict[str, CountArray]] = {}
         self.stale: set[int] = set()
         self.rewinds: list[int] = []
         self._path: list[int] = []  # iterations of the last life and of what led to it, rising
-        self._earlier: dict[int, dict[str, Counts]] = {}
+        self._earlier: dict[int, dict[str, CountArray]] = {}
         self._versions: dict[int, int] = {}
 
-    def take(self, iteration: int, layer: str, counts: Counts) -> None:
+    def take(self, iteration: int, layer: str, counts: CountArray) -> None:
         """A line of all micro-batches. One of an iteration or layer that was there before begins the iteration anew."""
         last = self._path[-1] if self._path else -1
         if iteration != last or layer in self.iterations[iteration]:
@@ -95,7 +95,7 @@ def is_megatron(paths: Sequence[Path]) -> bool:
 
 
 def num_ranks(paths: Sequence[Path]) -> int:
-    """Of all files; those of the older form are read for it."""
+    """The number of ranks in all files; those of the older form are read for it."""
     text = _text_file(paths)
     if text is None:
         return len(_files_by_rank(paths))
@@ -103,7 +103,7 @@ def num_ranks(paths: Sequence[Path]) -> int:
 
 
 def read_ranks(paths: Sequence[Path], max_bytes: int) -> tuple[list[RankCounts], list[str]]:
-    """All ranks, in their order; and the lines that were left out because they break off, in words.
+    """All ranks, in their order; and, in words, the lines that are left out because they break off.
 
     Raises:
         DistplbError: with file and line, for what is no such line; if a rank is missing, or files are too large.
@@ -136,8 +136,8 @@ def _text_file(paths: Sequence[Path]) -> Path | None:
 
 def _files_by_rank(paths: Sequence[Path]) -> Mapping[int, Path]:
     files: dict[int, Path] = {}
-    found = [sorted(path.glob("rank*.jsonl")) if path.is_dir() else [path] for path in paths]
-    for path in (path for each in found for path in each):
+    by_argument = [sorted(path.glob("rank*.jsonl")) if path.is_dir() else [path] for path in paths]
+    for path in (path for each in by_argument for path in each):
         match = _RANK_NAME.fullmatch(path.name)
         if not match or int(match[1]) in files:
             raise DistplbError(
@@ -199,7 +199,7 @@ def _read_json(path: Path, broken: list[str]) -> RankCounts:
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             if not line.may_be_torn(_JSON):
                 raise _refused(path, line, error) from error
-            broken += _told(path, line, rb'"iter": (\d{1,18}),')
+            broken += _broken_line(path, line, rb'"iter": (\d{1,18}),')
             continue
         rank.take(iteration, layer, counts)
     if not rank.iterations:
@@ -207,8 +207,8 @@ def _read_json(path: Path, broken: list[str]) -> RankCounts:
     return rank
 
 
-def _told(path: Path, line: _Line, pattern: bytes) -> list[str]:
-    """Of a line that breaks off."""
+def _broken_line(path: Path, line: _Line, pattern: bytes) -> list[str]:
+    """A line that breaks off, in words; nothing where it is empty."""
     match = re.search(pattern, line.text)
     which = "" if match is None else f", of iteration {int(match[1])},"
     return [f"{path}: line {line.number}{which} breaks off"] if line.text else []
@@ -222,7 +222,7 @@ def _refused(path: Path, line: _Line, error: Exception) -> DistplbError:
     )
 
 
-def _parsed(text: bytes) -> tuple[int, str, Counts]:
+def _parsed(text: bytes) -> tuple[int, str, CountArray]:
     """Iteration, layer and `[B, G]` of one line."""
     record: dict[str, Any] = json.loads(text)
     names = ["iter", "layer"] + ["mtp_idx"] * (record["block"] == "mtp")
@@ -246,7 +246,7 @@ def _read_text(path: Path) -> tuple[list[RankCounts], list[str]]:
     broken: list[str] = []
     # Each rank writes its lines of an iteration at once: where others' come between, it has begun the iteration anew.
     for (number, iteration), lines in itertools.groupby(_text_lines(path, broken), key=lambda line: line[:2]):
-        rows: dict[str, list[Counts]] = {}
+        rows: dict[str, list[CountArray]] = {}
         for _, _, layer, counts in lines:
             rows.setdefault(layer, []).append(counts)
         if "" in rows:
@@ -267,7 +267,7 @@ def _read_text(path: Path) -> tuple[list[RankCounts], list[str]]:
     return [ranks[number] for number in range(len(ranks))], broken
 
 
-def _text_lines(path: Path, broken: list[str]) -> Iterator[tuple[int, int, str, Counts]]:
+def _text_lines(path: Path, broken: list[str]) -> Iterator[tuple[int, int, str, CountArray]]:
     """Rank, iteration, layer and `[G]` of each line; a layer "" where one breaks off."""
     last: tuple[int, int] | None = None
     for line in _lines(path):
@@ -281,7 +281,7 @@ def _text_lines(path: Path, broken: list[str]) -> Iterator[tuple[int, int, str, 
         except ValueError as error:
             if match is not None or not line.may_be_torn(_TEXT):
                 raise _refused(path, line, error) from error
-            broken += _told(path, line, rb"iter=(\d{1,18}) ")
+            broken += _broken_line(path, line, rb"iter=(\d{1,18}) ")
             begin = re.match(rb"Rank=(\d{1,9}) iter=(\d{1,18}) ", line.text)
             torn = (int(begin[1]), int(begin[2])) if begin else last
             if torn is not None and line.text:

@@ -1,4 +1,4 @@
-"""Which expert each slot holds, out of a file of ours or of another project.
+"""Which expert each slot holds, read from a file of ours or of another project.
 
 What they write, as read in their sources in November 2026:
 
@@ -21,35 +21,36 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from distplb.core.arguments import listed
 from distplb.errors import DistplbError
 
-__all__ = ["MAPS", "SlotMap", "slot_map"]
+__all__ = ["FORMAT", "MAPS", "VERSION", "SlotMap", "parse_slot_map"]
 
-_FORMAT, _VERSION = "distplb.placement", 1
+FORMAT, VERSION = "distplb.placement", 1
 _TABLES = ("physical_to_logical_map", "last_physical_to_logical_map", "phy2log")
 MAPS = (*_TABLES, "initial_global_assignments", "layer_list", "expert_of_slot")
 _MOST = 2**31  # experts and GPUs
 
 
 class SlotMap(NamedTuple):
-    """What a file tells of a placement.
+    """What a file says of a placement.
 
     Args:
         rows: by layer, in the file's order, P experts each.
-        named: what the names of the layers are: names ("names"), numbers among all layers of the model ("numbers"), or
+        layer_keys: what the keys of `rows` are: names ("names"), numbers among all layers of the model ("numbers"), or
             the order alone ("order").
         num_experts: None where the file does not tell.
         num_gpus: likewise.
     """
 
     rows: dict[str, list[int]]
-    named: str
+    layer_keys: str
     num_experts: int | None
     num_gpus: int | None
 
 
-def slot_map(path: Path, document: Any) -> SlotMap:
-    """Recognise a placement.
+def parse_slot_map(path: Path, document: Any) -> SlotMap:
+    """The placement in a document, of whichever project wrote it.
 
     Raises:
         ValueError: with the place, for what is none.
@@ -60,33 +61,32 @@ def slot_map(path: Path, document: Any) -> SlotMap:
             "it has no names, and a bare table may also map from logical to physical; pass an object with "
             "'physical_to_logical_map'"
         )
-    found = [name for name in MAPS if name in document]
-    if "version" in document or "format" in document or found == ["expert_of_slot"]:
+    names = [name for name in MAPS if name in document]
+    if "version" in document or "format" in document or names == ["expert_of_slot"]:
         return _ours(path, document)
-    if len(found) != 1:
-        shown = ", ".join(repr(str(name)[:40]) for name in list(document)[:8])
+    if len(names) != 1:
         raise ValueError(
-            f"it has {shown or 'nothing'}, and {'none' if not found else 'more than one'} of {', '.join(MAPS)}"
+            f"it has {listed(document) or 'nothing'}, and {'more than one' if names else 'none'} of {', '.join(MAPS)}"
         )
-    if found[0] == "layer_list":
+    if names[0] == "layer_list":
         return _by_device(document)
-    if found[0] == "initial_global_assignments":
+    if names[0] == "initial_global_assignments":
         return _by_number(document)
-    table = _list(document[found[0]], found[0])
-    rows = {str(layer): _row(row, f"{found[0]}, layer {layer}") for layer, row in enumerate(table)}
+    table = _list(document[names[0]], names[0])
+    rows = {str(layer): _row(row, f"{names[0]}, layer {layer}") for layer, row in enumerate(table)}
     return _checked(SlotMap(rows, "order", None, None))
 
 
 def _ours(path: Path, document: Mapping[str, Any]) -> SlotMap:
     """What `Placement.save` wrote."""
-    kind = document.get("format", _FORMAT)
-    if kind != _FORMAT:
-        raise DistplbError(f"{path} has format {str(kind)[:40]!r}; this distplb reads {_FORMAT!r}")
+    kind = document.get("format", FORMAT)
+    if kind != FORMAT:
+        raise DistplbError(f"{path} has format {str(kind)[:40]!r}; this distplb reads {FORMAT!r}")
     if "version" not in document:
         raise ValueError("it has no 'version'")
     version = document["version"]
-    if type(version) is not int or version != _VERSION:
-        raise DistplbError(f"{path} has version {str(version)[:40]}; this distplb reads version {_VERSION}")
+    if type(version) is not int or version != VERSION:
+        raise DistplbError(f"{path} has version {str(version)[:40]}; this distplb reads version {VERSION}")
     missing = [name for name in ("num_experts", "num_gpus", "expert_of_slot") if name not in document]
     if missing:
         raise ValueError(f"it has no {missing[0]!r}")
@@ -117,7 +117,7 @@ def _by_device(document: Mapping[str, Any]) -> SlotMap:
     gpus = set()
     for nth, layer in enumerate(layers):
         place = f"entry {nth} of layer_list"
-        number = str(_number(_mapping(layer).get("layer_id", nth), f"layer_id of {place}", least=0))
+        number = str(_number(_mapping(layer).get("layer_id", nth), f"layer_id of {place}", minimum=0))
         devices = _list(layer.get("device_list"), f"device_list of {place}")
         if "device_count" in layer and _number(layer["device_count"], f"device_count of {place}") != len(devices):
             raise ValueError(f"device_count of {place} is {layer['device_count']}, and it has {len(devices)} devices")
@@ -137,19 +137,19 @@ def _by_device(document: Mapping[str, Any]) -> SlotMap:
     return _checked(SlotMap(rows, "order" if in_order else "numbers", None, next(iter(gpus), None)))
 
 
-def _checked(found: SlotMap) -> SlotMap:
-    first = next(iter(found.rows.values()), [])
-    for name, row in found.rows.items():
+def _checked(slot_map: SlotMap) -> SlotMap:
+    first = next(iter(slot_map.rows.values()), [])
+    for name, row in slot_map.rows.items():
         if len(row) != len(first):
             raise ValueError(f"layer {name[:80]!r} has {len(row)} slots where the first has {len(first)}")
     if not first:
         raise ValueError("it has no layers, or no slots")
-    return found
+    return slot_map
 
 
-def _number(value: Any, name: str, least: int = 1) -> int:
-    if type(value) is not int or not least <= value < _MOST:
-        raise ValueError(f"{name} is {value!r:.40}; it must be a whole number, at least {least}")
+def _number(value: Any, name: str, minimum: int = 1) -> int:
+    if type(value) is not int or not minimum <= value < _MOST:
+        raise ValueError(f"{name} is {value!r:.40}; it must be a whole number, at least {minimum}")
     return value
 
 

@@ -1,4 +1,4 @@
-"""Archives of arrays that may come from anywhere: sizes are checked before anything is unpacked, nothing is run."""
+"""Archives of arrays, in which traces are kept: sizes are checked before anything is unpacked, nothing is run."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from distplb.core.arguments import listed
+from distplb.core.documents.arrays import read_header
 from distplb.errors import DistplbError
 
 __all__ = ["ArrayFile", "write_arrays"]
@@ -58,9 +60,7 @@ class ArrayFile:
 
     def _read_header(self, archive: zipfile.ZipFile, name: str, size: int, kinds: str, dims: int) -> None:
         with archive.open(f"{name}.npy") as member:
-            if np.lib.format.read_magic(member) != (1, 0):
-                raise self._error(f"has array {name!r} in a format of NumPy's that is not 1.0")
-            shape, _, dtype = np.lib.format.read_array_header_1_0(member)
+            shape, dtype = read_header(member)
             start = member.tell()
         if dtype.hasobject or dtype.kind not in kinds or len(shape) != dims or min(shape, default=0) < 0:
             raise self._error(f"has array {name!r} of {dtype} and shape {shape}")
@@ -68,9 +68,10 @@ class ArrayFile:
             raise self._error(f"has array {name!r} of shape {shape} in {size} bytes")
         self.shapes[name], self._dtypes[name] = shape, dtype
 
-    def num_bytes(self, itemsize: int = 0) -> int:
-        """Of all arrays in memory; where `itemsize` is given, with so many bytes for each value at least."""
-        return sum(math.prod(shape) * max(itemsize, self._dtypes[name].itemsize) for name, shape in self.shapes.items())
+    @property
+    def num_bytes(self) -> int:
+        """Of all arrays in memory, as int64."""
+        return sum(math.prod(shape) * max(8, self._dtypes[name].itemsize) for name, shape in self.shapes.items())
 
     def read(self, name: str) -> Array:
         """One array, unpacked."""
@@ -90,5 +91,4 @@ class ArrayFile:
 
 
 def _few(names: Mapping[str, object]) -> str:
-    shown = ", ".join(repr(name[:40]) for name in sorted(names)[:8])
-    return f"arrays {shown}{', ...' if len(names) > 8 else ''}" if names else "no arrays"
+    return f"arrays {listed(sorted(names))}" if names else "no arrays"
