@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from distplb import DistplbError, Placement, Topology, bound, imbalance, lower_bound
+from distplb import DistplbError, Placement, Topology, imbalance, lower_bound
+from distplb.core import bound
 
 Table = tuple[tuple[int, ...], ...]  # the experts on each GPU
 

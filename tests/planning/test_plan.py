@@ -19,7 +19,8 @@ import torch.distributed as dist
 from ranks import errors_on_ranks, on_ranks
 from torch import Tensor
 
-from distplb import DistplbError, Placement, Topology, imbalance, lower_bound, plan, planner
+import distplb.planning.plan
+from distplb import DistplbError, Placement, Topology, imbalance, lower_bound, plan
 from distplb.comm.base import Comm, WorldOfOne
 from distplb.comm.torchdist import TorchComm
 from distplb.core.price import TimeCurve
@@ -337,7 +338,7 @@ def fails_in_the_middle(stage: str) -> str:
     if stage == "search" and dist.get_rank() == 1:
         Problem.costs = break_down
     if stage == "count" and dist.get_rank() == 1:
-        planner._copied = break_down
+        distplb.planning.plan._copied = break_down
     if stage == "polish":
         Problem.polish = break_down
     try:
