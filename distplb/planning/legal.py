@@ -27,7 +27,7 @@ def check_legal(
     """Refuse a placement that group-limited routing or the layout does not let pass.
 
     Args:
-        placement: wanted; without replicas.
+        placement: to come; without replicas.
         current: in force, which tells the experts' classes.
         num_groups: of the router, whose rows move; None where there are none.
         slot_class: `[P]`, as of `plan`.

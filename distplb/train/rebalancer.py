@@ -40,10 +40,10 @@ from distplb.errors import (
 from distplb.migrate.budget import within_budget
 from distplb.migrate.mover import Held, Mover, Ready
 from distplb.migrate.transfer import Limits, Moved
+from distplb.planning.engine_choice import engine_for
 from distplb.planning.legal import check_legal
-from distplb.planning.options import SearchOptions
-from distplb.planning.plan import Planned, Planning
-from distplb.planning.trial import engine_for
+from distplb.planning.options import PlanOptions
+from distplb.planning.plan import PlanResult, StagedPlan
 from distplb.records.event_log import EventLog, SummaryWriter, check_log
 from distplb.records.events import RebalanceEvent
 from distplb.records.trace_parts import check_folder
@@ -547,7 +547,7 @@ class Rebalancer:
         self._pending = _Pending(event, moved.slots, target, told.pace, took)
         self._tell(event)
 
-    def _counted(self, options: SearchOptions, stages: Stages, error: Exception | None) -> Planning:
+    def _counted(self, options: PlanOptions, stages: Stages, error: Exception | None) -> StagedPlan:
         """The plan, begun with the counts of all ranks."""
         with stages.stage("count"):
             load, steps = torch.zeros(1, len(self._names), self._window.shape[2], dtype=torch.int64, device="cpu"), 0
@@ -557,7 +557,7 @@ class Rebalancer:
             except Exception as caught:
                 error = error or in_stage("count", caught)
         fields = {"the rebalancer's iteration": self._iteration, "the steps in the window (digest)": steps}
-        return Planning(load, self._topology, self._comm, options, stages=stages, fields=fields, error=error)
+        return StagedPlan(load, self._topology, self._comm, options, stages=stages, fields=fields, error=error)
 
     def _beside(self, run: Callable[[], None]) -> Callable[[Stages], None]:
         """Run it beside the training, or at once where the rebalance is not spread; what waits for its end."""
@@ -628,7 +628,7 @@ class Rebalancer:
         warnings.warn(f"distplb has skipped a rebalance: {differing}", RuntimeWarning, stacklevel=5)
 
     def _wanted(
-        self, planned: Planned, old: Placement, options: SearchOptions, slot_bytes: int, stays: Mapping[int, str]
+        self, planned: PlanResult, old: Placement, options: PlanOptions, slot_bytes: int, stays: Mapping[int, str]
     ) -> _Wanted:
         """What of the plan is carried out: what is worth it, can move, and fits in the budget."""
         worth, left_alone = planned.placement, (False,) * len(self._names)
@@ -646,7 +646,7 @@ class Rebalancer:
         except Exception as failed:  # the other ranks are at the agreement of the move by then
             return _Wanted(worth, worth, left_alone, in_stage("move", failed))
 
-    def _decision(self, planned: Planned, wanted: _Wanted, stays: Mapping[int, str]) -> tuple[str, str]:
+    def _decision(self, planned: PlanResult, wanted: _Wanted, stays: Mapping[int, str]) -> tuple[str, str]:
         """What is done with the plan, and why."""
         if self._dry_run:
             if not stays:
@@ -811,7 +811,7 @@ class Rebalancer:
             if layers:
                 self._window.name_layers(self._names)
             num_slots = self._window.shape[2]
-            self._options = SearchOptions(
+            self._options = PlanOptions(
                 mode=self._routing.mode,
                 num_groups=self._routing.num_groups,
                 slot_class=self._slot_class,

@@ -24,8 +24,8 @@ from distplb import DistplbError, Placement, Topology, imbalance, lower_bound, p
 from distplb.comm.base import Comm, WorldOfOne
 from distplb.comm.torchdist import TorchComm
 from distplb.core.price import TimeCurve
-from distplb.planning.options import SearchOptions
-from distplb.planning.plan import Planning, plan_in_stages
+from distplb.planning.options import PlanOptions
+from distplb.planning.plan import StagedPlan, plan_in_stages
 from distplb.planning.problem import Problem
 
 BASELINES = Path(__file__).parents[2] / "benchmarks" / "baselines.py"
@@ -119,21 +119,21 @@ def test_plans_of_1_2_and_4_ranks_are_equal_to_the_bit(
     name: str, plans_of_ranks: dict[int, list[dict[str, list[list[int]]]]]
 ) -> None:
     alone = planned(skewed_load(), name).expert_of_slot.tolist()
-    for ranks, found in plans_of_ranks.items():
-        assert [plans[name] for plans in found] == [alone] * ranks
+    for ranks, by_rank in plans_of_ranks.items():
+        assert [plans[name] for plans in by_rank] == [alone] * ranks
 
 
 def replayed(record: str) -> int:
     """The digest of the plan that a record tells of, in a process that knows nothing else."""
-    told = json.loads(record)
-    options = {name: value for name, value in told["options"].items() if value is not None}
+    data = json.loads(record)
+    options = {name: value for name, value in data["options"].items() if value is not None}
     if "time_curve" in options:
         options["time_curve"] = TimeCurve(*(tuple(points) for points in options["time_curve"]))
     if "move_price" in options:
         options["move_price"] = tuple(options["move_price"])
     if "current" in options:
         options["current"] = Placement(torch.tensor(options["current"]), EXPERTS, 8)
-    return plan(torch.tensor(told["load"]), Topology(*told["topology"]), **options).digest()
+    return plan(torch.tensor(data["load"]), Topology(*data["topology"]), **options).digest()
 
 
 def test_a_plan_is_replayed_from_its_load_and_options() -> None:
@@ -145,10 +145,10 @@ def test_a_plan_is_replayed_from_its_load_and_options() -> None:
     load, records, digests = skewed_load(5), [], []
     for options in (fresh, warm):
         digests.append(plan(load, Topology(2, 4), **options).digest())
-        told = options | {"time_curve": (curve.tokens, curve.nanoseconds)}
+        written = options | {"time_curve": (curve.tokens, curve.nanoseconds)}
         if "current" in options:
-            told["current"] = start.expert_of_slot.tolist()
-        records.append(json.dumps({"load": load.tolist(), "topology": (2, 4), "options": told}))
+            written["current"] = start.expert_of_slot.tolist()
+        records.append(json.dumps({"load": load.tolist(), "topology": (2, 4), "options": written}))
     assert [on_ranks(1, replayed, record) for record in records] == [[digest] for digest in digests]
     assert digests[1] != start.digest()
 
@@ -156,12 +156,12 @@ def test_a_plan_is_replayed_from_its_load_and_options() -> None:
 def test_a_plan_is_better_than_contiguous_on_steps_it_has_not_seen() -> None:
     generator = torch.Generator().manual_seed(3)
     rate = torch.randn(LAYERS, EXPERTS, generator=generator).exp() * 300
-    seen, unseen = (torch.poisson(rate.expand(8, -1, -1), generator=generator) for _ in range(2))
+    past, future = (torch.poisson(rate.expand(8, -1, -1), generator=generator) for _ in range(2))
     topology = Topology(1, 4)
-    planned = imbalance(unseen, plan(seen, topology)).mean()
-    static = imbalance(unseen, Placement.contiguous(LAYERS, EXPERTS, 4)).mean()
+    planned = imbalance(future, plan(past, topology)).mean()
+    static = imbalance(future, Placement.contiguous(LAYERS, EXPERTS, 4)).mean()
     assert planned - 1 < (static - 1) / 4
-    assert float(planned) >= float(lower_bound(unseen, topology, EXPERTS).mean())
+    assert float(planned) >= float(lower_bound(future, topology, EXPERTS).mean())
 
 
 @pytest.mark.parametrize("move_price", [0.0, 2.0, 1e30])
@@ -170,11 +170,11 @@ def test_a_current_placement_that_takes_groups_apart_is_not_kept(move_price: flo
     full as they can be, and every block holds experts of two groups."""
     load, current = torch.tensor([[4, 6, 4, 6, 1, 3, 1, 3]]), Placement(torch.tensor([[0, 3, 4, 7, 1, 2, 5, 6]]), 8, 2)
     options = {"num_groups": 4, "mode": "permute", "current": current, "move_price": move_price}
-    found = plan(load, Topology(1, 2), **options).expert_of_slot[0].tolist()
-    assert [found[at] // 2 == found[at + 1] // 2 for at in range(0, 8, 2)] == [True] * 4
+    row = plan(load, Topology(1, 2), **options).expert_of_slot[0].tolist()
+    assert [row[at] // 2 == row[at + 1] // 2 for at in range(0, 8, 2)] == [True] * 4
     # Pairs that stand on two GPUs: one of each must move, and no pair can be found to leave 14 tokens each.
-    assert sum(load[0, found[:4]].tolist()) == 14
-    assert sum(expert in current.expert_of_slot[0, :4] for expert in found[:4]) == 2
+    assert sum(load[0, row[:4]].tolist()) == 14
+    assert sum(expert in current.expert_of_slot[0, :4] for expert in row[:4]) == 2
 
 
 @pytest.mark.parametrize("move_price", [0.0, 2.0, 1e30])
@@ -182,9 +182,9 @@ def test_a_current_placement_whose_replicas_share_a_gpu_is_not_kept_where_they_m
     """It was, where no plan cost less."""
     load, current = torch.tensor([[6, 6, 6, 0]]), Placement(torch.tensor([[0, 0, 1, 1, 2, 3]]), 4, 3)
     options = {"num_slots": 6, "allow_shared_replicas": False, "current": current, "move_price": move_price}
-    found = plan(load, Topology(1, 3), **options).expert_of_slot[0].tolist()
-    assert [found[at] != found[at + 1] for at in range(0, 6, 2)] == [True] * 3
-    assert set(found) == {0, 1, 2, 3}
+    row = plan(load, Topology(1, 3), **options).expert_of_slot[0].tolist()
+    assert [row[at] != row[at + 1] for at in range(0, 6, 2)] == [True] * 3
+    assert set(row) == {0, 1, 2, 3}
 
 
 def test_the_seed_and_nothing_global_decides() -> None:
@@ -295,7 +295,7 @@ CASES = {"odd": ODD, "priced": PRICED, "wrong": WRONG}
 
 def refusals() -> dict[str, str]:
     """The errors of one plan after another; a rank left waiting would take the next one's calls for its own."""
-    comm, told = TorchComm(), {}
+    comm, messages = TorchComm(), {}
     for kind, cases in CASES.items():
         for case, (changed, _) in cases.items():
             options: dict[str, Any] = {"load": skewed_load(), "topology": Topology(1, 4), "num_candidates": 4}
@@ -305,11 +305,11 @@ def refusals() -> dict[str, str]:
                 options |= changed
             try:
                 plan(comm=comm, **options)
-                told[f"{kind} {case}"] = "no error"
+                messages[f"{kind} {case}"] = "no error"
             except DistplbError as error:
-                told[f"{kind} {case}"] = str(error)
-    told["after all"] = str(plan(skewed_load(), Topology(1, 4), comm=comm).expert_of_slot.tolist())
-    return told
+                messages[f"{kind} {case}"] = str(error)
+    messages["after all"] = str(plan(skewed_load(), Topology(1, 4), comm=comm).expert_of_slot.tolist())
+    return messages
 
 
 @pytest.fixture(scope="module")
@@ -321,14 +321,14 @@ def refusals_of_ranks() -> list[dict[str, str]]:
 def test_what_is_wrong_is_told_on_every_rank(case: str, refusals_of_ranks: list[dict[str, str]]) -> None:
     kind, name = case.split(" ", 1)
     _, wording = CASES[kind][name]
-    for told in refusals_of_ranks:
-        assert wording in told[case]
-        assert "rank" in told[case]
+    for messages in refusals_of_ranks:
+        assert wording in messages[case]
+        assert "rank" in messages[case]
 
 
 def test_after_all_these_errors_the_ranks_still_plan_together(refusals_of_ranks: list[dict[str, str]]) -> None:
     alone = plan(3 * skewed_load(), Topology(1, 4)).expert_of_slot.tolist()
-    assert [told["after all"] for told in refusals_of_ranks] == [str(alone)] * 3
+    assert [messages["after all"] for messages in refusals_of_ranks] == [str(alone)] * 3
 
 
 def fails_in_the_middle(stage: str) -> str:
@@ -355,24 +355,24 @@ def test_a_rank_that_fails_in_the_middle_leaves_nobody_waiting(stage: str, rank:
 
 
 def test_a_caller_can_add_fields_to_the_header_and_goes_from_stage_to_stage() -> None:
-    options = SearchOptions(num_candidates=2, engine="reference")
-    planning = Planning(skewed_load(), Topology(1, 4), WorldOfOne(), options, fields={"x": 1})
-    assert torch.equal(planning.load, skewed_load())
-    planning.search()
-    planning.choose()
-    planning.polish()
-    planned = planning.share()
-    assert planned.engine == "reference"
-    assert torch.equal(planned.load, skewed_load())
-    assert planned.placement == plan_in_stages(skewed_load(), Topology(1, 4), WorldOfOne(), options).placement
+    options = PlanOptions(num_candidates=2, engine="reference")
+    staged = StagedPlan(skewed_load(), Topology(1, 4), WorldOfOne(), options, fields={"x": 1})
+    assert torch.equal(staged.load, skewed_load())
+    staged.search()
+    staged.choose()
+    staged.polish()
+    result = staged.share()
+    assert result.engine == "reference"
+    assert torch.equal(result.load, skewed_load())
+    assert result.placement == plan_in_stages(skewed_load(), Topology(1, 4), WorldOfOne(), options).placement
 
 
 @pytest.mark.skipif(find_spec("numba") is None, reason="needs Numba")
 def test_the_fastest_engine_that_is_there_plans() -> None:
     for load in (skewed_load(), skewed_load()[0]):
-        planned = plan_in_stages(load, Topology(1, 4), WorldOfOne(), SearchOptions())
-        assert planned.engine == ("cuda" if load.is_cuda else "cpu")
-        assert planned.placement == plan(load, Topology(1, 4), engine="reference")
+        result = plan_in_stages(load, Topology(1, 4), WorldOfOne(), PlanOptions())
+        assert result.engine == ("cuda" if load.is_cuda else "cpu")
+        assert result.placement == plan(load, Topology(1, 4), engine="reference")
 
 
 # --- never worse than greedy ------------------------------------------------------------------------------------
@@ -423,9 +423,9 @@ def both_imbalances(
     num_experts, num_slots, nodes, gpus, groups = cluster
     topology, options = Topology(nodes, gpus), {"num_groups": groups, "allow_shared_replicas": shared}
     greedy = Placement(baselines.greedy_numpy(load, topology, num_slots, **options), num_experts, topology.num_gpus)
-    found = plan(load, topology, num_slots=num_slots, **options)
+    planned = plan(load, topology, num_slots=num_slots, **options)
     counted = load.any(1)  # a row without tokens is neither
-    return imbalance(load, found)[0, counted], imbalance(load, greedy)[0, counted]
+    return imbalance(load, planned)[0, counted], imbalance(load, greedy)[0, counted]
 
 
 @pytest.mark.parametrize("shared", [True, False])
@@ -433,15 +433,15 @@ def both_imbalances(
 def test_a_plan_is_never_worse_than_greedy(cluster: tuple[int, int, int, int, int | None], shared: bool) -> None:
     """In every one of 1,000 rows, replicas sharing a GPU or not, with one candidate."""
     load = thousand_rows(cluster[0])
-    found, greedy = both_imbalances(load, cluster, shared)
-    worse = (found > greedy * (1 + 1e-9)).nonzero()[:, 0]
+    planned, greedy = both_imbalances(load, cluster, shared)
+    worse = (planned > greedy * (1 + 1e-9)).nonzero()[:, 0]
     assert not len(worse), [
-        (load[load.any(1)][row].tolist(), float(found[row]), float(greedy[row])) for row in worse[:3]
+        (load[load.any(1)][row].tolist(), float(planned[row]), float(greedy[row])) for row in worse[:3]
     ]
     if cluster[1] > cluster[2] * cluster[3]:
-        assert found.mean() <= greedy.mean()
+        assert planned.mean() <= greedy.mean()
     if cluster in ((64, 72, 1, 8, None), (16, 24, 2, 4, 4)):
-        assert found.mean() < greedy.mean() - 0.01
+        assert planned.mean() < greedy.mean() - 0.01
 
 
 @pytest.mark.parametrize(
@@ -458,8 +458,8 @@ def test_ties_among_groups_do_not_make_it_worse_than_greedy(
 ) -> None:
     """Greedy takes equal experts of a node in the order in which the node got their groups. A search that took them in
     ascending order ended, in a few rows in 100,000, in a dead end up to a fifth worse than where greedy did."""
-    found, greedy = both_imbalances(torch.tensor([load]), cluster, shared)
-    assert float(found) <= float(greedy) * (1 + 1e-9)
+    planned, greedy = both_imbalances(torch.tensor([load]), cluster, shared)
+    assert float(planned) <= float(greedy) * (1 + 1e-9)
 
 
 @pytest.mark.parametrize("shared", [True, False])
@@ -468,5 +468,5 @@ def test_rows_full_of_ties_are_never_worse_than_greedy_either(
     cluster: tuple[int, int, int, int, int | None], shared: bool
 ) -> None:
     load = torch.randint(0, 4, (2000, cluster[0]), generator=torch.Generator().manual_seed(1))
-    found, greedy = both_imbalances(load, cluster, shared)
-    assert (found <= greedy * (1 + 1e-9)).all()
+    planned, greedy = both_imbalances(load, cluster, shared)
+    assert (planned <= greedy * (1 + 1e-9)).all()
