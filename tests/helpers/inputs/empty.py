@@ -30,8 +30,8 @@ from distplb.core.cost import gpu_tokens
 from distplb.records.event_log import scalars
 from distplb.report.run import Run
 from distplb.report.summary import Summary
-from distplb.study.advice import STEPS, Study
 from distplb.study.replay import Replay, replay
+from distplb.study.what_if import STEPS, Study
 from inputs.case import Case, command
 
 __all__ = ["CASES"]
