@@ -26,7 +26,7 @@ from distplb.comm.torchdist import TorchComm
 from distplb.core.balance import balancedness_sglang, balancedness_vllm, max_violation
 from distplb.core.price import moved_slots
 from distplb.core.ties import RouterTies
-from distplb.doctor.here import findings
+from distplb.doctor.local_checks import findings
 from distplb.integrations.common import tokens_of_experts
 from distplb.migrate.budget import within_budget
 from distplb.planning.greedy import contiguous, greedy_numpy
