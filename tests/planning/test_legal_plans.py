@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_problem import plain_costs
+from plain_costs import plain_costs
 from torch import Tensor
 
 from distplb import Placement, Topology, plan

@@ -12,9 +12,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from jobs import LAYERS, Job, by_slot
-from ranks import on_ranks
-from test_grid import mesh_of
-from test_mpi import SOME, shared_plans
+from plan_cases import SELECTION, selected_plans
+from ranks import mesh_of, on_ranks
 from torch import Tensor
 
 from distplb import LoadWindow, MoveModel, RebalanceEvent, TimeCurve, Topology, Trace, plan
@@ -57,7 +56,7 @@ def grid_of(axes: str) -> GridComm:
 def plans_of_three_and_of_grids() -> list[Plans]:
     three = dist.new_group([0, 1, 2])
     comms = [grid_of("edp ep"), grid_of("ep edp"), TorchComm(three) if dist.get_rank() < 3 else WorldOfOne()]
-    return [shared_plans(comm) for comm in comms]
+    return [selected_plans(comm) for comm in comms]
 
 
 # --- collectives -----------------------------------------------------------------------------------------------------
@@ -135,8 +134,8 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str
 
 
 def test_plans_of_3_ranks_and_of_grids_are_those_of_one_process(ranks: tuple[Path, list[dict[str, Any]]]) -> None:
-    alone = shared_plans(WorldOfOne())
-    assert len({str(table) for table in alone.values()}) == len(SOME)
+    alone = selected_plans(WorldOfOne())
+    assert len({str(table) for table in alone.values()}) == len(SELECTION)
     for results in ranks[1]:
         assert results["plans"] == [alone] * 3
 
