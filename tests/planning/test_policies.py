@@ -175,9 +175,9 @@ def ways_to_pack(items: tuple[int, ...], size: int) -> list[list[tuple[int, ...]
         return [[]]
     first, rest = items[0], items[1:]
     return [
-        [(first, *company), *others]
-        for company in combinations(rest, size - 1)
-        for others in ways_to_pack(tuple(item for item in rest if item not in company), size)
+        [(first, *beside), *others]
+        for beside in combinations(rest, size - 1)
+        for others in ways_to_pack(tuple(item for item in rest if item not in beside), size)
     ]
 
 

@@ -1,4 +1,4 @@
-"""The names under which most experts stay: nothing changes company, and as little as possible changes place.
+"""GPUs are renumbered so that most experts stay: experts of one GPU stay together, and as few slots as can be change.
 
 Shapes: L layers, E experts, P slots, M GPUs, G slots on each GPU, N nodes.
 """
