@@ -26,19 +26,19 @@ _TOKENS = 1 << 10  # of an expert in a step, fewer than that
 def engine_for(
     options: PlanOptions, topology: Topology, shape: tuple[int, int, int], device: torch.device
 ) -> tuple[str, Engine]:
-    """The engine of the options, or the fastest for a load on `device`, by name; `cuda` only if it stands its trial.
+    """The engine of the options, or the fastest on `device`, with its name; `cuda` only if it passes a trial.
 
-    The trial is a small problem with the same experts, slots, GPUs, groups, classes and steps, so that the kernels that
-    are compiled for it are those of the plans to come. It is held once in a process and shape.
+    The trial is a small problem with the same experts, slots, GPUs, groups, classes and steps, so that its kernels are
+    those that the plans to come need. It runs once for each process and shape.
 
     Args:
         options: of the search.
         topology: of the EP group.
         shape: (T, L, E) of the load. Kernels are compiled for numbers of steps up to the next power of two.
-        device: of the load.
+        device: of the load, where the search runs.
 
     Raises:
-        DistplbError: if an engine is asked for by name and is not there.
+        DistplbError: if the engine that the options name is not there.
     """
     num_steps, _, num_experts = shape
     classes = None if options.slot_class is None else tuple(options.slot_class.tolist())

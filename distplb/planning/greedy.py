@@ -1,4 +1,4 @@
-"""What plans are compared with: experts in order, and the greedy of DeepSeek's expert-parallel load balancer (EPLB).
+"""Baselines: experts in order, and the greedy algorithm of DeepSeek's expert-parallel load balancer (EPLB).
 
 Greedy is written here from its description:
 

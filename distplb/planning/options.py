@@ -75,7 +75,7 @@ class PlanOptions:
         return self.move_price if isinstance(self.move_price, tuple) else (self.move_price, self.move_price)
 
     def check(self, topology: Topology, num_layers: int, num_experts: int) -> None:
-        """Refuse what does not go together.
+        """Refuse options that do not fit together.
 
         Raises:
             DistplbError: with the value and what to pass instead.

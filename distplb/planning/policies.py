@@ -1,4 +1,4 @@
-"""What a placement is packed from: all slots at once, node by node, block by block, or class by class.
+"""How a placement is packed: all slots at once, node by node, block by block, or (in `slot_classes`) class by class.
 
 Each policy turns candidates into tables with one of the engines, and finishes chosen tables.
 Shapes: X rows (layers, or layers times candidates), E experts, P slots, M GPUs, G slots on each, N nodes, B groups,

@@ -34,7 +34,7 @@ _LAST_CEILING = 1 << 14  # of the last exchanges on what was chosen: a quarter
 
 
 class Problem:
-    """Costs of candidates, the table behind a candidate, and the finish on a table; all of it pure.
+    """Costs of candidates, the table of a candidate, and the polish of a table; all of it pure.
 
     An even candidate starts afresh, an odd one from the placement in force, where there is one that keeps the rules.
     Steps without any tokens are left out, so that a plan does not depend on them.
@@ -51,7 +51,7 @@ class Problem:
         engine: what packs, and its name; those of the options where None.
 
     Raises:
-        DistplbError: if load, topology and options do not go together, or the engine is not there.
+        DistplbError: if load, topology and options do not fit together, or the engine is not there.
     """
 
     def __init__(

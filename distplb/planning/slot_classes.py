@@ -13,6 +13,7 @@ from torch import Tensor
 from distplb.packing.candidates import noisy_keys
 from distplb.packing.engines import Engine
 from distplb.packing.settling import Terms
+from distplb.planning.legal import class_of_expert
 
 __all__ = ["SlotClasses"]
 
@@ -72,12 +73,10 @@ class SlotClasses:
     def allows(self, table: Tensor, *, layer: Tensor) -> Tensor:
         """As `Policy`.
 
-        The placement in force is always allowed, whatever it is: an expert has no class but that of the slot in which
-        it stands there, so it cannot stand in a wrong one.
+        The placement in force is always allowed: an expert's class is that of its slot there.
         """
         start, classes = self.start.to(table.device)[layer], self.region.to(table.device)
-        of_expert = torch.empty_like(start).scatter_(1, start, classes.expand_as(start).contiguous())  # [X, E]
-        return (of_expert.gather(1, table) == classes).all(1)
+        return (class_of_expert(start, classes).gather(1, table) == classes).all(1)
 
     def _lowered(self, key: Tensor, weight: Tensor, table: Tensor) -> Tensor:
         """The best of the tables that are dealt until some rounds over the classes make no GPU lighter."""

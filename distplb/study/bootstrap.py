@@ -14,7 +14,7 @@ import numpy as np
 __all__ = ["MIN_INTERVALS", "Gain", "estimate_gain"]
 
 MIN_INTERVALS = 4  # of which a confidence interval can be estimated
-_RESAMPLES = 4000
+_RESAMPLES, _SEED = 4000, 0
 _QUANTILE = 0.975  # both sides together leave 5 % out
 
 
@@ -26,7 +26,7 @@ class Gain(NamedTuple):
     high: float | None
 
 
-def estimate_gain(seconds: Sequence[float], static: Sequence[float], seed: int = 0) -> Gain:
+def estimate_gain(seconds: Sequence[float], static: Sequence[float]) -> Gain:
     """The share by which `seconds` are fewer than `static`, over all intervals together.
 
     Neighbouring intervals resemble each other, because loads drift; so blocks of about √R neighbours are drawn,
@@ -42,7 +42,6 @@ def estimate_gain(seconds: Sequence[float], static: Sequence[float], seed: int =
     Args:
         seconds: `[R]`, of each interval between rebalances, moves included.
         static: `[R]`, of the same steps without any.
-        seed: of the resamples.
     """
     ours, others = np.asarray(seconds, dtype=np.float64), np.asarray(static, dtype=np.float64)
     number = len(ours)
@@ -52,7 +51,7 @@ def estimate_gain(seconds: Sequence[float], static: Sequence[float], seed: int =
     if number < MIN_INTERVALS:
         return Gain(share, None, None)
     length = math.isqrt(number)
-    begins = np.random.default_rng(seed).integers(0, number, (_RESAMPLES, math.ceil(number / length)))
+    begins = np.random.default_rng(_SEED).integers(0, number, (_RESAMPLES, math.ceil(number / length)))
     drawn = (begins[..., None] + np.arange(length)).reshape(_RESAMPLES, -1)[:, :number] % number  # [B, R]
     base = others[drawn].sum(1)
     has_time = base > 0  # some draws may have no time at all

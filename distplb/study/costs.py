@@ -32,7 +32,7 @@ FLOPS = 400e12  # that a GPU reaches in them, in a second
 
 @dataclass(frozen=True, kw_only=True)
 class AssumedJob:
-    """What tokens and moves cost where nobody has measured it; by default in a job of the size of DeepSeek-V3 on H100s.
+    """What tokens and moves cost where they were not measured; by default in a job of the size of DeepSeek-V3 on H100s.
 
     Args:
         seconds_per_token: of one expert, forward and backward.

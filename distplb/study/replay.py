@@ -1,4 +1,4 @@
-"""`replay`: what a planner would have made of a recorded job, every step judged under a plan that had not seen it.
+"""`replay`: a planner on a recorded job, with every step judged under a plan that was made without it.
 
 Shapes: S steps, T steps of a window, L layers, E experts, P slots, M GPUs, R rebalances.
 """
@@ -148,7 +148,8 @@ def _cuts(trace: Trace, every: int) -> list[int]:
     """Every so many steps, the first step of the iteration that begins there or next."""
     steps = torch.arange(0, trace.num_steps, every, device="cpu")[1:]
     cuts = trace.begins[torch.searchsorted(trace.begins, steps).clamp(max=len(trace.begins) - 1)]
-    return cuts[cuts >= steps].unique().tolist()  # the last iteration may begin before, and there is none after it
+    later: list[int] = cuts[cuts >= steps].unique().tolist()  # the last iteration may begin before, and none follows
+    return later
 
 
 def run_planner(

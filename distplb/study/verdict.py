@@ -10,12 +10,12 @@ from typing import Literal
 from distplb.study.bootstrap import MIN_INTERVALS
 from distplb.study.what_if import PRICED, STATIC, STEPS, WhatIf
 
-__all__ = ["MIN_SHARE", "Verdict", "percent", "verdict"]
+__all__ = ["Verdict", "percent", "verdict"]
 
-MIN_SHARE = 0.01  # of the time; what saves less is not worth a dependency
+_MIN_SHARE = 0.01  # of the time; what saves less is not worth a dependency
 _BALANCED = 1.1  # static's imbalance over the bound, below which the router is said to balance
 _PLAIN = 0.005  # of imbalance, below which two have the same
-_MANY = 100  # times; nobody asks how many more
+_MANY = 100  # times; beyond it the exact number does not matter
 _TRY = 20  # intervals that are worth recording
 
 Answer = Literal["yes", "longer", "no"]
@@ -104,15 +104,15 @@ def _decided(case: _Case) -> tuple[Answer, str]:
         return "no", "one expert"
     if case.priced.low is None or case.priced.high is None:
         return "longer", "too few"
-    if case.possible < MIN_SHARE:
+    if case.possible < _MIN_SHARE:
         return "no", "bound" if case.bound > _BALANCED else "balanced"
-    if case.saved >= MIN_SHARE and case.priced.low > 0:
+    if case.saved >= _MIN_SHARE and case.priced.low > 0:
         return "yes", "saves"
-    if case.saved < MIN_SHARE and case.static.imbalance < _BALANCED * case.bound:
+    if case.saved < _MIN_SHARE and case.static.imbalance < _BALANCED * case.bound:
         return "no", "balanced"
-    if case.saved > 0 and case.priced.high * case.share >= MIN_SHARE:
+    if case.saved > 0 and case.priced.high * case.share >= _MIN_SHARE:
         return "longer", "chance"
-    return "no", "moves" if case.carried_over >= MIN_SHARE else "changes"
+    return "no", "moves" if case.carried_over >= _MIN_SHARE else "changes"
 
 
 def _break_even(one: WhatIf) -> float | None:

@@ -28,7 +28,7 @@ from distplb.study.replay import Planner, Replay, chosen_steps, run_planner, wit
 __all__ = ["PRICED", "STATIC", "STEPS", "SUM", "WINDOW_STEPS", "Study", "WhatIf"]
 
 STATIC, SUM, STEPS, PRICED = "static", "plan on the sum", "plan on the steps", "plan with the price"
-WINDOW_STEPS = 64  # that a plan is made from, as in a Rebalancer
+WINDOW_STEPS = 64  # that a plan is made from, as in a `Rebalancer`
 Progress = Callable[[int, int], None]
 
 
@@ -182,8 +182,8 @@ class Study:
 
     def _outcome(self, planner: str, every: int, cuts: list[int], progress: Progress | None) -> WhatIf:
         trace = chosen_steps(self.trace, slice(cuts[-1]))
-        remembering = _Remembering(self._planner(planner, round(cuts[-1] / len(cuts))), self.window, self._curve)
-        replayed = self._replay(trace, remembering, cuts[:-1], progress)
+        sampling = _SamplingPlanner(self._planner(planner, round(cuts[-1] / len(cuts))), self.window, self._curve)
+        replayed = self._replay(trace, sampling, cuts[:-1], progress)
         compute, static = (
             torch.stack([part.sum() for part in one.fullest[cuts[0] : cuts[-1]].split(_lengths(cuts))]).double()
             * self._second
@@ -200,7 +200,7 @@ class Study:
             every=every,
             rebalances=len(moves),
             imbalance=float(mean_of_known(uneven)),
-            imbalance_seen=remembering.mean_imbalance,
+            imbalance_seen=sampling.mean_imbalance,
             worst_step=float(uneven.nan_to_num(nan=1.0).max()),
             slots_moved=replayed.slots_moved,
             compute_seconds=float(compute.sum()) * self.stands_for,
@@ -227,8 +227,8 @@ class Study:
         return planned
 
 
-class _Remembering:
-    """A planner on an even sample of the steps, and how even its plans left those."""
+class _SamplingPlanner:
+    """A planner that is given an even sample of the steps, and the mean imbalance of those under its plans."""
 
     def __init__(self, planner: Planner, window: int, curve: TimeCurve | None) -> None:
         self._planner, self._window, self._curve = planner, window, curve
