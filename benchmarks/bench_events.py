@@ -22,8 +22,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 from distplb import EventLog, Placement, RebalanceEvent, Topology, plan
 from distplb.migrate.transfer import Moved
-from distplb.planning.options import SearchOptions
-from distplb.planning.plan import Planned
+from distplb.planning.options import PlanOptions
+from distplb.planning.plan import PlanResult
 from distplb.train.account import Account
 from distplb.train.stop_loss import Pace
 
@@ -102,10 +102,10 @@ def accounted() -> Account:
         layers=tuple(f"model.layers.{layer}.mlp" for layer in range(LAYERS)),
         topology=TOPOLOGY,
         old=old,
-        planned=Planned(placement, load, "cpu"),
+        planned=PlanResult(placement, load, "cpu"),
         target=placement,
         left_alone=(False,) * LAYERS,
-        options=SearchOptions(current=old, move_price=1.0),
+        options=PlanOptions(current=old, move_price=1.0),
         model=None,
         pace=Pace(1.0, 0.1, 100),
         steps_until_next=500.0,

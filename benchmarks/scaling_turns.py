@@ -28,7 +28,7 @@ from distplb import Placement, Topology, imbalance, lower_bound
 from distplb.comm.base import Comm, Round
 from distplb.comm.torchdist import TorchComm
 from distplb.core.stages import Stages
-from distplb.planning.options import SearchOptions
+from distplb.planning.options import PlanOptions
 from distplb.planning.plan import plan_in_stages
 
 __all__ = ["CASES", "Case", "dealt"]
@@ -192,7 +192,7 @@ def measured(
     name: str, case: Case, load: Tensor, candidates: int, turns: int, patience: float
 ) -> dict[str, Any] | None:
     """All ranks' marks in so many turns, on rank 0; before each turn so long is waited for a quiet machine at most."""
-    comm, options = TorchComm(), SearchOptions(num_slots=case.slots, num_candidates=candidates)
+    comm, options = TorchComm(), PlanOptions(num_slots=case.slots, num_candidates=candidates)
     mine = dealt(load, comm.rank, comm.size)
     listening = Listening(comm)
     placement = plan_in_stages(mine, case.topology, listening, options).placement
@@ -219,7 +219,7 @@ def measured(
     }
 
 
-def planned(load: Tensor, case: Case, comm: Comm, options: SearchOptions) -> dict[str, Any]:
+def planned(load: Tensor, case: Case, comm: Comm, options: PlanOptions) -> dict[str, Any]:
     """One plan: begin and end of all of it, and of each stage, with CPU seconds."""
     stages = Clocked()
     begin, cpu = time.perf_counter(), time.process_time()

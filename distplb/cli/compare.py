@@ -30,7 +30,7 @@ from distplb.core.topology import Topology
 from distplb.errors import DistplbError
 from distplb.packing.balanced import balanced_packing
 from distplb.planning.greedy import contiguous, greedy_numpy
-from distplb.planning.options import SearchOptions
+from distplb.planning.options import PlanOptions
 from distplb.planning.plan import plan_in_stages
 from distplb.records.loads import Loads, read_loads
 
@@ -82,7 +82,7 @@ def compare(
     loads: Path,
     unseen: Path | None,
     topology: Topology,
-    options: SearchOptions,
+    options: PlanOptions,
     current: Path | None,
     as_json: bool,
 ) -> None:
@@ -215,7 +215,7 @@ def _packed(weight: Tensor, topology: Topology) -> Tensor:
     return (pack * topology.slots_per_gpu(weight.shape[1]) + rank).argsort(1)
 
 
-def _planned(load: Tensor, inputs: Inputs, options: SearchOptions) -> Placement:
+def _planned(load: Tensor, inputs: Inputs, options: PlanOptions) -> Placement:
     return plan_in_stages(load, inputs.topology, WorldOfOne(), options).placement
 
 

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from distplb.cli.given import Amount
 from distplb.cli.output import console, json_option, plain, print_json, table
-from distplb.doctor.examine import Examination, examined
+from distplb.doctor.examine import Examination, examine
 
 __all__ = ["doctor"]
 
@@ -40,7 +40,7 @@ def doctor(deadline: float, as_json: bool) -> None:
     Each finding is one line: ok, note, or WRONG with what to set. Rank 0 prints. All ranks exit with 0, or with 1 where
     something is WRONG.
     """
-    found = examined(deadline)
+    found = examine(deadline)
     if all(os.environ.get(name, "0") == "0" for name in _RANKS):
         _print_json(found) if as_json else _print(found)
     sys.exit(int(found.is_wrong))

@@ -15,7 +15,7 @@ from distplb.core.counts import as_tokens
 from distplb.core.placement import Placement, load_placement
 from distplb.core.topology import Topology
 from distplb.planning.greedy import contiguous
-from distplb.planning.options import SearchOptions
+from distplb.planning.options import PlanOptions
 from distplb.records.loads import read_loads
 
 __all__ = ["Inputs", "read_inputs"]
@@ -37,7 +37,7 @@ class Inputs:
     load: Tensor
     layers: tuple[str, ...]
     topology: Topology
-    options: SearchOptions
+    options: PlanOptions
     start: Placement
     has_steps: bool
 
@@ -49,7 +49,7 @@ class Inputs:
         return lower_bound(load, self.topology, self.options.slots(experts), groups)
 
 
-def read_inputs(loads: Path, topology: Topology, options: SearchOptions, current: Path | None) -> Inputs:
+def read_inputs(loads: Path, topology: Topology, options: PlanOptions, current: Path | None) -> Inputs:
     """Read the load, and the placement in force: contiguous where there is no file of it.
 
     Raises:

@@ -10,7 +10,7 @@ import click
 
 from distplb.cli.given import GivenPath, Whole
 from distplb.core.topology import Topology
-from distplb.planning.options import SearchOptions
+from distplb.planning.options import PlanOptions
 
 __all__ = ["search_options", "topology_options"]
 
@@ -58,7 +58,7 @@ def search_options(command: Command) -> Callable[..., Any]:
         move_price: float | tuple[float, float],
         **others: Any,
     ) -> Any:
-        options = SearchOptions(
+        options = PlanOptions(
             num_slots=slots,
             num_groups=groups,
             num_candidates=candidates,

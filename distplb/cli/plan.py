@@ -23,7 +23,7 @@ from distplb.core.cost import imbalance, mean_of_known, mean_of_layers, nan_to_n
 from distplb.core.placement import Placement
 from distplb.core.price import moved_slots
 from distplb.core.topology import Topology
-from distplb.planning.options import SearchOptions
+from distplb.planning.options import PlanOptions
 from distplb.planning.plan import plan_in_stages
 
 __all__ = ["plan"]
@@ -61,7 +61,7 @@ class _Row(NamedTuple):
 def plan(
     loads: Path,
     topology: Topology,
-    options: SearchOptions,
+    options: PlanOptions,
     current: Path | None,
     output: Path | None,
     show_all: bool,

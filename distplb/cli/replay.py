@@ -21,7 +21,6 @@ from distplb.records.event_log import read_events
 from distplb.records.foreign.megatron_lines import is_megatron, num_ranks
 from distplb.records.loads import read_trace
 from distplb.records.trace import Trace
-from distplb.study.advice import PRICED, STATIC, STEPS, SUM, WINDOW_STEPS, Study, WhatIf
 from distplb.study.costs import (
     BYTES_PER_PARAMETER,
     EXPERT_PARAMETERS,
@@ -32,6 +31,7 @@ from distplb.study.costs import (
     steps_stood_for,
 )
 from distplb.study.verdict import verdict
+from distplb.study.what_if import PRICED, STATIC, STEPS, SUM, WINDOW_STEPS, Study, WhatIf
 
 __all__ = ["replay"]
 
@@ -233,7 +233,7 @@ def _usual(study: Study) -> int:
     """Iterations between rebalances, a round number: 1, 2, 5, 10, 20, 50 and so on."""
     most = max(1, study.iterations // _FEWEST_REBALANCES)
     round_ones: list[int] = [digit * 10**zeros for zeros in range(len(str(most))) for digit in (1, 2, 5)]
-    return max(study.least, *(number for number in round_ones if number <= most))
+    return max(study.minimum_interval, *(number for number in round_ones if number <= most))
 
 
 def _replayed(study: Study, every: int) -> tuple[dict[str, WhatIf], list[WhatIf]]:

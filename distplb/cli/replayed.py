@@ -11,9 +11,9 @@ from rich.table import Table
 from distplb.cli.empties import Empties
 from distplb.cli.output import console, plain, table
 from distplb.core.price import MoveModel, TimeCurve
-from distplb.study.advice import PRICED, STATIC, Study, WhatIf
 from distplb.study.costs import AssumedJob, tokens_of_mean_gpu
 from distplb.study.verdict import Verdict, percent
+from distplb.study.what_if import PRICED, STATIC, Study, WhatIf
 
 __all__ = ["Costs", "Replayed", "document", "print_tables"]
 

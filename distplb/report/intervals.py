@@ -11,7 +11,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from distplb.report.run import Run
 from distplb.report.style import COLOURS, FONT, GREY, WIDE, dress, empty, is_narrow, panels
 from distplb.report.texts import percent, plural
-from distplb.study.advice import WhatIf
+from distplb.study.what_if import WhatIf
 
 __all__ = ["other_intervals", "other_intervals_caption", "other_intervals_lacks"]
 

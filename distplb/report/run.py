@@ -24,8 +24,8 @@ from distplb.records.loads import read_trace
 from distplb.records.trace import Trace
 from distplb.report.judged import Judged
 from distplb.report.texts import printable
-from distplb.study.advice import WhatIf
-from distplb.study.replay import with_tokens
+from distplb.study.replay import without_empty_steps
+from distplb.study.what_if import WhatIf
 
 __all__ = ["Run"]
 
@@ -43,7 +43,7 @@ class Run:
         topology: of the EP group; where None, what the events tell, else all GPUs of the trace on one node. A trace
             without events may be looked at on another number of GPUs than it ran on: it then begins anew there, with
             the experts in contiguous order.
-        what_if: other intervals between rebalances, tried on the trace, as from `distplb.study.advice.what_if`.
+        what_if: other intervals between rebalances, tried on the trace, as from `distplb.study.what_if.Study`.
         costs: where `what_if` has its seconds from, in words.
 
     Raises:
@@ -111,7 +111,7 @@ class Run:
     @cached_property
     def counted(self) -> Trace | None:
         """The steps of the trace that have tokens: others are no steps. None where there are none."""
-        return None if self.trace is None or not bool(self.trace.load.any()) else with_tokens(self.trace)
+        return None if self.trace is None or not bool(self.trace.load.any()) else without_empty_steps(self.trace)
 
     @property
     def empty_steps(self) -> int:

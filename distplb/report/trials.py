@@ -10,8 +10,8 @@ from distplb.core.topology import Topology
 from distplb.errors import DistplbError
 from distplb.records.trace import Trace
 from distplb.report.run import Run
-from distplb.study.advice import PRICED, Study, assumed_model
-from distplb.study.costs import recorded_costs
+from distplb.study.costs import AssumedJob, recorded_costs
+from distplb.study.what_if import PRICED, Study
 
 __all__ = ["with_trials"]
 
@@ -62,7 +62,7 @@ def _costs(run: Run, trace: Trace, topology: Topology) -> tuple[MoveModel, TimeC
     if recorded is not None:
         return *recorded, "as this job measured them"
     assumed = "assumed, of experts of the size of DeepSeek-V3's on H100s, the recorded tokens scaled to theirs"
-    return assumed_model(trace, topology), None, assumed
+    return AssumedJob().model(trace, topology.num_gpus), None, assumed
 
 
 def _suiting(run: Run, study: Study) -> list[int]:
@@ -72,7 +72,7 @@ def _suiting(run: Run, study: Study) -> list[int]:
     found: list[int] = []
     left = _MOST_NUMBERS // (study.trace.num_layers * study.trace.num_experts)
     for interval in dict.fromkeys([*wanted, *(total // part for part in _PARTS)]):
-        if interval < study.least or not study.allows(interval):
+        if interval < study.minimum_interval or not study.allows(interval):
             continue
         if total // interval <= left and len(found) < _MOST_TRIALS:
             found.append(interval)

@@ -20,8 +20,8 @@ from distplb.core.placement import Placement
 from distplb.core.price import MoveModel, moved_slots
 from distplb.core.topology import Topology
 from distplb.migrate.transfer import Moved
-from distplb.planning.options import SearchOptions
-from distplb.planning.plan import Planned
+from distplb.planning.options import PlanOptions
+from distplb.planning.plan import PlanResult
 from distplb.records.events import RebalanceEvent
 from distplb.train.stop_loss import Pace
 
@@ -60,10 +60,10 @@ class Account:
     layers: tuple[str, ...]
     topology: Topology
     old: Placement
-    planned: Planned
+    planned: PlanResult
     target: Placement
     left_alone: tuple[bool, ...]
-    options: SearchOptions
+    options: PlanOptions
     model: MoveModel | None
     pace: Pace
     steps_until_next: float

@@ -23,9 +23,9 @@ from distplb.core.placement import Placement
 from distplb.core.topology import Topology
 from distplb.errors import DistplbError
 from distplb.migrate.mover import Mover
+from distplb.planning.engine_choice import engine_for
 from distplb.planning.legal import check_legal
-from distplb.planning.options import SearchOptions
-from distplb.planning.trial import engine_for
+from distplb.planning.options import PlanOptions
 from distplb.records.event_log import check_log
 from distplb.records.trace_parts import check_folder
 from distplb.train.options import Moves, Record, Search
@@ -66,7 +66,7 @@ class Agreed:
     comm: Comm
     topology: Topology
     every: int
-    plan_options: SearchOptions
+    plan_options: PlanOptions
     moves: Moves
     record: Record
     routing: Routing
@@ -205,7 +205,7 @@ def _on_this_rank(arguments: Arguments) -> Agreed:
         if layers:
             counts.name_layers(names)
         num_slots = counts.shape[2]
-        options = SearchOptions(
+        options = PlanOptions(
             mode=routing.mode,
             num_groups=routing.num_groups,
             slot_class=search.slot_class,
@@ -286,7 +286,7 @@ def _logical_order(names: Sequence[str], window: LoadWindow, topology: Topology)
 
 
 def _try_engine(
-    options: SearchOptions, topology: Topology, start: Placement, window: LoadWindow, every: int, comm: Comm
+    options: PlanOptions, topology: Topology, start: Placement, window: LoadWindow, every: int, comm: Comm
 ) -> None:
     """Compile what rebalances will run, and see that it plans right, while nobody waits for this rank in one."""
     kept, num_layers, num_slots = window.shape

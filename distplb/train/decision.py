@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from distplb.core.placement import Placement
 from distplb.errors import in_stage
 from distplb.migrate.budget import within_budget
-from distplb.planning.options import SearchOptions
-from distplb.planning.plan import Planned
+from distplb.planning.options import PlanOptions
+from distplb.planning.plan import PlanResult
 from distplb.train.account import AS_EVEN
 from distplb.train.agreed import Agreed
 from distplb.train.pricing import Pricer
@@ -35,9 +35,9 @@ class Target:
 
 
 def target_of(
-    planned: Planned,
+    planned: PlanResult,
     current: Placement,
-    options: SearchOptions,
+    options: PlanOptions,
     *,
     agreed: Agreed,
     pricer: Pricer,

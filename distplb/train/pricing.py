@@ -15,8 +15,8 @@ from distplb.core.price import MoveModel
 from distplb.core.topology import Topology
 from distplb.errors import in_stage
 from distplb.planning.chance import even_by_chance
-from distplb.planning.options import SearchOptions
-from distplb.planning.plan import Planned
+from distplb.planning.options import PlanOptions
+from distplb.planning.plan import PlanResult
 from distplb.train.measure import measured_bandwidths
 from distplb.train.observer import Observer
 from distplb.train.stop_loss import Pace
@@ -88,8 +88,8 @@ class Pricer:
         return Measured(Pace(median, error_of_median, iterations), last_seconds, steps, slot_bytes, tokens, tied, error)
 
     def priced(
-        self, options: SearchOptions, current: Placement, measured: Measured, steps_until_next: float
-    ) -> SearchOptions:
+        self, options: PlanOptions, current: Placement, measured: Measured, steps_until_next: float
+    ) -> PlanOptions:
         """The options of one rebalance: from which placement, and at what price."""
         options = replace(options, current=current)
         if self.model is None and options.time_curve is not None and measured.slot_bytes:
@@ -101,7 +101,9 @@ class Pricer:
             return replace(options, move_price=default_price(measured.tokens, self._topology))
         return replace(options, move_price=self.model.price(steps, steps_until_next))
 
-    def worth(self, planned: Planned, current: Placement, options: SearchOptions) -> tuple[Placement, tuple[bool, ...]]:
+    def worth(
+        self, planned: PlanResult, current: Placement, options: PlanOptions
+    ) -> tuple[Placement, tuple[bool, ...]]:
         """The plan, but for layers that are left alone; and which these are, by layer. Not collective.
 
         Where there is a model or a time curve it is the plan: what moves must save is then known. Where there is

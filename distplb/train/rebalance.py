@@ -23,8 +23,8 @@ from distplb.errors import (
 )
 from distplb.migrate.mover import Ready
 from distplb.migrate.transfer import Limits, Moved
-from distplb.planning.options import SearchOptions
-from distplb.planning.plan import Planned, Planning
+from distplb.planning.options import PlanOptions
+from distplb.planning.plan import PlanResult, StagedPlan
 from distplb.train.account import Account
 from distplb.train.decision import Target, decision, target_of, with_rows_of
 from distplb.train.job import Job
@@ -107,7 +107,7 @@ class Rebalance:
 
     # --- (1) count -------------------------------------------------------------------------------------------
 
-    def _measure(self) -> tuple[SearchOptions, Exception | None]:
+    def _measure(self) -> tuple[PlanOptions, Exception | None]:
         """What rank 0 has measured, and the options that follow; and what was met on this rank."""
         job = self._job
         with self._stages.stage("count"):
@@ -122,7 +122,7 @@ class Rebalance:
             options = job.pricer.priced(job.agreed.plan_options, self._old, self._measured, self._steps_until_next)
         return options, error or self._measured.error
 
-    def _count(self, options: SearchOptions, error: Exception | None) -> Planning:
+    def _count(self, options: PlanOptions, error: Exception | None) -> StagedPlan:
         """The plan, begun with the counts of all ranks."""
         job, agreed = self._job, self._job.agreed
         with self._stages.stage("count"):
@@ -133,9 +133,9 @@ class Rebalance:
             except Exception as caught:
                 error = error or in_stage("count", caught)
         fields = {"the rebalancer's iteration": self._now, "the steps in the window (digest)": steps}
-        return Planning(load, agreed.topology, agreed.comm, options, stages=self._stages, fields=fields, error=error)
+        return StagedPlan(load, agreed.topology, agreed.comm, options, stages=self._stages, fields=fields, error=error)
 
-    def _take_in_window(self, planning: Planning) -> None:
+    def _take_in_window(self, planning: StagedPlan) -> None:
         """Record it, finish the last rebalance's event with it, and begin another."""
         job = self._job
         # On the host from here on: what is written down beside the training must not get into its stream.
@@ -161,7 +161,7 @@ class Rebalance:
 
         return timed
 
-    def _decide(self, planned: Planned, options: SearchOptions) -> Target:
+    def _decide(self, planned: PlanResult, options: PlanOptions) -> Target:
         """What is done with the plan, once all ranks agree on what travels."""
         job, agreed = self._job, self._job.agreed
         target = Target(planned.placement, planned.placement, (False,) * self._old.num_layers)
@@ -265,7 +265,7 @@ class Rebalance:
             self._decision, self._reason = "skipped", str(refused)
         return None
 
-    def _tell(self, planned: Planned, options: SearchOptions) -> None:
+    def _tell(self, planned: PlanResult, options: PlanOptions) -> None:
         """The event, on this rank."""
         job, agreed = self._job, self._job.agreed
         account = Account(

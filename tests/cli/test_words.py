@@ -36,7 +36,7 @@ from distplb.cli.main import main
 from distplb.cli.output import console, one_line, table
 from distplb.doctor.examine import Examination
 from distplb.doctor.finding import Timing, note, ok
-from distplb.doctor.here import local_ranks
+from distplb.doctor.local_checks import local_ranks
 from distplb.errors import OptionError, in_stage
 
 PACKAGE = Path(distplb.__file__).parent

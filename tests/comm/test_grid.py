@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from conformance import conforms, message
 from jobs import EXPERTS, LAYERS, SLOT_BYTES, Job
-from ranks import on_ranks
-from test_comm import conforms, message
+from ranks import mesh_of, on_ranks
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
@@ -26,11 +26,6 @@ from distplb.errors import LostRanksError
 from distplb.records.events import RebalanceEvent
 
 ALONG = [(source, target) for source in range(4) for target in range(4) if source != target and source + target != 3]
-
-
-def mesh_of(axes: str) -> DeviceMesh:
-    """EP 2 × data 2: EP groups are ranks in a row ("edp ep"), or every other rank ("ep edp")."""
-    return init_device_mesh("cpu", (2, 2), mesh_dim_names=tuple(axes.split()))
 
 
 def refusal(call: Any) -> str:

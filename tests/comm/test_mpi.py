@@ -8,26 +8,18 @@ from typing import Any
 
 import pytest
 import torch
+from conformance import conforms
 from mpi_ranks import MPIEXEC, on_mpi_ranks
-from test_comm import conforms
-from test_plan import PLANS, planned, skewed_load
+from plan_cases import PLANS, SELECTION, selected_plans, skewed_load
 
 from distplb import DistplbError, Topology, plan
-from distplb.comm.base import Comm, WorldOfOne
+from distplb.comm.base import WorldOfOne
 from distplb.comm.mpi import MpiComm
 from distplb.errors import LostRanksError
 
 pytestmark = pytest.mark.skipif(MPIEXEC is None, reason="no mpiexec, or no mpi4py: pip install mpich mpi4py")
 
-SOME = ["many candidates", "replicas", "current with groups", "blocks over GPUs", "a price with classes", "a curve"]
 DEADLINE = 2.0  # seconds; short, but longer than a process stands still where cores are shared
-
-
-def shared_plans(comm: Comm) -> dict[str, list[list[int]]]:
-    """Some plans, from counts that are spread unevenly over the ranks."""
-    whole = skewed_load()
-    mine = whole // comm.size if comm.rank else whole - (comm.size - 1) * (whole // comm.size)
-    return {name: planned(mine, name, comm).expert_of_slot.tolist() for name in SOME}
 
 
 def refusal(call: Any) -> str:
@@ -55,19 +47,19 @@ def conforming_and_planning() -> dict[str, Any]:
     ]
     return {
         "refused": refused,
-        "plans": shared_plans(comm),
+        "plans": selected_plans(comm),
         "topology": [Topology.from_env().num_nodes, Topology.from_env().gpus_per_node],
     }
 
 
 @pytest.fixture(scope="module")
 def alone() -> dict[str, list[list[int]]]:
-    return shared_plans(WorldOfOne())
+    return selected_plans(WorldOfOne())
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_mpi_conforms_and_plans_what_one_process_plans(ranks: int, alone: dict[str, list[list[int]]]) -> None:
-    assert set(SOME) <= set(PLANS)
+    assert set(SELECTION) <= set(PLANS)
     for answer in on_mpi_ranks(ranks, conforming_and_planning):
         assert answer["plans"] == alone
         assert answer["topology"] == [1, ranks]

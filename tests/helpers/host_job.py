@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from conformance import conforms
 from jobs import DIM, EXPERTS, LAYERS, Job, by_slot, skewed
-from test_comm import conforms
 from torch import Tensor
 
 import distplb

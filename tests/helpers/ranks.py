@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-__all__ = ["START_SECONDS", "errors_on_ranks", "join_group", "on_ranks", "outcomes_on_ranks", "preloaded"]
+__all__ = ["START_SECONDS", "errors_on_ranks", "join_group", "mesh_of", "on_ranks", "outcomes_on_ranks", "preloaded"]
 
 DEADLINE_SECONDS = 120
 _HERE = (True, "here")
@@ -92,6 +93,11 @@ def join_group(rank: int, size: int, folder: str) -> None:
         world_size=size,
         timeout=timedelta(seconds=START_SECONDS),
     )
+
+
+def mesh_of(axes: str) -> DeviceMesh:
+    """EP 2 × data 2: EP groups are ranks in a row ("edp ep"), or every other rank ("ep edp")."""
+    return init_device_mesh("cpu", (2, 2), mesh_dim_names=tuple(axes.split()))
 
 
 def _collect(pipes: list[Connection], deadline: float) -> list[tuple[bool, Any]]:

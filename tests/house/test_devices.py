@@ -38,11 +38,11 @@ from distplb.comm.torchdist import TorchComm
 from distplb.core.balance import balancedness_sglang, balancedness_vllm, max_violation
 from distplb.core.price import moved_slots
 from distplb.core.ties import RouterTies
-from distplb.doctor.here import findings
+from distplb.doctor.local_checks import findings
 from distplb.integrations.common import tokens_of_experts
 from distplb.migrate.budget import within_budget
 from distplb.planning.greedy import contiguous, greedy_numpy
-from distplb.study.advice import what_if
+from distplb.study.what_if import PRICED, Study
 
 PACKAGE = Path(distplb.__file__).parent
 SOURCES = {str(path.relative_to(PACKAGE)): ast.parse(path.read_text()) for path in PACKAGE.rglob("*.py")}
@@ -181,7 +181,7 @@ CALLS: dict[str, Callable[[Path], Any]] = {
     "findings": lambda _: [one.level for one in findings() if one.what.startswith("engine")],
     "greedy": lambda _: [contiguous(LOAD[0], TOPOLOGY, 12), greedy_numpy(LOAD[0], TOPOLOGY, 12, num_groups=4)],
     "moved_slots": lambda _: moved_slots(START, distplb.plan(LOAD, TOPOLOGY), TOPOLOGY),
-    "what_if": lambda _: what_if(trace(), TOPOLOGY, MODEL, [2]),
+    "what_if": lambda _: Study(trace(), TOPOLOGY, MODEL).run([(PRICED, 2)]),
     "ties": lambda _: ties(),
     "tokens_of_experts": lambda _: tokens_of_experts(LOAD % 8, 8),
     "within_budget": lambda _: within_budget(LOAD, START, distplb.plan(LOAD, TOPOLOGY), 6),

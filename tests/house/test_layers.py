@@ -77,8 +77,8 @@ NEEDS = {
 PURE = """
 core.arguments core.balance core.bound core.bound_with_replicas core.bound_without_replicas core.cost core.count_errors
 core.counts core.fixed_point core.hashing core.plain_tensor core.price core.ties
-packing planning.chance planning.classes planning.eplb planning.greedy planning.legal planning.moves planning.options
-planning.policies planning.problem planning.relabel planning.starts planning.trial
+packing planning.chance planning.eplb planning.engine_choice planning.greedy planning.legal planning.move_cost
+planning.options planning.policies planning.problem planning.relabel planning.slot_classes planning.warm_start
 migrate.schedule migrate.messages migrate.routes migrate.pieces migrate.budget
 train.stop_loss train.checkpoint train.account study.replay study.costs study.verdict
 """

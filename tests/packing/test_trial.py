@@ -25,9 +25,9 @@ from distplb.comm.torchdist import TorchComm
 from distplb.packing import cpu, cuda, reference
 from distplb.packing import trial as packing_trial
 from distplb.packing.trial import Compared
-from distplb.planning.options import SearchOptions
+from distplb.planning.engine_choice import engine_for
+from distplb.planning.options import PlanOptions
 from distplb.planning.plan import plan_in_stages
-from distplb.planning.trial import engine_for
 from distplb.train import agreed
 
 TOPOLOGY = Topology(2, 1)
@@ -175,7 +175,7 @@ class Logged(logging.Handler):
 
 
 def planned(engine: str | None, **options: Any) -> tuple[str, list[list[int]]]:
-    found = plan_in_stages(LOAD, TOPOLOGY, WorldOfOne(), SearchOptions(engine=engine, **options))
+    found = plan_in_stages(LOAD, TOPOLOGY, WorldOfOne(), PlanOptions(engine=engine, **options))
     return found.engine, found.placement.expert_of_slot.tolist()
 
 
@@ -186,7 +186,7 @@ def interpreted() -> None:
     found: dict[str, Any] = {}
     for name, options in PLANS.items():
         with broken(None), launches() as tried:
-            engine_for(SearchOptions(engine="cuda", **options), TOPOLOGY, SHAPE, LOAD.device)
+            engine_for(PlanOptions(engine="cuda", **options), TOPOLOGY, SHAPE, LOAD.device)
             found[name] = [len(tried)]
             with launches() as used:
                 found[name] += [planned("cuda", **options), planned("cpu", **options), sorted(used), sorted(tried)]

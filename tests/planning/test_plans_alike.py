@@ -1,6 +1,6 @@
 """A plan is the same over every communicator, costs as many collectives whatever is planned, and can be made again.
 
-gloo on 1, 2 and 4 ranks is in test_planner.py, MPI in test_mpi.py. Shapes: T steps, L layers, E experts.
+gloo on 1, 2 and 4 ranks is in test_plan.py, MPI in test_mpi.py. Shapes: T steps, L layers, E experts.
 """
 
 from __future__ import annotations
@@ -12,9 +12,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from jobs import LAYERS, Job, by_slot
-from ranks import on_ranks
-from test_grid import mesh_of
-from test_mpi import SOME, shared_plans
+from plan_cases import SELECTION, selected_plans
+from ranks import mesh_of, on_ranks
 from torch import Tensor
 
 from distplb import LoadWindow, MoveModel, RebalanceEvent, TimeCurve, Topology, Trace, plan
@@ -57,7 +56,7 @@ def grid_of(axes: str) -> GridComm:
 def plans_of_three_and_of_grids() -> list[Plans]:
     three = dist.new_group([0, 1, 2])
     comms = [grid_of("edp ep"), grid_of("ep edp"), TorchComm(three) if dist.get_rank() < 3 else WorldOfOne()]
-    return [shared_plans(comm) for comm in comms]
+    return [selected_plans(comm) for comm in comms]
 
 
 # --- collectives -----------------------------------------------------------------------------------------------------
@@ -89,7 +88,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 def recorded(folder: str) -> dict[str, list[RebalanceEvent]]:
     """The events of jobs of two EP groups on a grid, whose windows rank 0 writes down."""
-    found = {}
+    by_variant = {}
     for name, options in VARIANTS.items():
         events: list[RebalanceEvent] = []
         grid = grid_of("ep edp")
@@ -111,8 +110,8 @@ def recorded(folder: str) -> dict[str, list[RebalanceEvent]]:
             job.iterate(by_slot(counts, rebalancer.placement))
             rebalancer.step()
         rebalancer.close()
-        found[name] = [event for event in events if event.imbalance_next is None]
-    return found
+        by_variant[name] = [event for event in events if event.imbalance_next is None]
+    return by_variant
 
 
 # --- what ranks did --------------------------------------------------------------------------------------------------
@@ -135,18 +134,18 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str
 
 
 def test_plans_of_3_ranks_and_of_grids_are_those_of_one_process(ranks: tuple[Path, list[dict[str, Any]]]) -> None:
-    alone = shared_plans(WorldOfOne())
-    assert len({str(table) for table in alone.values()}) == len(SOME)
-    for found in ranks[1]:
-        assert found["plans"] == [alone] * 3
+    alone = selected_plans(WorldOfOne())
+    assert len({str(table) for table in alone.values()}) == len(SELECTION)
+    for results in ranks[1]:
+        assert results["plans"] == [alone] * 3
 
 
 def test_a_plan_is_a_header_and_three_collectives_of_1_layer_and_of_40_and_twice_as_many_over_a_grid(
     ranks: tuple[Path, list[dict[str, Any]]],
 ) -> None:
     calls = ["min", "sum", "min", "broadcast"]
-    for rank, found in enumerate(ranks[1]):
-        small, large = found["calls"]
+    for rank, results in enumerate(ranks[1]):
+        small, large = results["calls"]
         assert small == large
         # The placement is broadcast in the root's row, and along all columns.
         assert small == [calls, calls if rank < 2 else calls[:3], calls]
@@ -155,7 +154,7 @@ def test_a_plan_is_a_header_and_three_collectives_of_1_layer_and_of_40_and_twice
 def test_a_plan_of_a_grid_is_made_again_by_one_process_from_its_event_and_the_window(
     ranks: tuple[Path, list[dict[str, Any]]],
 ) -> None:
-    folder, (first, *others) = ranks[0], [found["events"] for found in ranks[1]]
+    folder, (first, *others) = ranks[0], [results["events"] for results in ranks[1]]
     for name, events in first.items():
         trace = Trace.read(folder / name)
         for event in events:

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from distplb import MoveModel, Placement, RebalanceEvent, TimeCurve, Topology, lower_bound
 from distplb.migrate.transfer import Moved
-from distplb.planning.options import SearchOptions
-from distplb.planning.plan import Planned
+from distplb.planning.options import PlanOptions
+from distplb.planning.plan import PlanResult
 from distplb.train.account import Account, completed
 from distplb.train.stop_loss import Pace
 
@@ -28,7 +28,7 @@ def account(load: Tensor, old: Placement, planned: Placement, target: Placement 
         "iteration": 7,
         "layers": tuple(str(layer) for layer in range(old.num_layers)),
         "topology": Topology(1, old.num_gpus),
-        "options": SearchOptions(current=old, move_price=2.0, mode="permute"),
+        "options": PlanOptions(current=old, move_price=2.0, mode="permute"),
         "model": None,
         "pace": Pace(1.5, 0.1, 10),
         "steps_until_next": len(load),
@@ -37,7 +37,7 @@ def account(load: Tensor, old: Placement, planned: Placement, target: Placement 
         "last_applied": 7,
     }
     target = planned if target is None else target
-    return Account(old=old, planned=Planned(planned, load, "reference"), target=target, **fields | other)
+    return Account(old=old, planned=PlanResult(planned, load, "reference"), target=target, **fields | other)
 
 
 def random_case(seed: int, steps: int, gpus: int, layers: int = 2) -> tuple[Tensor, Placement, Placement]:
@@ -179,15 +179,13 @@ def test_shares_of_replicas_are_exact() -> None:
     old = Placement.contiguous(1, 8, 4)
     halves = Placement(torch.tensor([[0, 1, 2, 3, 4, 5, 6, 7] * 2]), 8, 4)
     thirds = Placement(torch.tensor([[0, 0, 1, 0, 2, 3, 4, 5, 6, 7, 7, 7]]), 8, 4)
-    options = SearchOptions(num_slots=16, current=halves)
+    options = PlanOptions(num_slots=16, current=halves)
     even = account(load, halves, halves, options=options).event(Moved(), "", "", {})
     assert even.tokens_of_gpu_before == ((4.0,) * 4,)
     assert (even.tokens_peak_before, even.tokens_p99_before) == (2, 2)
     assert even.imbalance_before == even.imbalance_bound == (1.0,)
     assert even.balancedness_vllm_before == even.balancedness_sglang_before == 1.0
-    event = account(load, thirds, thirds, options=SearchOptions(num_slots=12, current=thirds)).event(
-        Moved(), "", "", {}
-    )
+    event = account(load, thirds, thirds, options=PlanOptions(num_slots=12, current=thirds)).event(Moved(), "", "", {})
     assert event.tokens_of_gpu_before == (pytest.approx((10 / 3, 14 / 3, 6.0, 2.0)),)
     assert event.tokens_peak_before == 3
     assert event.imbalance_before == (1.5,)
@@ -222,7 +220,7 @@ def test_modelled_seconds_by_hand() -> None:
 def test_modelled_seconds_against_plain_python(curved: bool) -> None:
     load, old, new = random_case(9, 5, 3)
     curve = TimeCurve((0, 100, 1000), (0, 5_000_000, 6_000_000)) if curved else None
-    options = SearchOptions(current=old, move_price=2.0, time_curve=curve)
+    options = PlanOptions(current=old, move_price=2.0, time_curve=curve)
     event = account(load, old, new, model=MODEL, options=options, steps_until_next=12.5).event(Moved(), "", "", {})
     saved = plain_fullest(load, old, curve) - plain_fullest(load, new, curve)
     assert event.saved_seconds == pytest.approx(saved * (1e-9 if curved else 0.25) * 2.5 * 0.8)
@@ -253,7 +251,7 @@ def test_what_was_left_out_is_told_layer_by_layer() -> None:
     unmoved, repaying = "2 slots are over the budget", "no other move was found that repays itself"
     assert account(load, old, plan, target=old).event(Moved(), "", "", {}).left_out == (unmoved, repaying, "")
     assert account(load, old, plan).event(Moved(), "", "", {}).left_out == ("", repaying, "")
-    free = SearchOptions(current=old)
+    free = PlanOptions(current=old)
     assert account(load, old, plan, options=free).event(Moved(), "", "", {}).left_out == ("", "", "")
 
 

@@ -29,7 +29,7 @@ from distplb.comm.torchdist import TorchComm, is_loss
 from distplb.core.stages import Stages
 from distplb.errors import HalfMovedError, LostRanksError
 from distplb.migrate.transfer import Move
-from distplb.planning.plan import Planned, Planning
+from distplb.planning.plan import PlanResult, StagedPlan
 
 STAGES = ("count", "search", "choose", "polish", "share", "move")
 FAULTS = ("kill", "stop", "raise")
@@ -306,15 +306,15 @@ def spoil(what: str, job: Job) -> None:
         for layer in range(LAYERS):
             job.window.add(layer, torch.ones(EXPERTS, dtype=torch.int64), training=True)
         return
-    share = Planning.share
+    share = StagedPlan.share
 
-    def other_placement(self: Planning) -> Planned:
+    def other_placement(self: StagedPlan) -> PlanResult:
         planned = share(self)
-        Planning.share = share  # type: ignore[method-assign]
+        StagedPlan.share = share  # type: ignore[method-assign]
         table = planned.placement.expert_of_slot.flip(1)
         return replace(planned, placement=Placement(table, EXPERTS, planned.placement.num_gpus))
 
-    Planning.share = other_placement  # type: ignore[method-assign]
+    StagedPlan.share = other_placement  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize(("what", "words"), [("steps", "the steps in the window"), ("placement", "the placement")])

@@ -1,6 +1,6 @@
 """Expert-parallel size 2 × expert-data-parallel size 2, with the experts' optimizer state sharded over the latter.
 
-A run with moves is the run without them, to a relative 1e-8 in float64, as in `test_training`, whose model and
+A run with moves is the run without them, to a relative 1e-8 in float64, as in `test_training`, whose batches and
 comparison serve here. Ranks 0 and 1 are one EP group, 2 and 3 the other; ranks 0 and 2 hold the same experts.
 """
 
@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from jobs import FREE
 from ranks import on_ranks
-from test_training import EXPERTS, batch, furthest
 from torch import Tensor
+from training_runs import EXPERTS, batch, furthest
 
 import distplb
 from distplb.comm.torchdist import TorchComm

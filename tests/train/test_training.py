@@ -16,12 +16,12 @@ import torch.distributed as dist
 from jobs import FREE
 from ranks import on_ranks
 from torch import Tensor
+from training_runs import EXPERTS, SEQUENCE, batch, furthest
 
 import distplb
 from distplb.comm.torchdist import TorchComm
 
 ITERATIONS, EVERY, RANDOM_EVERY = 100, 5, 7
-EXPERTS, BATCH, SEQUENCE = 8, 8, 24
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
 OPTIMIZERS = {
     "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=3e-3),
@@ -89,15 +89,6 @@ def described(model: Any, window: distplb.LoadWindow, remap: bool = False) -> li
     return layers
 
 
-def batch(iteration: int) -> tuple[Tensor, Tensor]:
-    """This rank's rows of a global batch of skewed, repetitive bytes."""
-    generator = torch.Generator().manual_seed(iteration)
-    rows = (torch.randn(BATCH, SEQUENCE + 1, generator=generator) * 20).long().remainder(256)
-    rows[:, 1::2] = rows[:, :-1:2] // 2 + 3  # something to learn
-    mine = rows.chunk(dist.get_world_size())[dist.get_rank()]
-    return mine[:, :-1], mine[:, 1:]
-
-
 def scatter(
     rebalancer: distplb.Rebalancer, generator: torch.Generator, model: Any, optimizer: Any, leave_behind: bool
 ) -> None:
@@ -134,14 +125,6 @@ def gathered(tensor: Tensor) -> Tensor:
     parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, tensor.contiguous())
     return torch.cat(parts)
-
-
-def furthest(one: dict[str, Tensor], other: dict[str, Tensor]) -> tuple[float, str]:
-    """The largest difference, relative to the tensor's largest value, and where."""
-    assert one.keys() == other.keys()
-    return max(
-        (float((one[name] - other[name]).abs().max() / one[name].abs().max().clamp(min=1e-30)), name) for name in one
-    )
 
 
 def compared() -> dict[str, tuple[float, str]]:

@@ -30,8 +30,8 @@ from distplb.core.cost import gpu_tokens
 from distplb.records.event_log import scalars
 from distplb.report.run import Run
 from distplb.report.summary import Summary
-from distplb.study.advice import STEPS, Study
 from distplb.study.replay import Replay, replay
+from distplb.study.what_if import STEPS, Study
 from inputs.case import Case, command
 
 __all__ = ["CASES"]
@@ -118,8 +118,8 @@ def cost_of(found: Replay) -> str:
 def event_of(load: Tensor) -> RebalanceEvent:
     """What a rebalance on this window writes, of experts that stay in order."""
     from distplb.migrate.transfer import Moved
-    from distplb.planning.options import SearchOptions
-    from distplb.planning.plan import Planned
+    from distplb.planning.options import PlanOptions
+    from distplb.planning.plan import PlanResult
     from distplb.train.account import Account
     from distplb.train.stop_loss import Pace
 
@@ -130,10 +130,10 @@ def event_of(load: Tensor) -> RebalanceEvent:
         layers=tuple(str(layer) for layer in range(layers)),
         topology=TWO,
         old=there,
-        planned=Planned(there, load, "reference"),
+        planned=PlanResult(there, load, "reference"),
         target=there,
         left_alone=(False,) * layers,
-        options=SearchOptions(current=there),
+        options=PlanOptions(current=there),
         model=None,
         pace=Pace(1.0, 0.0, 10),
         steps_until_next=10,

@@ -1,4 +1,4 @@
-"""What rebalancing would have saved on a recorded trace: planners side by side, and other intervals between rebalances.
+"""What rebalancing would have saved on a recorded trace: several planners, and other intervals between rebalances.
 
 Shapes: S steps, T steps of a window, L layers, E experts, R rebalances.
 """
@@ -21,20 +21,20 @@ from distplb.core.topology import Topology
 from distplb.errors import DistplbError
 from distplb.planning.plan import plan
 from distplb.records.trace import Trace
-from distplb.study.bootstrap import saving
-from distplb.study.costs import AssumedJob, steps_stood_for
-from distplb.study.replay import Planner, Replay, chosen_steps, replay_between, with_tokens
+from distplb.study.bootstrap import estimate_gain
+from distplb.study.costs import steps_stood_for
+from distplb.study.replay import Planner, Replay, chosen_steps, run_planner, without_empty_steps
 
-__all__ = ["PRICED", "STATIC", "STEPS", "SUM", "WINDOW_STEPS", "Study", "WhatIf", "assumed_model", "what_if"]
+__all__ = ["PRICED", "STATIC", "STEPS", "SUM", "WINDOW_STEPS", "Study", "WhatIf"]
 
 STATIC, SUM, STEPS, PRICED = "static", "plan on the sum", "plan on the steps", "plan with the price"
-WINDOW_STEPS = 64  # that a plan is made from, as in a Rebalancer
+WINDOW_STEPS = 64  # that a plan is made from, as in a `Rebalancer`
 Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class WhatIf:
-    """What a planner would have made of a trace, on steps that it had not seen; those before its first plan are out.
+    """The outcome of a planner on a trace, judged on steps after its first plan, none of which it had seen before.
 
     Means are over what has tokens.
 
@@ -42,14 +42,14 @@ class WhatIf:
         every: iterations between rebalances.
         rebalances: R, each with one interval after it that is judged.
         imbalance: fullest GPU over mean GPU, mean over layers and steps.
-        imbalance_seen: the same of the steps that the plans were made from.
+        imbalance_seen: likewise of the steps that the plans were made from.
         worst_step: the largest mean over the layers of one step.
         slots_moved: by all rebalances, over all layers.
         compute_seconds: modelled, of the fullest GPU of every step and layer.
         move_seconds: modelled, of all moves.
         static_seconds: modelled, of the same steps under the contiguous placement.
         saved: share of `static_seconds` that computing and moving take less; below 0 where they take more.
-        low: with `high`, the 95 % interval of `saved`; None where there are too few rebalances to tell.
+        low: with `high`, the 95 % interval of `saved`; None where there are too few rebalances to estimate it.
         high: see `low`.
     """
 
@@ -67,40 +67,6 @@ class WhatIf:
     high: float | None
 
 
-def assumed_model(trace: Trace, topology: Topology, job: AssumedJob | None = None) -> MoveModel:
-    """What tokens and moves cost where nobody has measured it; see `AssumedJob`."""
-    return (job or AssumedJob()).model(trace, topology.num_gpus)
-
-
-def what_if(
-    trace: Trace,
-    topology: Topology,
-    model: MoveModel,
-    intervals: Sequence[int],
-    *,
-    curve: TimeCurve | None = None,
-    num_candidates: int | None = None,
-    engine: str | None = None,
-    progress: Progress | None = None,
-) -> list[WhatIf]:
-    """Replay a trace once for each interval between rebalances, with plans that pay for their moves.
-
-    Args:
-        trace: whose loads are replayed; its placements play no part.
-        topology: of the EP group.
-        model: what a token and a move cost, as from `assumed_model`.
-        intervals: iterations between rebalances, each at most half of those that the trace covers.
-        curve: from an expert's tokens to its time, in place of the model's seconds per token.
-        num_candidates, engine: as of `plan`.
-        progress: called with the steps that are done and all that there are to do.
-
-    Raises:
-        DistplbError: for an interval in which the trace has no step, or that is longer than half of it.
-    """
-    study = Study(trace, topology, model, curve=curve, num_candidates=num_candidates, engine=engine)
-    return study.run([(PRICED, every) for every in intervals], progress)
-
-
 class Study:
     """Replays of one trace, each judged on the steps after its first rebalance, against the contiguous placement there.
 
@@ -108,10 +74,14 @@ class Study:
     part was filled, that part is replayed, and a move has as many steps to repay itself as if the rest were not there.
 
     Args:
-        trace, topology, model, curve, num_candidates, engine: as of `what_if`.
+        trace: whose loads are replayed; its placements play no part.
+        topology: of the EP group.
+        model: what a token and a move cost, as from `AssumedJob.model`.
+        curve: from an expert's tokens to its time, in place of the model's seconds per token.
         window: the most steps that a plan is made from, an even sample of those since the last one.
-        stands_for: steps of the job, one after the other, that each step of the trace stands for; what its iterations
-            tell where None.
+        stands_for: steps of the job, one after the other, that each step of the trace stands for; where None, as its
+            iterations tell.
+        num_candidates, engine: as of `plan`.
 
     Raises:
         DistplbError: if the experts do not go evenly on the GPUs, a number is not positive, or no step has tokens.
@@ -134,7 +104,7 @@ class Study:
             raise DistplbError(f"stands_for is {self.stands_for}, window {window}; pass steps, more than 0")
         topology.experts_per_gpu(trace.num_experts)
         self._recorded = trace.iteration.unique()
-        self.trace, self.topology, self.window, self._curve = with_tokens(trace), topology, window, curve
+        self.trace, self.topology, self.window, self._curve = without_empty_steps(trace), topology, window, curve
         self._second = model.seconds_per_token if curve is None else 1e-9
         # A step that stands for many has moves that last as many times as long: each takes that part of a move's time.
         self._model = replace(
@@ -154,8 +124,8 @@ class Study:
         return round(span * counted / (len(recorded) - 1)) if len(recorded) > 1 else 1
 
     @property
-    def least(self) -> int:
-        """The fewest iterations between rebalances: those that are recorded may lie far apart."""
+    def minimum_interval(self) -> int:
+        """The fewest iterations between rebalances: recorded iterations may lie far apart."""
         return -(-self.iterations // len(self.trace.begins))
 
     def cuts_of(self, every: int) -> list[int]:
@@ -167,7 +137,8 @@ class Study:
         begins = self.trace.begins
         recorded = round(every * len(begins) / self.iterations)
         if recorded < 1:
-            raise DistplbError(f"the trace has no step in {every} iterations; rebalance every {self.least} or more")
+            minimum = self.minimum_interval
+            raise DistplbError(f"the trace has no step in {every} iterations; rebalance every {minimum} or more")
         if len(begins) < 2:
             raise DistplbError("the trace covers one iteration: to plan on, and to judge, takes two; record for longer")
         if 2 * recorded > len(begins):
@@ -193,50 +164,57 @@ class Study:
     def run(self, trials: Sequence[tuple[str, int]], progress: Progress | None = None) -> list[WhatIf]:
         """Replay each pair of a planner, by name, and iterations between rebalances.
 
+        Args:
+            trials: of `STATIC`, `SUM`, `STEPS` or `PRICED`, whose plans pay for their moves; intervals are at most half
+                of the iterations that the trace covers.
+            progress: called with the steps that are done and all that there are to do.
+
         Raises:
-            DistplbError: as of `what_if`, before anything is replayed.
+            DistplbError: for an interval in which the trace has no step, or that is longer than half of it, before
+                anything is replayed.
         """
         cuts, total = [self.cuts_of(every) for _, every in trials], self.trace.num_steps
-        found = []
-        for nth, ((planner, every), some) in enumerate(zip(trials, cuts, strict=True)):
-            told = None if progress is None else _part(progress, nth * total, len(trials) * total)
-            found.append(self._outcome(planner, every, some, told))
-        return found
+        outcomes = []
+        for nth, ((planner, every), own_cuts) in enumerate(zip(trials, cuts, strict=True)):
+            part = None if progress is None else _part(progress, nth * total, len(trials) * total)
+            outcomes.append(self._outcome(planner, every, own_cuts, part))
+        return outcomes
 
     def _outcome(self, planner: str, every: int, cuts: list[int], progress: Progress | None) -> WhatIf:
         trace = chosen_steps(self.trace, slice(cuts[-1]))
-        remembering = _Remembering(self._planner(planner, round(cuts[-1] / len(cuts))), self.window, self._curve)
-        found = self._replay(trace, remembering, cuts[:-1], progress)
+        sampling = _SamplingPlanner(self._planner(planner, round(cuts[-1] / len(cuts))), self.window, self._curve)
+        replayed = self._replay(trace, sampling, cuts[:-1], progress)
         compute, static = (
             torch.stack([part.sum() for part in one.fullest[cuts[0] : cuts[-1]].split(_lengths(cuts))]).double()
             * self._second
-            for one in (found, self._static)
+            for one in (replayed, self._static)
         )  # [R], seconds of each interval
         moves = torch.tensor(
-            [self._model.seconds(*moved) for moved in found.moved.tolist()], dtype=torch.float64, device="cpu"
+            [self._model.seconds(*moved) for moved in replayed.moved.tolist()], dtype=torch.float64, device="cpu"
         )
         if not bool(static.sum()):
             raise DistplbError("the time curve gives no time to the tokens of the trace; pass one that was measured")
-        share = saving((compute + moves).tolist(), static.tolist())
-        uneven = mean_of_known(found.imbalance[cuts[0] :], dim=1)
+        gain = estimate_gain((compute + moves).tolist(), static.tolist())
+        uneven = mean_of_known(replayed.imbalance[cuts[0] :], dim=1)
         return WhatIf(
             every=every,
             rebalances=len(moves),
             imbalance=float(mean_of_known(uneven)),
-            imbalance_seen=remembering.mean_imbalance,
+            imbalance_seen=sampling.mean_imbalance,
             worst_step=float(uneven.nan_to_num(nan=1.0).max()),
-            slots_moved=found.slots_moved,
+            slots_moved=replayed.slots_moved,
             compute_seconds=float(compute.sum()) * self.stands_for,
             move_seconds=float(moves.sum()) * self.stands_for,
             static_seconds=float(static.sum()) * self.stands_for,
-            saved=share.saved,
-            low=share.low,
-            high=share.high,
+            saved=gain.share,
+            low=gain.low,
+            high=gain.high,
         )
 
     def _replay(self, trace: Trace, planner: Planner, cuts: list[int], progress: Progress | None) -> Replay:
-        cluster: dict[str, Any] = {"topology": self.topology, "model": self._model, "curve": self._curve}
-        return replay_between(trace, planner, cuts, progress=progress, **cluster)
+        return run_planner(
+            trace, planner, cuts, topology=self.topology, model=self._model, curve=self._curve, progress=progress
+        )
 
     def _planner(self, name: str, steps: int) -> Planner:
         def planned(load: Tensor, current: Placement) -> Placement:
@@ -249,27 +227,27 @@ class Study:
         return planned
 
 
-class _Remembering:
-    """A planner on an even sample of the steps, and how even its plans left those."""
+class _SamplingPlanner:
+    """A planner that is given an even sample of the steps, and the mean imbalance of those under its plans."""
 
     def __init__(self, planner: Planner, window: int, curve: TimeCurve | None) -> None:
         self._planner, self._window, self._curve = planner, window, curve
-        self._seen: list[float] = []
+        self._imbalances: list[float] = []
 
     @property
     def mean_imbalance(self) -> float:
-        return sum(self._seen) / len(self._seen)
+        return sum(self._imbalances) / len(self._imbalances)
 
     def __call__(self, load: Tensor, current: Placement) -> Placement:
         load = _sample(load, self._window)
-        found = self._planner(load, current)
-        self._seen.append(float(mean_of_known(fullest_gpu(load, found, self._curve)[1])))
-        return found
+        placement = self._planner(load, current)
+        self._imbalances.append(float(mean_of_known(fullest_gpu(load, placement, self._curve)[1])))
+        return placement
 
 
-def _sample(load: Tensor, most: int) -> Tensor:
-    """`[T, L, E]`: evenly so many of the steps, or all where there are fewer."""
-    number = min(most, len(load))
+def _sample(load: Tensor, limit: int) -> Tensor:
+    """`[T, L, E]`: an even sample of at most so many steps."""
+    number = min(limit, len(load))
     return load[torch.arange(number, device="cpu") * len(load) // number]
 
 

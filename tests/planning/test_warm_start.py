@@ -14,7 +14,7 @@ from torch import Tensor
 
 from distplb.core.hashing import hashed
 from distplb.packing.candidates import ceilings
-from distplb.planning.starts import recounted
+from distplb.planning.warm_start import reassign_replicas
 
 # (E, P, M, regions)
 SHAPES = [(6, 12, 3, 1), (5, 20, 4, 1), (8, 12, 4, 2), (16, 24, 4, 1), (16, 32, 8, 4), (3, 10, 5, 1), (8, 8, 2, 1)]
@@ -40,7 +40,7 @@ def rows_of_weights(random_: random.Random, num_experts: int, rows: int) -> list
     return [[draws[row % 9 % 4]() for _ in range(num_experts)] for row in range(rows)]
 
 
-def plain_recounted(weight: list[int], table: list[int], region: list[int], num_gpus: int) -> list[int]:
+def plain_reassigned(weight: list[int], table: list[int], region: list[int], num_gpus: int) -> list[int]:
     """One row, an exchange of hands at a time, from the docstring's text."""
     table, size = list(table), len(table) // num_gpus
     home = {expert: region[slot] for slot, expert in enumerate(table)}
@@ -71,13 +71,13 @@ def test_replicas_go_from_those_that_need_them_least_to_those_that_need_them_mos
     weight = rows_of_weights(random_, num_experts, 45)
     table = [in_regions(random_, num_experts, num_slots, regions) for _ in weight]
     region = torch.arange(regions).repeat_interleave(num_slots // regions)
-    given = torch.tensor(table)
-    found = recounted(torch.tensor(weight), given, region, num_gpus)
-    assert given.tolist() == table
-    wanted = [plain_recounted(w, row, region.tolist(), num_gpus) for w, row in zip(weight, table, strict=True)]
-    assert found.tolist() == wanted
-    assert (wanted != table) == (num_slots > num_experts)
-    for row, before in zip(found.tolist(), table, strict=True):
+    start = torch.tensor(table)
+    reassigned = reassign_replicas(torch.tensor(weight), start, region, num_gpus)
+    assert start.tolist() == table
+    expected = [plain_reassigned(w, row, region.tolist(), num_gpus) for w, row in zip(weight, table, strict=True)]
+    assert reassigned.tolist() == expected
+    assert (expected != table) == (num_slots > num_experts)
+    for row, before in zip(reassigned.tolist(), table, strict=True):
         assert set(row) == set(range(num_experts))
         homes = {(expert, region[slot].item()) for slot, expert in enumerate(row)}
         assert homes == {(expert, region[slot].item()) for slot, expert in enumerate(before)}
@@ -88,13 +88,13 @@ def test_the_largest_share_is_never_larger_afterwards_and_far_smaller_where_load
     random_ = random.Random(3)
     weight = torch.tensor([[int(random_.lognormvariate(8, 1.2)) for _ in range(16)] for _ in range(200)])
     table = torch.tensor([in_regions(random_, 16, 32, 1) for _ in range(200)])
-    found = recounted(weight, table, torch.zeros(32, dtype=torch.int64), 4)
+    reassigned = reassign_replicas(weight, table, torch.zeros(32, dtype=torch.int64), 4)
 
     def largest_share(table: Tensor) -> Tensor:
         count = torch.zeros_like(weight).scatter_add_(1, table, torch.ones_like(table))
         return (weight // count).amax(1).double()
 
-    before, after = largest_share(table), largest_share(found)
+    before, after = largest_share(table), largest_share(reassigned)
     assert (after <= before).all()
     assert float((after / before).mean()) < 0.52
 
@@ -105,7 +105,7 @@ def test_counts_that_fit_stay_as_they_are() -> None:
     table = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]])
 
     def alone(weight: list[int]) -> list[int]:
-        return recounted(torch.tensor([weight]), table, region, 4)[0].tolist()
+        return reassign_replicas(torch.tensor([weight]), table, region, 4)[0].tolist()
 
     assert alone([100, 100, 100, 100]) == table[0].tolist()
     # The taker's share is 106, and the giver's would be 100 afterwards; then 107.
@@ -116,17 +116,17 @@ def test_counts_that_fit_stay_as_they_are() -> None:
 def test_the_first_two_candidates_begin_under_an_eighth_and_the_others_anywhere_from_a_32nd_to_a_quarter() -> None:
     layer = torch.arange(500).repeat_interleave(6)
     candidate = torch.arange(6).repeat(500)
-    found = ceilings(layer=layer, candidate=candidate, seed=2**40 + 3)
-    assert found.dtype == torch.int64
-    assert (found[candidate < 2] == 2**13).all()
-    assert 2**11 <= found.min() < 2**11 + 100
-    assert 2**14 - 100 < found.max() < 2**14
-    others = found[candidate >= 2].double()
+    ceiling = ceilings(layer=layer, candidate=candidate, seed=2**40 + 3)
+    assert ceiling.dtype == torch.int64
+    assert (ceiling[candidate < 2] == 2**13).all()
+    assert 2**11 <= ceiling.min() < 2**11 + 100
+    assert 2**14 - 100 < ceiling.max() < 2**14
+    others = ceiling[candidate >= 2].double()
     assert abs(float(others.mean()) - 9 * 2**10) < 200
     bits = hashed(torch.zeros(1, dtype=torch.int64), 2**40 + 3, 2**8, torch.tensor([7]), torch.tensor([4]))
-    assert int(found[(layer == 7) & (candidate == 4)]) == 2**11 + (7 * 2**11 * int(bits) >> 32)
+    assert int(ceiling[(layer == 7) & (candidate == 4)]) == 2**11 + (7 * 2**11 * int(bits) >> 32)
     # By name and seed alone, whatever stands beside it.
     order = torch.randperm(3000, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(ceilings(layer=layer[order], candidate=candidate[order], seed=2**40 + 3), found[order])
+    assert torch.equal(ceilings(layer=layer[order], candidate=candidate[order], seed=2**40 + 3), ceiling[order])
     other = ceilings(layer=layer, candidate=candidate, seed=3)
-    assert (other != found)[candidate >= 2].double().mean() > 0.99
+    assert (other != ceiling)[candidate >= 2].double().mean() > 0.99

@@ -1,4 +1,4 @@
-"""What can be said of this process alone: versions, devices, backends, engines, and what its launcher has told it.
+"""Checks of this process alone: versions, devices, backends, engines, and the variables that its launcher has set.
 
 Shapes: T steps, L layers, E experts.
 """
@@ -29,48 +29,48 @@ __all__ = ["findings", "local_ranks", "versions"]
 _ENGINES = ("reference", "cpu", "cuda")
 
 
-class _MadeFor(NamedTuple):
-    """The versions that distplb is made for, both included as far as they are written."""
+class _Supported(NamedTuple):
+    """The versions that distplb is made for, from `minimum` to `maximum`, both included, compared by these digits."""
 
-    least: str
-    most: str
+    minimum: str
+    maximum: str
     extra: str = ""  # needed only with this extra
 
 
 _LIBRARIES = {
-    "torch": _MadeFor("2.6", "2.13"),
-    "numpy": _MadeFor("2.2", "2.4"),
-    "scipy": _MadeFor("1.15", "1.17"),
-    "numba": _MadeFor("0.68", "0.68", "fast"),
-    "triton": _MadeFor("3.2", "3.9", "torchtitan"),
-    "matplotlib": _MadeFor("3.11", "3.11", "report"),
-    "mpi4py": _MadeFor("4.1", "4.1", "mpi"),
-    "transformers": _MadeFor("5.23", "5.23", "huggingface"),
-    "torchtitan": _MadeFor("0.3", "0.3", "torchtitan"),
-    "megatron-core": _MadeFor("0.16.1", "0.16.1", "megatron"),
+    "torch": _Supported("2.6", "2.13"),
+    "numpy": _Supported("2.2", "2.4"),
+    "scipy": _Supported("1.15", "1.17"),
+    "numba": _Supported("0.68", "0.68", "fast"),
+    "triton": _Supported("3.2", "3.9", "torchtitan"),
+    "matplotlib": _Supported("3.11", "3.11", "report"),
+    "mpi4py": _Supported("4.1", "4.1", "mpi"),
+    "transformers": _Supported("5.23", "5.23", "huggingface"),
+    "torchtitan": _Supported("0.3", "0.3", "torchtitan"),
+    "megatron-core": _Supported("0.16.1", "0.16.1", "megatron"),
 }
-_PYTHON = _MadeFor("3.10", "3.13")
+_PYTHON = _Supported("3.10", "3.13")
 
 
 def versions() -> dict[str, str]:
     """Of distplb, Python, and the libraries that are installed."""
-    found = {"distplb": distplb.__version__, "Python": platform.python_version()}
+    installed = {"distplb": distplb.__version__, "Python": platform.python_version()}
     for name in _LIBRARIES:
         try:
-            found[name] = version(name)
+            installed[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def local_ranks() -> int:
-    """Ranks of the job on this node, as torchrun tells them; 1 where nobody does."""
-    told = os.environ.get("LOCAL_WORLD_SIZE", "1")
-    return max(1, int(told)) if told.isdecimal() else 1
+    """Ranks of the job on this node, by the variable that torchrun sets; 1 where it is not set."""
+    size = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    return max(1, int(size)) if size.isdecimal() else 1
 
 
 def findings() -> Iterator[Finding]:
-    """All that is looked at without the other ranks."""
+    """The results of all checks that need no other rank."""
     yield from _versions()
     yield from _devices(local_ranks())
     yield from _backends()
@@ -79,24 +79,27 @@ def findings() -> Iterator[Finding]:
 
 
 def _versions() -> Iterator[Finding]:
-    there = versions()
-    yield ok("distplb", there["distplb"])
-    yield _judged("Python", there["Python"], _PYTHON)
-    for name, wanted in _LIBRARIES.items():
-        if name in there:
-            yield _judged(name, there[name], wanted)
-        elif wanted.extra:
-            yield ok(name, f"not installed; pip install 'distplb[{wanted.extra}]' brings it")
+    installed = versions()
+    yield ok("distplb", installed["distplb"])
+    yield _judged("Python", installed["Python"], _PYTHON)
+    for name, supported in _LIBRARIES.items():
+        if name in installed:
+            yield _judged(name, installed[name], supported)
+        elif supported.extra:
+            yield ok(name, f"not installed; pip install 'distplb[{supported.extra}]' brings it")
         else:
             yield wrong(name, f"not installed; pip install {name}")
 
 
-def _judged(name: str, found: str, wanted: _MadeFor) -> Finding:
-    numbers, most = _numbers(found), _numbers(wanted.most)
-    range_ = wanted.least if wanted.least == wanted.most else f"{wanted.least} to {wanted.most}"
-    if _numbers(wanted.least) <= numbers and numbers[: len(most)] <= most:
-        return ok(name, f"{found}, made for {range_}")
-    return note(name, f"{found} is not of {range_}, which distplb is made for; run its tests, or install one that is")
+def _judged(name: str, installed: str, supported: _Supported) -> Finding:
+    minimum, maximum, _ = supported
+    numbers, limit = _numbers(installed), _numbers(maximum)
+    range_ = minimum if minimum == maximum else f"{minimum} to {maximum}"
+    if _numbers(minimum) <= numbers and numbers[: len(limit)] <= limit:
+        return ok(name, f"{installed}, made for {range_}")
+    return note(
+        name, f"{installed} is not of {range_}, which distplb is made for; run its tests, or install one that is"
+    )
 
 
 def _numbers(version_: str) -> tuple[int, ...]:
@@ -152,7 +155,7 @@ def _engines() -> Iterator[Finding]:
                 yield note("engine cpu", str(missing))
         except Exception as broken:
             yield wrong(f"engine {name}", f"{broken!r}; plan with engine='reference'")
-    others = [name for name, found in plans.items() if found != plans["reference"]]
+    others = [name for name, placement in plans.items() if placement != plans["reference"]]
     yield ok("engines", f"{', '.join(plans)}; {taken} is taken, {len(plans) - len(others)} make the same plan")
     for name in others:
         yield wrong(f"engine {name}", "plans otherwise than the reference; plan with engine='reference', and report it")
@@ -169,9 +172,9 @@ def _small_load() -> Tensor:
 def _launcher() -> Iterator[Finding]:
     try:
         topology = Topology.from_env()
-    except DistplbError as told:
-        nobody = str(told).startswith("no launcher")
-        yield ok("launcher", "none, this process is alone") if nobody else wrong("launcher", str(told))
+    except DistplbError as error:
+        is_alone = str(error).startswith("no launcher")
+        yield ok("launcher", "none, this process is alone") if is_alone else wrong("launcher", str(error))
         return
     nodes = topology.num_nodes
     yield ok("launcher", f"{nodes} {'node' if nodes == 1 else 'nodes'} of {topology.gpus_per_node} ranks")

@@ -1,4 +1,4 @@
-"""Distances, tolls and the units of a price, against plain loops over plain numbers.
+"""Distances, the cost of moves and the units of a price, against plain loops over plain numbers.
 
 Shapes: L layers, E experts, P slots, M GPUs, G slots on each GPU.
 """
@@ -13,7 +13,7 @@ import torch
 
 from distplb import Placement, Topology
 from distplb.core.price import moved_slots
-from distplb.planning.moves import distances, in_units, tolls
+from distplb.planning.move_cost import cost_of_moves, distances, price_by_distance
 
 # (N, GPUs on each, E, P)
 SHAPES = [(1, 1, 4, 4), (1, 4, 8, 8), (2, 2, 8, 8), (3, 2, 6, 12), (2, 3, 5, 18), (4, 1, 8, 16), (2, 4, 3, 16)]
@@ -39,37 +39,37 @@ def plain_distances(row: list[int], num_experts: int, nodes: int, gpus: int) -> 
 def test_distances_are_0_where_a_gpu_holds_an_expert_and_1_where_its_node_does(shape: tuple[int, ...]) -> None:
     nodes, gpus, num_experts, num_slots = shape
     table = random_table(random.Random(num_slots), 20, num_experts, num_slots)
-    found = distances(Placement(table, num_experts, nodes * gpus), Topology(nodes, gpus))
-    assert found.dtype == torch.int8
-    assert found.is_contiguous()
-    assert found.tolist() == [plain_distances(row, num_experts, nodes, gpus) for row in table.tolist()]
+    by_gpu = distances(Placement(table, num_experts, nodes * gpus), Topology(nodes, gpus))
+    assert by_gpu.dtype == torch.int8
+    assert by_gpu.is_contiguous()
+    assert by_gpu.tolist() == [plain_distances(row, num_experts, nodes, gpus) for row in table.tolist()]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_tolls_are_added_up_over_the_slots(shape: tuple[int, ...]) -> None:
+def test_the_cost_of_moves_is_summed_over_the_slots(shape: tuple[int, ...]) -> None:
     nodes, gpus, num_experts, num_slots = shape
     random_, topology = random.Random(num_slots), Topology(nodes, gpus)
     current = Placement(random_table(random_, 6, num_experts, num_slots), num_experts, topology.num_gpus)
     tables = torch.stack([random_table(random_, 6, num_experts, num_slots) for _ in range(5)])  # [5, L, P]
     price = torch.tensor([[0, random_.randrange(100), random_.randrange(2**41)] for _ in range(6)])
     size, far = num_slots // topology.num_gpus, distances(current, topology).tolist()
-    wanted = [
+    expected = [
         [
             sum(price[layer, far[layer][expert][slot // size]].item() for slot, expert in enumerate(row))
             for layer, row in enumerate(table)
         ]
         for table in tables.tolist()
     ]
-    found = tolls(tables, distances(current, topology), price)
-    assert found.dtype == torch.int64
-    assert found.tolist() == wanted
-    assert torch.equal(tolls(tables[2], distances(current, topology), price), found[2])
+    costs = cost_of_moves(tables, distances(current, topology), price)
+    assert costs.dtype == torch.int64
+    assert costs.tolist() == expected
+    assert torch.equal(cost_of_moves(tables[2], distances(current, topology), price), costs[2])
     # What a plan pays for is what an event counts.
     for table in tables:
         moved = moved_slots(current, Placement(table, num_experts, topology.num_gpus), topology)
         for column in (0, 1):
             one = torch.tensor([0, 1 - column, column]).expand(6, -1)
-            assert torch.equal(tolls(table, distances(current, topology), one), moved[:, column])
+            assert torch.equal(cost_of_moves(table, distances(current, topology), one), moved[:, column])
 
 
 def test_a_price_in_the_units_of_a_load_is_rounded_and_never_to_nothing() -> None:
@@ -84,6 +84,6 @@ def test_a_price_in_the_units_of_a_load_is_rounded_and_never_to_nothing() -> Non
         return min(max(round(Fraction(price) * Fraction(2) ** shift), 1), 2**41 - 1)
 
     for inside, between in zip(prices, reversed(prices), strict=True):
-        found = in_units((inside, between), torch.tensor(shifts))
-        assert found.dtype == torch.int64
-        assert found.tolist() == [[0, unit(inside, shift), unit(between, shift)] for shift in shifts]
+        scaled = price_by_distance((inside, between), torch.tensor(shifts))
+        assert scaled.dtype == torch.int64
+        assert scaled.tolist() == [[0, unit(inside, shift), unit(between, shift)] for shift in shifts]

@@ -1,4 +1,4 @@
-"""Where a candidate that starts from the placement in force begins: that placement, or one with other replica counts.
+"""How a candidate that starts from the placement in force gets other replica counts.
 
 Shapes: X rows, E experts, P slots, M GPUs, G slots on each.
 """
@@ -8,17 +8,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["recounted"]
+__all__ = ["reassign_replicas"]
 
 _MARGIN_BITS = 4  # a replica goes to another expert only where that one's share is 2^-4 above the giver's afterwards
 
 
-def recounted(weight: Tensor, table: Tensor, region: Tensor, num_gpus: int) -> Tensor:
+def reassign_replicas(weight: Tensor, table: Tensor, region: Tensor, num_gpus: int) -> Tensor:
     """`[X, P]`: replicas go, one at a time, from the expert that needs them least to the one that needs them most.
 
-    Needed most are they by the expert whose replicas have the largest share, least by the one whose replicas would
-    have the smallest with one fewer. The slot that changes hands is the one on the lightest GPU that does not hold
-    the taker; a row stops where there is none, or where the two shares are about equal.
+    The expert whose replicas have the largest share takes a slot from the one whose replicas would have the smallest
+    share with one fewer: of its slots, the one on the lightest GPU that does not hold the taker. A row stops where
+    there is no such slot, or where the two shares are about equal.
 
     Args:
         weight: `[X, E]` int64.
@@ -37,8 +37,8 @@ def recounted(weight: Tensor, table: Tensor, region: Tensor, num_gpus: int) -> T
         after = torch.where(replicas > 1, weight // (replicas - 1).clamp(min=1), torch.iinfo(torch.int64).max)
         after = after.masked_fill(home != home.gather(1, taker[:, None]), torch.iinfo(torch.int64).max)
         giver = after.argmin(1)
-        most, least = share[row, taker], after[row, giver]
-        active &= (most > least) & (most - least > least >> _MARGIN_BITS)
+        largest, smallest = share[row, taker], after[row, giver]
+        active &= (largest > smallest) & (largest - smallest > smallest >> _MARGIN_BITS)
         load = share.gather(1, table).unflatten(1, (num_gpus, -1)).sum(2)  # [X, M]
         holds = (table == taker[:, None]).unflatten(1, (num_gpus, -1)).any(2)  # [X, M]
         possible = (table == giver[:, None]) & ~holds[:, gpu]

@@ -1,4 +1,4 @@
-"""Experts that stay within their class of slots, for layouts that can only exchange equal slot numbers.
+"""The policy that keeps experts within their class of slots, for layouts that exchange only equal slot numbers.
 
 Shapes: X rows, E = P experts and slots, M GPUs, G slots on each, C classes.
 """
@@ -13,14 +13,15 @@ from torch import Tensor
 from distplb.packing.candidates import noisy_keys
 from distplb.packing.engines import Engine
 from distplb.packing.settling import Terms
+from distplb.planning.legal import class_of_expert
 
-__all__ = ["Classes"]
+__all__ = ["SlotClasses"]
 
 _ROUNDS = 40
 
 
 @dataclass(frozen=True)
-class Classes:
+class SlotClasses:
     """An expert may stand only in slots of the class of its present slot; there are no replicas.
 
     One slot a GPU of one class at a time is emptied, and its experts are dealt anew, the heaviest to the GPU that is
@@ -72,25 +73,24 @@ class Classes:
     def allows(self, table: Tensor, *, layer: Tensor) -> Tensor:
         """As `Policy`.
 
-        The placement in force is always allowed, whatever it is: an expert has no class but that of the slot in which
-        it stands there, so it cannot stand in a wrong one.
+        The placement in force is always allowed: an expert's class is that of its slot there.
         """
         start, classes = self.start.to(table.device)[layer], self.region.to(table.device)
-        of_expert = torch.empty_like(start).scatter_(1, start, classes.expand_as(start).contiguous())  # [X, E]
-        return (of_expert.gather(1, table) == classes).all(1)
+        return (class_of_expert(start, classes).gather(1, table) == classes).all(1)
 
     def _lowered(self, key: Tensor, weight: Tensor, table: Tensor) -> Tensor:
-        """Dealt anew until some rounds over the classes make no GPU lighter; the best that was met."""
+        """The best of the tables that are dealt until some rounds over the classes make no GPU lighter."""
         best = table.clone()
-        least = self._loads(weight, table).sort(dim=1, descending=True).values  # [X, M]
-        idle = torch.zeros(len(table), dtype=torch.int64, device=table.device)  # row by row, whatever the company
+        lowest = self._loads(weight, table).sort(dim=1, descending=True).values  # [X, M]
+        # Rounds without improvement, counted row by row, so that a row does not depend on the others.
+        idle = torch.zeros(len(table), dtype=torch.int64, device=table.device)
         patience = 2 * self._most_of_a_class()
         for turn in range(_ROUNDS):
             for number in self.slot_class.unique().tolist():
                 table = self._dealt(key if turn == 0 else weight, weight, table, self._taking_part(number, turn))
             loads = self._loads(weight, table).sort(dim=1, descending=True).values
-            better = _earlier(loads, least) & (idle < patience)
-            best[better], least[better] = table[better], loads[better]
+            better = _earlier(loads, lowest) & (idle < patience)
+            best[better], lowest[better] = table[better], loads[better]
             idle = torch.where(better, 0, idle + 1)
             if bool((idle >= patience).all()):
                 break
@@ -104,13 +104,12 @@ class Classes:
     def _taking_part(self, number: int, turn: int) -> Tensor:
         """`[m]`: a slot of that class on every GPU that has one, another one each turn."""
         slots = (self.slot_class.to("cpu") == number).view(self.num_gpus, -1)  # [M, G]
-        having = slots.any(1).nonzero()[:, 0].tolist()
         size = slots.shape[1]
-        found = []
-        for gpu in having:
+        chosen = []
+        for gpu in slots.any(1).nonzero()[:, 0].tolist():
             own = slots[gpu].nonzero()[:, 0].tolist()
-            found.append(gpu * size + own[(turn + turn // len(own) * gpu) % len(own)])
-        return torch.tensor(found, device="cpu")
+            chosen.append(gpu * size + own[(turn + turn // len(own) * gpu) % len(own)])
+        return torch.tensor(chosen, device="cpu")
 
     def _dealt(self, key: Tensor, weight: Tensor, table: Tensor, slots: Tensor) -> Tensor:
         """The experts of `slots [m]`, the heaviest by key to the GPU that is lightest without its own."""

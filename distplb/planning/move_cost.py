@@ -1,4 +1,4 @@
-"""What a plan pays for the experts that it moves.
+"""What a plan pays for the experts that it moves: nothing on the same GPU, less inside a node than between nodes.
 
 Shapes: X rows, L layers, E experts, P slots, M GPUs, G slots on each.
 """
@@ -14,7 +14,7 @@ from distplb.core.cost import MAX_COST
 from distplb.core.placement import Placement
 from distplb.core.topology import Topology
 
-__all__ = ["distances", "in_units", "tolls"]
+__all__ = ["cost_of_moves", "distances", "price_by_distance"]
 
 
 def distances(current: Placement, topology: Topology) -> Tensor:
@@ -37,33 +37,33 @@ def distances(current: Placement, topology: Topology) -> Tensor:
     return far.contiguous()
 
 
-def in_units(move_price: tuple[float, float], shift: Tensor) -> Tensor:
-    """`[L, 3]` int64: what a slot costs by its expert's distance, in the units of a load that is shifted left.
+def price_by_distance(move_price: tuple[float, float], shift: Tensor) -> Tensor:
+    """`[L, 3]` int64: the price of a slot by its expert's distance 0, 1 or 2, in the units of a load shifted left.
 
     Args:
         move_price: tokens, inside a node and between nodes.
         shift: `[L]`, in bits; negative to the right. Saturates at 2^41 − 1, and what costs anything costs 1 or more.
     """
-    rows = [[0, *(_unit(price, bits) for price in move_price)] for bits in shift.tolist()]
+    rows = [[0, *(_in_units(price, bits) for price in move_price)] for bits in shift.tolist()]
     return torch.tensor(rows, device=shift.device)
 
 
-def _unit(price: float, bits: int) -> int:
+def _in_units(price: float, bits: int) -> int:
     if price <= 0:
         return 0
     return MAX_COST if price >= math.ldexp(MAX_COST, -bits) else max(1, round(math.ldexp(price, bits)))
 
 
-def tolls(table: Tensor, distance: Tensor, price: Tensor) -> Tensor:
-    """`[..., L]` int64: the tolls of all slots of a table `[..., L, P]`, added up.
+def cost_of_moves(table: Tensor, distance: Tensor, price: Tensor) -> Tensor:
+    """`[..., L]` int64: what the moves to a table `[..., L, P]` cost, summed over its slots.
 
     Args:
         table: the expert of each slot.
-        distance: `[L, E, M]` int8.
-        price: `[L, 3]` int64.
+        distance: `[L, E, M]` int8, as from `distances`.
+        price: `[L, 3]` int64, as from `price_by_distance`.
     """
     num_gpus = distance.shape[2]
     gpu = torch.arange(table.shape[-1], device=table.device) // (table.shape[-1] // num_gpus)
     place = table * num_gpus + gpu  # [..., L, P]
-    far = distance.flatten(1).expand(*table.shape[:-1], -1).gather(-1, place).long()
-    return price.expand(*table.shape[:-1], -1).gather(-1, far).sum(-1)
+    by_slot = distance.flatten(1).expand(*table.shape[:-1], -1).gather(-1, place).long()
+    return price.expand(*table.shape[:-1], -1).gather(-1, by_slot).sum(-1)

@@ -1,4 +1,4 @@
-"""What takes all ranks: whether they are of one make, how fast they exchange, and whether a small move arrives.
+"""Checks that take all ranks: whether their versions agree, how fast they exchange, and whether a small move arrives.
 
 Every function is collective. Shapes: L layers, E experts, P slots, G slots on each GPU.
 """
@@ -22,7 +22,7 @@ from distplb.train.options import Moves
 from distplb.train.rebalancer import Rebalancer
 from distplb.train.window import LoadWindow
 
-__all__ = ["collectives", "of_all_ranks", "same_versions", "small_move"]
+__all__ = ["collectives", "merge_findings", "same_versions", "small_move"]
 
 _MIB = 1 << 20
 _SIZES = (_MIB, 64 * _MIB)
@@ -30,8 +30,8 @@ _ROUNDS = 4  # the first one is not timed
 _LAYERS, _SLOTS_PER_GPU, _ROWS, _COLUMNS = 2, 4, 256, 512  # of 0.5 MiB an expert, and its two moments
 
 
-def told(comm: Comm, text: str) -> list[str]:
-    """What each rank says, on all of them."""
+def _gathered(comm: Comm, text: str) -> list[str]:
+    """The text of each rank, on all of them."""
     data = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
     sizes = torch.zeros(comm.size, dtype=torch.int64, device=comm.device)
     sizes[comm.rank] = len(data)
@@ -42,14 +42,14 @@ def told(comm: Comm, text: str) -> list[str]:
     return [bytes(row[:size]).decode() for row, size in zip(texts.tolist(), sizes.tolist(), strict=True)]
 
 
-def of_all_ranks(comm: Comm, own: Sequence[Finding]) -> list[Finding]:
-    """Rank 0's findings, and those of others that are not fine and that rank 0 has not."""
-    texts = told(comm, json.dumps(own if comm.rank == 0 else [one for one in own if one.level != "ok"]))
+def merge_findings(comm: Comm, own: Sequence[Finding]) -> list[Finding]:
+    """Rank 0's findings, and those notes and errors of other ranks that rank 0 does not have."""
+    texts = _gathered(comm, json.dumps(own if comm.rank == 0 else [one for one in own if one.level != "ok"]))
     first, *others = ([Finding(*one) for one in json.loads(text)] for text in texts)
     extra = [
         one._replace(text=f"rank {rank}: {one.text}")
-        for rank, found in enumerate(others, 1)
-        for one in found
+        for rank, findings in enumerate(others, 1)
+        for one in findings
         if one not in first
     ]
     return [*first, *extra]
@@ -57,11 +57,11 @@ def of_all_ranks(comm: Comm, own: Sequence[Finding]) -> list[Finding]:
 
 def same_versions(comm: Comm, own: Mapping[str, str]) -> Iterator[Finding]:
     """Ranks of different versions may plan differently, or keep their state differently."""
-    root, *others = (json.loads(text) for text in told(comm, json.dumps(dict(own))))
+    root, *others = (json.loads(text) for text in _gathered(comm, json.dumps(dict(own))))
     alike = True
-    for rank, found in enumerate(others, 1):
-        for name in sorted({*root, *found}):
-            here, there = root.get(name, "none"), found.get(name, "none")
+    for rank, versions in enumerate(others, 1):
+        for name in sorted({*root, *versions}):
+            here, there = root.get(name, "none"), versions.get(name, "none")
             if here != there:
                 alike = False
                 yield wrong(name, f"rank 0 has {here}, rank {rank} has {there}; install the same on all nodes")
@@ -73,7 +73,7 @@ def same_versions(comm: Comm, own: Mapping[str, str]) -> Iterator[Finding]:
 
 
 def collectives(comm: Comm) -> Iterator[Timing | Finding]:
-    """Time each call at 1 MiB and 64 MiB, and look at what arrives.
+    """Time each call at 1 MiB and 64 MiB, and check what arrives.
 
     Raises:
         LostRanksError: naming the ranks that did not come before the communicator's deadline.

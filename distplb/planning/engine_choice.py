@@ -1,4 +1,4 @@
-"""Which engine a plan is searched with: `cuda` only after a trial on what this plan will ask of it.
+"""The engine that a plan is searched with: chosen by name or speed, `cuda` only after a trial on a small plan.
 
 Shapes: T steps, L layers, E experts, P slots.
 """
@@ -14,7 +14,7 @@ from distplb.core.placement import Placement
 from distplb.core.topology import Topology
 from distplb.packing.engines import Engine
 from distplb.packing.trial import engine_after
-from distplb.planning.options import SearchOptions
+from distplb.planning.options import PlanOptions
 from distplb.planning.problem import Problem
 
 __all__ = ["engine_for"]
@@ -24,21 +24,21 @@ _TOKENS = 1 << 10  # of an expert in a step, fewer than that
 
 
 def engine_for(
-    options: SearchOptions, topology: Topology, shape: tuple[int, int, int], device: torch.device
+    options: PlanOptions, topology: Topology, shape: tuple[int, int, int], device: torch.device
 ) -> tuple[str, Engine]:
-    """The engine of the options, or the fastest for a load on `device`, by name; `cuda` only if it stands its trial.
+    """The engine of the options, or the fastest on `device`, with its name; `cuda` only if it passes a trial.
 
-    The trial is a small problem with the same experts, slots, GPUs, groups, classes and steps, so that the kernels that
-    are compiled for it are those of the plans to come. It is held once in a process and shape.
+    The trial is a small problem with the same experts, slots, GPUs, groups, classes and steps, so that its kernels are
+    those that the plans to come need. It runs once for each process and shape.
 
     Args:
         options: of the search.
         topology: of the EP group.
         shape: (T, L, E) of the load. Kernels are compiled for numbers of steps up to the next power of two.
-        device: of the load.
+        device: of the load, where the search runs.
 
     Raises:
-        DistplbError: if an engine is asked for by name and is not there.
+        DistplbError: if the engine that the options name is not there.
     """
     num_steps, _, num_experts = shape
     classes = None if options.slot_class is None else tuple(options.slot_class.tolist())
@@ -83,7 +83,7 @@ class _PlanTrial:
     def run(self, engine: Engine) -> None:
         """Plan a dozen rows."""
         load = self._load()
-        options = SearchOptions(
+        options = PlanOptions(
             num_slots=self.num_slots,
             num_groups=self.num_groups,
             slot_class=None if self.slot_class is None else torch.tensor(self.slot_class, device="cpu"),
@@ -93,8 +93,8 @@ class _PlanTrial:
         if self.has_current:
             table = torch.arange(self.num_slots, device="cpu") % self.num_experts
             current = Placement(table.expand(_LAYERS, -1), self.num_experts, self.topology.num_gpus)
-            least = float(load.sum()) / _LAYERS / self.topology.num_gpus * 2.0**-12
-            options = replace(options, current=current, move_price=(least, 2 * least) if self.has_price else 0.0)
+            inside = float(load.sum()) / _LAYERS / self.topology.num_gpus * 2.0**-12
+            options = replace(options, current=current, move_price=(inside, 2 * inside) if self.has_price else 0.0)
         problem = Problem(load, self.topology, options, ("cuda", engine))
         cost = problem.costs(torch.arange(_CANDIDATES, device=self.device))
         problem.polish(problem.build(cost.argmin(0)))

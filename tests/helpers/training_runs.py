@@ -1,0 +1,28 @@
+"""What runs of the example's model share: the batches that they learn from, and how far two runs are apart."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+__all__ = ["EXPERTS", "SEQUENCE", "batch", "furthest"]
+
+EXPERTS, BATCH, SEQUENCE = 8, 8, 24
+
+
+def batch(iteration: int) -> tuple[Tensor, Tensor]:
+    """This rank's rows of a global batch of skewed, repetitive bytes."""
+    generator = torch.Generator().manual_seed(iteration)
+    rows = (torch.randn(BATCH, SEQUENCE + 1, generator=generator) * 20).long().remainder(256)
+    rows[:, 1::2] = rows[:, :-1:2] // 2 + 3  # something to learn
+    mine = rows.chunk(dist.get_world_size())[dist.get_rank()]
+    return mine[:, :-1], mine[:, 1:]
+
+
+def furthest(one: dict[str, Tensor], other: dict[str, Tensor]) -> tuple[float, str]:
+    """The largest difference, relative to the tensor's largest value, and where."""
+    assert one.keys() == other.keys()
+    return max(
+        (float((one[name] - other[name]).abs().max() / one[name].abs().max().clamp(min=1e-30)), name) for name in one
+    )
