@@ -188,7 +188,7 @@ def agreed_histories(
             found.append(differing[0] if differing else _history(one, low.tolist(), alike, stepping))
     except Exception as caught:  # no memory for zeros
         found, error = [None] * len(own), in_stage("move", caught)
-    all_know = agree(comm, {}, error, least=[int(each is not None) for each in found])
+    all_know = agree(comm, {}, error, minimum=[int(each is not None) for each in found])
     return [each if is_known else None for each, is_known in zip(found, all_know, strict=True)]
 
 

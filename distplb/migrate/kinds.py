@@ -55,7 +55,7 @@ def agreed_kinds(
                     codes[1, number] = -codes[0, number]
         except Exception as caught:
             error = in_stage("move", caught)
-    reduced = agree(comm, {}, error, least=codes.flatten().tolist())
+    reduced = agree(comm, {}, error, minimum=codes.flatten().tolist())
     least, negative = torch.tensor(reduced, device="cpu").view(2, count, _MOST)
     found = []
     numbers = iter(range(count))

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from distplb.comm.agreement import agree, digest
 from distplb.comm.base import Comm
-from distplb.comm.fsdp2 import param_groups, reshard, whole_weights
+from distplb.comm.fsdp2 import gathered_ids, param_groups, reshard
 from distplb.core.layer import MoELayer
 from distplb.core.placement import Placement
 from distplb.core.stages import Stages
@@ -89,7 +89,7 @@ class Mover:
         ]
         trained = trainers(optimizers)
         for tensors in self._tensors:
-            _refuse_whole_weights(tensors)
+            _refuse_gathered(tensors)
             check_known(tensors, trained)
         self._layouts: list[list[Layout]] = []
         self._is_own: list[list[bool]] = []  # whether each expert is in a tensor of its own, on all ranks
@@ -107,7 +107,7 @@ class Mover:
         self._layouts = agreed_layouts(self._tensors, self._num_slots, self._comm)
         agree_on_settings(self._tensors, trainers(self._optimizers), self._comm)
         own = [int(own_slots(row_tensor) is not None) for tensors in self._tensors for row_tensor in tensors]
-        following = iter(agree(self._comm, {}, least=own))
+        following = iter(agree(self._comm, {}, minimum=own))
         self._is_own = [[bool(next(following)) for _ in tensors] for tensors in self._tensors]
 
     def left(self) -> list[Row | None]:
@@ -287,7 +287,7 @@ class Mover:
             fields = {"the placement (digest)": new.digest()}
         except Exception as caught:
             error = in_stage("move", caught)
-        all_may_move, *nowhere_trained = agree(self._comm, fields, error, least=[int(flag) for flag in flags])
+        all_may_move, *nowhere_trained = agree(self._comm, fields, error, minimum=[int(flag) for flag in flags])
         for name, is_nowhere in zip(self._names, nowhere_trained, strict=False):
             if is_nowhere:
                 raise UntrainedError(
@@ -341,9 +341,9 @@ def _sources(old: Placement, new: Placement, layer: int) -> list[int]:
     return [slot_of[expert] for expert in new.expert_of_slot[layer].tolist()]
 
 
-def _refuse_whole_weights(tensors: Sequence[RowTensor]) -> None:
+def _refuse_gathered(tensors: Sequence[RowTensor]) -> None:
     for row_tensor in tensors:
-        if whole_weights(row_tensor.tensors):
+        if gathered_ids(row_tensor.tensors):
             raise DistplbError(
                 f"{row_tensor.name} is the whole weight that FSDP2 has gathered for a forward, which it drops at the "
                 "next reshard; call reshard() of the module that was passed to fully_shard, and declare the parameter "

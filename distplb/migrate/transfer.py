@@ -269,7 +269,7 @@ class Move:
     def _agree_on(self, number: int, error: Exception | None, is_time_left: bool) -> bool:
         """Whether all ranks have time for another commit after this one."""
         try:
-            (all_have_time,) = agree(self._comm, {"the number of the commit": number}, error, least=[is_time_left])
+            (all_have_time,) = agree(self._comm, {"the number of the commit": number}, error, minimum=[is_time_left])
         except DistplbError as refused:
             if isinstance(refused, LostRanksError) and (number or error is None):
                 raise _half_moved(number, refused) from refused

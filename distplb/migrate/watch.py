@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from distplb.comm.dtensors import local_like
-from distplb.comm.fsdp2 import has_pending_gradients, param_groups, sharded
+from distplb.comm.fsdp2 import has_pending_gradients, param_groups, sharded_ids
 from distplb.errors import DistplbError
 from distplb.migrate.rows import RowTensor
 
@@ -39,7 +39,7 @@ class TrainingWatch:
         self._names = {
             id(tensor): row_tensor.name for layer in layers for row_tensor in layer for tensor in row_tensor.tensors
         }
-        self._of_fsdp = sharded(self._all_tensors())
+        self._of_fsdp = sharded_ids(self._all_tensors())
         self._optimizers = list(optimizers)
         self._begun: dict[int, Tensor] = {}
         self._sharded = set[int]()  # whose gradients are added up elsewhere, and taken from there
@@ -94,7 +94,7 @@ class TrainingWatch:
 
     def refuse_replaced(self) -> None:
         """Raise if a tensor is not the parameter of its FSDP2 module any more."""
-        gone = self._of_fsdp - sharded(self._all_tensors())
+        gone = self._of_fsdp - sharded_ids(self._all_tensors())
         if gone:
             raise DistplbError(
                 f"{self._names[min(gone)]} is not the parameter of its FSDP2 module any more, as after "

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from distplb.comm.agreement import told_by_root
+from distplb.comm.agreement import root_values
 from distplb.comm.base import Comm
 from distplb.core.placement import Placement
 from distplb.core.price import MoveModel
@@ -81,7 +81,7 @@ class Pricer:
             numbers = [*seconds, *counts, *shares]
         except Exception as caught:  # the others are at the broadcast
             error = in_stage("count", caught)
-        told = told_by_root(self._comm, numbers)
+        told = root_values(self._comm, numbers)
         median, error_of_median, took = (value * 1e-9 for value in told[:3])
         iterations, seen, slot_bytes, tokens = told[3:7]
         tied = tuple(None if share < 0 else share * 1e-9 for share in told[7:])

@@ -613,7 +613,7 @@ class Rebalancer:
             is_so = question()
         except Exception as caught:  # such as of a future of the user's own
             error = in_stage("move", caught)
-        return bool(agree(self._comm, {}, error, least=[int(is_so)])[0])
+        return bool(agree(self._comm, {}, error, minimum=[int(is_so)])[0])
 
     def _warn_of_refusal(self, reason: str) -> None:
         """What is told again and again is warned of once."""
@@ -730,7 +730,7 @@ class Rebalancer:
                     )
             except Exception as refused:
                 mine, error = False, in_stage("move", refused)
-            have_ended = bool(agree(self._comm, {}, error, least=[int(mine)])[0])
+            have_ended = bool(agree(self._comm, {}, error, minimum=[int(mine)])[0])
 
     def _move(
         self,
@@ -881,7 +881,7 @@ class Rebalancer:
         except Exception as caught:
             error = caught
         try:
-            (everywhere,) = agree(self._comm, {}, error, least=[int(knows_rows)])
+            (everywhere,) = agree(self._comm, {}, error, minimum=[int(knows_rows)])
         except BaseException:
             self._let_go(self._mover)
             raise
