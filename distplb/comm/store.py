@@ -46,7 +46,7 @@ class StoreClient:
     """Calls a store, each time in a thread of its own: its host may be gone, and the call never return.
 
     Args:
-        connect: opens a connection of our own, because calls on the job's wait behind all others of this process. Called
+        connect: opens a connection of our own, because calls on the job's wait behind all others of the process. Called
             by the first `ask`.
     """
 

@@ -38,8 +38,10 @@ from distplb.errors import (
     in_stage,
 )
 from distplb.migrate.budget import within_budget
-from distplb.migrate.mover import Held, Mover, Ready
-from distplb.migrate.transfer import Limits, Moved
+from distplb.migrate.mover import Mover
+from distplb.migrate.optimizer_state import LayerStates
+from distplb.migrate.state_agreement import AgreedState
+from distplb.migrate.transfer import Limits, MoveTotals
 from distplb.planning.legal import check_legal
 from distplb.planning.options import SearchOptions
 from distplb.planning.plan import Planned, Planning
@@ -467,8 +469,8 @@ class Rebalancer:
         planned = planning.share()
         while self._spread is not None and not self._dry_run and not self._may_go_on():
             yield self._iteration + 1
-        wanted, moved = _Wanted(planned.placement, planned.placement, (False,) * len(self._names)), Moved()
-        ready: Ready | None = None
+        wanted, moved = _Wanted(planned.placement, planned.placement, (False,) * len(self._names)), MoveTotals()
+        ready: AgreedState | None = None
         stays: dict[int, str] = {}
         try:
             ready = self._prepared(stages)
@@ -678,14 +680,14 @@ class Rebalancer:
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         return f"{names[0]}{more} could not be moved: {stays[min(stays)]}"
 
-    def _prepared(self, stages: Stages) -> Ready:
+    def _prepared(self, stages: Stages) -> AgreedState:
         """What travels, agreed on by all ranks."""
         with stages.stage("move"):
             error: Exception | None = None
-            held: Held = []
+            held: LayerStates = []
             try:
                 self._before_a_move()
-                held = self._mover.held()
+                held = self._mover.collect_state()
             except Exception as refused:
                 error = in_stage("move", refused)
             return self._mover.prepare(held, error)
@@ -701,7 +703,7 @@ class Rebalancer:
         if not self._names:
             return
         untrained = self._mover.watch.untrained() if self._observer.seen else [False] * len(self._names)
-        moved: Moved | None = None
+        moved: MoveTotals | None = None
         while moved is None:
             self._wait_for_saves(placement)
             ready, error = self._prepared(Stages()), None
@@ -735,12 +737,12 @@ class Rebalancer:
     def _move(
         self,
         placement: Placement,
-        ready: Ready,
+        ready: AgreedState,
         stages: Stages,
         limits: Limits | None = None,
         untrained: Sequence[bool] = (),
         error: Exception | None = None,
-    ) -> Moved | None:
+    ) -> MoveTotals | None:
         """The one way to another placement, so that none is ever in force that breaks a rule.
 
         Args:
@@ -877,7 +879,9 @@ class Rebalancer:
         try:
             roster.enter()
             start = self._start.expert_of_slot.tolist()
-            knows_rows = all(row in (None, tuple(own)) for row, own in zip(self._mover.left(), start, strict=True))
+            knows_rows = all(
+                row in (None, tuple(own)) for row, own in zip(self._mover.inherited_rows(), start, strict=True)
+            )
         except Exception as caught:
             error = caught
         try:
@@ -955,10 +959,10 @@ class Rebalancer:
         self._routing.subscribe()
         return window
 
-    def _held(self) -> tuple[Held, Exception | None]:
+    def _held(self) -> tuple[LayerStates, Exception | None]:
         """All that goes with the experts of this rank now; or why it may not travel."""
         try:
-            return self._mover.held(), None
+            return self._mover.collect_state(), None
         except Exception as refused:
             return [], refused
 
@@ -986,7 +990,10 @@ class Rebalancer:
         """The placement in force; while it has not been loaded, as the rebalancer before this one has left the rows."""
         if self._knows_rows:
             return self._placement
-        rows = [left or own for left, own in zip(self._mover.left(), self._start.expert_of_slot.tolist(), strict=True)]
+        rows = [
+            left or own
+            for left, own in zip(self._mover.inherited_rows(), self._start.expert_of_slot.tolist(), strict=True)
+        ]
         return Placement(torch.tensor(rows, device="cpu"), self._start.num_experts, self._start.num_gpus)
 
     def _refuse_unknown_rows(self) -> None:

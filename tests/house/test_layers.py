@@ -77,7 +77,7 @@ PURE = """
 core.arguments core.counts core.fixed_point core.hashing core.ties core.cost core.balance core.bound core.price
 packing planning.chance planning.classes planning.eplb planning.greedy planning.legal planning.moves planning.options
 planning.policies planning.problem planning.relabel planning.starts planning.trial
-migrate.schedule migrate.messages migrate.routes migrate.pieces migrate.budget
+migrate.schedule migrate.messages migrate.slot_routes migrate.layout migrate.budget
 train.stop_loss train.checkpoint train.account study.replay study.costs study.verdict
 """
 IMPURE_MODULES = {"time", "os", "random", "io", "socket", "subprocess", "threading", "pathlib", "datetime", "secrets"}

@@ -19,7 +19,7 @@ from torch import Tensor
 from distplb import LoadWindow, MoELayer, Placement, Rebalancer, Topology
 from distplb.comm.base import Comm, Round
 from distplb.comm.torchdist import TorchComm
-from distplb.migrate import transfer
+from distplb.migrate import staging, transfer
 
 TRANSFERS = int(os.environ.get("DISTPLB_TRANSFERS", "150"))
 PER_MODEL = 10
@@ -216,11 +216,11 @@ def test_ranks_meet_once_for_all_rounds_of_a_commit_and_connect_before_there_is_
 
 def test_staging_memory_is_kept_where_a_move_needs_more_than_the_one_before() -> None:
     """It was made anew for each size that was larger, and all its pages were touched for the first time again."""
-    staging, host = transfer.Staging(), torch.device("cpu")
-    first = staging.room("arriving", 10_000, host).fill_(7)
-    again = staging.room("arriving", 20_000_000, host)
+    memory, host = staging.StagingMemory(), torch.device("cpu")
+    first = memory.room("arriving", 10_000, host).fill_(7)
+    again = memory.room("arriving", 20_000_000, host)
     assert again.data_ptr() == first.data_ptr()
     assert again[:10_000].eq(7).all()
     assert len(again) == 20_000_000
-    assert staging.room("packed", 10_000, host).data_ptr() != first.data_ptr()
-    assert len(staging.room("arriving", transfer._STAGING_BYTES + 1, host)) == transfer._STAGING_BYTES + 1
+    assert memory.room("packed", 10_000, host).data_ptr() != first.data_ptr()
+    assert len(memory.room("arriving", staging.KEPT_BYTES + 1, host)) == staging.KEPT_BYTES + 1

@@ -25,7 +25,7 @@ from distplb import DistplbError, LoadWindow, MoELayer, MoveModel, Placement, Ti
 from distplb.comm.torchdist import TorchComm
 from distplb.core.counts import marked
 from distplb.errors import HalfMovedError
-from distplb.migrate import checksum, transfer
+from distplb.migrate import checksum, staging, transfer
 from distplb.records.events import RebalanceEvent
 from distplb.train import observer, pricing
 
@@ -695,17 +695,17 @@ def broken(where: str) -> tuple[str, str, bool, bool]:
 
 def break_down(where: str) -> None:
     """From now on this rank fails, at one place of a move."""
-    staged, view = transfer.Move._staged, transfer.Move._bytes
+    staged, view = staging.CommitStaging._staged, staging.CommitStaging._bytes
 
     def no_memory(*_: Any) -> Any:
         raise MemoryError("no room")
 
-    def staged_then_fail(move: transfer.Move, step: Any) -> Any:
+    def staged_then_fail(move: staging.CommitStaging, step: Any) -> Any:
         found = list(staged(move, step))
-        transfer.Move._bytes = no_memory
+        staging.CommitStaging._bytes = no_memory
         return found
 
-    def garbled(move: transfer.Move, tensor: int, *place: int) -> Tensor:
+    def garbled(move: staging.CommitStaging, tensor: int, *place: int) -> Tensor:
         there = view(move, tensor, *place)
         return there.clone() if tensor == 0 else there  # what is written to the first tensor goes nowhere
 
@@ -715,15 +715,15 @@ def break_down(where: str) -> None:
         return no_memory() if next(calls) else sums(*args)
 
     if where == "preparing":
-        transfer.Staging.room = no_memory
+        staging.StagingMemory.room = no_memory
     elif where == "first checksum":
         checksum._sums = no_memory
     elif where == "second checksum":
         checksum._sums = second_fails
     elif where == "writing":
-        transfer.Move._staged = staged_then_fail
+        staging.CommitStaging._staged = staged_then_fail
     else:
-        transfer.Move._bytes = garbled
+        staging.CommitStaging._bytes = garbled
 
 
 def unmeasured(what: str) -> str:
