@@ -65,7 +65,7 @@ class MpiComm:
         self._all_reduce(tensor, self._mpi.SUM)
 
     def all_reduce_min(self, tensor: Tensor) -> None:
-        """The least over ranks, in place."""
+        """The minimum over ranks, in place."""
         self._all_reduce(tensor, self._mpi.MIN)
 
     def broadcast(self, tensor: Tensor, root: int) -> None:

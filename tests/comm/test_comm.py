@@ -31,13 +31,13 @@ def conforms(comm: Comm, pairs: Sequence[tuple[int, int]] | None = None) -> None
     ones = torch.arange(4, dtype=torch.int64, device=comm.device) + 10**12 * comm.rank
     comm.all_reduce_sum(ones)
     assert ones.tolist() == [i * comm.size + 10**12 * sum(range(comm.size)) for i in range(4)]
-    least = torch.tensor([comm.rank, -comm.rank, 2**62 + comm.rank], device=comm.device)
-    comm.all_reduce_min(least)
-    assert least.tolist() == [0, 1 - comm.size, 2**62]
+    minimum = torch.tensor([comm.rank, -comm.rank, 2**62 + comm.rank], device=comm.device)
+    comm.all_reduce_min(minimum)
+    assert minimum.tolist() == [0, 1 - comm.size, 2**62]
     for root in range(comm.size):
-        told = torch.full((3,), comm.rank, device=comm.device)
-        comm.broadcast(told, root)
-        assert told.tolist() == [root] * 3
+        values = torch.full((3,), comm.rank, device=comm.device)
+        comm.broadcast(values, root)
+        assert values.tolist() == [root] * 3
         text = torch.full((2048,), 200 + comm.rank, dtype=torch.uint8, device=comm.device)
         comm.broadcast(text, root)
         assert text.unique().tolist() == [200 + root]
@@ -104,7 +104,7 @@ def test_subgroups_and_mesh_axes_conform() -> None:
 
 
 @pytest.mark.parametrize(
-    ("backends", "has_gpu", "wanted"),
+    ("backends", "has_gpu", "expected"),
     [
         ("cpu:gloo,cuda:gloo", True, "cpu"),  # made with "gloo"
         ("cpu:gloo", True, "cpu"),  # with "cpu:gloo", or with none where there is no GPU
@@ -119,9 +119,9 @@ def test_subgroups_and_mesh_axes_conform() -> None:
         ("cpu:ucc,cuda:ucc", True, "cpu"),
     ],
 )
-def test_messages_lie_on_the_gpu_where_the_group_has_nccl_for_it(backends: str, has_gpu: bool, wanted: str) -> None:
+def test_messages_lie_on_the_gpu_where_the_group_has_nccl_for_it(backends: str, has_gpu: bool, expected: str) -> None:
     """Only a group whose one backend had the name was known; of others the messages went through the host's memory."""
-    assert device_type(backends, has_gpu) == wanted
+    assert device_type(backends, has_gpu) == expected
 
 
 @pytest.mark.parametrize(

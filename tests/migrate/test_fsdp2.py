@@ -215,7 +215,7 @@ def test_parameters_that_were_replaced_are_noticed_at_once() -> None:
 
 
 def names() -> list[str]:
-    """Those that this torch lacks, of the names that `migrate.fsdp2` reads."""
+    """Those that this torch lacks, of the names that `comm.fsdp2` reads."""
     world = World(2)
     world.step()
     (group,) = param_groups([*world.experts.parameters()])

@@ -98,14 +98,14 @@ class World:
 
     def elements(self, placement: Placement) -> dict[tuple[int, int], np.ndarray]:
         """By rank and tensor, what the rank must hold under a placement."""
-        found = {}
+        elements = {}
         for table, layer in zip(placement.expert_of_slot.numpy(), self.tensors, strict=True):
             for number, layout in layer:
                 own = table[:, None] * layout.row + np.arange(layout.row) + number * 10**6  # [P, row]
                 for rank, parts in enumerate(layout.held):
                     held = [own[:, part.low : part.high].reshape(-1)[part.start : part.stop] for part in parts]
-                    found[rank, number] = np.concatenate([own.reshape(-1)[:0], *held])
-        return found
+                    elements[rank, number] = np.concatenate([own.reshape(-1)[:0], *held])
+        return elements
 
     def bytes_of_rows(self) -> tuple[list[int], list[int]]:
         """By layer, the bytes of a slot's rows that its GPU stages, and those that every rank stages."""
@@ -127,12 +127,12 @@ class World:
             for rank in range(len(self.gpus))
         ]
 
-    def apply(self, wanted: list[Copy], held: dict[tuple[int, int], np.ndarray]) -> list[int]:
+    def apply(self, copies: list[Copy], held: dict[tuple[int, int], np.ndarray]) -> list[int]:
         """Read everything, then write everything; gives the bytes staged on each rank."""
         staged = [0] * len(self.gpus)
         before = {key: array.copy() for key, array in held.items()}
         written: Counter[tuple[int, int, int]] = Counter()
-        for copy in wanted:
+        for copy in copies:
             assert copy.count > 0
             source = before[copy.source_rank, copy.tensor]
             target = held[copy.target_rank, copy.tensor]
@@ -166,10 +166,10 @@ def after(placement: Placement, moves: list[SlotMove]) -> Placement:
 def cycle_of(num_slots: int) -> tuple[list[int], list[int]]:
     """Two orders of the experts that are one cycle of all slots apart."""
     order = random.Random(num_slots).sample(range(num_slots), num_slots)
-    wanted = [0] * num_slots
+    expected = [0] * num_slots
     for here, there in zip(order, order[1:] + order[:1], strict=True):
-        wanted[here] = there
-    return list(range(num_slots)), wanted
+        expected[here] = there
+    return list(range(num_slots)), expected
 
 
 EVERY_KIND = [("whole", 6), ("shards", 6), ("shards", 1), ("everywhere", 3), ("whole", 5), ("columns", 6), ("rows", 2)]
@@ -201,9 +201,9 @@ def test_every_commit_leaves_every_rank_with_a_whole_placement(name: str, budget
             placement = after(placement, moves)
             staged = world.apply(written(world.steps(moves)), held)
             assert limit == 0 or max(staged) <= limit
-            wanted = world.elements(placement)
-            assert held.keys() == wanted.keys()
-            assert all(np.array_equal(held[key], wanted[key]) for key in wanted)
+            expected = world.elements(placement)
+            assert held.keys() == expected.keys()
+            assert all(np.array_equal(held[key], expected[key]) for key in expected)
         assert placement == new
         if budget == "everything":
             assert len(plan) == (old != new)
@@ -229,13 +229,13 @@ def test_cycles_are_closed_and_hold_every_slot_that_changes_once(num_slots: int)
     random_ = random.Random(num_slots)
     for _ in range(30):
         old, new = (random_.sample(range(num_slots), num_slots) for _ in range(2))
-        found = cycles(old, new)
-        for cycle in found:
+        closed = cycles(old, new)
+        for cycle in closed:
             assert len(cycle) > 1
             for target, source in zip(cycle, cycle[1:] + cycle[:1], strict=True):
                 assert new[target] == old[source]
         changed = [slot for slot in range(num_slots) if old[slot] != new[slot]]
-        assert sorted(slot for cycle in found for slot in cycle) == changed
+        assert sorted(slot for cycle in closed for slot in cycle) == changed
 
 
 def test_nothing_to_move_is_no_commit() -> None:
@@ -306,8 +306,8 @@ def test_an_exchange_is_the_smallest_that_keeps_blocks(num_groups: int, size: in
     for _ in range(20):
         old, new = in_blocks(random_, num_groups, size), in_blocks(random_, num_groups, size)
         table = list(old)
-        found = exchanges(old, new, num_groups)
-        for cells in random_.sample(found, len(found)):
+        closed = exchanges(old, new, num_groups)
+        for cells in random_.sample(closed, len(closed)):
             for part in range(1, len(cells)):
                 partly = list(table)
                 for slot in (slot for cell in cells[:part] for slot in cell):
@@ -361,10 +361,10 @@ def copies(moves: Sequence[SlotMove], tensors: Sequence[Sequence[tuple[int, Layo
     size = len(next(layout for layer in tensors for _, layout in layer).held)
     numbers = [number for layer in tensors for number, _ in layer]
     step = MessagePlanner(tensors, [1] * (max(numbers) + 1), rank, [0] * size, 32, 1 << 20).commit(moves)
-    found = [*step.local, *in_order(step.sends), *in_order(step.receives)]
-    wanted = [copy for copy in all_copies(moves, tensors) if rank in (copy.source_rank, copy.target_rank)]
-    assert Counter(found) == Counter(wanted)
-    return wanted
+    own = [*step.local, *in_order(step.sends), *in_order(step.receives)]
+    expected = [copy for copy in all_copies(moves, tensors) if rank in (copy.source_rank, copy.target_rank)]
+    assert Counter(own) == Counter(expected)
+    return expected
 
 
 def test_a_rank_that_holds_what_it_needs_asks_nobody() -> None:
@@ -372,28 +372,28 @@ def test_a_rank_that_holds_what_it_needs_asks_nobody() -> None:
     layout = flat_layout(4, 4, ((0, 8), (0, 8), (8, 16), (8, 16)))
     moves = [SlotMove(0, 0, 1), SlotMove(0, 1, 0)]
     for rank in range(4):
-        found = copies(moves, [[(0, layout)]], rank)
-        assert found == ([Copy(0, rank, 0, rank, 4, 4), Copy(0, rank, 4, rank, 0, 4)] if rank < 2 else [])
+        own = copies(moves, [[(0, layout)]], rank)
+        assert own == ([Copy(0, rank, 0, rank, 4, 4), Copy(0, rank, 4, rank, 0, 4)] if rank < 2 else [])
 
 
 def test_a_rank_takes_its_own_copy_also_where_others_hold_other_parts() -> None:
     """Rank 1 holds both slots, ranks 0 and 2 one each."""
     layout = flat_layout(4, 2, ((0, 4), (0, 8), (4, 8)))
-    found = copies([SlotMove(0, 0, 1)], [[(0, layout)]], rank=1)
-    assert found == [Copy(0, 1, 0, 1, 4, 4), Copy(0, 1, 0, 2, 0, 4)]
+    own = copies([SlotMove(0, 0, 1)], [[(0, layout)]], rank=1)
+    assert own == [Copy(0, 1, 0, 1, 4, 4), Copy(0, 1, 0, 2, 0, 4)]
 
 
 def test_copies_of_an_expert_are_each_given_by_another_holder() -> None:
     layout = flat_layout(4, 2, ((0, 4), (0, 4), (4, 8), (4, 8)))
     moves = [SlotMove(0, 0, 1), SlotMove(0, 1, 0)]
-    found = {copy for rank in range(4) for copy in copies(moves, [[(5, layout)]], rank)}
-    assert {(copy.source_rank, copy.target_rank) for copy in found} == {(0, 2), (1, 3), (2, 0), (3, 1)}
-    assert {copy.tensor for copy in found} == {5}
+    of_all = {copy for rank in range(4) for copy in copies(moves, [[(5, layout)]], rank)}
+    assert {(copy.source_rank, copy.target_rank) for copy in of_all} == {(0, 2), (1, 3), (2, 0), (3, 1)}
+    assert {copy.tensor for copy in of_all} == {5}
 
 
 def test_shards_that_are_cut_elsewhere_are_put_together_from_several_ranks() -> None:
     layout = flat_layout(6, 2, ((0, 2), (2, 6), (6, 11), (11, 12)))  # slot 0 on ranks 0 and 1, slot 1 on ranks 2 and 3
-    for rank, wanted in enumerate(
+    for rank, expected in enumerate(
         [
             [Copy(0, 2, 0, 0, 0, 2)],
             [Copy(0, 2, 2, 1, 0, 3), Copy(0, 3, 0, 1, 3, 1)],
@@ -401,7 +401,7 @@ def test_shards_that_are_cut_elsewhere_are_put_together_from_several_ranks() -> 
             [Copy(0, 3, 0, 1, 3, 1)],
         ]
     ):
-        assert copies([SlotMove(0, 1, 0)], [[(0, layout)]], rank) == wanted
+        assert copies([SlotMove(0, 1, 0)], [[(0, layout)]], rank) == expected
 
 
 def test_router_rows_never_cross_ranks() -> None:
@@ -416,8 +416,8 @@ def test_router_rows_never_cross_ranks() -> None:
 
 def test_only_the_tensors_of_the_moved_layer_are_copied() -> None:
     layout = flat_layout(1, 2, ((0, 1), (1, 2)))
-    found = copies([SlotMove(1, 0, 1), SlotMove(1, 1, 0)], [[(0, layout)], [(1, layout), (2, layout)]], rank=0)
-    assert Counter(copy.tensor for copy in found) == {1: 2, 2: 2}
+    own = copies([SlotMove(1, 0, 1), SlotMove(1, 1, 0)], [[(0, layout)], [(1, layout), (2, layout)]], rank=0)
+    assert Counter(copy.tensor for copy in own) == {1: 2, 2: 2}
 
 
 # --- messages ---------------------------------------------------------------------------------------------------
@@ -475,8 +475,8 @@ def check_against_the_specification(world: World, moves: list[SlotMove], limit: 
         for mine, is_sent in ((step.sends, True), (step.receives, False)):
             for peer in ranks:
                 way = (rank, peer) if is_sent else (peer, rank)
-                wanted = [message for part in parts for message in part.get(way, [])] if peer != rank else []
-                assert mine.get(peer, []) == wanted
+                expected = [message for part in parts for message in part.get(way, [])] if peer != rank else []
+                assert mine.get(peer, []) == expected
         own = [sorted(way for way in one if rank in way) for part in scheduled for one in part]
         assert [sorted(one) for one in step.rounds] == [one for one in own if one]
         assert all(len(one) <= limit for one in step.rounds)
@@ -573,8 +573,8 @@ def test_peers_are_those_that_some_move_makes_a_rank_exchange_with() -> None:
         ]
         for rank in range(len(world.gpus)):
             ways = [(copy.source_rank, copy.target_rank) for copy in everything]
-            wanted = {other for way in ways if rank in way for other in way} - {rank}
-            assert peers([layout for layer in world.tensors for _, layout in layer], rank) == sorted(wanted)
+            expected = {other for way in ways if rank in way for other in way} - {rank}
+            assert peers([layout for layer in world.tensors for _, layout in layer], rank) == sorted(expected)
 
 
 # --- pieces -----------------------------------------------------------------------------------------------------
@@ -652,16 +652,16 @@ def test_rounds_hold_every_message_once_and_no_rank_beyond_the_limit(limit: int)
     random_ = random.Random(limit)
     for _ in range(30):
         num_ranks = random_.randrange(2, 20)
-        given = Counter(tuple(random_.sample(range(num_ranks), 2)) for _ in range(random_.randrange(200)))
-        found = rounds(given, limit)
-        assert sum((Counter(one) for one in found), Counter()) == given
-        assert all(one and min(one.values()) > 0 for one in found)
-        for one in found:
+        counts = Counter(tuple(random_.sample(range(num_ranks), 2)) for _ in range(random_.randrange(200)))
+        planned = rounds(counts, limit)
+        assert sum((Counter(one) for one in planned), Counter()) == counts
+        assert all(one and min(one.values()) > 0 for one in planned)
+        for one in planned:
             operations = Counter(rank for way, number in one.items() for rank in way for _ in range(number))
             assert max(operations.values()) <= limit
         # A message waits only for rounds that are full at one of its two ends.
-        busiest = max(Counter(rank for way in given.elements() for rank in way).values(), default=0)
-        assert len(found) <= max(0, 2 * -(-busiest // limit) - 1)
+        busiest = max(Counter(rank for way in counts.elements() for rank in way).values(), default=0)
+        assert len(planned) <= max(0, 2 * -(-busiest // limit) - 1)
 
 
 def test_ways_take_turns_and_messages_that_fit_go_in_one_round() -> None:
