@@ -21,7 +21,7 @@ from tables import command_line, header, markdown, progress
 from torch.utils.tensorboard import SummaryWriter
 
 from distplb import EventLog, Placement, RebalanceEvent, Topology, plan
-from distplb.migrate.transfer import Moved
+from distplb.migrate.transfer import MoveTotals
 from distplb.planning.options import PlanOptions
 from distplb.planning.plan import PlanResult
 from distplb.train.account import Account
@@ -42,10 +42,10 @@ def main() -> None:
     """Measure, print, and write where that is asked for."""
     options = parsed_options()
     account = accounted()
-    making = [timed(lambda: account.event(Moved(), "moved", "", {"search": 1.0})) for _ in range(options.repeats)]
+    making = [timed(lambda: account.event(MoveTotals(), "moved", "", {"search": 1.0})) for _ in range(options.repeats)]
 
     def make() -> RebalanceEvent:
-        return account.event(Moved(100, 10**9, 10**9, 4), "moved", "", {"count": 0.1, "search": 1.0, "move": 2.0})
+        return account.event(MoveTotals(100, 10**9, 10**9, 4), "moved", "", {"count": 0.1, "search": 1.0, "move": 2.0})
 
     calls: list[float] = []
     longest: dict[str, list[float]] = {"without": [], "with": []}

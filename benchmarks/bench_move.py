@@ -30,7 +30,7 @@ from torch import nn
 from distplb import LoadWindow, MoELayer, Moves, Placement, Rebalancer, Topology
 from distplb.comm.base import Round
 from distplb.comm.torchdist import TorchComm
-from distplb.migrate.transfer import Staging
+from distplb.migrate.staging import StagingMemory
 from distplb.planning.relabel import relabelled
 from distplb.train.measure import measured_bandwidths
 
@@ -174,7 +174,7 @@ def measured(setting: Setting, turns: int) -> dict[str, object]:
         moves=Moves(verify="off"),
     )
     generator = torch.Generator().manual_seed(0)
-    moving, bare, needed, crossed, staged, staging = [], [], [], [], 0, Staging()
+    moving, bare, needed, crossed, staged, staging = [], [], [], [], 0, StagingMemory()
     for turn in range(turns + 1):
         fresh = Placement(torch.randperm(EXPERTS, generator=generator)[None], EXPERTS, comm.size)
         target = relabelled(fresh, rebalancer.placement, (size,))
@@ -225,7 +225,7 @@ def exchange(rounds: Rounds) -> None:
 
 
 def with_writes(
-    rounds: list[tuple[list[tuple[int, int]], list[tuple[int, int]]]], staging: Staging
+    rounds: list[tuple[list[tuple[int, int]], list[tuple[int, int]]]], staging: StagingMemory
 ) -> Callable[[], None]:
     """What a move cannot do without, each message from and to memory of its own that was written before.
 

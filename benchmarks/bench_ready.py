@@ -25,15 +25,16 @@ from tables import command_line, header, markdown, progress
 
 from distplb import Placement
 from distplb.comm.base import WorldOfOne
-from distplb.migrate.pieces import Layout, Part
-from distplb.migrate.state import Traveller
-from distplb.migrate.transfer import Limits, Move
+from distplb.migrate.layout import Layout, Part
+from distplb.migrate.optimizer_state import Traveller
+from distplb.migrate.staging import StagingMemory
+from distplb.migrate.transfer import Limits, Transfer, TravellingLayer
 
 MIB = 1 << 20
 WEIGHTS, STATES = 3, 3  # gate, up and down; each with two moments
 KINDS = ("copies", "FSDP2", "distributed optimizer")
 TEXT = (
-    "Seconds of `Move(...)` on one simulated rank: from two placements to this rank's copies, the rounds and the bytes "
+    "Seconds of `Transfer(...)` on one simulated rank: from two placements to its copies, the rounds and the bytes "
     "that cross, for a change to a random placement, in which nearly every slot moves. Each expert has three weights, "
     "each with two moments; router rows are on every rank. EP × data: so many EP groups side by side hold copies of "
     "the same experts. Copies: everything is on every rank of its GPU. FSDP2: each row is cut over the ranks that hold "
@@ -125,7 +126,7 @@ def measured(case: Case, turns: int) -> dict[str, float]:
     comm = WorldOfOne()
     comm.size = case.gpus * case.groups  # type: ignore[misc]
     comm.rank = case.groups // 2 * case.gpus + case.gpus // 2  # type: ignore[misc]
-    layers = job(case, comm.rank)
+    layers, memory = job(case, comm.rank), StagingMemory()
     limits = Limits(10**9, 10**15 if case.in_one else 256 * MIB, 1e9)
     nodes = [other % case.gpus // 8 for other in range(comm.size)]
     generator = torch.Generator().manual_seed(0)
@@ -134,13 +135,13 @@ def measured(case: Case, turns: int) -> dict[str, float]:
         rows = [torch.randperm(case.experts, generator=generator) for _ in range(case.layers)]
         new = Placement(torch.stack(rows), case.experts, case.gpus)
         start = time.perf_counter()
-        move = Move(old, new, layers, comm, nodes, limits)
+        move = Transfer(old, new, layers, comm, nodes, memory, limits)
         seconds.append(time.perf_counter() - start)
         commits, old = len(move._commits), new
     return {"first": seconds[0], "then": statistics.median(seconds[1:]), "commits": commits}
 
 
-def job(case: Case, rank: int) -> list[tuple[list[None], list[Layout], list[Traveller]]]:
+def job(case: Case, rank: int) -> list[TravellingLayer]:
     """By layer, layouts and what travels on one rank; memory that is never touched."""
     layouts = layouts_of(case)
     agreed(list(layouts.values()), rank)
@@ -151,17 +152,17 @@ def job(case: Case, rank: int) -> list[tuple[list[None], list[Layout], list[Trav
             numel = sum(part.numel for part in layout.held[rank])
             kinds = ["", "exp_avg", "exp_avg_sq"] if case.kind != "distributed optimizer" or name == "router" else [""]
             kinds = ["exp_avg", "exp_avg_sq"] if name.startswith("shard") else kinds
-            for kind in kinds:
+            for _ in kinds:
                 flats = (torch.empty(numel),) if numel else ()
-                travelling.append(Traveller(name, kind, flats, number, torch.float32))
-        layers.append(([], list(layouts.values()), travelling))
+                travelling.append(Traveller(flats, number, torch.float32))
+        layers.append((list(layouts.values()), travelling))
     return layers
 
 
 def agreed(layouts: Sequence[Layout], rank: int) -> None:
     """What is done once, when the ranks agree on their layouts; in another checkout that may be less."""
     try:
-        from distplb.migrate.routes import peers
+        from distplb.migrate.slot_routes import peers
     except ImportError:
         assert all(layout.pieces for layout in layouts)
     else:

@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass, field
 
 from distplb.comm.base import Comm
-from distplb.comm.torchdist import process_group
+from distplb.comm.job import process_group
 from distplb.core.topology import Topology
 from distplb.doctor import collective_checks, local_checks
 from distplb.doctor.finding import Finding, Timing, ok, wrong

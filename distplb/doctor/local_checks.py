@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import distplb
-from distplb.comm.torchdist import backends
+from distplb.comm.job import backends
 from distplb.core.placement import Placement
 from distplb.core.topology import Topology
 from distplb.doctor.finding import Finding, note, ok, wrong

@@ -24,7 +24,7 @@ from torchtitan.distributed import ParallelDims
 from torchtitan.models.common.moe import MoE, TokenChoiceTopKRouter
 from torchtitan.models.common.token_dispatcher import AllToAllTokenDispatcher
 
-from distplb.comm.distnames import flattened
+from distplb.comm.private_names import flattened
 from distplb.comm.torchdist import TorchComm
 from distplb.core.count_errors import exact_limit
 from distplb.core.layer import MoELayer

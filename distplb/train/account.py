@@ -19,7 +19,7 @@ from distplb.core.cost import fullest_gpu, gpu_tokens, imbalance, mean_of_known,
 from distplb.core.placement import Placement
 from distplb.core.price import MoveModel, moved_slots
 from distplb.core.topology import Topology
-from distplb.migrate.transfer import Moved
+from distplb.migrate.transfer import MoveTotals
 from distplb.planning.options import PlanOptions
 from distplb.planning.plan import PlanResult
 from distplb.records.events import RebalanceEvent
@@ -71,7 +71,7 @@ class Account:
     last_applied: int
     stays: Mapping[int, str] = field(default_factory=dict)
 
-    def event(self, moved: Moved, decision: str, reason: str, seconds: dict[str, float]) -> RebalanceEvent:
+    def event(self, moved: MoveTotals, decision: str, reason: str, seconds: dict[str, float]) -> RebalanceEvent:
         """The record; what the next window tells is left open."""
         load, model, curve = steps_with_tokens(self.planned.load), self.model, self.options.time_curve
         return RebalanceEvent(

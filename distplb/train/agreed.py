@@ -182,11 +182,13 @@ def enter(agreed: Agreed) -> tuple[Roster, bool]:
     try:
         roster.enter()
         start = agreed.start.expert_of_slot.tolist()
-        knows_rows = all(row in (None, tuple(own)) for row, own in zip(agreed.mover.left(), start, strict=True))
+        knows_rows = all(
+            row in (None, tuple(own)) for row, own in zip(agreed.mover.inherited_rows(), start, strict=True)
+        )
     except Exception as refused:
         error = refused
     try:
-        (everywhere,) = agree(agreed.comm, {}, error, least=[int(knows_rows)])
+        (everywhere,) = agree(agreed.comm, {}, error, minimum=[int(knows_rows)])
     except BaseException:
         agreed.let_go()
         raise

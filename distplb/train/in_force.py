@@ -16,8 +16,9 @@ from distplb.comm.roster import Roster
 from distplb.core.placement import Placement
 from distplb.core.stages import Stages
 from distplb.errors import DistplbError, HalfMovedError, in_stage
-from distplb.migrate.mover import Held, Ready
-from distplb.migrate.transfer import Limits, Moved
+from distplb.migrate.optimizer_state import LayerStates
+from distplb.migrate.state_agreement import AgreedState
+from distplb.migrate.transfer import Limits, MoveTotals
 from distplb.train.agreed import Agreed
 from distplb.train.async_saves import AsyncSaves
 from distplb.train.decision import why_layers_stay
@@ -70,37 +71,37 @@ class InForce:
 
     # --- moving ----------------------------------------------------------------------------------------------
 
-    def held(self) -> tuple[Held, Exception | None]:
+    def collect_state(self) -> tuple[LayerStates, Exception | None]:
         """All that goes with the experts of this rank now; or why it may not travel. Not collective."""
         try:
-            return self._mover.held(), None
+            return self._mover.collect_state(), None
         except Exception as refused:
             return [], refused
 
-    def prepared(self, stages: Stages) -> Ready:
+    def prepared(self, stages: Stages) -> AgreedState:
         """What travels, agreed on by all ranks."""
         with stages.stage("move"):
             error: Exception | None = None
-            held: Held = []
+            states: LayerStates = []
             try:
                 if self._agreed.moves.before is not None:
                     self._agreed.moves.before()
-                held = self._mover.held()
+                states = self._mover.collect_state()
             except Exception as refused:
                 error = in_stage("move", refused)
-            return self._mover.prepare(held, error)
+            return self._mover.prepare(states, error)
 
     def move(
         self,
         placement: Placement,
-        ready: Ready,
+        ready: AgreedState,
         *,
         verify: bool,
         untrained: Sequence[bool],
         stages: Stages,
         limits: Limits | None = None,
         error: Exception | None = None,
-    ) -> Moved | None:
+    ) -> MoveTotals | None:
         """Put another placement into force, or begin with it.
 
         Args:
@@ -145,7 +146,7 @@ class InForce:
         """
         num_layers = self.placement.num_layers
         untrained = self._mover.watch.untrained() if self._observer.seen else [False] * num_layers
-        moved: Moved | None = None
+        moved: MoveTotals | None = None
         while moved is None:
             self._wait_for_saves(placement)
             ready, error = self.prepared(Stages()), None
@@ -192,7 +193,7 @@ class InForce:
                     )
             except Exception as refused:
                 own_ended, error = False, in_stage("move", refused)
-            have_ended = bool(agree(self._agreed.comm, {}, error, least=[int(own_ended)])[0])
+            have_ended = bool(agree(self._agreed.comm, {}, error, minimum=[int(own_ended)])[0])
 
     # --- what is refused -------------------------------------------------------------------------------------
 
@@ -227,7 +228,9 @@ class InForce:
         if self.knows_rows:
             return self.placement
         start = self._agreed.start
-        rows = [left or own for left, own in zip(self._mover.left(), start.expert_of_slot.tolist(), strict=True)]
+        rows = [
+            left or own for left, own in zip(self._mover.inherited_rows(), start.expert_of_slot.tolist(), strict=True)
+        ]
         return Placement(torch.tensor(rows, device="cpu"), start.num_experts, start.num_gpus)
 
 
@@ -242,7 +245,7 @@ def is_so_on_all(comm: Comm, question: Callable[[], bool]) -> bool:
         is_so = question()
     except Exception as caught:  # such as of a future of the user's own
         error = in_stage("move", caught)
-    return bool(agree(comm, {}, error, least=[int(is_so)])[0])
+    return bool(agree(comm, {}, error, minimum=[int(is_so)])[0])
 
 
 def _differs(old: Placement, new: Placement, layer: int) -> bool:

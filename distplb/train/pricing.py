@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from distplb.comm.agreement import told_by_root
+from distplb.comm.agreement import root_values
 from distplb.comm.base import Comm
 from distplb.core.placement import Placement
 from distplb.core.price import MoveModel
@@ -81,7 +81,7 @@ class Pricer:
             figures = [*nanoseconds, *counts, *shares]
         except Exception as caught:  # the others are at the broadcast
             error = in_stage("count", caught)
-        figures = told_by_root(self._comm, figures)
+        figures = root_values(self._comm, figures)
         median, error_of_median, last_seconds = (value * 1e-9 for value in figures[:3])
         iterations, steps, slot_bytes, tokens = figures[3:7]
         tied = tuple(None if share < 0 else share * 1e-9 for share in figures[7:])

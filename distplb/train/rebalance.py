@@ -21,15 +21,15 @@ from distplb.errors import (
     UntrainedError,
     in_stage,
 )
-from distplb.migrate.mover import Ready
-from distplb.migrate.transfer import Limits, Moved
+from distplb.migrate.state_agreement import AgreedState
+from distplb.migrate.transfer import Limits, MoveTotals
 from distplb.planning.options import PlanOptions
 from distplb.planning.plan import PlanResult, StagedPlan
 from distplb.train.account import Account
 from distplb.train.decision import Target, decision, target_of, with_rows_of
-from distplb.train.job import Job
 from distplb.train.journal import Unfinished, warn
 from distplb.train.observer import steps_digest
+from distplb.train.parts import Parts
 from distplb.train.spread import Spread
 
 __all__ = ["Rebalance"]
@@ -44,18 +44,18 @@ class Rebalance:
     """One rebalance under way. Collective: all ranks advance theirs at the same iterations.
 
     Args:
-        job: of this rank.
+        parts: of this rank.
     """
 
-    def __init__(self, job: Job) -> None:
-        self._job, self._moves = job, job.agreed.moves
-        self._began = self._now = self._due = job.iteration
+    def __init__(self, parts: Parts) -> None:
+        self._parts, self._moves = parts, parts.agreed.moves
+        self._began = self._now = self._due = parts.iteration
         self._seconds, self._resumed = 0.0, 0.0  # in earlier calls of `advance`; when this one began
-        self._stages, self._old = Stages(), job.in_force.placement
+        self._stages, self._old = Stages(), parts.in_force.placement
         self._decision, self._reason = "", ""
-        self._ready: Ready | None = None  # what travels, as agreed since the training went on
+        self._ready: AgreedState | None = None  # what travels, as agreed since the training went on
         self._staying: dict[int, str] = {}
-        self._moved = Moved()
+        self._moved = MoveTotals()
         self._run = self._in_stages()
 
     def advance(self, iteration: int) -> bool:
@@ -78,15 +78,15 @@ class Rebalance:
 
     def _in_stages(self) -> Iterator[int]:
         """From the window to the event; each time it yields the iteration at which it goes on."""
-        job, spread = self._job, self._moves.spread
+        parts, spread = self._parts, self._moves.spread
         options, error = self._measure()
-        job.rebalances += 1
+        parts.rebalances += 1
         try:
             planning = self._count(options, error)  # (1)
         except DisagreementError as differing:
-            job.journal.warn_of_skipping(differing)
-            job.forget_counts()
-            job.journal.tell_of_skipping(self._began, str(differing), job.last_applied, self._stages.seconds)
+            parts.journal.warn_of_skipping(differing)
+            parts.forget_counts()
+            parts.journal.tell_of_skipping(self._began, str(differing), parts.last_applied, self._stages.seconds)
             return
         self._take_in_window(planning)
         offsets = spread or _AT_ONCE
@@ -98,7 +98,7 @@ class Rebalance:
         yield self._began + offsets.share_after
         wait()
         planned = planning.share()  # (5)
-        while spread is not None and not self._moves.dry_run and not job.in_force.may_move():
+        while spread is not None and not self._moves.dry_run and not parts.in_force.may_move():
             yield self._now + 1
         target = self._decide(planned, options)
         if self._decision in ("moved", "kept"):  # ranks agree on the placement also where nothing has to be moved
@@ -109,27 +109,27 @@ class Rebalance:
 
     def _measure(self) -> tuple[PlanOptions, Exception | None]:
         """What rank 0 has measured, and the options that follow; and what was met on this rank."""
-        job = self._job
+        parts = self._parts
         with self._stages.stage("count"):
             # A dry run prices no moves: state may be of a kind that could not be moved, which is told at the end.
-            held, error = ([], None) if self._moves.dry_run else job.in_force.held()
-            slot_bytes = job.agreed.mover.bytes_per_slot(held)
-            self._measured = job.pricer.measured(
-                job.journal.last_seconds, slot_bytes, job.agreed.routing.ties, self._old.num_layers
+            states, error = ([], None) if self._moves.dry_run else parts.in_force.collect_state()
+            slot_bytes = parts.agreed.mover.bytes_per_slot(states)
+            self._measured = parts.pricer.measured(
+                parts.journal.last_seconds, slot_bytes, parts.agreed.routing.ties, self._old.num_layers
             )
             # At the rate of the window, which may have more or fewer iterations: not all began with a rebalance.
-            self._steps_until_next = self._measured.steps * job.agreed.every / job.observer.iterations
-            options = job.pricer.priced(job.agreed.plan_options, self._old, self._measured, self._steps_until_next)
+            self._steps_until_next = self._measured.steps * parts.agreed.every / parts.observer.iterations
+            options = parts.pricer.priced(parts.agreed.plan_options, self._old, self._measured, self._steps_until_next)
         return options, error or self._measured.error
 
     def _count(self, options: PlanOptions, error: Exception | None) -> StagedPlan:
         """The plan, begun with the counts of all ranks."""
-        job, agreed = self._job, self._job.agreed
+        parts, agreed = self._parts, self._parts.agreed
         with self._stages.stage("count"):
             load, steps = torch.zeros(1, self._old.num_layers, agreed.num_slots, dtype=torch.int64, device="cpu"), 0
             try:
-                steps = steps_digest(job.observer.steps())
-                load = job.observer.load(job.in_force.placement if agreed.routing.mode == "permute" else None)
+                steps = steps_digest(parts.observer.steps())
+                load = parts.observer.load(parts.in_force.placement if agreed.routing.mode == "permute" else None)
             except Exception as caught:
                 error = error or in_stage("count", caught)
         fields = {"the rebalancer's iteration": self._now, "the steps in the window (digest)": steps}
@@ -137,14 +137,14 @@ class Rebalance:
 
     def _take_in_window(self, planning: StagedPlan) -> None:
         """Record it, finish the last rebalance's event with it, and begin another."""
-        job = self._job
+        parts = self._parts
         # On the host from here on: what is written down beside the training must not get into its stream.
-        if job.journal.trace is not None:
-            iterations = job.observer.iterations_of_steps(self._began, self._measured.steps)
-            job.journal.trace.add(planning.load, self._old, iterations)
-        job.journal.finish(planning.load, self._measured, job.stop_loss)
-        job.observer.clear()
-        self._untrained = job.agreed.mover.watch.untrained()
+        if parts.journal.trace is not None:
+            iterations = parts.observer.iterations_of_steps(self._began, self._measured.steps)
+            parts.journal.trace.add(planning.load, self._old, iterations)
+        parts.journal.finish(planning.load, self._measured, parts.stop_loss)
+        parts.observer.clear()
+        self._untrained = parts.agreed.mover.watch.untrained()
 
     # --- (2) to (5) ------------------------------------------------------------------------------------------
 
@@ -153,7 +153,7 @@ class Rebalance:
         if self._moves.spread is None:
             run()
             return lambda: None
-        wait = self._job.background.start(run)
+        wait = self._parts.background.start(run)
 
         def timed() -> None:
             with self._stages.stage("wait"):
@@ -163,7 +163,7 @@ class Rebalance:
 
     def _decide(self, planned: PlanResult, options: PlanOptions) -> Target:
         """What is done with the plan, once all ranks agree on what travels."""
-        job, agreed = self._job, self._job.agreed
+        parts, agreed = self._parts, self._parts.agreed
         target = Target(planned.placement, planned.placement, (False,) * self._old.num_layers)
         why_not = ""
         try:
@@ -179,45 +179,45 @@ class Rebalance:
         if self._decision != "skipped":
             target = target_of(
                 planned,
-                job.in_force.placement,
+                parts.in_force.placement,
                 options,
                 agreed=agreed,
-                pricer=job.pricer,
+                pricer=parts.pricer,
                 slot_bytes=self._measured.slot_bytes,
                 staying=self._staying,
             )
             self._decision, self._reason = decision(
                 planned.placement,
                 target,
-                job.in_force.placement,
+                parts.in_force.placement,
                 layer_names=agreed.layer_names,
                 staying=self._staying,
                 is_dry_run=self._moves.dry_run,
-                strikes_out=job.stop_loss.strikes if job.stop_loss.is_over else 0,
+                strikes_out=parts.stop_loss.strikes if parts.stop_loss.is_over else 0,
             )
             self._reason += why_not
         if self._decision == "stopped":
-            job.enabled, job.stop_loss.strikes = False, 0
+            parts.enabled, parts.stop_loss.strikes = False, 0
             warn(f"distplb has turned rebalancing off: {self._reason}")
         self._left_alone, self._target = target.left_alone, target.placement
         return target
 
-    def _prepare(self) -> Ready:
+    def _prepare(self) -> AgreedState:
         """Agree with all ranks on what travels, and which layers stay."""
-        ready = self._job.in_force.prepared(self._stages)
+        ready = self._parts.in_force.prepared(self._stages)
         self._staying |= ready.left_out
-        self._job.journal.warn_of_staying(ready.left_out)
+        self._parts.journal.warn_of_staying(ready.left_out)
         return ready
 
     def _skip(self, differing: DisagreementError | UntrainedError) -> None:
-        self._job.journal.warn_of_skipping(differing)
+        self._parts.journal.warn_of_skipping(differing)
         self._decision, self._reason = "skipped", str(differing)
 
     # --- (6) move --------------------------------------------------------------------------------------------
 
     def _move(self, target: Target) -> Iterator[int]:
         """To the target, in as many iterations as that takes; where it breaks off between commits, as far as it got."""
-        job, spread = self._job, self._moves.spread
+        parts, spread = self._parts, self._moves.spread
         limits = None if spread is None else Limits(1, _COMMIT_BYTES, spread.move_seconds)
         while True:
             done = self._commit(limits, target.error)
@@ -227,28 +227,28 @@ class Rebalance:
                 _LOGGER.info("the rebalance of iteration %d waits for an asynchronous save", self._began)
             else:
                 self._moved = self._moved.plus(done)
-                if job.in_force.placement == self._target:
-                    job.last_applied = self._began
+                if parts.in_force.placement == self._target:
+                    parts.last_applied = self._began
                     return
                 assert spread is not None  # what has no limits is done at once
                 # Twice as many as there was time for: what is made ready and not done is made ready again.
                 limits = Limits(2 * done.commits, _COMMIT_BYTES, spread.move_seconds)
             yield self._now + 1
-            while not job.in_force.may_move():
+            while not parts.in_force.may_move():
                 yield self._now + 1
 
-    def _commit(self, limits: Limits | None, error: Exception | None) -> Moved | None:
+    def _commit(self, limits: Limits | None, error: Exception | None) -> MoveTotals | None:
         """Some of the move; None where nothing may be moved now, or it is skipped from here on."""
-        job = self._job
+        parts = self._parts
         try:
             ready, self._ready = self._ready, None  # the training goes on before there is another
             if ready is None:
                 ready = self._prepare()
-                self._target = with_rows_of(job.in_force.placement, self._target, ready.left_out)
-            return job.in_force.move(
+                self._target = with_rows_of(parts.in_force.placement, self._target, ready.left_out)
+            return parts.in_force.move(
                 self._target,
                 ready,
-                verify=job.verifies,
+                verify=parts.verifies,
                 untrained=self._untrained,
                 stages=self._stages,
                 limits=limits,
@@ -261,13 +261,13 @@ class Rebalance:
         except DistplbError as refused:
             if self._moves.on_refusal == "raise" or not self._moved.commits:
                 raise
-            job.journal.warn_of_refusal(str(refused))  # what has moved before is told
+            parts.journal.warn_of_refusal(str(refused))  # what has moved before is told
             self._decision, self._reason = "skipped", str(refused)
         return None
 
     def _tell(self, planned: PlanResult, options: PlanOptions) -> None:
         """The event, on this rank."""
-        job, agreed = self._job, self._job.agreed
+        parts, agreed = self._parts, self._parts.agreed
         account = Account(
             iteration=self._began,
             layers=agreed.layer_names,
@@ -277,15 +277,15 @@ class Rebalance:
             target=self._target,
             left_alone=self._left_alone,
             options=options,
-            model=job.pricer.model,
+            model=parts.pricer.model,
             pace=self._measured.pace,
             steps_until_next=self._steps_until_next,
             router_ties=self._measured.ties,
-            last_applied=job.last_applied,
+            last_applied=parts.last_applied,
             stays=self._staying,
         )
         moved, verdict, reason, seconds = self._moved, self._decision, self._reason, self._stages.seconds
         event = cache(lambda: account.event(moved, verdict, reason, seconds))
-        job.observer.restart_clock()
+        parts.observer.restart_clock()
         took = self._seconds + time.perf_counter() - self._resumed
-        job.journal.begin(Unfinished(event, moved.slots, self._target, self._measured.pace, took))
+        parts.journal.begin(Unfinished(event, moved.slots, self._target, self._measured.pace, took))

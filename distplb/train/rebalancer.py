@@ -1,6 +1,6 @@
 """`Rebalancer`: observe, decide, plan, move. The object that a training loop holds.
 
-Its parts: `options` and `agreed` (what it is built from), `job` (its parts on this rank), `rebalance` (one rebalance),
+Its parts: `options` and `agreed` (what it is built from), `parts` (its parts on this rank), `rebalance` (one rebalance),
 `in_force` (the placement in force, and how it changes), `journal` (what it tells).
 """
 
@@ -24,10 +24,10 @@ from distplb.train.attach import Attached
 from distplb.train.background import Background
 from distplb.train.checkpoint import Counters, Saved
 from distplb.train.in_force import InForce, is_so_on_all
-from distplb.train.job import Job
 from distplb.train.journal import Journal
 from distplb.train.observer import Observer
 from distplb.train.options import Moves, Record, Search
+from distplb.train.parts import Parts
 from distplb.train.pricing import Pricer
 from distplb.train.rebalance import Rebalance
 from distplb.train.window import LoadWindow
@@ -97,7 +97,7 @@ class Rebalancer:
         pricer = Pricer(observer, comm, agreed.topology, agreed.moves.model, agreed.window.shape[0])
         journal = Journal(agreed)
         self._roster, knows_rows = enter(agreed)
-        self._job = Job(
+        self._parts = Parts(
             agreed=agreed,
             observer=observer,
             pricer=pricer,
@@ -116,12 +116,12 @@ class Rebalancer:
     @property
     def placement(self) -> Placement:
         """The placement in force."""
-        return self._job.in_force.placement
+        return self._parts.in_force.placement
 
     @property
     def iteration(self) -> int:
         """Calls of `step` so far."""
-        return self._job.iteration
+        return self._parts.iteration
 
     @property
     def last_applied(self) -> int:
@@ -130,17 +130,17 @@ class Rebalancer:
         0 where none was in this process. One that stays behind `iteration` by much more than `every` tells of a
         rebalancer that goes on without doing anything: switched off, or skipped each time.
         """
-        return self._job.last_applied
+        return self._parts.last_applied
 
     @property
     def enabled(self) -> bool:
         """Whether rebalances begin; may be set, to the same on all ranks."""
-        return self._job.enabled
+        return self._parts.enabled
 
     @enabled.setter
     def enabled(self, value: bool) -> None:
         """To the same on all ranks."""
-        self._job.enabled = value
+        self._parts.enabled = value
 
     # --- in the loop -----------------------------------------------------------------------------------------
 
@@ -161,32 +161,32 @@ class Rebalancer:
             HalfMovedError: if a move broke off in the middle, now or before.
         """
         self._refuse_if_unfit()
-        job = self._job
-        job.iteration += 1
+        parts = self._parts
+        parts.iteration += 1
         self._looks -= 1
-        if not job.agreed.layer_names:
+        if not parts.agreed.layer_names:
             if self._looks == _LOOKS - 1:
                 self._roster.warn_if_nobody_has_layers()
             return
-        job.observer.iteration_ends()
-        job.agreed.mover.watch.iteration_ends()
+        parts.observer.iteration_ends()
+        parts.agreed.mover.watch.iteration_ends()
         try:
             if self._looks >= 0:
                 self._look()
-            if not job.enabled:
+            if not parts.enabled:
                 self._drop()
-            elif self._rebalance is None and (self._is_postponed or job.iteration % job.agreed.every == 0):
+            elif self._rebalance is None and (self._is_postponed or parts.iteration % parts.agreed.every == 0):
                 self._begin()
             self._go_on()
         except (LostRanksError, HalfMovedError, DisagreementError):
             raise
         except DistplbError as refused:
-            if job.agreed.moves.on_refusal == "raise":
+            if parts.agreed.moves.on_refusal == "raise":
                 raise
-            job.journal.warn_of_refusal(str(refused))
-            job.forget_counts()
-            job.journal.tell_of_skipping(job.iteration, str(refused), job.last_applied, {})
-        job.observer.loop_goes_on()
+            parts.journal.warn_of_refusal(str(refused))
+            parts.forget_counts()
+            parts.journal.tell_of_skipping(parts.iteration, str(refused), parts.last_applied, {})
+        parts.observer.loop_goes_on()
 
     def attach(self) -> Attached:
         """Call `step` by itself whenever the optimizers have stepped, each once; instead of calling it in the loop.
@@ -196,7 +196,7 @@ class Rebalancer:
         Returns:
             What calls it; its `remove()` ends that.
         """
-        self._attached.append(Attached(self._job.agreed.optimizers, self.step))
+        self._attached.append(Attached(self._parts.agreed.optimizers, self.step))
         return self._attached[-1]
 
     def saving(self, response: Any, *, until: Literal["written", "staged"] = "written") -> None:
@@ -215,8 +215,8 @@ class Rebalancer:
         Raises:
             DistplbError: for another response or end.
         """
-        if self._job.agreed.layer_names:
-            self._job.in_force.saves.add(response, until)
+        if self._parts.agreed.layer_names:
+            self._parts.in_force.saves.add(response, until)
 
     # --- placements by hand ----------------------------------------------------------------------------------
 
@@ -233,11 +233,11 @@ class Rebalancer:
         self._refuse_if_unfit()
         self._drop()
         self._apply(placement)
-        self._job.forget_counts()
+        self._parts.forget_counts()
 
     def restore(self) -> None:
         """Move every expert back to where the job started from."""
-        self.apply(self._job.in_force.first)
+        self.apply(self._parts.in_force.first)
 
     @contextmanager
     def in_logical_order(self) -> Iterator[None]:
@@ -249,7 +249,7 @@ class Rebalancer:
         """
         self._refuse_if_unfit()
         there = self.placement
-        self._apply(self._job.agreed.logical_order)
+        self._apply(self._parts.agreed.logical_order)
         yield
         self._apply(there)
 
@@ -260,12 +260,12 @@ class Rebalancer:
         """
         self._is_closed = True
         self._drop()
-        self._job.background.close()
+        self._parts.background.close()
         for attached in self._attached:
             attached.remove()
-        self._job.agreed.let_go()
+        self._parts.agreed.let_go()
         self._roster.withdraw()
-        self._job.journal.close()
+        self._parts.journal.close()
 
     # --- checkpoints -----------------------------------------------------------------------------------------
 
@@ -275,10 +275,10 @@ class Rebalancer:
         With `torch.distributed.checkpoint` the rebalancer itself is passed beside model and optimizer. It is loaded on
         any number of GPUs, and by any stages of a pipeline.
         """
-        job, in_force = self._job, self._job.in_force
+        parts, in_force = self._parts, self._parts.in_force
         in_force.refuse_if_half_moved()
-        counters = Counters(job.iteration, job.rebalances, job.enabled, job.stop_loss.strikes)
-        return Saved(in_force.rows_as_known(), in_force.first, counters).to_state(job.agreed.layer_names)
+        counters = Counters(parts.iteration, parts.rebalances, parts.enabled, parts.stop_loss.strikes)
+        return Saved(in_force.rows_as_known(), in_force.first, counters).to_state(parts.agreed.layer_names)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up where `state_dict` was called, with the model and optimizer as they were saved. Moves nothing.
@@ -288,39 +288,39 @@ class Rebalancer:
         Raises:
             DistplbError: if the state is of another version or model.
         """
-        job, agreed = self._job, self._job.agreed
-        job.in_force.refuse_if_half_moved()
+        parts, agreed = self._parts, self._parts.agreed
+        parts.in_force.refuse_if_half_moved()
         if not agreed.layer_names:
             return
         saved = Saved.from_state(state, agreed.layer_names, agreed.num_slots, agreed.topology.num_gpus)
-        job.in_force.load(saved.placement, saved.first)
+        parts.in_force.load(saved.placement, saved.first)
         self._drop()
-        job.iteration, job.rebalances, job.enabled, job.stop_loss.strikes = saved.counters
-        job.forget_counts()
+        parts.iteration, parts.rebalances, parts.enabled, parts.stop_loss.strikes = saved.counters
+        parts.forget_counts()
 
     # --- the rebalance under way -----------------------------------------------------------------------------
 
     def _look(self) -> None:
         """Whether what is there can travel, on all ranks."""
-        job, agreed = self._job, self._job.agreed
-        looks = job.enabled and not agreed.moves.dry_run and not agreed.mover.watch.may_have_skipped()
-        agree(agreed.comm, {}, job.in_force.held()[1] if looks else None)
+        parts, agreed = self._parts, self._parts.agreed
+        looks = parts.enabled and not agreed.moves.dry_run and not agreed.mover.watch.may_have_skipped()
+        agree(agreed.comm, {}, parts.in_force.collect_state()[1] if looks else None)
 
     def _begin(self) -> None:
         """A rebalance, unless some rank cannot tell whether its step has been skipped."""
-        agreed = self._job.agreed
+        agreed = self._parts.agreed
         self._is_postponed = not (
             agreed.moves.dry_run or is_so_on_all(agreed.comm, lambda: not agreed.mover.watch.may_have_skipped())
         )
         if not self._is_postponed:
-            self._rebalance = Rebalance(self._job)
+            self._rebalance = Rebalance(self._parts)
 
     def _go_on(self) -> None:
         """With the rebalance under way, as far as it may go in this iteration."""
         if self._rebalance is None:
             return
         try:
-            has_ended = self._rebalance.advance(self._job.iteration)
+            has_ended = self._rebalance.advance(self._parts.iteration)
         except BaseException:
             self._rebalance = None
             raise
@@ -332,11 +332,11 @@ class Rebalancer:
         self._rebalance, self._is_postponed = None, False
 
     def _apply(self, placement: Placement) -> None:
-        if self._job.agreed.layer_names:
-            self._job.in_force.apply(placement, verify=self._job.verifies)
+        if self._parts.agreed.layer_names:
+            self._parts.in_force.apply(placement, verify=self._parts.verifies)
 
     def _refuse_if_unfit(self) -> None:
-        self._job.in_force.refuse_if_half_moved()
+        self._parts.in_force.refuse_if_half_moved()
         if self._is_closed:
             raise DistplbError("this Rebalancer has been closed, and moves nothing any more; make a new one")
-        self._job.in_force.refuse_unknown_rows()
+        self._parts.in_force.refuse_unknown_rows()

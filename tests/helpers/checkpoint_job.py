@@ -271,7 +271,7 @@ def _kill_between_commits(job: Job, iteration: int) -> None:
 
     transfer._STAGING_BYTES = 0  # a swap of two at a time
     told: list[distplb.Placement] = []
-    take_up = job.rebalancer._job.in_force.take_up
+    take_up = job.rebalancer._parts.in_force.take_up
 
     def taken_up(placement: distplb.Placement) -> None:
         take_up(placement)
@@ -280,4 +280,4 @@ def _kill_between_commits(job: Job, iteration: int) -> None:
             if len(told) == 2 and dist.get_rank() == 1:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    job.rebalancer._job.in_force.take_up = taken_up  # type: ignore[method-assign]
+    job.rebalancer._parts.in_force.take_up = taken_up  # type: ignore[method-assign]

@@ -354,7 +354,7 @@ class World:
             ),
             record=Record(on_event=self._count),
         )
-        take_up = rebalancer._job.in_force.take_up
+        take_up = rebalancer._parts.in_force.take_up
 
         def taken_up(placement: Placement) -> None:
             take_up(placement)
@@ -362,7 +362,7 @@ class World:
             self.moved.set()
             self._check_rule(placement)
 
-        rebalancer._job.in_force.take_up = taken_up  # type: ignore[method-assign]
+        rebalancer._parts.in_force.take_up = taken_up  # type: ignore[method-assign]
         return rebalancer
 
     def _count(self, event: Any) -> None:
@@ -564,7 +564,7 @@ def forget() -> None:
     if not _WORLD:
         return
     world = _WORLD[0]
-    move = world.rebalancer._job.agreed.mover.move
+    move = world.rebalancer._parts.agreed.mover.move
 
     def forgetful(*args: Any, **options: Any) -> Any:
         moment = world.optimizer.state.get(world.stepped["0.w"], {}).get("exp_avg")
@@ -574,7 +574,7 @@ def forget() -> None:
             local(moment)[:1] = kept
         return done
 
-    world.rebalancer._job.agreed.mover.move = forgetful  # type: ignore[method-assign]
+    world.rebalancer._parts.agreed.mover.move = forgetful  # type: ignore[method-assign]
 
 
 def do_train(world: World, micro_batches: int) -> None:
@@ -649,7 +649,7 @@ def do_hand_over(world: World) -> None:
     state = world.rebalancer.state_dict()
     world.rebalancer.close()
     world.rebalancer = world._rebalancer()
-    if world.setup.mode == "permute" and world.rebalancer._job.in_force.knows_rows:
+    if world.setup.mode == "permute" and world.rebalancer._parts.in_force.knows_rows:
         assert world.rebalancer.placement == Placement.contiguous(LAYERS, EXPERTS, world.setup.ep)
     world.rebalancer.load_state_dict(state)
 

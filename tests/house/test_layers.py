@@ -79,7 +79,7 @@ core.arguments core.balance core.bound core.bound_with_replicas core.bound_witho
 core.counts core.fixed_point core.hashing core.plain_tensor core.price core.ties
 packing planning.chance planning.eplb planning.engine_choice planning.greedy planning.legal planning.move_cost
 planning.options planning.policies planning.problem planning.relabel planning.slot_classes planning.warm_start
-migrate.schedule migrate.messages migrate.routes migrate.pieces migrate.budget
+migrate.schedule migrate.messages migrate.slot_routes migrate.layout migrate.budget
 train.stop_loss train.checkpoint train.account study.replay study.costs study.verdict
 """
 IMPURE_MODULES = {"time", "os", "random", "io", "socket", "subprocess", "threading", "pathlib", "datetime", "secrets"}

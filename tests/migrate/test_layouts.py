@@ -176,22 +176,22 @@ class World:
         for held in self.held:
             moved = held.whole[table]
             for factor, key in ((1, ""), (2, "exp_avg"), (3, "exp_avg_sq")):
-                for param, wanted in zip(held.params, held.cut(moved * factor), strict=True):
+                for param, expected in zip(held.params, held.cut(moved * factor), strict=True):
                     if not key or param.requires_grad:
-                        found = local(self.optimizer.state[param][key] if key else param)
-                        wrong += not torch.equal(found, wanted)
+                        actual = local(self.optimizer.state[param][key] if key else param)
+                        wrong += not torch.equal(actual, expected)
         return wrong
 
     def on_this_rank(self) -> dict[str, Tensor]:
         """Views of everything that travels."""
-        found = {}
+        tensors = {}
         for number, held in enumerate(self.held):
             for part, param in enumerate(held.params):
                 state = self.optimizer.state.get(param, {})
                 for key in ("", "exp_avg", "exp_avg_sq"):
                     if not key or key in state:
-                        found[f"{self.rank}.{number}.{part}.{key}"] = local(state[key] if key else param)
-        return found
+                        tensors[f"{self.rank}.{number}.{part}.{key}"] = local(state[key] if key else param)
+        return tensors
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -260,7 +260,7 @@ class Saves:
 
 
 def moved_about(folder: str) -> dict[str, tuple[int, int, int]]:
-    found = {}
+    results = {}
     for name, moves in LAYOUTS.items():
         torch.manual_seed(dist.get_rank())  # nothing may depend on it
         world, wrong = World(name), 0
@@ -274,8 +274,8 @@ def moved_about(folder: str) -> dict[str, tuple[int, int, int]]:
             wrong += world.wrong(placement)
         elsewhere = Placement(torch.randperm(EXPERTS, generator=generator)[None], EXPERTS, GPUS)
         wrong += saves.wrong()
-        found[name] = wrong, world.wrong(elsewhere), world.wrong(world.rebalancer.placement)
-    return found
+        results[name] = wrong, world.wrong(elsewhere), world.wrong(world.rebalancer.placement)
+    return results
 
 
 @needs_stagers
@@ -346,5 +346,5 @@ REFUSED = {
 
 def test_what_is_not_understood_is_refused_by_name_on_every_rank() -> None:
     for texts in on_ranks(4, refused, deadline=120):
-        for wanted, text in zip(REFUSED.values(), texts, strict=True):
-            assert wanted in text
+        for wording, text in zip(REFUSED.values(), texts, strict=True):
+            assert wording in text

@@ -15,16 +15,17 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from plain_schedule import all_copies, messages, plain_rounds
+from plain_schedule import all_copies, flat_layout, messages, plain_rounds
 
 from distplb import DistplbError, Placement
 from distplb.comm.base import WorldOfOne
-from distplb.migrate.messages import Copy, Messages, RankStep, rounds
-from distplb.migrate.pieces import Layout, Part, Piece, joined
-from distplb.migrate.routes import peers
+from distplb.migrate.layout import Layout, Part, Piece, joined
+from distplb.migrate.messages import Copy, MessagePlanner, RankCommit, rounds
+from distplb.migrate.optimizer_state import Traveller
 from distplb.migrate.schedule import SlotMove, commits, cycles, exchanges
-from distplb.migrate.state import Traveller
-from distplb.migrate.transfer import Move
+from distplb.migrate.slot_routes import peers
+from distplb.migrate.staging import StagingMemory
+from distplb.migrate.transfer import Transfer
 
 ITEM_BYTES = 8  # of the simulated tensors
 
@@ -58,12 +59,12 @@ class World:
         """Who holds what of a tensor of that kind."""
         each = self.slots_per_gpu * row
         if kind == "everywhere":
-            return Layout.flat(row, self.num_slots, ((0, self.num_slots * row),) * len(self.gpus))
+            return flat_layout(row, self.num_slots, ((0, self.num_slots * row),) * len(self.gpus))
         if kind == "whole":
-            return Layout.flat(row, self.num_slots, tuple((gpu * each, (gpu + 1) * each) for gpu in self.gpus))
+            return flat_layout(row, self.num_slots, tuple((gpu * each, (gpu + 1) * each) for gpu in self.gpus))
         if kind == "rows":  # over all ranks, evenly or not
             cuts = [rank * self.num_slots // len(self.gpus) * row for rank in range(len(self.gpus) + 1)]
-            return Layout.flat(row, self.num_slots, pairwise(cuts))
+            return flat_layout(row, self.num_slots, pairwise(cuts))
         if kind in ("columns", "cut one by one"):
             return Layout(row, self.num_slots, self.cut_within_rows(row, in_place=kind == "columns"))
         held = [(0, 0)] * len(self.gpus)
@@ -72,7 +73,7 @@ class World:
             cuts = sorted(self.random.randrange(each + 1) for _ in ranks[1:])  # an empty shard now and then
             for rank, (start, stop) in zip(ranks, pairwise([0, *cuts, each]), strict=True):
                 held[rank] = (gpu * each + start, gpu * each + stop)
-        return Layout.flat(row, self.num_slots, tuple(held))
+        return flat_layout(row, self.num_slots, tuple(held))
 
     def cut_within_rows(self, row: int, in_place: bool) -> tuple[tuple[Part, ...], ...]:
         """Each row is cut over the ranks of its GPU: all in the same places, or each in others."""
@@ -97,14 +98,14 @@ class World:
 
     def elements(self, placement: Placement) -> dict[tuple[int, int], np.ndarray]:
         """By rank and tensor, what the rank must hold under a placement."""
-        found = {}
+        elements = {}
         for table, layer in zip(placement.expert_of_slot.numpy(), self.tensors, strict=True):
             for number, layout in layer:
                 own = table[:, None] * layout.row + np.arange(layout.row) + number * 10**6  # [P, row]
                 for rank, parts in enumerate(layout.held):
                     held = [own[:, part.low : part.high].reshape(-1)[part.start : part.stop] for part in parts]
-                    found[rank, number] = np.concatenate([own.reshape(-1)[:0], *held])
-        return found
+                    elements[rank, number] = np.concatenate([own.reshape(-1)[:0], *held])
+        return elements
 
     def bytes_of_rows(self) -> tuple[list[int], list[int]]:
         """By layer, the bytes of a slot's rows that its GPU stages, and those that every rank stages."""
@@ -117,20 +118,21 @@ class World:
         """What the dearest swap of two slots stages: both on one GPU."""
         return 2 * max(own + every for own, every in zip(*self.bytes_of_rows(), strict=True))
 
-    def steps(self, moves: Sequence[SlotMove], limit: int = 32, large_bytes: int = 1 << 20) -> list[RankStep]:
+    def steps(self, moves: Sequence[SlotMove], limit: int = 32, large_bytes: int = 1 << 20) -> list[RankCommit]:
         """Of all ranks, each made for itself; the first half of the ranks is one node."""
         items = [ITEM_BYTES] * sum(map(len, self.tensors))
         nodes = [2 * rank // len(self.gpus) for rank in range(len(self.gpus))]
         return [
-            Messages(self.tensors, items, rank, nodes, limit, large_bytes).step(moves) for rank in range(len(self.gpus))
+            MessagePlanner(self.tensors, items, rank, nodes, limit, large_bytes).commit(moves)
+            for rank in range(len(self.gpus))
         ]
 
-    def apply(self, wanted: list[Copy], held: dict[tuple[int, int], np.ndarray]) -> list[int]:
+    def apply(self, copies: list[Copy], held: dict[tuple[int, int], np.ndarray]) -> list[int]:
         """Read everything, then write everything; gives the bytes staged on each rank."""
         staged = [0] * len(self.gpus)
         before = {key: array.copy() for key, array in held.items()}
         written: Counter[tuple[int, int, int]] = Counter()
-        for copy in wanted:
+        for copy in copies:
             assert copy.count > 0
             source = before[copy.source_rank, copy.tensor]
             target = held[copy.target_rank, copy.tensor]
@@ -144,7 +146,7 @@ class World:
         return staged
 
 
-def written(steps: Sequence[RankStep]) -> list[Copy]:
+def written(steps: Sequence[RankCommit]) -> list[Copy]:
     """What all ranks write."""
     return [copy for step in steps for copy in [*step.local, *in_order(step.receives)]]
 
@@ -164,10 +166,10 @@ def after(placement: Placement, moves: list[SlotMove]) -> Placement:
 def cycle_of(num_slots: int) -> tuple[list[int], list[int]]:
     """Two orders of the experts that are one cycle of all slots apart."""
     order = random.Random(num_slots).sample(range(num_slots), num_slots)
-    wanted = [0] * num_slots
+    expected = [0] * num_slots
     for here, there in zip(order, order[1:] + order[:1], strict=True):
-        wanted[here] = there
-    return list(range(num_slots)), wanted
+        expected[here] = there
+    return list(range(num_slots)), expected
 
 
 EVERY_KIND = [("whole", 6), ("shards", 6), ("shards", 1), ("everywhere", 3), ("whole", 5), ("columns", 6), ("rows", 2)]
@@ -199,9 +201,9 @@ def test_every_commit_leaves_every_rank_with_a_whole_placement(name: str, budget
             placement = after(placement, moves)
             staged = world.apply(written(world.steps(moves)), held)
             assert limit == 0 or max(staged) <= limit
-            wanted = world.elements(placement)
-            assert held.keys() == wanted.keys()
-            assert all(np.array_equal(held[key], wanted[key]) for key in wanted)
+            expected = world.elements(placement)
+            assert held.keys() == expected.keys()
+            assert all(np.array_equal(held[key], expected[key]) for key in expected)
         assert placement == new
         if budget == "everything":
             assert len(plan) == (old != new)
@@ -227,13 +229,13 @@ def test_cycles_are_closed_and_hold_every_slot_that_changes_once(num_slots: int)
     random_ = random.Random(num_slots)
     for _ in range(30):
         old, new = (random_.sample(range(num_slots), num_slots) for _ in range(2))
-        found = cycles(old, new)
-        for cycle in found:
+        closed = cycles(old, new)
+        for cycle in closed:
             assert len(cycle) > 1
             for target, source in zip(cycle, cycle[1:] + cycle[:1], strict=True):
                 assert new[target] == old[source]
         changed = [slot for slot in range(num_slots) if old[slot] != new[slot]]
-        assert sorted(slot for cycle in found for slot in cycle) == changed
+        assert sorted(slot for cycle in closed for slot in cycle) == changed
 
 
 def test_nothing_to_move_is_no_commit() -> None:
@@ -304,8 +306,8 @@ def test_an_exchange_is_the_smallest_that_keeps_blocks(num_groups: int, size: in
     for _ in range(20):
         old, new = in_blocks(random_, num_groups, size), in_blocks(random_, num_groups, size)
         table = list(old)
-        found = exchanges(old, new, num_groups)
-        for cells in random_.sample(found, len(found)):
+        closed = exchanges(old, new, num_groups)
+        for cells in random_.sample(closed, len(closed)):
             for part in range(1, len(cells)):
                 partly = list(table)
                 for slot in (slot for cell in cells[:part] for slot in cell):
@@ -358,40 +360,40 @@ def copies(moves: Sequence[SlotMove], tensors: Sequence[Sequence[tuple[int, Layo
     """All that one rank gives or receives: as it stands in its step, and as the specification says."""
     size = len(next(layout for layer in tensors for _, layout in layer).held)
     numbers = [number for layer in tensors for number, _ in layer]
-    step = Messages(tensors, [1] * (max(numbers) + 1), rank, [0] * size, 32, 1 << 20).step(moves)
-    found = [*step.local, *in_order(step.sends), *in_order(step.receives)]
-    wanted = [copy for copy in all_copies(moves, tensors) if rank in (copy.source_rank, copy.target_rank)]
-    assert Counter(found) == Counter(wanted)
-    return wanted
+    step = MessagePlanner(tensors, [1] * (max(numbers) + 1), rank, [0] * size, 32, 1 << 20).commit(moves)
+    own = [*step.local, *in_order(step.sends), *in_order(step.receives)]
+    expected = [copy for copy in all_copies(moves, tensors) if rank in (copy.source_rank, copy.target_rank)]
+    assert Counter(own) == Counter(expected)
+    return expected
 
 
 def test_a_rank_that_holds_what_it_needs_asks_nobody() -> None:
     """Slots 0 and 1 of the same GPU change places, and ranks 0 and 1 both hold both."""
-    layout = Layout.flat(4, 4, ((0, 8), (0, 8), (8, 16), (8, 16)))
+    layout = flat_layout(4, 4, ((0, 8), (0, 8), (8, 16), (8, 16)))
     moves = [SlotMove(0, 0, 1), SlotMove(0, 1, 0)]
     for rank in range(4):
-        found = copies(moves, [[(0, layout)]], rank)
-        assert found == ([Copy(0, rank, 0, rank, 4, 4), Copy(0, rank, 4, rank, 0, 4)] if rank < 2 else [])
+        own = copies(moves, [[(0, layout)]], rank)
+        assert own == ([Copy(0, rank, 0, rank, 4, 4), Copy(0, rank, 4, rank, 0, 4)] if rank < 2 else [])
 
 
 def test_a_rank_takes_its_own_copy_also_where_others_hold_other_parts() -> None:
     """Rank 1 holds both slots, ranks 0 and 2 one each."""
-    layout = Layout.flat(4, 2, ((0, 4), (0, 8), (4, 8)))
-    found = copies([SlotMove(0, 0, 1)], [[(0, layout)]], rank=1)
-    assert found == [Copy(0, 1, 0, 1, 4, 4), Copy(0, 1, 0, 2, 0, 4)]
+    layout = flat_layout(4, 2, ((0, 4), (0, 8), (4, 8)))
+    own = copies([SlotMove(0, 0, 1)], [[(0, layout)]], rank=1)
+    assert own == [Copy(0, 1, 0, 1, 4, 4), Copy(0, 1, 0, 2, 0, 4)]
 
 
 def test_copies_of_an_expert_are_each_given_by_another_holder() -> None:
-    layout = Layout.flat(4, 2, ((0, 4), (0, 4), (4, 8), (4, 8)))
+    layout = flat_layout(4, 2, ((0, 4), (0, 4), (4, 8), (4, 8)))
     moves = [SlotMove(0, 0, 1), SlotMove(0, 1, 0)]
-    found = {copy for rank in range(4) for copy in copies(moves, [[(5, layout)]], rank)}
-    assert {(copy.source_rank, copy.target_rank) for copy in found} == {(0, 2), (1, 3), (2, 0), (3, 1)}
-    assert {copy.tensor for copy in found} == {5}
+    of_all = {copy for rank in range(4) for copy in copies(moves, [[(5, layout)]], rank)}
+    assert {(copy.source_rank, copy.target_rank) for copy in of_all} == {(0, 2), (1, 3), (2, 0), (3, 1)}
+    assert {copy.tensor for copy in of_all} == {5}
 
 
 def test_shards_that_are_cut_elsewhere_are_put_together_from_several_ranks() -> None:
-    layout = Layout.flat(6, 2, ((0, 2), (2, 6), (6, 11), (11, 12)))  # slot 0 on ranks 0 and 1, slot 1 on ranks 2 and 3
-    for rank, wanted in enumerate(
+    layout = flat_layout(6, 2, ((0, 2), (2, 6), (6, 11), (11, 12)))  # slot 0 on ranks 0 and 1, slot 1 on ranks 2 and 3
+    for rank, expected in enumerate(
         [
             [Copy(0, 2, 0, 0, 0, 2)],
             [Copy(0, 2, 2, 1, 0, 3), Copy(0, 3, 0, 1, 3, 1)],
@@ -399,21 +401,23 @@ def test_shards_that_are_cut_elsewhere_are_put_together_from_several_ranks() -> 
             [Copy(0, 3, 0, 1, 3, 1)],
         ]
     ):
-        assert copies([SlotMove(0, 1, 0)], [[(0, layout)]], rank) == wanted
+        assert copies([SlotMove(0, 1, 0)], [[(0, layout)]], rank) == expected
 
 
 def test_router_rows_never_cross_ranks() -> None:
-    layout = Layout.flat(3, 4, ((0, 12),) * 3)
-    assert layout.everywhere
+    layout = flat_layout(3, 4, ((0, 12),) * 3)
+    assert layout.is_everywhere
     for rank in range(3):
-        step = Messages([[(1, layout)]], [4, 4], rank, [0, 0, 1], 32, 1).step([SlotMove(0, 0, 3), SlotMove(0, 3, 0)])
-        assert step == RankStep([Copy(1, rank, 0, rank, 9, 3), Copy(1, rank, 9, rank, 0, 3)], {}, {}, [], (0, 0))
+        step = MessagePlanner([[(1, layout)]], [4, 4], rank, [0, 0, 1], 32, 1).commit(
+            [SlotMove(0, 0, 3), SlotMove(0, 3, 0)]
+        )
+        assert step == RankCommit([Copy(1, rank, 0, rank, 9, 3), Copy(1, rank, 9, rank, 0, 3)], {}, {}, [], (0, 0))
 
 
 def test_only_the_tensors_of_the_moved_layer_are_copied() -> None:
-    layout = Layout.flat(1, 2, ((0, 1), (1, 2)))
-    found = copies([SlotMove(1, 0, 1), SlotMove(1, 1, 0)], [[(0, layout)], [(1, layout), (2, layout)]], rank=0)
-    assert Counter(copy.tensor for copy in found) == {1: 2, 2: 2}
+    layout = flat_layout(1, 2, ((0, 1), (1, 2)))
+    own = copies([SlotMove(1, 0, 1), SlotMove(1, 1, 0)], [[(0, layout)], [(1, layout), (2, layout)]], rank=0)
+    assert Counter(copy.tensor for copy in own) == {1: 2, 2: 2}
 
 
 # --- messages ---------------------------------------------------------------------------------------------------
@@ -471,8 +475,8 @@ def check_against_the_specification(world: World, moves: list[SlotMove], limit: 
         for mine, is_sent in ((step.sends, True), (step.receives, False)):
             for peer in ranks:
                 way = (rank, peer) if is_sent else (peer, rank)
-                wanted = [message for part in parts for message in part.get(way, [])] if peer != rank else []
-                assert mine.get(peer, []) == wanted
+                expected = [message for part in parts for message in part.get(way, [])] if peer != rank else []
+                assert mine.get(peer, []) == expected
         own = [sorted(way for way in one if rank in way) for part in scheduled for one in part]
         assert [sorted(one) for one in step.rounds] == [one for one in own if one]
         assert all(len(one) <= limit for one in step.rounds)
@@ -505,8 +509,8 @@ def test_commits_of_one_move_are_made_one_after_the_other_as_each_by_itself() ->
         items = [ITEM_BYTES] * sum(map(len, world.tensors))
         nodes = [2 * rank // len(world.gpus) for rank in range(len(world.gpus))]
         for rank in range(len(world.gpus)):
-            made = Messages(world.tensors, items, rank, nodes, 32, 1 << 20)
-            assert [made.step(moves) for moves in plan] == [world.steps(moves)[rank] for moves in plan]
+            planner = MessagePlanner(world.tensors, items, rank, nodes, 32, 1 << 20)
+            assert [planner.commit(moves) for moves in plan] == [world.steps(moves)[rank] for moves in plan]
 
 
 @pytest.mark.parametrize("kind", ["copies", "columns"])
@@ -520,18 +524,18 @@ def test_what_a_rank_works_out_hardly_grows_with_the_groups_beside_its_own(kind:
         old = Placement.contiguous(1, layout.num_slots, 8)
         new = Placement(old.expert_of_slot.roll(layout.num_slots // 2, 1), layout.num_slots, 8)
         flats = (torch.zeros(layout.held[comm.rank][0].numel),)
-        of_rank = [([], [layout], [Traveller("w", str(n), flats, 0, torch.float32) for n in range(9)])]
-        Move(old, new, of_rank, comm)  # looks at the layouts, once for all moves
+        of_rank = [([layout], [Traveller(flats, 0, torch.float32)] * 9)]
+        Transfer(old, new, of_rank, comm, [0] * comm.size, StagingMemory())  # looks at the layouts, once for all moves
         calls = Counter[str]()
         sys.setprofile(lambda frame, event, arg, calls=calls: calls.update([event]))
         try:
-            move = Move(old, new, of_rank, comm)
+            transfer = Transfer(old, new, of_rank, comm, [0] * comm.size, StagingMemory())
         finally:
             sys.setprofile(None)
         called[groups] = calls["call"] + calls["c_call"]
         if groups > 1:
-            (step,), group = move._steps, range(8 * (groups // 2), 8 * (groups // 2 + 1))
-            assert {*step.sends, *step.receives} <= set(group)
+            (commit,), group = transfer._rank_commits, range(8 * (groups // 2), 8 * (groups // 2 + 1))
+            assert {*commit.sends, *commit.receives} <= set(group)
             assert peers([layout], comm.rank) == [rank for rank in group if rank != comm.rank]
     assert called[64] < 5 * called[1]
 
@@ -548,16 +552,16 @@ def side_by_side(gpus: int, groups: int, kind: str) -> Layout:
 
 def test_both_directions_of_a_link_are_used_at_once() -> None:
     """A round was all sends of one rank, and the next one all receives."""
-    layout = Layout.flat(1, 80, ((0, 40), (40, 80)))
+    layout = flat_layout(1, 80, ((0, 40), (40, 80)))
     moves = [SlotMove(0, slot, (slot + 40) % 80) for slot in range(80)]
-    for one in Messages([[(0, layout)]], [4], 0, [0, 0], 32, 1).step(moves).rounds[:-1]:
+    for one in MessagePlanner([[(0, layout)]], [4], 0, [0, 0], 32, 1).commit(moves).rounds[:-1]:
         assert Counter(one) == {(0, 1): 16, (1, 0): 16}
 
 
 def test_peers_are_those_that_some_move_makes_a_rank_exchange_with() -> None:
-    quarters = Layout.flat(4, 2, ((0, 2), (2, 4), (4, 6), (6, 8), (8, 8)))  # of slots 0 and 1; nothing on rank 4
+    quarters = flat_layout(4, 2, ((0, 2), (2, 4), (4, 6), (6, 8), (8, 8)))  # of slots 0 and 1; nothing on rank 4
     assert [peers([quarters], rank) for rank in range(5)] == [[2], [3], [0], [1], []]
-    assert peers([Layout.flat(3, 4, ((0, 12),) * 3)], 1) == []
+    assert peers([flat_layout(3, 4, ((0, 12),) * 3)], 1) == []
     for seed in range(20):
         world = random_world(seed)
         pairs = [(source, target) for source in range(world.num_slots) for target in range(world.num_slots)]
@@ -569,16 +573,16 @@ def test_peers_are_those_that_some_move_makes_a_rank_exchange_with() -> None:
         ]
         for rank in range(len(world.gpus)):
             ways = [(copy.source_rank, copy.target_rank) for copy in everything]
-            wanted = {other for way in ways if rank in way for other in way} - {rank}
-            assert peers([layout for layer in world.tensors for _, layout in layer], rank) == sorted(wanted)
+            expected = {other for way in ways if rank in way for other in way} - {rank}
+            assert peers([layout for layer in world.tensors for _, layout in layer], rank) == sorted(expected)
 
 
 # --- pieces -----------------------------------------------------------------------------------------------------
 
 
 def test_a_shard_that_cuts_through_experts_is_a_piece_of_each() -> None:
-    layout = Layout.flat(row=4, num_slots=3, held=((0, 6), (6, 7), (7, 7), (7, 12)))
-    assert not layout.everywhere
+    layout = flat_layout(row=4, num_slots=3, held=((0, 6), (6, 7), (7, 7), (7, 12)))
+    assert not layout.is_everywhere
     assert layout.pieces == (
         (Piece(0, 0, 4, 0),),
         (Piece(0, 0, 2, 4), Piece(1, 2, 3, 0), Piece(3, 3, 4, 0)),
@@ -587,7 +591,7 @@ def test_a_shard_that_cuts_through_experts_is_a_piece_of_each() -> None:
 
 
 def test_a_range_held_twice_comes_once_for_each_rank() -> None:
-    layout = Layout.flat(row=2, num_slots=2, held=((2, 4), (0, 2), (2, 4)))
+    layout = flat_layout(row=2, num_slots=2, held=((2, 4), (0, 2), (2, 4)))
     assert layout.pieces == ((Piece(1, 0, 2, 0),), (Piece(0, 0, 2, 0), Piece(2, 0, 2, 0)))
 
 
@@ -606,7 +610,7 @@ def test_a_range_held_twice_comes_once_for_each_rank() -> None:
 )
 def test_elements_that_no_rank_holds_are_refused(held: tuple[tuple[int, int], ...], slot: int, reached: int) -> None:
     with pytest.raises(DistplbError) as refused:
-        Layout.flat(row=4, num_slots=2, held=held)
+        flat_layout(row=4, num_slots=2, held=held)
     assert f"element {reached} of the 4 of slot {slot} is held by no rank (slots held by rank: [" in str(refused.value)
     assert "check `gpu`, the starts of the shards, and that the communicator has all ranks" in str(refused.value)
 
@@ -627,12 +631,12 @@ def test_a_part_outside_of_all_slots_is_refused(part: Part) -> None:
 
 def test_the_most_that_a_rank_holds_of_a_slot_and_whether_ranks_hold_slots_of_one_gpu() -> None:
     columns = Layout(row=4, num_slots=2, held=((Part(0, 2, 0, 1),), (Part(0, 6, 1, 4),)))
-    assert columns.most == 3
+    assert columns.max_row == 3
     assert columns.slots == ((0, 1), (0, 1))
     assert columns.is_by_gpu(2)
     assert not columns.is_by_gpu(1)
-    assert Layout.flat(4, 2, ((0, 4), (4, 8), (5, 5))).is_by_gpu(1)
-    assert Layout.flat(4, 2, ((0, 4), (4, 8), (5, 5))).is_nowhere_on_some
+    assert flat_layout(4, 2, ((0, 4), (4, 8), (5, 5))).is_by_gpu(1)
+    assert flat_layout(4, 2, ((0, 4), (4, 8), (5, 5))).has_empty_rank
 
 
 def test_parts_that_continue_each_other_are_one() -> None:
@@ -648,16 +652,16 @@ def test_rounds_hold_every_message_once_and_no_rank_beyond_the_limit(limit: int)
     random_ = random.Random(limit)
     for _ in range(30):
         num_ranks = random_.randrange(2, 20)
-        given = Counter(tuple(random_.sample(range(num_ranks), 2)) for _ in range(random_.randrange(200)))
-        found = rounds(given, limit)
-        assert sum((Counter(one) for one in found), Counter()) == given
-        assert all(one and min(one.values()) > 0 for one in found)
-        for one in found:
+        counts = Counter(tuple(random_.sample(range(num_ranks), 2)) for _ in range(random_.randrange(200)))
+        planned = rounds(counts, limit)
+        assert sum((Counter(one) for one in planned), Counter()) == counts
+        assert all(one and min(one.values()) > 0 for one in planned)
+        for one in planned:
             operations = Counter(rank for way, number in one.items() for rank in way for _ in range(number))
             assert max(operations.values()) <= limit
         # A message waits only for rounds that are full at one of its two ends.
-        busiest = max(Counter(rank for way in given.elements() for rank in way).values(), default=0)
-        assert len(found) <= max(0, 2 * -(-busiest // limit) - 1)
+        busiest = max(Counter(rank for way in counts.elements() for rank in way).values(), default=0)
+        assert len(planned) <= max(0, 2 * -(-busiest // limit) - 1)
 
 
 def test_ways_take_turns_and_messages_that_fit_go_in_one_round() -> None:

@@ -218,7 +218,7 @@ def one_rank_of_a_job() -> dict[str, Any]:
         for hot in ((0, 1), (2, 3)):
             for _ in range(4):
                 job.iterate(by_slot(skewed(hot), held.placement))
-            held._job.iteration += 3  # as if it had been called after each
+            held._parts.iteration += 3  # as if it had been called after each
             held.step()
         held.close()
     plans = [event.placement_digest for event in told if event.imbalance_next is None]

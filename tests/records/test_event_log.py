@@ -435,9 +435,9 @@ def test_a_record_is_made_on_the_host_and_the_gpu_is_left_to_the_training(
         record=Record(tmp_path, summary_writer=summary_writer(tmp_path / "tensorboard"), on_event=records.append),
     )
     makers: list[Any] = []
-    assert rebalancer._job.journal.log is not None
-    take = rebalancer._job.journal.log.take
-    rebalancer._job.journal.log.take = lambda make: (makers.append(make), take(make))[1]  # type: ignore[method-assign]
+    assert rebalancer._parts.journal.log is not None
+    take = rebalancer._parts.journal.log.take
+    rebalancer._parts.journal.log.take = lambda make: (makers.append(make), take(make))[1]  # type: ignore[method-assign]
     OnDevice.touched.clear()
     for _ in range(14):
         window.add(0, torch.tensor([4, 3, 2, 1]))

@@ -28,7 +28,7 @@ from distplb import DistplbError, Placement
 from distplb.comm.torchdist import TorchComm, is_loss
 from distplb.core.stages import Stages
 from distplb.errors import HalfMovedError, LostRanksError
-from distplb.migrate.transfer import Move
+from distplb.migrate.staging import CommitStaging
 from distplb.planning.plan import PlanResult, StagedPlan
 
 STAGES = ("count", "search", "choose", "polish", "share", "move")
@@ -114,14 +114,14 @@ def is_whole(job: Job, rebalancer: Any) -> bool:
 def arm(stage: str, fault: str, job: Job) -> None:
     """Have this process meet its fault on entering the stage; in the middle of a move, with one commit written."""
     if stage == "move":
-        original_pack, calls = Move._pack, iter(range(100))
+        original_pack, calls = CommitStaging.pack, iter(range(100))
 
-        def pack(self: Move, step: Any) -> None:
+        def pack(self: CommitStaging, step: Any) -> None:
             if next(calls) == 1:
                 strike(fault)
             original_pack(self, step)
 
-        Move._pack = pack  # type: ignore[method-assign]
+        CommitStaging.pack = pack  # type: ignore[method-assign]
         return
     original = Stages.stage
 

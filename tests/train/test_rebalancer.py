@@ -25,7 +25,7 @@ from distplb import DistplbError, LoadWindow, MoELayer, MoveModel, Placement, Ti
 from distplb.comm.torchdist import TorchComm
 from distplb.core.counts import marked
 from distplb.errors import HalfMovedError
-from distplb.migrate import checksum, transfer
+from distplb.migrate import checksum, staging, transfer
 from distplb.records.events import RebalanceEvent
 from distplb.train import observer, pricing
 
@@ -299,7 +299,7 @@ def quiet_steps() -> tuple[list[str], int]:
         clock.now += 2.0
         with patch.multiple(Tensor, item=looked_at, tolist=looked_at, cpu=looked_at, __bool__=looked_at):
             rebalancer.step()
-    return comm.calls, rebalancer._job.observer.pace().iterations
+    return comm.calls, rebalancer._parts.observer.pace().iterations
 
 
 def test_iterations_that_do_not_rebalance_cost_no_collective_and_no_look_at_the_device() -> None:
@@ -651,7 +651,7 @@ def unwritable(folder: str) -> list[str]:
             job.iterate(HOT_SLOTS)
             rebalancer.step()
             end = time.monotonic() + 10
-            while dist.get_rank() == 0 and rebalancer._job.journal.trace.error is None and time.monotonic() < end:
+            while dist.get_rank() == 0 and rebalancer._parts.journal.trace.error is None and time.monotonic() < end:
                 time.sleep(0.01)
     assert rebalancer.iteration == 4
     return [str(one.message) for one in warned if "trace" in str(one.message)]
@@ -695,17 +695,17 @@ def broken(where: str) -> tuple[str, str, bool, bool]:
 
 def break_down(where: str) -> None:
     """From now on this rank fails, at one place of a move."""
-    staged, view = transfer.Move._staged, transfer.Move._bytes
+    staged, view = staging.CommitStaging._staged, staging.CommitStaging._bytes
 
     def no_memory(*_: Any) -> Any:
         raise MemoryError("no room")
 
-    def staged_then_fail(move: transfer.Move, step: Any) -> Any:
+    def staged_then_fail(move: staging.CommitStaging, step: Any) -> Any:
         found = list(staged(move, step))
-        transfer.Move._bytes = no_memory
+        staging.CommitStaging._bytes = no_memory
         return found
 
-    def garbled(move: transfer.Move, tensor: int, *place: int) -> Tensor:
+    def garbled(move: staging.CommitStaging, tensor: int, *place: int) -> Tensor:
         there = view(move, tensor, *place)
         return there.clone() if tensor == 0 else there  # what is written to the first tensor goes nowhere
 
@@ -715,15 +715,15 @@ def break_down(where: str) -> None:
         return no_memory() if next(calls) else sums(*args)
 
     if where == "preparing":
-        transfer.Staging.room = no_memory
+        staging.StagingMemory.room = no_memory
     elif where == "first checksum":
         checksum._sums = no_memory
     elif where == "second checksum":
         checksum._sums = second_fails
     elif where == "writing":
-        transfer.Move._staged = staged_then_fail
+        staging.CommitStaging._staged = staged_then_fail
     else:
-        transfer.Move._bytes = garbled
+        staging.CommitStaging._bytes = garbled
 
 
 def unmeasured(what: str) -> str:
@@ -736,12 +736,12 @@ def unmeasured(what: str) -> str:
     rebalancer = job.rebalancer(every=1, time_curve=CURVE, comm=TorchComm(deadline=300))
     job.iterate(HOT_SLOTS)
     if dist.get_rank() == 1:
-        agreed = rebalancer._job.agreed
+        agreed = rebalancer._parts.agreed
         if what == "ties":
             agreed.routing.ties = no_memory
         if what == "budget":
             distplb.train.decision.within_budget = no_memory
-            rebalancer._job.agreed = replace(agreed, moves=replace(agreed.moves, max_bytes=10**9))
+            rebalancer._parts.agreed = replace(agreed, moves=replace(agreed.moves, max_bytes=10**9))
     with patch.object(torch, "ones", no_memory if what == "bandwidths" and dist.get_rank() == 1 else torch.ones):
         try:
             rebalancer.step()

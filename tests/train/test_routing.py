@@ -184,7 +184,7 @@ def test_layers_fill_the_window_by_themselves_until_it_is_closed() -> None:
     assert events[0].steps == 2  # the evaluation is none
     rebalancer.close()
     router(torch.randn(5, DIM))
-    assert not len(rebalancer._job.agreed.window.load())
+    assert not len(rebalancer._parts.agreed.window.load())
     with pytest.raises(DistplbError, match="this Rebalancer has been closed, and moves nothing any more"):
         rebalancer.step()
 

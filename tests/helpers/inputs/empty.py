@@ -117,7 +117,7 @@ def cost_of(found: Replay) -> str:
 
 def event_of(load: Tensor) -> RebalanceEvent:
     """What a rebalance on this window writes, of experts that stay in order."""
-    from distplb.migrate.transfer import Moved
+    from distplb.migrate.transfer import MoveTotals
     from distplb.planning.options import PlanOptions
     from distplb.planning.plan import PlanResult
     from distplb.train.account import Account
@@ -140,7 +140,7 @@ def event_of(load: Tensor) -> RebalanceEvent:
         router_ties=(None,) * layers,
         last_applied=0,
     )
-    return account.event(Moved(), "kept", "", {})
+    return account.event(MoveTotals(), "kept", "", {})
 
 
 def written(event: RebalanceEvent, folder: Path) -> RebalanceEvent:

@@ -1,4 +1,4 @@
-"""What a layer declares: tensors with a row for every slot, each checked, and the part of them that this rank holds.
+"""`RowTensor`: a tensor with a row for every slot, as a layer declares it, and the part of it that this rank holds.
 
 Shapes: P slots, G slots on this GPU.
 """
@@ -14,18 +14,18 @@ from torch import Tensor
 from distplb.comm.dtensors import block_of, is_dtensor, local_like
 from distplb.core.layer import ExpertTensor, FlatShard, MoELayer, Rows
 from distplb.errors import DistplbError
-from distplb.migrate.pieces import Part, joined
+from distplb.migrate.layout import Part, joined
 
-__all__ = ["RowTensor", "check_plain", "row_tensors"]
+__all__ = ["RowTensor", "check_plain", "declared_tensors"]
 
 
 @dataclass(frozen=True)
 class RowTensor:
-    """A tensor that a layer declares, and which part of all slots' rows this rank holds in it.
+    """A tensor that a layer declares, checked, and the part of all slots' rows that this rank holds of it.
 
     Args:
         name: fully qualified.
-        tensors: what holds it, as the optimizer knows it: one tensor, one for each slot, or none.
+        tensors: that hold it, as the optimizer knows them: one, one for each slot, or none.
         held: by tensor, which part of the slots' rows it is.
         row: elements of one slot.
         stepped: whether the optimizer steps on it (and not on a shard of it).
@@ -47,12 +47,18 @@ class RowTensor:
         return joined(self.held)
 
     @property
-    def dtype(self) -> torch.dtype | None:
-        """Of its elements; None where this rank holds none of them."""
-        return self.tensors[0].dtype if self.tensors else None
+    def own_slots(self) -> list[int] | None:
+        """The slot of each of the tensors; None where one of them has parts of several slots."""
+        slots: list[int] = []
+        for part in self.held:
+            of_part = {span.slot for span in part.spans}
+            if len(of_part) != 1:
+                return None
+            slots += of_part
+        return slots
 
 
-def row_tensors(layer: MoELayer, gpu: int, slots_per_gpu: int, num_gpus: int) -> list[RowTensor]:
+def declared_tensors(layer: MoELayer, gpu: int, slots_per_gpu: int, num_gpus: int) -> list[RowTensor]:
     """The layer's declared tensors on GPU number `gpu`, checked.
 
     Raises:
@@ -65,36 +71,36 @@ def row_tensors(layer: MoELayer, gpu: int, slots_per_gpu: int, num_gpus: int) ->
     both = sorted(set(layer.experts) & set(layer.router) & set(layer.shards))
     if both:
         raise DistplbError(f"{layer.name}: shards of {both[0]!r}, which is both an expert and a router tensor")
-    found = []
+    tensors = []
     for key, declared in sorted(layer.experts.items()):
         name = f"{layer.name}.experts.{key}"
         whole = _expert_rows(name, declared, gpu, slots_per_gpu, num_gpus, stepped=key not in layer.shards)
-        found.append(whole)
+        tensors.append(whole)
         if key in layer.shards:
-            found.append(_shards(f"{layer.name}.shards.{key}", whole, layer.shards[key]))
+            tensors.append(_shards(f"{layer.name}.shards.{key}", whole, layer.shards[key]))
     num_slots = slots_per_gpu * num_gpus
     for key, tensor in sorted(layer.router.items()):
         name = f"{layer.name}.router.{key}"
         whole = _router_rows(name, tensor, num_slots, stepped=key not in layer.shards)
-        found.append(whole)
+        tensors.append(whole)
         if key in layer.shards:
-            found.append(_shards(f"{layer.name}.shards.{key}", whole, layer.shards[key]))
-    return found
+            tensors.append(_shards(f"{layer.name}.shards.{key}", whole, layer.shards[key]))
+    return tensors
 
 
 def _expert_rows(
     name: str, declared: ExpertTensor, gpu: int, slots_per_gpu: int, num_gpus: int, stepped: bool
 ) -> RowTensor:
     if isinstance(declared, Tensor) and is_dtensor(declared):
-        found = _block(name, declared, slots_per_gpu * num_gpus, stepped, of_experts=True)
-        slots = {span.slot // slots_per_gpu for part in found.held for span in part.spans}
+        block = _block(name, declared, slots_per_gpu * num_gpus, stepped, of_experts=True)
+        slots = {span.slot // slots_per_gpu for part in block.held for span in part.spans}
         if slots - {gpu}:
             raise DistplbError(
                 f"{name}: this rank is GPU {gpu} of its EP group, and holds experts of GPUs {sorted(slots)}; pass "
                 "gpu= as the coordinate on the mesh axis that the experts' dim 0 is sharded over, and a topology of "
                 "that axis"
             )
-        return found
+        return block
     if isinstance(declared, Tensor | Rows):
         tensors: tuple[Tensor, ...] = (declared.tensor if isinstance(declared, Rows) else declared,)
         check_plain(name, tensors[0])
@@ -137,12 +143,12 @@ def _block(name: str, tensor: Tensor, num_slots: int, stepped: bool, of_experts:
 
 
 def _shards(name: str, whole: RowTensor, shards: FlatShard | Sequence[FlatShard | None]) -> RowTensor:
-    """What the optimizer steps on, where that is not the declared tensor."""
-    given = [shards] if isinstance(shards, FlatShard) else list(shards)
-    if len(given) != len(whole.tensors):
-        raise DistplbError(f"{name}: {len(given)} shards of {len(whole.tensors)} tensors; pass one, or None, for each")
+    """The shards that the optimizer steps on in place of the declared tensor."""
+    each = [shards] if isinstance(shards, FlatShard) else list(shards)
+    if len(each) != len(whole.tensors):
+        raise DistplbError(f"{name}: {len(each)} shards of {len(whole.tensors)} tensors; pass one, or None, for each")
     tensors, held = [], []
-    for shard, tensor, part in zip(given, whole.tensors, whole.held, strict=True):
+    for shard, tensor, part in zip(each, whole.tensors, whole.held, strict=True):
         if shard is None or not shard.values.numel():
             continue
         check_plain(name, shard.values)
@@ -158,7 +164,7 @@ def _shards(name: str, whole: RowTensor, shards: FlatShard | Sequence[FlatShard 
 
 
 def _refuse_expert_numbers(name: str, tensor: Tensor, num_slots: int) -> None:
-    """Rows that move keep their values; a value that names an expert would have to change."""
+    """Rows keep their values when they move; a value that is an expert's number would have to change."""
     if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
         return
     values = local_like(name, tensor, tensor)
@@ -189,7 +195,7 @@ def _check_alike(name: str, tensors: Sequence[Tensor], slots: int) -> None:
 
 
 def check_plain(name: str, tensor: Tensor) -> None:
-    """Refuse a tensor whose elements do not simply follow each other in memory.
+    """Refuse a tensor whose elements are not contiguous in memory.
 
     Raises:
         DistplbError: with its type or strides.

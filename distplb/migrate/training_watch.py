@@ -1,6 +1,6 @@
-"""What the training does with the declared tensors between two moves: gradients that come, optimizers that step.
+"""`TrainingWatch`: which declared tensors get gradients and which optimizers step, between two moves.
 
-Known from hooks, without looking at the device.
+Known from hooks, without reading anything from the device.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from distplb.comm.dtensors import local_like
-from distplb.comm.fsdp2 import has_pending_gradients, param_groups, sharded
+from distplb.comm.fsdp2 import has_pending_gradients, param_groups, sharded_ids
 from distplb.errors import DistplbError
-from distplb.migrate.rows import RowTensor
+from distplb.migrate.row_tensors import RowTensor
 
 __all__ = ["TrainingWatch"]
 
-_IDLE = 2  # iterations without a gradient, after which a tensor counts as none of the model's
+_IDLE = 2  # iterations without a gradient, after which the model is taken not to use a tensor any more
 
 
 class TrainingWatch:
-    """Knows whether a step has been begun and not taken, and whether it is these tensors that are trained.
+    """Knows whether a backward pass has begun that no step has followed, and whether these tensors are trained.
 
     Args:
         layers: by layer, the declared tensors.
-        optimizers: those that the rebalancer was given.
+        optimizers: those that were passed to the rebalancer.
     """
 
     def __init__(self, layers: Sequence[Sequence[RowTensor]], optimizers: Sequence[Optimizer]) -> None:
@@ -39,10 +39,10 @@ class TrainingWatch:
         self._names = {
             id(tensor): row_tensor.name for layer in layers for row_tensor in layer for tensor in row_tensor.tensors
         }
-        self._of_fsdp = sharded(self._all_tensors())
+        self._of_fsdp = sharded_ids(self._all_tensors())
         self._optimizers = list(optimizers)
         self._begun: dict[int, Tensor] = {}
-        self._sharded = set[int]()  # whose gradients are added up elsewhere, and taken from there
+        self._sharded = set[int]()  # whose gradients accumulate in a buffer of the framework
         # Experts and router of each layer: what is replaced may be one of them alone.
         self._parts = [
             [tensor for row_tensor in layer if row_tensor.of_experts is experts for tensor in row_tensor.tensors]
@@ -53,8 +53,8 @@ class TrainingWatch:
         self._reached = set[int]()  # parts to which gradients have come in this iteration
         self._hooked = set[int]()  # parts whose hooks were called at any time
         self._has_stepped = False  # any optimizer, in this iteration
-        self._stepped_last = False  # likewise, in the one that has ended last
-        self._others: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # that have stepped and were not given
+        self._stepped_last = False  # likewise, in the last iteration
+        self._others: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # that have stepped and were not passed
         self._handles: list[Any] = []
         watch = weakref.ref(self)  # so that hooks keep neither the tensors nor the optimizers
         for number, layer in enumerate(layers):
@@ -73,7 +73,7 @@ class TrainingWatch:
         self._handles.append(register_optimizer_step_post_hook(partial(_note_step, watch)))
 
     def refuse_if_begun(self) -> None:
-        """Raise if gradients of another step are already on their way."""
+        """Raise if a backward pass of another step has begun."""
         if self._has_begun():
             raise DistplbError(
                 "a backward pass has begun since the optimizer's last step; call rebalancer.step() right after "
@@ -83,18 +83,18 @@ class TrainingWatch:
     def may_have_skipped(self) -> bool:
         """Whether a backward pass has begun, and no optimizer has stepped in the iteration that has ended.
 
-        As where a gradient scaler has skipped the step: what was begun is then dropped, and the next iteration tells.
+        As where a gradient scaler has skipped the step: its gradients are then dropped, which the next iteration shows.
         """
         return not self._stepped_last and self._has_begun()
 
     def _has_begun(self) -> bool:
-        # Where a step was skipped, as by a gradient scaler, they have been dropped since.
+        # Where a step was skipped, as by a gradient scaler, the gradients have been dropped since.
         begun = any(map(self._holds_gradient, self._begun.values()))
         return begun or has_pending_gradients(param_groups(self._all_tensors()))
 
     def refuse_replaced(self) -> None:
         """Raise if a tensor is not the parameter of its FSDP2 module any more."""
-        gone = self._of_fsdp - sharded(self._all_tensors())
+        gone = self._of_fsdp - sharded_ids(self._all_tensors())
         if gone:
             raise DistplbError(
                 f"{self._names[min(gone)]} is not the parameter of its FSDP2 module any more, as after "
@@ -102,7 +102,7 @@ class TrainingWatch:
             )
 
     def refuse_other_optimizers(self) -> None:
-        """Raise if an optimizer that was not given holds state of these tensors: it would stay behind."""
+        """Raise if an optimizer that was not passed holds state of these tensors: it would stay behind."""
         for optimizer in self._others:
             for key, tensor in ((key, tensor) for layer in self._tensors for key, tensor in layer.items()):
                 state = optimizer.state.get(tensor)
@@ -115,22 +115,22 @@ class TrainingWatch:
                     )
 
     def untrained(self) -> list[bool]:
-        """By layer, whether optimizers step and no gradient comes any more, in the last iterations.
+        """By layer, whether it has had no gradient in the last iterations, in which optimizers have stepped.
 
-        To all that is trained of the layer, or to its experts or router alone where they had some before. Where that is
-        so on all ranks, the model may compute with other tensors than those that were declared.
+        That is, none of all that is trained of the layer, or none of its experts or its router where these had some
+        before. Where that is so on all ranks, the model may compute with other tensors than the declared ones.
         """
         idle = [iterations >= _IDLE for iterations in self._idle]
         trained = [any(tensor.requires_grad for tensor in part) for part in self._parts]
-        found = []
+        untrained = []
         for number in range(0, len(idle), 2):
             parts = [part for part in (number, number + 1) if trained[part]]
             is_idle = bool(parts) and all(idle[part] for part in parts)
-            found.append(is_idle or any(idle[part] and part in self._hooked for part in parts))
-        return found
+            untrained.append(is_idle or any(idle[part] and part in self._hooked for part in parts))
+        return untrained
 
     def iteration_ends(self) -> None:
-        """Take in what has come in it."""
+        """Count it for every part, and begin the next."""
         if self._has_stepped:
             for number, part in enumerate(self._parts):
                 is_trained = any(tensor.requires_grad for tensor in part)
@@ -147,7 +147,7 @@ class TrainingWatch:
         return [tensor for layer in self._tensors for tensor in layer.values()]
 
     def _holds_gradient(self, tensor: Tensor) -> bool:
-        """In `grad`, or in Megatron-Core's `main_grad`. Zeros are none: they are left where a step was skipped."""
+        """In `grad`, or in Megatron-Core's `main_grad`. Zeros do not count: a skipped step may leave them."""
         if id(tensor) in self._sharded or getattr(tensor, "main_grad", None) is not None:
             return True
         return tensor.grad is not None and bool(local_like("", tensor.grad, tensor.grad).any())
@@ -164,7 +164,7 @@ def _note_gradient(watch: _Watch, part: int, tensor: Tensor) -> None:
 
 
 def _look_for_gradients(watch: _Watch, *_: Any) -> None:
-    """Those that were put there by hand have called no hook; where hooks are called, what is held may be old zeros."""
+    """Gradients that were assigned by hand have called no hook. Where hooks are called, `grad` may hold old zeros."""
     if (watching := watch()) is not None:
         for number, part in enumerate(watching._parts):
             if number not in watching._hooked and any(tensor.grad is not None for tensor in part):

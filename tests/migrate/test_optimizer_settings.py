@@ -162,9 +162,9 @@ def test_state_that_two_optimizers_hold_for_one_tensor_travels_whole() -> None:
         experts.router.grad = torch.zeros_like(experts.router)
         optimizer.step()
         optimizer.zero_grad()
-    wanted = [[o.state[w]["exp_avg"].clone() for w in experts.weights][::-1] for o in (one, other)]
+    expected = [[o.state[w]["exp_avg"].clone() for w in experts.weights][::-1] for o in (one, other)]
     experts.rebalancer(one, other).apply(Placement(torch.tensor([[3, 2, 1, 0]]), EXPERTS, 1))
-    for optimizer, moments in zip((one, other), wanted, strict=True):
+    for optimizer, moments in zip((one, other), expected, strict=True):
         assert all(torch.equal(optimizer.state[w]["exp_avg"], m) for w, m in zip(experts.weights, moments, strict=True))
 
 

@@ -1,7 +1,7 @@
-"""Layouts: which rank holds which elements of a slot's row.
+"""`Layout`: which rank holds which elements of each slot's row.
 
-A tensor with a row for every slot is, seen over all ranks, one range of P rows. What a rank holds of it comes in
-parts, each contiguous in its memory: the rows of its slots, a flat range that cuts through rows (the shard of an
+A tensor with a row for every slot is, over all ranks, one range of P rows. What a rank holds of it comes in parts,
+each contiguous in its memory: the rows of its slots, a flat range that cuts through rows (the shard of an
 optimizer), or the same columns of several rows (a tensor sharded along its second dim). Experts owned by one rank,
 copies on data-parallel ranks, and router rows on every rank are all of this kind.
 """
@@ -50,7 +50,7 @@ class Part:
 
     @property
     def slots(self) -> range:
-        """Of which something is held."""
+        """Those of which something is held."""
         width = self.high - self.low
         return range(self.start // width, -(-self.stop // width)) if self.start < self.stop else range(0)
 
@@ -66,14 +66,14 @@ class Part:
 
 def joined(parts: Iterable[Part]) -> tuple[Part, ...]:
     """Parts that follow each other in one rank's memory, those that continue each other as one; empty ones left out."""
-    found: list[Part] = []
+    merged: list[Part] = []
     for part in parts:
-        last = found[-1] if found else None
+        last = merged[-1] if merged else None
         if last is not None and (last.stop, last.low, last.high) == (part.start, part.low, part.high):
-            found[-1] = Part(last.start, part.stop, part.low, part.high)
+            merged[-1] = Part(last.start, part.stop, part.low, part.high)
         elif part.numel:
-            found.append(part)
-    return tuple(found)
+            merged.append(part)
+    return tuple(merged)
 
 
 class Piece(NamedTuple):
@@ -89,8 +89,8 @@ class Piece(NamedTuple):
 class Layout:
     """Who holds what of one tensor.
 
-    >>> whole = Layout.flat(row=4, num_slots=2, held=((0, 4), (4, 8)))  # a slot on each of two ranks
-    >>> whole.pieces[1]
+    >>> layout = Layout(row=4, num_slots=2, held=((Part(0, 4, 0, 4),), (Part(4, 8, 0, 4),)))  # a slot on each rank
+    >>> layout.pieces[1]
     (Piece(rank=1, start=0, stop=4, offset=0),)
 
     Args:
@@ -116,7 +116,7 @@ class Layout:
                         f"of {self.num_slots} slots × {self.row}, and there are no such; check `gpu` and the starts "
                         "of the shards"
                     )
-        for slot, pieces in enumerate(() if self.everywhere else self.pieces):
+        for slot, pieces in enumerate(() if self.is_everywhere else self.pieces):
             reached = 0
             for piece in pieces:  # by start
                 if piece.start > reached:
@@ -129,13 +129,8 @@ class Layout:
                     "of the shards, and that the communicator has all ranks that the tensor is sharded over"
                 )
 
-    @classmethod
-    def flat(cls, row: int, num_slots: int, held: Iterable[tuple[int, int]]) -> Layout:
-        """A layout in which each rank holds one range (start, stop) of slot-major elements."""
-        return cls(row, num_slots, tuple(joined([Part(start, stop, 0, row)]) for start, stop in held))
-
     @cached_property
-    def everywhere(self) -> bool:
+    def is_everywhere(self) -> bool:
         """Whether every rank holds all of it, so that nothing ever crosses ranks."""
         return bool(self.held) and all(
             parts == (Part(0, self.row * self.num_slots, 0, self.row),) for parts in self.held
@@ -145,10 +140,10 @@ class Layout:
     def is_copied(self) -> bool:
         """Whether some elements are held by more than one rank."""
         held = ([piece.stop - piece.start for piece in self.pieces[slot]] for slot in set(self.shapes))
-        return self.everywhere or any(sum(counts) > self.row for counts in held)
+        return self.is_everywhere or any(sum(counts) > self.row for counts in held)
 
     @property
-    def is_nowhere_on_some(self) -> bool:
+    def has_empty_rank(self) -> bool:
         """Whether some rank holds nothing of it."""
         return not all(self.held)
 
@@ -162,9 +157,9 @@ class Layout:
         return all(own[0] // slots_per_gpu == own[-1] // slots_per_gpu for own in self.slots if own)
 
     @cached_property
-    def most(self) -> int:
+    def max_row(self) -> int:
         """Elements of one slot's row on the rank that holds most of one."""
-        if self.everywhere:
+        if self.is_everywhere:
             return self.row
         held = Counter[tuple[int, int]]()
         for slot in set(self.shapes):
@@ -174,8 +169,8 @@ class Layout:
 
     @cached_property
     def shapes(self) -> tuple[int, ...]:
-        """For each slot, the first one that is held by the same ranks in the same ranges, wherever in their memory."""
-        if self.everywhere:
+        """For each slot, the first one that the same ranks hold in the same ranges, wherever in their memory."""
+        if self.is_everywhere:
             return (0,) * self.num_slots
         first: dict[tuple[tuple[int, int, int], ...], int] = {}
         return tuple(
@@ -185,11 +180,11 @@ class Layout:
     @cached_property
     def pieces(self) -> tuple[tuple[Piece, ...], ...]:
         """For each slot its pieces, by start and then by rank. A range held by several ranks comes once for each."""
-        found: list[list[Piece]] = [[] for _ in range(self.num_slots)]
+        by_slot: list[list[Piece]] = [[] for _ in range(self.num_slots)]
         for rank, parts in enumerate(self.held):
             base = 0
             for part in parts:
                 for span in part.spans:
-                    found[span.slot].append(Piece(rank, span.start, span.stop, base + span.offset))
+                    by_slot[span.slot].append(Piece(rank, span.start, span.stop, base + span.offset))
                 base += part.numel
-        return tuple(tuple(sorted(slot, key=lambda piece: (piece.start, piece.rank))) for slot in found)
+        return tuple(tuple(sorted(slot, key=lambda piece: (piece.start, piece.rank))) for slot in by_slot)

@@ -1,4 +1,4 @@
-"""Why a layer stays as it is while others move, in words that name tensor, ranks and steps."""
+"""Why a layer stays as it is while others move: a sentence that names the tensor, the ranks and their steps."""
 
 from __future__ import annotations
 
@@ -10,53 +10,51 @@ from typing import NamedTuple
 import torch
 
 from distplb.comm.base import Comm
-from distplb.migrate.histories import own_slots
-from distplb.migrate.rows import RowTensor
-from distplb.migrate.state import Holding, Holdings
+from distplb.migrate.optimizer_state import RowTensorState, TensorState
+from distplb.migrate.row_tensors import RowTensor
 
-__all__ = ["Unlike", "why_unlike"]
+__all__ = ["LeftOut", "reasons_left_out"]
 
 _MOST_RANKS = 8  # that are named
 _NO_STEP = math.nan
 
 
-class Unlike(NamedTuple):
-    """A declared tensor that keeps its layer where it is, and what goes with it on this rank."""
+class LeftOut(NamedTuple):
+    """A declared tensor whose state keeps its layer where it is, and that state on this rank."""
 
     row_tensor: RowTensor
-    held: Holdings
+    state: RowTensorState
     is_own: bool  # whether each expert is in a tensor of its own
     slot: int | None  # where copies of an expert differ
 
 
-def why_unlike(cases: Sequence[Unlike], comm: Comm) -> list[str]:
-    """For each a sentence that is the same on all ranks. One all-reduce; none where there is nothing to say."""
+def reasons_left_out(cases: Sequence[LeftOut], comm: Comm) -> list[str]:
+    """For each case a sentence, the same on all ranks. One all-reduce; none where there are no cases."""
     if not cases:
         return []
-    table = torch.zeros(
-        len(cases), comm.size, 4, dtype=torch.int64, device="cpu"
-    )  # holds it, has state, has a gradient, step
+    # By case and rank: whether it holds the tensor, has state, has a gradient; its step.
+    table = torch.zeros(len(cases), comm.size, 4, dtype=torch.int64, device="cpu")
     for number, case in enumerate(cases):
-        holding = _told_of(case)
-        if holding is not None:
-            has_state = len(holding.local.keys() - {"", "grad"}) + len(holding.scalars) > 0
-            step = struct.unpack("<q", struct.pack("<d", holding.scalars.get("step", _NO_STEP)))[0]
-            row = [1, int(has_state), int("grad" in holding.local), step]
+        example = _example(case)
+        if example is not None:
+            has_state = len(example.local.keys() - {"", "grad"}) + len(example.scalars) > 0
+            step = struct.unpack("<q", struct.pack("<d", example.scalars.get("step", _NO_STEP)))[0]
+            row = [1, int(has_state), int("grad" in example.local), step]
             table[number, comm.rank] = torch.tensor(row, device="cpu")
     table = table.to(comm.device)
     comm.all_reduce_sum(table)
     return [_sentence(case, ranks) for case, ranks in zip(cases, table.tolist(), strict=True)]
 
 
-def _told_of(case: Unlike) -> Holding | None:
-    """What is told of this rank: of the expert in question, or of the one that is furthest behind."""
+def _example(case: LeftOut) -> TensorState | None:
+    """The tensor of this rank that the sentence is about: of the expert in question, or of the one furthest behind."""
     if case.slot is not None:
-        slots = own_slots(case.row_tensor) or []
-        return dict(zip(slots, case.held.each, strict=True)).get(case.slot)
-    return min(case.held.each, key=lambda one: (len(one.local), one.scalars.get("step", 0.0)), default=None)
+        slots = case.row_tensor.own_slots or []
+        return dict(zip(slots, case.state.of_tensors, strict=True)).get(case.slot)
+    return min(case.state.of_tensors, key=lambda one: (len(one.local), one.scalars.get("step", 0.0)), default=None)
 
 
-def _sentence(case: Unlike, table: Sequence[Sequence[int]]) -> str:
+def _sentence(case: LeftOut, table: Sequence[Sequence[int]]) -> str:
     holders = [rank for rank, row in enumerate(table) if row[0]]
     gradients_differ = len({table[rank][2] for rank in holders}) > 1
     groups: dict[str, list[int]] = {}

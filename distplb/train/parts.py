@@ -12,13 +12,13 @@ from distplb.train.observer import Observer
 from distplb.train.pricing import Pricer
 from distplb.train.stop_loss import StopLoss
 
-__all__ = ["Job"]
+__all__ = ["Parts"]
 
 _VERIFIED_BY_DEFAULT = 3  # rebalances
 
 
 @dataclass(kw_only=True, eq=False)
-class Job:
+class Parts:
     """What `Rebalancer` is made of.
 
     Args:

@@ -1,6 +1,6 @@
-"""Who gives which elements to whom when one slot receives what another holds. Pure.
+"""Which rank sends which elements to which when one slot receives what another holds. Pure.
 
-Many slots are held alike, such as all slots of a GPU; what passes between two of them is worked out once.
+Many slots are held alike, such as all slots of a GPU; the routes between two of them are computed once.
 """
 
 from __future__ import annotations
@@ -10,19 +10,19 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
-from distplb.migrate.pieces import Layout, Piece
+from distplb.migrate.layout import Layout, Piece
 
-__all__ = ["Passage", "Route", "Routes", "peers"]
+__all__ = ["LayoutRoutes", "Passage", "Route", "peers"]
 
-_FEW = 8  # routes
+_FEW = 8  # routes, up to which listing them by rank does not pay
 
 
 class Route(NamedTuple):
     """`numel` elements of a row from one rank to another, or to itself.
 
     Args:
-        source_rank, target_rank: who gives and who receives.
-        source_piece, target_piece: numbers of the pieces, among those of the slot that gives and that receives.
+        source_rank, target_rank: that send and receive.
+        source_piece, target_piece: numbers of the pieces, among those of the source slot and of the target slot.
         source_start, target_start: the first element, counted from the beginning of each piece.
         numel: of elements.
     """
@@ -37,7 +37,7 @@ class Route(NamedTuple):
 
 
 class Passage:
-    """All that passes from one slot to another; each rank's part of it in the order that all ranks share.
+    """All routes from one slot to another, in an order that all ranks share.
 
     Args:
         routes: in that order.
@@ -47,7 +47,7 @@ class Passage:
 
     def __init__(self, routes: Iterable[Route]) -> None:
         self.routes = tuple(routes)
-        self._of_rank: dict[int, list[Route]] | None = None  # only where looking at all of them takes longer
+        self._of_rank: dict[int, list[Route]] | None = None  # None for a few
         if len(self.routes) > _FEW:
             self._of_rank = {}
             for route in self.routes:
@@ -55,41 +55,44 @@ class Passage:
                     self._of_rank.setdefault(rank, []).append(route)
 
     def of(self, rank: int) -> list[Route]:
-        """What the rank gives or receives."""
+        """Those on which the rank sends or receives."""
         if self._of_rank is not None:
             return self._of_rank.get(rank, [])
         return [route for route in self.routes if rank in (route.source_rank, route.target_rank)]
 
     def crossing(self, node_of_rank: Sequence[int]) -> tuple[int, int]:
         """Elements that pass from rank to rank, inside nodes and between them."""
-        found = [0, 0]
+        inside = between = 0
         for route in self.routes:
-            if route.source_rank != route.target_rank:
-                found[node_of_rank[route.source_rank] != node_of_rank[route.target_rank]] += route.numel
-        return found[0], found[1]
+            if node_of_rank[route.source_rank] != node_of_rank[route.target_rank]:
+                between += route.numel
+            elif route.source_rank != route.target_rank:
+                inside += route.numel
+        return inside, between
 
 
-class Routes:
-    """The passages of one layout, each made when it is first asked for.
+class LayoutRoutes:
+    """The passages of one layout, each computed when it is first needed.
 
-    >>> routes = Routes(Layout.flat(row=4, num_slots=2, held=((0, 4), (4, 6), (6, 8))))
+    >>> from distplb.migrate.layout import Part
+    >>> routes = LayoutRoutes(Layout(4, 2, ((Part(0, 4, 0, 4),), (Part(4, 6, 0, 4),), (Part(6, 8, 0, 4),))))
     >>> for route in routes.passage(source=0, target=1).routes:
-    ...     print(f"rank {route.source_rank} gives {route.numel} to rank {route.target_rank}")
-    rank 0 gives 2 to rank 1
-    rank 0 gives 2 to rank 2
+    ...     print(f"rank {route.source_rank} sends {route.numel} to rank {route.target_rank}")
+    rank 0 sends 2 to rank 1
+    rank 0 sends 2 to rank 2
     """
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
-        self._made: dict[tuple[int, int], Passage] = {}
+        self._passages: dict[tuple[int, int], Passage] = {}
 
     def passage(self, source: int, target: int) -> Passage:
         """From slot `source` to slot `target`; nothing passes where every rank holds all slots."""
         shapes = self.layout.shapes
         ends = shapes[source], shapes[target]
-        if ends not in self._made:
-            self._made[ends] = Passage(_routes(*(self.layout.pieces[slot] for slot in ends)))
-        return self._made[ends]
+        if ends not in self._passages:
+            self._passages[ends] = Passage(_routes(*(self.layout.pieces[slot] for slot in ends)))
+        return self._passages[ends]
 
     def shapes_of(self, rank: int) -> set[int]:
         """Those of the slots of which the rank holds something."""
@@ -101,19 +104,19 @@ def peers(layouts: Iterable[Layout], rank: int) -> list[int]:
 
     Args:
         layouts: of all tensors that travel; equal ones are looked at once.
-        rank: whose peers are wanted.
+        rank: whose peers these are.
     """
-    found: set[int] = set()
+    ranks: set[int] = set()
     for layout in set(layouts):
-        if layout.everywhere:
+        if layout.is_everywhere:
             continue
-        routes = Routes(layout)
+        routes = LayoutRoutes(layout)
         for own in routes.shapes_of(rank):
             for other in set(layout.shapes):
                 for passage in (routes.passage(own, other), routes.passage(other, own)):
                     for route in passage.of(rank):
-                        found |= {route.source_rank, route.target_rank}
-    return sorted(found - {rank})
+                        ranks |= {route.source_rank, route.target_rank}
+    return sorted(ranks - {rank})
 
 
 def _routes(sources: Sequence[Piece], targets: Sequence[Piece]) -> Iterator[Route]:
@@ -122,20 +125,21 @@ def _routes(sources: Sequence[Piece], targets: Sequence[Piece]) -> Iterator[Rout
     for piece in targets:
         twins.setdefault((piece.start, piece.stop), []).append(piece.rank)
     places = {ends: {rank: nth for nth, rank in reversed([*enumerate(ranks)])} for ends, ranks in twins.items()}
-    for number, target in enumerate(targets):
+    for target_number, target in enumerate(targets):
         nth = places[target.start, target.stop][target.rank]
         at = target.start
         while at < target.stop:
-            giving = holders.giving(at, target.rank, nth)
-            source = sources[giving]
+            source_number = holders.source(at, target.rank, nth)
+            source = sources[source_number]
             stop = min(target.stop, source.stop)
-            yield Route(source.rank, target.rank, giving, number, at - source.start, at - target.start, stop - at)
+            starts = at - source.start, at - target.start
+            yield Route(source.rank, target.rank, source_number, target_number, *starts, stop - at)
             at = stop
 
 
 class _Holders:
-    """Who gives one element of a slot's row: the receiving rank itself if it can, else the holders in turn, so that
-    none gives to all."""
+    """The pieces that an element of a slot's row can come from: the receiving rank's own if it has one, else those of
+    the other holders in turn, so that none sends to all."""
 
     def __init__(self, pieces: Sequence[Piece]) -> None:
         self._pieces = pieces
@@ -147,8 +151,8 @@ class _Holders:
         self._starts = [start for start, _ in ranges]
         self._are_apart = all(one[1] <= other[0] for one, other in pairwise(ranges))
 
-    def giving(self, element: int, rank: int, nth: int) -> int:
-        """The number of the piece that the `nth` rank to receive this element, `rank`, has it from."""
+    def source(self, element: int, rank: int, nth: int) -> int:
+        """The number of the piece from which `rank`, the `nth` to receive this element, gets it."""
         if self._are_apart:
             at = bisect_right(self._starts, element) - 1
             own = self._own[at].get(rank)
