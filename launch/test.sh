@@ -1,5 +1,7 @@
 #!/usr/bin/env bash
-# Installs what the tests need where it is missing, and runs linter, type checker and tests.
+# Installs what the tests need where it is missing, and runs linter, type checker and tests:
+#   launch/test.sh           # each kind of behaviour once
+#   launch/test.sh --long    # what repeats a case at another size, too
 # Arguments are handed on to pytest: launch/test.sh -k packing
 set -euo pipefail
 . "$(dirname "$0")/environment.sh" dev

@@ -1,7 +1,7 @@
 """`Rebalancer`: observe, decide, plan, move. The object that a training loop holds.
 
-Its parts: `options` and `agreed` (what it is built from), `parts` (its parts on this rank), `rebalance` (one rebalance),
-`in_force` (the placement in force, and how it changes), `journal` (what it tells).
+Of its files, `options` and `agreed` say what it is built from, `parts` holds what it is made of, `rebalance` is one
+rebalance, `in_force` the placement in force and how it changes, and `journal` what it tells.
 """
 
 from __future__ import annotations

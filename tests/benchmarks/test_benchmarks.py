@@ -14,7 +14,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from of_benchmarks import imported
+from benchmark_modules import imported
 from torch import Tensor
 
 import distplb

@@ -8,7 +8,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from of_benchmarks import imported
+from benchmark_modules import imported
 
 model, turns, same = imported("scaling_model"), imported("scaling_turns"), imported("bench_same")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import tempfile
 import time
 import traceback
@@ -12,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from ranks import START_SECONDS, join_group, preloaded
+from ranks import START_SECONDS, fork_server, join_group
 
 __all__ = ["Pool"]
 
@@ -77,8 +76,7 @@ class Pool:
         self._processes, self._pipes, self._folder = [], [], None
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(preloaded())
+        context = fork_server()
         self._folder = tempfile.TemporaryDirectory()
         for rank in range(self._size):
             here, there = context.Pipe()

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
+import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-__all__ = ["START_SECONDS", "errors_on_ranks", "join_group", "mesh_of", "on_ranks", "outcomes_on_ranks", "preloaded"]
+__all__ = ["START_SECONDS", "errors_on_ranks", "fork_server", "join_group", "mesh_of", "on_ranks", "outcomes_on_ranks"]
 
 DEADLINE_SECONDS = 120
 _HERE = (True, "here")
@@ -48,16 +52,23 @@ def errors_on_ranks(size: int, body: Callable[..., Any], *args: Any, deadline: f
 
 
 def outcomes_on_ranks(
-    size: int, body: Callable[..., Any], *args: Any, deadline: float = DEADLINE_SECONDS
+    size: int,
+    body: Callable[..., Any],
+    *args: Any,
+    deadline: float = DEADLINE_SECONDS,
+    grace: float = math.inf,
 ) -> list[tuple[bool, Any]]:
-    """As `on_ranks`, for ranks that are expected to fail: by rank, whether it answered, and the answer or why not."""
-    return _run(size, body, args, deadline)
+    """As `on_ranks`, for ranks that are expected to fail: by rank, whether it answered, and the answer or why not.
+
+    Once one has failed, the others have `grace` seconds for their own answer, where they may wait for it in vain.
+    """
+    return _run(size, body, args, deadline, grace)
 
 
-def _run(size: int, body: Callable[..., Any], args: tuple[Any, ...], deadline: float) -> list[tuple[bool, Any]]:
-    # A fork server that has imported torch: each process starts in tenths of a second, from a clean state.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(preloaded())
+def _run(
+    size: int, body: Callable[..., Any], args: tuple[Any, ...], deadline: float, grace: float = math.inf
+) -> list[tuple[bool, Any]]:
+    context = fork_server()
     with tempfile.TemporaryDirectory() as folder:
         pipes, processes = [], []
         for rank in range(size):
@@ -68,19 +79,27 @@ def _run(size: int, body: Callable[..., Any], args: tuple[Any, ...], deadline: f
             pipes.append(receiving)
             processes.append(process)
         try:
-            return _collect(pipes, deadline)
+            return _collect(pipes, deadline, grace)
         finally:
+            end = time.monotonic() + 5
             for process in processes:
-                process.join(5)
+                process.join(max(0.0, end - time.monotonic()))
                 if process.is_alive():
                     process.kill()
                     process.join()
 
 
-def preloaded() -> list[str]:
-    """What the fork server imports, also frameworks: they take longer to import than most tests take to run."""
+def fork_server() -> Any:
+    """A context of processes that start in tenths of a second, from a clean state: torch and more is imported before.
+
+    Frameworks take longer to import than most tests take to run, and so does the engine's machine code to load.
+    """
+    context = multiprocessing.get_context("forkserver")
     frameworks = [f"distplb.integrations.{name}" for name in ("huggingface", "torchtitan", "megatron")]
-    return ["torch", "torch.distributed", "distplb", *frameworks]
+    context.set_forkserver_preload(["torch", "torch.distributed", "distplb", *frameworks, "warm_engine", "pytest"])
+    with patch.dict(os.environ, {"PYTHONPATH": os.pathsep.join(sys.path)}):  # which it does not take over by itself
+        forkserver.ensure_running()
+    return context
 
 
 def join_group(rank: int, size: int, folder: str) -> None:
@@ -100,17 +119,19 @@ def mesh_of(axes: str) -> DeviceMesh:
     return init_device_mesh("cpu", (2, 2), mesh_dim_names=tuple(axes.split()))
 
 
-def _collect(pipes: list[Connection], deadline: float) -> list[tuple[bool, Any]]:
+def _collect(pipes: list[Connection], deadline: float, grace: float) -> list[tuple[bool, Any]]:
     here = _received(pipes, dict.fromkeys(range(len(pipes)), "has not started"), START_SECONDS)
     early = {rank: answer for rank, answer in here.items() if answer != _HERE}
     if early:
         return [early.get(rank, (False, "was there, and others were not")) for rank in range(len(pipes))]
     seconds = _PATIENCE * deadline
-    answers = _received(pipes, dict.fromkeys(range(len(pipes)), f"no answer in {seconds} s"), seconds)
+    answers = _received(pipes, dict.fromkeys(range(len(pipes)), f"no answer in {seconds} s"), seconds, grace)
     return [answers[rank] for rank in range(len(pipes))]
 
 
-def _received(pipes: list[Connection], missing: dict[int, str], seconds: float) -> dict[int, Any]:
+def _received(
+    pipes: list[Connection], missing: dict[int, str], seconds: float, grace: float = math.inf
+) -> dict[int, Any]:
     """The next thing that each rank sends, or what is missing."""
     answers: dict[int, Any] = {}
     end = time.monotonic() + seconds
@@ -122,6 +143,8 @@ def _received(pipes: list[Connection], missing: dict[int, str], seconds: float) 
                 answers[rank] = pipes[rank].recv()
             except EOFError:
                 answers[rank] = (False, "ended without an answer")
+            if not answers[rank][0]:
+                end = min(end, time.monotonic() + grace)
     return {rank: answers.get(rank, (False, text)) for rank, text in missing.items()}
 
 

@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 import torch
+from benchmark_modules import imported
 from mpi_ranks import MPIEXEC
-from of_benchmarks import imported
 from ranks import on_ranks
 from torch import Tensor
 

@@ -8,6 +8,7 @@ import importlib
 import os
 import subprocess
 import sys
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
@@ -104,10 +105,12 @@ IMPURE_NAMES = {
 }
 
 
+@cache
 def tree(module: str) -> ast.Module:
     return ast.parse(SOURCES[module].read_text(), str(SOURCES[module]))
 
 
+@cache
 def imports(module: str) -> set[str]:
     """Full names of what a module imports, wherever in it; of `from a import b` both a and a.b."""
     found = set()
@@ -121,6 +124,7 @@ def imports(module: str) -> set[str]:
     return found
 
 
+@cache
 def uses(module: str) -> set[str]:
     """Dotted names in a module's code, such as torch.distributed.barrier, and their beginnings."""
     found = set()

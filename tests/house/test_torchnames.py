@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from distplb.core.torchnames import forward_pre_hooks, is_in_backward, is_of_com
 
 PACKAGE = Path(distplb.__file__).parent
 SOURCES = {str(path.relative_to(PACKAGE)): ast.parse(path.read_text()) for path in PACKAGE.rglob("*.py")}
-# Where each lies, and what is gone with it. tests/test_fsdp2.py has those of FSDP2.
+# Where each lies, and what is gone with it. tests/migrate/test_fsdp2.py has those of FSDP2.
 NAMES = {
     ("torch._C", "_current_graph_task_id"): "recomputations are told from forwards (LoadWindow.add)",
     ("torch._dynamo", "graph_break"): "a window goes to the device of a compiled forward (LoadWindow.add)",
@@ -117,6 +118,7 @@ def is_private(name: str) -> bool:
     return name.startswith("_") and not name.startswith("__")
 
 
+@cache
 def own_names() -> set[str]:
     """Private names that distplb gives: of its functions, classes, and attributes that it writes."""
     found = set()

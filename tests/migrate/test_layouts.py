@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -199,15 +200,16 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-LAYOUTS = {  # and how many random moves
-    "dtensors_over_ep": 30,
-    "dtensors_sharded_on_dim_0": 200,
-    "dtensors_sharded_on_dim_1": 200,
-    "one_tensor_an_expert": 30,
-    "flat_shards": 30,
-    "flat_shards_of_one_tensor_an_expert": 200,
-    "all_on_one_copy": 30,
-}
+LAYOUTS = (
+    "dtensors_over_ep",
+    "dtensors_sharded_on_dim_0",
+    "dtensors_sharded_on_dim_1",
+    "one_tensor_an_expert",
+    "flat_shards",
+    "flat_shards_of_one_tensor_an_expert",
+    "all_on_one_copy",
+)
+SHARDED = ("dtensors_sharded_on_dim_0", "dtensors_sharded_on_dim_1", "flat_shards_of_one_tensor_an_expert")
 
 
 class SlowStager(DefaultStager):
@@ -259,9 +261,9 @@ class Saves:
         return wrong
 
 
-def moved_about(folder: str) -> dict[str, tuple[int, int, int]]:
+def moved_about(folder: str, layouts: tuple[str, ...], moves: int) -> dict[str, tuple[int, int, int]]:
     results = {}
-    for name, moves in LAYOUTS.items():
+    for name in layouts:
         torch.manual_seed(dist.get_rank())  # nothing may depend on it
         world, wrong = World(name), 0
         saves = Saves(world, Path(folder) / name)
@@ -279,8 +281,11 @@ def moved_about(folder: str) -> dict[str, tuple[int, int, int]]:
 
 
 @needs_stagers
-def test_random_moves_beside_saves_leave_every_element_where_it_belongs(tmp_path: Path) -> None:
-    for rank in on_ranks(4, moved_about, str(tmp_path), deadline=280):
+@pytest.mark.parametrize("moves", [30, pytest.param(200, marks=pytest.mark.long)])
+def test_random_moves_beside_saves_leave_every_element_where_it_belongs(moves: int, tmp_path: Path) -> None:
+    layouts = LAYOUTS if moves == 30 else SHARDED
+    for rank in on_ranks(4, moved_about, str(tmp_path), layouts, moves, deadline=280):
+        assert sorted(rank) == sorted(layouts)
         for name, (wrong, elsewhere, left) in rank.items():
             assert (name, wrong) == (name, 0)
             assert elsewhere > 0  # the comparison can fail

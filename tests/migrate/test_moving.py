@@ -168,8 +168,15 @@ def moved_again_and_again(gpus: int, sharded: bool, times: int, budget: int | No
 
 @pytest.mark.parametrize(
     ("ranks", "gpus", "sharded", "times"),
-    [(2, 2, False, 50), (4, 4, False, 200), (2, 1, True, 50), (4, 2, True, 200), (4, 2, False, 50)],
-    ids=["2 owners", "4 owners", "1 x 2 sharded", "2 x 2 sharded", "2 x 2 copies"],
+    [
+        (2, 2, False, 50),
+        (2, 1, True, 50),
+        (4, 2, False, 50),
+        (4, 2, True, 50),
+        pytest.param(4, 4, False, 200, marks=pytest.mark.long),
+        pytest.param(4, 2, True, 200, marks=pytest.mark.long),
+    ],
+    ids=["2 owners", "1 x 2 sharded", "2 x 2 copies", "2 x 2 sharded", "4 owners", "2 x 2 sharded, 200 times"],
 )
 def test_every_experts_tensors_are_its_own_after_many_random_placements(
     ranks: int, gpus: int, sharded: bool, times: int

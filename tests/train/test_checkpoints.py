@@ -84,7 +84,7 @@ def test_a_killed_job_resumes_from_a_whole_checkpoint_on_another_split(
     quiet: Run, tmp_path: Path, killed: str, resumed_from: int
 ) -> None:
     options = {"moves": True, "killed": killed}
-    outcomes = outcomes_on_ranks(4, _run, 2, str(tmp_path), options, deadline=40)
+    outcomes = outcomes_on_ranks(4, _run, 2, str(tmp_path), options, deadline=40, grace=3)
     assert not any(ok for ok, _ in outcomes)
     assert outcomes[1] == (False, "ended without an answer")
     resumed = trained(1, tmp_path, moves=True, resume=True)

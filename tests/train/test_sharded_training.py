@@ -20,7 +20,7 @@ from training_runs import EXPERTS, batch, furthest
 import distplb
 from distplb.comm.torchdist import TorchComm
 
-GPUS, ITERATIONS, EVERY, RANDOM_EVERY = 2, 60, 5, 7
+GPUS, ITERATIONS, EVERY, RANDOM_EVERY = 2, 36, 5, 7
 
 
 class ShardedExperts:

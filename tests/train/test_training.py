@@ -145,7 +145,10 @@ def compared() -> dict[str, tuple[float, str]]:
     return found
 
 
-@pytest.fixture(scope="module", params=[1, 2, 4], ids=["1 rank", "2 ranks", "4 ranks"])
+RANKS = [pytest.param(1, marks=pytest.mark.long), 2, pytest.param(4, marks=pytest.mark.long)]
+
+
+@pytest.fixture(scope="module", params=RANKS, ids=["1 rank", "2 ranks", "4 ranks"])
 def differences(request: pytest.FixtureRequest) -> dict[str, tuple[float, str]]:
     return on_ranks(request.param, compared, deadline=400)[0]
 

@@ -653,7 +653,12 @@ WAYS: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]] = {
     "reentrant checkpoint": lambda run, x: checkpoint(run, x, use_reentrant=True),
     "own checkpoint": OwnCheckpoint.apply,
 }
-CASES = [("eager", False), ("eager", True), ("aot_eager", False), ("aot_eager", True)]
+CASES = [
+    ("eager", False),
+    pytest.param("eager", True, marks=pytest.mark.long),
+    pytest.param("aot_eager", False, marks=pytest.mark.long),
+    ("aot_eager", True),
+]
 
 
 def trained(run: Callable[[Tensor], Tensor], layer: nn.Module) -> None:
