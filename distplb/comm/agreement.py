@@ -6,6 +6,7 @@ An error on one rank becomes the same error on all, with nobody left waiting in 
 from __future__ import annotations
 
 import hashlib
+import struct
 from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
@@ -15,7 +16,17 @@ from torch import Tensor
 from distplb.comm.base import Comm
 from distplb.errors import DisagreementError, DistplbError, HalfMovedError
 
-__all__ = ["ABSENT", "agree", "digest", "min_and_max", "raise_everywhere", "root_values", "with_negatives"]
+__all__ = [
+    "ABSENT",
+    "agree",
+    "digest",
+    "float_bits",
+    "float_of_bits",
+    "min_and_max",
+    "raise_everywhere",
+    "root_values",
+    "with_negatives",
+]
 
 ABSENT = (1 << 63) - 1  # in place of a value, of a rank that has none; larger than any digest
 _TEXT_BYTES = 2048
@@ -81,6 +92,18 @@ def raise_everywhere(
         raise error  # which knows more than its text
     message = bytes(text.tolist()).rstrip(b"\0").decode(errors="replace")
     raise kind(message if comm.size == 1 else f"rank {rank}: {message}") from error
+
+
+def float_bits(value: float) -> int:
+    """A float as an int64 that ranks can exchange and compare, to the bit; its negative is an int64 too."""
+    bits: int = struct.unpack("<q", struct.pack("<d", value or 0.0))[0]
+    return bits
+
+
+def float_of_bits(bits: int) -> float:
+    """The float of `float_bits`."""
+    value: float = struct.unpack("<d", struct.pack("<q", bits))[0]
+    return value
 
 
 def with_negatives(values: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ Shapes: P slots.
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from distplb.comm.agreement import ABSENT, agree, digest, min_and_max
+from distplb.comm.agreement import ABSENT, agree, digest, float_bits, float_of_bits, min_and_max
 from distplb.comm.base import Comm
 from distplb.comm.dtensors import local_like
 from distplb.errors import in_stage
@@ -169,7 +168,7 @@ def agreed_histories(
     codes = torch.full((len(tensors), num_slots, 1 + _MAX_SCALARS), ABSENT, device="cpu")
     for number, tensor in enumerate(tensors):
         for slot, state in tensor.by_slot.items():
-            scalars = [_bits(state.scalars[name]) for name in sorted(state.scalars)][:_MAX_SCALARS]
+            scalars = [float_bits(state.scalars[name]) for name in sorted(state.scalars)][:_MAX_SCALARS]
             row = [digest(_names_of(state)), *scalars, *[0] * (_MAX_SCALARS - len(scalars))]
             codes[number, slot] = torch.tensor(row, device="cpu")
     minimum, maximum = min_and_max(comm, codes)
@@ -236,7 +235,7 @@ def _histories(
         if code not in examples.names or len(examples.names[code].scalars) > _MAX_SCALARS:
             return None
         names = examples.names[code]
-        histories.append(SlotHistory(names, tuple(map(_number, scalars[: len(names.scalars)]))))
+        histories.append(SlotHistory(names, tuple(map(float_of_bits, scalars[: len(names.scalars)]))))
     states = tensor.by_slot
     optimizer_of: dict[int, Optimizer] = {}
     for slot, state in states.items() if tensor.row_tensor.stepped else ():
@@ -262,14 +261,3 @@ def _dtype(name: str) -> torch.dtype:
     dtype = getattr(torch, name.removeprefix("torch."))
     assert isinstance(dtype, torch.dtype)
     return dtype
-
-
-def _bits(value: float) -> int:
-    """As a whole number, whose negative is one too."""
-    bits: int = struct.unpack("<q", struct.pack("<d", value or 0.0))[0]
-    return bits
-
-
-def _number(bits: int) -> float:
-    number: float = struct.unpack("<d", struct.pack("<q", bits))[0]
-    return number

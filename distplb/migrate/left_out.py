@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import struct
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
+from distplb.comm.agreement import float_bits, float_of_bits
 from distplb.comm.base import Comm
 from distplb.migrate.optimizer_state import RowTensorState, TensorState
 from distplb.migrate.row_tensors import RowTensor
@@ -38,7 +38,7 @@ def reasons_left_out(cases: Sequence[LeftOut], comm: Comm) -> list[str]:
         example = _example(case)
         if example is not None:
             has_state = len(example.local.keys() - {"", "grad"}) + len(example.scalars) > 0
-            step = struct.unpack("<q", struct.pack("<d", example.scalars.get("step", _NO_STEP)))[0]
+            step = float_bits(example.scalars.get("step", _NO_STEP))
             row = [1, int(has_state), int("grad" in example.local), step]
             table[number, comm.rank] = torch.tensor(row, device="cpu")
     table = table.to(comm.device)
@@ -60,7 +60,7 @@ def _sentence(case: LeftOut, table: Sequence[Sequence[int]]) -> str:
     groups: dict[str, list[int]] = {}
     for rank in holders:
         _, has_state, has_gradient, bits = table[rank]
-        step = struct.unpack("<d", struct.pack("<q", bits))[0]
+        step = float_of_bits(bits)
         words = f"step {step:g}" if not math.isnan(step) else ("state" if has_state else "no state")
         if gradients_differ:
             words += " and a gradient" if has_gradient else " and no gradient"
