@@ -55,7 +55,7 @@ def _folder(name: str) -> Path:
     """On this node's own disk, because a home may be on a network's; NUMBA_CACHE_DIR where that is set.
 
     Raises:
-        DistplbError: if somebody else could write there: what lies in it is executed.
+        DistplbError: if another user could write there: what lies in it is executed.
     """
     cache_dir = os.environ.get("NUMBA_CACHE_DIR")
     folder = Path(cache_dir) if cache_dir else Path(tempfile.gettempdir()) / f"distplb-{os.getuid()}"

@@ -248,7 +248,7 @@ def _pack_once(
     Where `is_needed` is 0, only a packing that has an expert twice in a pack goes beyond step 2.
     """
     size = num_slots // num_packs
-    tl.debug_barrier()  # nobody still reads what is written now
+    tl.debug_barrier()  # another thread may still read what is overwritten now
     tl.store(share + expert, value // tl.maximum(replicas, 1), mask=expert < num_experts)
     order_slots(noisy, replicas, expert, num_experts, order, B, R)
     tl.store(table + position, -1, mask=position < num_slots)

@@ -129,7 +129,7 @@ def _displace(table, share, expert, to, position, num_slots, size):
     distance = tl.where(is_barred, HUGE, distance)
     place = first_of(distance == tl.min(distance, 0), position)
     leaves = tl.sum(tl.where(position == place, other, 0), 0)
-    tl.debug_barrier()  # nobody still reads what is written now
+    tl.debug_barrier()  # another thread may still read what is overwritten now
     tl.store(table + place, expert)
     return place, leaves
 
@@ -288,12 +288,12 @@ def _record_exchange(holds, item, position, size, here, there, num_packs, apart)
     if apart > 0:
         leaves = tl.sum(tl.where(position == here, item, 0), 0) * num_packs
         comes = tl.sum(tl.where(position == there, item, 0), 0) * num_packs
-        tl.debug_barrier()  # nobody still reads what is written now
+        tl.debug_barrier()  # another thread may still read what is overwritten now
         tl.store(holds + leaves + here // size, 0)
         tl.store(holds + comes + there // size, 0)
         tl.store(holds + leaves + there // size, 1)
         tl.store(holds + comes + here // size, 1)
-        tl.debug_barrier()  # and everybody reads it next
+        tl.debug_barrier()  # and all threads read it next
 
 
 @triton.jit

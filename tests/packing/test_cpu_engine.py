@@ -66,7 +66,7 @@ print(len(compiled))
 
 
 def test_a_second_process_of_the_node_compiles_nothing(tmp_path: Path) -> None:
-    """Two at once, then one more: whoever comes first compiles, everybody else loads."""
+    """Of two that begin at once the first compiles, the other loads."""
     environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(Path(distplb.__file__).parents[1])}
     command = [sys.executable, "-c", COMPILED]
     both = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]

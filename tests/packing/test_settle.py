@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from packing_cases import SMALL_SETTLED, TINY_SETTLED, SettleCase, settle_cases, woken
+from packing_cases import SMALL_SETTLED, TINY_SETTLED, SettleCase, model_settle_case, settle_cases, woken
 
 from distplb.packing import cpu, reference, settle
 from distplb.packing.settle import Terms
@@ -170,6 +170,14 @@ def test_no_row_costs_more_and_every_region_keeps_its_slots_experts(
     for region in case.terms.region.unique():
         inside = case.terms.region == region
         assert torch.equal(table[:, inside].sort(dim=1).values, case.table[:, inside].sort(dim=1).values)
+
+
+@pytest.mark.parametrize("num_slots", [256, 288])
+def test_every_packing_of_a_model_gets_cheaper(num_slots: int) -> None:
+    """From balanced packings, free, and priced from another packing within nodes."""
+    case = model_settle_case(num_slots)
+    for one in (case, case.free()):
+        assert (one.costs(one.answer(cpu)) < one.costs(one.table)).all()
 
 
 def sharing(case: SettleCase, table: torch.Tensor) -> torch.Tensor:
