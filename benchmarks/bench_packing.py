@@ -22,8 +22,8 @@ from torch import Tensor
 
 from distplb import Topology, lower_bound
 from distplb.packing import steps
-from distplb.packing.balanced import pack_loads
-from distplb.packing.candidates import noisy_keys
+from distplb.packing.balanced_packing import pack_loads
+from distplb.packing.noise import noisy_keys
 
 # The lines of the table; the steps are those of `distplb.balanced_packing`.
 SEARCHED = ("greedy (1, 2)", "+ variance (3)", "+ min-max (4)")

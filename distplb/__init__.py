@@ -7,7 +7,7 @@ from distplb.core.placement import Placement
 from distplb.core.price import MoveModel, TimeCurve
 from distplb.core.topology import Topology
 from distplb.errors import DistplbError
-from distplb.packing.balanced import balanced_packing
+from distplb.packing.balanced_packing import balanced_packing
 from distplb.planning.eplb import rebalance_experts
 from distplb.planning.plan import plan
 from distplb.records.event_log import EventLog, read_events

@@ -28,7 +28,7 @@ from distplb.core.placement import Placement
 from distplb.core.price import moved_slots
 from distplb.core.topology import Topology
 from distplb.errors import DistplbError
-from distplb.packing.balanced import balanced_packing
+from distplb.packing.balanced_packing import balanced_packing
 from distplb.planning.greedy import contiguous, greedy_numpy
 from distplb.planning.options import PlanOptions
 from distplb.planning.plan import plan_in_stages

@@ -12,8 +12,8 @@ import torch
 from distplb.core.hashing import hashed
 from distplb.core.placement import Placement
 from distplb.core.topology import Topology
+from distplb.packing.cuda_trial import engine_after
 from distplb.packing.engines import Engine
-from distplb.packing.trial import engine_after
 from distplb.planning.options import PlanOptions
 from distplb.planning.problem import Problem
 

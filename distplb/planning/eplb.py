@@ -13,7 +13,7 @@ from distplb.core.counts import Counts
 from distplb.core.placement import Placement
 from distplb.core.topology import Topology
 from distplb.errors import DistplbError
-from distplb.packing.balanced import as_whole
+from distplb.packing.balanced_packing import as_whole
 from distplb.planning.options import PlanOptions
 from distplb.planning.problem import Problem
 

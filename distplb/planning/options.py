@@ -18,8 +18,8 @@ from distplb.core.placement import Placement
 from distplb.core.price import TimeCurve
 from distplb.core.topology import Topology
 from distplb.errors import DistplbError, OptionError
-from distplb.packing.candidates import CANDIDATE_BITS
 from distplb.packing.engines import engine_named
+from distplb.packing.noise import CANDIDATE_BITS
 
 __all__ = ["PlanOptions"]
 

@@ -21,7 +21,7 @@ from distplb.core.price import TimeCurve
 from distplb.core.stages import Stages
 from distplb.core.topology import Topology
 from distplb.errors import in_stage
-from distplb.packing.candidates import CANDIDATE_BITS
+from distplb.packing.noise import CANDIDATE_BITS
 from distplb.planning.engine_choice import engine_for
 from distplb.planning.options import PlanOptions
 from distplb.planning.problem import Problem

@@ -13,9 +13,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from distplb.packing.candidates import Names, noisy_keys
 from distplb.packing.engines import Engine
-from distplb.packing.settling import MOST_BITS, Terms
+from distplb.packing.noise import Names, noisy_keys
+from distplb.packing.settle import MOST_BITS, Terms
 from distplb.packing.steps import crowded, greedy, pack_loads
 from distplb.planning.legal import keeps_blocks
 

@@ -15,9 +15,9 @@ from distplb.core.fixed_point import excess_bits, spare_bits
 from distplb.core.placement import Placement
 from distplb.core.topology import Topology
 from distplb.errors import DistplbError
-from distplb.packing.candidates import Names, ceilings
 from distplb.packing.engines import Engine, engine_named
-from distplb.packing.settling import MOST_BITS, Terms
+from distplb.packing.noise import Names, ceilings
+from distplb.packing.settle import MOST_BITS, Terms
 from distplb.packing.steps import crowded
 from distplb.planning.greedy import contiguous
 from distplb.planning.move_cost import cost_of_moves, distances, price_by_distance

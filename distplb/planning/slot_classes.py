@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from distplb.packing.candidates import noisy_keys
 from distplb.packing.engines import Engine
-from distplb.packing.settling import Terms
+from distplb.packing.noise import noisy_keys
+from distplb.packing.settle import Terms
 from distplb.planning.legal import class_of_expert
 
 __all__ = ["SlotClasses"]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from distplb.core.hashing import hashed
-from distplb.packing.candidates import ceilings
+from distplb.packing.noise import ceilings
 from distplb.planning.warm_start import reassign_replicas
 
 # (E, P, M, regions)

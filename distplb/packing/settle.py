@@ -23,11 +23,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["CEILING_BITS", "MOST_BITS", "SCORE_BITS", "Terms", "scans", "settled"]
+__all__ = ["MOST_BITS", "Terms", "scans", "settle_row"]
 
 MOST_BITS = 30  # of a layer's total over all steps, and of a toll: what engines hold in 32 bits
-CEILING_BITS = 16  # a ceiling's height over the mean is in units of the fullest pack's / 2^16
-SCORE_BITS = 30
+_CEILING_BITS = 16  # a ceiling's height over the mean is in units of the fullest pack's / 2^16
+_SCORE_BITS = 30
 _NEVER = torch.iinfo(torch.int64).max
 
 
@@ -49,15 +49,15 @@ def scans(num_packs: int) -> int:
     return 64 + 16 * num_packs
 
 
-def settled(terms: Terms, table: Tensor, num_packs: int, *, layer: int, ceiling: int) -> Tensor:
+def settle_row(terms: Terms, table: Tensor, num_packs: int, *, layer: int, ceiling: int) -> Tensor:
     """One row: `table [P]` after steps 10 and 11, whose cost is not higher."""
-    row = _Row.of(terms, table, num_packs, layer)
+    row = _State.of(terms, table, num_packs, layer)
     row = _under_ceilings(row, ceiling)
-    return _descended(row).table
+    return _descend(row).table
 
 
 @dataclass
-class _Row:
+class _State:
     """A packing at work; `load` follows `table`."""
 
     table: Tensor  # [P]
@@ -68,7 +68,7 @@ class _Row:
     apart: bool
 
     @classmethod
-    def of(cls, terms: Terms, table: Tensor, num_packs: int, layer: int) -> _Row:
+    def of(cls, terms: Terms, table: Tensor, num_packs: int, layer: int) -> _State:
         weight = terms.load[layer].T  # [E, T]
         replicas = torch.zeros(len(weight), dtype=torch.int64, device=table.device)
         replicas.scatter_add_(0, table, torch.ones_like(table))
@@ -87,7 +87,7 @@ class _Row:
     def cost(self) -> int:
         return int(self.load.amax(0).sum() + self.toll[self.table, self.pack].sum())
 
-    def exchanges(self, here: int) -> tuple[Tensor, Tensor, Tensor]:
+    def evaluate(self, here: int) -> tuple[Tensor, Tensor, Tensor]:
         """What each exchange of a slot of pack `here` with any slot does.
 
         The tokens that the pack loses `[G, P, T]`, the toll that is added `[G, P]`, and whether it may be.
@@ -96,13 +96,13 @@ class _Row:
         leaving, coming = self.table[here * size : (here + 1) * size, None], self.table[None, :]  # [G, 1], [1, P]
         lost = self.share[leaving] - self.share[coming]
         paid = self.toll[leaving, pack] + self.toll[coming, here] - self.toll[leaving, here] - self.toll[coming, pack]
-        may = (pack != here) & (leaving != coming)
+        is_allowed = (pack != here) & (leaving != coming)
         if self.apart:
             holds = torch.zeros(self.toll.shape, dtype=torch.bool, device=pack.device)  # [E, M]
             holds[self.table, pack] = True
-            may &= ~holds[leaving, pack] & ~holds[coming, here]
+            is_allowed &= ~holds[leaving, pack] & ~holds[coming, here]
         region = self.region[here * size : (here + 1) * size, None]
-        return lost, paid, may & (region == self.region)
+        return lost, paid, is_allowed & (region == self.region)
 
     def exchange(self, here: int, flat: int, lost: Tensor) -> None:
         """Make the exchange at index `flat` of those of pack `here`."""
@@ -114,37 +114,37 @@ class _Row:
         self.load[other // size] += change
 
 
-def _under_ceilings(row: _Row, ceiling: int) -> _Row:
+def _under_ceilings(row: _State, ceiling: int) -> _State:
     """Step 10."""
-    best, least, size = row.table.clone(), row.cost(), len(row.table) // len(row.load)
+    best, lowest_cost, size = row.table.clone(), row.cost(), len(row.table) // len(row.load)
     mean = row.load.sum(0) // len(row.load)  # [T]
     height = row.load.amax(0) - mean
     for part in (ceiling, ceiling >> 2):
-        limit = mean + ((height * part) >> CEILING_BITS)
+        limit = mean + ((height * part) >> _CEILING_BITS)
         tired = torch.zeros(len(row.load), dtype=torch.bool, device=row.load.device)
         for _ in range(scans(len(row.load))):
             above = (row.load - limit).clamp(min=0).sum(1)  # [M]
             here = int(above.masked_fill(tired, 0).argmax())
             if above[here] == 0 or tired[here]:
                 break
-            lost, paid, may = row.exchanges(here)
+            lost, paid, is_allowed = row.evaluate(here)
             left = (row.load[here] - lost - limit).clamp(min=0) + (row.load[row.pack] + lost - limit).clamp(min=0)
             gain = above[here] + above[row.pack] - left.sum(-1)  # [G, P]
-            score = (gain.clamp(min=0) << SCORE_BITS) // (1 + paid.clamp(min=0))
-            score = score.masked_fill(~may, 0).flatten()
+            score = (gain.clamp(min=0) << _SCORE_BITS) // (1 + paid.clamp(min=0))
+            score = score.masked_fill(~is_allowed, 0).flatten()
             flat = int(score.argmax())
             if score[flat] == 0:
                 tired[here] = True
                 continue
             row.exchange(here, flat, lost)
             tired[[here, flat % len(row.table) // size]] = False
-            if (cost := row.cost()) < least:
-                best, least = row.table.clone(), cost
+            if (cost := row.cost()) < lowest_cost:
+                best, lowest_cost = row.table.clone(), cost
     load = row.share[best].unflatten(0, (-1, size)).sum(1)
     return replace(row, table=best, load=load)
 
 
-def _descended(row: _Row) -> _Row:
+def _descend(row: _State) -> _State:
     """Step 11."""
     num_packs = len(row.load)
     tired = torch.zeros(num_packs, dtype=torch.bool, device=row.load.device)
@@ -156,7 +156,7 @@ def _descended(row: _Row) -> _Row:
         here = int(alone.masked_fill(tired, 0).argmax())
         if alone[here] == 0 or tired[here]:
             break
-        lost, paid, may = row.exchanges(here)
+        lost, paid, is_allowed = row.evaluate(here)
         others = row.load.expand(num_packs, -1, -1).clone()  # [M, M, T]
         pack = torch.arange(num_packs, device=row.load.device)
         others[pack, pack] = 0
@@ -164,7 +164,7 @@ def _descended(row: _Row) -> _Row:
         rest = others.amax(1)  # [M, T], the fullest but for `here` and the other pack
         fullest = torch.maximum(row.load[here] - lost, row.load[row.pack] + lost)
         after = torch.maximum(fullest, rest[row.pack]).sum(-1) + paid  # [G, P]
-        after = after.masked_fill(~may, _NEVER).flatten()
+        after = after.masked_fill(~is_allowed, _NEVER).flatten()
         flat = int(after.argmin())
         if after[flat] >= top[0].sum():
             tired[here] = True

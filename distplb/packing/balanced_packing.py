@@ -16,10 +16,10 @@ from distplb.core.counts import Counts, as_weights
 from distplb.core.fixed_point import fixed_point, scaled
 from distplb.core.hashing import hashed
 from distplb.errors import DistplbError
-from distplb.packing.candidates import CANDIDATE_BITS
+from distplb.packing.cuda_trial import engine_after
 from distplb.packing.engines import Engine
+from distplb.packing.noise import CANDIDATE_BITS
 from distplb.packing.steps import pack_loads
-from distplb.packing.trial import engine_after
 
 __all__ = ["as_whole", "balanced_packing"]
 
@@ -61,15 +61,15 @@ def balanced_packing(weight: Counts, num_packs: int, num_candidates: int = 64) -
     _, engine = engine_after(_PackTrial(num_items, num_packs, whole.device), None, whole.device)
     row = torch.arange(rows, device=whole.device)
     chosen = torch.empty_like(whole)
-    least = torch.full((rows,), torch.iinfo(torch.int64).max, device=whole.device)
+    lightest = torch.full((rows,), torch.iinfo(torch.int64).max, device=whole.device)
     for candidates in torch.arange(num_candidates, device="cpu").split(max(1, _BATCH // whole.numel())):
         many = whole.repeat(len(candidates), 1)  # [k·X, n], candidate by candidate
         of_row = candidates.to(whole.device).repeat_interleave(rows)
         items = engine.pack(many, num_packs, layer=row.repeat(len(candidates)), candidate=of_row)
         heaviest, best = pack_loads(many, items, num_packs).amax(1).view(-1, rows).sort(dim=0, stable=True)
-        better = heaviest[0] < least  # ties stay with the lowest candidate
+        better = heaviest[0] < lightest  # ties stay with the lowest candidate
         chosen[better] = items.view(-1, rows, num_items)[best[0], row][better]
-        least = torch.minimum(least, heaviest[0])
+        lightest = torch.minimum(lightest, heaviest[0])
     chosen = engine.finish(whole, chosen, num_packs)
     slot = torch.empty_like(chosen)
     slot.scatter_(1, chosen, torch.arange(num_items, device=chosen.device).expand_as(chosen))
@@ -84,19 +84,19 @@ def as_whole(weight: Counts, dims: tuple[str, str] = ("row", "item")) -> Tensor:
         weight: `[X, n]`.
         dims: what its rows and items are.
     """
-    given = as_weights("weight", weight, dims)
-    total = given.double().sum(1)  # [X]
-    if float(total.max()) >= (math.inf if given.is_floating_point() else _MAX_TOTAL):
+    weights = as_weights("weight", weight, dims)
+    total = weights.double().sum(1)  # [X]
+    if float(total.max()) >= (math.inf if weights.is_floating_point() else _MAX_TOTAL):
         raise DistplbError(
             f"weight has a row whose total is {float(total.max()):.3g}, too large to add up; "
             "divide the weights by a power of two"
         )
-    return scaled((fixed_point(given) if given.is_floating_point() else given)[None])[0]
+    return scaled((fixed_point(weights) if weights.is_floating_point() else weights)[None])[0]
 
 
 @dataclass(frozen=True)
 class _PackTrial:
-    """What an engine is asked for here, see `Trial`."""
+    """The calls that `balanced_packing` makes; see `Trial`."""
 
     num_items: int
     num_packs: int

@@ -9,35 +9,21 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from settle_cases import Settling, settle_cases, woken
+from packing_cases import SMALL_SETTLED, TINY_SETTLED, SettleCase, model_settle_case, settle_cases, woken
 
-from distplb.packing import cpu, reference, settling
-from distplb.packing.settling import Terms
+from distplb.packing import cpu, reference, settle
+from distplb.packing.settle import Terms
 
 Table = list[int]  # [P], the expert of each slot
 
-# (E, M, G, T)
-SHAPES = [
-    (6, 1, 6, 2),
-    (6, 2, 3, 1),
-    (6, 2, 3, 4),
-    (9, 3, 3, 4),
-    (10, 5, 2, 3),
-    (8, 3, 2, 5),
-    (8, 8, 1, 3),
-    (4, 2, 3, 3),
-    (3, 2, 4, 2),
-    (7, 5, 2, 1),
-    (5, 8, 1, 2),
-    (9, 4, 3, 2),
-]
-LARGER = [*SHAPES, (16, 8, 2, 3), (12, 4, 6, 8), (24, 6, 5, 5), (40, 10, 4, 12)]
+SHAPES = [*TINY_SETTLED, *SMALL_SETTLED]  # (E, M, G, T), the first of one pack
+LARGER = [*SHAPES, (12, 4, 6, 8), (24, 6, 5, 5), (40, 10, 4, 12)]
 
 
 class Oracle:
-    """One row, as the docstring of `settling` tells it."""
+    """One row, as the docstring of `settle` tells it."""
 
-    def __init__(self, case: Settling, x: int) -> None:
+    def __init__(self, case: SettleCase, x: int) -> None:
         layer, terms = int(case.layer[x]), case.terms
         self.table: Table = case.table[x].tolist()
         self.num_packs, self.size = case.num_packs, len(self.table) // case.num_packs
@@ -137,16 +123,16 @@ class Oracle:
 
     def first_of_the_most(self, number: list[int], tired: set[int]) -> int | None:
         """A pack, but for those."""
-        found = max((p for p in range(self.num_packs) if p not in tired), key=lambda p: number[p], default=None)
-        return None if found is None or number[found] == 0 else found
+        pack = max((p for p in range(self.num_packs) if p not in tired), key=lambda p: number[p], default=None)
+        return None if pack is None or number[pack] == 0 else pack
 
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("shape", SHAPES)
 def test_settle_is_what_plain_loops_make_of_its_docstring(shape: tuple[int, int, int, int], seed: int) -> None:
     (case,) = settle_cases([shape], rows=8, seed=seed)
-    wanted = [Oracle(case, x).settled() for x in range(len(case.table))]
-    assert case.settled(reference).tolist() == wanted
+    expected = [Oracle(case, x).settled() for x in range(len(case.table))]
+    assert case.answer(reference).tolist() == expected
 
 
 def test_a_pack_that_found_nothing_looks_again_once_another_changed_it() -> None:
@@ -155,19 +141,19 @@ def test_a_pack_that_found_nothing_looks_again_once_another_changed_it() -> None
             return tired - {here}
 
     for case in woken():
-        wanted = Oracle(case, 0).settled()
-        assert Forgetful(case, 0).settled() != wanted  # else this tests nothing
-        assert case.settled(reference).tolist() == [wanted]
+        expected = Oracle(case, 0).settled()
+        assert Forgetful(case, 0).settled() != expected  # else this tests nothing
+        assert case.answer(reference).tolist() == [expected]
 
 
 def test_it_stops_after_as_many_scans_as_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert [settling.scans(num_packs) for num_packs in (1, 2, 32)] == [80, 96, 576]
+    assert [settle.scans(num_packs) for num_packs in (1, 2, 32)] == [80, 96, 576]
     (case,) = settle_cases([(40, 10, 4, 12)], rows=6)
-    whole = case.settled(reference)
-    monkeypatch.setattr(settling, "scans", lambda num_packs: 0)
-    assert torch.equal(case.settled(reference), case.table)
-    monkeypatch.setattr(settling, "scans", lambda num_packs: 1)
-    moved = (case.settled(reference) != case.table).sum(1)
+    whole = case.answer(reference)
+    monkeypatch.setattr(settle, "scans", lambda num_packs: 0)
+    assert torch.equal(case.answer(reference), case.table)
+    monkeypatch.setattr(settle, "scans", lambda num_packs: 1)
+    moved = (case.answer(reference) != case.table).sum(1)
     assert ((moved > 0) & (moved <= 6)).any()  # three exchanges at most
     assert (moved <= 6).all()
     assert ((whole != case.table).sum(1) > 6).any()
@@ -179,14 +165,22 @@ def test_no_row_costs_more_and_every_region_keeps_its_slots_experts(
     shape: tuple[int, int, int, int], seed: int
 ) -> None:
     (case,) = settle_cases([shape], rows=16, seed=seed)
-    table = case.settled(cpu)
+    table = case.answer(cpu)
     assert (case.costs(table) <= case.costs(case.table)).all()
     for region in case.terms.region.unique():
         inside = case.terms.region == region
         assert torch.equal(table[:, inside].sort(dim=1).values, case.table[:, inside].sort(dim=1).values)
 
 
-def sharing(case: Settling, table: torch.Tensor) -> torch.Tensor:
+@pytest.mark.parametrize("num_slots", [256, 288])
+def test_every_packing_of_a_model_gets_cheaper(num_slots: int) -> None:
+    """From balanced packings, free, and priced from another packing within nodes."""
+    case = model_settle_case(num_slots)
+    for one in (case, case.free()):
+        assert (one.costs(one.answer(cpu)) < one.costs(one.table)).all()
+
+
+def sharing(case: SettleCase, table: torch.Tensor) -> torch.Tensor:
     """`[X]`: how often a slot's expert is in its pack already."""
     inside = table.unflatten(1, (case.num_packs, -1)).sort(dim=2).values
     return (inside[..., 1:] == inside[..., :-1]).sum((1, 2))
@@ -199,21 +193,21 @@ def test_replicas_apart_stay_apart_and_others_may_come_together() -> None:
         for case in settle_cases([shape for shape in LARGER if shape[1] * shape[2] > shape[0]], rows=16, seed=seed):
             before = sharing(case, case.table)
             may, may_not = (case._replace(terms=case.terms._replace(apart=apart)) for apart in (False, True))
-            assert (sharing(case, may_not.settled(cpu)) <= before).all()
-            together += int((sharing(case, may.settled(cpu)) > before).sum())
+            assert (sharing(case, may_not.answer(cpu)) <= before).all()
+            together += int((sharing(case, may.answer(cpu)) > before).sum())
     assert together > 20
 
 
 def test_most_rows_are_improved_and_both_steps_do_some_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else the tests above would also pass where nothing happens."""
     many = [case for seed in range(2) for case in settle_cases(SHAPES[1:], rows=8, seed=seed)]
-    whole = [case.settled(reference) for case in many]
+    whole = [case.answer(reference) for case in many]
     lower = torch.cat([case.costs(table) < case.costs(case.table) for case, table in zip(many, whole, strict=True)])
     assert lower.float().mean() > 0.5
-    for step, other in (("_under_ceilings", lambda row, ceiling: row), ("_descended", lambda row: row)):
+    for step, other in (("_under_ceilings", lambda row, ceiling: row), ("_descend", lambda row: row)):
         with monkeypatch.context() as patch:
-            patch.setattr(settling, step, other)
-            without = [case.settled(reference) for case in many]
+            patch.setattr(settle, step, other)
+            without = [case.answer(reference) for case in many]
         differ = torch.cat([(one != table).any(1) for one, table in zip(without, whole, strict=True)])
         assert differ.sum() > 20, step
 
@@ -222,10 +216,10 @@ def test_a_ceiling_finds_what_descent_alone_does_not() -> None:
     """Two packs are the fullest, so that no single exchange lowers the cost; under a ceiling both come down."""
     zero = torch.zeros(1, dtype=torch.int64)
     terms = Terms(torch.tensor([[[9, 5, 9, 5, 2, 4, 2, 4]]]), torch.zeros(8, dtype=torch.int64))
-    case = Settling(4, terms, torch.arange(8)[None], zero, zero)
+    case = SettleCase(4, terms, torch.arange(8)[None], zero, zero)
     assert case.costs(case.table).tolist() == [14]
     assert Oracle(case, 0).step_11([*range(8)]) == [*range(8)]
-    assert case.costs(case.settled(reference)).tolist() == [11]
+    assert case.costs(case.answer(reference)).tolist() == [11]
 
 
 def test_a_toll_of_nothing_is_none() -> None:
@@ -233,7 +227,7 @@ def test_a_toll_of_nothing_is_none() -> None:
         if case.terms.price is not None:
             free = case._replace(terms=case.terms._replace(distance=None, price=None))
             priced = case._replace(terms=case.terms._replace(price=torch.zeros_like(case.terms.price)))
-            assert torch.equal(priced.settled(reference), free.settled(reference))
+            assert torch.equal(priced.answer(reference), free.answer(reference))
 
 
 def test_a_move_is_made_only_where_it_is_worth_its_toll() -> None:
@@ -247,5 +241,5 @@ def test_a_move_is_made_only_where_it_is_worth_its_toll() -> None:
             distance=distance,
             price=torch.tensor([[0, toll, toll]]),
         )
-        case = Settling(2, terms, torch.tensor([[0, 1, 2, 3]]), zero, zero)
-        assert bool((case.settled(reference) != case.table).any()) == is_made
+        case = SettleCase(2, terms, torch.tensor([[0, 1, 2, 3]]), zero, zero)
+        assert bool((case.answer(reference) != case.table).any()) == is_made

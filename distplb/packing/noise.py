@@ -16,7 +16,7 @@ __all__ = ["CANDIDATE_BITS", "Names", "ceilings", "noisy_keys"]
 
 CANDIDATE_BITS = 22
 _NOISE_STEPS = 9831  # noise / 2^16 lies in {0, ..., 9830} / 2^16, that is in [0, 0.15)
-_CEILING, _LEAST_CEILING, _CEILINGS = 1 << 13, 1 << 11, 7 << 11  # in 1 / 2^16: an eighth; from 1/32 to 1/4
+_CEILING, _MIN_CEILING, _CEILINGS = 1 << 13, 1 << 11, 7 << 11  # in 1 / 2^16: an eighth; from 1/32 to 1/4
 
 
 class Names(TypedDict):
@@ -48,4 +48,4 @@ def ceilings(*, layer: Tensor, candidate: Tensor, seed: int) -> Tensor:
     Candidates 0 and 1 have an eighth, the others anything from 1/32 to 1/4. Arguments as for `noisy_keys`.
     """
     bits = hashed(torch.zeros_like(layer), seed, seed >> 32, layer, candidate)
-    return torch.where(candidate < 2, _CEILING, _LEAST_CEILING + ((bits * _CEILINGS) >> 32))
+    return torch.where(candidate < 2, _CEILING, _MIN_CEILING + ((bits * _CEILINGS) >> 32))

@@ -9,22 +9,23 @@ import json
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import pytest
 import torch
 from interpreted import prepare, printed_by
 from jobs import EXPERTS, LAYERS, Job, by_slot, skewed
+from packing_cases import settle_cases
 from ranks import on_ranks
-from settle_cases import settle_cases
 from torch import Tensor
 
 from distplb import DistplbError, LoadWindow, Placement, RebalanceEvent, Topology, balanced_packing
 from distplb.comm.base import WorldOfOne
 from distplb.comm.torchdist import TorchComm
-from distplb.packing import cpu, cuda, reference
-from distplb.packing import trial as packing_trial
-from distplb.packing.trial import Compared
+from distplb.core.machine_code import compiled_module
+from distplb.packing import cpu, cuda, cuda_trial, reference
+from distplb.packing.cuda_trial import ComparedEngine
 from distplb.planning.engine_choice import engine_for
 from distplb.planning.options import PlanOptions
 from distplb.planning.plan import plan_in_stages
@@ -42,7 +43,9 @@ class Broken:
 
     def __getattr__(self, name: str) -> Any:
         right = getattr(reference, name)
-        return right if name != self._call else lambda *given, **named: self._wrong(right(*given, **named))
+        return (
+            right if name != self._call else lambda *arguments, **keywords: self._wrong(right(*arguments, **keywords))
+        )
 
 
 def last_row_swapped(table: Tensor) -> Tensor:
@@ -61,11 +64,11 @@ def calls(engine: Any) -> Iterator[tuple[str, Tensor]]:
     yield "finish", engine.finish(weight, table, 3)
     yield "refine", engine.refine(weight, 3, 15, shared=False, **names)
     yield "polish", engine.polish(weight, table, 3)
-    yield "settle", next(settle_cases([(12, 3, 4, 5)], rows=3, seed=1)).settled(engine)
+    yield "settle", next(settle_cases([(12, 3, 4, 5)], rows=3, seed=1)).answer(engine)
 
 
 def test_an_engine_that_agrees_answers_as_it_does() -> None:
-    both = zip(calls(Compared(cpu, reference)), calls(reference), strict=True)  # type: ignore[arg-type]
+    both = zip(calls(ComparedEngine(cpu, reference)), calls(reference), strict=True)  # type: ignore[arg-type]
     assert all(one[0] == other[0] and torch.equal(one[1], other[1]) for one, other in both)
 
 
@@ -80,7 +83,7 @@ def test_an_engine_that_agrees_answers_as_it_does() -> None:
 )
 def test_a_call_that_answers_otherwise_is_named(call: str, wrong: Callable[[Tensor], Tensor], wording: str) -> None:
     with pytest.raises(DistplbError, match=wording.format(call)):
-        list(calls(Compared(Broken(call, wrong), reference)))  # type: ignore[arg-type]
+        list(calls(ComparedEngine(Broken(call, wrong), reference)))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -107,6 +110,7 @@ PLANS: dict[str, dict[str, Any]] = {
     "blocks": {"num_groups": 4, "mode": "permute", "current": Placement.contiguous(2, 8, 2)},
     "classes": {"slot_class": torch.arange(8) % 2, "current": Placement.contiguous(2, 8, 2), "move_price": 3.0},
 }
+LONG_PLANS = {"blocks", "classes"}
 
 
 class Wrong:
@@ -115,7 +119,7 @@ class Wrong:
     @staticmethod
     def table() -> tuple[str, Any]:
         right = cuda.settle
-        return "settle", lambda *given, **named: last_row_swapped(right(*given, **named))
+        return "settle", lambda *arguments, **keywords: last_row_swapped(right(*arguments, **keywords))
 
     @staticmethod
     def compiler() -> tuple[str, Any]:
@@ -129,14 +133,14 @@ class Wrong:
         def is_full(*_: Any) -> Any:
             raise torch.OutOfMemoryError("out of memory")
 
-        return "_room", is_full
+        return "_scratch_shapes", is_full
 
 
 @contextmanager
 def broken(how: str | None) -> Iterator[None]:
     """`cuda` as it would be; trials are held anew."""
-    packing_trial._stands.cache_clear()
-    name, value = ("MOST_ITEMS", cuda.MOST_ITEMS) if how is None else getattr(Wrong, how)()
+    cuda_trial._passes.cache_clear()
+    name, value = ("_CELLS", cuda._CELLS) if how is None else getattr(Wrong, how)()
     right = getattr(cuda, name)
     setattr(cuda, name, value)
     try:
@@ -148,109 +152,131 @@ def broken(how: str | None) -> Iterator[None]:
 @contextmanager
 def launches() -> Iterator[set[str]]:
     """What Triton compiles for: a kernel, its blocks, and which tensors are there, of which types."""
-    seen, launch = set[str](), cuda._launch
+    compiled, launch = set[str](), cuda._launch
 
     def noted(kernel: Any, arguments: tuple[Any, ...], options: dict[str, int]) -> None:
         types = [str(getattr(value, "dtype", type(value))) for value in arguments]
-        seen.add(f"{kernel.fn.__name__} {sorted(options.items())} {types}")
+        compiled.add(f"{kernel.fn.__name__} {sorted(options.items())} {types}")
         launch(kernel, arguments, options)
 
     cuda._launch = noted
-    yield seen
+    yield compiled
     cuda._launch = launch
 
 
 class Logged(logging.Handler):
-    """What is said."""
+    """The package's log."""
 
     def __init__(self) -> None:
         super().__init__(logging.INFO)
-        self.said: list[str] = []
+        self.messages: list[str] = []
         logger = logging.getLogger("distplb")
         logger.setLevel(logging.INFO)
         logger.addHandler(self)
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.said.append(f"{record.levelname} {record.getMessage()}")
+        self.messages.append(f"{record.levelname} {record.getMessage()}")
 
 
 def planned(engine: str | None, **options: Any) -> tuple[str, list[list[int]]]:
-    found = plan_in_stages(LOAD, TOPOLOGY, WorldOfOne(), PlanOptions(engine=engine, **options))
-    return found.engine, found.placement.expert_of_slot.tolist()
+    result = plan_in_stages(LOAD, TOPOLOGY, WorldOfOne(), PlanOptions(engine=engine, **options))
+    return result.engine, result.placement.expert_of_slot.tolist()
 
 
-def interpreted() -> None:
-    """Print what plans came out, by which engine, and what was said."""
+def interpreted(is_long: bool) -> None:
+    """Print what plans came out, by which engine, and what was logged."""
     prepare()
-    said = Logged().said
-    found: dict[str, Any] = {}
-    for name, options in PLANS.items():
+    messages = Logged().messages
+    answers: dict[str, Any] = {}
+    for name in LONG_PLANS if is_long else PLANS.keys() - LONG_PLANS:
+        messages.clear()
+        options = PLANS[name]
         with broken(None), launches() as tried:
             engine_for(PlanOptions(engine="cuda", **options), TOPOLOGY, SHAPE, LOAD.device)
-            found[name] = [len(tried)]
+            launched = len(tried)
             with launches() as used:
-                found[name] += [planned("cuda", **options), planned("cpu", **options), sorted(used), sorted(tried)]
-    found["good"] = said[:]
+                plans = [planned("cuda", **options), planned("cpu", **options)]
+        answers[name] = [launched, *plans, sorted(used), sorted(tried), messages[:]]
+    if not is_long:
+        answers |= failures(messages)
+        answers["packed"] = packed(messages)
+        answers["ranks"] = on_ranks(2, one_rank_of_a_job, deadline=240)
+    print(json.dumps(answers))
+
+
+def failures(messages: list[str]) -> dict[str, Any]:
+    """Plans where `cuda` breaks in each way, twice, and by `cpu`; and what is logged."""
+    answers = {}
     for how in ("table", "compiler", "memory"):
-        said.clear()
+        messages.clear()
         with broken(how):
             plans = [planned("cuda", **PLANS["priced"]) for _ in range(2)]
-            found[how] = [*plans, planned("cpu", **PLANS["priced"]), said[:]]
-    said.clear()
+            answers[how] = [*plans, planned("cpu", **PLANS["priced"]), messages[:]]
+    return answers
+
+
+def packed(messages: list[str]) -> list[Any]:
+    """Weights that are packed by `cuda`, twice, and by `cpu`; and what is logged."""
+    messages.clear()
     with broken(None):
-        named = packing_trial.engine_named  # for weights on a GPU it is cuda, and here is none
-        packing_trial.engine_named = lambda name, *device: named("cuda" if device else name)
-        packed = [balanced_packing(LOAD[0], 4, 2)[0].tolist() for _ in range(2)]
-        packing_trial.engine_named = named
-        found["packed"] = [*packed, balanced_packing(LOAD[0], 4, 2)[0].tolist(), said[:]]
-    found["ranks"] = on_ranks(2, one_rank_of_a_job, deadline=240)
-    print(json.dumps(found))
+        named = cuda_trial.engine_named  # for weights on a GPU it is cuda, and here is none
+        cuda_trial.engine_named = lambda name, *device: named("cuda" if device else name)
+        by_cuda = [balanced_packing(LOAD[0], 4, 2)[0].tolist() for _ in range(2)]
+        cuda_trial.engine_named = named
+        return [*by_cuda, balanced_packing(LOAD[0], 4, 2)[0].tolist(), messages[:]]
 
 
 def one_rank_of_a_job() -> dict[str, Any]:
-    """Rank 1's kernels are wrong; said when the rebalancer is made, and nothing more while it plans."""
+    """Rank 1's kernels are wrong; that is logged when the rebalancer is made, and nothing more while it plans."""
     prepare()
-    said, told = Logged().said, list[RebalanceEvent]()
+    messages, events = Logged().messages, list[RebalanceEvent]()
     with broken("table" if TorchComm().rank else None):
         job = Job()
-        held = job.rebalancer(engine="cuda", every=4, num_candidates=4, on_event=told.append)
-        at_first = said[:]
+        balancer = job.rebalancer(engine="cuda", every=4, num_candidates=4, on_event=events.append)
+        at_first = messages[:]
         for hot in ((0, 1), (2, 3)):
             for _ in range(4):
-                job.iterate(by_slot(skewed(hot), held.placement))
-            held._parts.iteration += 3  # as if it had been called after each
-            held.step()
-        held.close()
-    plans = [event.placement_digest for event in told if event.imbalance_next is None]
+                job.iterate(by_slot(skewed(hot), balancer.placement))
+            balancer._parts.iteration += 3  # as if it had been called after each
+            balancer.step()
+        balancer.close()
+    plans = [event.placement_digest for event in events if event.imbalance_next is None]
     return {
         "at first": at_first,
-        "in all": said,
+        "in all": messages,
         "plans": plans,
-        "decisions": [event.decision for event in told],
-        "engines": sorted({event.engine for event in told}),
+        "decisions": [event.decision for event in events],
+        "engines": sorted({event.engine for event in events}),
     }
 
 
-@pytest.fixture(scope="module")
-def found() -> dict[str, Any]:
+@cache
+def printed(is_long: bool) -> dict[str, Any]:
     """What `interpreted` prints, in a child."""
-    answer: dict[str, Any] = printed_by("test_trial", "interpreted")
-    return answer
+    answers: dict[str, Any] = printed_by("test_cuda_trial", "interpreted", is_long)
+    return answers
 
 
-def test_an_engine_that_stands_its_trial_plans(found: dict[str, Any]) -> None:
-    for name in PLANS:
-        launched, by_cuda, by_cpu, used, tried = found[name]
-        assert (by_cuda[0], by_cpu[0]) == ("cuda", "cpu"), name
-        assert by_cuda[1] == by_cpu[1]
-        # Nothing is left to be compiled in a rebalance.
-        assert launched == len(tried)
-        assert set(used) <= set(tried)
-        assert used
-    assert len(found["good"]) == len(PLANS)
-    for line in found["good"]:
-        assert line.startswith("INFO engine 'cuda' agrees with 'cpu' on 8 experts in "), line
-        assert "of 2 GPUs, 4 steps: compiled and compared in " in line
+@pytest.fixture
+def answers() -> dict[str, Any]:
+    """All but the long plans."""
+    return printed(False)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.long] * (name in LONG_PLANS)) for name in PLANS]
+)
+def test_an_engine_that_passes_its_trial_plans(name: str) -> None:
+    launched, by_cuda, by_cpu, used, tried, messages = printed(name in LONG_PLANS)[name]
+    assert (by_cuda[0], by_cpu[0]) == ("cuda", "cpu")
+    assert by_cuda[1] == by_cpu[1]
+    # Nothing is left to be compiled in a rebalance.
+    assert launched == len(tried)
+    assert set(used) <= set(tried)
+    assert used
+    assert len(messages) == 1
+    assert messages[0].startswith("INFO engine 'cuda' agrees with 'cpu' on 8 experts in ")
+    assert "of 2 GPUs, 4 steps: compiled and compared in " in messages[0]
 
 
 @pytest.mark.parametrize(
@@ -261,24 +287,26 @@ def test_an_engine_that_stands_its_trial_plans(found: dict[str, Any]) -> None:
         ("memory", "OutOfMemoryError: out of memory"),
     ],
 )
-def test_one_that_fails_is_said_once_and_the_plan_is_the_same(found: dict[str, Any], how: str, cause: str) -> None:
+def test_one_that_fails_is_logged_once_and_the_plan_is_the_same(answers: dict[str, Any], how: str, cause: str) -> None:
     """The first rebalance of a job would have met it, and ended the training or moved experts by a wrong plan."""
-    first, second, wanted, said = found[how]
-    assert first == second == wanted
+    first, second, expected, messages = answers[how]
+    assert first == second == expected
     assert first[0] == "cpu"
-    assert len(said) == 1
-    assert said[0].startswith(f"WARNING engine 'cuda' failed its trial ({cause}")
-    assert said[0].endswith("plans are made by 'cpu', and are the same; pass engine='cpu' to go without the trial")
+    assert len(messages) == 1
+    assert messages[0].startswith(f"WARNING engine 'cuda' failed its trial ({cause}")
+    assert messages[0].endswith("plans are made by 'cpu', and are the same; pass engine='cpu' to go without the trial")
 
 
-def test_packing_alone_has_a_trial_too(found: dict[str, Any]) -> None:
-    first, second, by_cpu, said = found["packed"]
+def test_packing_alone_has_a_trial_too(answers: dict[str, Any]) -> None:
+    first, second, by_cpu, messages = answers["packed"]
     assert first == second == by_cpu
-    assert [line.split(": ")[0] for line in said] == ["INFO engine 'cuda' agrees with 'cpu' on 8 items in 4 packs"]
+    assert [line.split(": ")[0] for line in messages] == ["INFO engine 'cuda' agrees with 'cpu' on 8 items in 4 packs"]
 
 
-def test_ranks_whose_engines_differ_in_the_end_agree_and_nothing_is_tried_in_a_rebalance(found: dict[str, Any]) -> None:
-    good, wrong = found["ranks"]
+def test_ranks_whose_engines_differ_agree_and_nothing_is_tried_in_a_rebalance(
+    answers: dict[str, Any],
+) -> None:
+    good, wrong = answers["ranks"]
     assert (good["engines"], wrong["engines"]) == (["cuda"], ["cpu"])
     assert len(good["at first"]) == len(wrong["at first"]) == 1
     for rank in (good, wrong):
@@ -290,7 +318,7 @@ def test_ranks_whose_engines_differ_in_the_end_agree_and_nothing_is_tried_in_a_r
 def test_the_cpu_engine_compiles_nothing_after_its_warm_up() -> None:
     """A rebalance would wait for the compiler."""
     cpu.warm_up()
-    kernels = [value for value in vars(cpu._kernels()).values() if hasattr(value, "signatures")]
+    kernels = [value for value in vars(compiled_module(cpu._KERNELS)).values() if hasattr(value, "signatures")]
     before = [list(kernel.signatures) for kernel in kernels]
     assert sum(map(len, before)) >= 5
     for options in PLANS.values():
