@@ -8,12 +8,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from distplb.report.drawings.base import ReportFigure
+from distplb.report.drawings.style import COLOURS, FONT, GREY, WIDE, dress, empty, is_narrow, panels
+from distplb.report.formatting import percent, plural
 from distplb.report.run import Run
-from distplb.report.style import COLOURS, FONT, GREY, WIDE, dress, empty, is_narrow, panels
-from distplb.report.texts import percent, plural
 from distplb.study.advice import WhatIf
 
-__all__ = ["other_intervals", "other_intervals_caption", "other_intervals_lacks"]
+__all__ = ["OTHER_INTERVALS", "other_intervals"]
 
 
 def other_intervals(run: Run, width: float = WIDE) -> Figure:
@@ -43,8 +44,7 @@ def other_intervals(run: Run, width: float = WIDE) -> Figure:
     return figure
 
 
-def other_intervals_caption(run: Run) -> str:
-    """What to see in `other_intervals`, in numbers."""
+def _caption(run: Run) -> str:
     best = max(run.what_if, key=lambda one: one.saved)
     text = (
         "The recorded steps once more, planned at other intervals; each plan is judged on steps that it had not seen, "
@@ -62,8 +62,7 @@ def other_intervals_caption(run: Run) -> str:
     return text + (": it may be chance." if best.low <= 0 else ".")
 
 
-def other_intervals_lacks(run: Run) -> str:
-    """What a run needs for `other_intervals` and does not have; empty where it has."""
+def _lacks(run: Run) -> str:
     if run.what_if:
         return ""
     if run.trace is None:
@@ -74,10 +73,10 @@ def other_intervals_lacks(run: Run) -> str:
     )
 
 
-def _draw_saved(axes: Axes, found: Sequence[WhatIf]) -> None:
+def _draw_saved(axes: Axes, trials: Sequence[WhatIf]) -> None:
     """A dot with its interval, or a hollow one where there are too few rebalances for an interval."""
     axes.axhline(0, color=GREY, linewidth=1)
-    for at, one in enumerate(found):
+    for at, one in enumerate(trials):
         face = "white"
         if one.low is not None and one.high is not None:
             face = COLOURS["blue"]
@@ -89,3 +88,6 @@ def _draw_saved(axes: Axes, found: Sequence[WhatIf]) -> None:
         )
     axes.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
     axes.margins(y=0.15)
+
+
+OTHER_INTERVALS = ReportFigure("Other intervals", other_intervals, _caption, _lacks)

@@ -1,4 +1,4 @@
-"""The imbalance over the iterations, as counted, as it would have been, and as low as it could be.
+"""The imbalance over the iterations: as it was, as it would have been without moves, and the lower bound.
 
 Shapes: S steps, I points in the order of time, L layers.
 """
@@ -18,16 +18,17 @@ from numpy.typing import NDArray
 
 from distplb.core.cost import mean_of_known, mean_of_layers
 from distplb.records.events import RebalanceEvent
+from distplb.report.drawings.base import ReportFigure, refuse_if_lacking
+from distplb.report.drawings.style import COLOURS, FONT, GREY, WIDE, dress, empty, is_narrow, legend_below
+from distplb.report.formatting import plural
 from distplb.report.run import Run
-from distplb.report.style import COLOURS, FONT, GREY, WIDE, dress, empty, is_narrow, legend_below
-from distplb.report.texts import plural
 
-__all__ = ["imbalance_over_time", "imbalance_over_time_caption", "imbalance_over_time_lacks"]
+__all__ = ["IMBALANCE_OVER_TIME", "imbalance_over_time"]
 
 Floats = NDArray[np.float64]
 
-_MOST_POINTS = 500  # of a line; an image has no more columns to show them
-_MARKS = {  # by decision: told apart by shape
+_MAX_POINTS = 500  # of a line; an image has no more columns to show them
+_MARKS = {  # by decision, each in a shape of its own
     "moved": ("v", COLOURS["black"]),
     "kept": ("o", "white"),
     "dry run": ("D", "white"),
@@ -40,7 +41,7 @@ _OTHER = ("*", "white")
 class _Line(NamedTuple):
     """Iterations `[I]` and, of each, the layers `[I, L]`.
 
-    NaN for a layer without tokens, and for all of them between what does not hang together.
+    NaN for a layer without tokens; a point with NaN for all of them is a gap in the line.
     """
 
     at: Floats
@@ -62,7 +63,11 @@ def imbalance_over_time(run: Run, width: float = WIDE) -> Figure:
     Args:
         run: with a trace, or with an event that knows the load.
         width: inches.
+
+    Raises:
+        DistplbError: if the run lacks what is drawn.
     """
+    refuse_if_lacking(_lacks(run))
     figure = empty(width, 4.0 if is_narrow(width) else 3.9)
     axes = figure.subplots()
     dress(axes, "", "iteration", "fullest GPU / mean GPU")
@@ -70,28 +75,32 @@ def imbalance_over_time(run: Run, width: float = WIDE) -> Figure:
     axes.xaxis.set_major_locator(MaxNLocator(5 if is_narrow(width) else 10, integer=True))
     axes.xaxis.set_major_formatter(lambda number, _: f"{number:,.0f}")
     axes.margins(x=0.01)
-    if run.judged is None:
-        _cut_the_first(axes, run)
+    if run.evaluation is None:
+        _clip_first_window(axes, run)
     legend_below(figure, handles, width)
     return figure
 
 
-def imbalance_over_time_caption(run: Run) -> str:
-    """What to see in `imbalance_over_time`, in numbers."""
-    judged = run.judged
+def _caption(run: Run) -> str:
+    evaluation = run.evaluation
     text = "The line is the mean over the layers, the band goes from the most even layer to the least even one. "
-    if judged is None:
-        told = mean_of_layers(mean_of_layers(event.imbalance_next) for event in run.known if event.imbalance_next)
-        text += f"It began at {mean_of_layers(run.known[0].imbalance_before):.2f}"
-        text += "" if told is None else f" and was {told:.2f} in the windows after a rebalance"
-    elif judged.has_moved:
+    if evaluation is None:
+        following = mean_of_layers(
+            mean_of_layers(event.imbalance_next) for event in run.events_with_load if event.imbalance_next
+        )
+        text += f"It began at {mean_of_layers(run.events_with_load[0].imbalance_before):.2f}"
+        text += "" if following is None else f" and was {following:.2f} in the windows after a rebalance"
+    elif evaluation.has_moved:
+        moved, unmoved = (
+            mean_of_known(imbalance[evaluation.since_move])
+            for imbalance in (evaluation.imbalance_in_force, evaluation.imbalance_unmoved)
+        )
         text += (
-            f"After the first move it is {mean_of_known(judged.in_force[judged.later]):.2f} on average, on steps that "
-            "no plan had seen; without any moves it would be "
-            f"{mean_of_known(judged.as_begun[judged.later]):.2f}, the dashed line"
+            f"After the first move it is {moved:.2f} on average, on steps that no plan had seen; without any moves it "
+            f"would be {unmoved:.2f}, the dashed line"
         )
     else:
-        text += f"It is {mean_of_known(judged.in_force):.2f} on average"
+        text += f"It is {mean_of_known(evaluation.imbalance_in_force):.2f} on average"
     bound = torch.from_numpy(_bound(run).layers)
     text += f"; no placement could beat {mean_of_known(bound):.2f}, the dotted line. "
     if run.events:
@@ -100,15 +109,14 @@ def imbalance_over_time_caption(run: Run) -> str:
     return text
 
 
-def imbalance_over_time_lacks(run: Run) -> str:
-    """What a run needs for `imbalance_over_time` and does not have; empty where it has."""
-    if run.known or run.judged:
+def _lacks(run: Run) -> str:
+    if run.events_with_load or run.evaluation:
         return ""
     return "No load was recorded: pass Rebalancer(record=...) a folder, and let it rebalance once."
 
 
 def _draw_lines(axes: Axes, run: Run) -> list[Any]:
-    line, raw, begun, bound = _measured(run), _raw(run), _begun(run), _bound(run)
+    line, raw, unmoved, bound = _measured(run), _raw(run), _unmoved(run), _bound(run)
     handles: list[Any] = []
     if raw is not None:
         axes.plot(raw.at, raw.mean, color=COLOURS["sky"], linewidth=0.6, alpha=0.7)
@@ -125,9 +133,9 @@ def _draw_lines(axes: Axes, run: Run) -> list[Any]:
     )
     named = "mean of layers" + (", smoothed" if raw is not None else " in each window")
     handles += axes.plot(line.at, line.mean, color=COLOURS["blue"], linewidth=1.8, label=named)
-    if begun is not None:
+    if unmoved is not None:
         style: dict[str, Any] = {"color": COLOURS["vermilion"], "linewidth": 1.4, "linestyle": (0, (5, 2))}
-        handles += axes.plot(begun.at, begun.mean, label="without any moves", **style)
+        handles += axes.plot(unmoved.at, unmoved.mean, label="without any moves", **style)
     handles += axes.plot(
         bound.at, bound.mean, color=COLOURS["green"], linewidth=1.6, linestyle=":", label="lower bound"
     )
@@ -135,7 +143,7 @@ def _draw_lines(axes: Axes, run: Run) -> list[Any]:
 
 
 def _draw_marks(axes: Axes, events: Sequence[RebalanceEvent]) -> list[Any]:
-    """A line and a mark for each rebalance; what the legend has to say of them."""
+    """A line and a mark for each rebalance; returns handles for the legend."""
     faint = 0.7 if len(events) <= 40 else 0.15
     handles = []
     for row, decision in enumerate(dict.fromkeys(event.decision for event in events)):
@@ -158,45 +166,45 @@ def _draw_marks(axes: Axes, events: Sequence[RebalanceEvent]) -> list[Any]:
     return handles
 
 
-def _cut_the_first(axes: Axes, run: Run) -> None:
-    """Where the window before the first rebalance alone would make all others flat, it leaves the axes."""
-    first, *others = run.known
-    least = mean_of_layers(first.imbalance_before) or 1.0
-    most = max((level for event in others for level in event.imbalance_before if level is not None), default=1.0)
-    if others and least - 1 > 3 * (most - 1) > 0:
-        axes.set_ylim(1 - 0.05 * (most - 1), 1 + 1.2 * (most - 1))
-        at, top = first.iteration, 1 + 1.12 * (most - 1)
-        axes.annotate(f" ↑ {least:.2f} at first", (at, top), fontsize=FONT, color=COLOURS["black"])
+def _clip_first_window(axes: Axes, run: Run) -> None:
+    """Where the window before the first rebalance would make all others flat, it is cut off."""
+    first, *others = run.events_with_load
+    level = mean_of_layers(first.imbalance_before) or 1.0
+    maximum = max((one for event in others for one in event.imbalance_before if one is not None), default=1.0)
+    if others and level - 1 > 3 * (maximum - 1) > 0:
+        axes.set_ylim(1 - 0.05 * (maximum - 1), 1 + 1.2 * (maximum - 1))
+        at, top = first.iteration, 1 + 1.12 * (maximum - 1)
+        axes.annotate(f" ↑ {level:.2f} at first", (at, top), fontsize=FONT, color=COLOURS["black"])
 
 
 def _measured(run: Run) -> _Line:
-    if run.judged is None:
+    if run.evaluation is None:
         return _windows(run, "imbalance_before")
-    trace = run.judged.trace
-    return _smooth(trace.iteration.numpy(), run.judged.in_force.numpy(), trace.placement_of_step.numpy())
+    trace = run.evaluation.trace
+    return _smooth(trace.iteration.numpy(), run.evaluation.imbalance_in_force.numpy(), trace.placement_of_step.numpy())
 
 
 def _raw(run: Run) -> _Line | None:
-    if run.judged is None:
+    if run.evaluation is None:
         return None
-    return _thinned(run.judged.trace.iteration.numpy(), run.judged.in_force.numpy())
+    return _thinned(run.evaluation.trace.iteration.numpy(), run.evaluation.imbalance_in_force.numpy())
 
 
-def _begun(run: Run) -> _Line | None:
-    """From the first move on; before it is the same."""
-    judged = run.judged
-    if judged is None or not judged.has_moved:
+def _unmoved(run: Run) -> _Line | None:
+    """From the first move on; before that it is the line itself."""
+    evaluation = run.evaluation
+    if evaluation is None or not evaluation.has_moved:
         return None
-    later, trace = judged.later, judged.trace
-    parts = trace.placement_of_step[later].numpy()
-    return _smooth(trace.iteration[later].numpy(), judged.as_begun[later].numpy(), parts)
+    since_move, trace = evaluation.since_move, evaluation.trace
+    parts = trace.placement_of_step[since_move].numpy()
+    return _smooth(trace.iteration[since_move].numpy(), evaluation.imbalance_unmoved[since_move].numpy(), parts)
 
 
 def _bound(run: Run) -> _Line:
-    if run.known or run.judged is None:
+    if run.events_with_load or run.evaluation is None:
         return _windows(run, "imbalance_bound")
-    steps, bound = run.judged.bound
-    iterations = run.judged.trace.iteration[steps].numpy()
+    steps, bound = run.evaluation.bound
+    iterations = run.evaluation.trace.iteration[steps].numpy()
     return _smooth(iterations, bound.numpy(), np.zeros(len(steps)))
 
 
@@ -206,13 +214,13 @@ def _windows(run: Run, field: str) -> _Line:
     numbers = [event.iteration for event in run.events]
     begins = [max(0, numbers[0] - (run.every or numbers[0])), *numbers]
     for event, begin in zip(run.events, begins, strict=False):
-        if run.knows(event):
+        if run.has_load(event):
             at += [begin, event.iteration]
             levels += [getattr(event, field)] * 2
         else:
             at.append(event.iteration)
             levels.append((np.nan,) * len(run.layers))
-    last = run.known[-1]
+    last = run.events_with_load[-1]
     if field == "imbalance_before" and last.imbalance_next and last is run.events[-1]:
         at += [last.iteration, last.iteration + (run.every or last.iteration)]
         levels += [last.imbalance_next] * 2
@@ -221,7 +229,7 @@ def _windows(run: Run, field: str) -> _Line:
 
 def _thinned(iteration: NDArray[Any], values: NDArray[Any]) -> _Line:
     """One point for each iteration, or for some in a row where there are too many."""
-    stride = max(1, -(-int(iteration[-1] - iteration[0] + 1) // _MOST_POINTS))
+    stride = max(1, -(-int(iteration[-1] - iteration[0] + 1) // _MAX_POINTS))
     _, first, place = np.unique((iteration - iteration[0]) // stride, return_index=True, return_inverse=True)
     is_known = ~np.isnan(values)
     sums, counts = np.zeros((2, len(first), values.shape[1]))
@@ -259,3 +267,6 @@ def _moving_average(values: Floats, reach: int) -> Floats:
 def _over(sums: Floats, counts: Floats) -> Floats:
     """The quotient; NaN of nothing."""
     return np.asarray(np.divide(sums, counts, out=np.full_like(sums, np.nan), where=counts > 0))
+
+
+IMBALANCE_OVER_TIME = ReportFigure("Imbalance over time", imbalance_over_time, _caption, _lacks)

@@ -17,17 +17,19 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from distplb.records.events import RebalanceEvent
+from distplb.report.drawings.base import ReportFigure, refuse_if_lacking
+from distplb.report.drawings.heat_maps import colour_bar, write_numbers
+from distplb.report.drawings.style import COLOURS, GREY, WIDE, dress, empty, is_narrow, mark_each, panels
+from distplb.report.formatting import differing, label, printable, shortened
 from distplb.report.run import Run
-from distplb.report.style import COLOURS, FONT, GREY, WIDE, dress, empty, is_narrow, mark_each, panels, write_numbers
-from distplb.report.texts import differing, label, printable, shortened
 
-__all__ = ["load_by_gpu", "load_by_gpu_caption", "load_by_gpu_lacks"]
+__all__ = ["LOAD_BY_GPU", "load_by_gpu"]
 
 Ratios = NDArray[np.float64]  # [L, M], tokens of a GPU over those of its layer's mean GPU; NaN without tokens
 
 _COLOURS = "RdBu_r"  # red: more than the mean, blue: less, white: the mean; red and blue differ to everybody
-_LEAST_SPAN = 0.1  # of the scale, on each side of 1: a difference of a hundredth is not to look like much
-_ROOM = 0.36, 0.17  # inches that a cell's number takes
+_MIN_SPAN = 0.1  # of the scale, on each side of 1: a difference of a hundredth is not to look like much
+_MIN_CELL = 0.36, 0.17  # inches, width and height of a cell that can hold a number
 
 
 class _Maps(NamedTuple):
@@ -45,7 +47,11 @@ def load_by_gpu(run: Run, width: float = WIDE) -> Figure:
     Args:
         run: with a trace, or with an event that knows the tokens of the GPUs.
         width: inches; below 6.5 the maps stand one under the other.
+
+    Raises:
+        DistplbError: if the run lacks what is drawn.
     """
+    refuse_if_lacking(_lacks(run))
     maps = _maps(run)
     layers, gpus = maps.before.shape
     height = min(max(1.0, 0.3 * layers), max(2.2, 0.095 * layers), 9.0)
@@ -58,19 +64,18 @@ def load_by_gpu(run: Run, width: float = WIDE) -> Figure:
         dress(axes, title, "GPU", f"layer ({label(pattern, 30)})" if pattern else "layer", grid="")
         axes.imshow(ratios, cmap=_colours(), norm=norm, aspect="auto", interpolation="none")
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
-        mark_each(axes, "y", names, most=max(2, int(height / 0.2)))
+        mark_each(axes, "y", names, max_ticks=max(2, int(height / 0.2)))
         _separate_nodes(axes, run, gpus)
         cell = (width - 1.3) / (1 if stacked else 2) / gpus, height / layers
-        if cell[0] >= _ROOM[0] and cell[1] >= _ROOM[1]:
+        if cell[0] >= _MIN_CELL[0] and cell[1] >= _MIN_CELL[1]:
             texts = np.array([["–" if np.isnan(ratio) else f"{ratio:.2f}" for ratio in row] for row in ratios])
             write_numbers(axes, ratios, texts, ScalarMappable(norm, _colours()))
         axes.label_outer()
-    _colour_bar(figure, norm, maps, stacked)
+    _draw_scale(figure, norm, maps, stacked)
     return figure
 
 
-def load_by_gpu_caption(run: Run) -> str:
-    """What to see in `load_by_gpu`, in numbers."""
+def _caption(run: Run) -> str:
     maps = _maps(run)
     layer, gpu = np.unravel_index(np.nanargmax(maps.before), maps.before.shape)
     before, after = (ratios[~np.isnan(ratios[:, 0])].max(1) for ratios in maps[:2])  # [L], of those with tokens
@@ -84,21 +89,20 @@ def load_by_gpu_caption(run: Run) -> str:
     )
 
 
-def load_by_gpu_lacks(run: Run) -> str:
-    """What a run needs for `load_by_gpu` and does not have; empty where it has."""
-    if any(_tells(event) for event in run.known) or (run.judged and run.judged.unseen):
+def _lacks(run: Run) -> str:
+    if any(_has_gpu_load(event) for event in run.events_with_load) or (run.evaluation and run.evaluation.unseen):
         return ""
     return "No load of GPUs was recorded: pass Rebalancer(record=...) a folder, and let it rebalance once."
 
 
-def _tells(event: RebalanceEvent) -> bool:
-    """Whether it knows tokens of GPUs; earlier versions also wrote windows without any."""
+def _has_gpu_load(event: RebalanceEvent) -> bool:
+    """Whether it has tokens of GPUs; earlier versions also wrote windows without any."""
     return any(map(any, event.tokens_of_gpu_before)) and any(map(any, event.tokens_of_gpu_after))
 
 
 def _maps(run: Run) -> _Maps:
-    judged = run.judged
-    unseen = None if judged is None or (run.known and not judged.has_moved) else judged.unseen
+    evaluation = run.evaluation
+    unseen = None if evaluation is None or (run.events_with_load and not evaluation.has_moved) else evaluation.unseen
     if unseen is not None:
         second = "as planned on the steps before" if unseen.is_replayed else "placement in force"
         return _Maps(
@@ -107,8 +111,8 @@ def _maps(run: Run) -> _Maps:
             ("Before: experts where they began", f"After: {second}"),
             f"the same steps of iterations {unseen.first:,} to {unseen.last:,} in both, which the plan had not seen",
         )
-    having = [event for event in run.known if _tells(event)]
-    event = next((event for event in reversed(having) if event.decision == "moved"), having[-1])
+    with_load = [event for event in run.events_with_load if _has_gpu_load(event)]
+    event = next((event for event in reversed(with_load) if event.decision == "moved"), with_load[-1])
     return _Maps(
         _ratios(event.tokens_of_gpu_before),
         _ratios(event.tokens_of_gpu_after),
@@ -128,8 +132,8 @@ def _colours() -> Colormap:
 
 
 def _norm(maps: _Maps) -> Normalize:
-    """1 in the middle, and as far to each side as the fuller of both maps goes."""
-    span = max(_LEAST_SPAN, *(float(np.nanmax(np.abs(ratios - 1))) for ratios in maps[:2]))
+    """1 in the middle, and as far to each side as the largest deviation of both maps."""
+    span = max(_MIN_SPAN, *(float(np.nanmax(np.abs(ratios - 1))) for ratios in maps[:2]))
     return Normalize(1 - span, 1 + span)
 
 
@@ -139,14 +143,12 @@ def _separate_nodes(axes: Axes, run: Run, gpus: int) -> None:
         axes.axvline(first - 0.5, color=COLOURS["black"], linewidth=0.8)
 
 
-def _colour_bar(figure: Figure, norm: Normalize, maps: _Maps, stacked: bool) -> None:
-    """Of the part of the scale that occurs: there are no negative loads."""
-    where: dict[str, Any] = (
-        {"location": "bottom", "shrink": 0.9, "aspect": 30} if stacked else {"location": "right", "aspect": 25}
-    )
-    bar = figure.colorbar(ScalarMappable(norm, _colours()), ax=figure.axes, pad=0.02, **where)
-    bar.set_label("tokens / mean GPU of the layer", fontsize=FONT)
-    bar.ax.tick_params(labelsize=FONT)
-    bar.outline.set_linewidth(0.4)
-    ends = min(1 - _LEAST_SPAN, *(float(np.nanmin(ratios)) for ratios in maps[:2])), float(norm.vmax or 1)
+def _draw_scale(figure: Figure, norm: Normalize, maps: _Maps, stacked: bool) -> None:
+    """Only the part of the scale that occurs: there are no negative loads."""
+    colours = ScalarMappable(norm, _colours())
+    bar = colour_bar(figure, colours, figure.axes, "tokens / mean GPU of the layer", stacked=stacked, aspect=25)
+    ends = min(1 - _MIN_SPAN, *(float(np.nanmin(ratios)) for ratios in maps[:2])), float(norm.vmax or 1)
     (bar.ax.set_xlim if stacked else bar.ax.set_ylim)(*ends)
+
+
+LOAD_BY_GPU = ReportFigure("Load by layer and GPU", load_by_gpu, _caption, _lacks)

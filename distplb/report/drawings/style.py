@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator
-from numpy.typing import NDArray
 
-from distplb.report.texts import label
+from distplb.report.formatting import label
 
 __all__ = [
     "COLOURS",
@@ -26,7 +23,6 @@ __all__ = [
     "legend_below",
     "mark_each",
     "panels",
-    "write_numbers",
 ]
 
 WIDE, NARROW = 10.0, 3.75  # inches; at 96 pixels an inch a laptop's column and a phone's
@@ -52,12 +48,12 @@ def is_narrow(width: float) -> bool:
 
 
 def empty(width: float, height: float) -> Figure:
-    """A figure without axes, in inches. It belongs to nobody: pyplot does not know it."""
+    """A figure without axes, in inches, of which pyplot knows nothing."""
     return Figure(figsize=(width, height), layout="constrained", facecolor="white")
 
 
 def panels(figure: Figure, number: int, stacked: bool, **options: Any) -> list[Axes]:
-    """So many axes side by side, or one under the other."""
+    """`number` axes side by side, or one under the other."""
     shape = (number, 1) if stacked else (1, number)
     return list(figure.subplots(*shape, squeeze=False, **options).flat)
 
@@ -90,22 +86,13 @@ def legend_below(figure: Figure, handles: Sequence[Any], width: float) -> None:
     )
 
 
-def write_numbers(axes: Axes, values: NDArray[np.float64], texts: NDArray[Any], colours: ScalarMappable) -> None:
-    """A text in each cell of a map, black or white, whichever is told better from the cell's colour."""
-    for (row, column), text in np.ndenumerate(texts):
-        red, green, blue, _ = colours.to_rgba(values[row, column])
-        is_dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
-        colour = "white" if is_dark else COLOURS["black"]
-        axes.text(column, row, str(text), ha="center", va="center", fontsize=FONT, color=colour)
-
-
-def mark_each(axes: Axes, along: str, names: Sequence[str], most: int) -> None:
-    """Ticks 0, 1, ... with names, evenly thinned to so many at most."""
+def mark_each(axes: Axes, along: str, names: Sequence[str], max_ticks: int) -> None:
+    """Ticks 0, 1, ... with names, evenly thinned to `max_ticks` at most."""
     axis = axes.xaxis if along == "x" else axes.yaxis
-    if len(names) <= most:
+    if len(names) <= max_ticks:
         places = list(range(len(names)))
     else:
-        places = [int(place) for place in MaxNLocator(most, integer=True).tick_values(0, len(names) - 1)]
+        places = [int(place) for place in MaxNLocator(max_ticks, integer=True).tick_values(0, len(names) - 1)]
         places = [place for place in places if 0 <= place < len(names)]
     axis.set_major_locator(FixedLocator(places))
     axis.set_ticks(places, [label(names[place], 14) for place in places])

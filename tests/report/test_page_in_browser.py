@@ -14,10 +14,10 @@ import pytest
 from jobs import FREE, Job, by_slot, skewed
 from ranks import on_ranks
 
-from distplb.report.figures import PANELS
+from distplb.report.figures import FIGURES
+from distplb.report.interval_trials import with_trials
 from distplb.report.page import write_report
 from distplb.report.run import Run
-from distplb.report.trials import with_trials
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install 'distplb[test]'")
 
@@ -25,7 +25,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 EXAMPLE = Path(__file__).parents[2] / "examples" / "pretrain_moe.py"
 SMALL = ["--iterations=16", "--every=4", "--turn=4", "--ffn=32", "--batch=2", "--sequence=32", "--experts=8"]
 WIDTHS = {"laptop": (1280, 800, 960), "phone": (390, 844, 360)}  # of the window, its height, of the images
-LEAST_PIXELS = 11  # of letters
+MIN_PIXELS = 11  # of letters
 DEADLINE_MS = 120_000
 
 IMAGES = "Array.from(document.images, one => [one.complete, one.naturalWidth, one.width, one.alt])"
@@ -79,21 +79,21 @@ def browser() -> Iterator[Any]:
         running.close()
 
 
-class Seen:
-    """One look at a page, and whatever the browser had to say."""
+class PageView:
+    """A page in the browser, with the messages and requests that it caused."""
 
     def __init__(self, browser: Any, page: Path, width: int, height: int) -> None:
-        self.said, self.requests = list[str](), list[str]()
+        self.messages, self.requests = list[str](), list[str]()
         self.tab = browser.new_page(viewport={"width": width, "height": height})
         self.tab.set_default_timeout(DEADLINE_MS)
-        self.tab.on("console", lambda message: self.said.append(message.text))
-        self.tab.on("pageerror", lambda error: self.said.append(str(error)))
+        self.tab.on("console", lambda message: self.messages.append(message.text))
+        self.tab.on("pageerror", lambda error: self.messages.append(str(error)))
         self.tab.on("request", lambda request: self.requests.append(request.url))
         self.tab.goto(page.as_uri(), wait_until="networkidle")
 
     @property
-    def outside(self) -> list[str]:
-        """What was asked of anybody but the page itself."""
+    def outside_requests(self) -> list[str]:
+        """Requests to anything but the page itself."""
         return [address for address in self.requests[1:] if not address.startswith("data:")]
 
 
@@ -104,27 +104,27 @@ def test_the_page_of_a_real_run_shows_what_there_is_and_asks_for_nothing(
 ) -> None:
     page: Path = request.getfixturevalue(of)
     width, height, image_width = WIDTHS[device]
-    seen = Seen(browser, page, width, height)
-    assert seen.said == []
-    assert seen.requests[0] == page.as_uri()
-    assert seen.outside == []
+    view = PageView(browser, page, width, height)
+    assert view.messages == []
+    assert view.requests[0] == page.as_uri()
+    assert view.outside_requests == []
     run = with_trials(Run.read(page.with_suffix("")))
     assert len(run.events) == 4
-    lacking = [panel for panel in PANELS if panel.lacks(run)]
+    lacking = [figure for figure in FIGURES if figure.lacks(run)]
     assert of == "page" or not lacking
-    assert seen.tab.locator(".lacks").all_inner_texts() == [panel.lacks(run) for panel in lacking]
-    shown_panels = [panel for panel in PANELS if panel not in lacking]
-    images = seen.tab.evaluate(IMAGES)
-    assert len(images) == len(shown_panels)
-    for panel, (complete, natural, shown, alt) in zip(shown_panels, images, strict=True):
+    assert view.tab.locator(".lacks").all_inner_texts() == [figure.lacks(run) for figure in lacking]
+    shown_figures = [figure for figure in FIGURES if figure not in lacking]
+    images = view.tab.evaluate(IMAGES)
+    assert len(images) == len(shown_figures)
+    for figure, (complete, natural, shown, alt) in zip(shown_figures, images, strict=True):
         assert complete
         assert natural == image_width
         assert image_width - 4 <= shown <= image_width, "letters are as large as they were drawn"
-        assert alt.startswith(f"{panel.title}. ")
-    assert seen.tab.evaluate(OVERFLOW) <= 0
-    assert seen.tab.evaluate(SMALLEST_LETTERS) >= LEAST_PIXELS
-    assert seen.tab.locator("tbody tr").count() == len(run.events)
-    seen.tab.close()
+        assert alt.startswith(f"{figure.title}. ")
+    assert view.tab.evaluate(OVERFLOW) <= 0
+    assert view.tab.evaluate(SMALLEST_LETTERS) >= MIN_PIXELS
+    assert view.tab.locator("tbody tr").count() == len(run.events)
+    view.tab.close()
 
 
 def test_what_the_page_may_not_do_is_noticed(page: Path, browser: Any, tmp_path: Path) -> None:
@@ -133,11 +133,11 @@ def test_what_the_page_may_not_do_is_noticed(page: Path, browser: Any, tmp_path:
     harm = '<script>alert(1)</script><img src="http://127.0.0.1:9/x.png"><p style="width: 3000px">wide</p></body>'
     worse = tmp_path / "worse.html"
     worse.write_text(source.replace("</body>", harm), encoding="utf-8")
-    seen = Seen(browser, worse, 1280, 800)
-    assert any("script" in text for text in seen.said), "the page's policy did not stop the script"
-    assert any("127.0.0.1" in text for text in seen.said), "nor the image"
-    assert seen.tab.evaluate(OVERFLOW) > 0
+    view = PageView(browser, worse, 1280, 800)
+    assert any("script" in text for text in view.messages), "the page's policy did not stop the script"
+    assert any("127.0.0.1" in text for text in view.messages), "nor the image"
+    assert view.tab.evaluate(OVERFLOW) > 0
     worse.write_text(
         worse.read_text(encoding="utf-8").replace("default-src 'none'; img-src data:;", ""), encoding="utf-8"
     )
-    assert Seen(browser, worse, 1280, 800).outside == ["http://127.0.0.1:9/x.png"]
+    assert PageView(browser, worse, 1280, 800).outside_requests == ["http://127.0.0.1:9/x.png"]

@@ -29,19 +29,19 @@ def printable(text: str) -> str:
     return "".join(one if one.isprintable() or one == "\n" else "�" for one in text)
 
 
-def shortened(text: str, most: int = 48) -> str:
+def shortened(text: str, max_letters: int = 48) -> str:
     """The text, or its beginning and end.
 
-    >>> shortened("model.layers.17.mlp.experts", most=13)
+    >>> shortened("model.layers.17.mlp.experts", max_letters=13)
     'model.…xperts'
     """
-    half = (most - 1) // 2
-    return text if len(text) <= most else f"{text[:half]}…{text[-half:]}"
+    half = (max_letters - 1) // 2
+    return text if len(text) <= max_letters else f"{text[:half]}…{text[-half:]}"
 
 
-def label(text: str, most: int = 48) -> str:
+def label(text: str, max_letters: int = 48) -> str:
     """A string as a figure shows it: in one line, and never taken for a formula."""
-    return shortened(printable(" ".join(text.split())), most).replace("$", r"\$")
+    return shortened(printable(" ".join(text.split())), max_letters).replace("$", r"\$")
 
 
 def differing(names: Sequence[str]) -> tuple[str, tuple[str, ...]]:
@@ -62,7 +62,7 @@ def differing(names: Sequence[str]) -> tuple[str, tuple[str, ...]]:
 
 
 def _in_common(parts: Sequence[Sequence[str]]) -> int:
-    """How many parts of a name all begin with; never all of one."""
+    """How many first parts all names share; fewer than any name has."""
     shortest = min(map(len, parts)) - 1
     return next((at for at in range(shortest) if len({part[at] for part in parts}) > 1), shortest)
 
