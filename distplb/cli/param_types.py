@@ -1,47 +1,24 @@
-"""What is given on the command line: kinds of values that click lacks, and names of options for messages."""
+"""Types of arguments and options that click lacks."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import click
 
-__all__ = ["Amount", "GivenPath", "OutputPath", "Whole", "as_option", "refuse_overwriting"]
-
-# Names of arguments whose options have other names; the others have their own, with dashes.
-_OPTIONS: Mapping[str, str] = {
-    "num_slots": "slots",
-    "num_groups": "groups",
-    "num_candidates": "candidates",
-    "num_nodes": "nodes",
-    "num_gpus": "megatron-ep",  # of Trace.from_megatron
-    "expert_tensor_parallel": "megatron-expert-tp",
-    "pipeline_parallel": "megatron-pipeline",
-}
-_WITHOUT = {"max_bytes"}  # what only Python lets one say
+__all__ = ["FiniteNumber", "NamedPath", "OutputFile", "WholeNumber", "refuse_overwriting"]
 
 
-def as_option(name: str, value: str) -> str:
-    """How the command line passes what `OptionError` names: `--slots`, and `--slots 8` with a value."""
-    if name in _WITHOUT:
-        return f"{name} in Python"
-    option = f"--{_OPTIONS.get(name, name).replace('_', '-')}"
-    if value == "None":
-        return f"no {option}"
-    return f"{option} {value.strip(chr(39))}".strip()
-
-
-class GivenPath(click.Path):
-    """A path; neither an empty one nor "-", because no command reads the standard input."""
+class NamedPath(click.Path):
+    """A path, but neither an empty one nor "-", because no command reads the standard input."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(path_type=Path, **settings)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Refuse what is no path."""
+        """Refuse an empty path and "-"."""
         if value == "-":
             self.fail(
                 "'-' is no path, and the standard input is not read; pass a file, or ./- for one of this name",
@@ -53,8 +30,8 @@ class GivenPath(click.Path):
         return super().convert(value, param, ctx)
 
 
-class OutputPath(GivenPath):
-    """A file to write, looked at before the work: there is its folder, and what it replaces is a file."""
+class OutputFile(NamedPath):
+    """A file to write, checked before the work: its folder must exist, and it may replace only a regular file."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Refuse what cannot be written, or must not be replaced."""
@@ -73,7 +50,7 @@ class OutputPath(GivenPath):
 
 
 def refuse_overwriting(output: Path | None, read: Path) -> None:
-    """Refuse an --output that is the file which the command reads, or one of the folder that it reads.
+    """Refuse an --output that is the file that the command reads, or is in the folder that it reads.
 
     Raises:
         click.BadParameter: naming it.
@@ -87,24 +64,24 @@ def refuse_overwriting(output: Path | None, read: Path) -> None:
         )
 
 
-class Whole(click.IntRange):
-    """A whole number of at least `least`."""
+class WholeNumber(click.IntRange):
+    """A whole number of at least `minimum`."""
 
     name = "integer"
 
-    def __init__(self, least: int = 1) -> None:
-        super().__init__(min=least)
+    def __init__(self, minimum: int = 1) -> None:
+        super().__init__(min=minimum)
 
 
-class Amount(click.types.FloatParamType):
+class FiniteNumber(click.types.FloatParamType):
     """A finite number in a range, by default one that no physical quantity leaves."""
 
-    def __init__(self, least: float = 1e-6, most: float = 1e18) -> None:
-        self._least, self._most = least, most
+    def __init__(self, minimum: float = 1e-6, maximum: float = 1e18) -> None:
+        self._minimum, self._maximum = minimum, maximum
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Refuse what is outside, as a NaN is."""
-        found = super().convert(value, param, ctx)
-        if not self._least <= found <= self._most:
-            self.fail(f"{found} is not in the range {self._least:g} to {self._most:g}", param, ctx)
-        return found
+        """Refuse a number outside the range, and a NaN."""
+        number = super().convert(value, param, ctx)
+        if not self._minimum <= number <= self._maximum:
+            self.fail(f"{number} is not in the range {self._minimum:g} to {self._maximum:g}", param, ctx)
+        return number

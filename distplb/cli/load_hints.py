@@ -1,4 +1,4 @@
-"""What a load looks like that is none of a job: said beside the result, which is right for what was given.
+"""Hints that a load does not look like that of a job; the result beside them is right for the load as it is.
 
 Shapes: T steps, L layers, E experts.
 """
@@ -9,31 +9,31 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-__all__ = ["hints_of"]
+__all__ = ["load_hints"]
 
 _EVEN = 1.005  # no job waits longer for half a percent
-_FEWEST_TOKENS = 4  # of a count that is not zero, on average; thinner steps have other experts by chance
-_FEWEST_LAYERS = 3  # in two, the same extra may be chance
-# Counts are an extra from so many times the next one on, if the least of all layers is such a part of the greatest:
-# of the same experts in all layers, and of any.
+_MIN_TOKENS = 4  # of a count that is not zero, on average; thinner steps have other experts by chance
+_MIN_LAYERS = 3  # in two, the same extra may be chance
+# (factor, share): a layer's largest counts are an extra if they are more than `factor` times the next one, and in all
+# layers at least `share` of the greatest; where they are of the same experts in all layers, and where they are of any.
 _SAME, _ANY = (2.5, 0.6), (3.0, 0.8)
-_MOST_EXTRA = 1 / 4  # of the experts
+_MAX_EXTRA = 1 / 4  # of the experts
 
 
-def hints_of(load: Tensor, *, before: float | None, is_trace: bool) -> list[str]:
-    """Sentences, of which none says anything about most loads.
+def load_hints(load: Tensor, *, before: float | None, is_trace: bool) -> list[str]:
+    """What is unusual about a load, a sentence each; most loads have none.
 
     >>> import torch
-    >>> hints_of(torch.tensor([[[9, 7, 0, 0]], [[0, 0, 8, 6]]]), before=2.0, is_trace=True)[0]
+    >>> load_hints(torch.tensor([[[9, 7, 0, 0]], [[0, 0, 8, 6]]]), before=2.0, is_trace=True)[0]
     'no expert has tokens in more than one of 2 steps: counts of single ranks, each of its own experts? add them up'
 
     Args:
         load: `[T, L, E]` int64.
-        before: the mean imbalance under the placement in force; None where nobody asks.
-        is_trace: whether the load has steps; what is a sum over some has nothing to say about them.
+        before: the mean imbalance under the placement in force; None where it does not matter.
+        is_trace: whether the load has steps; a sum over steps has no hint about their number.
     """
-    there = load > 0
-    return list(_hints(load[there.flatten(1).any(1)][:, there.any(2).any(0)], before, is_trace))
+    has_tokens = load > 0
+    return list(_hints(load[has_tokens.flatten(1).any(1)][:, has_tokens.any(2).any(0)], before, is_trace))
 
 
 def _hints(load: Tensor, before: float | None, is_trace: bool) -> Iterator[str]:
@@ -55,20 +55,20 @@ def _hints(load: Tensor, before: float | None, is_trace: bool) -> Iterator[str]:
     elif _layers_are_alike(load):
         yield f"all {load.shape[1]} layers have the same counts: one layer, recorded for all of them?"
     elif extra := _extra_experts(load):
-        which, least = extra
+        experts, extra_tokens = extra
         yield (
-            f"in every layer {which} at least {least:,} tokens more than the next one, about as many in all layers: "
-            "padding that is routed? leave it out of the counts"
+            f"in every layer {experts} at least {extra_tokens:,} tokens more than the next one, about as many in all "
+            "layers: padding that is routed? leave it out of the counts"
         )
 
 
 def _steps_are_disjoint(load: Tensor) -> bool:
-    """Whether each step has experts of its own, in every layer, where that is no chance."""
-    there = load > 0
-    if int(there.any(2).sum(0).min()) < 2 or bool((there.sum(0) > 1).any()):
+    """Whether each step has experts of its own in every layer, and that is not chance."""
+    has_tokens = load > 0
+    if int(has_tokens.any(2).sum(0).min()) < 2 or bool((has_tokens.sum(0) > 1).any()):
         return False
-    used = int(there.sum())
-    return 2 * used >= load[0].numel() and int(load.sum()) >= _FEWEST_TOKENS * used
+    num_counts = int(has_tokens.sum())
+    return 2 * num_counts >= load[0].numel() and int(load.sum()) >= _MIN_TOKENS * num_counts
 
 
 def _layers_are_alike(load: Tensor) -> bool:
@@ -76,18 +76,18 @@ def _layers_are_alike(load: Tensor) -> bool:
 
 
 def _extra_experts(load: Tensor) -> tuple[str, int] | None:
-    """The experts that have the same large extra in all layers, in words, and the least of it."""
+    """The experts that have the same large extra in all layers, in words, and the smallest extra in tokens."""
     _, num_layers, num_experts = load.shape
-    if num_layers < _FEWEST_LAYERS:
+    if num_layers < _MIN_LAYERS:
         return None
     total = load.sum(0)
     counts, experts = total.sort(dim=1, descending=True)  # [L, E]
-    for number in range(1, int(num_experts * _MOST_EXTRA) + 1):
+    for number in range(1, int(num_experts * _MAX_EXTRA) + 1):
         last, following = counts[:, number - 1], counts[:, number]
         chosen = experts[:, :number].sort(dim=1).values
         same = bool((chosen == chosen[:1]).all())
-        far, alike = _SAME if same else _ANY
-        if int(last.min()) >= alike * int(counts[:, 0].max()) and bool((last > far * following).all()):
+        factor, share = _SAME if same else _ANY
+        if int(last.min()) >= share * int(counts[:, 0].max()) and bool((last > factor * following).all()):
             names = ", ".join(map(str, chosen[0].tolist()))
             which = f"expert{'s' * (number > 1)} {names}" if same else f"{number} expert{'s' * (number > 1)}"
             return f"{which} {'have' if number > 1 else 'has'}", int((last - following).min())

@@ -8,62 +8,71 @@ from typing import Any, NamedTuple
 
 from rich.table import Table
 
-from distplb.cli.empties import Empties
+from distplb.cli.empty_parts import EmptyParts
 from distplb.cli.output import console, plain, table
 from distplb.core.price import MoveModel, TimeCurve
 from distplb.study.advice import PRICED, STATIC, Study, WhatIf
 from distplb.study.costs import AssumedJob, tokens_of_mean_gpu
 from distplb.study.verdict import Verdict, percent
 
-__all__ = ["Costs", "Replayed", "document", "print_tables"]
+__all__ = ["Costs", "ReplayResult", "document", "print_tables"]
 
 
 class Costs(NamedTuple):
-    """What tokens and moves cost, and the job that it was assumed of; None where a job has recorded it."""
+    """What tokens and moves cost; with the assumed job, or None where a job has recorded them."""
 
     model: MoveModel
     curve: TimeCurve | None
     job: AssumedJob | None = None
 
 
-class Replayed(NamedTuple):
-    """What there is to tell: planners by name, other intervals with the price, the bound of all placements, advice,
-    and what of the trace has no tokens."""
+class ReplayResult(NamedTuple):
+    """What `distplb replay` found.
+
+    Args:
+        study: of the trace.
+        costs: of tokens and moves.
+        planners: their outcomes, by name.
+        intervals: outcomes of plans with the price, by interval between rebalances.
+        bound: of all placements.
+        verdict: whether to install it.
+        empty_parts: of the trace.
+    """
 
     study: Study
     costs: Costs
-    found: Mapping[str, WhatIf]
-    others: Sequence[WhatIf]
+    planners: Mapping[str, WhatIf]
+    intervals: Sequence[WhatIf]
     bound: float
-    told: Verdict
-    empties: Empties
+    verdict: Verdict
+    empty_parts: EmptyParts
 
 
-def document(replayed: Replayed) -> dict[str, Any]:
-    """All of it, for scripts."""
-    study, costs, found, others, bound, told, empties = replayed
+def document(result: ReplayResult) -> dict[str, Any]:
+    """The result as one JSON object."""
+    study, costs, planners, intervals, bound, verdict, empty_parts = result
     trace = study.trace
     return {
         "steps": trace.num_steps,
-        **empties.as_json(),
+        **empty_parts.as_json(),
         "layers": trace.num_layers,
         "experts": trace.num_experts,
         "iterations": study.iterations,
         "topology": asdict(study.topology),
-        "every": found[PRICED].every,
+        "every": planners[PRICED].every,
         "stands_for": study.stands_for,
         "costs": asdict(costs.model),
         "assumed": None if costs.job is None else asdict(costs.job),
         "bound": bound,
-        "planners": {name: asdict(one) for name, one in found.items()},
-        "what_if": [asdict(one) for one in others],
-        "verdict": asdict(told),
+        "planners": {name: asdict(one) for name, one in planners.items()},
+        "what_if": [asdict(one) for one in intervals],
+        "verdict": asdict(verdict),
     }
 
 
-def print_tables(replayed: Replayed) -> None:
+def print_tables(result: ReplayResult) -> None:
     """Two tables, what was assumed, and the advice."""
-    study, costs, found, others, bound, told, empties = replayed
+    study, costs, planners, intervals, bound, verdict, empty_parts = result
     out = console()
     trace, cluster = study.trace, study.topology
     out.print(
@@ -71,24 +80,24 @@ def print_tables(replayed: Replayed) -> None:
         f"layer{'s' * (trace.num_layers != 1)} of {trace.num_experts} experts on {cluster.num_gpus} GPUs "
         f"({cluster.num_nodes} × {cluster.gpus_per_node})"
     )
-    if empties.told():
-        out.print(plain(empties.told()))
+    if left_out := empty_parts.sentence():
+        out.print(plain(left_out))
     out.print()
-    out.print(_planners(found, bound))
+    out.print(_planner_table(planners, bound))
     out.print()
-    out.print(_what_if(others))
+    out.print(_interval_table(intervals))
     out.print()
-    out.print(_costs(study, costs), style="dim")
+    out.print(_cost_sentence(study, costs), style="dim")
     out.print()
-    out.print(told.text, style={"yes": "green", "no": "red", "longer": "yellow"}[told.answer])
+    out.print(verdict.text, style={"yes": "green", "no": "red", "longer": "yellow"}[verdict.answer])
 
 
-def _planners(found: Mapping[str, WhatIf], bound: float) -> Table:
+def _planner_table(planners: Mapping[str, WhatIf], bound: float) -> Table:
     lines = table(
         *("planner", "imbalance", "worst step", "slots moved", "computing (s)", "moving (s)", "saved"),
-        title=f"A rebalance every {found[PRICED].every} iterations; every step under a plan that had not seen it",
+        title=f"A rebalance every {planners[PRICED].every} iterations; every step under a plan that had not seen it",
     )
-    for name, one in found.items():
+    for name, one in planners.items():
         numbers = (f"{one.imbalance:.3f}", f"{one.worst_step:.2f}", f"{one.slots_moved}")
         seconds = (f"{one.compute_seconds:.3f}", f"{one.move_seconds:.3f}")
         lines.add_row(name, *numbers, *seconds, "" if name == STATIC else percent(one.saved))
@@ -97,12 +106,12 @@ def _planners(found: Mapping[str, WhatIf], bound: float) -> Table:
     return lines
 
 
-def _what_if(others: Sequence[WhatIf]) -> Table:
+def _interval_table(intervals: Sequence[WhatIf]) -> Table:
     lines = table(
         *("every", "rebalances", "imbalance", "slots moved", "saved", "95\u00a0% interval"),
         title="Plans with the price, at other intervals",
     )
-    for one in others:
+    for one in intervals:
         interval = (
             "too few" if one.low is None or one.high is None else f"{percent(one.low, '')} to {percent(one.high)}"
         )
@@ -111,7 +120,7 @@ def _what_if(others: Sequence[WhatIf]) -> Table:
     return lines
 
 
-def _costs(study: Study, costs: Costs) -> str:
+def _cost_sentence(study: Study, costs: Costs) -> str:
     job, model = costs.job, costs.model
     stands = f"a recorded step stands for {study.stands_for:.3g} of the job's (--stands-for)."
     if job is None:
