@@ -1,4 +1,4 @@
-"""Steps and layers without tokens, shares of replicas, even loads."""
+"""Steps and layers without tokens."""
 
 from __future__ import annotations
 
@@ -22,11 +22,9 @@ from distplb import (
     Trace,
     imbalance,
     lower_bound,
-    plan,
     read_events,
 )
 from distplb.core.balance import balancedness_sglang, balancedness_vllm, max_violation
-from distplb.core.cost import gpu_tokens
 from distplb.records.event_log import scalars
 from distplb.report.run import Run
 from distplb.report.summary import Summary
@@ -34,15 +32,22 @@ from distplb.study.advice import STEPS, Study
 from distplb.study.replay import Replay, replay
 from inputs.case import Case, command
 
-__all__ = ["CASES"]
+__all__ = ["CASES", "FOUR", "MODEL", "TWO", "cost_of", "replayed", "trace_of"]
+
 
 TWO, FOUR = Topology(num_nodes=1, gpus_per_node=2), Topology(num_nodes=1, gpus_per_node=4)
+
+
 ON_TWO = ("--gpus-per-node", 2, "--engine", "reference")
+
+
 MODEL = MoveModel(seconds_per_token=1.0, bytes_per_slot=8, bandwidth_inside=8.0, bandwidth_between=8.0)
+
+
 NOTHING = torch.zeros(3, 1, 4, dtype=torch.int64)
-ONES = torch.ones(1, 1, 8, dtype=torch.int64)
+
+
 UNEVEN = [[60, 50, 20, 10]]  # of one layer; 1.5714 in order, 1.0000 at best
-HALVES = Placement(torch.tensor([[0, 1, 2, 3, 4, 5, 6, 7] * 2]), num_experts=8, num_gpus=4)  # two replicas of each
 
 
 def steps(*counts: list[list[int]], empty: int = 0) -> Tensor:
@@ -82,13 +87,13 @@ def dense(layers: int, *without: int) -> Tensor:
 def field(*names: str) -> Callable[[str], object]:
     """What an object has under these names."""
 
-    def found(printed: str) -> object:
+    def show(printed: str) -> object:
         value: Any = json.loads(printed)
         for name in names:
             value = value[int(name)] if isinstance(value, list) else value[name]
         return round(value, 4) if isinstance(value, float) else json.dumps(value)
 
-    return found
+    return show
 
 
 def line_with(words: str) -> Callable[[str], object]:
@@ -96,23 +101,23 @@ def line_with(words: str) -> Callable[[str], object]:
 
 
 def of_planner(name: str, which: str) -> Callable[[str], object]:
-    def found(printed: str) -> object:
+    def show(printed: str) -> object:
         row = next(row for row in json.loads(printed)["planners"] if row["planner"] == name)
         return round(row[which]["mean"], 4)
 
-    return found
+    return show
 
 
 def replayed(load: Tensor, start: Placement | None = None, curve: TimeCurve | None = None) -> Replay:
     topology = Topology(1, 2 if start is None else start.num_gpus)
     return replay(
-        trace_of(load), lambda seen, current: current, topology=topology, every=1, model=MODEL, start=start, curve=curve
+        trace_of(load), lambda load, current: current, topology=topology, every=1, model=MODEL, start=start, curve=curve
     )
 
 
-def cost_of(found: Replay) -> str:
-    fullest = found.fullest.sum().item()
-    return f"fullest {fullest}, imbalance {found.mean_imbalance:.4f}, {found.compute_seconds} s"
+def cost_of(outcome: Replay) -> str:
+    fullest = outcome.fullest.sum().item()
+    return f"fullest {fullest}, imbalance {outcome.mean_imbalance:.4f}, {outcome.compute_seconds} s"
 
 
 def event_of(load: Tensor) -> RebalanceEvent:
@@ -161,19 +166,12 @@ def earlier_line(folder: Path) -> RebalanceEvent:
     return read_events(folder / "events.jsonl")[0]
 
 
-def planned(load: list[int] | list[list[int]], topology: Topology, **options: Any) -> list[int]:
-    """Of one layer, the expert of each slot."""
-    rows = torch.tensor(load)
-    rows = rows[None] if rows.dim() == 1 else rows[:, None]
-    return plan(rows, topology, engine="reference", **options).expert_of_slot[0].tolist()
-
-
 def moved_in_study(load: Tensor) -> str:
     (one,) = Study(trace_of(load), TWO, MODEL, engine="reference").run([(STEPS, 4)])
     return f"{one.rebalances} rebalances, imbalance {one.imbalance:.4f}, {one.static_seconds:.0f} s static"
 
 
-_STEPS = [
+CASES: list[Case] = [
     Case(
         "`imbalance` of tokens [100, 200] and of three empty steps, on 2 GPUs",
         "[1.3333, nan, nan, nan]",
@@ -350,65 +348,3 @@ _STEPS = [
         lambda _: Summary.of(Run("run", trace=trace_of(ring(4, 7)))).steps_without_tokens,
     ),
 ]
-_SHARES = [
-    Case(
-        "8 experts of one token, each with two replicas, on 4 GPUs: `gpu_tokens`",
-        "[2.0, 2.0, 2.0, 2.0]",
-        lambda _: gpu_tokens(ONES, HALVES.expert_of_slot, 4)[0, 0].tolist(),
-    ),
-    Case(
-        "`replay` of the same",
-        "fullest 2.0, imbalance 1.0000, 2.0 s",
-        lambda _: cost_of(replayed(ONES, HALVES)),
-    ),
-    Case(
-        "`replay` of the same with a time curve of 10 ns a token: nanoseconds of the fullest GPU",
-        "20.0",
-        lambda _: float(replayed(ONES, HALVES, TimeCurve((0, 1), (0, 10))).fullest),
-    ),
-    Case(
-        "5 tokens of an expert in 3 slots, 4 of another in one: `gpu_tokens` of 2 GPUs",
-        "[3.3333, 5.6667]",
-        lambda _: [
-            round(one, 4)
-            for one in gpu_tokens(torch.tensor([[[5, 4]]]), torch.tensor([[0, 0, 0, 1]]), 2)[0, 0].tolist()
-        ],
-    ),
-    Case(
-        "the same without replicas: integers",
-        "[5, 4]",
-        lambda _: gpu_tokens(torch.tensor([[[5, 4]]]), torch.tensor([[0, 1]]), 2)[0, 0].tolist(),
-    ),
-]
-_EVEN = [
-    Case("`plan` of 8 experts of 5 tokens on 4 GPUs", "[0, 1, 2, 3, 4, 5, 6, 7]", lambda _: planned([5] * 8, FOUR)),
-    Case("`plan` of counts that are all 0", "[0, 1, 2, 3, 4, 5, 6, 7]", lambda _: planned([0] * 8, FOUR)),
-    Case("`plan` of [7, 1, 4, 2] on one GPU", "[0, 1, 2, 3]", lambda _: planned([7, 1, 4, 2], Topology(1, 1))),
-    Case("`plan` of [7, 1, 4, 2] on 4 GPUs, one expert each", "[0, 1, 2, 3]", lambda _: planned([7, 1, 4, 2], FOUR)),
-    Case(
-        "`plan` of one hot expert, [90, 1, 1, 1] on 2 GPUs: no placement helps",
-        "[0, 1, 2, 3]",
-        lambda _: planned([90, 1, 1, 1], TWO),
-    ),
-    Case(
-        "`plan` of 4 even experts in 8 slots",
-        "[0, 0, 1, 1, 2, 2, 3, 3]",
-        lambda _: planned([5] * 4, TWO, num_slots=8),
-    ),
-    Case(
-        "`plan` of the same with replicas on different GPUs",
-        "True",
-        lambda _: sorted(planned([5] * 4, TWO, num_slots=8, allow_shared_replicas=False)[:4]) == [0, 1, 2, 3],
-    ),
-    Case(
-        "`plan` of 8 even experts in 4 groups on 2 nodes of 2 GPUs",
-        "[0, 1, 2, 3, 4, 5, 6, 7]",
-        lambda _: planned([5] * 8, Topology(2, 2), num_groups=4),
-    ),
-    Case(
-        "`plan` of [9, 9, 1, 1] and two empty steps, which is that of the one step",
-        "[0, 2, 1, 3]",
-        lambda _: planned([[9, 9, 1, 1], [0] * 4, [0] * 4], TWO),
-    ),
-]
-CASES: list[Case] = [*_STEPS, *_SHARES, *_EVEN]
