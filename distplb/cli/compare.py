@@ -17,7 +17,7 @@ from torch import Tensor
 
 from distplb.cli.empty_parts import EmptyParts
 from distplb.cli.load_hints import load_hints
-from distplb.cli.output import console, json_option, plain, print_hints, print_json, progress, table
+from distplb.cli.output import console, json_option, print_hints, print_json, progress, table
 from distplb.cli.param_types import NamedPath
 from distplb.cli.plan_request import PlanRequest
 from distplb.cli.shared_options import planning_options
@@ -113,7 +113,7 @@ def compare(
         out = console()
         out.print(_table(steps, rows, narrow=out.width < _MIN_WIDTH))
         for sentence in _sentences_of_empty_parts(request, unseen, steps):
-            out.print(plain(sentence))
+            out.print(sentence)
         print_hints(hints)
 
 
@@ -251,7 +251,7 @@ def _table(steps: _Steps, rows: list[_Row], *, narrow: bool) -> Table:
         shown = [row.in_sample.mean, row.unseen.mean, row.unseen.worst] if row.unseen else list(row.in_sample)
         counts = ["" if row.moved is None else str(row.moved), "" if row.seconds is None else f"{row.seconds:.3f}"]
         cells = [*(f"{value:.4f}" for value in shown), *counts]
-        lines.add_row(plain(row.planner), *cells[: len(numbers) + len(others)])
+        lines.add_row(row.planner, *cells[: len(numbers) + len(others)])
     return lines
 
 

@@ -9,7 +9,7 @@ import click
 from rich.table import Table
 from rich.text import Text
 
-from distplb.cli.output import console, json_option, plain, print_json, table
+from distplb.cli.output import console, json_option, print_json, table
 from distplb.cli.param_types import FiniteNumber
 from distplb.doctor.examine import Examination, examined
 
@@ -60,7 +60,7 @@ def _print(examination: Examination) -> None:
     out = console()
     findings = Table(box=None, show_header=False, pad_edge=False)
     for one in examination.findings:
-        findings.add_row(Text(one.level, style=_STYLES[one.level]), plain(one.what), plain(one.text))
+        findings.add_row(Text(one.level, style=_STYLES[one.level]), one.what, one.text)
     out.print(findings)
     if examination.timings:
         out.print(_timings(examination))
@@ -69,5 +69,5 @@ def _print(examination: Examination) -> None:
 def _timings(examination: Examination) -> Table:
     lines = table("round", "ms", "GB/s", title="Medians of rank 0")
     for one in examination.timings:
-        lines.add_row(plain(one.what), f"{one.seconds * 1e3:.1f}", f"{one.rate / 1e9:.2f}")
+        lines.add_row(one.what, f"{one.seconds * 1e3:.1f}", f"{one.rate / 1e9:.2f}")
     return lines

@@ -22,7 +22,6 @@ __all__ = [
     "forgive_encodings",
     "json_option",
     "one_line",
-    "plain",
     "print_hints",
     "print_json",
     "printable",
@@ -74,17 +73,12 @@ def one_line(text: str) -> str:
     return text if len(text) <= _MAX_LETTERS else f"{text[: _MAX_LETTERS - 205]} ... {text[-200:]}"
 
 
-def plain(text: str) -> Text:
-    """As it is: no markup, no control codes."""
-    return Text(printable(text))
-
-
 def table(first: str, *others: str, title: str | None = None) -> Table:
     """Names on the left, which wrap, and numbers on the right, which do not; rows come by `add_row`."""
     lines = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     if title is not None:
-        lines.title, lines.title_justify, lines.title_style = plain(title), "left", ""
-    lines.add_column(plain(first), overflow="fold")
+        lines.title, lines.title_justify, lines.title_style = title, "left", ""
+    lines.add_column(first, overflow="fold")
     for name in others:
         lines.add_column(Text(name.replace(" ", "\n")), justify="right", no_wrap=True, vertical="bottom")
     return lines

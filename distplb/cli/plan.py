@@ -12,7 +12,7 @@ import click
 from rich.table import Table
 
 from distplb.cli.load_hints import load_hints
-from distplb.cli.output import console, json_option, plain, print_hints, print_json, progress, table
+from distplb.cli.output import console, json_option, print_hints, print_json, progress, table
 from distplb.cli.param_types import NamedPath, OutputFile, refuse_overwriting
 from distplb.cli.plan_request import PlanRequest
 from distplb.cli.shared_options import planning_options
@@ -123,10 +123,10 @@ def _print(request: PlanRequest, rows: list[_Row], show_all: bool, output: Path 
     out = console()
     out.print(_table(rows, show_all))
     if left_out := request.empty_parts.sentence():
-        out.print(plain(left_out))
-    out.print(plain(_summary(rows, num_steps=len(request.load))))
+        out.print(left_out)
+    out.print(_summary(rows, num_steps=len(request.load)))
     if output is not None:
-        out.print(plain(f"Written to {output}."))
+        out.print(f"Written to {output}.")
 
 
 def _table(rows: list[_Row], show_all: bool) -> Table:
@@ -145,7 +145,7 @@ def _table(rows: list[_Row], show_all: bool) -> Table:
 
 
 def _add_row(lines: Table, row: _Row) -> None:
-    lines.add_row(plain(row.layer), *("–" if value is None else f"{value:.4f}" for value in row[1:4]), str(row.moved))
+    lines.add_row(row.layer, *("–" if value is None else f"{value:.4f}" for value in row[1:4]), str(row.moved))
 
 
 def _summary(rows: list[_Row], *, num_steps: int) -> str:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from rich.table import Table
 
 from distplb.cli.empty_parts import EmptyParts
-from distplb.cli.output import console, plain, table
+from distplb.cli.output import console, table
 from distplb.core.price import MoveModel, TimeCurve
 from distplb.study.advice import PRICED, STATIC, Study, WhatIf
 from distplb.study.costs import AssumedJob, tokens_of_mean_gpu
@@ -81,7 +81,7 @@ def print_tables(result: ReplayResult) -> None:
         f"({cluster.num_nodes} × {cluster.gpus_per_node})"
     )
     if left_out := empty_parts.sentence():
-        out.print(plain(left_out))
+        out.print(left_out)
     out.print()
     out.print(_planner_table(planners, bound))
     out.print()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from distplb.cli.output import console, json_option, plain, print_json, progress
+from distplb.cli.output import console, json_option, print_json, progress
 from distplb.cli.param_types import NamedPath, OutputFile, WholeNumber, refuse_overwriting
 from distplb.core.topology import Topology
 from distplb.errors import DistplbError
@@ -69,4 +69,4 @@ def report(
         return
     out = console()
     for line in (summary.headline, str(output), *map(str, figures)):
-        out.print(plain(line))
+        out.print(line)

@@ -5,6 +5,7 @@ A further figure is a file in `distplb.report.drawings`, and a line in `FIGURES`
 
 from __future__ import annotations
 
+import base64
 import io
 from typing import NamedTuple
 
@@ -50,6 +51,11 @@ class Image(NamedTuple):
     content: bytes
     width: int
     height: int
+
+    @property
+    def address(self) -> str:
+        """The file itself, as a page's `src`."""
+        return f"data:{self.media_type};base64,{base64.b64encode(self.content).decode()}"
 
 
 def image(figure: Figure) -> Image:

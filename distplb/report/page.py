@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -97,27 +96,16 @@ class _Section(NamedTuple):
     title: str
     lacks: str
     caption: str = ""
-    wide: _Picture | None = None
-    narrow: _Picture | None = None
-
-
-class _Picture(NamedTuple):
-    address: str
-    width: int
-    height: int
+    wide: Image | None = None
+    narrow: Image | None = None
 
 
 def _section(figure: ReportFigure, run: Run) -> _Section:
     lacks = figure.lacks(run)
     if lacks:
         return _Section(figure.name, figure.title, lacks)
-    wide, narrow = (_picture(image(figure.draw(run, width))) for width in (WIDE, NARROW))
+    wide, narrow = (image(figure.draw(run, width)) for width in (WIDE, NARROW))
     return _Section(figure.name, figure.title, "", figure.caption(run), wide, narrow)
-
-
-def _picture(drawn: Image) -> _Picture:
-    content = base64.b64encode(drawn.content).decode()
-    return _Picture(f"data:{drawn.media_type};base64,{content}", drawn.width, drawn.height)
 
 
 def _row(event: RebalanceEvent) -> dict[str, Any]:

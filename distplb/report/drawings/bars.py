@@ -13,15 +13,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from distplb.report.drawings.base import refuse_if_lacking
-from distplb.report.drawings.style import GREY, empty, is_narrow, mark_each, panels
+from distplb.report.drawings.style import GREY, empty, is_narrow, mark_each, two_axes
 from distplb.report.run import Run
 
-__all__ = ["NO_EVENTS", "stack", "two_panels"]
+__all__ = ["NO_EVENTS", "axes_by_rebalance", "stack"]
 
 NO_EVENTS = "A trace knows no rebalances: report on the folder of Rebalancer(record=...), which has their events too."
 
 
-def two_panels(run: Run, width: float) -> tuple[Figure, Sequence[Axes]]:
+def axes_by_rebalance(run: Run, width: float) -> tuple[Figure, Sequence[Axes]]:
     """A figure with two axes that have a place for each rebalance, named by its iteration.
 
     Raises:
@@ -30,7 +30,7 @@ def two_panels(run: Run, width: float) -> tuple[Figure, Sequence[Axes]]:
     refuse_if_lacking("" if run.events else NO_EVENTS)
     stacked = is_narrow(width)
     figure = empty(width, 5.2 if stacked else 3.2)
-    both = panels(figure, 2, stacked)
+    both = two_axes(figure, stacked)
     for axes in both:
         mark_each(axes, "x", [f"{event.iteration:,}" for event in run.events], max_ticks=5)
         axes.set_xlim(-0.6, max(4, len(run.events)) - 0.4)

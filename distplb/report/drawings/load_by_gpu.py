@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from distplb.records.events import RebalanceEvent
 from distplb.report.drawings.base import ReportFigure, refuse_if_lacking
 from distplb.report.drawings.heat_maps import colour_bar, write_numbers
-from distplb.report.drawings.style import COLOURS, GREY, WIDE, dress, empty, is_narrow, mark_each, panels
+from distplb.report.drawings.style import COLOURS, GREY, WIDE, dress, empty, is_narrow, mark_each, two_axes
 from distplb.report.formatting import differing, label, printable, shortened
 from distplb.report.run import Run
 
@@ -57,7 +57,7 @@ def load_by_gpu(run: Run, width: float = WIDE) -> Figure:
     height = min(max(1.0, 0.3 * layers), max(2.2, 0.095 * layers), 9.0)
     stacked = is_narrow(width)
     figure = empty(width, 2 * height + 2.1 if stacked else height + 1.6)
-    both = panels(figure, 2, stacked, sharex=True, sharey=True)
+    both = two_axes(figure, stacked, sharex=True, sharey=True)
     norm = _norm(maps)
     pattern, names = differing(run.layers)
     for axes, ratios, title in zip(both, maps[:2], maps.titles, strict=True):

@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from distplb.report.drawings.bars import NO_EVENTS, stack, two_panels
+from distplb.report.drawings.bars import NO_EVENTS, axes_by_rebalance, stack
 from distplb.report.drawings.base import ReportFigure
 from distplb.report.drawings.style import COLOURS, WIDE, dress, legend_below
 from distplb.report.formatting import amount, plural, unit_of
@@ -25,7 +25,7 @@ def moves_by_rebalance(run: Run, width: float = WIDE) -> Figure:
     Raises:
         DistplbError: if there are no events.
     """
-    figure, (slots, sizes) = two_panels(run, width)
+    figure, (slots, sizes) = axes_by_rebalance(run, width)
     dress(slots, "Slots that got another expert", "rebalance at iteration", "slots, all layers")
     stack(slots, {"slots": [event.slots_moved for event in run.events]}, {"slots": COLOURS["blue"]})
     slots.yaxis.set_major_locator(MaxNLocator(5, integer=True))

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from distplb.report.drawings.base import ReportFigure
-from distplb.report.drawings.style import COLOURS, FONT, GREY, WIDE, dress, empty, is_narrow, panels
+from distplb.report.drawings.style import COLOURS, FONT, GREY, WIDE, dress, empty, is_narrow, two_axes
 from distplb.report.formatting import percent, plural
 from distplb.report.run import Run
 from distplb.study.advice import WhatIf
@@ -29,7 +29,7 @@ def other_intervals(run: Run, width: float = WIDE) -> Figure:
     """
     stacked = is_narrow(width)
     figure = empty(width, 5.0 if stacked else 3.0)
-    saved, moved = panels(figure, 2, stacked)
+    saved, moved = two_axes(figure, stacked)
     names = [f"{one.every:,}" + ("\n(as run)" if one.every == run.every else "") for one in run.what_if]
     dress(saved, "Modelled time saved, moves included", "iterations between rebalances", "share of the time without")
     _draw_saved(saved, run.what_if)

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from distplb.report.drawings.bars import NO_EVENTS, stack, two_panels
+from distplb.report.drawings.bars import NO_EVENTS, axes_by_rebalance, stack
 from distplb.report.drawings.base import ReportFigure
 from distplb.report.drawings.style import COLOURS, FONT, GREY, WIDE, dress, legend_below
 from distplb.report.formatting import percent, plural, seconds
@@ -43,7 +43,7 @@ def seconds_by_stage(run: Run, width: float = WIDE) -> Figure:
     Raises:
         DistplbError: if there are no events.
     """
-    figure, (stages, iterations) = two_panels(run, width)
+    figure, (stages, iterations) = axes_by_rebalance(run, width)
     dress(stages, "A rebalance, by stage", "rebalance at iteration", "seconds")
     handles = stack(stages, _seconds_of_stages(run), {stage: COLOURS[colour] for stage, colour in _STAGES.items()})
     _clip_first_bar(stages, [sum(event.seconds.values()) for event in run.events])

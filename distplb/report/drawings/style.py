@@ -22,7 +22,7 @@ __all__ = [
     "is_narrow",
     "legend_below",
     "mark_each",
-    "panels",
+    "two_axes",
 ]
 
 WIDE, NARROW = 10.0, 3.75  # inches; at 96 pixels an inch a laptop's column and a phone's
@@ -43,7 +43,7 @@ _LINES = "#dddddd"
 
 
 def is_narrow(width: float) -> bool:
-    """Whether panels have no room side by side."""
+    """Whether two axes have no room side by side."""
     return width < 6.5
 
 
@@ -52,9 +52,9 @@ def empty(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained", facecolor="white")
 
 
-def panels(figure: Figure, number: int, stacked: bool, **options: Any) -> list[Axes]:
-    """`number` axes side by side, or one under the other."""
-    shape = (number, 1) if stacked else (1, number)
+def two_axes(figure: Figure, stacked: bool, **options: Any) -> list[Axes]:
+    """Two axes side by side, or one under the other."""
+    shape = (2, 1) if stacked else (1, 2)
     return list(figure.subplots(*shape, squeeze=False, **options).flat)
 
 
