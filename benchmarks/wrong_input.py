@@ -2,7 +2,7 @@
 
     python benchmarks/wrong_input.py --output benchmarks/results/DATE-wrong-input.md
 
-`tests/cli/test_cli.py` holds it to more of it; this is the table to read.
+`tests/cli/test_wrong_input.py` holds it to more of it; this is the table to read.
 """
 
 from __future__ import annotations

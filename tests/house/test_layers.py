@@ -38,8 +38,6 @@ LEVELS = [
     "__main__",
 ]
 LEVEL = {room: number for number, rooms in enumerate(LEVELS) for room in rooms.split()}
-# All but the numbers of a report, which need no plotting library.
-FIGURES = "bars figures gpu_load history hottest intervals style"
 # Libraries that only these modules may know, or the modules of this room.
 KEPT_IN = {
     "torch.distributed": "comm",
@@ -50,7 +48,7 @@ KEPT_IN = {
     "filelock": "core.machine_code",
     "concurrent": "core.threads records.trace_writer records.event_log train.background",
     "triton": "packing.cuda_kernels packing.cuda_settle packing.cuda_settle_state packing.cuda_steps",
-    "matplotlib": " ".join(f"report.{name}" for name in FIGURES.split()),
+    "matplotlib": "report.figures report.drawings",  # the numbers of a report need no plotting library
     "jinja2": "report.page",
     "transformers": "integrations.huggingface",
     "torchtitan": "integrations.torchtitan",
@@ -69,7 +67,8 @@ NEEDS = {
     "distplb.packing.cuda_settle": "triton",
     "distplb.packing.cuda_settle_state": "triton",
     "distplb.packing.cuda_steps": "triton",
-    **{f"distplb.report.{name}": "matplotlib" for name in FIGURES.split()},
+    "distplb.report.figures": "matplotlib",
+    **{name: "matplotlib" for name in SOURCES if name.startswith("distplb.report.drawings.")},
     "distplb.report.page": "jinja2",
     "distplb.integrations.huggingface": "transformers",
     "distplb.integrations.torchtitan": "torchtitan",

@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from inputs.logs import line, text_line
+from inputs.megatron_logs import line, text_line
 
 from distplb import DistplbError, Trace
 
