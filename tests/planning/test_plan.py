@@ -27,7 +27,7 @@ from distplb.planning.options import SearchOptions
 from distplb.planning.plan import Planning, plan_in_stages
 from distplb.planning.problem import Problem
 
-BASELINES = Path(__file__).parents[2] / "benchmarks" / "baselines.py"
+BASELINES = Path(__file__).parents[2] / "benchmarks" / "shared" / "baselines.py"
 _spec = importlib.util.spec_from_file_location("baselines", BASELINES)
 baselines = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(baselines)
