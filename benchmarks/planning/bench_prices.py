@@ -25,7 +25,7 @@ from torch import Tensor
 import distplb
 from benchmarks.figures import prices as figure
 from benchmarks.shared import baselines
-from benchmarks.shared.loads import Layout
+from benchmarks.shared.loads import Layout, disturbed, wobbling_steps
 from benchmarks.shared.tables import command_line, header, markdown, progress, publish, verdict
 from distplb import Placement, imbalance, lower_bound
 from distplb.core.price import moved_slots
@@ -165,20 +165,6 @@ def changes(loads: dict[str, Tensor], options: argparse.Namespace, engine: str) 
         yield Change(layout, f"{BASE} disturbed", current, noisy, target)
         current = fresh(loads[BEFORE], num_candidates=16)
         yield Change(layout, f"from {BEFORE} to {AFTER}", current, (loads[AFTER],))
-
-
-def disturbed(load: Tensor, deviation: float, seed: int) -> Tensor:
-    """Every count times the exponential of a normal number."""
-    factor = np.exp(np.random.default_rng(seed).normal(0, deviation, load.shape))
-    return torch.from_numpy(np.rint(load.numpy() * factor).astype(np.int64))
-
-
-def wobbling_steps(load: Tensor, steps: int, deviation: float, seed: int) -> Tensor:
-    """`[T, L, E]`: each step draws its share of `load [L, E]` by popularities that are disturbed anew."""
-    generator = np.random.default_rng(seed)
-    popularity = load.numpy() * np.exp(generator.normal(0, deviation, (steps, *load.shape)))
-    popularity /= popularity.sum(2, keepdims=True)
-    return torch.from_numpy(generator.multinomial(load.sum(1).numpy() // steps, popularity).astype(np.int64))
 
 
 # --- measurement ------------------------------------------------------------------------------------------------

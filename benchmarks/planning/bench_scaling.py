@@ -51,8 +51,8 @@ def parsed_options() -> argparse.Namespace:
     options = parser.parse_args()
     if options.hosts and any(ranks % options.hosts for ranks in options.ranks):
         parser.error(f"--ranks {options.ranks}: {options.hosts} hosts take as many ranks each")
-    if options.megabits and not options.hosts:
-        parser.error("--megabits is of the links between --hosts")
+    if bool(options.megabits) != bool(options.hosts):
+        parser.error("--hosts and --megabits, which is of the links between them, go together")
     return options
 
 

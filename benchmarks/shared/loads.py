@@ -132,6 +132,20 @@ def sampled(popularity: np.ndarray, generator: np.random.Generator) -> Tensor:
     return torch.from_numpy(generator.multinomial(tokens, popularity).astype(np.int64))
 
 
+def disturbed(load: Tensor, deviation: float, seed: int) -> Tensor:
+    """Every count of `load [L, E]` times the exponential of a normal number."""
+    factor = np.exp(np.random.default_rng(seed).normal(0, deviation, load.shape))
+    return torch.from_numpy(np.rint(load.numpy() * factor).astype(np.int64))
+
+
+def wobbling_steps(load: Tensor, steps: int, deviation: float, seed: int) -> Tensor:
+    """`[T, L, E]`: each step draws its share of `load [L, E]` by popularities that are disturbed anew."""
+    generator = np.random.default_rng(seed)
+    popularity = load.numpy() * np.exp(generator.normal(0, deviation, (steps, *load.shape)))
+    popularity /= popularity.sum(2, keepdims=True)
+    return torch.from_numpy(generator.multinomial(load.sum(1).numpy() // steps, popularity).astype(np.int64))
+
+
 def real_loads(folder: Path) -> dict[str, list[Tensor]]:
     """By model (a file's name up to the first underscore), a `[L, E]` int64 of each file; steps are added up."""
     loads: dict[str, list[Tensor]] = {}

@@ -18,6 +18,7 @@ from torch import Tensor
 
 import distplb
 from benchmarks.shared import traces
+from benchmarks.shared.loads import disturbed
 from benchmarks.shared.tables import command_line, header, markdown, progress, publish
 from benchmarks.shared.traces import UNTIMED, Case
 from distplb import Placement, Topology, imbalance, replay
@@ -31,6 +32,7 @@ Planner = Callable[[Tensor, Placement], Placement]
 SIZES = ((1, 8, 64), (2, 8, 64), (1, 8, 256), (2, 32, 256), (1, 64, 128), (2, 64, 512))  # nodes, M, E
 EVEN_STEPS, EVEN_TOKENS, EVEN_LAYERS, EVEN_WINDOWS = (4, 16, 64), (2048, 65536), 2, 3
 LOAD, NOISE = "deepseek-v3_prefill_in1024.npy", 0.1
+HEAD = ["static", "price alone", "moved", "left alone", "moved"]
 TEXT = (
     "Slots moved, over all rebalances and layers, and the mean imbalance of the steps after the first rebalance, each "
     "under a plan that had not seen it. `price alone` is a plan at the price of a moved slot that a Rebalancer takes "
@@ -98,7 +100,7 @@ def even_table(options: argparse.Namespace) -> str:
                 name = f"{gpus} GPUs on {nodes}, {experts} experts, {steps} steps of {tokens} tokens a GPU"
                 slots = options.windows * EVEN_LAYERS * experts
                 lines.append([name, f"{slots}", *both(load, Topology(nodes, gpus // nodes), steps, options.candidates)])
-    return markdown(["load", "slots", *_HEAD], lines)
+    return markdown(["load", "slots", *HEAD], lines)
 
 
 def trace_table(options: argparse.Namespace) -> str:
@@ -113,35 +115,32 @@ def trace_table(options: argparse.Namespace) -> str:
             slots = (trace.num_steps - 1) // options.every * trace.num_layers * trace.num_experts
             cells = both(one.trace.load, one.topology, options.every, options.candidates)
             lines.append([one.title, f"{slots}", *cells])
-    return markdown(["trace", "slots", *_HEAD], lines)
+    return markdown(["trace", "slots", *HEAD], lines)
 
 
 def disturbed_table(options: argparse.Namespace) -> str:
     """A placement planned on a load meets it disturbed; no price, the same price everywhere, and by distance."""
     load = torch.from_numpy(np.load(options.loads / LOAD).astype(np.int64))
     layers, experts = load.shape
-    noise = np.random.default_rng(0).normal(0, NOISE, load.shape)
-    disturbed = torch.from_numpy(np.rint(load.numpy() * np.exp(noise)).astype(np.int64))
+    next_load = disturbed(load, NOISE, seed=0)
+    tokens = int(next_load.sum()) // layers // 16
     lines = []
     for topology in (Topology(1, 16), Topology(2, 8)):
         start = Placement.contiguous(layers, experts, 16)
         start = distplb.plan(load, topology, current=start, num_candidates=options.candidates)
-        uniform = default_price(int(disturbed.sum()) // layers // 16, Topology(1, 16))
+        uniform = default_price(tokens, Topology(1, 16))
         prices = {"moving for nothing": (0.0, 0.0), "the same price everywhere": uniform}
         if topology.num_nodes > 1:
-            tokens = int(disturbed.sum()) // layers // 16
             prices["by distance"] = default_price(tokens, topology)
         for name, price in prices.items():
-            plan = distplb.plan(disturbed, topology, current=start, move_price=price, num_candidates=options.candidates)
+            plan = distplb.plan(next_load, topology, current=start, move_price=price, num_candidates=options.candidates)
             inside, between = moved_slots(start, plan, topology).sum(0).tolist()
             share = f"{(inside + between) / layers / experts:.1%}"
-            even = float(imbalance(disturbed, plan).mean())
+            even = float(imbalance(next_load, plan).mean())
             lines.append([f"16 GPUs on {topology.num_nodes}, {name}", f"{even:.4f}", share, f"{inside}", f"{between}"])
     text = f"{LOAD}, every count times exp(x), x normal with standard deviation {NOISE}; judged on what was planned on."
     return f"{text}\n\n{markdown(['plan', 'imbalance', 'moved', 'inside nodes', 'between'], lines)}"
 
-
-_HEAD = ["static", "price alone", "moved", "left alone", "moved"]
 
 if __name__ == "__main__":
     main()

@@ -16,12 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from benchmarks.shared.loads import real_loads
+from benchmarks.shared.loads import real_loads, wobbling_steps
 from benchmarks.shared.processes import run_job
 from benchmarks.shared.sequences import read_sequences, steps_of
 from distplb import Placement, Topology, imbalance, lower_bound
@@ -37,7 +36,7 @@ LOADAVG = Path("/proc/loadavg")
 LOOK_SECONDS, LOOKS = 5e-3, 4  # between two looks at the machine, and quiet ones in a row before a turn starts
 LEAD_SECONDS = 5e-3  # from the moment that a start is agreed on to the start
 STEPS, SEQUENCES = 32, 32  # of a window, and of each of its steps
-WAVER = 0.3  # of the logarithm of an expert's popularity from one step to the next, where a record has no steps
+WOBBLE = 0.3  # of the logarithm of an expert's popularity from one step to the next, where a record has no steps
 
 
 @dataclass(frozen=True)
@@ -76,10 +75,7 @@ def _deepseek(folder: Path) -> Tensor:
 
 def _deepseek_in_steps(folder: Path) -> Tensor:
     """The record has no steps: they are drawn around it."""
-    load, generator = _deepseek(folder)[0].numpy(), np.random.default_rng(0)
-    popularity = load * generator.lognormal(0, WAVER, (STEPS, *load.shape))
-    drawn = generator.multinomial(load.sum(1) // STEPS, popularity / popularity.sum(2, keepdims=True))
-    return torch.from_numpy(drawn.astype(np.int64))
+    return wobbling_steps(_deepseek(folder)[0], STEPS, WOBBLE, seed=0)
 
 
 CASES = {
