@@ -185,7 +185,7 @@ class MoveModel:
             exchanging at once.
         bandwidth_between: the same between nodes.
         trust: how much of what a plan saves on the steps that it was made from it is expected to save on those to
-            come, in (0, 1]. A half did best over the traces and generators of `benchmarks/bench_replay.py`.
+            come, in (0, 1]. A half did best over the traces and generators of `benchmarks/study/bench_replay.py`.
 
     Raises:
         DistplbError: if one of them is not a positive number, or `trust` is above 1.

@@ -312,7 +312,7 @@ def test_loads_of_jobs_have_no_hints() -> None:
         load = Trace.read(path).load
         for part in (load, load[:8], load[-2:]):
             assert hinted(part) == [], path.name
-    troubles = imported("troubles")
+    troubles = imported("shared.troubles")
     for make in troubles.TROUBLES.values():
         for size in ((6, 3, 16, 2_000), (40, 4, 64, 100_000), (4, 1, 8, 50)):
             assert hinted(make(troubles.Size(*size), 0)) == []
