@@ -1,7 +1,7 @@
 """Private names of torch.distributed: what has no public name is read here.
 
-Each function is one name. Those of FSDP2 are in `comm.fsdp2`, those of torch itself in `core.torchnames`. What is not
-imported with torch is imported when it is used.
+Each function is one name. Those of FSDP2 are in `comm.fsdp2`, those of torch itself in `core.private_names`. What
+is not imported with torch is imported when it is used.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from distplb.core.torchnames import forward_pre_hooks
+from distplb.core.private_names import forward_pre_hooks
 from distplb.errors import DistplbError
 
 __all__ = [

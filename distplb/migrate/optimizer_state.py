@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from distplb.comm.dtensors import is_dtensor, local_like
-from distplb.core.torchnames import leaves
+from distplb.core.private_names import leaves
 from distplb.errors import DistplbError
 from distplb.migrate.optimizer_settings import OptimizersById, Settings, SettingsById, check_settings, settings_of
 from distplb.migrate.row_tensors import RowTensor, check_plain

@@ -17,7 +17,7 @@ from distplb.records.event_log import EventLog
 from distplb.records.events import RebalanceEvent
 from distplb.records.trace_writer import TraceWriter
 from distplb.train.account import completed
-from distplb.train.agreed import Agreed
+from distplb.train.agreed_options import Agreed
 from distplb.train.decision import why_layers_stay
 from distplb.train.pricing import Measured
 from distplb.train.stop_loss import Pace, StopLoss

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from distplb.train.agreed import Agreed
+from distplb.train.agreed_options import Agreed
 from distplb.train.background import Background
-from distplb.train.in_force import InForce
 from distplb.train.journal import Journal
 from distplb.train.observer import Observer
+from distplb.train.placement_in_force import InForce
 from distplb.train.pricing import Pricer
 from distplb.train.stop_loss import StopLoss
 

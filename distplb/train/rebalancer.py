@@ -1,7 +1,7 @@
 """`Rebalancer`: observe, decide, plan, move. The object that a training loop holds.
 
-Of its files, `options` and `agreed` say what it is built from, `parts` holds what it is made of, `rebalance` is one
-rebalance, `in_force` the placement in force and how it changes, and `journal` what it tells.
+Of its files, `options` and `agreed_options` say what it is built from, `parts` holds what it is made of, `rebalance`
+is one rebalance, `placement_in_force` how the placement changes, and `journal` what it tells.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from distplb.core.layer import MoELayer
 from distplb.core.placement import Placement
 from distplb.core.topology import Topology
 from distplb.errors import DisagreementError, DistplbError, HalfMovedError, LostRanksError
-from distplb.train.agreed import Arguments, agree_on_options, enter
+from distplb.train.agreed_options import Arguments, agree_on_options, enter
 from distplb.train.attach import Attached
 from distplb.train.background import Background
 from distplb.train.checkpoint import Counters, Saved
-from distplb.train.in_force import InForce, is_so_on_all
 from distplb.train.journal import Journal
 from distplb.train.observer import Observer
 from distplb.train.options import Moves, Record, Search
 from distplb.train.parts import Parts
+from distplb.train.placement_in_force import InForce, is_so_on_all
 from distplb.train.pricing import Pricer
 from distplb.train.rebalance import Rebalance
 from distplb.train.window import LoadWindow

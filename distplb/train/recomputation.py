@@ -7,7 +7,7 @@ from types import FrameType
 
 from torch.autograd.function import FunctionCtx
 
-from distplb.core.torchnames import is_in_backward, is_of_compiled_graph
+from distplb.core.private_names import is_in_backward, is_of_compiled_graph
 from distplb.errors import DistplbError
 
 __all__ = ["is_recomputation", "is_step"]

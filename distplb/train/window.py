@@ -16,7 +16,7 @@ from distplb.core.arguments import refuse_wrong_types, shown, whole_number
 from distplb.core.counts import Counts, as_counts, as_integers, marked, refuse_marked
 from distplb.core.hashing import hashed
 from distplb.core.plain_tensor import as_tensor, refuse_unreadable
-from distplb.core.torchnames import break_graph
+from distplb.core.private_names import break_graph
 from distplb.errors import DistplbError
 from distplb.train.recomputation import is_step
 

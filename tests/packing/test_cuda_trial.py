@@ -29,7 +29,7 @@ from distplb.packing.cuda_trial import ComparedEngine
 from distplb.planning.engine_choice import engine_for
 from distplb.planning.options import PlanOptions
 from distplb.planning.plan import plan_in_stages
-from distplb.train import agreed
+from distplb.train import agreed_options
 
 TOPOLOGY = Topology(2, 1)
 SHAPE = (3, 2, 8)  # T, L, E
@@ -93,7 +93,7 @@ def test_windows_of_any_number_of_micro_batches_are_tried(
     every: int, kept: int, steps: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tried, needed = [], set[int]()
-    monkeypatch.setattr(agreed, "engine_for", lambda options, topology, shape, device: tried.append(shape[0]))
+    monkeypatch.setattr(agreed_options, "engine_for", lambda options, topology, shape, device: tried.append(shape[0]))
     Job(ranks=1).rebalancer(every=every, window=LoadWindow(LAYERS, EXPERTS, kept), engine="reference").close()
     assert tried == steps
     for micro_batches in range(1, kept + 1):

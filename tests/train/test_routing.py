@@ -308,7 +308,7 @@ def test_applying_waits_until_what_is_being_saved_is_written(is_staged: bool | N
 
 
 def test_a_save_that_is_never_written_is_an_error_and_not_a_hang(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("distplb.train.in_force._SAVE_SECONDS", 0.1)
+    monkeypatch.setattr("distplb.train.placement_in_force._SAVE_SECONDS", 0.1)
     job = Job(ranks=1)
     rebalancer = job.rebalancer(every=1)
     rebalancer.saving(Future[None]())
@@ -348,7 +348,7 @@ def test_the_end_of_a_save_is_one_of_two() -> None:
 
 def late_on_one_rank() -> str:
     """The error of a save that does not end, where the ranks' clocks began two seconds apart."""
-    import distplb.train.in_force as module
+    import distplb.train.placement_in_force as module
 
     module._SAVE_SECONDS, module._SAVE_PAUSE_SECONDS = 1.0, 0.2
     rebalancer = Job().rebalancer(every=1)

@@ -19,7 +19,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 import distplb
 from distplb.comm.private_names import default_store, flattened, local_shape_and_offset
-from distplb.core.torchnames import forward_pre_hooks, is_in_backward, is_of_compiled_graph, leaves
+from distplb.core.private_names import forward_pre_hooks, is_in_backward, is_of_compiled_graph, leaves
 
 PACKAGE = Path(distplb.__file__).parent
 SOURCES = {str(path.relative_to(PACKAGE)): ast.parse(path.read_text()) for path in PACKAGE.rglob("*.py")}
@@ -36,7 +36,7 @@ NAMES = {
     ("torch.distributed.device_mesh", "DeviceMesh._flatten"): "EP groups side by side have one group (torchtitan)",
     ("torch.distributed.tensor._utils", "compute_local_shape_and_global_offset"): "DTensors travel (Rebalancer)",
 }
-KEEPERS = ("core/torchnames.py", "comm/private_names.py")
+KEEPERS = ("core/private_names.py", "comm/private_names.py")
 # Others that may use private names, of torch or of a framework; NamedTuple's are public, and so are these of Python.
 EXCUSED = {
     "comm/fsdp2.py": {"_all_gather_result", "_partial_reduce_output", "_module_state_mapping"}

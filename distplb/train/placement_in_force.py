@@ -19,7 +19,7 @@ from distplb.errors import DistplbError, HalfMovedError, in_stage
 from distplb.migrate.optimizer_state import LayerStates
 from distplb.migrate.state_agreement import AgreedState
 from distplb.migrate.transfer import Limits, MoveTotals
-from distplb.train.agreed import Agreed
+from distplb.train.agreed_options import Agreed
 from distplb.train.async_saves import AsyncSaves
 from distplb.train.decision import why_layers_stay
 from distplb.train.observer import Observer

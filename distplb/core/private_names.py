@@ -1,8 +1,8 @@
 """Private names of torch: what has no public name is read here, and nowhere else.
 
 Beside `comm.private_names` and `comm.fsdp2`, which keep torch.distributed's. Each function is one name and what it
-is needed for. Seen in torch 2.6, 2.13 and 2.14; tests/house/test_torchnames.py fails where one is gone, and says what
-went with it.
+is needed for. Seen in torch 2.6, 2.13 and 2.14; tests/house/test_private_names.py fails where one is gone, and says
+what went with it.
 """
 
 from __future__ import annotations
