@@ -17,7 +17,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from jobs import DIM, EXPERTS, LAYERS, Job, by_slot, skewed
-from of_benchmarks import imported
 from test_comm import conforms
 from torch import Tensor
 
@@ -109,6 +108,8 @@ def moved(comm: TorchComm, topology: Topology) -> dict[str, Any]:
 
 def crossed(comm: TorchComm, topology: Topology) -> dict[str, Any]:
     """Bytes over the links in a rebalance that knows the nodes, and in one that does not; and what both left."""
+    from of_benchmarks import imported
+
     bench_hosts = imported("train.bench_hosts")
     bench_hosts.ROW = 1 << 12
     generator = torch.Generator().manual_seed(7)
