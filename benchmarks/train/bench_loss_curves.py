@@ -89,7 +89,7 @@ def trained(run: str, seed: int, text: torch.Tensor, iterations: int, every: int
     model = moe_model.Transformer(CONFIG, dist.group.WORLD, seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
     moved: list[int] = []
-    rebalancer = None if run in STATIC else rebalancer_of(model, optimizer, run == CONTROL, every, seed, moved)
+    rebalancer = None if run in STATIC else rebalancer_of(model, optimizer, every, seed, moved)
     order = STATIC.get(run, STATIC["static"])
     mine = slice(dist.get_rank() * BATCH, (dist.get_rank() + 1) * BATCH)
     losses = torch.empty(iterations, dtype=torch.float64)
@@ -99,20 +99,28 @@ def trained(run: str, seed: int, text: torch.Tensor, iterations: int, every: int
         model.backward(loss)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        left_behind = moments_of(optimizer) if run == CONTROL else []
+        copies = [moment.clone() for moment in left_behind]
         if rebalancer is not None:
             rebalancer.step()
+        for moment, copy in zip(left_behind, copies, strict=True):
+            moment.copy_(copy)
         losses[iteration] = loss.item()
     dist.all_reduce(losses)
     return losses.numpy() / dist.get_world_size(), sum(moved)
 
 
+def moments_of(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    """Both moments of every parameter, as AdamW keeps them."""
+    return [state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
+
+
 def rebalancer_of(
-    model: nn.Module, optimizer: torch.optim.Optimizer, forgets: bool, every: int, seed: int, moved: list[int]
+    model: nn.Module, optimizer: torch.optim.Optimizer, every: int, seed: int, moved: list[int]
 ) -> distplb.Rebalancer:
     """As in examples/pretrain_moe.py, but without anything that is measured: no time curve, and no stop-loss.
 
     Args:
-        forgets: whether it gets an optimizer without moments, so that those of the real one stay behind.
         moved: receives the slots that each rebalance moves.
     """
     moes = model.moes
@@ -129,7 +137,7 @@ def rebalancer_of(
         )
     return distplb.Rebalancer(
         layers,
-        torch.optim.SGD(model.parameters()) if forgets else optimizer,
+        optimizer,
         topology=distplb.Topology(1, dist.get_world_size()),
         comm=TorchComm(),
         window=window,
