@@ -18,10 +18,6 @@ import torch
 import torch.distributed as dist
 from conformance import conforms
 from jobs import DIM, EXPERTS, LAYERS, Job, by_slot, skewed
-<<<<<<< HEAD
-=======
-from test_comm import conforms
->>>>>>> h-g
 from torch import Tensor
 
 import distplb
@@ -112,11 +108,7 @@ def moved(comm: TorchComm, topology: Topology) -> dict[str, Any]:
 
 def crossed(comm: TorchComm, topology: Topology) -> dict[str, Any]:
     """Bytes over the links in a rebalance that knows the nodes, and in one that does not; and what both left."""
-<<<<<<< HEAD
     from benchmark_modules import imported
-=======
-    from of_benchmarks import imported
->>>>>>> h-g
 
     bench_hosts = imported("train.bench_hosts")
     bench_hosts.ROW = 1 << 12
