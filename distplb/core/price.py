@@ -105,6 +105,8 @@ class TimeCurve:
         >>> TimeCurve.through([64, 128, 192], [3e-6, 2e-6, 4e-6]).nanoseconds
         (0, 2500, 2500, 4000)
         """
+        from scipy.optimize import isotonic_regression  # when first used: it takes a third as long to import as torch
+
         numbers, seconds = _numbers("tokens", tokens), _numbers("seconds", seconds)
         if len(numbers) != len(seconds) or not numbers:
             raise DistplbError(f"{len(numbers)} tokens and {len(seconds)} seconds were measured; pass as many of both")
@@ -116,7 +118,7 @@ class TimeCurve:
             raise DistplbError(f"measured at {numbers} tokens; pass whole numbers of tokens")
         places, place, weight = np.unique(np.asarray(numbers), return_inverse=True, return_counts=True)
         mean = np.bincount(place, weights=np.asarray(seconds, dtype=np.float64)) / weight
-        times = [round(value * 1e9) for value in _never_falling(mean.tolist(), weight.tolist())]
+        times = [round(value * 1e9) for value in isotonic_regression(mean, weights=weight).x.tolist()]
         idle = [] if places[0] == 0 else [0]
         return cls((*idle, *(int(value) for value in places)), (*idle, *times))
 
@@ -155,19 +157,6 @@ def _numbers(name: str, values: Sequence[float]) -> list[float]:
     words = "a number"
     refuse_wrong_types({f"{name}[{nth}]": (one, (int, float), words) for nth, one in enumerate(numbers)})
     return numbers
-
-
-def _never_falling(values: Sequence[float], weights: Sequence[float]) -> list[float]:
-    """Least squares under ascending order, by pooling neighbours that fall (Ayer et al. 1955)."""
-    pools: list[tuple[float, float, int]] = []  # mean, weight, values in it
-    for value, weight in zip(values, weights, strict=True):
-        pool = (value, weight, 1)
-        while pools and pools[-1][0] >= pool[0]:
-            mean, before, count = pools.pop()
-            both = before + pool[1]
-            pool = ((mean * before + pool[0] * pool[1]) / both, both, count + pool[2])
-        pools.append(pool)
-    return [mean for mean, _, count in pools for _ in range(count)]
 
 
 @dataclass(frozen=True)

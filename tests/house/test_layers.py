@@ -43,7 +43,7 @@ KEPT_IN = {
     "torch.distributed": "comm",
     "mpi4py": "comm.mpi",
     "yaml": "core.documents.text",
-    "scipy": "planning.relabel study.bootstrap",
+    "scipy": "core.price planning.relabel study.bootstrap",
     "numba": "core.machine_code packing.cpu_row",
     "filelock": "core.machine_code",
     "concurrent": "core.threads records.trace_writer records.event_log train.background",
