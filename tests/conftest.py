@@ -13,7 +13,7 @@ LONGEST = (
     "test_torchtitan",
     "test_megatron",
     "test_cuda_engine",
-    "test_layouts",
+    "test_framework_layouts",
     "test_checkpoints",
     "test_example",
     "test_hosts",
