@@ -57,7 +57,7 @@ def alone() -> dict[str, list[list[int]]]:
     return selected_plans(WorldOfOne())
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("ranks", [2, *(pytest.param(ranks, marks=pytest.mark.long) for ranks in (1, 4))])
 def test_mpi_conforms_and_plans_what_one_process_plans(ranks: int, alone: dict[str, list[list[int]]]) -> None:
     assert set(SELECTION) <= set(PLANS)
     for answer in on_mpi_ranks(ranks, conforming_and_planning):

@@ -59,7 +59,7 @@ def test_experts_are_found_by_a_table_after_the_routers_choice() -> None:
     assert "plain     rebalanced iteration   12" in said
 
 
-@pytest.mark.parametrize("framework", ["torchtitan", "megatron"])
+@pytest.mark.parametrize("framework", [pytest.param("torchtitan", marks=pytest.mark.long), "megatron"])
 def test_the_example_of_a_framework_runs_and_tells_the_imbalance_before_and_after(framework: str) -> None:
     pytest.importorskip(framework)
     example = EXAMPLE.with_name(f"{framework}_moe.py")

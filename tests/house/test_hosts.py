@@ -48,7 +48,11 @@ def links(host: Host) -> list[str]:
 
 
 @needs_hosts
-@pytest.mark.parametrize(("nodes", "ranks", "lose"), [(2, 2, Host.kill), (4, 1, Host.cut)], ids=["killed", "cut off"])
+@pytest.mark.parametrize(
+    ("nodes", "ranks", "lose"),
+    [(2, 2, Host.kill), pytest.param(4, 1, Host.cut, marks=pytest.mark.long)],
+    ids=["killed", "cut off"],
+)
 def test_hosts_plan_move_and_miss_each_other_as_one_machine_does(
     nodes: int, ranks: int, lose: Any, tmp_path: Path
 ) -> None:

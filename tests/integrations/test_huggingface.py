@@ -637,6 +637,8 @@ FOUR_RANKS = {"fsdp_size": 4, "ep_size": 2}
 Case = tuple[str, str, str]  # model, mode, what is left behind
 CASES: list[Case] = [*((name, "permute", "") for name in MODELS), ("deepseek_v3", "remap", "")]
 CASES += [("gpt_oss", "permute", "moment")]
+LIKE_MIXTRAL = [case for case in CASES if case[0] in ("qwen3_moe", "olmoe")]  # whose routers choose as Mixtral's does
+UNLIKE = [case for case in CASES if case not in LIKE_MIXTRAL]
 CASES_OF_ONE_BATCH: list[Case] = [("mixtral", "permute", ""), ("deepseek_v3", "remap", "")]
 
 
@@ -659,20 +661,20 @@ def refused(group: Any = None, **sizes: int) -> str:
     return str(error.value)
 
 
-def all_of_two_ranks() -> dict[str, Any]:
+def all_of_two_ranks(cases: list[Case] = CASES) -> dict[str, Any]:
     """In one pair of processes, because importing transformers takes longer than most of what is done."""
     alone = [dist.new_group([rank]) for rank in range(2)][dist.get_rank()]
     return {
         "tokens": [tokens_of_a_step(OWN_BATCHES), tokens_of_a_step(ONE_BATCH)],
         "refused": [refused(), refused(fsdp_size=2), refused(tp_size=2), refused(alone, **OWN_BATCHES)],
-        "own batches": all_compared(CASES, OWN_BATCHES),
+        "own batches": all_compared(cases, OWN_BATCHES),
         "one batch": all_compared(CASES_OF_ONE_BATCH, ONE_BATCH),
     }
 
 
 @pytest.fixture(scope="module")
 def two_ranks() -> list[dict[str, Any]]:
-    return on_ranks(2, all_of_two_ranks)
+    return on_ranks(2, all_of_two_ranks, UNLIKE)
 
 
 def check(found: list[list[dict[str, Any]]], cases: list[Case]) -> None:
@@ -685,7 +687,12 @@ def check(found: list[list[dict[str, Any]]], cases: list[Case]) -> None:
 
 
 def test_a_run_on_two_ranks_with_moves_is_the_run_without(two_ranks: list[dict[str, Any]]) -> None:
-    check([rank["own batches"] for rank in two_ranks], CASES)
+    check([rank["own batches"] for rank in two_ranks], UNLIKE)
+
+
+@pytest.mark.long
+def test_a_run_on_two_ranks_of_models_that_are_like_mixtral_is_the_run_without() -> None:
+    check(on_ranks(2, all_compared, LIKE_MIXTRAL, OWN_BATCHES), LIKE_MIXTRAL)
 
 
 def test_a_run_on_two_ranks_that_share_each_batch_is_the_run_without(two_ranks: list[dict[str, Any]]) -> None:
@@ -716,6 +723,7 @@ def test_a_run_with_two_shards_of_each_expert_and_moves_is_the_run_without() -> 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "huggingface_moe.py"
 
 
+@pytest.mark.long
 def test_the_example_runs_and_lowers_the_imbalance_of_every_layer() -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(EXAMPLE)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}

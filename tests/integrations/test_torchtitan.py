@@ -44,7 +44,7 @@ from distplb.integrations.torchtitan import _Counts, moe_layers, rebalancer
 
 EP, ITERATIONS, EVERY, RANDOM_EVERY = 2, 30, 5, 7
 HALF = 15  # iterations before a checkpoint, and after it
-RANDOM_MOVES, SAVED_EVERY, COMPARED_EVERY = 200, 40, 20
+SAVED_EVERY, COMPARED_EVERY = 40, 20  # random moves
 
 
 # --- one run ------------------------------------------------------------------------------------------------------
@@ -396,15 +396,15 @@ def test_experts_that_every_rank_computes_are_refused(two: list[dict[str, Any]])
 # --- on four ranks: with FSDP2 ----------------------------------------------------------------------------------
 
 
-def random_moves(dim_1: bool, folder: Path) -> dict[str, Any]:
-    """200 random moves, checkpoints being written meanwhile: how logical experts fare, and what is in the last one."""
+def random_moves(dim_1: bool, moves: int, folder: Path) -> dict[str, Any]:
+    """Random moves, checkpoints being written meanwhile: how logical experts fare, and what is in the last one."""
     job = Job(meshes(EP), steps=2, dim_1=dim_1, dense=(0,))
     balancer = attached(job, verify="off")  # compared here instead, element by element: what is lost stays lost
     job.step(0)
     job.optimizers.zero_grad()
     writers = dist.new_group(backend="gloo")  # torchtitan, too, gives its writing thread a group of its own
     first, generator, differing, writing = logical(job, balancer.placement), torch.Generator().manual_seed(1), 0, None
-    for number in range(RANDOM_MOVES):
+    for number in range(moves):
         if number % SAVED_EVERY == 0:
             if writing is not None:
                 writing.result()
@@ -472,7 +472,6 @@ def on_four(folder: Path) -> dict[str, Any]:
     checkpoint = str(folder / "EP 4")
     trained(job(ep=4), range(HALF), folder=checkpoint)
     found["4 -> 2"] = float((resumed(job(dim_1=True), checkpoint) - quiet["loss"][HALF:]).abs().max())
-    found["random"] = [random_moves(dim_1, folder) for dim_1 in (False, True)]
     found["pipeline"], found["replicas"] = pipeline_stages(), replicas() | {"quiet": quiet["loss"][:3].tolist()}
     return found
 
@@ -500,9 +499,14 @@ def test_a_run_goes_on_with_another_number_of_expert_parallel_ranks(four: list[d
         assert found[change] <= 1e-8
 
 
-def test_experts_survive_200_random_moves_while_checkpoints_are_written(four: list[dict[str, Any]]) -> None:
-    for found in four:
-        for layout in found["random"]:
+def of_both_layouts(moves: int, folder: Path) -> list[dict[str, Any]]:
+    return [random_moves(dim_1, moves, folder) for dim_1 in (False, True)]
+
+
+@pytest.mark.parametrize("moves", [60, pytest.param(200, marks=pytest.mark.long)])
+def test_experts_survive_random_moves_while_checkpoints_are_written(moves: int, tmp_path: Path) -> None:
+    for layouts in on_ranks(4, of_both_layouts, moves, tmp_path, deadline=400):
+        for layout in layouts:
             assert layout["differing"] == 0
             assert layout["read"] == 0
 

@@ -147,7 +147,7 @@ def transferred(times: int) -> dict[str, int | list[str]]:
     return {"wrong": [], **counts}
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [pytest.param(2, marks=pytest.mark.long), 4])
 def test_every_byte_is_its_experts_own_after_each_of_many_random_transfers(ranks: int) -> None:
     first, *others = on_ranks(ranks, transferred, TRANSFERS, deadline=120 + TRANSFERS)
     print(first)

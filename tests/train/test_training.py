@@ -1,6 +1,6 @@
 """Moving experts is not a change of the model: a run with moves is the run without them.
 
-The model is the example's, trained for 100 iterations; every 5 of them it is rebalanced and every 7 it is given a
+The model is the example's, trained for 60 iterations; every 5 of them it is rebalanced and every 7 it is given a
 random placement. Compared in logical order: losses, parameters, moments, router bias.
 """
 
@@ -21,7 +21,7 @@ from training_runs import EXPERTS, SEQUENCE, batch, furthest
 import distplb
 from distplb.comm.torchdist import TorchComm
 
-ITERATIONS, EVERY, RANDOM_EVERY = 100, 5, 7
+ITERATIONS, EVERY, RANDOM_EVERY = 60, 5, 7
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
 OPTIMIZERS = {
     "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=3e-3),
