@@ -24,8 +24,7 @@ SOURCES = {
     for path in sorted(PACKAGE.rglob("*.py"))
 }
 
-# Import only downward: a module sees its own room and those above this line of the list. Rooms of one line do not see
-# each other.
+# A module may import from its own room and from those of earlier lines. Rooms of one line do not know each other.
 LEVELS = [
     "errors",
     "core",
