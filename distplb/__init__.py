@@ -7,7 +7,7 @@ from distplb.core.placement import Placement
 from distplb.core.price import MoveModel, TimeCurve
 from distplb.core.topology import Topology
 from distplb.errors import DistplbError
-from distplb.packing.balanced import balanced_packing
+from distplb.packing.balanced_packing import balanced_packing
 from distplb.planning.eplb import rebalance_experts
 from distplb.planning.plan import plan
 from distplb.records.event_log import EventLog, read_events
@@ -16,6 +16,7 @@ from distplb.records.trace import Trace
 from distplb.records.trace_writer import TraceWriter
 from distplb.study.replay import replay
 from distplb.train.measure import measured_curve
+from distplb.train.options import Moves, Record, Search
 from distplb.train.rebalancer import Rebalancer
 from distplb.train.spread import Spread
 from distplb.train.window import LoadWindow
@@ -27,9 +28,12 @@ __all__ = [
     "LoadWindow",
     "MoELayer",
     "MoveModel",
+    "Moves",
     "Placement",
     "RebalanceEvent",
     "Rebalancer",
+    "Record",
+    "Search",
     "Spread",
     "TimeCurve",
     "Topology",

@@ -17,6 +17,7 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers.distributed import DistributedConfig
 
 import distplb
+from distplb import Record
 from distplb.integrations import huggingface
 
 ITERATIONS, EVERY, SEQUENCES, LENGTH = 45, 15, 8, 64
@@ -44,7 +45,7 @@ def main() -> None:
     for name, parameter in model.named_parameters():
         meshed[".experts." in name].append(parameter)
     optimizer = torch.optim.AdamW([{"params": some} for some in meshed], lr=1e-3)
-    rebalancer = huggingface.rebalancer(model, optimizer, every=EVERY, on_event=report)
+    rebalancer = huggingface.rebalancer(model, optimizer, every=EVERY, record=Record(on_event=report))
 
     text = texts.code()
     for iteration in range(1, ITERATIONS + 1):

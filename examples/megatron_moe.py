@@ -27,6 +27,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.overrides import TorchFunctionMode
 
 import distplb
+from distplb import Record
 from distplb.core.cost import mean_of_layers
 from distplb.integrations import megatron
 
@@ -58,7 +59,7 @@ def main() -> None:
     model.broadcast_params()
     settings = OptimizerConfig(optimizer="adam", lr=3e-3, clip_grad=1.0, use_distributed_optimizer=True)
     optimizer = get_megatron_optimizer(settings, [model], use_gloo_process_groups=False)
-    rebalancer = megatron.rebalancer([model], optimizer, every=EVERY, on_event=report)
+    rebalancer = megatron.rebalancer([model], optimizer, every=EVERY, record=Record(on_event=report))
     text = texts.code()
     for iteration in range(ITERATIONS):
         loss = train_step(model, optimizer, text, seed=2 * iteration + dist.get_rank())

@@ -159,12 +159,9 @@ class Run:
             comm=None if self.group is None else TorchComm(self.group),
             window=window,
             every=self.args.every,
-            seed=self.args.seed,
-            time_curve=self.measure_curve(),
-            record=self.recorded.name if self.recorded else self.folder,
-            spread=SPREAD if self.balance == "spread" else None,
-            dry_run=not self.is_rebalanced,
-            on_event=report,
+            search=distplb.Search(seed=self.args.seed, time_curve=self.measure_curve()),
+            moves=distplb.Moves(spread=SPREAD if self.balance == "spread" else None, dry_run=not self.is_rebalanced),
+            record=distplb.Record(self.recorded.name if self.recorded else self.folder, on_event=report),
         )
 
     def measure_curve(self) -> distplb.TimeCurve:

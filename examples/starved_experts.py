@@ -87,10 +87,8 @@ class Training:
             comm=TorchComm(self.group),
             window=window,
             every=every,
-            move_model=distplb.MoveModel(1.0, 1, 1e12, 1e12),
-            stop_loss=0,
-            verify="digest",
-            on_event=self.report,
+            moves=distplb.Moves(model=distplb.MoveModel(1.0, 1, 1e12, 1e12), stop_loss=0, verify="digest"),
+            record=distplb.Record(on_event=self.report),
         )
 
     def experts_in_slots(self, layer: int) -> Tensor:

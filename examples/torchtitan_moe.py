@@ -25,6 +25,7 @@ from torchtitan.models.common.attention import ScaledDotProductAttention
 from torchtitan.models.qwen3 import model_registry
 
 import distplb
+from distplb import Record
 from distplb.integrations import torchtitan
 
 ITERATIONS, EVERY, SEQUENCES, LENGTH = 45, 15, 4, 64
@@ -56,7 +57,9 @@ def main() -> None:
     adamw.implementation = "for-loop"  # CPU
     optimizers = adamw.build(model_parts=[model])
     spec.post_optimizer_build_fn(optimizers, [model], parallel_dims)
-    rebalancer = torchtitan.rebalancer([model], optimizers, every=EVERY, parallel_dims=parallel_dims, on_event=report)
+    rebalancer = torchtitan.rebalancer(
+        [model], optimizers, every=EVERY, parallel_dims=parallel_dims, record=Record(on_event=report)
+    )
 
     text = texts.code()
     for iteration in range(1, ITERATIONS + 1):

@@ -10,4 +10,4 @@ if [ "$gpus" -lt 2 ]; then
     echo "NCCL between ranks takes 2 GPUs or more, and torch sees $gpus here; nothing was checked" >&2
     exit 2
 fi
-exec "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$gpus" benchmarks/check_nccl.py "$@"
+exec "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$gpus" -m benchmarks.comm.check_nccl "$@"

@@ -18,4 +18,4 @@ wheel=$(echo "$folder"/dist/distplb-*.whl)
 cp -r README.md setup.cfg tests examples benchmarks launch "$folder"
 cd "$folder"
 venv/bin/python -c "import distplb; print(distplb.__version__, distplb.__file__)"
-venv/bin/python -m pytest tests/house/test_readme.py tests/cli/test_cli.py tests/report/test_report.py -k "not paths_that_it_names"
+venv/bin/python -m pytest tests/house/test_readme.py tests/cli/test_{compare_command,main,plan_command,replay_command,wrong_input}.py tests/report/test_{figures,page,run}.py -k "not paths_that_it_names"

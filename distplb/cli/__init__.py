@@ -1,1 +1,3 @@
-"""The command line: one file for each command, and what they share. May import everything."""
+"""The command line: `main`, a file for each command, and what commands share: `shared_options`, `param_types`,
+`plan_request`, `output` and others. May import everything.
+"""

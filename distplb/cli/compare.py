@@ -15,12 +15,12 @@ import click
 from rich.table import Table
 from torch import Tensor
 
-from distplb.cli.empties import Empties
-from distplb.cli.given import GivenPath
-from distplb.cli.hints import hints_of
-from distplb.cli.inputs import Inputs, read_inputs
-from distplb.cli.options import search_options, topology_options
-from distplb.cli.output import console, json_option, plain, print_hints, print_json, progress, table
+from distplb.cli.empty_parts import EmptyParts
+from distplb.cli.load_hints import load_hints
+from distplb.cli.output import console, json_option, print_hints, print_json, progress, table
+from distplb.cli.param_types import NamedPath
+from distplb.cli.plan_request import PlanRequest
+from distplb.cli.shared_options import planning_options
 from distplb.comm.base import WorldOfOne
 from distplb.core.cost import imbalance, mean_of_known, steps_with_tokens
 from distplb.core.counts import as_tokens
@@ -28,16 +28,16 @@ from distplb.core.placement import Placement
 from distplb.core.price import moved_slots
 from distplb.core.topology import Topology
 from distplb.errors import DistplbError
-from distplb.packing.balanced import balanced_packing
+from distplb.packing.balanced_packing import balanced_packing
 from distplb.planning.greedy import contiguous, greedy_numpy
-from distplb.planning.options import SearchOptions
+from distplb.planning.options import PlanOptions
 from distplb.planning.plan import plan_in_stages
 from distplb.records.loads import Loads, read_loads
 
 __all__ = ["compare"]
 
-_MANY = 16  # candidates of the last planner
-_NARROW = 52  # columns; below, moves and seconds have no room
+_MANY_CANDIDATES = 16  # candidates of the last planner
+_MIN_WIDTH = 52  # columns; below, moves and seconds have no room
 _EXAMPLE = """\b
 Example:
   distplb compare monday.npz --unseen tuesday.npz --nodes 2 --gpus-per-node 8
@@ -49,40 +49,39 @@ class _Steps(NamedTuple):
 
     planned: Tensor  # [T, L, E]
     unseen: Tensor | None  # [T', L, E]
-    told: str
-    empty_unseen: Empties | None  # of a file of its own
+    description: str
+    unseen_empty_parts: EmptyParts | None  # of a file of its own
 
 
-class _Uneven(NamedTuple):
-    """Imbalance, mean over the steps and layers that have tokens."""
+class _Imbalance(NamedTuple):
+    """Means over the steps that have tokens."""
 
-    mean: float  # over layers
+    mean: float  # over layers that have tokens
     worst: float  # layer
 
     @classmethod
-    def of(cls, by_layer: Tensor) -> _Uneven:
+    def of(cls, by_layer: Tensor) -> _Imbalance:
         return cls(float(mean_of_known(by_layer)), float(by_layer.nan_to_num(nan=1.0).max()))
 
 
 class _Row(NamedTuple):
     planner: str
-    in_sample: _Uneven
-    unseen: _Uneven | None
+    in_sample: _Imbalance
+    unseen: _Imbalance | None
     moved: int | None
     seconds: float | None
 
 
 @click.command(epilog=_EXAMPLE)
-@click.argument("loads", type=GivenPath())
-@click.option("--unseen", type=GivenPath(), help="Judge on this load, which no planner has seen.")
-@topology_options
-@search_options
+@click.argument("loads", type=NamedPath())
+@click.option("--unseen", type=NamedPath(), help="Judge on this load, which no planner has seen.")
+@planning_options
 @json_option
 def compare(
     loads: Path,
     unseen: Path | None,
     topology: Topology,
-    options: SearchOptions,
+    options: PlanOptions,
     current: Path | None,
     as_json: bool,
 ) -> None:
@@ -92,89 +91,88 @@ def compare(
     the first half is planned on then. A load of one step is judged on itself. Layers of two files are the same by their
     names, or by position where neither has names. Files, and hints, as for `distplb plan`.
     """
-    inputs = read_inputs(loads, topology, options, current)
-    empties = Empties.of(inputs.load, inputs.layers)
-    steps = _steps(loads, inputs, empties, unseen)
-    before = float(mean_of_known(imbalance(inputs.load, inputs.start)))
-    hints = hints_of(inputs.load, before=before, is_trace=inputs.has_steps)
-    if unseen is not None and steps.unseen is not None:  # of which it does not matter how even they are, or how many
-        hints += [f"{unseen}: {hint}" for hint in hints_of(steps.unseen, before=None, is_trace=False)]
-    inputs = replace(inputs, load=steps.planned)
+    request = PlanRequest.read(loads, topology, options, current)
+    _refuse_without_tokens(loads, request.empty_parts)
+    steps = _halves(request.load) if unseen is None else _two_files(request, unseen)
+    before = float(mean_of_known(imbalance(request.load, request.in_force)))
+    hints = load_hints(request.load, before=before, is_trace=request.has_steps)
+    if unseen is not None and steps.unseen is not None:  # neither its imbalance nor its number of steps matters
+        hints += [f"{unseen}: {hint}" for hint in load_hints(steps.unseen, before=None, is_trace=False)]
     rows: list[_Row] = []
-    with progress("comparing") as told:
-        planners = _planners(inputs, given=current is not None)
+    with progress("comparing") as update:
+        planners = _planners(request, len(steps.planned), with_current=current is not None)
         for number in (1, 2):  # of steps: the first plan of either kind loads machine code, which is not timed
-            _planned(steps.planned[:number], inputs, inputs.options)
+            _plan(steps.planned[:number], request, request.options)
         for name, planner in planners.items():
-            told(len(rows), len(planners))
-            rows.append(_judged(name, planner, inputs, steps))
-        rows.append(_bound(inputs, steps))
+            update(len(rows), len(planners))
+            rows.append(_evaluate(name, planner, request, steps))
+        rows.append(_bound(request, steps))
     if as_json:
-        print_json(_document(loads, inputs, empties, steps, rows) | {"hints": hints})
+        print_json(_document(request, steps, rows) | {"hints": hints})
     else:
         out = console()
-        out.print(_table(steps, rows, narrow=out.width < _NARROW))
-        for left_out in _left_out(loads, unseen, empties, steps):
-            out.print(plain(left_out))
+        out.print(_table(steps, rows, narrow=out.width < _MIN_WIDTH))
+        for sentence in _sentences_of_empty_parts(request, unseen, steps):
+            out.print(sentence)
         print_hints(hints)
 
 
-def _steps(path: Path, inputs: Inputs, empties: Empties, unseen: Path | None) -> _Steps:
-    load = _counted(path, inputs.load)
-    if unseen is not None:
-        other = _of_the_same_layers(read_loads(unseen), unseen, inputs, path)
-        of_other, other = Empties.of(other, inputs.layers), _counted(unseen, other)
-        told = f"planned on {_count(load)} of {path}, unseen are {_count(other)} of {unseen}"
-        return _Steps(load, other, told, of_other)
+# --- steps ------------------------------------------------------------------------------------------------------
+
+
+def _halves(load: Tensor) -> _Steps:
+    """The first half, and the second one unseen."""
     half = len(load) // 2
-    if half:
-        seen, other = load[:half], load[half:]
-        told = f"planned on the first {_count(seen)}, unseen are the {_count(other)} after them"
-        return _Steps(seen, other, told, None)
-    told = "judged on the one step that was planned on, so not what it is worth on others"
-    return _Steps(load, None, told, None)
+    if not half:
+        description = "judged on the one step that was planned on, so not what it is worth on others"
+        return _Steps(load, None, description, None)
+    first, second = load[:half], load[half:]
+    description = f"planned on the first {_count(first)}, unseen are the {_count(second)} after them"
+    return _Steps(first, second, description, None)
 
 
-def _left_out(path: Path, unseen: Path | None, empties: Empties, steps: _Steps) -> list[str]:
-    """What has no tokens, in words."""
-    if steps.empty_unseen is None:
-        lines = [empties.told()]
-    else:
-        lines = [empties.told(str(path)), steps.empty_unseen.told(str(unseen))]
-    return [line for line in lines if line]
+def _two_files(request: PlanRequest, path: Path) -> _Steps:
+    """All steps of the load, and unseen those of another file."""
+    load = _in_order_of_layers(read_loads(path), path, request)
+    empty_parts = EmptyParts.of(load, request.layers)
+    _refuse_without_tokens(path, empty_parts)
+    unseen = steps_with_tokens(load)
+    description = f"planned on {_count(request.load)} of {request.path}, unseen are {_count(unseen)} of {path}"
+    return _Steps(request.load, unseen, description, empty_parts)
 
 
-def _counted(path: Path, load: Tensor) -> Tensor:
-    """The steps that have tokens, which are planned on and judged."""
-    found = steps_with_tokens(load)
-    if not len(found):
+def _refuse_without_tokens(path: Path, empty_parts: EmptyParts) -> None:
+    if not empty_parts.counted_steps:
         raise DistplbError(f"{path} has no tokens, so every placement is as good; pass counts of steps that ran")
-    return found
 
 
-def _of_the_same_layers(found: Loads, unseen: Path, inputs: Inputs, path: Path) -> Tensor:
+def _in_order_of_layers(loads: Loads, path: Path, request: PlanRequest) -> Tensor:
     """`[T', L, E]` of the layers that are planned for, in their order: by name, or by position where there are none."""
-    other, load = as_tokens(found.load), inputs.load
-    named, other_named = (one != tuple(map(str, range(len(one)))) for one in (inputs.layers, found.layers))
-    if other.shape[2] != load.shape[2] or (other.shape[1] != load.shape[1] and not named and not other_named):
+    unseen, load = as_tokens(loads.load), request.load
+    has_names, unseen_has_names = (one != tuple(map(str, range(len(one)))) for one in (request.layers, loads.layers))
+    same_layers = unseen.shape[1] == load.shape[1] or has_names or unseen_has_names
+    if unseen.shape[2] != load.shape[2] or not same_layers:
         raise DistplbError(
-            f"{unseen} has {other.shape[1]} layers of {other.shape[2]} experts, {path} has {load.shape[1]} of "
+            f"{path} has {unseen.shape[1]} layers of {unseen.shape[2]} experts, {request.path} has {load.shape[1]} of "
             f"{load.shape[2]}; pass two loads of the same model"
         )
-    if named != other_named:
-        without, with_, layers = (path, unseen, found.layers) if other_named else (unseen, path, inputs.layers)
+    if has_names != unseen_has_names:
+        without, with_, layers = (
+            (request.path, path, loads.layers) if unseen_has_names else (path, request.path, request.layers)
+        )
         raise DistplbError(
             f"{without} has no names of layers, {with_} has {layers[0]!r} and others; pass two files with names, or "
             "two without"
         )
-    row = {name: at for at, name in enumerate(found.layers)}
-    missing = [name for name in inputs.layers if name not in row]
+    row = {name: at for at, name in enumerate(loads.layers)}
+    missing = [name for name in request.layers if name not in row]
     if missing:
-        own = ", ".join(map(repr, found.layers[:3])) + ", ..." * (len(found.layers) > 3)
+        own = ", ".join(map(repr, loads.layers[:3])) + ", ..." * (len(loads.layers) > 3)
         raise DistplbError(
-            f"{unseen} has no layer {missing[0]!r}, which {path} has; it has {own}: pass two loads of the same model"
+            f"{path} has no layer {missing[0]!r}, which {request.path} has; it has {own}: pass two loads of the same "
+            "model"
         )
-    return other[:, [row[name] for name in inputs.layers]]
+    return unseen[:, [row[name] for name in request.layers]]
 
 
 def _count(load: Tensor) -> str:
@@ -186,27 +184,27 @@ def _count(load: Tensor) -> str:
 Planner = Callable[[Tensor], Placement]  # of a load [T, L, E]
 
 
-def _planners(inputs: Inputs, *, given: bool) -> Mapping[str, Planner]:
+def _planners(request: PlanRequest, num_steps: int, *, with_current: bool) -> Mapping[str, Planner]:
     """By name, those that go with the options; what is in force comes first."""
-    topology, options, experts = inputs.topology, inputs.options, inputs.start.num_experts
+    topology, options, experts = request.topology, request.options, request.in_force.num_experts
     slots, groups = options.slots(experts), options.num_groups
 
     def placed(table: Tensor) -> Placement:
         return Placement(table, experts, topology.num_gpus)
 
-    found: dict[str, Planner] = {"current": lambda _: inputs.start} if given else {}
-    found["contiguous"] = lambda load: placed(contiguous(load[0], topology, slots))
+    planners: dict[str, Planner] = {"current": lambda _: request.in_force} if with_current else {}
+    planners["contiguous"] = lambda load: placed(contiguous(load[0], topology, slots))
     if groups is None or options.mode == "remap":  # the others take groups apart, or out of their blocks
-        found["greedy (EPLB)"] = lambda load: placed(greedy_numpy(load.sum(0), topology, slots, num_groups=groups))
+        planners["greedy (EPLB)"] = lambda load: placed(greedy_numpy(load.sum(0), topology, slots, num_groups=groups))
     if groups is None and slots == experts:
-        found["balanced_packing"] = lambda load: placed(_packed(load.sum(0), topology))
-    if len(inputs.load) > 1:
-        found["plan on the sum"] = lambda load: _planned(load.sum(0), inputs, options)
-    found["plan on the steps" if len(inputs.load) > 1 else "plan"] = lambda load: _planned(load, inputs, options)
-    if options.candidates != _MANY:
-        many = replace(options, num_candidates=_MANY)
-        found[f"plan, {_MANY} candidates"] = lambda load: _planned(load, inputs, many)
-    return found
+        planners["balanced_packing"] = lambda load: placed(_packed(load.sum(0), topology))
+    if num_steps > 1:
+        planners["plan on the sum"] = lambda load: _plan(load.sum(0), request, options)
+    planners["plan on the steps" if num_steps > 1 else "plan"] = lambda load: _plan(load, request, options)
+    if options.candidates != _MANY_CANDIDATES:
+        many = replace(options, num_candidates=_MANY_CANDIDATES)
+        planners[f"plan, {_MANY_CANDIDATES} candidates"] = lambda load: _plan(load, request, many)
+    return planners
 
 
 def _packed(weight: Tensor, topology: Topology) -> Tensor:
@@ -215,25 +213,26 @@ def _packed(weight: Tensor, topology: Topology) -> Tensor:
     return (pack * topology.slots_per_gpu(weight.shape[1]) + rank).argsort(1)
 
 
-def _planned(load: Tensor, inputs: Inputs, options: SearchOptions) -> Placement:
-    return plan_in_stages(load, inputs.topology, WorldOfOne(), options).placement
+def _plan(load: Tensor, request: PlanRequest, options: PlanOptions) -> Placement:
+    return plan_in_stages(load, request.topology, WorldOfOne(), options).placement
 
 
-def _judged(name: str, planner: Planner, inputs: Inputs, steps: _Steps) -> _Row:
+def _evaluate(name: str, planner: Planner, request: PlanRequest, steps: _Steps) -> _Row:
     began = time.perf_counter()
     placement = planner(steps.planned)
     seconds = time.perf_counter() - began
-    seen, unseen = (
-        None if load is None else _Uneven.of(mean_of_known(imbalance(load, placement), dim=0))
+    in_sample, unseen = (
+        None if load is None else _Imbalance.of(mean_of_known(imbalance(load, placement), dim=0))
         for load in (steps.planned, steps.unseen)
     )
-    assert seen is not None
-    return _Row(name, seen, unseen, int(moved_slots(inputs.start, placement, inputs.topology).sum()), seconds)
+    assert in_sample is not None
+    moved = int(moved_slots(request.in_force, placement, request.topology).sum())
+    return _Row(name, in_sample, unseen, moved, seconds)
 
 
-def _bound(inputs: Inputs, steps: _Steps) -> _Row:
-    unseen = None if steps.unseen is None else _Uneven.of(inputs.bound(steps.unseen))
-    return _Row("bound", _Uneven.of(inputs.bound(steps.planned)), unseen, None, None)
+def _bound(request: PlanRequest, steps: _Steps) -> _Row:
+    unseen = None if steps.unseen is None else _Imbalance.of(request.bound(steps.unseen))
+    return _Row("bound", _Imbalance.of(request.bound(steps.planned)), unseen, None, None)
 
 
 # --- what is printed --------------------------------------------------------------------------------------------
@@ -242,29 +241,37 @@ def _bound(inputs: Inputs, steps: _Steps) -> _Row:
 def _table(steps: _Steps, rows: list[_Row], *, narrow: bool) -> Table:
     numbers = ["in sample", *(["unseen"] if steps.unseen is not None else []), "worst layer"]
     others = [] if narrow else ["slots moved", "time (s)"]
-    title = f"Imbalance, fullest GPU / mean GPU; {steps.told}. {'Wider terminals show moves and seconds.' * narrow}"
-    found = table("planner", *numbers, *others, title=title)
+    title = (
+        f"Imbalance, fullest GPU / mean GPU; {steps.description}. {'Wider terminals show moves and seconds.' * narrow}"
+    )
+    lines = table("planner", *numbers, *others, title=title)
     for row in rows:
         if row.seconds is None:
-            found.add_section()
+            lines.add_section()
         shown = [row.in_sample.mean, row.unseen.mean, row.unseen.worst] if row.unseen else list(row.in_sample)
         counts = ["" if row.moved is None else str(row.moved), "" if row.seconds is None else f"{row.seconds:.3f}"]
         cells = [*(f"{value:.4f}" for value in shown), *counts]
-        found.add_row(plain(row.planner), *cells[: len(numbers) + len(others)])
-    return found
+        lines.add_row(row.planner, *cells[: len(numbers) + len(others)])
+    return lines
 
 
-def _document(loads: Path, inputs: Inputs, empties: Empties, steps: _Steps, rows: list[_Row]) -> dict[str, Any]:
+def _sentences_of_empty_parts(request: PlanRequest, unseen: Path | None, steps: _Steps) -> list[str]:
+    if steps.unseen_empty_parts is None:
+        sentences = [request.empty_parts.sentence()]
+    else:
+        sentences = [request.empty_parts.sentence(str(request.path)), steps.unseen_empty_parts.sentence(str(unseen))]
+    return [sentence for sentence in sentences if sentence]
+
+
+def _document(request: PlanRequest, steps: _Steps, rows: list[_Row]) -> dict[str, Any]:
     return {
-        "loads": str(loads),
-        "judged": steps.told,
+        "loads": str(request.path),
+        "judged": steps.description,
         "steps_planned_on": len(steps.planned),
         "steps_unseen": 0 if steps.unseen is None else len(steps.unseen),
-        **empties.as_json(),
-        "unseen_without_tokens": None if steps.empty_unseen is None else steps.empty_unseen.as_json(),
-        "nodes": inputs.topology.num_nodes,
-        "gpus_per_node": inputs.topology.gpus_per_node,
-        "slots": inputs.start.num_slots,
+        **request.empty_parts.as_json(),
+        "unseen_without_tokens": None if steps.unseen_empty_parts is None else steps.unseen_empty_parts.as_json(),
+        **request.cluster_as_json(),
         "planners": [
             row._asdict() | {"in_sample": row.in_sample._asdict(), "unseen": row.unseen and row.unseen._asdict()}
             for row in rows

@@ -9,14 +9,14 @@ import click
 from rich.table import Table
 from rich.text import Text
 
-from distplb.cli.given import Amount
-from distplb.cli.output import console, json_option, plain, print_json, table
-from distplb.doctor.examine import Examination, examined
+from distplb.cli.output import console, json_option, print_json, table
+from distplb.cli.param_types import FiniteNumber
+from distplb.doctor.examine import Examination, examine
 
 __all__ = ["doctor"]
 
 _STYLES = {"ok": "green", "note": "yellow", "WRONG": "bold red"}
-_RANKS = ("RANK", "SLURM_PROCID", "PMI_RANK", "OMPI_COMM_WORLD_RANK")  # in which launchers number processes
+_RANKS = ("RANK", "SLURM_PROCID", "PMI_RANK", "OMPI_COMM_WORLD_RANK")  # set by launchers
 _EPILOG = """\b
 Examples:
   distplb doctor
@@ -27,7 +27,7 @@ Examples:
 @click.command(epilog=_EPILOG)
 @click.option(
     "--deadline",
-    type=Amount(least=1e-3, most=1e6),
+    type=FiniteNumber(minimum=1e-3, maximum=1e6),
     metavar="SECONDS",
     default=60.0,
     show_default=True,
@@ -40,34 +40,34 @@ def doctor(deadline: float, as_json: bool) -> None:
     Each finding is one line: ok, note, or WRONG with what to set. Rank 0 prints. All ranks exit with 0, or with 1 where
     something is WRONG.
     """
-    found = examined(deadline)
+    examination = examine(deadline)
     if all(os.environ.get(name, "0") == "0" for name in _RANKS):
-        _print_json(found) if as_json else _print(found)
-    sys.exit(int(found.is_wrong))
+        _print_json(examination) if as_json else _print(examination)
+    sys.exit(int(examination.is_wrong))
 
 
-def _print_json(found: Examination) -> None:
+def _print_json(examination: Examination) -> None:
     print_json(
         {
-            "findings": [one._asdict() for one in found.findings],
-            "timings": [one._asdict() for one in found.timings],
-            "wrong": found.is_wrong,
+            "findings": [one._asdict() for one in examination.findings],
+            "timings": [one._asdict() for one in examination.timings],
+            "wrong": examination.is_wrong,
         }
     )
 
 
-def _print(found: Examination) -> None:
+def _print(examination: Examination) -> None:
     out = console()
     findings = Table(box=None, show_header=False, pad_edge=False)
-    for one in found.findings:
-        findings.add_row(Text(one.level, style=_STYLES[one.level]), plain(one.what), plain(one.text))
+    for one in examination.findings:
+        findings.add_row(Text(one.level, style=_STYLES[one.level]), one.what, one.text)
     out.print(findings)
-    if found.timings:
-        out.print(_timings(found))
+    if examination.timings:
+        out.print(_timings(examination))
 
 
-def _timings(found: Examination) -> Table:
+def _timings(examination: Examination) -> Table:
     lines = table("round", "ms", "GB/s", title="Medians of rank 0")
-    for one in found.timings:
-        lines.add_row(plain(one.what), f"{one.seconds * 1e3:.1f}", f"{one.rate / 1e9:.2f}")
+    for one in examination.timings:
+        lines.add_row(one.what, f"{one.seconds * 1e3:.1f}", f"{one.rate / 1e9:.2f}")
     return lines

@@ -3,7 +3,7 @@
 Exit codes: 0 done, 1 the answer is no (`doctor` found a fault, `replay --exit-code` advises against it), 2 wrong use or
 input, or not enough memory for it, 70 a fault of distplb, 130 interrupted, 141 nobody reads any more.
 
-An exception that is none of distplb's own (of torch, NumPy, Numba or Python) is a fault of distplb: one line asks to
+An exception of torch, NumPy, Numba or Python is a fault of distplb: one line asks to
 report it. In Python's development mode, `python -X dev -m distplb`, its traceback is shown instead.
 """
 
@@ -25,7 +25,7 @@ from click.exceptions import Exit, NoArgsIsHelpError
 import distplb
 from distplb.cli.compare import compare
 from distplb.cli.doctor import doctor
-from distplb.cli.given import as_option
+from distplb.cli.option_names import as_option
 from distplb.cli.output import forgive_encodings, one_line
 from distplb.cli.plan import plan
 from distplb.cli.replay import replay
@@ -68,7 +68,7 @@ class _Commands(click.Group):
 
 @contextmanager
 def _in_one_line() -> Iterator[None]:
-    """Warnings, and errors that somebody can do something about, become one line; the latter with an exit code."""
+    """Warnings and errors become one line, errors with an exit code."""
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _warn
@@ -98,7 +98,7 @@ def _in_one_line() -> Iterator[None]:
 
 
 def _unforeseen(error: BaseException) -> _Refused:
-    """What nobody refused, in one line; in development mode a fault is raised as it is, with its traceback."""
+    """An error that was not foreseen, in one line; in development mode it is raised with its traceback."""
     if isinstance(error, OSError):
         return _Refused(f"{error.filename or 'the system'}: {error.strerror or error}")
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error))):
@@ -108,10 +108,10 @@ def _unforeseen(error: BaseException) -> _Refused:
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if Path(frame.filename).is_relative_to(_PACKAGE)]
     where = f" at {Path(own[-1].filename).relative_to(_PACKAGE)}:{own[-1].lineno}" if own else ""
-    said = str(error).strip().split("\n")[0]
+    message = str(error).strip().split("\n")[0]
     return _Fault(
-        f"distplb has a fault: {type(error).__name__}{where}{f' ({said})' if said else ''}; please report this line "
-        "with the command and its input. `python -X dev -m distplb` in place of `distplb` shows the traceback"
+        f"distplb has a fault: {type(error).__name__}{where}{f' ({message})' if message else ''}; please report this "
+        "line with the command and its input. `python -X dev -m distplb` in place of `distplb` shows the traceback"
     )
 
 

@@ -22,7 +22,6 @@ __all__ = [
     "forgive_encodings",
     "json_option",
     "one_line",
-    "plain",
     "print_hints",
     "print_json",
     "printable",
@@ -30,7 +29,7 @@ __all__ = [
     "table",
 ]
 
-_MOST_LETTERS = 600  # of one message, whose beginning says what was found and whose end what to pass
+_MAX_LETTERS = 600  # of a message, whose beginning says what is wrong and whose end what to pass
 _PIPE_WIDTH = 200  # columns; in a pipe nothing is cut off and lines are not wrapped
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -58,7 +57,7 @@ def json_option(command: Command) -> Command:
 
 
 def console() -> Console:
-    """For what a person reads, on standard output; plain and wide in a pipe."""
+    """Standard output for a person; plain and wide in a pipe."""
     watched = sys.stdout.isatty()
     return _Console(highlight=False, width=None if watched else _PIPE_WIDTH, soft_wrap=not watched)
 
@@ -71,23 +70,18 @@ def printable(text: str) -> str:
 def one_line(text: str) -> str:
     """`printable`, and of a length that can be read: the middle is left out."""
     text = printable(text)
-    return text if len(text) <= _MOST_LETTERS else f"{text[: _MOST_LETTERS - 205]} ... {text[-200:]}"
-
-
-def plain(text: str) -> Text:
-    """As it is: no markup, no control codes."""
-    return Text(printable(text))
+    return text if len(text) <= _MAX_LETTERS else f"{text[: _MAX_LETTERS - 205]} ... {text[-200:]}"
 
 
 def table(first: str, *others: str, title: str | None = None) -> Table:
     """Names on the left, which wrap, and numbers on the right, which do not; rows come by `add_row`."""
-    found = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    lines = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     if title is not None:
-        found.title, found.title_justify, found.title_style = plain(title), "left", ""
-    found.add_column(plain(first), overflow="fold")
+        lines.title, lines.title_justify, lines.title_style = title, "left", ""
+    lines.add_column(first, overflow="fold")
     for name in others:
-        found.add_column(Text(name.replace(" ", "\n")), justify="right", no_wrap=True, vertical="bottom")
-    return found
+        lines.add_column(Text(name.replace(" ", "\n")), justify="right", no_wrap=True, vertical="bottom")
+    return lines
 
 
 def print_json(document: Mapping[str, Any]) -> None:
@@ -96,20 +90,20 @@ def print_json(document: Mapping[str, Any]) -> None:
 
 
 def print_hints(hints: Sequence[str]) -> None:
-    """What looks unlike a load of a job, a line each on standard error."""
+    """One line each on standard error."""
     for hint in hints:
         click.echo(f"Hint: {one_line(hint)}", err=True)
 
 
 @contextmanager
-def progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """What is to be called with (done, all) now and then; a bar on standard error where that is a terminal."""
+def progress(activity: str) -> Iterator[Callable[[int, int], None]]:
+    """A function to call with (done, total) now and then; it draws a bar on standard error if that is a terminal."""
     if not sys.stderr.isatty():
         yield lambda done, total: None
         return
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     with Progress(*columns, console=_Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(what, total=None)
+        task = bar.add_task(activity, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 

@@ -5,31 +5,29 @@ Shapes: T steps, L layers.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import click
 from rich.table import Table
 
-from distplb.cli.empties import Empties
-from distplb.cli.given import GivenPath, OutputPath, refuse_overwriting
-from distplb.cli.hints import hints_of
-from distplb.cli.inputs import Inputs, read_inputs
-from distplb.cli.options import search_options, topology_options
-from distplb.cli.output import console, json_option, plain, print_hints, print_json, progress, table
+from distplb.cli.load_hints import load_hints
+from distplb.cli.output import console, json_option, print_hints, print_json, progress, table
+from distplb.cli.param_types import NamedPath, OutputFile, refuse_overwriting
+from distplb.cli.plan_request import PlanRequest
+from distplb.cli.shared_options import planning_options
 from distplb.comm.base import WorldOfOne
-from distplb.core.cost import imbalance, known, mean_of_known, mean_of_layers, steps_with_tokens
+from distplb.core.cost import imbalance, mean_of_known, mean_of_layers, nan_to_none
 from distplb.core.placement import Placement
 from distplb.core.price import moved_slots
 from distplb.core.topology import Topology
-from distplb.planning.options import SearchOptions
+from distplb.planning.options import PlanOptions
 from distplb.planning.plan import plan_in_stages
 
 __all__ = ["plan"]
 
-_MOST_ROWS = 24
-_EVEN = 1e-9  # closer to the bound than anybody reads
+_MAX_ROWS = 24
+_EVEN = 1e-9  # a smaller distance from the bound shows in no digit
 _EXAMPLE = """\b
 Example:
   distplb plan trace.npz --nodes 2 --gpus-per-node 8 --output placement.json
@@ -37,7 +35,7 @@ Example:
 
 
 class _Row(NamedTuple):
-    """Of a layer without tokens there is no imbalance."""
+    """A layer; one without tokens has no imbalance."""
 
     layer: str
     before: float | None
@@ -52,16 +50,15 @@ class _Row(NamedTuple):
 
 
 @click.command(epilog=_EXAMPLE)
-@click.argument("loads", type=GivenPath())
-@topology_options
-@search_options
-@click.option("--output", type=OutputPath(), help="Write the placement there, as JSON by layer.")
-@click.option("--all", "show_all", is_flag=True, help=f"Show all layers, not only the {_MOST_ROWS} most uneven.")
+@click.argument("loads", type=NamedPath())
+@planning_options
+@click.option("--output", type=OutputFile(), help="Write the placement there, as JSON by layer.")
+@click.option("--all", "show_all", is_flag=True, help=f"Show all layers, not only the {_MAX_ROWS} most uneven.")
 @json_option
 def plan(
     loads: Path,
     topology: Topology,
-    options: SearchOptions,
+    options: PlanOptions,
     current: Path | None,
     output: Path | None,
     show_all: bool,
@@ -75,49 +72,44 @@ def plan(
     "hints" of the JSON.
     """
     refuse_overwriting(output, loads)
-    inputs = read_inputs(loads, topology, options, current)
-    empties = Empties.of(inputs.load, inputs.layers)
-    if empties.counted_steps:
-        inputs = replace(inputs, load=steps_with_tokens(inputs.load))
+    request = PlanRequest.read(loads, topology, options, current)
     with progress("planning"):
-        planned = plan_in_stages(inputs.load, topology, WorldOfOne(), inputs.options)
-        rows = _rows(inputs, planned.placement)
+        planned = plan_in_stages(request.load, topology, WorldOfOne(), request.options)
+        rows = _rows(request, planned.placement)
     if output is not None:
-        planned.placement.save(output, inputs.layers)
-    hints = hints_of(inputs.load, before=mean_of_layers([row.before for row in rows]), is_trace=inputs.has_steps)
+        planned.placement.save(output, request.layers)
+    hints = load_hints(request.load, before=mean_of_layers([row.before for row in rows]), is_trace=request.has_steps)
     if as_json:
-        print_json(_document(loads, inputs, empties, planned.engine, rows, output) | {"hints": hints})
+        print_json(_document(request, planned.engine, rows, output) | {"hints": hints})
     else:
-        _print(inputs, empties, rows, show_all, output)
+        _print(request, rows, show_all, output)
         print_hints(hints)
 
 
-def _rows(inputs: Inputs, placement: Placement) -> list[_Row]:
-    before, after = (known(mean_of_known(imbalance(inputs.load, one), dim=0)) for one in (inputs.start, placement))
-    bound = known(inputs.bound(inputs.load))
-    moved = moved_slots(inputs.start, placement, inputs.topology).T.tolist()
-    return [_Row(*values) for values in zip(inputs.layers, before, after, bound, *moved, strict=True)]
+def _rows(request: PlanRequest, placement: Placement) -> list[_Row]:
+    before, after = (
+        nan_to_none(mean_of_known(imbalance(request.load, one), dim=0)) for one in (request.in_force, placement)
+    )
+    bound = nan_to_none(request.bound(request.load))
+    moved = moved_slots(request.in_force, placement, request.topology).T.tolist()
+    return [_Row(*values) for values in zip(request.layers, before, after, bound, *moved, strict=True)]
 
 
-def _over_all(rows: list[_Row], name: str) -> _Row:
+def _total(rows: list[_Row], name: str) -> _Row:
     """The mean of what is a ratio, the sum of what is counted."""
     _, before, after, bound, inside, between = zip(*rows, strict=True)
     level, level_after, level_bound = map(mean_of_layers, (before, after, bound))
     return _Row(name, level, level_after, level_bound, sum(inside), sum(between))
 
 
-def _document(
-    loads: Path, inputs: Inputs, empties: Empties, engine: str, rows: list[_Row], output: Path | None
-) -> dict[str, Any]:
-    total = _over_all(rows, "")._asdict()
+def _document(request: PlanRequest, engine: str, rows: list[_Row], output: Path | None) -> dict[str, Any]:
+    total = _total(rows, "")._asdict()
     del total["layer"]
     return {
-        "loads": str(loads),
-        "steps": empties.counted_steps,
-        **empties.as_json(),
-        "nodes": inputs.topology.num_nodes,
-        "gpus_per_node": inputs.topology.gpus_per_node,
-        "slots": inputs.start.num_slots,
+        "loads": str(request.path),
+        "steps": request.empty_parts.counted_steps,
+        **request.empty_parts.as_json(),
+        **request.cluster_as_json(),
         "engine": engine,
         "imbalance_of": "the load that was planned on",
         "all_layers": total,
@@ -129,48 +121,47 @@ def _document(
 # --- for a person -----------------------------------------------------------------------------------------------
 
 
-def _print(inputs: Inputs, empties: Empties, rows: list[_Row], show_all: bool, output: Path | None) -> None:
+def _print(request: PlanRequest, rows: list[_Row], show_all: bool, output: Path | None) -> None:
     out = console()
     out.print(_table(rows, show_all))
-    if empties.told():
-        out.print(plain(empties.told()))
-    out.print(plain(_summary(inputs, rows)))
+    if left_out := request.empty_parts.sentence():
+        out.print(left_out)
+    out.print(_summary(rows, num_steps=len(request.load)))
     if output is not None:
-        out.print(plain(f"Written to {output}."))
+        out.print(f"Written to {output}.")
 
 
 def _table(rows: list[_Row], show_all: bool) -> Table:
     shown, rest = rows, list[_Row]()
-    if not show_all and len(rows) > _MOST_ROWS:
+    if not show_all and len(rows) > _MAX_ROWS:
         shown = sorted(rows, key=lambda row: -(row.before or 0))
-        shown, rest = shown[:_MOST_ROWS], shown[_MOST_ROWS:]
-    found = table("layer", "before", "after", "bound", "slots moved")
+        shown, rest = shown[:_MAX_ROWS], shown[_MAX_ROWS:]
+    lines = table("layer", "before", "after", "bound", "slots moved")
     for row in shown:
-        _add(found, row)
-    found.add_section()
+        _add_row(lines, row)
+    lines.add_section()
     if rest:
-        _add(found, _over_all(rest, f"{len(rest)} more (--all)"))
-    _add(found, _over_all(rows, f"all {len(rows)}"))
-    return found
+        _add_row(lines, _total(rest, f"{len(rest)} more (--all)"))
+    _add_row(lines, _total(rows, f"all {len(rows)}"))
+    return lines
 
 
-def _add(found: Table, row: _Row) -> None:
-    found.add_row(plain(row.layer), *("–" if value is None else f"{value:.4f}" for value in row[1:4]), str(row.moved))
+def _add_row(lines: Table, row: _Row) -> None:
+    lines.add_row(row.layer, *("–" if value is None else f"{value:.4f}" for value in row[1:4]), str(row.moved))
 
 
-def _summary(inputs: Inputs, rows: list[_Row]) -> str:
-    steps = len(inputs.load)
+def _summary(rows: list[_Row], *, num_steps: int) -> str:
     levels = [(row.before, row.after, row.bound) for row in rows]
     before, after, bound = (  # of the layers that have tokens
         [value for value in values if value is not None] for values in zip(*levels, strict=True)
     )
     if not before:
         return "The load has no tokens at all, so every placement is as good."
-    if all(one <= least + _EVEN for one, least in zip(before, bound, strict=True)):
+    if all(level <= limit + _EVEN for level, limit in zip(before, bound, strict=True)):
         return "The placement in force meets the bound already: there is nothing to gain on this load."
-    is_met = all(one <= least + _EVEN for one, least in zip(after, bound, strict=True))
+    is_met = all(level <= limit + _EVEN for level, limit in zip(after, bound, strict=True))
     met = " The plan meets the bound." if is_met else ""
-    over = f", mean over {steps} steps," if steps > 1 else ""
+    over = f", mean over {num_steps} steps," if num_steps > 1 else ""
     return (
         f"Fullest GPU / mean GPU{over} of the load that was planned on.{met} "
         "What a plan is worth on steps that it has not seen: distplb compare --unseen."

@@ -10,18 +10,19 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from distplb.cli.empties import Empties
-from distplb.cli.given import Amount, GivenPath, Whole, as_option
-from distplb.cli.hints import hints_of
+from distplb.cli.empty_parts import EmptyParts
+from distplb.cli.load_hints import load_hints
+from distplb.cli.option_names import as_option
 from distplb.cli.output import json_option, print_hints, print_json, progress
-from distplb.cli.replayed import Costs, Replayed, document, print_tables
+from distplb.cli.param_types import FiniteNumber, NamedPath, WholeNumber
+from distplb.cli.replay_tables import Costs, ReplayResult, document, print_tables
+from distplb.cli.shared_options import option_group
 from distplb.core.topology import Topology
 from distplb.errors import DistplbError
 from distplb.records.event_log import read_events
+from distplb.records.foreign.megatron_lines import is_megatron, num_ranks
 from distplb.records.loads import read_trace
-from distplb.records.megatron_lines import is_megatron, num_ranks
 from distplb.records.trace import Trace
-from distplb.study.advice import PRICED, STATIC, STEPS, SUM, WINDOW_STEPS, Study, WhatIf
 from distplb.study.costs import (
     BYTES_PER_PARAMETER,
     EXPERT_PARAMETERS,
@@ -32,12 +33,13 @@ from distplb.study.costs import (
     steps_stood_for,
 )
 from distplb.study.verdict import verdict
+from distplb.study.what_if import PRICED, STATIC, STEPS, SUM, WINDOW_STEPS, Study, WhatIf
 
 __all__ = ["replay"]
 
 _JOB = AssumedJob()
-_FEWEST_REBALANCES = 12  # of the interval that is taken where none is asked for
-_TIMES = (0.25, 0.5, 2, 4)  # of `every`, which are tried too
+_MIN_REBALANCES = 12  # with the interval that is the default
+_FACTORS = (0.25, 0.5, 2, 4)  # of `every`: other intervals to replay
 
 _EPILOG = """\b
 Examples:
@@ -46,38 +48,24 @@ Examples:
 """
 
 
-def _options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    def with_options(command: Any) -> Any:
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return with_options
-
-
 def _count(name: str, text: str, default: int | None = None) -> Callable[[Any], Any]:
-    return click.option(name, type=Whole(), metavar="N", default=default, show_default=default is not None, help=text)
+    has_default = default is not None
+    return click.option(name, type=WholeNumber(), metavar="N", default=default, show_default=has_default, help=text)
 
 
-def _amount(name: str, text: str, default: float | None = None, most: float = 1e18) -> Callable[[Any], Any]:
-    return click.option(
-        name,
-        type=Amount(most=most),
-        metavar="X",
-        default=default,
-        show_default=default is not None,
-        help=text,
-    )
+def _amount(name: str, text: str, default: float | None = None, maximum: float = 1e18) -> Callable[[Any], Any]:
+    number, has_default = FiniteNumber(maximum=maximum), default is not None
+    return click.option(name, type=number, metavar="X", default=default, show_default=has_default, help=text)
 
 
-_of_the_trace = _options(
+_trace_options = option_group(
     _count("--nodes", "Nodes of the EP group.", 1),
     _count("--gpus-per-node", "GPUs of the EP group on each node; those of the trace where left out."),
     _count("--megatron-ep", "Expert-parallel size of Megatron-Core's files; all ranks where left out."),
     _count("--megatron-pipeline", "Their pipeline stages.", 1),
     _count("--megatron-expert-tp", "Their expert tensor parallel size.", 1),
 )
-_of_the_search = _options(
+_search_options = option_group(
     _count("--every", "Iterations between rebalances; at most a twelfth of the trace where left out."),
     _count("--window", "The most steps that a plan is made from.", WINDOW_STEPS),
     _count("--candidates", "Starts for each layer; 4 where left out."),
@@ -92,7 +80,7 @@ _COSTS = (
     "bandwidth_inside",
     "bandwidth_between",
 )
-_of_the_job = _options(
+_job_options = option_group(
     _amount("--expert-parameters", "Of one expert; by default DeepSeek-V3's.", EXPERT_PARAMETERS),
     _amount("--bytes-per-parameter", "That move: weight, master copy, two moments.", BYTES_PER_PARAMETER),
     _amount("--tflops", "TFLOP/s that a GPU reaches in experts.", FLOPS / 1e12),
@@ -100,17 +88,19 @@ _of_the_job = _options(
     _amount("--bandwidth-inside", "GB/s of each GPU inside a node, all at once.", _JOB.bandwidth_inside / 1e9),
     _amount("--bandwidth-between", "GB/s of each GPU between nodes, all at once.", _JOB.bandwidth_between / 1e9),
     _amount(
-        "--expert-share", "Of an iteration that experts take, as 0.35; without it, the time in experts is told.", most=1
+        "--expert-share",
+        "Of an iteration that experts take, as 0.35; without it, the time in experts is told.",
+        maximum=1,
     ),
     _amount("--stands-for", "Steps of the job for each recorded one; as iterations tell where left out."),
 )
 
 
 @click.command(epilog=_EPILOG)
-@click.argument("paths", metavar="TRACE...", nargs=-1, required=True, type=GivenPath(exists=True))
-@_of_the_trace
-@_of_the_search
-@_of_the_job
+@click.argument("paths", metavar="TRACE...", nargs=-1, required=True, type=NamedPath(exists=True))
+@_trace_options
+@_search_options
+@_job_options
 @click.option("--exit-code", is_flag=True, help="Exit with 1 where the answer is no.")
 @json_option
 def replay(
@@ -140,24 +130,24 @@ def replay(
     topology = _topology(trace, nodes, gpus_per_node)
     costs = _recorded(paths[0]) or _assumed(trace, topology, options)
     study = _study(trace, side_by_side, topology, costs, options)
-    every = every or _usual(study)
-    found, others = _replayed(study, every)
+    every = every or _default_interval(study)
+    planners, intervals = _replay(study, every)
     bound = study.bound(every)
-    told = verdict(
-        found,
+    advice = verdict(
+        planners,
         bound=bound,
         experts_per_gpu=trace.num_experts // topology.num_gpus,
         bytes_per_slot=costs.model.bytes_per_slot,
         expert_share=options["expert_share"],
     )
-    replayed = Replayed(study, costs, found, others, bound, told, Empties.of(trace.load, trace.layers))
-    hints = hints_of(trace.load, before=found[STATIC].imbalance, is_trace=True)
+    result = ReplayResult(study, costs, planners, intervals, bound, advice, EmptyParts.of(trace.load, trace.layers))
+    hints = load_hints(trace.load, before=planners[STATIC].imbalance, is_trace=True)
     if as_json:
-        print_json(document(replayed) | {"hints": hints})
+        print_json(document(result) | {"hints": hints})
     else:
-        print_tables(replayed)
+        print_tables(result)
         print_hints(hints)
-    if exit_code and told.answer == "no":
+    if exit_code and advice.answer == "no":
         sys.exit(1)
 
 
@@ -169,15 +159,15 @@ def _read(paths: Sequence[Path], gpus: int | None, ep: int | None, expert_tp: in
     if is_megatron(paths):
         trace = Trace.from_megatron(*paths, num_gpus=ep, expert_tensor_parallel=expert_tp, pipeline_parallel=pipeline)
         return trace, num_ranks(paths) // (trace.placements[0].num_gpus * expert_tp * pipeline)
-    if given := _given(_MEGATRON):
-        raise DistplbError(f"{given[0]} is of Megatron-Core's files, and {paths[0]} is none; leave it out")
+    if passed := _passed(_MEGATRON):
+        raise DistplbError(f"{passed[0]} is of Megatron-Core's files, and {paths[0]} is none; leave it out")
     if len(paths) > 1:
         raise DistplbError(f"{len(paths)} traces were named; pass one, or all ranks' files of Megatron-Core")
     return read_trace(paths[0], gpus), 1
 
 
-def _given(names: Sequence[str]) -> list[str]:
-    """The options that stand on the command line, of those whose parameters have these names."""
+def _passed(names: Sequence[str]) -> list[str]:
+    """The options on the command line, of those whose parameters have these names."""
     source = click.get_current_context().get_parameter_source
     return [as_option(name, "") for name in names if source(name) is ParameterSource.COMMANDLINE]
 
@@ -193,12 +183,12 @@ def _topology(trace: Trace, nodes: int, gpus_per_node: int | None) -> Topology:
 
 
 def _recorded(run: Path) -> Costs | None:
-    """Of a run's events, unless other costs are asked for."""
+    """Those of a run's events, unless the command line names others."""
     log = run / "events.jsonl"
-    if not log.is_file() or _given(_COSTS):
+    if not log.is_file() or _passed(_COSTS):
         return None
-    found = recorded_costs(read_events(log))
-    return None if found is None else Costs(*found)
+    recorded = recorded_costs(read_events(log))
+    return None if recorded is None else Costs(*recorded)
 
 
 def _assumed(trace: Trace, topology: Topology, options: Mapping[str, Any]) -> Costs:
@@ -229,21 +219,21 @@ def _study(trace: Trace, side_by_side: int, topology: Topology, costs: Costs, op
 # --- what is replayed -------------------------------------------------------------------------------------------
 
 
-def _usual(study: Study) -> int:
+def _default_interval(study: Study) -> int:
     """Iterations between rebalances, a round number: 1, 2, 5, 10, 20, 50 and so on."""
-    most = max(1, study.iterations // _FEWEST_REBALANCES)
-    round_ones: list[int] = [digit * 10**zeros for zeros in range(len(str(most))) for digit in (1, 2, 5)]
-    return max(study.least, *(number for number in round_ones if number <= most))
+    maximum = max(1, study.iterations // _MIN_REBALANCES)
+    round_ones: list[int] = [digit * 10**zeros for zeros in range(len(str(maximum))) for digit in (1, 2, 5)]
+    return max(study.minimum_interval, *(number for number in round_ones if number <= maximum))
 
 
-def _replayed(study: Study, every: int) -> tuple[dict[str, WhatIf], list[WhatIf]]:
+def _replay(study: Study, every: int) -> tuple[dict[str, WhatIf], list[WhatIf]]:
     """Planners by name; and other intervals between rebalances, with the price."""
     names = (STATIC, SUM, STEPS, PRICED)
-    study.cuts_of(every)  # refuses it, where that is to be
-    candidates = sorted({round(every * times) for times in _TIMES} - {every})
+    study.cuts_of(every)  # raises for an interval that cannot be replayed
+    candidates = sorted({round(every * factor) for factor in _FACTORS} - {every})
     others = [one for one in candidates if study.allows(one)]
-    with progress("replaying") as tell:
+    with progress("replaying") as update:
         trials = [(name, every) for name in names] + [(PRICED, one) for one in others]
-        found = study.run(trials, tell)
-    what_if = sorted([*found[len(names) :], found[len(names) - 1]], key=lambda one: one.every)
-    return dict(zip(names, found, strict=False)), what_if
+        outcomes = study.run(trials, update)
+    intervals = sorted([*outcomes[len(names) :], outcomes[len(names) - 1]], key=lambda one: one.every)
+    return dict(zip(names, outcomes, strict=False)), intervals

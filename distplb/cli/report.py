@@ -6,14 +6,14 @@ from pathlib import Path
 
 import click
 
-from distplb.cli.given import GivenPath, OutputPath, Whole, refuse_overwriting
-from distplb.cli.output import console, json_option, plain, print_json, progress
+from distplb.cli.output import console, json_option, print_json, progress
+from distplb.cli.param_types import NamedPath, OutputFile, WholeNumber, refuse_overwriting
 from distplb.core.topology import Topology
 from distplb.errors import DistplbError
 
 __all__ = ["report"]
 
-_AT_LEAST_1 = Whole()
+_AT_LEAST_1 = WholeNumber()
 _EPILOG = """\b
 Examples:
   distplb report run/
@@ -22,15 +22,15 @@ Examples:
 
 
 @click.command(epilog=_EPILOG)
-@click.argument("run", type=GivenPath())
+@click.argument("run", type=NamedPath())
 @click.option(
     "--output",
-    type=OutputPath(),
+    type=OutputFile(),
     default="report.html",
     show_default=True,
     help="The page to write.",
 )
-@click.option("--png", type=GivenPath(file_okay=False), help="A folder for the figures as PNG.")
+@click.option("--png", type=NamedPath(file_okay=False), help="A folder for the figures as PNG.")
 @click.option(
     "--every", type=_AT_LEAST_1, multiple=True, help="Iterations between rebalances to try on the trace; repeatable."
 )
@@ -60,13 +60,13 @@ def report(
     except ImportError as missing:
         raise DistplbError(f"{missing}; pip install 'distplb[report]' brings what a report needs") from missing
     topology = None if gpus_per_node is None else Topology(nodes, gpus_per_node)
-    with progress("trying other intervals") as told:
-        reported = write_report(run, output, topology=topology, every=every, progress=told)
-    figures = [] if png is None else write_figures(reported, png)
-    summary = Summary.of(reported)
+    with progress("trying other intervals") as update:
+        run_with_trials = write_report(run, output, topology=topology, every=every, progress=update)
+    figures = [] if png is None else write_figures(run_with_trials, png)
+    summary = Summary.of(run_with_trials)
     if as_json:
         print_json(summary.as_json() | {"report": str(output), "figures": [str(path) for path in figures]})
         return
     out = console()
     for line in (summary.headline, str(output), *map(str, figures)):
-        out.print(plain(line))
+        out.print(line)

@@ -6,46 +6,61 @@ An error on one rank becomes the same error on all, with nobody left waiting in 
 from __future__ import annotations
 
 import hashlib
+import struct
 from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
 import torch
+from torch import Tensor
 
 from distplb.comm.base import Comm
 from distplb.errors import DisagreementError, DistplbError, HalfMovedError
 
-__all__ = ["agree", "digest", "raise_everywhere", "told_by_root"]
+__all__ = [
+    "ABSENT",
+    "agree",
+    "digest",
+    "float_bits",
+    "float_of_bits",
+    "min_and_max",
+    "raise_everywhere",
+    "root_values",
+    "with_negatives",
+]
 
+ABSENT = (1 << 63) - 1  # in place of a value, of a rank that has none; larger than any digest
 _TEXT_BYTES = 2048
 
 
 def agree(
-    comm: Comm, fields: Mapping[str, int], error: Exception | None = None, *, least: Sequence[int] = ()
+    comm: Comm, fields: Mapping[str, int], error: Exception | None = None, *, minimum: Sequence[int] = ()
 ) -> list[int]:
-    """One all-reduce (MIN) of each field, of its negative, of "I am well" and of "my experts are whole".
+    """Raise on all ranks if one of them has failed or the ranks differ. One all-reduce (MIN).
+
+    It reduces each field and its negative, whether the rank has failed, and whether its experts are whole.
 
     Args:
         comm: all its ranks call this together, with the same names of fields.
         fields: integers (below 2^63 in magnitude) that must be equal on all ranks.
-        error: what went wrong on this rank, if anything did; the fields are then not looked at.
-        least: integers that may differ, as many on all ranks.
+        error: what went wrong on this rank, if anything did; the fields are then ignored.
+        minimum: integers that may differ, as many on all ranks.
 
     Returns:
-        The least over ranks of each of `least`.
+        The minimum over ranks of each of `minimum`.
 
     Raises:
         DistplbError: on every rank, with the text of the lowest failed rank. A HalfMovedError of one rank is one on
             all.
-        DisagreementError: on every rank, where a field differs, with its name, the least and the largest value.
+        DisagreementError: on every rank, where a field differs, with its name, the minimum and the maximum.
     """
     values = [0] * len(fields) if error else list(fields.values())
-    ill = comm.rank if error else comm.size  # the least ill rank speaks
-    whole = 0 if isinstance(error, HalfMovedError) else 1
-    header = torch.tensor([ill, whole, *values, *(-value for value in values), *least], device=comm.device)
+    failed_rank = comm.rank if error else comm.size  # the lowest one reports
+    is_whole = 0 if isinstance(error, HalfMovedError) else 1
+    header = torch.tensor([failed_rank, is_whole, *values, *(-value for value in values), *minimum], device=comm.device)
     comm.all_reduce_min(header)
-    ill, whole, *reduced = header.tolist()
-    if ill < comm.size:
-        raise_everywhere(comm, ill, error, DistplbError if whole else HalfMovedError)
+    failed_rank, is_whole, *reduced = header.tolist()
+    if failed_rank < comm.size:
+        raise_everywhere(comm, failed_rank, error, DistplbError if is_whole else HalfMovedError)
     number = len(fields)
     for name, low, negative in zip(fields, reduced[:number], reduced[number : 2 * number], strict=True):
         if low != (high := -negative):
@@ -58,7 +73,7 @@ def agree(
 
 
 def digest(value: object) -> int:
-    """What is too much for fields of its own, by its `repr`: one field that differs where it does."""
+    """A value as one field for `agree`: below 2^62, and different where the value's `repr` differs."""
     return int.from_bytes(hashlib.sha256(repr(value).encode()).digest()[:8], "big") >> 2
 
 
@@ -68,19 +83,53 @@ def raise_everywhere(
     """Every rank raises what went wrong on `rank`, which passes its `error`. All ranks know the rank by now."""
     text = torch.zeros(_TEXT_BYTES, dtype=torch.uint8, device="cpu")
     if comm.rank == rank:
-        told = str(error) if isinstance(error, DistplbError) else repr(error)
-        words = told.encode(errors="backslashreplace")[:_TEXT_BYTES]  # names of files may be no UTF-8
-        text[: len(words)] = torch.frombuffer(bytearray(words), dtype=torch.uint8)
+        message = str(error) if isinstance(error, DistplbError) else repr(error)
+        encoded = message.encode(errors="backslashreplace")[:_TEXT_BYTES]  # names of files may be no UTF-8
+        text[: len(encoded)] = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
     text = text.to(comm.device)
     comm.broadcast(text, rank)
     if comm.size == 1 and isinstance(error, kind):
         raise error  # which knows more than its text
-    told = bytes(text.tolist()).rstrip(b"\0").decode(errors="replace")
-    raise kind(told if comm.size == 1 else f"rank {rank}: {told}") from error
+    message = bytes(text.tolist()).rstrip(b"\0").decode(errors="replace")
+    raise kind(message if comm.size == 1 else f"rank {rank}: {message}") from error
 
 
-def told_by_root(comm: Comm, values: Sequence[int]) -> list[int]:
-    """Rank 0's integers on all ranks: what is measured must be one number everywhere. One broadcast."""
-    told = torch.tensor(list(values), dtype=torch.int64, device=comm.device)
-    comm.broadcast(told, 0)
-    return told.tolist()
+def float_bits(value: float) -> int:
+    """A float as an int64 that ranks can exchange and compare, to the bit; its negative is an int64 too."""
+    bits: int = struct.unpack("<q", struct.pack("<d", value or 0.0))[0]
+    return bits
+
+
+def float_of_bits(bits: int) -> float:
+    """The float of `float_bits`."""
+    value: float = struct.unpack("<d", struct.pack("<q", bits))[0]
+    return value
+
+
+def with_negatives(values: Tensor) -> Tensor:
+    """`[2, ...]`: int64 values and their negatives, whose minima over ranks are the minimum and minus the maximum.
+
+    A value that is `ABSENT` is so in both, and leaves these to the ranks that have one.
+    """
+    return torch.stack([values, torch.where(values == ABSENT, values, -values)])
+
+
+def min_and_max(comm: Comm, values: Tensor) -> tuple[Tensor, Tensor]:
+    """The minimum and the maximum over ranks of each value, on the host. One all-reduce.
+
+    Args:
+        comm: all its ranks call this together.
+        values: `[...]` int64 on the host, `ABSENT` where this rank has none. Where no rank has one the minimum is
+            `ABSENT`, and the maximum its negative.
+    """
+    both = with_negatives(values).to(comm.device)
+    comm.all_reduce_min(both)
+    minimum, negative_maximum = both.cpu()
+    return minimum, -negative_maximum
+
+
+def root_values(comm: Comm, values: Sequence[int]) -> list[int]:
+    """Rank 0's integers, on all ranks: what a rank has measured must be one number everywhere. One broadcast."""
+    shared = torch.tensor(list(values), dtype=torch.int64, device=comm.device)
+    comm.broadcast(shared, 0)
+    return shared.tolist()

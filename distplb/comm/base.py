@@ -1,4 +1,4 @@
-"""What distplb asks of a communicator, and the world of one that needs no library."""
+"""`Comm`: what distplb needs of a communicator; `WorldOfOne`, for a single process, needs no library."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ class Comm(Protocol):
         """Add up over ranks, element by element."""
 
     def all_reduce_min(self, tensor: Tensor) -> None:
-        """The least over ranks, element by element."""
+        """The minimum over ranks, element by element."""
 
     def broadcast(self, tensor: Tensor, root: int) -> None:
         """The root's values, everywhere."""
 
     def connect(self, peers: Sequence[int]) -> None:
-        """Make all that the library makes at the first message between two ranks, such as buffers on a GPU.
+        """Let the library make now what it else makes at the first message between two ranks, such as buffers on a GPU.
 
         All ranks call this together. Where messages cannot go that way, `exchange` refuses them.
 
@@ -58,7 +58,7 @@ class Comm(Protocol):
     def exchange(self, rounds: Sequence[Round]) -> None:
         """Point-to-point messages, round after round; returns when all of this rank's are done.
 
-        All ranks call this together, also those without messages. Rounds bound how much is under way at once: both
+        All ranks call this together, also those without messages. Rounds limit how much is in flight at once: both
         ends of a message number their rounds alike, and may leave out those that they have none in.
         """
 
@@ -79,7 +79,7 @@ class WorldOfOne:
         """Nothing to compare with."""
 
     def broadcast(self, tensor: Tensor, root: int) -> None:
-        """Nobody else to hear it."""
+        """No other rank to send to."""
 
     def connect(self, peers: Sequence[int]) -> None:
         """No other rank to connect to."""
@@ -88,22 +88,22 @@ class WorldOfOne:
         """No other rank to exchange with; messages to oneself are never made."""
 
 
-_PLANS, _MOVES = ("rank", "size", "device", "all_reduce_sum", "all_reduce_min", "broadcast"), ("connect", "exchange")
+_FOR_PLANNING = ("rank", "size", "device", "all_reduce_sum", "all_reduce_min", "broadcast")
+_FOR_MOVING = (*_FOR_PLANNING, "connect", "exchange")
 
 
 def refuse_other_comm(comm: object, *, moves: bool) -> None:
-    """Refuse what is no communicator, before anything is asked of it; None is let pass.
+    """Refuse an argument that is no communicator, before its methods are called; None passes.
 
     Args:
-        comm: given.
-        moves: whether rows will be exchanged over it, for which a plan needs no method.
+        comm: an argument of the user's.
+        moves: whether experts will be exchanged over it, too; planning alone needs no method for that.
 
     Raises:
         DistplbError: with what to pass.
     """
-    if comm is None or (
-        not isinstance(comm, type) and all(hasattr(comm, name) for name in (*_PLANS, *(_MOVES if moves else ())))
-    ):
+    names = _FOR_MOVING if moves else _FOR_PLANNING
+    if comm is None or (not isinstance(comm, type) and all(hasattr(comm, name) for name in names)):
         return
     raise DistplbError(
         f"comm is {shown(comm)}; pass a communicator, such as TorchComm(group) of distplb.comm.torchdist, or None for "

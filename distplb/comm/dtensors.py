@@ -1,7 +1,6 @@
-"""DTensors: what of a tensor with a row for every slot this rank holds.
+"""DTensors: which part of a tensor with a row for every slot this rank holds. Nothing is sent here.
 
-Beside `comm.torchdist` the only place that knows `torch.distributed`: a layout is read off a tensor here, nothing is
-sent. It is imported when the first DTensor is met, because that takes as long as importing torch.
+`torch.distributed.tensor` is imported when the first DTensor is met, because that takes as long as importing torch.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from distplb.comm.distnames import local_shape_and_offset
+from distplb.comm.private_names import local_shape_and_offset
 from distplb.errors import DistplbError
 
 __all__ = ["Block", "block_of", "is_dtensor", "local_like"]
@@ -29,8 +28,8 @@ class Block(NamedTuple):
 
 
 def is_dtensor(tensor: Tensor) -> bool:
-    """Whether it is spread over a device mesh."""
-    if "torch.distributed.tensor" not in sys.modules:  # then nobody has made one
+    """Whether the tensor is a DTensor."""
+    if "torch.distributed.tensor" not in sys.modules:  # then there is none
         return False
     from torch.distributed.tensor import DTensor
 

@@ -1,9 +1,9 @@
-"""FSDP2's own state of the declared tensors: whole weights that are derived from them, gradients not yet shared out.
+"""What FSDP2 keeps beside the sharded parameters: weights gathered for a forward, gradients not yet reduced.
 
-The only file that knows private names of FSDP2: `_module_state_mapping` of torch.distributed._composable_state;
+The only file that knows FSDP2's private names: `_module_state_mapping` of torch.distributed._composable_state;
 `_fsdp_param_groups` (`_fsdp_param_group` in torch 2.6) of FSDPState; `fsdp_params`, `wait_for_unshard`, `reshard`,
 `_all_gather_result` and `_partial_reduce_output` of FSDPParamGroup; `sharded_param`, `_unsharded_param` and
-`unsharded_accumulated_grad` of FSDPParam. Seen in torch 2.6 and 2.13; a test fails where one is gone.
+`unsharded_accumulated_grad` of FSDPParam. Present in torch 2.6 and 2.13; a test fails where one is gone.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["has_pending_gradients", "param_groups", "reshard", "sharded", "whole_weights"]
+__all__ = ["gathered_ids", "has_pending_gradients", "param_groups", "reshard", "sharded_ids"]
 
 
 def param_groups(tensors: Iterable[Tensor]) -> list[Any]:
     """FSDP2's parameter groups, of any module of this process, that shard one of these tensors."""
-    if "torch.distributed.fsdp" not in sys.modules:  # then nothing is sharded so
+    if "torch.distributed.fsdp" not in sys.modules:  # then no module is FSDP2's
         return []
-    wanted = {id(tensor) for tensor in tensors}
-    return [group for group in _all_groups() if any(id(param.sharded_param) in wanted for param in group.fsdp_params)]
+    ids = {id(tensor) for tensor in tensors}
+    return [group for group in _all_groups() if any(id(param.sharded_param) in ids for param in group.fsdp_params)]
 
 
-def sharded(tensors: Iterable[Tensor]) -> set[int]:
-    """By `id`, those of the tensors that are the parameter of an FSDP2 module now."""
+def sharded_ids(tensors: Iterable[Tensor]) -> set[int]:
+    """The `id` of each of the tensors that is a parameter of an FSDP2 module now."""
     if "torch.distributed.fsdp" not in sys.modules:
         return set()
     return {id(tensor) for tensor in tensors} & {
@@ -34,19 +34,19 @@ def sharded(tensors: Iterable[Tensor]) -> set[int]:
     }
 
 
-def whole_weights(tensors: Iterable[Tensor]) -> set[int]:
-    """By `id`, those of the tensors that FSDP2 has put in place of a sharded parameter for the time of a forward."""
+def gathered_ids(tensors: Iterable[Tensor]) -> set[int]:
+    """The `id` of each of the tensors that is a whole weight, in place of a sharded parameter for one forward."""
     if "torch.distributed.fsdp" not in sys.modules:
         return set()
-    whole = {id(getattr(param, "_unsharded_param", None)) for group in _all_groups() for param in group.fsdp_params}
-    return {id(tensor) for tensor in tensors} & whole
+    gathered = {id(getattr(param, "_unsharded_param", None)) for group in _all_groups() for param in group.fsdp_params}
+    return {id(tensor) for tensor in tensors} & gathered
 
 
 def reshard(groups: Iterable[Any]) -> None:
-    """Drop the whole weights that a forward has left or a prefetch has begun to gather: the next forward gathers anew.
+    """Drop weights that a forward has left gathered or a prefetch has begun to gather; the next forward gathers anew.
 
     After an evaluation with `reshard_after_forward=False`, or of the root module, the next forward would otherwise
-    compute with the rows as they lay before a move.
+    compute with the rows as they were before a move.
     """
     for group in groups:
         if group._all_gather_result is not None:
@@ -57,8 +57,9 @@ def reshard(groups: Iterable[Any]) -> None:
 def has_pending_gradients(groups: Iterable[Any]) -> bool:
     """Whether a backward pass has left gradients that are not in the tensors' `grad` yet.
 
-    Under `set_requires_gradient_sync(False)` they add up in the whole weights, under `set_requires_all_reduce(False)`
-    in a buffer of each group; both belong to slots, and would stay where they are when experts move.
+    Under `set_requires_gradient_sync(False)` they accumulate in the gathered weights, under
+    `set_requires_all_reduce(False)` in a buffer of each group. Both belong to slots, and would stay behind when experts
+    move.
     """
     return any(_is_pending(group) for group in groups)
 
@@ -67,19 +68,19 @@ def _all_groups() -> list[Any]:
     """Of all modules of this process."""
     from torch.distributed._composable_state import _module_state_mapping
 
-    found: dict[int, Any] = {}
+    by_id: dict[int, Any] = {}
     for reference in list(_module_state_mapping.values()):
         state = reference()
         groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
-        found |= {id(group): group for group in groups if group is not None}  # a state may be that of several modules
-    return list(found.values())
+        by_id |= {id(group): group for group in groups if group is not None}  # modules may share a state
+    return list(by_id.values())
 
 
 def _is_pending(group: Any) -> bool:
     if group._partial_reduce_output is not None:
         return True
     for param in group.fsdp_params:
-        whole = getattr(param, "_unsharded_param", None)  # made in the first forward
-        if param.unsharded_accumulated_grad is not None or (whole is not None and whole.grad is not None):
+        gathered = getattr(param, "_unsharded_param", None)  # exists after the first forward
+        if param.unsharded_accumulated_grad is not None or (gathered is not None and gathered.grad is not None):
             return True
     return False

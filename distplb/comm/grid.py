@@ -1,4 +1,4 @@
-"""A communicator of two: ranks that stand in rows and columns and have no group in common."""
+"""`GridComm`: one communicator of two, for ranks in rows and columns that have no process group in common."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class GridComm:
 
     Each collective is one of every row and then one of every column, so a plan, which is a header and three, is two
     headers and six. An exchange begins with a header of its own, because all ranks have to know if a message is
-    refused; experts do not need the diagonal as long as each EP group moves its own copy of them.
+    refused; experts travel along rows or columns as long as each EP group moves its own copy of them.
 
     Args:
         inner: the EP group of this rank: its row, `mesh["ep"]`.
@@ -50,7 +50,7 @@ class GridComm:
                 line.all_reduce_sum(tensor)
 
     def all_reduce_min(self, tensor: Tensor) -> None:
-        """The least of each row, then of those."""
+        """The minimum over rows, then over columns."""
         for line in (self._inner, self._outer):
             with self._named(line):
                 line.all_reduce_min(tensor)
@@ -87,8 +87,8 @@ class GridComm:
                 )
 
     def _check(self) -> None:
-        """Rows know of columns and columns of rows; and rows once more, of what only a column saw."""
-        inner, outer, error = self._inner, self._outer, None
+        """Rows compare their columns, columns their rows; then rows once more, for what only one column has found."""
+        inner, outer, refusal = self._inner, self._outer, None
         for line, fields in (
             (inner, {"the row in the grid (outer.rank)": outer.rank, "the number of rows (outer.size)": outer.size}),
             (outer, {"the column in the grid (inner.rank)": inner.rank, "the row's ranks (inner.size)": inner.size}),
@@ -96,21 +96,21 @@ class GridComm:
         ):
             try:
                 with self._named(line):
-                    agree(line, fields, error)
+                    agree(line, fields, refusal)
             except LostRanksError:
                 raise
-            except DisagreementError as unlike:
-                error = DistplbError(
-                    f"inner and outer are not the rows and columns of one grid ({unlike}); pass two axes of one mesh, "
-                    "as in GridComm(TorchComm(mesh['ep']), TorchComm(mesh['edp']))"
+            except DisagreementError as difference:
+                refusal = DistplbError(
+                    f"inner and outer are not the rows and columns of one grid ({difference}); pass two axes of one "
+                    "mesh, as in GridComm(TorchComm(mesh['ep']), TorchComm(mesh['edp']))"
                 )
-            except DistplbError as told:
-                error = error or told
-        if error is not None:
-            raise error
+            except DistplbError as error:
+                refusal = refusal or error
+        if refusal is not None:
+            raise refusal
 
     def _place(self, peer: int) -> tuple[int | None, int | None]:
-        """A rank's number in this rank's row, or in its column; neither for those that stand in none of them."""
+        """A rank's number in this rank's row, or in its column; None for both where it is in neither."""
         row, column = divmod(peer, self._inner.size)
         if row == self._outer.rank:
             return column, None
@@ -132,7 +132,7 @@ class GridComm:
 
     @contextmanager
     def _named(self, line: Comm) -> Iterator[None]:
-        """Ranks that are lost in a row or column, as ranks of the grid."""
+        """Lost ranks of a row or column are reported as ranks of the grid."""
         if self._lost is not None:
             raise self._lost
         try:

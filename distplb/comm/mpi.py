@@ -30,13 +30,13 @@ _LEAST_PAUSE_SECONDS, _MOST_PAUSE_SECONDS = 2e-5, 1e-3
 class MpiComm:
     """The ranks of an MPI communicator, which plan together; experts travel over a `TorchComm`.
 
-    No call waits longer than its deadline. Whoever gives up calls the roll, which ends the others' waiting as well; a
-    rank that comes later hears of it in the first call that it has to wait in.
+    No call waits longer than its deadline. A rank that gives up calls the roll, which ends the others' waiting as well;
+    a rank that comes later learns of it in the first call in which it has to wait.
     Start scripts by `mpiexec python -m mpi4py script.py`: an error then ends all ranks, where MPI_Finalize would wait
     for those that are lost.
 
     Args:
-        comm: an intracommunicator of mpi4py, over which nothing else is sent meanwhile; COMM_WORLD where None.
+        comm: an intracommunicator of mpi4py that nothing else uses meanwhile; COMM_WORLD where None.
         deadline: seconds that a call may wait for the other ranks.
 
     Raises:
@@ -58,14 +58,14 @@ class MpiComm:
         self._mpi, self._comm, self._deadline = MPI, comm, deadline
         self.rank, self.size = comm.Get_rank(), comm.Get_size()
         self._lost: LostRanksError | None = None
-        self._given_up: list[MPI.Request] = []  # MPI may still write into their buffers
+        self._abandoned: list[MPI.Request] = []  # kept: MPI may still write into their buffers
 
     def all_reduce_sum(self, tensor: Tensor) -> None:
         """Add up over ranks, in place."""
         self._all_reduce(tensor, self._mpi.SUM)
 
     def all_reduce_min(self, tensor: Tensor) -> None:
-        """The least over ranks, in place."""
+        """The minimum over ranks, in place."""
         self._all_reduce(tensor, self._mpi.MIN)
 
     def broadcast(self, tensor: Tensor, root: int) -> None:
@@ -93,7 +93,7 @@ class MpiComm:
             request = start()
             if self._wait(request.Test, began + self._deadline, self._roll_is_called):
                 return
-            self._given_up.append(request)
+            self._abandoned.append(request)
             waited = time.monotonic() - began
             why = f"waited {waited:.1f} s, deadline {self._deadline:g} s"
             if waited < self._deadline:
@@ -104,7 +104,7 @@ class MpiComm:
         raise self._lost
 
     def _wait(self, is_done: Callable[[], bool], until: float, is_over: Callable[[], bool] = lambda: False) -> bool:
-        """Whether it is done, before the time has come or it is over."""
+        """Whether it is done, before the time is up or `is_over`."""
         pause = _LEAST_PAUSE_SECONDS
         while not is_done():
             if time.monotonic() >= until or is_over():
@@ -117,12 +117,12 @@ class MpiComm:
         return self._comm.Iprobe(self._mpi.ANY_SOURCE, _ROLL_CALL_TAG)
 
     def _silent(self) -> list[int]:
-        """Say to all that this rank is here and has given up; who does not say so too."""
+        """Tell all others that this rank has given up waiting; the ranks that do not answer likewise."""
         others = [rank for rank in range(self.size) if rank != self.rank]
         nothing = torch.empty(0, dtype=torch.uint8, device="cpu").numpy()
-        self._given_up += [self._comm.Isend(nothing, other, _ROLL_CALL_TAG) for other in others]
+        self._abandoned += [self._comm.Isend(nothing, other, _ROLL_CALL_TAG) for other in others]
         answers = [self._comm.Irecv(nothing, other, _ROLL_CALL_TAG) for other in others]
-        self._given_up += answers
+        self._abandoned += answers
         until = time.monotonic() + min(self._deadline, _MOST_GRACE_SECONDS)
         self._wait(lambda: all(answer.Test() for answer in answers), until)
         return [other for other, answer in zip(others, answers, strict=True) if not answer.Test()]

@@ -1,49 +1,49 @@
-"""Who is still there, when a collective did not come to its end. Asked through the job's key-value store."""
+"""Which ranks still answer when a collective has not ended. Asked through the job's key-value store."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
 
-from distplb.comm.store import Questions, Store
+from distplb.comm.store import Store, StoreClient
 
 __all__ = ["RollCall"]
 
-_NOTHING = "-"  # of a rank with which nothing is wrong
-_PAUSE_SECONDS = 0.05  # between two looks at who has answered
+_NO_ERROR = "-"
+_PAUSE_SECONDS = 0.05  # between two looks at which ranks have answered
 
 
 class RollCall:
-    """Each rank that loses the others says so and that it is there itself; those who say nothing are missing.
+    """A rank that has lost others writes this, and that it is there itself; ranks that write nothing are missing.
 
     Args:
-        connect: opens a connection to a store that the ranks share, for this communicator alone, as of `Questions`.
+        connect: as of `StoreClient`; opens a store that the ranks of this communicator share with nobody else.
         rank: of this process.
         size: the number of ranks.
     """
 
     def __init__(self, connect: Callable[[], Store], rank: int, size: int) -> None:
-        self._questions, self._rank, self._size = Questions(connect), rank, size
+        self._client, self._rank, self._size = StoreClient(connect), rank, size
         self._silent: list[int] | None = None  # ranks that had not answered when last looked at
-        self._told: dict[int, str] = {}
+        self._errors: dict[int, str] = {}
 
     def was_called(self, seconds: float) -> bool:
-        """Whether some rank has lost the others; False where the store does not answer in so many seconds."""
+        """Whether some rank has lost others; False where the store does not answer in so many seconds."""
         answers: list[bool] = []
-        self._questions.ask(seconds, lambda store: answers.append(store.check(["lost"])))
+        self._client.ask(seconds, lambda store: answers.append(store.check(["lost"])))
         return any(answers)
 
     @property
-    def told(self) -> dict[int, str]:
-        """By rank that has answered, what went wrong there, if anything did."""
-        return dict(self._told)
+    def errors(self) -> dict[int, str]:
+        """What went wrong, by rank that has answered so."""
+        return dict(self._errors)
 
-    def tell(self, seconds: float, why: str) -> None:
-        """Say that this rank waits for nobody any more, and why; waits until that is written, but not longer."""
-        self._questions.ask(seconds, lambda store: self._say(store, why))
+    def report(self, seconds: float, error: str) -> None:
+        """Write that this rank has failed and waits for no other; returns after so many seconds at the latest."""
+        self._client.ask(seconds, lambda store: self._write(store, error))
 
     def missing(self, seconds: float) -> list[int] | None:
-        """Say that this rank has lost the others, and wait for all to say so too; the ranks that do not.
+        """Write that this rank has lost others, and wait for all to do so too; the ranks that do not.
 
         Args:
             seconds: to wait; fewer if all answer.
@@ -53,20 +53,20 @@ class RollCall:
         """
         self._silent = None
         until = time.monotonic() + seconds
-        self._questions.ask(seconds, lambda store: self._call(store, until))
+        self._client.ask(seconds, lambda store: self._call(store, until))
         return self._silent
 
-    def _say(self, store: Store, why: str) -> None:
-        store.set(f"here/{self._rank}", why)  # first: who sees that somebody was lost reads this
+    def _write(self, store: Store, error: str) -> None:
+        store.set(f"here/{self._rank}", error)  # first: a rank that reads "lost" reads this next
         store.set("lost", "1")
 
     def _call(self, store: Store, until: float) -> None:
-        self._say(store, _NOTHING)
+        self._write(store, _NO_ERROR)
         while True:
             silent = list(range(self._size)) if self._silent is None else self._silent
             self._silent = [rank for rank in silent if not store.check([f"here/{rank}"])]
             here = {rank: store.get(f"here/{rank}").decode() for rank in silent if rank not in self._silent}
-            self._told |= {rank: text for rank, text in here.items() if text != _NOTHING}
+            self._errors |= {rank: text for rank, text in here.items() if text != _NO_ERROR}
             if not self._silent or time.monotonic() >= until:
                 return
             time.sleep(_PAUSE_SECONDS)

@@ -1,4 +1,4 @@
-"""Which communicators of the job hold layers of which names: two that hold the same layers must be one.
+"""Which communicators of the job move layers of which names: no two may move the same layers.
 
 EP groups side by side hold copies of the same experts, whose gradients are averaged between them. If each group planned
 and moved for itself, they would average different experts.
@@ -14,12 +14,12 @@ import torch
 
 from distplb.comm.agreement import digest
 from distplb.comm.base import Comm
-from distplb.comm.store import Questions, Store
+from distplb.comm.store import Store, StoreClient, job_store
 from distplb.errors import DistplbError
 
 __all__ = ["Roster"]
 
-_ANY = "any"  # is there once somebody has layers
+_ANY = "any"  # exists once some rank has layers
 _SECONDS = 30.0  # that the job's store may take to answer
 
 
@@ -32,12 +32,12 @@ class Roster:
     """
 
     def __init__(self, comm: Comm, names: Sequence[str]) -> None:
-        self._questions: Questions | None = None
+        self._client: StoreClient | None = None
         self._names, self._is_root = sorted(names), comm.rank == 0
-        self._of_these = digest(self._names)  # before the keys of all that hold layers of these names
+        self._prefix = digest(self._names)  # of the keys of all communicators with layers of these names
         self._number, self._ranks = 0, list[int]()
         job = _job_rank_and_size()
-        if job is None or comm.size == job[1] or not names:  # no others are there
+        if job is None or comm.size == job[1] or not names:  # there are no others
             return
         ranks = torch.zeros(comm.size, dtype=torch.int64, device=comm.device)
         ranks[comm.rank] = job[0]
@@ -52,10 +52,8 @@ class Roster:
         """
         if not self._is_root or not self._ranks:
             return
-        from distplb.comm.torchdist import job_store
-
-        self._questions = Questions(job_store("layers"))
-        if not self._questions.ask(_SECONDS, self._write):
+        self._client = StoreClient(job_store("layers"))
+        if not self._client.ask(_SECONDS, self._write):
             raise DistplbError(f"the job's store has not answered in {_SECONDS:g} s; look whether its host is there")
         self.refuse_others()
 
@@ -66,8 +64,8 @@ class Roster:
             DistplbError: with their ranks and what to pass.
         """
         others: list[list[int]] = []
-        # Where the store does not answer any more, its host is lost, which the next collective tells better.
-        if self._questions is None or not self._questions.ask(_SECONDS, lambda store: self._look(store, others)):
+        # Where the store does not answer any more, its host is lost, which the next collective reports better.
+        if self._client is None or not self._client.ask(_SECONDS, lambda store: self._look(store, others)):
             return
         for ranks in others:
             if not set(ranks) & set(self._ranks):  # else it is one of these ranks' own, from before
@@ -81,21 +79,19 @@ class Roster:
                 )
 
     def warn_if_nobody_has_layers(self) -> None:
-        """On the job's first rank, which has none: the loop calls a rebalancer that will never do anything.
+        """On the job's first rank, which has no layers: the loop calls a rebalancer that will never do anything.
 
-        Asked once all ranks train. Stages of a pipeline without MoE layers have none either, while others have.
+        Called once all ranks train. Stages of a pipeline without MoE layers have none either, while others have.
         """
         job = _job_rank_and_size()
-        found: list[bool] = []
+        have_layers: list[bool] = []
         if job is not None and job[1] > 1:
             if job[0] > 0:
                 return
-            from distplb.comm.torchdist import job_store
-
-            questions = Questions(job_store("layers"))
-            if not questions.ask(_SECONDS, lambda store: found.append(store.check([_ANY]))):
+            client = StoreClient(job_store("layers"))
+            if not client.ask(_SECONDS, lambda store: have_layers.append(store.check([_ANY]))):
                 return
-        if not any(found):
+        if not any(have_layers):
             warnings.warn(
                 "distplb: the Rebalancer was given no layers on any rank, and moves nothing; pass the MoE layers of "
                 "the model, as integrations or the README's first snippet describe them",
@@ -104,23 +100,23 @@ class Roster:
             )
 
     def withdraw(self) -> None:
-        """These ranks move the layers no more."""
-        if self._questions is not None:
-            self._questions.ask(_SECONDS, lambda store: store.set(f"{self._entry(self._number)}/withdrawn", "1"))
-            self._questions = None
+        """Mark the entry: these ranks move the layers no more."""
+        if self._client is not None:
+            self._client.ask(_SECONDS, lambda store: store.set(f"{self._entry(self._number)}/withdrawn", "1"))
+            self._client = None
 
     def _write(self, store: Store) -> None:
         store.set(_ANY, "1")
-        number = store.add(f"{self._of_these}/count", 1)
+        number = store.add(f"{self._prefix}/count", 1)
         store.set(f"{self._entry(number)}/ranks", ",".join(map(str, self._ranks)))
         self._number = number
 
     def _entry(self, number: int) -> str:
-        return f"{self._of_these}/{number}"
+        return f"{self._prefix}/{number}"
 
     def _look(self, store: Store, others: list[list[int]]) -> None:
-        """Entries are written before others are read: of two that come at once, one at least sees the other."""
-        for number in range(1, store.add(f"{self._of_these}/count", 0) + 1):
+        """Each writes its entry before it reads the others': of two that come at once, at least one sees the other."""
+        for number in range(1, store.add(f"{self._prefix}/count", 0) + 1):
             entry = self._entry(number)
             if number == self._number or not store.check([f"{entry}/ranks"]):
                 continue
@@ -131,6 +127,6 @@ class Roster:
 def _job_rank_and_size() -> tuple[int, int] | None:
     if "torch.distributed" not in sys.modules:
         return None
-    from distplb.comm.torchdist import job_rank_and_size
+    from distplb.comm.job import job_rank_and_size
 
     return job_rank_and_size()

@@ -1,20 +1,23 @@
-"""Questions to the job's key-value store, which may never be answered."""
+"""The job's key-value store, and calls on it that end in time although its host may be gone."""
 
 from __future__ import annotations
 
 import atexit
+import os
 import threading
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Protocol
 
-__all__ = ["Questions", "Store"]
+from distplb.comm.private_names import default_store
 
-_EXIT_SECONDS = 5.0  # that the end of the process waits for a question that has not been answered
+__all__ = ["Store", "StoreClient", "job_store"]
+
+_EXIT_SECONDS = 5.0  # that the end of the process waits for a call that has not returned
 
 
 class Store(Protocol):
-    """What is asked of a store; torch.distributed's all have it."""
+    """The methods that are needed of a store; all of torch.distributed's have them."""
 
     def set(self, key: str, value: str) -> None:
         """Write a key, for all ranks to see."""
@@ -29,42 +32,52 @@ class Store(Protocol):
         """Whether all of them have been written. Does not wait."""
 
 
-class Questions:
-    """Asks a store, each question in a thread: its host may be gone, and a question to it never be answered.
+def job_store(name: str) -> Callable[[], Store]:
+    """Opens a connection of our own to the store that the job has now, under a name of ours."""
+    from torch.distributed.distributed_c10d import PrefixStore
+
+    # torchrun may hand the store of a job's former life to the next one, with all that was written there.
+    life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = PrefixStore(f"distplb/{life}/{name}", default_store())
+    return getattr(store, "clone", lambda: store)  # torch before 2.7 has one connection for all
+
+
+class StoreClient:
+    """Calls a store, each time in a thread of its own: its host may be gone, and the call never return.
 
     Args:
-        connect: opens a connection of our own: where others of this process wait in the job's, all questions wait
-            behind them. Called when it is first needed.
+        connect: opens a connection of our own, because calls on the job's wait behind all others of the process. Called
+            by the first `ask`.
     """
 
     def __init__(self, connect: Callable[[], Store]) -> None:
         self._connect = connect
         self._store: Store | None = None
-        self._asking: threading.Thread | None = None
+        self._thread: threading.Thread | None = None
 
-    def ask(self, seconds: float, question: Callable[[Store], None]) -> bool:
-        """Wait for the answer, but not longer; for none where an earlier question still waits for its own.
+    def ask(self, seconds: float, call: Callable[[Store], None]) -> bool:
+        """Make a call, and wait so many seconds for its end; none is made while an earlier one has not returned.
 
         Returns:
-            Whether it was answered.
+            Whether the store answered in time.
         """
-        if self._asking is not None:
-            self._asking.join(seconds)
-            if self._asking.is_alive():
+        if self._thread is not None:
+            self._thread.join(seconds)
+            if self._thread.is_alive():
                 return False
-        answered: list[bool] = []
+        answers: list[bool] = []
 
         def run() -> None:
             with suppress(Exception):  # the store's host may be what was lost
                 if self._store is None:
                     self._store = self._connect()
-                question(self._store)
-                answered.append(True)
+                call(self._store)
+                answers.append(True)
 
-        self._asking = threading.Thread(target=run, name="distplb-store", daemon=True)
-        self._asking.start()
-        self._asking.join(seconds)
-        if self._asking.is_alive():
+        self._thread = threading.Thread(target=run, name="distplb-store", daemon=True)
+        self._thread.start()
+        self._thread.join(seconds)
+        if self._thread.is_alive():
             # A thread that is inside the library when the interpreter ends would take the process down with it.
-            atexit.register(self._asking.join, _EXIT_SECONDS)
-        return bool(answered)
+            atexit.register(self._thread.join, _EXIT_SECONDS)
+        return bool(answers)

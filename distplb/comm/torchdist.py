@@ -1,6 +1,6 @@
-"""A communicator over torch.distributed: gloo with host buffers, NCCL with device buffers.
+"""`TorchComm`: a communicator over torch.distributed, gloo with host buffers or NCCL with device buffers.
 
-The only file that imports `torch.distributed`, and the only one that translates ranks of a group into global ones.
+The only file that translates ranks of a group into global ones.
 
 No call waits longer than its deadline. gloo: collectives are waited for in slices, so that a rank hears from the store
 when another has lost somebody; whoever gives up calls the roll there. NCCL: an unfinished kernel cannot be called
@@ -10,7 +10,6 @@ that hangs all the same ends the process.
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import logging
 import os
@@ -25,18 +24,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.distributed_c10d import PrefixStore
 
 from distplb.comm.base import Round
-from distplb.comm.distnames import default_store
 from distplb.comm.rollcall import RollCall
-from distplb.comm.store import Store
+from distplb.comm.store import Store, job_store
 from distplb.core.stages import current_stage
 from distplb.errors import DistplbError, LostRanksError
 
-__all__ = ["TorchComm", "backends", "device_type", "is_loss", "job_rank_and_size", "job_store", "process_group"]
+__all__ = ["TorchComm", "device_type", "is_loss"]
 
-_SLICE_SECONDS = 1.0  # of waiting, between two looks at the store
+_SLICE_SECONDS = 1.0  # of waiting, between two calls on the store
 _MOST_GRACE_SECONDS = 10.0  # of a deadline, kept for the roll call
 _NCCL_PAUSE_SECONDS = 2e-5  # between two looks at a kernel
 _LEAST_SECONDS = 1e-3  # 0 would mean the group's own timeout
@@ -47,10 +44,10 @@ _SOURCE_LINE = re.compile(r"^\[[^\]]*\] ")  # gloo begins with a place in its so
 # What gloo and torch say where another rank does not answer, and NCCL of a call that could not be made.
 _LOSS = re.compile(r"time[d ]*out|connect|socket|peer|closed|abort|broken pipe|unreachable|end of file", re.IGNORECASE)
 _OF_A_CALL = re.compile(r"ncclInvalid|out of memory|can't allocate memory", re.IGNORECASE)
-_MOST_TOLD = 500  # characters of what went wrong, for the other ranks
+_ERROR_CHARACTERS = 500  # at most, of an error that the other ranks read
 
 _log = logging.getLogger("distplb")
-_made: Counter[tuple[int, ...]] = Counter()  # communicators of the same ranks, in the same order on all of them
+_instances: Counter[tuple[int, ...]] = Counter()  # communicators of the same ranks, in the same order on all of them
 
 
 class TorchComm:
@@ -128,7 +125,7 @@ class TorchComm:
         self._all_reduce(tensor, dist.ReduceOp.SUM)
 
     def all_reduce_min(self, tensor: Tensor) -> None:
-        """The least over ranks, in place."""
+        """The minimum over ranks, in place."""
         self._all_reduce(tensor, dist.ReduceOp.MIN)
 
     def broadcast(self, tensor: Tensor, root: int) -> None:
@@ -200,7 +197,7 @@ class TorchComm:
 
     @contextmanager
     def _in_time(self) -> Iterator[float]:
-        """A call on the library, which begins now; whatever ends it in an error has lost the other ranks."""
+        """A call on the library, which begins now. No other follows one that has ended in an error."""
         if self._lost is not None:
             raise self._lost
         started = time.monotonic()
@@ -210,35 +207,35 @@ class TorchComm:
             if is_loss(error):
                 self._lost = self._loss(started, error)
                 raise self._lost from error
-            # Of this rank alone: the others wait, and hear of it in the store.
+            # Of this rank alone: the others wait, and read of it in the store.
             self._lost = LostRanksError((), f"an earlier call has failed on this rank: {error!r}")
-            self._roll.tell(self._grace, repr(error)[:_MOST_TOLD])
+            self._roll.report(self._grace, repr(error)[:_ERROR_CHARACTERS])
             raise
 
     def _wait(self, work: dist.Work, started: float, is_kernel: bool) -> None:
         if is_kernel:
             self._wait_for_kernel(work, started)
             return
-        until, some = started + self._patience, min(_SLICE_SECONDS, self._grace / 2)
+        until, part = started + self._patience, min(_SLICE_SECONDS, self._grace / 2)
         while True:
             try:
-                work.wait(timedelta(seconds=max(_LEAST_SECONDS, min(some, until - time.monotonic()))))
+                work.wait(timedelta(seconds=max(_LEAST_SECONDS, min(part, until - time.monotonic()))))
             except RuntimeError:
                 if work.is_completed():
-                    work.wait()  # has ended since, or raises why it could not
-                elif time.monotonic() >= until or self._roll.was_called(some):
+                    work.wait()  # has ended since, or raises its error
+                elif time.monotonic() >= until or self._roll.was_called(part):
                     raise
                 else:
                     continue
             return
 
     def _wait_for_kernel(self, work: dist.Work, started: float) -> None:
-        """All ranks have met: they have issued it. Where it hangs nothing can be raised, because nothing would end."""
+        """All ranks have met, and issued the kernel. One that hangs cannot be recalled: the process ends."""
         while not work.is_completed():
             if time.monotonic() > started + self._deadline:
                 missing = self._roll.missing(self._grace)
-                told = "in stage %s: an NCCL kernel did not end in %g s; ranks that do not answer: %s"
-                _log.critical(told, current_stage(), self._deadline, missing)
+                message = "in stage %s: an NCCL kernel did not end in %g s; ranks that do not answer: %s"
+                _log.critical(message, current_stage(), self._deadline, missing)
                 if self._side is not None:
                     self._side.abort()
                 logging.shutdown()
@@ -254,19 +251,19 @@ class TorchComm:
         )
         if missing is None:
             why += "; the store that ranks could be called in does not answer either"
-        why += "".join(f"; rank {rank} failed: {text}" for rank, text in sorted(self._roll.told.items()))
+        why += "".join(f"; rank {rank} failed: {text}" for rank, text in sorted(self._roll.errors.items()))
         return LostRanksError(missing or (), why)
 
     def _connection(self) -> Callable[[], Store]:
-        """Opens one to the job's store, under a name that all ranks of this communicator make up alike."""
+        """Opens a connection to the job's store, under a name that is the same on all ranks of this communicator."""
         ranks = tuple(self.global_ranks)
-        _made[ranks] += 1
+        _instances[ranks] += 1
         name = hashlib.sha256(repr(ranks).encode()).hexdigest()[:16]
-        return job_store(f"{name}/{_made[ranks]}")
+        return job_store(f"{name}/{_instances[ranks]}")
 
 
 def is_loss(error: Exception) -> bool:
-    """Whether an error of the library says that other ranks are not there; others are of a call, or of this rank."""
+    """Whether an error of the library means that other ranks are lost, not that a call or this rank has failed."""
     if not isinstance(error, RuntimeError) or isinstance(error, NotImplementedError) or _OF_A_CALL.search(str(error)):
         return False
     return isinstance(error, dist.DistError) or _LOSS.search(str(error)) is not None
@@ -286,7 +283,7 @@ def device_type(backends: str, has_gpu: bool) -> str:
     ('cuda', 'cpu')
 
     Args:
-        backends: of the group, by device, as `torch.distributed.get_backend_config` tells them. The name of its one
+        backends: of the group, by device, as `torch.distributed.get_backend_config` returns them. The name of its one
             backend, `get_backend`, is "undefined" for a group that was made without one, and for one with several it is
             that of all of them.
         has_gpu: whether this process sees one.
@@ -304,49 +301,3 @@ def device_type(backends: str, has_gpu: bool) -> str:
         f"the group's backends are {backends}{also}; ranks exchange over NCCL between GPUs, or through the CPU's "
         "memory: pass a group with a backend for the CPU, as of torch.distributed.new_group(backend='gloo')"
     )
-
-
-def job_store(name: str) -> Callable[[], Store]:
-    """Opens a connection of our own to the store that the job has now, under a name of ours."""
-    # torchrun may hand the store of a job's former life to the next one, with all that was written there.
-    life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    store = PrefixStore(f"distplb/{life}/{name}", default_store())
-    return getattr(store, "clone", lambda: store)  # torch before 2.7 has one connection for all
-
-
-def job_rank_and_size() -> tuple[int, int] | None:
-    """This process among all of the job, and their number; None where torch.distributed is not initialised."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else None
-
-
-def backends() -> dict[str, bool]:
-    """Which libraries this torch was built with."""
-    if not dist.is_available():
-        return {"gloo": False, "nccl": False}
-    return {"gloo": dist.is_gloo_available(), "nccl": dist.is_nccl_available()}
-
-
-@contextmanager
-def process_group(deadline: float) -> Iterator[TorchComm]:
-    """All ranks that torchrun has started, over NCCL where each has a GPU of its own, else over gloo.
-
-    Args:
-        deadline: seconds that a call may wait for the other ranks.
-
-    Raises:
-        DistplbError: if the ranks do not find each other.
-    """
-    local, on_node = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    with_gpus = backends()["nccl"] and torch.cuda.device_count() >= on_node
-    if with_gpus:
-        torch.cuda.set_device(local)
-    try:
-        dist.init_process_group("nccl" if with_gpus else "gloo", timeout=timedelta(seconds=2 * deadline))
-    except (RuntimeError, ValueError) as error:
-        raise DistplbError(f"the ranks did not find each other ({error}); start them all by torchrun") from error
-    try:
-        yield TorchComm(deadline=deadline)
-    finally:
-        # Whoever still holds the group keeps its threads; one that wants the interpreter after its end aborts.
-        gc.collect()
-        dist.destroy_process_group()

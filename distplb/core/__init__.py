@@ -1,1 +1,1 @@
-"""What everything is said in: topology, placements, counts, costs, prices, bounds. May import only `errors`."""
+"""The values that all rooms work on: topology, placements, counts, costs, prices, bounds. May import only `errors`."""

@@ -1,8 +1,8 @@
-"""Arguments of a wrong type are refused when they are given, by name, not where they are first used."""
+"""Checks arguments where they come in: a wrong type is refused by name, before the value is used."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -10,24 +10,24 @@ from torch import Tensor
 
 from distplb.errors import DistplbError
 
-__all__ = ["plain", "refuse_wrong_types", "shown", "whole_number"]
+__all__ = ["listed", "plain", "refuse_wrong_types", "shown", "whole_number"]
 
 
-def refuse_wrong_types(given: Mapping[str, tuple[Any, tuple[Any, ...], str]]) -> None:
-    """Look at each argument.
+def refuse_wrong_types(arguments: Mapping[str, tuple[Any, tuple[Any, ...], str]]) -> None:
+    """Check the type of each argument.
 
     >>> refuse_wrong_types({"seed": (1.5, (int,), "a whole number")})
     Traceback (most recent call last):
     distplb.errors.DistplbError: seed is 1.5; pass a whole number
 
     Args:
-        given: by name the value, the types that it may have (None for None itself), and these in words. A bool is no
-            number.
+        arguments: by name the value, the types that it may have (None for None itself), and these in words. A bool is
+            no number.
 
     Raises:
         DistplbError: for the first of another type.
     """
-    for name, (value, types, words) in given.items():
+    for name, (value, types, words) in arguments.items():
         kinds = tuple(kind for kind in types if kind is not None)
         is_fine = isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
         if not is_fine and not (value is None and None in types):
@@ -50,7 +50,7 @@ def plain(value: Any) -> Any:
     return value
 
 
-def whole_number(name: str, value: Any, least: int | None = None, wanted: str = "") -> int:
+def whole_number(name: str, value: Any, minimum: int | None = None, expected: str = "") -> int:
     """A whole number of Python, NumPy or torch, as Python's own; 4.0 and True are none.
 
     >>> whole_number("num_slots", np.int64(4))
@@ -61,22 +61,22 @@ def whole_number(name: str, value: Any, least: int | None = None, wanted: str = 
 
     Args:
         name: of the argument.
-        value: that was given.
-        least: that it may be.
-        wanted: what to pass, in words; a whole number of at least `least` where empty.
+        value: of the argument.
+        minimum: the smallest number that is accepted; none where None.
+        expected: what to pass, in words; a whole number of at least `minimum` where empty.
 
     Raises:
         DistplbError: for what is none, or less.
     """
-    found = plain(value)
-    if not isinstance(found, int) or isinstance(found, bool) or (least is not None and found < least):
-        wanted = wanted or ("a whole number" if least is None else f"a whole number of at least {least}")
-        raise DistplbError(f"{name} is {shown(value)}; pass {wanted}")
-    return found
+    number = plain(value)
+    if not isinstance(number, int) or isinstance(number, bool) or (minimum is not None and number < minimum):
+        expected = expected or ("a whole number" if minimum is None else f"a whole number of at least {minimum}")
+        raise DistplbError(f"{name} is {shown(value)}; pass {expected}")
+    return number
 
 
 def shown(value: Any) -> str:
-    """What was given, in few words: a number or text as it is, and of everything else the type.
+    """A value in a few words: a number or text as it is, and of everything else the type.
 
     >>> shown("gloo"), shown([1, 2])
     ("'gloo'", 'a list')
@@ -89,3 +89,13 @@ def shown(value: Any) -> str:
         return f"the class {value.__name__}"
     name = type(value).__name__
     return f"{'an' if name[0] in 'AEIOUaeiou' else 'a'} {name}"
+
+
+def listed(names: Iterable[object]) -> str:
+    """Names read from a file, in quotes and cut to fit a message: the first eight.
+
+    >>> listed(["load", "iteration"])
+    "'load', 'iteration'"
+    """
+    texts = [repr(str(name)[:40]) for name in names]
+    return ", ".join(texts[:8] + ["..."] * (len(texts) > 8))

@@ -1,4 +1,4 @@
-"""How even a load is, in the definitions that other projects report; NaN of a load without any tokens.
+"""How even a load is, as other projects define it; NaN for a load without tokens.
 
 Shapes: T steps, L layers, E experts, M GPUs.
 """

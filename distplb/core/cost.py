@@ -14,18 +14,20 @@ from torch import Tensor
 from distplb.core.arguments import refuse_wrong_types
 from distplb.core.counts import Counts, as_load
 from distplb.core.placement import Placement
+from distplb.core.price import TimeCurve
 from distplb.errors import DistplbError
 
 __all__ = [
     "COST_BITS",
     "MAX_COST",
+    "fullest_gpu",
     "gpu_tokens",
     "gpu_units",
     "imbalance",
-    "known",
     "layer_cost",
     "mean_of_known",
     "mean_of_layers",
+    "nan_to_none",
     "over_mean",
     "steps_with_tokens",
 ]
@@ -34,26 +36,25 @@ COST_BITS = 41
 MAX_COST = (1 << COST_BITS) - 1
 
 
-def layer_cost(load: Tensor, expert_of_slot: Tensor, num_gpus: int, moving: Tensor | None = None) -> Tensor:
-    """`[..., L]` int64: the fullest GPU's tokens, added up over the steps, and moving; saturates at 2^41 − 1.
+def layer_cost(load: Tensor, expert_of_slot: Tensor, num_gpus: int) -> Tensor:
+    """`[..., L]` int64: the fullest GPU's tokens, added up over the steps; saturates at 2^41 − 1.
 
     Args:
         load: `[T, L, E]` int64; replicas share an expert's tokens by integer division.
         expert_of_slot: `[..., L, P]`.
         num_gpus: M.
-        moving: `[..., L]` int64, what the moves to this placement cost, in tokens; nothing where None.
     """
     shape, replicas = expert_of_slot.shape, _replicas(load.shape[-1], expert_of_slot)
-    cost = torch.zeros(shape[:-1], dtype=torch.int64, device=load.device) if moving is None else moving.clone()
+    cost = torch.zeros(shape[:-1], dtype=torch.int64, device=load.device)
     for step in load:  # [L, E]; a step at a time: the whole would be T times as large
         cost += _of_gpus(step, expert_of_slot, replicas, num_gpus).amax(-1)
     return cost.clamp_(max=MAX_COST)
 
 
 def gpu_units(load: Tensor, expert_of_slot: Tensor, num_gpus: int) -> Tensor:
-    """`[T, L, M]` int64: what each GPU has of a load in units so small that the rests of shares do not count.
+    """`[T, L, M]` int64: the load of each GPU, in units so small that the remainders of shares do not count.
 
-    It stays in integers, so that all ranks find the same; what is told to people is `gpu_tokens`.
+    It stays in integers, so that all ranks compute the same; people are shown `gpu_tokens`.
 
     Args:
         load: `[T, L, E]` int64; replicas share what their expert has by integer division.
@@ -105,11 +106,11 @@ def imbalance(load: Counts, placement: Placement) -> Tensor:
     """Fullest GPU over mean GPU, at least 1; NaN where a step has no tokens in a layer.
 
     >>> load = torch.tensor([[[6, 2, 1, 3]], [[0, 0, 0, 0]]])
-    >>> found = imbalance(load, Placement.contiguous(num_layers=1, num_experts=4, num_gpus=2))
-    >>> found
+    >>> of_step = imbalance(load, Placement.contiguous(num_layers=1, num_experts=4, num_gpus=2))
+    >>> of_step
     tensor([[1.3333],
             [   nan]], dtype=torch.float64)
-    >>> found.nanmean()
+    >>> of_step.nanmean()
     tensor(1.3333, dtype=torch.float64)
 
     Args:
@@ -134,6 +135,38 @@ def imbalance(load: Counts, placement: Placement) -> Tensor:
     return over_mean(fullest, tokens.sum(-1).double() / placement.num_gpus)
 
 
+def fullest_gpu(load: Tensor, placement: Placement, curve: TimeCurve | None) -> tuple[Tensor, Tensor]:
+    """`[T, L]` each: the fullest GPU, in tokens or nanoseconds, and its ratio to the mean; 0 and NaN without tokens.
+
+    Args:
+        load: `[T, L, E]` int64 tokens.
+        placement: of the same layers and experts.
+        curve: from an expert's tokens to its time; replicas share tokens evenly, and the time of a fraction lies on the
+            line between those of the whole tokens beside it.
+    """
+    total = load.sum(2)  # [T, L]
+    if curve is None:
+        of_gpu, mean = gpu_tokens(load, placement.expert_of_slot, placement.num_gpus), total.double()
+    else:
+        of_gpu = _gpu_times(load, placement, curve).masked_fill((total == 0)[..., None], 0)  # nothing is run
+        mean = of_gpu.sum(2).double()
+    fullest = of_gpu.amax(2)
+    return fullest, over_mean(fullest, mean / placement.num_gpus)
+
+
+def _gpu_times(load: Tensor, placement: Placement, curve: TimeCurve) -> Tensor:
+    """`[T, L, M]`: nanoseconds of each GPU; int64 where there are no replicas, else float64."""
+    if placement.has_replicas:
+        whole, rest = load // placement.replicas, load % placement.replicas  # [T, L, E]
+        time = curve.time(whole).double()
+        time = time + (curve.time(whole + 1) - time) * rest / placement.replicas
+    else:
+        time = curve.time(load)
+    of_slot = time.gather(2, placement.expert_of_slot.expand(len(load), -1, -1))  # [T, L, P]
+    of_gpu: Tensor = of_slot.unflatten(2, (placement.num_gpus, -1)).sum(3)
+    return of_gpu
+
+
 def over_mean(fullest: Tensor, mean: Tensor) -> Tensor:
     """Fullest over mean, float64 and at least 1; NaN where the mean is 0."""
     return torch.where(mean > 0, (fullest / mean.clamp(min=1e-300)).clamp(min=1.0), math.nan)
@@ -152,7 +185,7 @@ def steps_with_tokens(load: Tensor) -> Tensor:
 
 
 def mean_of_known(values: Tensor, dim: int | None = None) -> Tensor:
-    """The mean over steps, layers or both that leaves out what is NaN, because it has no tokens; NaN of nothing.
+    """The mean over steps, layers or both, without the NaN of those that have no tokens; NaN where all are.
 
     >>> mean_of_known(torch.tensor([[1.0, torch.nan], [2.0, torch.nan]]), dim=0)
     tensor([1.5000,    nan])
@@ -167,8 +200,8 @@ def mean_of_known(values: Tensor, dim: int | None = None) -> Tensor:
     return filled.sum(dim) / is_known.sum(dim)
 
 
-def known(values: Tensor) -> tuple[float | None, ...]:
-    """Of `[L]`: None for NaN, as events and JSON have it."""
+def nan_to_none(values: Tensor) -> tuple[float | None, ...]:
+    """`[L]` as a tuple, with None for NaN, as events and JSON have it."""
     return tuple(None if math.isnan(value) else value for value in values.tolist())
 
 

@@ -1,12 +1,22 @@
-"""A hash of integers: what is random here depends on integers alone, on every rank, machine and device alike."""
+"""Hashes that are the same on every rank, machine and device: of integers, for what is random, and of bytes."""
 
 from __future__ import annotations
 
+import hashlib
+
 from torch import Tensor
 
-__all__ = ["hashed"]
+__all__ = ["digest", "hashed"]
 
 _MASK = (1 << 32) - 1
+
+
+def digest(data: bytes) -> int:
+    """A number in [0, 2^62), which differs where the bytes do.
+
+    It fits an int64 and its negative, so that a MIN all-reduce of both compares it on all ranks.
+    """
+    return int.from_bytes(hashlib.sha256(data).digest()[:8], "big") >> 2
 
 
 def hashed(state: Tensor, *parts: Tensor | int) -> Tensor:

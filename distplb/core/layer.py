@@ -1,4 +1,4 @@
-"""What distplb is told of one MoE layer: its router's and its experts' tensors, who holds what of them, its counts.
+"""The description of one MoE layer: its router's and its experts' tensors, who holds what of them, its counts.
 
 Shapes: E experts, P slots, G slots on this GPU.
 """
@@ -21,7 +21,7 @@ class Removable(Protocol):
     """What ends a subscription, such as torch's handle of a hook."""
 
     def remove(self) -> None:
-        """Have no more calls."""
+        """End the subscription."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class FlatShard:
 
     def __post_init__(self) -> None:
         refuse_wrong_types({"FlatShard: values": (self.values, (Tensor,), "the tensor that the optimizer steps on")})
-        object.__setattr__(self, "start", whole_number("FlatShard: start", self.start, least=0))
+        object.__setattr__(self, "start", whole_number("FlatShard: start", self.start, minimum=0))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,4 +120,4 @@ class MoELayer:
             }
         )
         if self.num_groups is not None:
-            object.__setattr__(self, "num_groups", whole_number("MoELayer: num_groups", self.num_groups, least=1))
+            object.__setattr__(self, "num_groups", whole_number("MoELayer: num_groups", self.num_groups, minimum=1))

@@ -5,7 +5,6 @@ Shapes: L layers, E experts, P slots, M GPUs, G = P / M slots on each GPU.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -18,16 +17,15 @@ from torch import Tensor
 
 from distplb.core.arguments import refuse_wrong_types, whole_number
 from distplb.core.counts import as_integers
-from distplb.core.documents.maps import MAPS, SlotMap, slot_map
 from distplb.core.documents.read import check_is_file, read_document
+from distplb.core.documents.slot_maps import FORMAT, MAPS, VERSION, SlotMap, parse_slot_map
+from distplb.core.hashing import digest
 from distplb.errors import DistplbError
 
 __all__ = ["Placement", "load_placement"]
 
-_FORMAT_VERSION = 1
 _MOST_BYTES = 1 << 30  # of memory: enough for 10,000 layers of 500 slots as text
-_WANTED = "one written by Placement.save, or an object with physical_to_logical_map"
-_DIGEST_BITS = 62  # fits an int64 and its negative, so that a MIN all-reduce of both can compare it
+_EXPECTED = "one written by Placement.save, or an object with physical_to_logical_map"
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,11 +50,11 @@ class Placement:
     num_gpus: int
 
     def __post_init__(self) -> None:
-        wanted = "integers of shape [layers, slots]"
-        table = as_integers("Placement: expert_of_slot", self.expert_of_slot, wanted)
+        expected = "integers of shape [layers, slots]"
+        table = as_integers("Placement: expert_of_slot", self.expert_of_slot, expected)
         if table.dim() != 2:
             raise DistplbError(
-                f"Placement: expert_of_slot is {table.dtype} of shape {tuple(table.shape)}; pass {wanted}"
+                f"Placement: expert_of_slot is {table.dtype} of shape {tuple(table.shape)}; pass {expected}"
             )
         object.__setattr__(self, "expert_of_slot", table.to("cpu", copy=True).contiguous())
         for name in ("num_experts", "num_gpus"):
@@ -88,7 +86,7 @@ class Placement:
     def contiguous(cls, num_layers: int, num_experts: int, num_gpus: int) -> Placement:
         """Expert e in slot e of every layer: how jobs start."""
         num_layers, num_experts = (
-            whole_number(f"Placement: {name}", value, least=0)
+            whole_number(f"Placement: {name}", value, minimum=0)
             for name, value in (("num_layers", num_layers), ("num_experts", num_experts))
         )
         table = torch.arange(num_experts, device="cpu").expand(num_layers, num_experts)
@@ -153,7 +151,7 @@ class Placement:
         """A number in [0, 2^62) that differs between different placements, equal on every machine."""
         head = torch.tensor([self.num_experts, self.num_gpus, *self.expert_of_slot.shape], device="cpu")
         data = torch.cat([head, self.expert_of_slot.flatten()]).numpy().astype("<i8").tobytes()
-        return int.from_bytes(hashlib.sha256(data).digest()[:8], "big") >> (64 - _DIGEST_BITS)
+        return digest(data)
 
     def save(self, path: str | os.PathLike[str], layer_names: Sequence[str] | None = None) -> None:
         """Write the placement as JSON, keyed by layer name ("0", "1", ... where none are given).
@@ -164,8 +162,8 @@ class Placement:
         refuse_wrong_types({"path": (path, (str, os.PathLike), "the path of a file")})
         names = _checked_names(layer_names, self.num_layers)
         document = {
-            "format": "distplb.placement",
-            "version": _FORMAT_VERSION,
+            "format": FORMAT,
+            "version": VERSION,
             "num_experts": self.num_experts,
             "num_gpus": self.num_gpus,
             "expert_of_slot": dict(zip(names, self.expert_of_slot.tolist(), strict=True)),
@@ -202,8 +200,8 @@ class Placement:
                 "layer_names": (layer_names, (Sequence, None), "the names of layers"),
             }
         )
-        num_experts = None if num_experts is None else whole_number("num_experts", num_experts, least=1)
-        num_gpus = None if num_gpus is None else whole_number("num_gpus", num_gpus, least=1)
+        num_experts = None if num_experts is None else whole_number("num_experts", num_experts, minimum=1)
+        num_gpus = None if num_gpus is None else whole_number("num_gpus", num_gpus, minimum=1)
         return load_placement(Path(path), layer_names, num_experts, num_gpus, all_layers=False)
 
 
@@ -211,14 +209,14 @@ def load_placement(
     path: Path, layer_names: Sequence[str] | None, num_experts: int | None, num_gpus: int | None, *, all_layers: bool
 ) -> Placement:
     """As `Placement.load`; with `all_layers`, `layer_names` are all layers of the file."""
-    check_is_file(path, _WANTED)
-    found = _read(path)
-    experts = _agreed(path, "experts", num_experts, found.num_experts)
-    gpus = _agreed(path, "GPUs", num_gpus, found.num_gpus)
+    check_is_file(path, _EXPECTED)
+    slot_map = _read(path)
+    experts = _agreed(path, "experts", num_experts, slot_map.num_experts)
+    gpus = _agreed(path, "GPUs", num_gpus, slot_map.num_gpus)
     if gpus is None:
         raise DistplbError(f"{path} does not tell its number of GPUs; pass num_gpus, the size of the EP group")
-    names = _in_file(path, found, layer_names, all_layers=all_layers or found.named != "names")
-    table = torch.tensor([found.rows[name] for name in names], device="cpu")
+    names = _names_in_file(path, slot_map, layer_names, all_layers=all_layers or slot_map.layer_keys != "names")
+    table = torch.tensor([slot_map.rows[name] for name in names], device="cpu")
     try:
         return Placement(table, int(table.max()) + 1 if experts is None else experts, gpus)
     except DistplbError as error:
@@ -230,28 +228,28 @@ def _read(path: Path) -> SlotMap:
         document = read_document(path, _chosen, _MOST_BYTES, otherwise=".json")
     except DistplbError as error:
         why = f"it {str(error).removeprefix(f'{path} ')}"
-        raise DistplbError(f"{path} is not a placement file ({why}); pass {_WANTED}") from error
+        raise DistplbError(f"{path} is not a placement file ({why}); pass {_EXPECTED}") from error
     try:
-        return slot_map(path, document)
+        return parse_slot_map(path, document)
     except ValueError as error:
-        raise DistplbError(f"{path} is not a placement file ({error}); pass {_WANTED}") from error
+        raise DistplbError(f"{path} is not a placement file ({error}); pass {_EXPECTED}") from error
 
 
 def _chosen(names: Sequence[str]) -> str:
     return next((name for name in MAPS if name in names), names[0])
 
 
-def _agreed(path: Path, what: str, given: int | None, told: int | None) -> int | None:
-    if given is not None and told is not None and given != told:
+def _agreed(path: Path, what: str, expected: int | None, in_file: int | None) -> int | None:
+    if expected is not None and in_file is not None and expected != in_file:
         raise DistplbError(
-            f"{path} is of {told} {what}, and {given} are asked for; pass the placement of this model and cluster"
+            f"{path} is of {in_file} {what}, and {expected} are asked for; pass the placement of this model and cluster"
         )
-    return told if given is None else given
+    return in_file if expected is None else expected
 
 
-def _in_file(path: Path, found: SlotMap, layer_names: Sequence[str] | None, *, all_layers: bool) -> list[str]:
-    """The file's names of layers, in the order of those that are asked for."""
-    rows = list(found.rows)
+def _names_in_file(path: Path, slot_map: SlotMap, layer_names: Sequence[str] | None, *, all_layers: bool) -> list[str]:
+    """The keys of the file's rows, in the order of the layers that are asked for."""
+    rows = list(slot_map.rows)
     if layer_names is None:
         return rows
     names = [str(name) for name in layer_names]
@@ -260,17 +258,17 @@ def _in_file(path: Path, found: SlotMap, layer_names: Sequence[str] | None, *, a
     if len(set(names)) != len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise DistplbError(f"{path}: layer {twice[:80]!r} is asked for twice; name each layer once")
-    if found.named == "order" and set(names) != set(rows):
+    if slot_map.layer_keys == "order" and set(names) != set(rows):
         if len(names) != len(rows):
             raise DistplbError(
                 f"{path} has {len(rows)} layers without names, and {len(names)} are asked for; pass a map of these"
             )
         return rows
-    if found.named == "numbers" and not set(names) & set(rows):
+    if slot_map.layer_keys == "numbers" and not set(names) & set(rows):
         numbers = [re.findall(r"[0-9]+", name) for name in names]
         if all(len(one) == 1 for one in numbers):  # such as model.layers.3.mlp
             names = [number.lstrip("0") or "0" for (number,) in numbers]
-    missing = [name for name in names if name not in found.rows]
+    missing = [name for name in names if name not in slot_map.rows]
     if missing:
         raise DistplbError(f"{path} has no layer {missing[0][:80]!r}; it has {_few(rows)}")
     surplus = [name for name in rows if name not in names]

@@ -5,7 +5,6 @@ Shapes: L layers, P slots, M GPUs.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -15,19 +14,18 @@ import torch
 from torch import Tensor
 
 from distplb.core.arguments import plain, refuse_wrong_types, shown
-from distplb.core.cost import gpu_tokens, over_mean
 from distplb.core.counts import Counts, as_counts
+from distplb.core.hashing import digest
 from distplb.core.placement import Placement
 from distplb.core.topology import Topology
 from distplb.errors import DistplbError
 
-__all__ = ["MoveModel", "TimeCurve", "fullest_gpu", "moved_slots"]
+__all__ = ["MoveModel", "TimeCurve", "moved_slots"]
 
 # 18 minutes for one expert in one step. Times stop there, so that 2^22 of them can be added up in an int64.
 _MAX_NANOSECONDS = 1 << 40
 _MAX_TOKENS = 1 << 40
 _LINEAR_TOKENS = 1 << 20
-_DIGEST_BITS = 62
 
 
 @dataclass(frozen=True)
@@ -107,6 +105,8 @@ class TimeCurve:
         >>> TimeCurve.through([64, 128, 192], [3e-6, 2e-6, 4e-6]).nanoseconds
         (0, 2500, 2500, 4000)
         """
+        from scipy.optimize import isotonic_regression  # when first used: it takes a third as long to import as torch
+
         numbers, seconds = _numbers("tokens", tokens), _numbers("seconds", seconds)
         if len(numbers) != len(seconds) or not numbers:
             raise DistplbError(f"{len(numbers)} tokens and {len(seconds)} seconds were measured; pass as many of both")
@@ -118,13 +118,13 @@ class TimeCurve:
             raise DistplbError(f"measured at {numbers} tokens; pass whole numbers of tokens")
         places, place, weight = np.unique(np.asarray(numbers), return_inverse=True, return_counts=True)
         mean = np.bincount(place, weights=np.asarray(seconds, dtype=np.float64)) / weight
-        times = [round(value * 1e9) for value in _never_falling(mean.tolist(), weight.tolist())]
+        times = [round(value * 1e9) for value in isotonic_regression(mean, weights=weight).x.tolist()]
         idle = [] if places[0] == 0 else [0]
         return cls((*idle, *(int(value) for value in places)), (*idle, *times))
 
     @property
     def nanoseconds_per_token(self) -> float:
-        """Of the last point: its time over its tokens."""
+        """The last point's time over its tokens."""
         return self.nanoseconds[-1] / self.tokens[-1]
 
     def time(self, load: Counts) -> Tensor:
@@ -148,28 +148,15 @@ class TimeCurve:
     def digest(self) -> int:
         """A number in [0, 2^62) that differs between different curves, equal on every machine."""
         data = np.array([self.tokens, self.nanoseconds], dtype="<i8").tobytes()
-        return int.from_bytes(hashlib.sha256(data).digest()[:8], "big") >> (64 - _DIGEST_BITS)
+        return digest(data)
 
 
-def _numbers(name: str, given: Sequence[float]) -> list[float]:
-    refuse_wrong_types({name: (given, (Sequence, np.ndarray, Tensor), "what was measured, number by number")})
-    numbers = [plain(value) for value in given]
+def _numbers(name: str, values: Sequence[float]) -> list[float]:
+    refuse_wrong_types({name: (values, (Sequence, np.ndarray, Tensor), "what was measured, number by number")})
+    numbers = [plain(value) for value in values]
     words = "a number"
     refuse_wrong_types({f"{name}[{nth}]": (one, (int, float), words) for nth, one in enumerate(numbers)})
     return numbers
-
-
-def _never_falling(values: Sequence[float], weights: Sequence[float]) -> list[float]:
-    """Least squares under ascending order, by pooling neighbours that fall (Ayer et al. 1955)."""
-    pools: list[tuple[float, float, int]] = []  # mean, weight, values in it
-    for value, weight in zip(values, weights, strict=True):
-        pool = (value, weight, 1)
-        while pools and pools[-1][0] >= pool[0]:
-            mean, before, count = pools.pop()
-            both = before + pool[1]
-            pool = ((mean * before + pool[0] * pool[1]) / both, both, count + pool[2])
-        pools.append(pool)
-    return [mean for mean, _, count in pools for _ in range(count)]
 
 
 @dataclass(frozen=True)
@@ -187,7 +174,7 @@ class MoveModel:
             exchanging at once.
         bandwidth_between: the same between nodes.
         trust: how much of what a plan saves on the steps that it was made from it is expected to save on those to
-            come, in (0, 1]. A half did best over the traces and generators of `benchmarks/bench_replay.py`.
+            come, in (0, 1]. A half did best over the traces and generators of `benchmarks/study/bench_replay.py`.
 
     Raises:
         DistplbError: if one of them is not a positive number, or `trust` is above 1.
@@ -224,7 +211,7 @@ class MoveModel:
         return self.seconds(1, 0) * share, self.seconds(0, 1) * share
 
     def seconds(self, inside: int, between: int) -> float:
-        """That moving so many slots takes, `inside` nodes and then `between` them."""
+        """How long it takes to move so many slots, `inside` nodes and then `between` them."""
         return self.bytes_per_slot * (inside / self.bandwidth_inside + between / self.bandwidth_between)
 
 
@@ -250,8 +237,8 @@ def moved_slots(old: Placement, new: Placement, topology: Topology) -> Tensor:
     Raises:
         DistplbError: if they are of different models or clusters.
     """
-    known = {"topology": (topology, (Topology,), "a Topology")}
-    refuse_wrong_types({"old": (old, (Placement,), "a Placement"), "new": (new, (Placement,), "a Placement")} | known)
+    arguments = {"old": (old, (Placement,), "a Placement"), "new": (new, (Placement,), "a Placement")}
+    refuse_wrong_types(arguments | {"topology": (topology, (Topology,), "a Topology")})
     shapes = [(one.num_layers, one.num_experts, one.num_gpus) for one in (old, new)]
     if shapes[0] != shapes[1] or old.num_gpus != topology.num_gpus:
         raise DistplbError(
@@ -271,35 +258,3 @@ def _held(old: Placement, new: Placement, gpus: int) -> Tensor:
         expert = one.expert_of_slot + torch.arange(one.num_layers, device="cpu")[:, None] * one.num_experts  # [L, P]
         keys.append(expert * one.num_gpus + block)
     return torch.isin(keys[1], keys[0])
-
-
-def fullest_gpu(load: Tensor, placement: Placement, curve: TimeCurve | None) -> tuple[Tensor, Tensor]:
-    """`[T, L]` each: the fullest GPU, in tokens or nanoseconds, and its ratio to the mean; 0 and NaN without tokens.
-
-    Args:
-        load: `[T, L, E]` int64 tokens.
-        placement: of the same layers and experts.
-        curve: from an expert's tokens to its time; replicas share tokens evenly, and the time of a fraction lies on the
-            line between those of the whole tokens beside it.
-    """
-    total = load.sum(2)  # [T, L]
-    if curve is None:
-        of_gpu, mean = gpu_tokens(load, placement.expert_of_slot, placement.num_gpus), total.double()
-    else:
-        of_gpu = _gpu_times(load, placement, curve).masked_fill((total == 0)[..., None], 0)  # nothing is run
-        mean = of_gpu.sum(2).double()
-    fullest = of_gpu.amax(2)
-    return fullest, over_mean(fullest, mean / placement.num_gpus)
-
-
-def _gpu_times(load: Tensor, placement: Placement, curve: TimeCurve) -> Tensor:
-    """`[T, L, M]`: nanoseconds of each GPU; int64 where there are no replicas, else float64."""
-    if placement.has_replicas:
-        whole, rest = load // placement.replicas, load % placement.replicas  # [T, L, E]
-        time = curve.time(whole).double()
-        time = time + (curve.time(whole + 1) - time) * rest / placement.replicas
-    else:
-        time = curve.time(load)
-    of_slot = time.gather(2, placement.expert_of_slot.expand(len(load), -1, -1))  # [T, L, P]
-    of_gpu: Tensor = of_slot.unflatten(2, (placement.num_gpus, -1)).sum(3)
-    return of_gpu

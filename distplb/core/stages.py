@@ -29,7 +29,7 @@ class Stages:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Time what runs inside under `name`; the same name adds up. Who is lost inside is told with the name."""
+        """Time what runs inside under `name`; the same name adds up. A `LostRanksError` from inside names it."""
         start, outer = time.perf_counter(), _current.set(name)
         try:
             with record_function(f"distplb::{name}"):

@@ -28,23 +28,23 @@ class RouterTies:
 
     def __init__(self, top_k: int) -> None:
         self._top_k = top_k
-        self._seen: tuple[Tensor, int] | None = None
+        self._counts: tuple[Tensor, int] | None = None  # tokens that tied, and all
 
     @property
     def is_due(self) -> bool:
         """Whether the next forward is looked at; where not, its scores need not be made."""
-        return self._seen is None
+        return self._counts is None
 
     def add(self, scores: Tensor) -> None:
         """Take in the scores `[..., E]` that a forward chose by, in the precision that it chose in."""
-        if self._seen is not None or scores.shape[-1] <= self._top_k:
+        if self._counts is not None or scores.shape[-1] <= self._top_k:
             return
         edge = scores.detach().topk(self._top_k + 1, dim=-1).values[..., -2:]  # [..., 2]
         # Experts that were masked out tie among themselves, and are chosen by nobody.
         tied = (edge[..., 0] == edge[..., 1]) & edge[..., 0].isfinite()
-        self._seen = tied.sum(), tied.numel()
+        self._counts = tied.sum(), tied.numel()
 
     def take(self) -> float | None:
         """The share of tokens that tied, None where no forward was looked at; the next forward is looked at again."""
-        seen, self._seen = self._seen, None
-        return None if seen is None or not seen[1] else int(seen[0]) / seen[1]
+        counts, self._counts = self._counts, None
+        return None if counts is None or not counts[1] else int(counts[0]) / counts[1]

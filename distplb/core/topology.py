@@ -16,7 +16,7 @@ __all__ = ["Mesh", "Topology"]
 
 
 class Mesh(Protocol):
-    """What is asked of a device mesh: `torch.distributed.device_mesh.DeviceMesh` has it."""
+    """The part of a device mesh that is used; `torch.distributed.device_mesh.DeviceMesh` has it."""
 
     @property
     def ndim(self) -> int:
@@ -47,11 +47,11 @@ class Topology:
 
     def __post_init__(self) -> None:
         for name in ("num_nodes", "gpus_per_node"):
-            object.__setattr__(self, name, whole_number(f"Topology: {name}", getattr(self, name), least=1))
+            object.__setattr__(self, name, whole_number(f"Topology: {name}", getattr(self, name), minimum=1))
 
     @classmethod
     def of_ranks(cls, ranks: Sequence[int], gpus_per_node: int) -> Topology:
-        """Of the EP group that has these global ranks, where node n has the ranks from n × `gpus_per_node` on.
+        """The topology of the EP group of these global ranks, where node n has the ranks from n × `gpus_per_node` on.
 
         >>> Topology.of_ranks([1, 3, 9, 11], gpus_per_node=8)
         Topology(num_nodes=2, gpus_per_node=2)
@@ -77,7 +77,7 @@ class Topology:
 
     @classmethod
     def from_env(cls, ranks: Sequence[int] | None = None) -> Topology:
-        """Of the EP group that has these global ranks, with the nodes that the launcher tells of.
+        """The topology of the EP group of these global ranks, with the nodes that the launcher tells of.
 
         One process for each GPU; torchrun, srun, mpiexec of MPICH and mpirun of Open MPI are known, looked for in this
         order. A node is what the launcher takes for one; where a faster link joins several, pass the topology yourself.
@@ -97,7 +97,7 @@ class Topology:
 
     @classmethod
     def from_mesh(cls, mesh: Mesh, gpus_per_node: int | None = None) -> Topology:
-        """Of the EP group that is one axis of a device mesh, its ranks strided or not.
+        """The topology of the EP group that is one axis of a device mesh, its ranks strided or not.
 
         Args:
             mesh: of one axis, as in `mesh["ep"]`.
@@ -155,12 +155,12 @@ class Topology:
 
 
 def _ranks(ranks: Any) -> list[int]:
-    """Of an EP group, whole numbers."""
+    """The ranks of an EP group, as whole numbers."""
     try:
-        found = list(ranks)
+        numbers = list(ranks)
     except TypeError:
         raise DistplbError(f"ranks is {shown(ranks)}; pass the global ranks of the EP group") from None
-    return [whole_number(f"ranks[{nth}]", rank) for nth, rank in enumerate(found)]
+    return [whole_number(f"ranks[{nth}]", rank) for nth, rank in enumerate(numbers)]
 
 
 class _Job(NamedTuple):
@@ -204,20 +204,20 @@ def _job(environment: Mapping[str, str]) -> _Job:
             f"no launcher has set {', '.join(one.ranks_of_node for one in _LAUNCHERS)}; start the job by torchrun, "
             "srun or mpiexec, or pass Topology(num_nodes, gpus_per_node)"
         )
-    told = {name: environment.get(name) for name in launcher if name}
+    variables = {name: environment.get(name) for name in launcher if name}
     try:
         of_node = _ranks_of_nodes(environment[launcher.ranks_of_node])
         size, rank, local_rank = (int(environment[name]) for name in launcher[1:4])
         nodes = int(environment.get(launcher.nodes, size // of_node[0]))
     except (KeyError, ValueError) as unreadable:
         raise DistplbError(
-            f"the launcher's {told} cannot be read; pass Topology(num_nodes, gpus_per_node)"
+            f"the launcher's {variables} cannot be read; pass Topology(num_nodes, gpus_per_node)"
         ) from unreadable
     per_node = of_node[0]
     if len(set(of_node)) != 1 or size != nodes * per_node or rank % per_node != local_rank:
         raise DistplbError(
-            f"{told}: the nodes have different numbers of ranks, or ranks do not follow each other node by node; start "
-            "as many on each, in blocks (srun --distribution=block)"
+            f"{variables}: the nodes have different numbers of ranks, or ranks do not follow each other node by node; "
+            "start as many on each, in blocks (srun --distribution=block)"
         )
     return _Job(size, per_node)
 
@@ -228,10 +228,10 @@ def _ranks_of_nodes(text: str) -> list[int]:
     >>> _ranks_of_nodes("2(x3),1")
     [2, 2, 2, 1]
     """
-    found = []
+    counts = []
     for part in text.split(","):
-        matched = _TASKS.fullmatch(part)
-        if matched is None or not int(matched[1]):
+        match = _TASKS.fullmatch(part)
+        if match is None or not int(match[1]):
             raise ValueError(f"no number of ranks: {part!r}")
-        found += [int(matched[1])] * int(matched[2] or 1)
-    return found
+        counts += [int(match[1])] * int(match[2] or 1)
+    return counts

@@ -14,15 +14,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from distplb.core.private_names import forward_pre_hooks
 from distplb.errors import DistplbError
 
 __all__ = [
+    "Remap",
     "Tell",
+    "check_mode",
     "counts_of",
     "gpus_of_a_node",
     "named_parts",
     "not_found",
     "refuse_moved",
+    "table_of",
     "tokens_of_experts",
     "within_groups",
 ]
@@ -59,17 +63,69 @@ def tokens_of_experts(chosen: Tensor, num_experts: int) -> Tensor:
     return torch.zeros(num_experts, dtype=torch.int64, device=flat.device).scatter_add_(0, flat, torch.ones_like(flat))
 
 
-def refuse_moved(name: str, table: Tensor) -> None:
+def check_mode(mode: str) -> None:
+    """Of an adapter: whether router rows move, or a table tells where experts are.
+
+    Raises:
+        DistplbError: for another one.
+    """
+    if mode not in ("permute", "remap"):
+        raise DistplbError(f"mode is {mode!r}; pass 'permute' or 'remap'")
+
+
+class Remap:
+    """A forward pre-hook in which a module looks up the slots of the experts that the router has chosen.
+
+    It stays when counting ends, because experts stay where they are.
+
+    Args:
+        table: `[E]`, the slot of each expert; written in place by the rebalancer.
+        arguments_by_slot: from the table and the forward's positional arguments to those with slots for experts.
+    """
+
+    def __init__(self, table: Tensor, arguments_by_slot: Callable[[Tensor, tuple[Any, ...]], tuple[Any, ...]]) -> None:
+        self.table, self._arguments_by_slot = table, arguments_by_slot
+
+    def __call__(self, module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        """What the forward gets."""
+        return self._arguments_by_slot(self.table, arguments)
+
+
+def table_of(
+    module: nn.Module,
+    num_experts: int,
+    device: torch.device,
+    arguments_by_slot: Callable[[Tensor, tuple[Any, ...]], tuple[Any, ...]],
+) -> Tensor:
+    """The table by which a module looks up experts, which it has from now on.
+
+    The one that is there where it was asked for before, because two would both be applied.
+
+    Args: as of `Remap`.
+    """
+    remap = _remap_of(module)
+    if remap is None:
+        remap = Remap(torch.arange(num_experts, device=device), arguments_by_slot)
+        module.register_forward_pre_hook(remap)
+    return remap.table
+
+
+def _remap_of(module: nn.Module) -> Remap | None:
+    return next((hook for hook in forward_pre_hooks(module) if isinstance(hook, Remap)), None)
+
+
+def refuse_moved(name: str, module: nn.Module) -> None:
     """Refuse to permute a layer whose tokens go by an earlier table, unless that changes nothing. Waits for the device.
 
     Args:
         name: of the layer.
-        table: `[E]`, by which its experts are looked up.
+        module: that may look up its experts.
 
     Raises:
         DistplbError: if they are not where they began.
     """
-    slots = table.tolist()
+    remap = _remap_of(module)
+    slots = [] if remap is None else remap.table.tolist()
     if slots != sorted(slots):
         raise DistplbError(
             f"{name}: experts were moved under mode='remap', and are looked up in a table (slot_of_expert is {slots}) "

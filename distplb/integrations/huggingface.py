@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -22,15 +21,16 @@ from distplb.comm.torchdist import TorchComm
 from distplb.core.layer import MoELayer
 from distplb.core.ties import RouterTies
 from distplb.core.topology import Topology
-from distplb.core.torchnames import forward_pre_hooks
 from distplb.errors import DistplbError
 from distplb.integrations.common import (
     Tell,
+    check_mode,
     counts_of,
     gpus_of_a_node,
     named_parts,
     not_found,
     refuse_moved,
+    table_of,
     tokens_of_experts,
     within_groups,
 )
@@ -98,8 +98,7 @@ def moe_layers(
     Raises:
         DistplbError: if there is none, or one that differs from what is known of its class.
     """
-    if mode not in ("permute", "remap"):
-        raise DistplbError(f"mode is {mode!r}; pass 'permute' or 'remap'")
+    check_mode(mode)
     parts = named_parts(model)
     layers = [layer for part in parts for layer in _layers_of(part, mode)]
     if not layers:
@@ -270,9 +269,8 @@ def _described(
         return tokens_of_experts(choice[2][share], num_experts)
 
     def subscribe(tell: Tell) -> list[RemovableHandle]:
-        remap = _remap_of(experts)
-        if remap is not None and not remaps:
-            refuse_moved(name, remap.table)
+        if not remaps:
+            refuse_moved(name, experts)
         return [counts_of(router, read)(tell), *(_guard_against_loss_over_layers(model) for model in guarded)]
 
     return MoELayer(
@@ -280,7 +278,7 @@ def _described(
         experts=expert_rows,
         router={} if remaps else router_rows,
         num_groups=None if remaps else _num_groups(router),
-        slot_of_expert=_table(experts, num_experts, router.weight.device) if remaps else None,
+        slot_of_expert=table_of(experts, num_experts, router.weight.device, _arguments_by_slot) if remaps else None,
         counts=subscribe,
         ties=ties,
     )
@@ -308,35 +306,10 @@ def _num_groups(router: Any) -> int | None:
     return groups if groups > 1 and int(router.topk_group) < groups else None
 
 
-class _Remap:
-    """A forward pre-hook of the experts, in which they look up whom the router chose.
-
-    It runs before the forward that expert parallelism puts in place, which takes the numbers of slots of all ranks. It
-    stays when counting ends, because experts stay where they are.
-
-    Args:
-        table: `[E]`, the slot of each expert; written in place by the rebalancer.
-    """
-
-    def __init__(self, table: Tensor) -> None:
-        self.table = table
-
-    def __call__(self, module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-        hidden_states, chosen, *others = arguments
-        return hidden_states, self.table[chosen], *others
-
-
-def _remap_of(experts: nn.Module) -> _Remap | None:
-    return next((hook for hook in forward_pre_hooks(experts) if isinstance(hook, _Remap)), None)
-
-
-def _table(experts: nn.Module, num_experts: int, device: torch.device) -> Tensor:
-    """The experts' table; the one that is there where it was asked for before, because two would both be applied."""
-    remap = _remap_of(experts)
-    if remap is None:
-        remap = _Remap(torch.arange(num_experts, device=device))
-        experts.register_forward_pre_hook(remap)
-    return remap.table
+def _arguments_by_slot(table: Tensor, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Of the experts' forward that expert parallelism puts in place, which takes the numbers of slots of all ranks."""
+    hidden_states, chosen, *others = arguments
+    return hidden_states, table[chosen], *others
 
 
 # --- ranks and tokens --------------------------------------------------------------------------------------------

@@ -21,30 +21,28 @@ Shapes: N tokens, E experts, P slots, G slots on this GPU.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import chain
 from typing import Any, NoReturn
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer.cpu_offloading.hybrid_optimizer import HybridDeviceOptimizer
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
-from megatron.core.optimizer.optimizer import ChainedOptimizer, Float16OptimizerWithFloat16Params, FP32Optimizer
 from megatron.core.transformer.moe.experts import GroupedMLP, SequentialMLP, TEGroupedMLP
 from megatron.core.transformer.moe.moe_layer import BaseMoELayer
 from megatron.core.transformer.moe.moe_layer import MoELayer as MegatronMoELayer
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from distplb.comm.torchdist import TorchComm
-from distplb.core.layer import ExpertTensor, FlatShard, MoELayer, Rows
+from distplb.core.layer import ExpertTensor, MoELayer, Rows
 from distplb.core.ties import RouterTies
 from distplb.core.topology import Topology
 from distplb.errors import DistplbError
 from distplb.integrations.common import counts_of, gpus_of_a_node, named_parts, not_found, within_groups
+from distplb.integrations.megatron_optimizers import Shards, shards_of_layer, shards_of_parameters, torch_optimizers
+from distplb.train.options import Moves, Search
 from distplb.train.rebalancer import Rebalancer
 
 __all__ = ["MegatronRebalancer", "moe_layers", "rebalancer"]
@@ -56,8 +54,6 @@ _LOOKED_FOR = (
 )
 # What the router keeps by expert. The last two add up within an iteration and are zeroed before its optimizer step.
 _ROUTER_TENSORS = ("weight", "bias", "expert_bias", "local_tokens_per_expert", "global_tokens_per_expert")
-# By parameter: what the optimizer steps on in its stead; None where this rank steps on nothing of it.
-_Shards = Mapping[int, FlatShard | None]
 
 
 def moe_layers(model_chunks: nn.Module | Sequence[nn.Module], optimizer: Any = None) -> list[MoELayer]:
@@ -78,7 +74,7 @@ def moe_layers(model_chunks: nn.Module | Sequence[nn.Module], optimizer: Any = N
             its name and why.
     """
     parts = [_unwrapped(chunk) for chunk in named_parts(model_chunks)]
-    shards = _shards(_megatron_optimizers(optimizer))
+    shards = shards_of_parameters(optimizer)
     found = [_layer(name, module, shards) for part in parts for name, module in _found(part)]
     if not found and not any(getattr(getattr(part, "config", None), "num_moe_experts", None) for part in parts):
         raise not_found("Megatron-Core", _LOOKED_FOR, parts)
@@ -146,11 +142,15 @@ def rebalancer(
                 "make a Rebalancer of moe_layers(...), and pass it the groups"
             )
     if keep_shards_aligned:
-        options["slot_class"] = _numbers_within_gpu(layers, ep.size)
+        search = options.get("search", Search())
+        options["search"] = replace(search, slot_class=_numbers_within_gpu(layers, ep.size))
+    chunks = [chunk for chunk in named_parts(model_chunks) if isinstance(chunk, DistributedDataParallel)]
+    late = [chunk for chunk in chunks if layers and chunk.ddp_config.overlap_param_gather]
+    if late:
+        options["moves"] = _with_gather(options.get("moves", Moves()), late)
     return MegatronRebalancer(
         layers,
-        _torch_optimizers(optimizer),
-        chunks=[chunk for chunk in named_parts(model_chunks) if isinstance(chunk, DistributedDataParallel)],
+        torch_optimizers(optimizer),
         topology=Topology.of_ranks(ep.global_ranks, gpus_of_a_node(gpus_per_node)),
         every=every,
         # All ranks of this pipeline stage, which are those that hold its layers.
@@ -163,22 +163,7 @@ def rebalancer(
 
 
 class MegatronRebalancer(Rebalancer):
-    """A `Rebalancer` that has the parameters whole before it moves them.
-
-    Under `overlap_param_gather` each rank has, after `optimizer.step()`, new values of its own range of the parameters
-    only, and the next forward gathers the rest. What is moved must be the same on all ranks that hold it, so the
-    gather is made first where experts may move. The forward then need not make it again.
-
-    Args:
-        chunks: the model chunks in DDP.
-        arguments: of `Rebalancer`.
-        options: of `Rebalancer`.
-    """
-
-    def __init__(self, *arguments: Any, chunks: Sequence[Any], **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        layers: Sequence[MoELayer] = arguments[0]
-        self._late = [chunk for chunk in chunks if layers and chunk.ddp_config.overlap_param_gather]
+    """A `Rebalancer` that is called in the loop only."""
 
     def attach(self) -> NoReturn:
         """Refused: the inner optimizers' steps end before Megatron's own.
@@ -191,9 +176,22 @@ class MegatronRebalancer(Rebalancer):
             "already move them; call rebalancer.step() after Megatron's optimizer.step()"
         )
 
-    def _before_a_move(self) -> None:
-        for chunk in self._late:
+
+def _with_gather(moves: Moves, chunks: Sequence[Any]) -> Moves:
+    """The moves, each with the parameters whole before it.
+
+    Under `overlap_param_gather` each rank has, after `optimizer.step()`, new values of its own range of the parameters
+    only, and the next forward gathers the rest. What is moved must be the same on all ranks that hold it, so the
+    gather is made first where experts may move. The forward then need not make it again.
+    """
+
+    def gather() -> None:
+        for chunk in chunks:
             chunk.start_param_sync(force_sync=True)
+        if moves.before is not None:
+            moves.before()
+
+    return replace(moves, before=gather)
 
 
 # --- layers ------------------------------------------------------------------------------------------------------
@@ -233,7 +231,7 @@ def _global_name(path: str, layer_number: int | None) -> str:
     return re.sub(r"(^|\.)layers\.\d+(?=\.|$)", rf"\g<1>layers.{layer_number - 1}", path, count=1)
 
 
-def _layer(name: str, module: Any, shards: _Shards) -> MoELayer:
+def _layer(name: str, module: Any, shards: Shards) -> MoELayer:
     _refuse_unknown(name, module)
     router, config = module.router, module.config
     experts = _expert_tensors(name, module.experts, module.num_local_experts)
@@ -253,7 +251,7 @@ def _layer(name: str, module: Any, shards: _Shards) -> MoELayer:
         name=name,
         experts=experts,
         router=rows,
-        shards=_shards_of_layer(name, {**experts, **rows}, shards),
+        shards=shards_of_layer(name, {**experts, **rows}, shards),
         num_groups=config.moe_router_num_groups if config.moe_router_group_topk else None,
         counts=counts_of(router, counts),
         ties=ties,
@@ -356,89 +354,3 @@ def _scores(router: Any, hidden: Tensor) -> Tensor:
         return scores
     chosen = config.moe_router_group_topk
     return within_groups(scores, config.moe_router_num_groups, router.topk // chosen, chosen)
-
-
-# --- optimizers --------------------------------------------------------------------------------------------------
-
-
-def _megatron_optimizers(optimizer: Any) -> list[Any]:
-    """Megatron's optimizers in their chain, without those of nothing; torch optimizers as they are."""
-    if optimizer is None:
-        return []
-    if isinstance(optimizer, Sequence):
-        return [each for one in optimizer for each in _megatron_optimizers(one)]
-    if isinstance(optimizer, LayerWiseDistributedOptimizer):
-        raise DistplbError(
-            "a LayerWiseDistributedOptimizer deals whole parameters to ranks, and the state of experts with them; "
-            "use DistributedOptimizer"
-        )
-    if isinstance(optimizer, ChainedOptimizer):
-        return [each for one in optimizer.chained_optimizers for each in _megatron_optimizers(one)]
-    if getattr(optimizer, "is_stub_optimizer", False):
-        return []
-    inner = _inner(optimizer)
-    if isinstance(inner, HybridDeviceOptimizer):
-        raise DistplbError("the optimizer is offloaded to the CPU, where copies of experts are kept; do not offload it")
-    if "Muon" in type(inner).__name__:
-        raise DistplbError(f"{type(inner).__name__} was never run with distplb; use Adam or SGD")
-    if not isinstance(inner, Optimizer):
-        raise DistplbError(
-            f"{type(optimizer).__name__} is not understood; pass what get_megatron_optimizer returned, with Adam or SGD"
-        )
-    if inner is not optimizer and optimizer.config.use_precision_aware_optimizer:
-        raise DistplbError(
-            "use_precision_aware_optimizer keeps main parameters and moments in forms of its own; turn it off"
-        )
-    return [optimizer]
-
-
-def _inner(optimizer: Any) -> Any:
-    """The torch optimizer in one of Megatron's."""
-    known = (DistributedOptimizer, Float16OptimizerWithFloat16Params, FP32Optimizer)
-    return optimizer.optimizer if isinstance(optimizer, known) else optimizer
-
-
-def _torch_optimizers(optimizer: Any) -> list[Optimizer]:
-    return [_inner(one) for one in _megatron_optimizers(optimizer)]
-
-
-def _shards(optimizers: Sequence[Any]) -> _Shards:
-    found: dict[int, FlatShard | None] = {}
-    for optimizer in optimizers:
-        if isinstance(optimizer, DistributedOptimizer):
-            found |= _shards_of_distributed(optimizer)
-        elif isinstance(optimizer, Float16OptimizerWithFloat16Params):
-            for parameters, mains in zip(optimizer.float16_groups, optimizer.fp32_from_float16_groups, strict=True):
-                found |= {id(p): FlatShard(main, 0) for p, main in zip(parameters, mains, strict=True)}
-    return found
-
-
-def _shards_of_distributed(optimizer: Any) -> _Shards:
-    """Of this rank's range of each buffer, the part that lies in each parameter."""
-    found: dict[int, FlatShard | None] = {id(p): None for buffer in optimizer.buffers for p in buffer.params}
-    groups = chain(
-        zip(optimizer.model_float16_groups, optimizer.shard_fp32_from_float16_groups, strict=True),
-        zip(optimizer.model_fp32_groups, optimizer.shard_fp32_groups, strict=True),
-    )
-    for parameters, shards in groups:
-        for parameter, shard in zip(parameters, shards, strict=True):
-            start = optimizer._get_model_param_range_map(parameter)["param"].start
-            found[id(parameter)] = FlatShard(shard, start)
-    return found
-
-
-def _shards_of_layer(
-    name: str, declared: Mapping[str, ExpertTensor], shards: _Shards
-) -> dict[str, FlatShard | Sequence[FlatShard | None]]:
-    found: dict[str, FlatShard | Sequence[FlatShard | None]] = {}
-    for key, value in declared.items():
-        tensors = [value] if isinstance(value, Tensor) else [value.tensor] if isinstance(value, Rows) else list(value)
-        sharded = [id(tensor) in shards for tensor in tensors]
-        if any(sharded) and not all(sharded):
-            raise DistplbError(
-                f"{name}: of {key}, the optimizer steps on itself for some experts and on a copy or shard for others; "
-                "experts that change places must be alike"
-            )
-        if any(sharded):
-            found[key] = [shards[id(tensor)] for tensor in tensors]
-    return found

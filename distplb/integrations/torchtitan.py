@@ -24,17 +24,25 @@ from torchtitan.distributed import ParallelDims
 from torchtitan.models.common.moe import MoE, TokenChoiceTopKRouter
 from torchtitan.models.common.token_dispatcher import AllToAllTokenDispatcher
 
-from distplb.comm.distnames import flattened
+from distplb.comm.private_names import flattened
 from distplb.comm.torchdist import TorchComm
-from distplb.core.counts import exact_limit
+from distplb.core.count_errors import exact_limit
 from distplb.core.layer import MoELayer
 from distplb.core.ties import RouterTies
 from distplb.core.topology import Topology
-from distplb.core.torchnames import forward_pre_hooks
 from distplb.errors import DistplbError
-from distplb.integrations.common import Tell, gpus_of_a_node, named_parts, not_found, refuse_moved, tokens_of_experts
+from distplb.integrations.common import (
+    Tell,
+    check_mode,
+    gpus_of_a_node,
+    named_parts,
+    not_found,
+    refuse_moved,
+    table_of,
+    tokens_of_experts,
+)
 from distplb.train.rebalancer import Rebalancer
-from distplb.train.window import is_recomputation
+from distplb.train.recomputation import is_recomputation
 
 __all__ = ["moe_layers", "rebalancer"]
 
@@ -63,8 +71,7 @@ def moe_layers(model_parts: nn.Module | Sequence[nn.Module], *, mode: Mode = "pe
     Raises:
         DistplbError: if nothing is found, or a layer is of a kind that cannot be moved; with its name and why.
     """
-    if mode not in ("permute", "remap"):
-        raise DistplbError(f"mode is {mode!r}; pass 'permute' or 'remap'")
+    check_mode(mode)
     parts = named_parts(model_parts)
     layers = [_layer(name, moe, part, around, mode) for name, moe, part, around in _found(parts)]
     if not layers:
@@ -161,7 +168,10 @@ def _layer(name: str, moe: MoE, part: nn.Module, around: list[Any], mode: Mode) 
     experts, router = _expert_tensors(name, moe), _router_tensors(name, moe)
     ties = RouterTies(top_k=moe.router.top_k)
     count = _Counts(part, moe, ties)
-    table = None if mode == "permute" else _table(moe, next(iter(experts.values())).device)
+    table = None
+    if mode == "remap":
+        device = next(iter(experts.values())).device
+        table = table_of(moe.routed_experts, moe.router.num_experts, device, _arguments_by_slot)
 
     def invalidate() -> None:
         for module in around:
@@ -171,9 +181,8 @@ def _layer(name: str, moe: MoE, part: nn.Module, around: list[Any], mode: Mode) 
             _local(moe.tokens_per_expert_E).zero_()
 
     def subscribe(tell: Tell) -> Sequence[RemovableHandle]:
-        remap = _remap_of(moe)
-        if remap is not None and table is None:
-            refuse_moved(name, remap.table)
+        if table is None:
+            refuse_moved(name, moe.routed_experts)
         return count(tell)
 
     return MoELayer(
@@ -341,33 +350,11 @@ class _Forward(threading.local):
     routed: Tensor | None = None  # [P], what it has routed so far
 
 
-class _Remap:
-    """A forward pre-hook of `RoutedExperts` that turns experts' numbers into those of their slots.
-
-    Args:
-        table: `[E]`, the slot of each expert; written in place by the rebalancer.
-    """
-
-    def __init__(self, table: Tensor) -> None:
-        self.table = table
-
-    def __call__(self, module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-        tokens, scores, experts, counts = arguments  # [B, S, K] experts, [E] counts
-        by_slot = torch.empty_like(_local(counts)).scatter(0, self.table, _local(counts))  # [P]
-        return tokens, scores, _like(experts, self.table[_local(experts)]), _like(counts, by_slot)
-
-
-def _remap_of(moe: MoE) -> _Remap | None:
-    return next((hook for hook in forward_pre_hooks(moe.routed_experts) if isinstance(hook, _Remap)), None)
-
-
-def _table(moe: MoE, device: torch.device) -> Tensor:
-    """The layer's table; the one that is there where it was asked for before, because two would both be applied."""
-    remap = _remap_of(moe)
-    if remap is None:
-        remap = _Remap(torch.arange(moe.router.num_experts, device=device))
-        moe.routed_experts.register_forward_pre_hook(remap)
-    return remap.table
+def _arguments_by_slot(table: Tensor, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Of `RoutedExperts`."""
+    tokens, scores, experts, counts = arguments  # [B, S, K] experts, [E] counts
+    by_slot = torch.empty_like(_local(counts)).scatter(0, table, _local(counts))  # [P]
+    return tokens, scores, _like(experts, table[_local(experts)]), _like(counts, by_slot)
 
 
 def _local(tensor: Any) -> Tensor:

@@ -1,5 +1,5 @@
-"""Moving experts: `state` finds what travels, `pieces` says who holds it, `schedule` decides, `transfer` acts,
-and `mover` holds them together for the `Rebalancer`.
+"""Moving experts between GPUs: `optimizer_state` says what travels with an expert, `layout` who holds it, `schedule`
+which moves make a change, `transfer` carries it out, and `mover` is what the `Rebalancer` calls.
 
 May import `comm` and `core`.
 """

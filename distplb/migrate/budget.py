@@ -1,4 +1,4 @@
-"""Which moves of a plan to make when not all may be made: those that save most for the slots that they move. Pure.
+"""Which moves of a plan to make where a budget limits them: those that save most for each slot that they move. Pure.
 
 Shapes: T steps, L layers, E experts, P slots.
 """
@@ -38,44 +38,44 @@ def within_budget(
         max_slots: that may receive another expert, over all layers.
         num_groups: of a router whose groups stay in blocks, as of `exchanges`.
     """
-    table, wanted = old.expert_of_slot.clone(), new.expert_of_slot
-    slots = (table != wanted).sum(1)  # [L]
+    table, target = old.expert_of_slot.clone(), new.expert_of_slot
+    slots = (table != target).sum(1)  # [L]
     left = max_slots
     if int(slots.sum()) <= left:
         return new
     load = load.cpu()
-    saved = layer_cost(load, table, old.num_gpus) - layer_cost(load, wanted, old.num_gpus)
+    saved = layer_cost(load, table, old.num_gpus) - layer_cost(load, target, old.num_gpus)
     worth = saved.double() / slots.clamp(min=1)
     for layer in worth.sort(descending=True, stable=True).indices.tolist():
         if saved[layer] > 0 and slots[layer] <= left:
-            table[layer] = wanted[layer]
+            table[layer] = target[layer]
             left -= int(slots[layer])
     for layer in worth.sort(descending=True, stable=True).indices.tolist():
-        if saved[layer] > 0 and slots[layer] and bool((table[layer] != wanted[layer]).any()):
+        if saved[layer] > 0 and slots[layer] and bool((table[layer] != target[layer]).any()):
             steps = load[:, layer : layer + 1]
-            left -= _best_exchanges(steps, table[layer], wanted[layer], old.num_gpus, left, num_groups)
+            left -= _best_exchanges(steps, table[layer], target[layer], old.num_gpus, left, num_groups)
     return Placement(table, old.num_experts, old.num_gpus)
 
 
 def _best_exchanges(
-    load: Tensor, table: Tensor, wanted: Tensor, num_gpus: int, left: int, num_groups: int | None
+    load: Tensor, table: Tensor, target: Tensor, num_gpus: int, left: int, num_groups: int | None
 ) -> int:
     """Make some of a layer's exchanges in its `table [P]`, in place; the slots that change."""
-    cells = exchanges(table.tolist(), wanted.tolist(), num_groups)
+    cells = exchanges(table.tolist(), target.tolist(), num_groups)
     still_open = [[slot for cell in cycle for slot in cell] for cycle in cells]
     changed = 0
     while still_open:
         tables = table.repeat(len(still_open), 1, 1)  # [exchanges, 1, P]
         for nth, slots in enumerate(still_open):
-            tables[nth, 0, slots] = wanted[slots]
-        now = layer_cost(load, table[None], num_gpus)
-        saved = (now - layer_cost(load, tables, num_gpus))[:, 0]  # [exchanges]
+            tables[nth, 0, slots] = target[slots]
+        cost = layer_cost(load, table[None], num_gpus)
+        saved = (cost - layer_cost(load, tables, num_gpus))[:, 0]  # [exchanges]
         size = torch.tensor([len(slots) for slots in still_open], device="cpu")
         worth = (saved.double() / size).masked_fill((saved <= 0) | (size > left - changed), 0)
         best = int(worth.argmax())
         if worth[best] <= 0:
             break
         slots = still_open.pop(best)
-        table[slots] = wanted[slots]
+        table[slots] = target[slots]
         changed += len(slots)
     return changed

@@ -1,7 +1,7 @@
 """An integer checksum of every logical expert's tensors, wherever they lie.
 
 Every 32-bit word of a row is multiplied by an odd weight of its own place and added up modulo 2^32, so the ranks'
-parts of a row add up to the row's checksum, and a row that is another's, or is put together wrongly, shows.
+parts of a row add up to the row's checksum, and a row of another expert or with parts in the wrong places differs.
 Shapes: L layers, E experts, P slots.
 """
 
@@ -16,8 +16,8 @@ from distplb.comm.agreement import agree
 from distplb.comm.base import Comm
 from distplb.core.placement import Placement
 from distplb.errors import in_stage
-from distplb.migrate.rows import RowTensor
-from distplb.migrate.state import Traveller
+from distplb.migrate.optimizer_state import Traveller
+from distplb.migrate.row_tensors import RowTensor
 
 __all__ = ["expert_checksums"]
 
@@ -36,7 +36,7 @@ def expert_checksums(
         comm: the ranks that hold the tensors.
 
     Raises:
-        DistplbError: on all ranks, if one of them could not make its part, as for want of memory.
+        DistplbError: on all ranks, if one of them could not compute its part, as for want of memory.
     """
     by_expert = torch.zeros(placement.num_layers, placement.num_experts, dtype=torch.int64, device="cpu")
     error: Exception | None = None
@@ -55,8 +55,8 @@ def _sums(tensors: Sequence[tuple[Sequence[RowTensor], Sequence[Traveller]]], pl
     weights: dict[tuple[int, torch.device], Tensor] = {}
     for layer, (declared, travelling) in enumerate(tensors):
         for number, traveller in enumerate(travelling):
-            row_tensor = declared[traveller.of]
-            salt = 2 * number + 1  # odd, so that two tensors of one expert cannot change places unseen
+            row_tensor = declared[traveller.index]
+            salt = 2 * number + 1  # odd, so that it shows when two tensors of one expert change places
             for slot, part in _slot_sums(traveller, row_tensor, weights):
                 sums[layer, slot] += (part * salt) & _MASK
     return sums

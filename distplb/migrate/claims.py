@@ -1,6 +1,6 @@
-"""Which rebalancer of this process moves which tensors, and where one that has ended has left their rows.
+"""`Claim`: which rebalancer of this process moves which tensors, and where a former one has left their rows.
 
-Rows do not show which expert they are. So this is remembered for as long as the tensors live, whoever asks.
+Rows do not show which expert they are, so this is remembered for as long as the tensors live.
 Shapes: L layers, P slots.
 """
 
@@ -16,21 +16,21 @@ from torch import Tensor
 from distplb.comm.dtensors import local_like
 from distplb.core.placement import Placement
 from distplb.errors import DistplbError
-from distplb.migrate.rows import RowTensor
+from distplb.migrate.row_tensors import RowTensor
 
-__all__ = ["Claim"]
+__all__ = ["Claim", "ExpertsBySlot"]
 
-Row = tuple[int, ...]  # [P], the expert of each slot
+ExpertsBySlot = tuple[int, ...]  # [P], of one layer
 
 
 class _Record:
-    """Of one tensor."""
+    """Who moves one tensor, and where its rows are."""
 
     def __init__(self, tensor: Tensor) -> None:
         key = id(tensor)
         self.tensor = weakref.ref(tensor, lambda _: _RECORDS.pop(key, None) and None)
         self.holder: weakref.ref[Claim] | None = None
-        self.row: Row | None = None  # where nobody has said
+        self.rows: ExpertsBySlot | None = None  # None until a rebalancer has moved it
 
 
 # Of the process on purpose: two rebalancers of one model know of each other through nothing else.
@@ -54,7 +54,7 @@ class Claim:
         names = [[row_tensor.name for row_tensor in layer for _ in row_tensor.tensors] for layer in layers]
         records = [record for layer in self._layers for record in layer]
         if any(_is_held(record) for record in records):
-            gc.collect()  # one that nobody refers to any more may still be there
+            gc.collect()  # a claim without references may not be freed yet
         for name, record in zip((name for layer in names for name in layer), records, strict=True):
             if _is_held(record):
                 raise DistplbError(
@@ -64,28 +64,32 @@ class Claim:
         for record in records:
             record.holder = weakref.ref(self)
 
-    def left(self) -> list[Row | None]:
-        """By layer, where the one before has left the rows; None where there was none.
+    def inherited_rows(self) -> list[ExpertsBySlot | None]:
+        """By layer, where a former rebalancer has left the rows; None where there was none.
 
         Raises:
             DistplbError: if tensors of one layer were left in different places.
         """
-        rows = [{record.row for record in layer} for layer in self._layers]
-        for number, found in enumerate(rows):
-            if len(found) == 2 and None in found and all(row == tuple(range(len(row))) for row in found if row):
-                found.discard(None)  # what nobody has moved lies like what was put back
-            if len(found) > 1:
+        rows = [{record.rows for record in layer} for layer in self._layers]
+        for number, of_layer in enumerate(rows):
+            if (
+                len(of_layer) == 2
+                and None in of_layer
+                and all(one == tuple(range(len(one))) for one in of_layer if one)
+            ):
+                of_layer.discard(None)  # rows that were never moved are where restored ones are
+            if len(of_layer) > 1:
                 raise DistplbError(
                     "rows of some tensors were moved by another Rebalancer and those of others were not, in the layer "
                     f"of {self._first_names[number]}; declare all that has a row for each expert, there and here"
                 )
-        return [next(iter(found), None) for found in rows]
+        return [next(iter(of_layer), None) for of_layer in rows]
 
     def note(self, placement: Placement) -> None:
-        """The rows now lie as this says."""
-        for layer, row in zip(self._layers, map(tuple, placement.expert_of_slot.tolist()), strict=True):
+        """The rows are now where this placement says."""
+        for layer, rows in zip(self._layers, map(tuple, placement.expert_of_slot.tolist()), strict=True):
             for record in layer:
-                record.row = row
+                record.rows = rows
 
     def release(self) -> None:
         """Leave the tensors to others, with a note of where the rows are."""
@@ -95,10 +99,10 @@ class Claim:
 
 
 def _record(tensor: Tensor) -> _Record:
-    found = _RECORDS.get(id(tensor))
-    if found is None or found.tensor() is not tensor:  # a former tensor's number may be given to another
-        found = _RECORDS[id(tensor)] = _Record(tensor)
-    return found
+    record = _RECORDS.get(id(tensor))
+    if record is None or record.tensor() is not tensor:  # the id of a former tensor may be reused
+        record = _RECORDS[id(tensor)] = _Record(tensor)
+    return record
 
 
 def _is_held(record: _Record) -> bool:
@@ -106,7 +110,7 @@ def _is_held(record: _Record) -> bool:
 
 
 def _refuse_shared_memory(layers: Sequence[Sequence[RowTensor]]) -> None:
-    """A row that is declared twice would be moved twice; shards of a tensor may lie in it."""
+    """Refuse rows that are declared twice, which would be moved twice; shards of a tensor may lie in it."""
     ranges = sorted(
         (start, stop, row_tensor.name)
         for layer in layers
@@ -124,6 +128,6 @@ def _refuse_shared_memory(layers: Sequence[Sequence[RowTensor]]) -> None:
 
 
 def _bytes(name: str, tensor: Tensor) -> tuple[int, int]:
-    """Where this rank's part begins and ends in memory; it is contiguous."""
+    """Where this rank's part, which is contiguous, begins and ends in memory."""
     local = local_like(name, tensor, tensor)
     return local.data_ptr(), local.data_ptr() + local.nbytes

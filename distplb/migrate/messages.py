@@ -1,8 +1,8 @@
 """From the moves of a commit to what one rank copies, sends and receives, and in which rounds. Pure.
 
-A rank makes its own copies only. Which round a message goes in depends on all that its two ends, and those whom they
-exchange with, have to send; that is counted, way by way, without making the others' copies. So all ranks come to the
-same rounds, each from what it needs of them.
+A rank lists its own copies only. The round of a message depends on how many messages its two ends, and the ranks that
+these exchange with, have to send; these are counted, way by way, without listing the other ranks' copies. So all ranks
+come to the same rounds.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from distplb.migrate.pieces import Layout
-from distplb.migrate.routes import Passage, Routes
+from distplb.migrate.layout import Layout
 from distplb.migrate.schedule import SlotMove
+from distplb.migrate.slot_routes import LayoutRoutes, Passage
 
-__all__ = ["Copy", "Messages", "RankStep", "rounds"]
+__all__ = ["Copy", "MessagePlanner", "RankCommit", "rounds"]
 
 Way = tuple[int, int]  # from rank to rank
 
@@ -34,7 +34,7 @@ class Copy:
 
 
 @dataclass(frozen=True)
-class RankStep:
+class RankCommit:
     """One commit as one rank sees it. A message is one or more copies, whose bytes follow each other in it.
 
     Args:
@@ -53,27 +53,27 @@ class RankStep:
     crossing: tuple[int, int]
 
 
-class _Alike(NamedTuple):
-    """Tensors of a layer that are held alike."""
+class _SameLayout(NamedTuple):
+    """Tensors of a layer that have the same layout."""
 
-    routes: Routes
+    routes: LayoutRoutes
     sizes: Mapping[int, int]  # how many of them have elements of so many bytes
 
 
-Passing = Mapping[tuple[int, int, int], int]  # by number of alike tensors and the shapes of both slots: how many moves
+Passing = Mapping[tuple[int, int, int], int]  # moves, by number of `_SameLayout` and the shapes of both slots
 
 
-class Messages:
-    """Makes the step of one rank for each commit.
+class MessagePlanner:
+    """Plans the copies and messages of one rank, commit by commit.
 
     Args:
         tensors: by layer, the number and the layout of each tensor that travels.
         item_bytes: by number of a tensor, the bytes of an element.
-        rank: whose steps are wanted.
-        node_of_rank: by which bytes inside nodes and between them are told apart.
+        rank: for which they are.
+        node_of_rank: of the communicator, to count bytes inside nodes and between them.
         limit: operations on one rank in one round.
-        large_bytes: of a copy that is a message of its own, which can be sent from where it lies. The smaller ones
-            that go the same way are one message, ahead of these.
+        large_bytes: of a copy that is a message of its own, sent from where it lies. The smaller ones that go the same
+            way are one message, ahead of these.
     """
 
     def __init__(
@@ -88,29 +88,29 @@ class Messages:
         self._rank, self._nodes, self._limit, self._large_bytes = rank, node_of_rank, limit, large_bytes
         self._tensors, self._item_bytes = tensors, item_bytes
         layouts = {id(layout): layout for of_layer in tensors for _, layout in of_layer}
-        self._routes = {key: Routes(layout) for key, layout in layouts.items()}
-        self._alike: list[_Alike] = []
-        self._of_layer: list[list[int]] = []  # the numbers of its alike tensors
+        self._routes = {key: LayoutRoutes(layout) for key, layout in layouts.items()}
+        self._same_layout: list[_SameLayout] = []
+        self._of_layer: list[list[int]] = []  # their numbers
         numbers: dict[object, int] = {}
         for of_layer in tensors:
             self._of_layer.append([])
-            for key in dict.fromkeys(id(layout) for _, layout in of_layer if not layout.everywhere):
+            for key in dict.fromkeys(id(layout) for _, layout in of_layer if not layout.is_everywhere):
                 sizes = Counter(item_bytes[number] for number, layout in of_layer if id(layout) == key)
                 number = numbers.setdefault((key, frozenset(sizes.items())), len(numbers))
                 self._of_layer[-1].append(number)
-                if number == len(self._alike):
-                    self._alike.append(_Alike(self._routes[key], sizes))
+                if number == len(self._same_layout):
+                    self._same_layout.append(_SameLayout(self._routes[key], sizes))
         self._crosses: dict[Passage, tuple[int, int]] = {}
 
-    def step(self, moves: Sequence[SlotMove]) -> RankStep:
+    def commit(self, moves: Sequence[SlotMove]) -> RankCommit:
         """What the moves of one commit mean for this rank."""
-        step = RankStep([], {}, {}, [], (0, 0))
+        commit = RankCommit([], {}, {}, [], (0, 0))
         for are_copied in (True, False):
-            step = self._followed(step, moves, are_copied)
-        return step
+            commit = self._extended(commit, moves, are_copied)
+        return commit
 
-    def _followed(self, step: RankStep, moves: Sequence[SlotMove], are_copied: bool) -> RankStep:
-        """The step, and then the moves of the tensors that are copied, or of those that are not.
+    def _extended(self, commit: RankCommit, moves: Sequence[SlotMove], are_copied: bool) -> RankCommit:
+        """The commit, and then the moves of the tensors that several ranks hold copies of, or of the others.
 
         Copies of experts only pass inside an EP group, shards between all ranks. Where these had rounds in common, the
         messages of all groups would have to be counted.
@@ -118,7 +118,7 @@ class Messages:
         ways: dict[Way, list[list[Copy]]] = {}
         for copy in self.copies(moves, are_copied):
             if copy.source_rank == copy.target_rank:
-                step.local.append(copy)
+                commit.local.append(copy)
                 continue
             small, *_ = messages = ways.setdefault((copy.source_rank, copy.target_rank), [[]])
             if copy.count * self._item_bytes[copy.tensor] >= self._large_bytes:
@@ -126,26 +126,25 @@ class Messages:
             else:
                 small.append(copy)
         for source, target in sorted(ways):
-            some = [message for message in ways[source, target] if message]
-            end, peer = (step.sends, target) if source == self._rank else (step.receives, source)
-            end.setdefault(peer, []).extend(some)
+            end, peer = (commit.sends, target) if source == self._rank else (commit.receives, source)
+            end.setdefault(peer, []).extend(message for message in ways[source, target] if message)
         passing = self._passing(moves, are_copied)
-        found = rounds(self._connected(passing), self._limit) if ways else []
-        own = ([way for way, number in one.items() for _ in range(number) if self._rank in way] for one in found)
+        of_all = rounds(self._connected(passing), self._limit) if ways else []
+        own = ([way for way, number in one.items() for _ in range(number) if self._rank in way] for one in of_all)
         inside, between = self._crossing(passing)
         return replace(
-            step,
-            rounds=[*step.rounds, *(one for one in own if one)],
-            crossing=(step.crossing[0] + inside, step.crossing[1] + between),
+            commit,
+            rounds=[*commit.rounds, *(one for one in own if one)],
+            crossing=(commit.crossing[0] + inside, commit.crossing[1] + between),
         )
 
     def copies(self, moves: Sequence[SlotMove], are_copied: bool) -> Iterator[Copy]:
-        """All that this rank gives or receives, in the order of moves and tensors."""
+        """All copies from this rank or to it, in the order of moves and tensors."""
         for move in moves:
             for number, layout in self._tensors[move.layer]:
                 if layout.is_copied != are_copied:
                     continue
-                if layout.everywhere:
+                if layout.is_everywhere:
                     starts = move.source * layout.row, move.target * layout.row
                     yield Copy(number, self._rank, starts[0], self._rank, starts[1], layout.row)
                     continue
@@ -161,34 +160,34 @@ class Messages:
                     )
 
     def _passing(self, moves: Sequence[SlotMove], are_copied: bool) -> Passing:
-        found = Counter[tuple[int, int, int]]()
+        passing = Counter[tuple[int, int, int]]()
         for move in moves:
             for number in self._of_layer[move.layer]:
-                layout = self._alike[number].routes.layout
+                layout = self._same_layout[number].routes.layout
                 if layout.is_copied == are_copied:
-                    found[number, layout.shapes[move.source], layout.shapes[move.target]] += 1
-        return found
+                    passing[number, layout.shapes[move.source], layout.shapes[move.target]] += 1
+        return passing
 
     def _crossing(self, passing: Passing) -> tuple[int, int]:
         """Bytes from rank to rank, over all ranks, inside nodes and between them."""
         inside = between = 0
-        for (alike, source, target), moves in passing.items():
-            routes, sizes = self._alike[alike]
+        for (number, source, target), moves in passing.items():
+            routes, sizes = self._same_layout[number]
             passage = routes.passage(source, target)
             if passage not in self._crosses:
                 self._crosses[passage] = passage.crossing(self._nodes)
-            each = moves * sum(size * number for size, number in sizes.items())
+            each = moves * sum(size * tensors for size, tensors in sizes.items())
             inside += each * self._crosses[passage][0]
             between += each * self._crosses[passage][1]
         return inside, between
 
     def _connected(self, passing: Passing) -> dict[Way, int]:
         """The messages of each way between the ranks that this one exchanges with, those that these exchange with,
-        and so on: all that have a say in the rounds of this rank."""
+        and so on: all that this rank's rounds depend on."""
         at: dict[tuple[int, int], list[tuple[int, int, int]]] = {}  # what passes, by either of its slots
-        for alike, source, target in passing:
+        for number, source, target in passing:
             for shape in {source, target}:
-                at.setdefault((alike, shape), []).append((alike, source, target))
+                at.setdefault((number, shape), []).append((number, source, target))
         small: set[Way] = set()
         large = Counter[Way]()
         reached, waiting = {self._rank}, [self._rank]
@@ -196,15 +195,15 @@ class Messages:
             rank = waiting.pop()
             others: set[int] = set()
             for ends in {ends for place in self._places(rank) for ends in at.get(place, ())}:
-                routes, sizes = self._alike[ends[0]]
+                routes, sizes = self._same_layout[ends[0]]
                 for route in routes.passage(*ends[1:]).of(rank):
                     way = route.source_rank, route.target_rank
                     others.update(way)
                     if rank == route.target_rank:  # counted where it comes from
                         continue
-                    for size, number in sizes.items():
+                    for size, tensors in sizes.items():
                         if route.numel * size >= self._large_bytes:
-                            large[way] += number * passing[ends]
+                            large[way] += tensors * passing[ends]
                         else:
                             small.add(way)
             waiting += others - reached
@@ -214,10 +213,10 @@ class Messages:
         return {way: large[way] + (way in small) for way in in_turn}
 
     def _places(self, rank: int) -> Iterator[tuple[int, int]]:
-        """Alike tensors, and the shapes of the slots of which the rank holds something of these."""
-        for alike, (routes, _) in enumerate(self._alike):
+        """Numbers of `_SameLayout`, and the shapes of the slots of which the rank holds something in it."""
+        for number, (routes, _) in enumerate(self._same_layout):
             for shape in routes.shapes_of(rank):
-                yield alike, shape
+                yield number, shape
 
 
 def rounds(messages: Mapping[Way, int], limit: int) -> list[dict[Way, int]]:
@@ -234,30 +233,29 @@ def rounds(messages: Mapping[Way, int], limit: int) -> list[dict[Way, int]]:
     """
     ways_of = Counter(rank for way in messages for rank in way)
     turn = max(1, limit // max(ways_of.values(), default=1))  # messages of one way, so that a round is a turn of all
-    found: list[dict[Way, int]] = []
+    planned: list[dict[Way, int]] = []
     used: dict[int, list[int]] = {rank: [] for rank in ways_of}  # by round
     full = dict.fromkeys(ways_of, 0)  # rounds before the first with room
     left = dict(messages)
     while left:
         for way in list(left):
-            ends = way
             number = min(turn, left[way])
             left[way] -= number
             if not left[way]:
                 del left[way]
-            at = max(full[rank] for rank in ends)
+            at = max(full[rank] for rank in way)
             while number:
-                if at == len(found):
-                    found.append({})
-                for rank in ends:
+                if at == len(planned):
+                    planned.append({})
+                for rank in way:
                     used[rank] += [0] * (at + 1 - len(used[rank]))
-                some = min(number, limit - max(used[rank][at] for rank in ends))
-                if some:
-                    found[at][way] = found[at].get(way, 0) + some
-                    number -= some
-                    for rank in ends:
-                        used[rank][at] += some
+                part = min(number, limit - max(used[rank][at] for rank in way))
+                if part:
+                    planned[at][way] = planned[at].get(way, 0) + part
+                    number -= part
+                    for rank in way:
+                        used[rank][at] += part
                         while full[rank] < len(used[rank]) and used[rank][full[rank]] == limit:
                             full[rank] += 1
                 at += 1
-    return found
+    return planned

@@ -1,4 +1,4 @@
-"""`Mover`: the experts of some layers as one thing that goes from one placement to another.
+"""`Mover`: moves the experts of some layers, with all that travels with them, from one placement to another.
 
 Shapes: L layers, E experts, P slots, M GPUs.
 """
@@ -7,48 +7,30 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 from torch import Tensor
 from torch.optim import Optimizer
 
 from distplb.comm.agreement import agree, digest
 from distplb.comm.base import Comm
-from distplb.comm.fsdp2 import param_groups, reshard, whole_weights
+from distplb.comm.fsdp2 import gathered_ids, param_groups, reshard
 from distplb.core.layer import MoELayer
 from distplb.core.placement import Placement
 from distplb.core.stages import Stages
 from distplb.core.topology import Topology
 from distplb.errors import DisagreementError, DistplbError, HalfMovedError, LostRanksError, UntrainedError, in_stage
 from distplb.migrate.checksum import expert_checksums
-from distplb.migrate.claims import Claim, Row
-from distplb.migrate.histories import History, Own, agreed_histories, own_slots
-from distplb.migrate.kinds import agreed_kinds, travellers
-from distplb.migrate.pieces import Layout
-from distplb.migrate.rows import RowTensor, row_tensors
-from distplb.migrate.settings import agree_on_settings, steppers, trainers
-from distplb.migrate.state import Holdings, Traveller, check_known, holdings
-from distplb.migrate.transfer import Limits, Move, Moved, Staging, agreed_layouts
-from distplb.migrate.unlike import Unlike, why_unlike
-from distplb.migrate.watch import TrainingWatch
+from distplb.migrate.claims import Claim, ExpertsBySlot
+from distplb.migrate.layout_agreement import AgreedTensor, agreed_tensors
+from distplb.migrate.optimizer_settings import agree_on_settings, check_settings, optimizers_by_id, settings_by_id
+from distplb.migrate.optimizer_state import LayerStates, RowTensorState, layer_state
+from distplb.migrate.row_tensors import RowTensor, declared_tensors
+from distplb.migrate.staging import StagingMemory
+from distplb.migrate.state_agreement import AgreedState, agreed_state
+from distplb.migrate.training_watch import TrainingWatch
+from distplb.migrate.transfer import Limits, MoveTotals, Transfer
 
-__all__ = ["Held", "Mover", "Ready"]
-
-Held = Sequence[Sequence[Holdings]]  # by layer and declared tensor, what goes with it on this rank
-
-
-class Ready(NamedTuple):
-    """What the ranks have agreed on before a move.
-
-    Args:
-        travelling: by layer, all that travels; nothing of a layer that stays.
-        left_out: by layer that stays, why.
-        histories: of experts that differ in theirs.
-    """
-
-    travelling: list[list[Traveller]]
-    left_out: dict[int, str]
-    histories: list[History]
+__all__ = ["Mover"]
 
 
 class Mover:
@@ -66,6 +48,11 @@ class Mover:
         gpu: which GPU of its EP group this rank is; None where the communicator is the EP group.
         num_groups: of a router whose rows move, so that its groups stay in blocks; None where there are none.
 
+    Attributes:
+        gpu: which GPU of its EP group this rank is.
+        watch: of the gradients and steps between two moves.
+        broken: why the experts may not be whole any more; None while they are.
+
     Raises:
         DistplbError: if a tensor, the slots or `gpu` do not fit, the optimizers do not know a parameter or train
             experts of one layer differently, or another rebalancer of this process moves one of the tensors.
@@ -79,43 +66,37 @@ class Mover:
         topology: Topology,
         num_slots: int,
         gpu: int | None,
-        num_groups: int | None = None,
+        num_groups: int | None,
     ) -> None:
         self._comm, self._optimizers, self._num_slots, self._num_groups = comm, optimizers, num_slots, num_groups
         self.gpu, self._slots_per_gpu = _checked_gpu(gpu, comm, topology), topology.slots_per_gpu(num_slots)
         self._names = [layer.name for layer in layers]
-        self._tensors: list[list[RowTensor]] = [
-            row_tensors(layer, self.gpu, self._slots_per_gpu, topology.num_gpus) for layer in layers
-        ]
-        trained = trainers(optimizers)
+        self._tensors = [declared_tensors(layer, self.gpu, self._slots_per_gpu, topology.num_gpus) for layer in layers]
+        settings = settings_by_id(optimizers)
         for tensors in self._tensors:
-            _refuse_whole_weights(tensors)
-            check_known(tensors, trained)
-        self._layouts: list[list[Layout]] = []
-        self._is_own: list[list[bool]] = []  # whether each expert is in a tensor of its own, on all ranks
+            _refuse_gathered(tensors)
+            check_settings(tensors, settings)
+        self._agreed: list[list[AgreedTensor]] = []
         self._claim = Claim(self._tensors)
         self.watch = TrainingWatch(self._tensors, optimizers)
-        self._staging = Staging()
-        self.broken: str | None = None  # why the experts may not be whole any more
+        self._memory = StagingMemory()
+        self.broken: str | None = None
 
     def digest(self) -> int:
         """What must be equal on all ranks: names and rows of all declared tensors, as one number."""
-        return digest([(t.name, t.row) for tensors in self._tensors for t in tensors])
+        return digest([(tensor.name, tensor.row) for tensors in self._tensors for tensor in tensors])
 
     def agree_on_layouts(self) -> None:
         """Learn which rank holds what, and that all train it alike; once, before anything moves."""
-        self._layouts = agreed_layouts(self._tensors, self._num_slots, self._comm)
-        agree_on_settings(self._tensors, trainers(self._optimizers), self._comm)
-        own = [int(own_slots(row_tensor) is not None) for tensors in self._tensors for row_tensor in tensors]
-        following = iter(agree(self._comm, {}, least=own))
-        self._is_own = [[bool(next(following)) for _ in tensors] for tensors in self._tensors]
+        self._agreed = agreed_tensors(self._tensors, self._num_slots, self._comm)
+        agree_on_settings(self._tensors, settings_by_id(self._optimizers), self._comm)
 
-    def left(self) -> list[Row | None]:
+    def inherited_rows(self) -> list[ExpertsBySlot | None]:
         """By layer, where a rebalancer before this one has left the rows of its tensors, as of `Claim`."""
-        return self._claim.left()
+        return self._claim.inherited_rows()
 
     def note(self, placement: Placement) -> None:
-        """The rows lie as this says, for whoever moves them after this one."""
+        """Remember, for whoever moves the rows after this one, that they lie as this says."""
         self._claim.note(placement)
 
     def close(self) -> None:
@@ -123,39 +104,36 @@ class Mover:
         self._claim.release()
         self.watch.close()
 
-    def held(self) -> list[list[Holdings]]:
+    def collect_state(self) -> list[list[RowTensorState]]:
         """All that goes with the experts on this rank now; what FSDP2 has derived from it is dropped.
 
         Raises:
             DistplbError: if the tensors are none of the model's any more, a backward pass has begun, or state of the
-                optimizers, or of others that were not given, could not travel.
+                optimizers, or of others that were not passed, could not travel.
         """
         self.watch.refuse_replaced()
         self.watch.refuse_if_begun()
         self.watch.refuse_other_optimizers()
         reshard(param_groups(tensor for layer in self._tensors for row in layer for tensor in row.tensors))
-        trained = trainers(self._optimizers)
-        stepping = steppers(self._optimizers)
-        return [holdings(tensors, self._optimizers, trained, stepping) for tensors in self._tensors]
+        settings, by_id = settings_by_id(self._optimizers), optimizers_by_id(self._optimizers)
+        return [layer_state(tensors, self._optimizers, settings, by_id) for tensors in self._tensors]
 
-    def bytes_per_slot(self, held: Held) -> int:
+    def bytes_per_slot(self, states: LayerStates) -> int:
         """Of one expert's weights with all that travels with them on this rank, in the largest layer; 0 for none.
 
         Router rows travel too; they are on every rank and cross no link.
         """
         experts = [
-            sum(one.nbytes for one, row_tensor in zip(of_layer, tensors, strict=True) if row_tensor.of_experts)
-            for tensors, of_layer in zip(self._tensors, held, strict=False)
+            sum(state.nbytes for state, row_tensor in zip(of_layer, tensors, strict=True) if row_tensor.of_experts)
+            for tensors, of_layer in zip(self._tensors, states, strict=False)
         ]
         return max(experts, default=0) // self._slots_per_gpu
 
-    def prepare(self, held: Held, error: Exception | None = None) -> Ready:
-        """Agree on what travels. Collective, also where this rank cannot move.
-
-        A layer stays where experts that may change places have had other histories, and these cannot travel.
+    def prepare(self, states: LayerStates, error: Exception | None) -> AgreedState:
+        """Agree on what travels, and which layers have to stay. Collective, also where this rank cannot move.
 
         Args:
-            held: what goes with the experts on this rank.
+            states: what goes with the experts on this rank.
             error: why this rank cannot; all ranks then raise it.
 
         Raises:
@@ -163,64 +141,34 @@ class Mover:
             DistplbError: on all ranks, if any refuses.
         """
         try:
-            agreed = agreed_kinds(self._tensors, held, self._comm, error)
-        except DisagreementError as differing:
-            raise DisagreementError(self._why_it_differs(differing), differing.field) from differing
-        stays: dict[int, Unlike] = {}
-        own: list[Own] = []
-        for layer, tensors in enumerate(self._tensors):
-            for index, row_tensor in enumerate(tensors):
-                if agreed[layer][index] is not None:
-                    continue
-                if self._is_own[layer][index] and not self._layouts[layer][index].is_nowhere_on_some:
-                    own.append(Own(layer, index, row_tensor, held[layer][index]))
-                else:
-                    stays.setdefault(layer, Unlike(row_tensor, held[layer][index], self._is_own[layer][index], None))
-        own = [one for one in own if one.layer not in stays]
-        every = (one for of_layer in held for one in of_layer)
-        found = agreed_histories(own, every, self._num_slots, steppers(self._optimizers), self._comm)
-        for one, history in zip(own, found, strict=True):
-            if not isinstance(history, History):
-                stays.setdefault(one.layer, Unlike(one.row_tensor, one.held, True, history))
-        left_out = dict(zip(stays, why_unlike(list(stays.values()), self._comm), strict=True))
-        of_tensor = {
-            (one.layer, one.index): history
-            for one, history in zip(own, found, strict=True)
-            if isinstance(history, History) and one.layer not in left_out
-        }
-        travelling: list[list[Traveller]] = [[] for _ in self._tensors]
-        for layer, tensors in enumerate(self._tensors):
-            for index, row_tensor in enumerate(tensors if layer not in left_out else ()):
-                codes = agreed[layer][index]
-                if codes is None:
-                    travelling[layer] += of_tensor[layer, index].travellers(index, row_tensor.name)
-                else:
-                    travelling[layer] += travellers(index, row_tensor, held[layer][index], codes)
-        return Ready(travelling, left_out, list(of_tensor.values()))
+            by_id = optimizers_by_id(self._optimizers)
+            return agreed_state(self._agreed, states, self._num_slots, by_id, self._comm, error)
+        except DisagreementError as difference:
+            raise DisagreementError(self._in_words(difference), difference.field) from difference
 
     def move(
         self,
         old: Placement,
         new: Placement,
-        ready: Ready,
+        agreed: AgreedState,
         *,
         node_of_rank: Sequence[int],
         on_commit: Callable[[Placement], None],
         verify: bool,
         stages: Stages,
-        error: Exception | None = None,
-        limits: Limits | None = None,
-        untrained: Sequence[bool] = (),
-        may_move: bool = True,
-    ) -> Moved | None:
+        error: Exception | None,
+        limits: Limits | None,
+        untrained: Sequence[bool],
+        may_move: bool,
+    ) -> MoveTotals | None:
         """Move from one placement to another, or make the beginning of it.
 
         Args:
             old: the placement in force.
-            new: the placement wanted, in which the layers that are left out are as they were.
-            ready: what travels, as agreed since the last step.
+            new: the placement to reach, in which the layers that are left out are as they were.
+            agreed: what travels, as agreed since the last step.
             node_of_rank: of the communicator.
-            on_commit: told the placement in force after each commit.
+            on_commit: called with the placement in force after each commit.
             verify: compare every expert's checksum before and after.
             stages: receives the seconds.
             error: why this rank cannot; all ranks then raise it.
@@ -229,34 +177,42 @@ class Mover:
             may_move: whether nothing on this rank speaks against moving now.
 
         Returns:
-            What was done; None where some rank may not move now.
+            What was moved; None where some rank may not move now.
 
         Raises:
-            DisagreementError: on all ranks, where they want different placements.
+            DisagreementError: on all ranks, where their new placements differ.
             DistplbError: on all ranks, if any refuses, before anything of the commit at hand is written; or if a layer
                 is untrained on all of them.
             HalfMovedError: if the experts are not whole any more; `broken` then says why.
         """
         with stages.stage("move"):
-            move = self._agreed_move(old, new, ready, node_of_rank, error, limits, [may_move, *untrained])
-        if move is None:
+            flags = [may_move, *untrained]
+            transfer = self._agreed_transfer(old, new, agreed, node_of_rank, error, limits, flags)
+        if transfer is None:
             return None
-        if not move.layers:
-            return Moved()
-        before = self._checksums(move, ready, stages) if verify else None
+        if not transfer.layers:
+            return MoveTotals()
+        before = self._checksums(transfer, agreed, stages) if verify else None
+        with stages.stage("move"):
+            totals = self._run(transfer, agreed, on_commit)
+        if before is not None:
+            self._compare(before, transfer, agreed, stages)
+        return totals
+
+    def _run(self, transfer: Transfer, agreed: AgreedState, on_commit: Callable[[Placement], None]) -> MoveTotals:
+        """Run the transfer, let the histories of experts follow it, and set `broken` where it breaks off."""
         self.broken = "a move was interrupted"
-        in_force = old
+        in_force = transfer.placement
 
         def committed(placement: Placement) -> None:
             nonlocal in_force
-            for history in ready.histories:
+            for history in agreed.histories:
                 history.follow(_sources(in_force, placement, history.layer))
             in_force = placement
             on_commit(placement)
 
         try:
-            with stages.stage("move"):
-                moved = move.run(committed)
+            totals = transfer.run(committed)
         except HalfMovedError as why:
             self.broken = str(why)
             raise
@@ -264,30 +220,29 @@ class Mover:
             self.broken = None  # refused before anything of that commit was written
             raise
         self.broken = None
-        if before is not None:
-            self._compare(before, move, ready, stages)
-        return moved
+        return totals
 
-    def _agreed_move(
+    def _agreed_transfer(
         self,
         old: Placement,
         new: Placement,
-        ready: Ready,
+        agreed: AgreedState,
         node_of_rank: Sequence[int],
         error: Exception | None,
         limits: Limits | None,
         flags: Sequence[bool],
-    ) -> Move | None:
+    ) -> Transfer | None:
         fields = {"the placement (digest)": 0}
         try:
             if error is not None:
                 raise error
-            layers = list(zip(self._tensors, self._layouts, ready.travelling, strict=True))
-            move = Move(old, new, layers, self._comm, node_of_rank, limits, self._staging, self._num_groups)
+            layouts = [[tensor.layout for tensor in tensors] for tensors in self._agreed]
+            layers = list(zip(layouts, agreed.travellers, strict=True))
+            transfer = Transfer(old, new, layers, self._comm, node_of_rank, self._memory, limits, self._num_groups)
             fields = {"the placement (digest)": new.digest()}
         except Exception as caught:
             error = in_stage("move", caught)
-        all_may_move, *nowhere_trained = agree(self._comm, fields, error, least=[int(flag) for flag in flags])
+        all_may_move, *nowhere_trained = agree(self._comm, fields, error, minimum=[int(flag) for flag in flags])
         for name, is_nowhere in zip(self._names, nowhere_trained, strict=False):
             if is_nowhere:
                 raise UntrainedError(
@@ -296,34 +251,34 @@ class Mover:
                     "load_state_dict(assign=True), close() this Rebalancer and make one of the model as it is; where "
                     "it is not trained for a while, set enabled = False meanwhile"
                 )
-        return move if all_may_move else None
+        return transfer if all_may_move else None
 
-    def _why_it_differs(self, differing: DisagreementError) -> str:
-        """By name, where it is the settings that experts are trained by."""
+    def _in_words(self, difference: DisagreementError) -> str:
+        """With the name and the settings of the tensor, where it is in these that ranks differ."""
         try:
-            agree_on_settings(self._tensors, trainers(self._optimizers), self._comm)
+            agree_on_settings(self._tensors, settings_by_id(self._optimizers), self._comm)
         except LostRanksError:
             raise
         except DistplbError as named:
             return str(named)
-        return str(differing)
+        return str(difference)
 
-    def _checksums(self, move: Move, ready: Ready, stages: Stages) -> Tensor:
+    def _checksums(self, transfer: Transfer, agreed: AgreedState, stages: Stages) -> Tensor:
         """`[L, E]`: of every expert of the layers that change, where the placement in force has it; else 0."""
         with stages.stage("verify"):
-            changing = [some if layer in move.layers else [] for layer, some in enumerate(ready.travelling)]
-            return expert_checksums(list(zip(self._tensors, changing, strict=True)), move.placement, self._comm)
+            changing = [
+                of_layer if layer in transfer.layers else [] for layer, of_layer in enumerate(agreed.travellers)
+            ]
+            return expert_checksums(list(zip(self._tensors, changing, strict=True)), transfer.placement, self._comm)
 
-    def _compare(self, before: Tensor, move: Move, ready: Ready, stages: Stages) -> None:
-        """Look whether every expert is what it was, which a rank without memory for it does not speak against."""
+    def _compare(self, before: Tensor, transfer: Transfer, agreed: AgreedState, stages: Stages) -> None:
+        """Check that every expert is what it was; where a rank has no memory for that, only warn."""
         try:
-            after = self._checksums(move, ready, stages)
+            after = self._checksums(transfer, agreed, stages)
         except LostRanksError:
             raise
-        except DistplbError as failed:
-            warnings.warn(
-                f"distplb has moved experts and could not verify them: {failed}", RuntimeWarning, stacklevel=6
-            )
+        except DistplbError as error:
+            warnings.warn(f"distplb has moved experts and could not verify them: {error}", RuntimeWarning, stacklevel=6)
             return
         wrong = before.ne(after).nonzero()
         if len(wrong):
@@ -341,9 +296,9 @@ def _sources(old: Placement, new: Placement, layer: int) -> list[int]:
     return [slot_of[expert] for expert in new.expert_of_slot[layer].tolist()]
 
 
-def _refuse_whole_weights(tensors: Sequence[RowTensor]) -> None:
+def _refuse_gathered(tensors: Sequence[RowTensor]) -> None:
     for row_tensor in tensors:
-        if whole_weights(row_tensor.tensors):
+        if gathered_ids(row_tensor.tensors):
             raise DistplbError(
                 f"{row_tensor.name} is the whole weight that FSDP2 has gathered for a forward, which it drops at the "
                 "next reshard; call reshard() of the module that was passed to fully_shard, and declare the parameter "

@@ -1,10 +1,10 @@
-"""From two placements to what must be done: closed cycles, exchanges and commits. Pure.
+"""From two placements to the moves between them: closed cycles, exchanges and commits. Pure.
 
 A change of placement is a set of exchanges: closed cycles of cells, each of which receives what the next one holds. A
-cell is a slot or, where the router limits its choice to groups, a whole block of slots if another group moves in: the
-block has to hold one group at any time. A commit is one or more exchanges that are staged together and then written
-together, so the placement after each commit keeps the same rules as the ones before and after the move. An exchange
-that is too long for the staging budget becomes several shorter ones, each closed.
+cell is a slot or, where the router limits its choice to groups, a whole block of slots if another group moves in,
+because a block has to hold one group at any time. A commit is one or more exchanges that are staged together and then
+written together, so the placement after each commit keeps the same rules as the ones before and after the move. An
+exchange that is too long for the staging budget becomes several shorter ones, each closed.
 Shapes: L layers, P slots, M GPUs.
 """
 
@@ -41,16 +41,16 @@ def cycles(old: Sequence[int], new: Sequence[int]) -> list[list[int]]:
         new: the same experts, placed anew.
     """
     slot_of = {expert: slot for slot, expert in enumerate(old)}
-    found, seen = [], [False] * len(old)
+    closed, visited = [], [False] * len(old)
     for start in range(len(old)):
         cycle, slot = [], start
-        while not seen[slot]:
-            seen[slot] = True
+        while not visited[slot]:
+            visited[slot] = True
             cycle.append(slot)
             slot = slot_of[new[slot]]
         if len(cycle) > 1:
-            found.append(cycle)
-    return found
+            closed.append(cycle)
+    return closed
 
 
 def exchanges(old: Sequence[int], new: Sequence[int], num_groups: int | None = None) -> list[list[Cell]]:
@@ -73,12 +73,12 @@ def exchanges(old: Sequence[int], new: Sequence[int], num_groups: int | None = N
     size = len(old) // num_groups
     blocks = [range(start, start + size) for start in range(0, len(old), size)]
     before, after = ([table[block.start] // size for block in blocks] for table in (old, new))
-    found = [[blocks[number] for number in cycle] for cycle in cycles(before, after)]
-    for block, group, wanted in zip(blocks, before, after, strict=True):
-        if group == wanted:
+    closed = [[blocks[number] for number in cycle] for cycle in cycles(before, after)]
+    for block, old_group, new_group in zip(blocks, before, after, strict=True):
+        if old_group == new_group:
             inside = cycles([old[slot] for slot in block], [new[slot] for slot in block])
-            found += [[range(block[place], block[place] + 1) for place in cycle] for cycle in inside]
-    return found
+            closed += [[range(block[place], block[place] + 1) for place in cycle] for cycle in inside]
+    return closed
 
 
 def commits(
@@ -87,21 +87,21 @@ def commits(
     gpu_bytes: Sequence[int],
     router_bytes: Sequence[int],
     budget: int,
-    most: int | None = None,
+    max_commits: int | None = None,
     num_groups: int | None = None,
 ) -> list[list[SlotMove]]:
     """The moves of each commit, in order; none stages more than `budget` bytes on any rank if a swap of two cells fits.
 
     Args:
         old: the placement in force; without replicas.
-        new: the placement wanted; without replicas.
+        new: the placement to reach; without replicas.
         gpu_bytes: by layer, what the GPU of a slot stages when that slot receives an expert.
         router_bytes: by layer, what every rank stages besides for each slot that receives.
         budget: in bytes, on each rank.
-        most: commits that are wanted, the first ones; all where None.
+        max_commits: only the first so many; all where None.
         num_groups: of a router whose groups stay in blocks, as of `exchanges`.
     """
-    return list(islice(_all_commits(old, new, gpu_bytes, router_bytes, budget, num_groups), most))
+    return list(islice(_all_commits(old, new, gpu_bytes, router_bytes, budget, num_groups), max_commits))
 
 
 def _all_commits(
@@ -113,15 +113,15 @@ def _all_commits(
     num_groups: int | None,
 ) -> Iterator[list[SlotMove]]:
     batch: list[SlotMove] = []
-    staged = _Staged(gpu_bytes, router_bytes, old.slots_per_gpu)
+    staged = _StagedBytes(gpu_bytes, router_bytes, old.slots_per_gpu)
     for layer in range(old.num_layers):
-        table, wanted = old.expert_of_slot[layer].tolist(), new.expert_of_slot[layer].tolist()
-        for cells in exchanges(table, wanted, num_groups):
-            for part in _split(layer, cells, table, wanted, staged.nothing(), budget):
+        table, target = old.expert_of_slot[layer].tolist(), new.expert_of_slot[layer].tolist()
+        for cells in exchanges(table, target, num_groups):
+            for part in _split(layer, cells, table, target, staged.empty(), budget):
                 slots = [move.target for move in part]
                 if batch and staged.peak_with(layer, slots) > budget:
                     yield batch
-                    batch, staged = [], staged.nothing()
+                    batch, staged = [], staged.empty()
                 # Parts of one exchange read what the one before writes. They never share a commit: an exchange is only
                 # cut where one more of its cells would exceed the budget.
                 batch += part
@@ -130,18 +130,17 @@ def _all_commits(
         yield batch
 
 
-class _Staged:
+class _StagedBytes:
     """Bytes that are staged in one commit, as slots are added to it."""
 
     def __init__(self, gpu_bytes: Sequence[int], router_bytes: Sequence[int], slots_per_gpu: int) -> None:
-        self._given = gpu_bytes, router_bytes, slots_per_gpu
-        self._gpu_bytes, self._router_bytes, self._slots_per_gpu = self._given
+        self._gpu_bytes, self._router_bytes, self._slots_per_gpu = gpu_bytes, router_bytes, slots_per_gpu
         self._of_gpu: dict[int, int] = {}
         self._fullest = self._everywhere = 0
 
-    def nothing(self) -> _Staged:
-        """Of a commit that has not begun."""
-        return _Staged(*self._given)
+    def empty(self) -> _StagedBytes:
+        """Those of a commit that has not begun."""
+        return _StagedBytes(self._gpu_bytes, self._router_bytes, self._slots_per_gpu)
 
     def add(self, layer: int, slots: Iterable[int]) -> None:
         """These slots receive an expert too."""
@@ -164,31 +163,31 @@ class _Staged:
 
 
 def _split(
-    layer: int, cells: list[Cell], table: list[int], wanted: Sequence[int], nothing: _Staged, budget: int
+    layer: int, cells: list[Cell], table: list[int], target: Sequence[int], empty: _StagedBytes, budget: int
 ) -> Iterator[list[SlotMove]]:
-    """The exchange as closed cycles within the budget, one after the other the same change; made in `table`."""
+    """The exchange as closed cycles within the budget, whose sequence is the same change; written to `table`."""
     while len(cells) > 1:
-        staged, length = nothing.nothing(), 2
+        staged, length = empty.empty(), 2
         staged.add(layer, chain(*cells[:length]))
         while length < len(cells) and staged.peak_with(layer, cells[length]) <= budget:
             staged.add(layer, cells[length])
             length += 1
-        part = _moves(layer, cells[:length], table, wanted)
+        part = _moves(layer, cells[:length], table, target)
         yield part
-        arrived = [table[move.source] for move in part]
-        for move, expert in zip(part, arrived, strict=True):
+        experts = [table[move.source] for move in part]
+        for move, expert in zip(part, experts, strict=True):
             table[move.target] = expert
         # The last cell of the part now holds what the first held, which the rest of the cycle still waits for.
         cells = cells[length - 1 :] if length < len(cells) else []
 
 
-def _moves(layer: int, cells: list[Cell], table: Sequence[int], wanted: Sequence[int]) -> list[SlotMove]:
-    """Each cell receives from the next one; where that is not yet what it is to hold at last, in the order it comes."""
-    found = []
-    for target, source in zip(cells, cells[1:] + cells[:1], strict=True):
+def _moves(layer: int, cells: list[Cell], table: Sequence[int], target: Sequence[int]) -> list[SlotMove]:
+    """Each cell receives from the next one: the experts that it holds at last in their places, others in any order."""
+    moves = []
+    for receiver, source in zip(cells, cells[1:] + cells[:1], strict=True):
         slot_of = {table[slot]: slot for slot in source}
-        experts = [wanted[slot] for slot in target]
+        experts = [target[slot] for slot in receiver]
         if not slot_of.keys() >= set(experts):
             experts = list(slot_of)
-        found += [SlotMove(layer, slot_of[expert], slot) for slot, expert in zip(target, experts, strict=True)]
-    return found
+        moves += [SlotMove(layer, slot_of[expert], slot) for slot, expert in zip(receiver, experts, strict=True)]
+    return moves

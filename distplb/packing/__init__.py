@@ -1,4 +1,4 @@
-"""Items into packs: what the planner packs experts with, in three engines. Pure; knows no experts or ranks.
+"""Items into packs of equal count, which is how the planner places experts; in three engines. Pure; knows no ranks.
 
 May import `core`.
 """

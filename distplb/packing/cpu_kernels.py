@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from distplb.packing.cpu_settle import new_seat, settle_row
-from distplb.packing.cpu_steps import (
+from distplb.packing.cpu_row import (
     APART,
     FREE,
     LIGHTEST,
@@ -19,15 +18,11 @@ from distplb.packing.cpu_steps import (
     PAIR_ROUNDS,
     compiled,
     copy,
-    divide,
-    greedy,
-    lower_max,
-    lower_variance,
     new_row,
-    noisy_keys,
     parted,
-    swap_pairs,
 )
+from distplb.packing.cpu_settle import new_state, settle_row
+from distplb.packing.cpu_steps import divide, greedy, lower_max, lower_variance, noisy_keys, swap_pairs
 
 __all__ = ["finish_rows", "pack_rows", "polish_rows", "refine_rows", "settle_rows"]
 
@@ -50,8 +45,8 @@ def _weigh(row, apart):
 
 
 @compiled
-def _packed(weight, row, apart):
-    """Steps 2 to 7, as `reference._packed`; what step 2 answers."""
+def _pack_once(weight, row, apart):
+    """Steps 2 to 7, as `reference._pack_once`; what step 2 answers."""
     for expert in range(len(weight)):
         row.share[expert] = parted(weight[expert], row.replicas[expert])
     kept = greedy(row, apart)
@@ -64,8 +59,8 @@ def _packed(weight, row, apart):
 
 
 @compiled
-def _searched(weight, row, best, apart):
-    """Steps 0 to 8, as `reference._searched`: the heaviest pack, and whether `apart` came into it at the start.
+def _search(weight, row, best, apart):
+    """Steps 0 to 8, as `reference._search`: the heaviest pack, and whether `apart` came into it at the start.
 
     The packing is left in the table of `best`.
     """
@@ -74,7 +69,7 @@ def _searched(weight, row, best, apart):
     most = num_packs if apart else num_slots
     divide(row, most)
     capped = row.replicas.max() == most
-    mattered = _packed(weight, row, apart) or (apart and capped)
+    mattered = _pack_once(weight, row, apart) or (apart and capped)
     copy(row.table, best.table)
     copy(row.load, best.load)
     peak, mean, tries = row.load.max(), weight.sum() // num_packs, 0
@@ -92,7 +87,7 @@ def _searched(weight, row, best, apart):
             continue
         row.replicas[taker] += 1
         row.replicas[giver] -= 1
-        _packed(weight, row, apart)
+        _pack_once(weight, row, apart)
         if row.load.max() < peak:
             copy(row.table, best.table)
             copy(row.load, best.load)
@@ -108,18 +103,18 @@ def _nth_giver(weight, replicas, nth):
     """The expert whose replicas would weigh the nth least with one fewer; -1 where there is none or it is too far."""
     if nth >= 8:
         return -1
-    least, found = np.int64(-1), -1
+    share_before, giver = np.int64(-1), -1
     for _ in range(nth + 1):
         after, after_expert = NEVER, -1
         for expert in range(len(weight)):
             if replicas[expert] > 1:
                 share = weight[expert] // (replicas[expert] - 1)
-                if (share > least or (share == least and expert > found)) and share < after:
+                if (share > share_before or (share == share_before and expert > giver)) and share < after:
                     after, after_expert = share, expert
         if after_expert < 0:
             return -1
-        least, found = after, after_expert
-    return found
+        share_before, giver = after, after_expert
+    return giver
 
 
 @compiled
@@ -183,16 +178,16 @@ def refine_rows(weight, num_packs, layer, candidate, seed, shared, begin, end, t
     for x in range(begin, end):
         noisy_keys(weight[x], layer[x], candidate[x], seed, row.key)
         if not replicated:
-            _packed(weight[x], row, FREE)
+            _pack_once(weight[x], row, FREE)
             copy(row.table, tables[x])
             continue
         peak = NEVER
         if roomy:
-            peak, mattered = _searched(weight[x], row, best, APART)
+            peak, mattered = _search(weight[x], row, best, APART)
             copy(best.table, tables[x])
             if not shared or not mattered or not _starts_crowded(weight[x], row):
                 continue
-        if _searched(weight[x], row, best, FREE)[0] < peak:
+        if _search(weight[x], row, best, FREE)[0] < peak:
             copy(best.table, tables[x])
 
 
@@ -211,12 +206,12 @@ def polish_rows(weight, num_packs, begin, end, tables):
         apart = row.replicas.max() > 1 and not _crowded(row)
         _weigh(row, apart)
         for _ in range(20):
-            made = 0
+            num_swaps = 0
             for partner in range(4):
-                made = swap_pairs(row, ONE, partner, apart)
-                if made:
+                num_swaps = swap_pairs(row, ONE, partner, apart)
+                if num_swaps:
                     break
-            if not made:
+            if not num_swaps:
                 break
             lower_max(row, MAX_ROUNDS + 4 * num_packs, apart)
         copy(row.table, tables[x])
@@ -226,8 +221,8 @@ def polish_rows(weight, num_packs, begin, end, tables):
 def settle_rows(load, region, apart, distance, price, num_packs, layer, ceiling, begin, end, tables):
     """Steps 10 and 11, in place; `load [L, T, E]`, `distance [L, E, M]`, which is [L, 1, 1] where moving is free."""
     is_priced = distance.shape[1] == load.shape[2]
-    seat = new_seat(load.shape[1], load.shape[2], tables.shape[1], num_packs, apart, is_priced)
+    state = new_state(load.shape[1], load.shape[2], tables.shape[1], num_packs, apart, is_priced)
     for x in range(begin, end):
-        copy(tables[x], seat.table)
-        settle_row(seat, load[layer[x]], distance[layer[x]], price[layer[x]], region, ceiling[x])
-        copy(seat.table, tables[x])
+        copy(tables[x], state.table)
+        settle_row(state, load[layer[x]], distance[layer[x]], price[layer[x]], region, ceiling[x])
+        copy(state.table, tables[x])

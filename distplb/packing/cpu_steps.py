@@ -1,109 +1,23 @@
-"""The steps of packing for Numba, on one row. Each equals its namesake in `steps`.
+"""Steps 0 to 7 of packing for Numba, on one row. Each equals its namesake in `steps`.
 
 Imported by `cpu_kernels` alone. Scans that LLVM turns into vector code come first, and what they find is looked up
 afterwards.
-Shapes of one row: E experts, P slots, M packs, G = P / M slots in each, Q pairs of slots in a pack.
+Shapes of one row: E experts, P slots, M packs, G = P / M slots in each.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
-from numba import njit
-from numpy.typing import NDArray
 
-__all__ = [
-    "APART",
-    "FREE",
-    "LIGHTEST",
-    "MAX_ROUNDS",
-    "NEVER",
-    "NONE",
-    "ONE",
-    "PAIR_ROUNDS",
-    "Row",
-    "compiled",
-    "copy",
-    "divide",
-    "greedy",
-    "lower_max",
-    "lower_variance",
-    "new_row",
-    "noisy_keys",
-    "parted",
-    "swap_pairs",
-]
+from distplb.packing.cpu_row import FREE, NEVER, NONE, compiled, copy, parted
 
-NEVER = np.int64(2**63 - 1)
+__all__ = ["divide", "greedy", "lower_max", "lower_variance", "noisy_keys", "swap_pairs"]
+
 _INDEX_BITS = 22  # of a packed (value, index); a value is below 2^41
 _INDEX = np.int64(2**_INDEX_BITS - 1)
 _MASK = np.int64(2**32 - 1)
-NONE = np.int64(-1)
-# Literals among the arguments would each get a compiled version of their own; these do not.
-FREE, APART = np.bool_(False), np.bool_(True)
-MAX_ROUNDS, PAIR_ROUNDS, ONE, LIGHTEST = np.int64(50), np.int64(20), np.int64(1), np.int64(0)
-compiled = njit(cache=True, nogil=True, error_model="numpy")
-
-
-class Row(NamedTuple):
-    """The state of the row at work, and room to work in."""
-
-    key: NDArray[np.int64]  # [E]
-    replicas: NDArray[np.int64]  # [E]
-    share: NDArray[np.int64]  # [E], weight / replicas
-    table: NDArray[np.int64]  # [P], the expert of each slot
-    own: NDArray[np.int64]  # [P], what it weighs there
-    around: NDArray[np.int64]  # [P], the load of the slot's pack
-    load: NDArray[np.int64]  # [M]
-    holds: NDArray[np.bool_]  # [E, M], whether a pack holds an expert; kept and looked at only with `apart`
-    order: NDArray[np.int64]  # [P], room
-    packed: NDArray[np.int64]  # [P], room: (value, index) as one number
-    filled: NDArray[np.int64]  # [M], room
-    small: NDArray[np.int64]  # [P], room: `own` shifted right, in step 3
-    small_load: NDArray[np.int64]  # [M], room
-    sums: NDArray[np.int64]  # [Q], room, in step 6
-    pairs: NDArray[np.int64]  # [Q], room, in step 6
-
-
-@compiled
-def new_row(num_experts, num_slots, num_packs, replicated):
-    """Room for a row of these sizes; without `replicated`, none for `holds`."""
-    pairs = min(num_slots // num_packs, 16) ** 2
-    held = (num_experts, num_packs) if replicated else (1, 1)
-    return Row(
-        np.empty(num_experts, np.int64),
-        np.ones(num_experts, np.int64),
-        np.empty(num_experts, np.int64),
-        np.empty(num_slots, np.int64),
-        np.empty(num_slots, np.int64),
-        np.empty(num_slots, np.int64),
-        np.empty(num_packs, np.int64),
-        np.empty(held, np.bool_),
-        np.empty(num_slots, np.int64),
-        np.empty(num_slots, np.int64),
-        np.empty(num_packs, np.int64),
-        np.empty(num_slots, np.int64),
-        np.empty(num_packs, np.int64),
-        np.empty(pairs, np.int64),
-        np.empty(pairs, np.int64),
-    )
-
 
 # --- steps 0 to 2 -----------------------------------------------------------------------------------------------
-
-
-@compiled
-def copy(source, to):
-    """Element by element: Numba's assignment to slices takes seconds to compile."""
-    for place in range(len(to)):
-        to[place] = source[place]
-
-
-@compiled
-def parted(value, replicas):
-    """A replica's part; most experts have one, and a division takes longer than to ask."""
-    return value if replicas == 1 else value // replicas
 
 
 @compiled
@@ -116,7 +30,7 @@ def _mix(state):
 
 @compiled
 def noisy_keys(weight, layer, candidate, seed, key):
-    """Step 1, as `candidates.noisy_keys`."""
+    """Step 1, as `noise.noisy_keys`."""
     if candidate == 0:
         copy(weight, key)
         return
@@ -164,21 +78,21 @@ def greedy(row, apart):
         table[:] = -1
     for value in row.order:
         expert = _INDEX - (-value & _INDEX)
-        least = NEVER
+        minimum = NEVER
         for pack in range(num_packs):
-            least = min(least, packed[pack])
-        to = least & _INDEX
+            minimum = min(minimum, packed[pack])
+        to = minimum & _INDEX
         if apart:
             if row.holds[expert, to]:
                 kept = True
-                least = NEVER
+                minimum = NEVER
                 for pack in range(num_packs):
                     if not row.holds[expert, pack]:
-                        least = min(least, packed[pack])
-                if least == NEVER:
-                    expert = _displaced(row, expert, to)
+                        minimum = min(minimum, packed[pack])
+                if minimum == NEVER:
+                    expert = _displace(row, expert, to)
                 else:
-                    to = least & _INDEX
+                    to = minimum & _INDEX
             row.holds[expert, to] = True
         slot = to * size + filled[to]
         table[slot] = expert
@@ -193,18 +107,18 @@ def greedy(row, apart):
 
 
 @compiled
-def _displaced(row, expert, to):
-    """Put `expert` in another's place, as `steps._displaced`; the other one."""
+def _displace(row, expert, to):
+    """Put `expert` in another's place, as `steps._displace`; the other one."""
     table, share, holds = row.table, row.share, row.holds
     size = len(table) // len(row.load)
-    least, place = NEVER, NONE
+    minimum, place = NEVER, NONE
     for slot in range(len(table)):
         other = table[slot]
         if other < 0 or holds[expert, slot // size] or holds[other, to]:
             continue
         distance = abs(share[other] - share[expert])
-        if distance < least:
-            least, place = distance, np.int64(slot)
+        if distance < minimum:
+            minimum, place = distance, np.int64(slot)
     leaves, where = table[place], place // size
     table[place] = expert
     row.own[place] = share[expert]
@@ -262,11 +176,11 @@ def lower_variance(row):
         small_load[pack] = load
     for _ in range(10):
         heavy, light = np.argmax(small_load), np.argmin(small_load)
-        most, least = small_load[heavy], small_load[light]
+        highest, lowest = small_load[heavy], small_load[light]
         swap = (np.int64(0), NONE, NONE)
         swap = _best_between(row, min(heavy, light), max(heavy, light), swap)
         for first in range(num_packs):
-            reach = max(most - small_load[first], small_load[first] - least)
+            reach = max(highest - small_load[first], small_load[first] - lowest)
             if reach * reach < -4 * swap[0]:
                 continue
             for second in range(first + 1, num_packs):
@@ -277,10 +191,10 @@ def lower_variance(row):
         if change == 0:
             return
         _exchange(row, one, other, FREE)
-        given = small[one] - small[other]
+        difference = small[one] - small[other]
         small[one], small[other] = small[other], small[one]
-        small_load[one // size] -= given
-        small_load[other // size] += given
+        small_load[one // size] -= difference
+        small_load[other // size] += difference
 
 
 @compiled
@@ -292,8 +206,8 @@ def _best_between(row, first, second, swap):
     best, one, other = swap
     for slot in range(first * size, (first + 1) * size):
         for place in range(second * size, (second + 1) * size):
-            given = small[slot] - small[place]
-            change = given * (given - gap)
+            difference = small[slot] - small[place]
+            change = difference * (difference - gap)
             if change < best:
                 best, one, other = change, slot, place
             elif change == best and best < 0 and (slot < one or (slot == one and place < other)):
@@ -316,11 +230,11 @@ def lower_max(row, rounds, apart):
         best, one = peak, NONE
         for slot in range(heavy * size, (heavy + 1) * size):
             weight, rest = own[slot], peak - own[slot]
-            least = NEVER
+            minimum = NEVER
             for place in range(len(own)):
-                least = min(least, max(rest + own[place], around[place] + weight - own[place]))
-            if least < best:
-                best, one = least, np.int64(slot)
+                minimum = min(minimum, max(rest + own[place], around[place] + weight - own[place]))
+            if minimum < best:
+                best, one = minimum, np.int64(slot)
         if one < 0:
             return
         weight, rest, other = own[one], peak - own[one], np.int64(0)
@@ -358,11 +272,11 @@ def swap_pairs(row, rounds, partner, apart):
     size = num_slots // num_packs
     if size < 2 or size > 16 or num_packs <= partner + 1:
         return 0
-    for made in range(rounds):
+    for num_swaps in range(rounds):
         heavy, light = np.argmax(row.load), _nth_lightest(row.load, partner)
         one, two, pair = _best_pair(row, heavy, light, apart)
         if one < 0:
-            return made
+            return num_swaps
         _exchange(row, one, pair // num_slots, apart)
         _exchange(row, two, pair % num_slots, apart)
     return rounds
@@ -386,11 +300,11 @@ def _best_pair(row, heavy, light, apart):
         for j in range(i + 1, (heavy + 1) * size):
             if apart and (row.holds[table[i], light] or row.holds[table[j], light]):
                 continue
-            rest, least = gap - 2 * (own[i] + own[j]), NEVER
+            rest, minimum = gap - 2 * (own[i] + own[j]), NEVER
             for nth in range(count):
-                least = min(least, abs(rest + sums[nth]))
-            if least < best:
-                best, one, two = least, np.int64(i), np.int64(j)
+                minimum = min(minimum, abs(rest + sums[nth]))
+            if minimum < best:
+                best, one, two = minimum, np.int64(i), np.int64(j)
     if one >= 0:
         rest, pair = gap - 2 * (own[one] + own[two]), np.int64(0)
         while abs(rest + sums[pair]) != best:
@@ -401,12 +315,12 @@ def _best_pair(row, heavy, light, apart):
 @compiled
 def _nth_lightest(load, nth):
     """From 0, in the order of a stable sort."""
-    least, found = np.int64(-1), -1
+    load_before, nth_pack = np.int64(-1), -1
     for _ in range(nth + 1):
         after, after_pack = NEVER, -1
         for pack in range(len(load)):
-            later = load[pack] > least or (load[pack] == least and pack > found)
+            later = load[pack] > load_before or (load[pack] == load_before and pack > nth_pack)
             if later and load[pack] < after:
                 after, after_pack = load[pack], pack
-        least, found = after, after_pack
-    return found
+        load_before, nth_pack = after, after_pack
+    return nth_pack

@@ -18,12 +18,20 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from distplb.errors import DistplbError, OptionError
-from distplb.packing.candidates import noisy_keys
-from distplb.packing.settling import Terms, scans
+from distplb.errors import DistplbError
+from distplb.packing.cuda_checks import check, check_settle, check_slots
+from distplb.packing.noise import noisy_keys
+from distplb.packing.settle import Terms, scans
+from distplb.packing.steps import (
+    MAX_ROUNDS,
+    PAIR_ROUNDS,
+    PAIR_SLOTS,
+    one_item_a_pack,
+    rounds_of_step_7,
+    tries_of_step_8,
+)
 
 __all__ = [
-    "MOST_ITEMS",
     "finish",
     "greedy",
     "is_there",
@@ -36,14 +44,10 @@ __all__ = [
     "swap_pairs",
 ]
 
-MOST_ITEMS = 4096  # a row lives in one program's registers
-_LEAST_BLOCK = 32  # a smaller block would save nothing and compile once more
-_PAIR_ITEMS = range(2, 17)  # packs of this many items try pair swaps
+_MIN_BLOCK = 32  # a smaller block would save nothing and compile once more
 _CELLS = 16  # of a tile, for each thread
-_MAX_ROUNDS, _PAIR_ROUNDS = 50, 20
-_TRIES, _TRIED_SLOTS = 64, 1 << 14  # of step 8, which has fewer tries where there are more slots
 _STEPS_AT_ONCE = 4  # of steps 10 and 11
-_HELD = 1 << 28  # bytes at most for what the packs of the rows of one launch hold; in steps 10 and 11, for all room
+_SCRATCH_BYTES = 1 << 28  # at most, of what the rows of one launch work in
 
 
 def is_there() -> bool:
@@ -68,10 +72,10 @@ def pack(weight: Tensor, num_packs: int, *, layer: Tensor, candidate: Tensor, se
     Raises:
         DistplbError: for other shapes or types, or if the engine is not there.
     """
-    _check(weight, num_packs, {"layer": layer, "candidate": candidate}, weight.shape[:1])
+    check(weight, num_packs, {"layer": layer, "candidate": candidate}, weight.shape[:1])
     if weight.shape[1] == num_packs:
-        return torch.arange(num_packs, device=weight.device).expand_as(weight).clone()
-    home, weight = weight.device, _at_work(weight)
+        return one_item_a_pack(weight)
+    home, weight = weight.device, _to_gpu(weight)
     layer, candidate = layer.to(weight.device), candidate.to(weight.device)
     items = greedy(weight, noisy_keys(weight, layer=layer, candidate=candidate, seed=seed), num_packs)
     items = lower_variance(weight, items, num_packs)
@@ -80,8 +84,8 @@ def pack(weight: Tensor, num_packs: int, *, layer: Tensor, candidate: Tensor, se
 
 def finish(weight: Tensor, items: Tensor, num_packs: int) -> Tensor:
     """Steps 6 and 7 on the chosen packings `items [X, n]`; the rest as for `pack`."""
-    _check(weight, num_packs, {"items": items}, weight.shape)
-    home, weight = weight.device, _at_work(weight)
+    check(weight, num_packs, {"items": items}, weight.shape)
+    home, weight = weight.device, _to_gpu(weight)
     items = items.to(weight.device)
     return lower_max(weight, swap_pairs(weight, items, num_packs), num_packs).to(home)
 
@@ -109,26 +113,25 @@ def refine(
         DistplbError: as for `pack`.
     """
     names = {"layer": layer, "candidate": candidate}
-    _check(weight, num_packs, names, weight.shape[:1], num_slots)
+    check(weight, num_packs, names, weight.shape[:1], num_slots)
     num_experts = weight.shape[1]
-    if not 1 <= num_experts <= num_slots:
-        raise DistplbError(f"{num_experts} experts cannot have {num_slots} slots; pass {num_experts} or more")
+    check_slots(num_experts, num_slots)
     if num_slots == num_experts == num_packs:
-        return torch.arange(num_slots, device=weight.device).expand_as(weight).clone()
-    home, weight = weight.device, _at_work(weight)
+        return one_item_a_pack(weight)
+    home, weight = weight.device, _to_gpu(weight)
     layer, candidate = layer.to(weight.device), candidate.to(weight.device)
     key = noisy_keys(weight, layer=layer, candidate=candidate, seed=seed)
     if num_slots > num_experts:
-        return _searched(weight, key, num_packs, num_slots, shared).to(home)
+        return _search(weight, key, num_packs, num_slots, shared).to(home)
     table = lower_variance(weight, greedy(weight, key, num_packs), num_packs)
     table = swap_pairs(weight, lower_max(weight, table, num_packs), num_packs)
-    return lower_max(weight, table, num_packs, _rounds(num_packs)).to(home)
+    return lower_max(weight, table, num_packs, rounds_of_step_7(num_packs)).to(home)
 
 
 def polish(weight: Tensor, table: Tensor, num_packs: int) -> Tensor:
     """Step 9 on the chosen packings `table [X, P]`; `weight [X, E]` as for `refine`, with any number of experts."""
-    _check(weight, num_packs, {"table": table}, torch.Size((len(weight), *table.shape[1:])), table.shape[-1])
-    home, weight = weight.device, _at_work(weight).contiguous()
+    check(weight, num_packs, {"table": table}, torch.Size((len(weight), *table.shape[1:])), table.shape[-1])
+    home, weight = weight.device, _to_gpu(weight).contiguous()
     num_experts, num_slots = weight.shape[1], table.shape[1]
     size = num_slots // num_packs
     table = table.to(weight.device).contiguous()
@@ -157,14 +160,14 @@ def settle(terms: Terms, table: Tensor, num_packs: int, *, layer: Tensor, ceilin
     Raises:
         DistplbError: as for `pack`.
     """
-    _check_settle(terms, table, num_packs, layer, ceiling)
+    check_settle(terms, table, num_packs, layer, ceiling)
     if num_packs == 1:
         return table.clone()
-    home, table = table.device, _at_work(table).contiguous()
+    home, table = table.device, _to_gpu(table).contiguous()
     result = torch.empty_like(table)
     at_once = min(_STEPS_AT_ONCE, _power_of_two(terms.load.shape[1]))
     tokens = pad(terms.load, (0, 0, 0, -terms.load.shape[1] % at_once))  # a step without tokens costs nothing
-    given = [
+    inputs = [
         None if value is None else value.to(table.device).contiguous()
         for value in (tokens, terms.region, terms.distance, terms.price)
     ]
@@ -172,22 +175,22 @@ def settle(terms: Terms, table: Tensor, num_packs: int, *, layer: Tensor, ceilin
     (_, num_steps, num_experts), num_slots, warps = tokens.shape, table.shape[1], 4
     packs, slots = _power_of_two(num_packs), _block(num_slots)
     blocks = {"N": slots, "M": packs, "S": _height(packs, num_steps, warps), "U": at_once}
-    # Each exchange has a score, an index and what it is made of.
+    # Each exchange has a score, an index and its operands.
     blocks |= {"K": _height(4, num_slots // num_packs * num_slots, warps), "A": _height(slots, num_slots, warps)}
-    room = _room(num_steps, num_experts, num_slots, num_packs)
-    for rows in _slices(len(table), sum(math.prod(shape) * dtype.itemsize for shape, dtype in room)):
+    shapes = _scratch_shapes(num_steps, num_experts, num_slots, num_packs)
+    for rows in _slices(len(table), sum(math.prod(shape) * dtype.itemsize for shape, dtype in shapes)):
         count = rows.stop - rows.start
-        made = [torch.empty(count, *shape, dtype=dtype, device=table.device) for shape, dtype in room]
-        tensors = table[rows], result[rows], *made, *given, layer[rows], ceiling[rows]
+        scratch = [torch.empty(count, *shape, dtype=dtype, device=table.device) for shape, dtype in shapes]
+        tensors = table[rows], result[rows], *scratch, *inputs, layer[rows], ceiling[rows]
         numbers = num_steps, num_experts, num_slots, num_packs, scans(num_packs), int(terms.apart)
         _launch(_kernels().settle_kernel, (*tensors, *numbers), {**blocks, "num_warps": warps})
     return result.to(home)
 
 
-def _room(
+def _scratch_shapes(
     num_steps: int, num_experts: int, num_slots: int, num_packs: int
 ) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    """Shapes and types of what `settle_kernel` takes for each row to work in, in its order."""
+    """Shapes and types of what `settle_kernel` works in, for each row, in its order."""
     return [
         ((num_slots,), torch.int64),
         ((num_steps, _block(num_slots)), torch.int32),
@@ -199,7 +202,7 @@ def _room(
     ]
 
 
-def _searched(weight: Tensor, key: Tensor, num_packs: int, num_slots: int, shared: bool) -> Tensor:
+def _search(weight: Tensor, key: Tensor, num_packs: int, num_slots: int, shared: bool) -> Tensor:
     """Steps 0 to 8 where there are replicas."""
     num_rows, num_experts = weight.shape
     size = num_slots // num_packs
@@ -208,7 +211,7 @@ def _searched(weight: Tensor, key: Tensor, num_packs: int, num_slots: int, share
     result, table, best, order = (weight.new_empty(num_rows, num_slots) for _ in range(4))
     share = torch.empty_like(weight)
     pairs, pair_options = _pairs(size, weight.device, warps := _warps(num_slots))
-    attempts = max(4, min(_TRIES, _TRIED_SLOTS // num_slots)) if size > 1 else 0
+    attempts = tries_of_step_8(num_slots, num_packs)
     numbers = num_experts, num_slots, num_packs, pairs.shape[1], _pair_rounds(size, num_packs), attempts
     blocks = {"B": _block(num_experts), "M": _power_of_two(num_packs), "N": _block(num_slots)}
     heights = {"R": _height(blocks["B"], num_experts, warps), "A": _height(blocks["N"], size, warps)}
@@ -232,15 +235,10 @@ def _parts(weight: Tensor, num_packs: int) -> Iterator[tuple[slice, Tensor]]:
 
 def _slices(num_rows: int, each: int) -> Iterator[slice]:
     """All rows, as many at a time as memory is for where a row takes `each` bytes."""
-    most = max(1, _HELD // each)
-    most -= most % 2 if most > 1 else 0  # else the next slice would not begin at 16 bytes, and be compiled for anew
-    for first in range(0, num_rows, most):
-        yield slice(first, min(first + most, num_rows))
-
-
-def _rounds(num_packs: int) -> int:
-    """Rounds of step 7, as the reference has them."""
-    return _MAX_ROUNDS + 4 * num_packs
+    at_once = max(1, _SCRATCH_BYTES // each)
+    at_once -= at_once % 2 if at_once > 1 else 0  # a slice not at 16 bytes would be compiled for once more
+    for first in range(0, num_rows, at_once):
+        yield slice(first, min(first + at_once, num_rows))
 
 
 # The steps. Their tensors are where the kernels run.
@@ -262,12 +260,14 @@ def greedy(weight: Tensor, key: Tensor, num_packs: int) -> Tensor:
 
 def lower_variance(weight: Tensor, items: Tensor, num_packs: int) -> Tensor:
     """Step 3: the swap that lowers the sum of squared pack loads most, while there is one."""
-    return _lowered(_kernels().variance_kernel, weight, items, num_packs, tried=weight.shape[1])
+    return _launch_refinement(_kernels().variance_kernel, weight, items, num_packs, tried=weight.shape[1])
 
 
-def lower_max(weight: Tensor, items: Tensor, num_packs: int, rounds: int = _MAX_ROUNDS) -> Tensor:
+def lower_max(weight: Tensor, items: Tensor, num_packs: int, rounds: int = MAX_ROUNDS) -> Tensor:
     """Steps 4 and 7: the swap with the heaviest pack that leaves the smaller maximum of its two packs."""
-    return _lowered(_kernels().max_kernel, weight, items, num_packs, rounds, tried=weight.shape[1] // num_packs)
+    return _launch_refinement(
+        _kernels().max_kernel, weight, items, num_packs, rounds, tried=weight.shape[1] // num_packs
+    )
 
 
 def swap_pairs(weight: Tensor, items: Tensor, num_packs: int) -> Tensor:
@@ -290,21 +290,21 @@ def swap_pairs(weight: Tensor, items: Tensor, num_packs: int) -> Tensor:
 
 def _pair_rounds(size: int, num_packs: int) -> int:
     """Rounds of step 6: none for packs that have no pairs, too many or no partner."""
-    return _PAIR_ROUNDS if size in _PAIR_ITEMS and num_packs > 1 else 0
+    return PAIR_ROUNDS if size in PAIR_SLOTS and num_packs > 1 else 0
 
 
 def _pairs(size: int, device: torch.device, warps: int) -> tuple[Tensor, dict[str, int]]:
     """`[2, q]`: two positions in a pack, in lexicographic order, and the blocks for them."""
     pairs = (
         torch.triu_indices(size, size, 1, device=device)
-        if size in _PAIR_ITEMS
+        if size in PAIR_SLOTS
         else torch.zeros(2, 1, dtype=torch.int64, device=device)
     )
     block = _block(pairs.shape[1])
     return pairs.contiguous(), {"Q": block, "A2": _height(block, pairs.shape[1], warps)}
 
 
-def _lowered(kernel: Any, weight: Tensor, items: Tensor, num_packs: int, *numbers: int, tried: int) -> Tensor:
+def _launch_refinement(kernel: Any, weight: Tensor, items: Tensor, num_packs: int, *numbers: int, tried: int) -> Tensor:
     """`[X, n]`: the result of a refinement that tries `tried` positions of a row against all of them."""
     num_items = weight.shape[1]
     weight, items = weight.contiguous(), items.contiguous()
@@ -328,12 +328,12 @@ def _launch(kernel: Any, arguments: tuple[Any, ...], options: dict[str, int]) ->
 
 
 def _power_of_two(number: int) -> int:
-    """The least one that is not below `number`."""
+    """The smallest one that is not below `number`."""
     return 1 << (number - 1).bit_length()
 
 
 def _block(number: int) -> int:
-    return max(_LEAST_BLOCK, _power_of_two(number))
+    return max(_MIN_BLOCK, _power_of_two(number))
 
 
 def _warps(num_items: int) -> int:
@@ -345,7 +345,7 @@ def _height(block: int, tried: int, warps: int) -> int:
     return min(_power_of_two(tried), max(1, _CELLS * 32 * warps // block))
 
 
-# At the door.
+# Whether it can run.
 
 
 def _missing() -> str | None:
@@ -371,61 +371,6 @@ def _imported() -> ModuleType:
     return cuda_kernels
 
 
-def _at_work(value: Tensor) -> Tensor:
-    """`value` where the kernels run."""
+def _to_gpu(value: Tensor) -> Tensor:
+    """`value` on the device where the kernels run."""
     return value if value.is_cuda or _kernels().INTERPRETED else value.to("cuda")
-
-
-def _check(
-    weight: Tensor, num_packs: int, others: dict[str, Tensor], shape: torch.Size, num_items: int | None = None
-) -> None:
-    """Refuse what the kernels would read wrongly; looks at no element, so it waits for no device.
-
-    `others` have `shape`; `num_items` are in the packs, all of the weight's unless given.
-    """
-    if weight.dim() != 2 or weight.dtype != torch.int64:
-        raise DistplbError(
-            f"weight is {weight.dtype} of shape {tuple(weight.shape)}; pass int64 of shape [rows, items]"
-        )
-    for name, value in others.items():
-        _check_one(name, value, shape)
-    _check_packs(weight.shape[1] if num_items is None else num_items, num_packs)
-
-
-def _check_settle(terms: Terms, table: Tensor, num_packs: int, layer: Tensor, ceiling: Tensor) -> None:
-    """The same for `settle`."""
-    for name, value, words in (("load", terms.load, "layers, steps, experts"), ("table", table, "rows, slots")):
-        if value.dim() != len(words.split()) or value.dtype != torch.int64:
-            raise DistplbError(f"{name} is {value.dtype} of shape {tuple(value.shape)}; pass int64 of shape [{words}]")
-    num_layers, _, num_experts = terms.load.shape
-    _check_one("layer", layer, table.shape[:1])
-    _check_one("ceiling", ceiling, table.shape[:1])
-    _check_one("region", terms.region, table.shape[1:])
-    _check_packs(table.shape[1], num_packs)
-    if (terms.distance is None) != (terms.price is None):
-        missing = "distance" if terms.distance is None else "price"
-        raise DistplbError(f"{missing} is None alone; pass distance and price, or neither")
-    if terms.distance is not None and terms.price is not None:
-        _check_one("distance", terms.distance, (num_layers, num_experts, num_packs), torch.int8)
-        _check_one("price", terms.price, (num_layers, 3))
-
-
-def _check_one(name: str, value: Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.int64) -> None:
-    if value.shape != shape or value.dtype != dtype:
-        wanted = str(dtype).removeprefix("torch.")
-        raise DistplbError(
-            f"{name} is {value.dtype} of shape {tuple(value.shape)}; pass {wanted} of shape {tuple(shape)}"
-        )
-
-
-def _check_packs(num_items: int, num_packs: int) -> None:
-    if num_packs < 1 or num_items < 1 or num_items % num_packs:
-        raise DistplbError(
-            f"{num_items} items cannot be packed evenly into {num_packs} packs; pass a divisor of {num_items}"
-        )
-    if num_items > MOST_ITEMS:
-        raise OptionError(
-            "a row has {items} items and {engine} 'cuda' packs at most {most}; pass {engine:'reference'}",
-            items=num_items,
-            most=MOST_ITEMS,
-        )

@@ -21,18 +21,18 @@ from distplb.packing.cuda_steps import (
     NUMBERS,
     PAIR_ROUNDS,
     block_of,
-    divided,
-    exchanged,
+    divide,
+    exchange,
     first_of,
-    greedily_placed,
+    greedy,
     loads_of,
-    marked,
-    max_lowered,
+    lower_max,
+    mark,
     nth_giver,
-    ordered,
-    pairs_swapped,
+    order_slots,
     peak_of,
     replicas_of,
+    swap_pairs,
 )
 
 __all__ = [
@@ -109,15 +109,15 @@ def variance_kernel(weight, items, result, num_items, size, N: tl.constexpr, A: 
         best_at = tl.full([A, N], 0, tl.int32)  # and the first position on the other side that makes it
         for first in range(0, num_items, A):
             own_at, rest_at = block_of(own, first, N, A), block_of(rest, first, N, A)  # [A]
-            given, apart = own_at[:, None] - own[None, :], rest_at[:, None] - rest[None, :]  # [A, N]
-            change = given.to(tl.int64) * apart.to(tl.int64)
+            difference, apart = own_at[:, None] - own[None, :], rest_at[:, None] - rest[None, :]  # [A, N]
+            change = difference.to(tl.int64) * apart.to(tl.int64)
             best_at = tl.where(change < best, first + tl.arange(0, A)[:, None], best_at)
             best = tl.minimum(best, change)
         value = tl.min(tl.min(best, 1), 0)
         if value < 0:
             flat = first_of(best == value, best_at * num_items + position[None, :])
             here, there = flat // num_items, flat % num_items
-            item, own, load = exchanged(item, own, load, position, begin, size, here, there)
+            item, own, load = exchange(item, own, load, position, begin, size, here, there)
             left -= 1
         else:
             left = 0
@@ -133,7 +133,7 @@ def max_kernel(weight, items, result, num_items, size, rounds, N: tl.constexpr, 
     """
     row, position, is_real, begin, item, own = _row(weight, items, num_items, size, N)
     load = _pack_load(weight + row, items + row, begin, size, is_real, 0)  # [N]; padding's is huge: no partner
-    item, own, load = max_lowered(item, own, load, position, num_items, size, rounds, None, 1, 0, N, A)
+    item, own, load = lower_max(item, own, load, position, num_items, size, rounds, None, 1, 0, N, A)
     tl.store(result + row + position, item, mask=is_real)
 
 
@@ -151,7 +151,7 @@ def pairs_kernel(
     """
     row, position, is_real, begin, item, own = _row(weight, items, num_items, size, N)
     load = _pack_load(weight + row, items + row, begin, size, is_real, 0)  # [N], huge for padding
-    item, own, load, _ = pairs_swapped(
+    item, own, load, _ = swap_pairs(
         item, own, load, position, num_items, size, PAIR_ROUNDS, 0, pairs, num_pairs, None, 1, 0, Q, A
     )
     tl.store(result + row + position, item, mask=is_real)
@@ -159,42 +159,22 @@ def pairs_kernel(
 
 @triton.jit(do_not_specialize=NUMBERS)
 def refine_kernel(
-    weight,
-    key,
-    result,
-    table,
-    best,
-    order,
-    share,
-    holds,
-    pairs,
-    num_experts,
-    num_slots,
-    num_packs,
-    num_pairs,
-    pair_rounds,
-    attempts,
-    begin_with,
-    end_with,
-    B: tl.constexpr,
-    M: tl.constexpr,
-    N: tl.constexpr,
-    Q: tl.constexpr,
-    R: tl.constexpr,
-    A: tl.constexpr,
+    weight, key, result, table, best, order, share, holds, pairs,
+    num_experts, num_slots, num_packs, num_pairs, pair_rounds, attempts, begin_with, end_with,
+    B: tl.constexpr, M: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, R: tl.constexpr, A: tl.constexpr,
     A2: tl.constexpr,
-):
+):  # fmt: skip
     """Steps 0 to 8 with replicas: the search in which they stay apart, then the free one if it can differ.
 
     Args:
         weight: `[X, E]` int64.
         key: `[X, E]` int64.
         result: `[X, P]` int64, written only.
-        table: `[X, P]` int64, room: what step 2 writes.
-        best: `[X, P]` int64, room: the best packing of a search.
-        order: `[X, P]` int64, room.
-        share: `[X, E]` int64, room: what a replica weighs.
-        holds: `[X, E, M]` int8, room: all 0 before and after.
+        table: `[X, P]` int64, scratch: what step 2 writes.
+        best: `[X, P]` int64, scratch: the best packing of a search.
+        order: `[X, P]` int64, scratch.
+        share: `[X, E]` int64, scratch: what a replica weighs.
+        holds: `[X, E, M]` int8, scratch: all 0 before and after.
         pairs: as for `pairs_kernel`.
         num_experts: E.
         num_slots: P.
@@ -229,48 +209,17 @@ def refine_kernel(
     for search in range(begin_with, end_with):
         apart = 1 - search
         most = tl.where(apart > 0, num_packs, num_slots)
-        replicas = divided(noisy, expert, num_experts, num_slots, most, B)  # [B], of the best packing
+        replicas = divide(noisy, expert, num_experts, num_slots, most, B)  # [B], of the best packing
         tried = replicas
         peak, heavy = lightest * 0 + HUGE, num_slots * 0  # of the best packing: load and first position
         # Where a free start has no pack with an expert twice, the second search does not go on.
         is_needed = tl.where((search > 0) & (begin_with == 0), 0, 1)
         left, tries, is_tried = attempts, 0, 1
         while is_tried > 0:
-            # Steps 2 to 7.
-            tl.debug_barrier()  # nobody still reads what is written now
-            tl.store(share + expert, value // tl.maximum(tried, 1), mask=is_expert)
-            ordered(noisy, tried, expert, num_experts, order, B, R)
-            tl.store(table + position, -1, mask=is_real)
-            tl.debug_barrier()
-            greedily_placed(table, order, share, position, num_slots, size, apart, N, M)
-            tl.debug_barrier()
-            item, own, load, is_crowded = loads_of(table, share, position, num_slots, size)
-            marked(holds, item, position, num_slots, size, num_packs, apart, 1)
-            goes_on = tl.where(is_crowded, 1, is_needed)
-            for again in range(2 * goes_on):
-                rounds = MAX_ROUNDS + again * 4 * num_packs
-                item, own, load = max_lowered(
-                    item, own, load, position, num_slots, size, rounds, holds, num_packs, apart, N, A
-                )
-                rounds = (1 - again) * pair_rounds
-                item, own, load, _ = pairs_swapped(
-                    item,
-                    own,
-                    load,
-                    position,
-                    num_slots,
-                    size,
-                    rounds,
-                    0,
-                    pairs,
-                    num_pairs,
-                    holds,
-                    num_packs,
-                    apart,
-                    Q,
-                    A2,
-                )
-            marked(holds, item, position, num_slots, size, num_packs, apart, 0)
+            item, load, goes_on = _pack_once(
+                value, noisy, tried, expert, position, table, order, share, holds, pairs,
+                num_experts, num_slots, num_packs, num_pairs, pair_rounds, apart, is_needed, B, M, N, Q, R, A, A2,
+            )  # fmt: skip
             is_needed = 1
             lower = tl.where(goes_on > 0, peak_of(load), HUGE)
             left = left * goes_on
@@ -278,52 +227,84 @@ def refine_kernel(
                 tl.store(best + position, item, mask=is_real)
                 tl.debug_barrier()
                 peak, heavy, replicas, tries = lower, first_of(load == lower, position), tried, 0
-            # Step 8: try j takes the expert at position j mod G of the heaviest pack, and from the giver j div G.
-            givers = tl.minimum(tl.sum((replicas > 1).to(tl.int32), 0), _GIVERS)
-            is_tried = 0
-            while (left > 0) & (is_tried == 0):
-                left -= 1
-                if (((peak - mean) << _WORTH_BITS) > mean) & (tries < givers * size):
-                    taker = tl.load(best + heavy + tries % size)
-                    giver = nth_giver(value, replicas, expert, tries // size, B)
-                    tries += 1
-                    count = tl.sum(tl.where(expert == taker, replicas, 0), 0)
-                    if (giver != taker) & (count < most):
-                        is_tried = 1
-                        tried = replicas + (expert == taker).to(tl.int64) - (expert == giver).to(tl.int64)
-                else:
-                    left = 0
+            tried, is_tried, left, tries = _next_try(
+                value, expert, replicas, best + heavy, peak, mean, most, size, left, tries, B
+            )
         if peak < lightest:
             lightest = peak
             tl.store(result + position, tl.load(best + position, mask=is_real, other=0), mask=is_real)
         tl.debug_barrier()
 
 
+@triton.jit
+def _pack_once(
+    value, noisy, replicas, expert, position, table, order, share, holds, pairs,
+    num_experts, num_slots, num_packs, num_pairs, pair_rounds, apart, is_needed,
+    B: tl.constexpr, M: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, R: tl.constexpr, A: tl.constexpr,
+    A2: tl.constexpr,
+):  # fmt: skip
+    """Steps 2 to 7 with the counts `replicas [B]`: item and pack load by position, and whether step 2 was not the last.
+
+    Where `is_needed` is 0, only a packing that has an expert twice in a pack goes beyond step 2.
+    """
+    size = num_slots // num_packs
+    tl.debug_barrier()  # another thread may still read what is overwritten now
+    tl.store(share + expert, value // tl.maximum(replicas, 1), mask=expert < num_experts)
+    order_slots(noisy, replicas, expert, num_experts, order, B, R)
+    tl.store(table + position, -1, mask=position < num_slots)
+    tl.debug_barrier()
+    greedy(table, order, share, position, num_slots, size, apart, N, M)
+    tl.debug_barrier()
+    item, own, load, is_crowded = loads_of(table, share, position, num_slots, size)
+    mark(holds, item, position, num_slots, size, num_packs, apart, 1)
+    goes_on = tl.where(is_crowded, 1, is_needed)
+    for again in range(2 * goes_on):
+        rounds = MAX_ROUNDS + again * 4 * num_packs
+        item, own, load = lower_max(item, own, load, position, num_slots, size, rounds, holds, num_packs, apart, N, A)
+        rounds = (1 - again) * pair_rounds
+        item, own, load, _ = swap_pairs(
+            item, own, load, position, num_slots, size, rounds, 0, pairs, num_pairs, holds, num_packs, apart, Q, A2
+        )
+    mark(holds, item, position, num_slots, size, num_packs, apart, 0)
+    return item, load, goes_on
+
+
+@triton.jit
+def _next_try(value, expert, replicas, heaviest, peak, mean, most, size, left, tries, B: tl.constexpr):
+    """Step 8: replica counts to try next, whether there are any, and how many attempts are left and tries were made.
+
+    Try j takes the expert at position j mod G of the heaviest pack, which begins at `heaviest`, and from the giver
+    j div G.
+    """
+    givers = tl.minimum(tl.sum((replicas > 1).to(tl.int32), 0), _GIVERS)
+    tried, is_tried = replicas, 0
+    while (left > 0) & (is_tried == 0):
+        left -= 1
+        if (((peak - mean) << _WORTH_BITS) > mean) & (tries < givers * size):
+            taker = tl.load(heaviest + tries % size)
+            giver = nth_giver(value, replicas, expert, tries // size, B)
+            tries += 1
+            count = tl.sum(tl.where(expert == taker, replicas, 0), 0)
+            if (giver != taker) & (count < most):
+                is_tried = 1
+                tried = replicas + (expert == taker).to(tl.int64) - (expert == giver).to(tl.int64)
+        else:
+            left = 0
+    return tried, is_tried, left, tries
+
+
 @triton.jit(do_not_specialize=NUMBERS)
 def polish_kernel(
-    weight,
-    items,
-    result,
-    share,
-    holds,
-    pairs,
-    num_experts,
-    num_slots,
-    num_packs,
-    num_pairs,
-    pair_rounds,
-    N: tl.constexpr,
-    Q: tl.constexpr,
-    A: tl.constexpr,
-    A2: tl.constexpr,
-):
+    weight, items, result, share, holds, pairs, num_experts, num_slots, num_packs, num_pairs, pair_rounds,
+    N: tl.constexpr, Q: tl.constexpr, A: tl.constexpr, A2: tl.constexpr,
+):  # fmt: skip
     """Step 9: pair swaps with each of the lightest packs, step 7 after each, while that helps.
 
     Args:
         weight: `[X, E]` int64.
         items: `[X, P]` int64, the packing to begin with.
         result: `[X, P]` int64, written only.
-        share: `[X, E]` int64, room: what a replica weighs, of the experts in the packing.
+        share: `[X, E]` int64, scratch: what a replica weighs, of the experts in the packing.
         holds: `[X, E, M]` int8, all 0.
         pair_rounds: 0 where the packs are too small, too large or alone for pair swaps.
         others: as for `refine_kernel`.
@@ -345,20 +326,20 @@ def polish_kernel(
     item, own, load, is_crowded = loads_of(items, share, position, num_slots, size)
     # The rule is for rows with replicas that are apart.
     apart = tl.where((is_crowded == 0) & (tl.max(tl.where(is_real, replicas, 0), 0) > 1), 1, 0)
-    marked(holds, item, position, num_slots, size, num_packs, apart, 1)
+    mark(holds, item, position, num_slots, size, num_packs, apart, 1)
     partners = tl.minimum(_PARTNERS, num_packs - 1)
     rounds = MAX_ROUNDS + 4 * num_packs
     left = pair_rounds
     while left > 0:
         left -= 1
-        partner, made = 0, 0
-        while (partner < partners) & (made == 0):
-            item, own, load, made = pairs_swapped(
+        partner, num_swaps = 0, 0
+        while (partner < partners) & (num_swaps == 0):
+            item, own, load, num_swaps = swap_pairs(
                 item, own, load, position, num_slots, size, 1, partner, pairs, num_pairs, holds, num_packs, apart, Q, A2
             )
             partner += 1
-        if made > 0:
-            item, own, load = max_lowered(
+        if num_swaps > 0:
+            item, own, load = lower_max(
                 item, own, load, position, num_slots, size, rounds, holds, num_packs, apart, N, A
             )
         else:

@@ -24,18 +24,18 @@ __all__ = [
     "NUMBERS",
     "PAIR_ROUNDS",
     "block_of",
-    "divided",
-    "exchanged",
+    "divide",
+    "exchange",
     "first_of",
-    "greedily_placed",
+    "greedy",
     "loads_of",
-    "marked",
-    "max_lowered",
+    "lower_max",
+    "mark",
     "nth_giver",
-    "ordered",
-    "pairs_swapped",
+    "order_slots",
     "peak_of",
     "replicas_of",
+    "swap_pairs",
 ]
 
 MAX_ROUNDS = tl.constexpr(50)
@@ -51,10 +51,10 @@ NUMBERS += ["num_steps", "num_scans", "apart"]
 
 
 @triton.jit
-def divided(key, expert, num_experts, num_slots, most, B: tl.constexpr):
+def divide(key, expert, num_experts, num_slots, most, B: tl.constexpr):
     """Step 0: `[B]` int64 replicas of each expert, 0 for padding; each next one goes to the largest key / replicas.
 
-    `key [B]` int64, `expert [B]` counts from 0; nobody gets more than `most`.
+    `key [B]` int64, `expert [B]` counts from 0; no expert gets more than `most`.
     """
     replicas = (expert < num_experts).to(tl.int64)
     # Share and, in the low bits, the expert from behind: the largest of these numbers is the first of the largest.
@@ -68,7 +68,7 @@ def divided(key, expert, num_experts, num_slots, most, B: tl.constexpr):
 
 
 @triton.jit
-def ordered(key, replicas, expert, num_experts, order, B: tl.constexpr, A: tl.constexpr):
+def order_slots(key, replicas, expert, num_experts, order, B: tl.constexpr, A: tl.constexpr):
     """Write to `order [P]` the expert of each slot in descending order of key / replicas, first experts first."""
     share = key // tl.maximum(replicas, 1)
     packed = tl.where(expert < num_experts, share * B + (B - 1 - expert), -1)  # [B], no two the same but padding
@@ -81,7 +81,7 @@ def ordered(key, replicas, expert, num_experts, order, B: tl.constexpr, A: tl.co
 
 
 @triton.jit
-def greedily_placed(table, order, share, position, num_slots, size, apart, N: tl.constexpr, M: tl.constexpr):
+def greedy(table, order, share, position, num_slots, size, apart, N: tl.constexpr, M: tl.constexpr):
     """Step 2: each slot to the lightest pack that is not full and, with `apart`, does not hold the expert.
 
     Writes `table [P]`; reads `order [P]` and `share [E]`. Another thread may have written those; barriers before and
@@ -96,26 +96,26 @@ def greedily_placed(table, order, share, position, num_slots, size, apart, N: tl
         expert = tl.load(order + step)
         held = held & (expert == last)
         last = expert
-        least = tl.min(tl.where(held, HUGE, key), 0)
+        minimum = tl.min(tl.where(held, HUGE, key), 0)
         placed = expert
-        if least == HUGE:  # every pack with room holds it
-            least = tl.min(key, 0)
-            to = (least & (N - 1)) // size * size
-            place, placed = _displaced(table, share, expert, to, position, num_slots, size)
+        if minimum == HUGE:  # every pack with room holds it
+            minimum = tl.min(key, 0)
+            to = (minimum & (N - 1)) // size * size
+            place, placed = _displace(table, share, expert, to, position, num_slots, size)
             held = held | (begin == place // size * size)
-        slot = least & (N - 1)
+        slot = minimum & (N - 1)
         tl.store(table + slot, placed)
         filled = tl.where(slot + 1 == end, HUGE, key + tl.load(share + placed) * N + 1)
-        is_chosen = key == least
+        is_chosen = key == minimum
         key = tl.where(is_chosen, filled, key)
         held = held | (is_chosen & (apart > 0))
 
 
 @triton.jit
-def _displaced(table, share, expert, to, position, num_slots, size):
+def _displace(table, share, expert, to, position, num_slots, size):
     """Put `expert`, which the pack that begins at `to` holds already, in another's place: the place, and that other.
 
-    As `steps._displaced`. The pack that is changed is full, or it would have had room: its load is not needed again.
+    As `steps._displace`. The pack that is changed is full, or it would have had room: its load is not needed again.
     """
     tl.debug_barrier()  # the slots were written by one thread
     is_real = position < num_slots
@@ -129,7 +129,7 @@ def _displaced(table, share, expert, to, position, num_slots, size):
     distance = tl.where(is_barred, HUGE, distance)
     place = first_of(distance == tl.min(distance, 0), position)
     leaves = tl.sum(tl.where(position == place, other, 0), 0)
-    tl.debug_barrier()  # nobody still reads what is written now
+    tl.debug_barrier()  # another thread may still read what is overwritten now
     tl.store(table + place, expert)
     return place, leaves
 
@@ -153,7 +153,7 @@ def loads_of(table, share, position, num_slots, size):
 
 
 @triton.jit
-def max_lowered(
+def lower_max(
     item, own, load, position, num_slots, size, rounds, holds, num_packs, apart, N: tl.constexpr, A: tl.constexpr
 ):
     """Steps 4 and 7: the swap with the heaviest pack that leaves the smaller maximum of its two packs."""
@@ -183,8 +183,8 @@ def max_lowered(
             flat = first_of(best == value, best_at * num_slots + position[None, :])
             here, there = heavy + flat // num_slots, flat % num_slots
             if holds is not None:
-                _told(holds, item, position, size, here, there, num_packs, apart)
-            item, own, load = exchanged(item, own, load, position, begin, size, here, there)
+                _record_exchange(holds, item, position, size, here, there, num_packs, apart)
+            item, own, load = exchange(item, own, load, position, begin, size, here, there)
             left -= 1
         else:
             left = 0
@@ -192,23 +192,10 @@ def max_lowered(
 
 
 @triton.jit
-def pairs_swapped(
-    item,
-    own,
-    load,
-    position,
-    num_slots,
-    size,
-    rounds,
-    partner,
-    pairs,
-    num_pairs,
-    holds,
-    num_packs,
-    apart,
-    Q: tl.constexpr,
-    A: tl.constexpr,
-):
+def swap_pairs(
+    item, own, load, position, num_slots, size, rounds, partner, pairs, num_pairs, holds, num_packs, apart,
+    Q: tl.constexpr, A: tl.constexpr,
+):  # fmt: skip
     """Step 6: two items of the heaviest pack for two of the lightest, the smallest difference that remains.
 
     The lightest is the `partner`-th, from 0. Answers item, own, load, and how often it did so.
@@ -225,7 +212,7 @@ def pairs_swapped(
     one = tl.load(pairs + pair, mask=is_pair, other=0)[:, None]  # [Q, 1]
     two = tl.load(pairs + num_pairs + pair, mask=is_pair, other=0)[:, None]
     in_pair = (one == inside[None, :]) | (two == inside[None, :])  # [Q, 16]
-    left, made = rounds, 0
+    left, num_swaps = rounds, 0
     while left > 0:
         peak = peak_of(load)
         low, light = _nth_lightest(load, begin, partner)
@@ -235,19 +222,14 @@ def pairs_swapped(
         from_heavy = tl.sum(tl.where(in_pair, of_heavy[None, :], 0), 1)  # [Q]
         from_light = tl.sum(tl.where(in_pair, of_light[None, :], 0), 1)
         if holds is not None:  # [Q], whether one of the two is where they would go
-            is_bound = inside < apart * size
-            of_heavy = holds + _pick(item, position, heavy + inside) * num_packs + light // size
-            of_light = holds + _pick(item, position, light + inside) * num_packs + heavy // size
-            held_heavy = tl.load(of_heavy, mask=is_bound, other=0).to(tl.int32)
-            held_light = tl.load(of_light, mask=is_bound, other=0).to(tl.int32)
-            goes = tl.max(tl.where(in_pair, held_heavy[None, :], 0), 1)
-            comes = tl.max(tl.where(in_pair, held_light[None, :], 0), 1)
+            goes = _held_pairs(holds, item, position, heavy, light, in_pair, size, num_packs, apart)
+            comes = _held_pairs(holds, item, position, light, heavy, in_pair, size, num_packs, apart)
         best = tl.full([A, Q], 0, tl.int64) + gap
         best_at = tl.full([A, Q], 0, tl.int32)
         for first in range(0, num_pairs, A):
             at = first + tl.arange(0, A)  # [A]
-            given = block_of(from_heavy, first, Q, A)[:, None] - from_light[None, :]  # [A, Q]
-            remains = tl.where((at < num_pairs)[:, None] & is_pair[None, :], tl.abs(gap - 2 * given), gap)
+            difference = block_of(from_heavy, first, Q, A)[:, None] - from_light[None, :]  # [A, Q]
+            remains = tl.where((at < num_pairs)[:, None] & is_pair[None, :], tl.abs(gap - 2 * difference), gap)
             if holds is not None:
                 remains = tl.where((block_of(goes, first, Q, A)[:, None] | comes[None, :]) != 0, HUGE, remains)
             best_at = tl.where(remains < best, at[:, None], best_at)
@@ -259,13 +241,22 @@ def pairs_swapped(
             for nth in range(2):
                 here, there = heavy + tl.load(mine + nth * num_pairs), light + tl.load(other + nth * num_pairs)
                 if holds is not None:
-                    _told(holds, item, position, size, here, there, num_packs, apart)
-                item, own, load = exchanged(item, own, load, position, begin, size, here, there)
+                    _record_exchange(holds, item, position, size, here, there, num_packs, apart)
+                item, own, load = exchange(item, own, load, position, begin, size, here, there)
             left -= 1
-            made += 1
+            num_swaps += 1
         else:
             left = 0
-    return item, own, load, made
+    return item, own, load, num_swaps
+
+
+@triton.jit
+def _held_pairs(holds, item, position, source, target, in_pair, size, num_packs, apart):
+    """`[Q]`, of the pairs in the pack at `source`: not 0 where the pack at `target` holds one of the two."""
+    inside = tl.arange(0, 16)
+    held = holds + _pick(item, position, source + inside) * num_packs + target // size  # [16]
+    is_held = tl.load(held, mask=inside < apart * size, other=0).to(tl.int32)
+    return tl.max(tl.where(in_pair, is_held[None, :], 0), 1)
 
 
 @triton.jit
@@ -284,7 +275,7 @@ def _nth_lightest(load, begin, nth):
 
 
 @triton.jit
-def marked(holds, item, position, num_slots, size, num_packs, apart, value: tl.constexpr):
+def mark(holds, item, position, num_slots, size, num_packs, apart, value: tl.constexpr):
     """Set `holds [E, M]` to `value` for what the packing holds, if `apart`; all threads see that."""
     tl.debug_barrier()
     tl.store(holds + item * num_packs + position // size, value, mask=position < apart * num_slots)
@@ -292,17 +283,17 @@ def marked(holds, item, position, num_slots, size, num_packs, apart, value: tl.c
 
 
 @triton.jit
-def _told(holds, item, position, size, here, there, num_packs, apart):
+def _record_exchange(holds, item, position, size, here, there, num_packs, apart):
     """Write to `holds [E, M]`, if `apart`, that two positions of different packs exchange what is there."""
     if apart > 0:
         leaves = tl.sum(tl.where(position == here, item, 0), 0) * num_packs
         comes = tl.sum(tl.where(position == there, item, 0), 0) * num_packs
-        tl.debug_barrier()  # nobody still reads what is written now
+        tl.debug_barrier()  # another thread may still read what is overwritten now
         tl.store(holds + leaves + here // size, 0)
         tl.store(holds + comes + there // size, 0)
         tl.store(holds + leaves + there // size, 1)
         tl.store(holds + comes + here // size, 1)
-        tl.debug_barrier()  # and everybody reads it next
+        tl.debug_barrier()  # and all threads read it next
 
 
 @triton.jit
@@ -310,10 +301,10 @@ def nth_giver(weight, replicas, expert, nth, B: tl.constexpr):
     """The expert whose replicas would weigh the `nth`-th least, from 0, with one fewer; there must be one."""
     share = weight // tl.maximum(replicas - 1, 1)
     packed = tl.where(replicas > 1, share * B + expert, HUGE)  # [B]
-    least = tl.min(packed, 0)
+    minimum = tl.min(packed, 0)
     for _ in range(nth):
-        least = tl.min(tl.where(packed > least, packed, HUGE), 0)
-    return least & (B - 1)
+        minimum = tl.min(tl.where(packed > minimum, packed, HUGE), 0)
+    return minimum & (B - 1)
 
 
 # --- small parts ------------------------------------------------------------------------------------------------
@@ -355,7 +346,7 @@ def first_of(is_best, flat):
 
 
 @triton.jit
-def exchanged(item, own, load, position, begin, size, here, there):
+def exchange(item, own, load, position, begin, size, here, there):
     """Item, weight and pack load by position `[N]`, once two positions of different packs exchange theirs."""
     is_here, is_there = position == here, position == there
     lost = tl.sum(tl.where(is_here, own, tl.where(is_there, -own, 0)), 0)

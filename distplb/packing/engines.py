@@ -9,7 +9,7 @@ from torch import Tensor
 
 from distplb.errors import OptionError
 from distplb.packing import cpu, cuda, reference
-from distplb.packing.settling import Terms
+from distplb.packing.settle import Terms
 
 __all__ = ["Engine", "engine_named"]
 

@@ -8,25 +8,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from distplb.packing.candidates import noisy_keys
-from distplb.packing.settling import Terms, settled
+from distplb.packing.noise import noisy_keys
+from distplb.packing.settle import Terms, settle_row
 from distplb.packing.steps import (
-    MAX_ROUNDS,
     PAIR_ROUNDS,
     crowded,
     divide,
     greedy,
     lower_max,
     lower_variance,
+    one_item_a_pack,
     pack_loads,
+    rounds_of_step_7,
     swap_pairs,
+    tries_of_step_8,
 )
 
 __all__ = ["finish", "pack", "polish", "refine", "settle"]
 
-# Step 8 looks at rows whose heaviest pack is more than 2^-8 above the mean, with few enough slots to try often.
-_WORTH_BITS = 8
-_TRIES, _TRIED_SLOTS, _GIVERS = 64, 1 << 14, 8
+# Step 8 looks at rows whose heaviest pack is more than 2^-8 above the mean.
+_WORTH_BITS, _GIVERS = 8, 8
 _PARTNERS = 4  # packs, the lightest first, that step 9 tries pair swaps with
 
 
@@ -41,7 +42,7 @@ def pack(weight: Tensor, num_packs: int, *, layer: Tensor, candidate: Tensor, se
         seed: of the whole plan.
     """
     if weight.shape[1] == num_packs:
-        return torch.arange(num_packs, device=weight.device).expand_as(weight).clone()
+        return one_item_a_pack(weight)
     key = noisy_keys(weight, layer=layer, candidate=candidate, seed=seed)
     items = greedy(weight, key, torch.ones_like(key), num_packs, apart=False)
     return lower_max(weight, lower_variance(weight, items, num_packs), num_packs)
@@ -77,20 +78,20 @@ def refine(
     """
     num_experts = weight.shape[1]
     if num_slots == num_experts == num_packs:
-        return torch.arange(num_slots, device=weight.device).expand_as(weight).clone()
+        return one_item_a_pack(weight)
     key = noisy_keys(weight, layer=layer, candidate=candidate, seed=seed)
     if num_slots == num_experts:
-        return _packed(weight, key, torch.ones_like(key), num_packs, apart=False)
+        return _pack_once(weight, key, torch.ones_like(key), num_packs, apart=False)
     if num_slots > num_packs * num_experts:  # apart there is no room
-        return _searched(weight, key, num_packs, num_slots, apart=False)
-    table = _searched(weight, key, num_packs, num_slots, apart=True)
+        return _search(weight, key, num_packs, num_slots, apart=False)
+    table = _search(weight, key, num_packs, num_slots, apart=True)
     if not shared:
         return table
     replicas = divide(key, num_slots, num_slots)
     start = greedy(weight // replicas, key, replicas, num_packs, apart=False)
     rows = crowded(start, num_packs).nonzero()[:, 0]
     if len(rows):
-        other = _searched(weight[rows], key[rows], num_packs, num_slots, apart=False)
+        other = _search(weight[rows], key[rows], num_packs, num_slots, apart=False)
         lighter = _peak(weight[rows], other, num_packs) < _peak(weight[rows], table[rows], num_packs)
         table[rows[lighter]] = other[lighter]
     return table
@@ -123,7 +124,8 @@ def polish(weight: Tensor, table: Tensor, num_packs: int) -> Tensor:
             rows = torch.cat(helped)
             if not len(rows):
                 break
-            table[rows] = lower_max(share[rows], table[rows], num_packs, apart=apart, rounds=_rounds(num_packs))
+            rounds = rounds_of_step_7(num_packs)
+            table[rows] = lower_max(share[rows], table[rows], num_packs, apart=apart, rounds=rounds)
     return table
 
 
@@ -140,22 +142,22 @@ def settle(terms: Terms, table: Tensor, num_packs: int, *, layer: Tensor, ceilin
         ceiling: `[X]` int64 in [0, 2^16], the height of the first ceiling of step 10, in 1 / 2^16.
     """
     names = zip(table, layer.tolist(), ceiling.tolist(), strict=True)
-    rows = [settled(terms, row, num_packs, layer=of, ceiling=height) for row, of, height in names]
+    rows = [settle_row(terms, row, num_packs, layer=of, ceiling=height) for row, of, height in names]
     return torch.stack(rows) if rows else table.clone()
 
 
-def _packed(weight: Tensor, key: Tensor, replicas: Tensor, num_packs: int, *, apart: bool) -> Tensor:
-    """Steps 2 to 7 with given replica counts `[X, E]`; with replicas step 3 was not seen to help, and is left out."""
+def _pack_once(weight: Tensor, key: Tensor, replicas: Tensor, num_packs: int, *, apart: bool) -> Tensor:
+    """Steps 2 to 7 with given replica counts `[X, E]`; with replicas step 3 is left out, because it did not help."""
     share = weight // replicas
     table = greedy(share, key, replicas, num_packs, apart=apart)
     if table.shape[1] == weight.shape[1]:
         table = lower_variance(share, table, num_packs)
     table = lower_max(share, table, num_packs, apart=apart)
     table = swap_pairs(share, table, num_packs, apart=apart)
-    return lower_max(share, table, num_packs, apart=apart, rounds=_rounds(num_packs))
+    return lower_max(share, table, num_packs, apart=apart, rounds=rounds_of_step_7(num_packs))
 
 
-def _searched(weight: Tensor, key: Tensor, num_packs: int, num_slots: int, *, apart: bool) -> Tensor:
+def _search(weight: Tensor, key: Tensor, num_packs: int, num_slots: int, *, apart: bool) -> Tensor:
     """Steps 0 to 8: tries to give a replica more to an expert of the heaviest pack, and one less to another.
 
     Try j of a row takes the expert at position j mod G of its heaviest pack, and from the expert whose replicas
@@ -164,10 +166,10 @@ def _searched(weight: Tensor, key: Tensor, num_packs: int, num_slots: int, *, ap
     most = num_packs if apart else num_slots
     size = num_slots // num_packs
     replicas = divide(key, num_slots, most)
-    table = _packed(weight, key, replicas, num_packs, apart=apart)
+    table = _pack_once(weight, key, replicas, num_packs, apart=apart)
     peak, mean = _peak(weight, table, num_packs), weight.sum(1) // num_packs  # [X]
     tries = torch.zeros_like(peak)
-    for _ in range(max(4, min(_TRIES, _TRIED_SLOTS // num_slots)) if size > 1 else 0):
+    for _ in range(tries_of_step_8(num_slots, num_packs)):
         after = torch.where(replicas > 1, weight // (replicas - 1).clamp(min=1), torch.iinfo(torch.int64).max)
         giver = after.sort(dim=1, stable=True).indices  # [X, E]
         givers = (replicas > 1).sum(1).clamp(max=_GIVERS)  # [X]
@@ -186,17 +188,12 @@ def _searched(weight: Tensor, key: Tensor, num_packs: int, num_slots: int, *, ap
         nth = torch.arange(len(rows), device=rows.device)
         other[nth, taker] += 1
         other[nth, giver] -= 1
-        tried = _packed(weight[rows], key[rows], other, num_packs, apart=apart)
+        tried = _pack_once(weight[rows], key[rows], other, num_packs, apart=apart)
         lower = _peak(weight[rows], tried, num_packs)
         better = lower < peak[rows]
         rows = rows[better]
         table[rows], replicas[rows], peak[rows], tries[rows] = tried[better], other[better], lower[better], 0
     return table
-
-
-def _rounds(num_packs: int) -> int:
-    """Rounds of step 7, enough for every pack to be the heaviest a few times."""
-    return MAX_ROUNDS + 4 * num_packs
 
 
 def _replicas(table: Tensor, num_experts: int) -> Tensor:

@@ -16,7 +16,21 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-__all__ = ["crowded", "divide", "greedy", "lower_max", "lower_variance", "pack_loads", "swap_pairs"]
+__all__ = [
+    "MAX_ROUNDS",
+    "PAIR_ROUNDS",
+    "PAIR_SLOTS",
+    "crowded",
+    "divide",
+    "greedy",
+    "lower_max",
+    "lower_variance",
+    "one_item_a_pack",
+    "pack_loads",
+    "rounds_of_step_7",
+    "swap_pairs",
+    "tries_of_step_8",
+]
 
 MAX_ROUNDS = 50
 PAIR_ROUNDS = 20
@@ -25,7 +39,23 @@ _VARIANCE_ROUNDS = 10
 _VARIANCE_BITS = 30  # loads are squared there: 2 × 30 bits and sign stay inside an int64
 _NEVER = torch.iinfo(torch.int64).max
 _CHUNK = 1 << 20  # elements of the largest temporary: bounds the memory and stays near the cache
+_TRIES, _TRIED_SLOTS = 64, 1 << 14  # of step 8, which has fewer tries where there are more slots
 BestSwap = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+
+
+def one_item_a_pack(weight: Tensor) -> Tensor:
+    """`[X, M]`: the packing of as many items as there are packs, which needs no step."""
+    return torch.arange(weight.shape[1], device=weight.device).expand_as(weight).clone()
+
+
+def rounds_of_step_7(num_packs: int) -> int:
+    """Enough for every pack to be the heaviest a few times."""
+    return MAX_ROUNDS + 4 * num_packs
+
+
+def tries_of_step_8(num_slots: int, num_packs: int) -> int:
+    """None for packs of one slot, which no other replica counts would make lighter."""
+    return max(4, min(_TRIES, _TRIED_SLOTS // num_slots)) if num_slots > num_packs else 0
 
 
 def divide(key: Tensor, num_slots: int, most: int) -> Tensor:
@@ -70,7 +100,7 @@ def greedy(share: Tensor, key: Tensor, replicas: Tensor, num_packs: int, *, apar
             barred = full | holds[row, expert]
             to = torch.where(barred.all(1), to, load.masked_fill(barred, _NEVER).argmin(1))
             for x in barred.all(1).nonzero()[:, 0].tolist():
-                expert[x] = _displaced(table[x], share[x], load[x], holds[x], int(expert[x]), int(to[x]))
+                expert[x] = _displace(table[x], share[x], load[x], holds[x], int(expert[x]), int(to[x]))
             holds[row, expert, to] = True
         table[row, to * size + filled[row, to]] = expert
         load[row, to] += share[row, expert]
@@ -78,7 +108,7 @@ def greedy(share: Tensor, key: Tensor, replicas: Tensor, num_packs: int, *, apar
     return table
 
 
-def _displaced(table: Tensor, share: Tensor, load: Tensor, holds: Tensor, expert: int, to: int) -> int:
+def _displace(table: Tensor, share: Tensor, load: Tensor, holds: Tensor, expert: int, to: int) -> int:
     """Put `expert`, which pack `to` holds already, in another's place; that other one, which `to` does not hold.
 
     The other is the one whose share is nearest, the first of equals. There always is one: a pack that lacks `expert`

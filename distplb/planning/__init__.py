@@ -1,4 +1,4 @@
-"""Load and topology in, placement out: pure, but for `plan`, which has the collectives between.
+"""Load and topology in, placement out: pure, but for `plan`, which has the collectives between the stages.
 
 May import `packing`, `comm` and `core`.
 """

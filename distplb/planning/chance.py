@@ -60,11 +60,11 @@ def even_by_chance(load: Tensor, placement: Placement) -> Tensor:
     bits = torch.tensor(shift, device=load.device)[:, None]
     by_step = (above >> bits).square().sum((0, 2)).tolist()
     together = (above.sum(0) >> bits).square().sum(1).tolist()
-    found, fine_bits = [], fine.tolist()
+    is_even, fine_bits = [], fine.tolist()
     for layer, steps in enumerate(totals.T.tolist()):
         parts = (together[layer], [sum(steps)]), (by_step[layer], steps)
-        found.append(all(_is_small(squares, of, num_gpus, shift[layer], fine_bits[layer]) for squares, of in parts))
-    return torch.tensor(found, device="cpu")
+        is_even.append(all(_is_small(squares, of, num_gpus, shift[layer], fine_bits[layer]) for squares, of in parts))
+    return torch.tensor(is_even, device="cpu")
 
 
 def _is_small(squares: int, steps: Sequence[int], num_gpus: int, shift: int, fine: int) -> bool:
@@ -74,5 +74,5 @@ def _is_small(squares: int, steps: Sequence[int], num_gpus: int, shift: int, fin
     """
     total, square = sum(steps), sum(tokens**2 for tokens in steps)
     freedom = (num_gpus - 1) * (total**2 // max(1, square))
-    most = freedom + 6 * isqrt(freedom) + 18 + _FROM_BEFORE * (num_gpus - 1)
-    return (squares << 2 * shift) * total <= (num_gpus * square * most) << 2 * fine
+    limit = freedom + 6 * isqrt(freedom) + 18 + _FROM_BEFORE * (num_gpus - 1)
+    return (squares << 2 * shift) * total <= (num_gpus * square * limit) << 2 * fine

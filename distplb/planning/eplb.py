@@ -13,8 +13,8 @@ from distplb.core.counts import Counts
 from distplb.core.placement import Placement
 from distplb.core.topology import Topology
 from distplb.errors import DistplbError
-from distplb.packing.balanced import as_whole
-from distplb.planning.options import SearchOptions
+from distplb.packing.balanced_packing import as_whole
+from distplb.planning.options import PlanOptions
 from distplb.planning.problem import Problem
 
 __all__ = ["rebalance_experts"]
@@ -59,7 +59,7 @@ def rebalance_experts(
     if num_nodes < 1 or num_gpus < 1 or num_gpus % num_nodes:
         raise DistplbError(f"{num_gpus} GPUs cannot be spread evenly over {num_nodes} nodes; pass a divisor of them")
     whole = as_whole(weight, ("layer", "expert")).to("cpu")
-    options = SearchOptions(num_slots=num_replicas, num_groups=num_groups if num_groups % num_nodes == 0 else None)
+    options = PlanOptions(num_slots=num_replicas, num_groups=num_groups if num_groups % num_nodes == 0 else None)
     problem = Problem(whole[None], Topology(num_nodes, num_gpus // num_nodes), options)
     plain = torch.zeros(len(whole), dtype=torch.int64, device="cpu")
     placement = Placement(problem.polish(problem.build(plain)), whole.shape[1], num_gpus)

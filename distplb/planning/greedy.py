@@ -1,4 +1,4 @@
-"""What plans are compared with: experts in order, and the greedy of DeepSeek's expert-parallel load balancer (EPLB).
+"""Baselines: experts in order, and the greedy algorithm of DeepSeek's expert-parallel load balancer (EPLB).
 
 Greedy is written here from its description:
 
@@ -132,18 +132,18 @@ def pack_numpy(load: Tensor, kind: Tensor | None, num_packs: int) -> Tensor:
     num_kinds = 0 if kinds is None else kinds.max() + 1
     held = np.zeros((rows, num_packs, num_kinds), dtype=bool)  # which kinds a pack holds
     for item in np.argsort(-of_item, axis=1, kind="stable").T:  # [X]
-        least = np.where(filled < size, pack_load, np.inf)  # [X, m]
+        room = np.where(filled < size, pack_load, np.inf)  # [X, m], loads of packs that are not full
         if kinds is not None:
-            apart = np.where(held[row, :, kinds[row, item]], np.inf, least)
+            apart = np.where(held[row, :, kinds[row, item]], np.inf, room)
             for stuck in np.flatnonzero(np.isinf(apart.min(1))):
-                light = least[stuck].argmin()
+                light = room[stuck].argmin()
                 item[stuck] = _exchange(
                     of_item, kinds, content, held, pack_load, int(stuck), int(light), int(item[stuck])
                 )
                 apart[stuck, light] = 0
-            least = apart
-            held[row, least.argmin(1), kinds[row, item]] = True
-        pack = least.argmin(1)
+            room = apart
+            held[row, room.argmin(1), kinds[row, item]] = True
+        pack = room.argmin(1)
         content[row, pack, filled[row, pack]] = item
         pack_load[row, pack] += of_item[row, item]
         filled[row, pack] += 1

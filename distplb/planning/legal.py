@@ -1,4 +1,7 @@
-"""Which placements leave the model what it is. Pure. Shapes: L layers, P slots."""
+"""Which placements do not change what the model computes. Pure.
+
+Shapes: X rows, L layers, E experts, P slots, B groups.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from torch import Tensor
 from distplb.core.placement import Placement
 from distplb.errors import DistplbError
 
-__all__ = ["check_legal", "keeps_blocks"]
+__all__ = ["check_legal", "class_of_expert", "keeps_blocks"]
 
 
 def keeps_blocks(table: Tensor, num_groups: int) -> Tensor:
@@ -21,13 +24,22 @@ def keeps_blocks(table: Tensor, num_groups: int) -> Tensor:
     return (group.view(len(table), num_groups, -1).diff(dim=2) == 0).flatten(1).all(1)
 
 
+def class_of_expert(table: Tensor, slot_class: Tensor) -> Tensor:
+    """`[X, E]`: the class of each expert's slot in tables `[X, P]` without replicas, from `slot_class [P]`.
+
+    >>> class_of_expert(torch.tensor([[2, 0, 1, 3]]), torch.tensor([5, 6, 5, 6]))
+    tensor([[6, 5, 5, 6]])
+    """
+    return torch.empty_like(table).scatter_(1, table, slot_class.expand_as(table).contiguous())
+
+
 def check_legal(
     placement: Placement, current: Placement, num_groups: int | None = None, slot_class: Tensor | None = None
 ) -> None:
-    """Refuse a placement that group-limited routing or the layout does not let pass.
+    """Refuse a placement that group-limited routing or the layout does not allow.
 
     Args:
-        placement: wanted; without replicas.
+        placement: to come; without replicas.
         current: in force, which tells the experts' classes.
         num_groups: of the router, whose rows move; None where there are none.
         slot_class: `[P]`, as of `plan`.
@@ -44,11 +56,8 @@ def check_legal(
                 "or the router would choose others than before"
             )
     if slot_class is not None:
-        classes = torch.as_tensor(slot_class, device="cpu").expand_as(placement.expert_of_slot)  # [L, P]
-        before, after = (
-            torch.empty_like(one.expert_of_slot).scatter_(1, one.expert_of_slot, classes)  # [L, E]
-            for one in (current, placement)
-        )
+        classes = torch.as_tensor(slot_class, device="cpu")
+        before, after = (class_of_expert(one.expert_of_slot, classes) for one in (current, placement))  # [L, E]
         broken = (before != after).nonzero()
         if len(broken):
             layer, expert = broken[0].tolist()

@@ -1,4 +1,4 @@
-"""What, with the load and the topology, fixes a plan, and what of it is refused.
+"""The options that determine a plan, together with the load and the topology, and which of them are refused.
 
 Shapes: L layers, E experts, P slots, M GPUs, G slots on each.
 """
@@ -18,17 +18,17 @@ from distplb.core.placement import Placement
 from distplb.core.price import TimeCurve
 from distplb.core.topology import Topology
 from distplb.errors import DistplbError, OptionError
-from distplb.packing.candidates import CANDIDATE_BITS
 from distplb.packing.engines import engine_named
+from distplb.packing.noise import CANDIDATE_BITS
 
-__all__ = ["SearchOptions"]
+__all__ = ["PlanOptions"]
 
-_MOST_SLOTS = 1 << 20  # of a layer; tables of more would not fit anywhere
-_MOST_PRICE = 2.0**200  # more than any load, in tokens or in time, and finite: 0 where a curve takes no time
+_MAX_SLOTS = 1 << 20  # of a layer; tables of more would not fit anywhere
+_MAX_PRICE = 2.0**200  # more than any load, in tokens or in time, and finite: 0 where a curve takes no time
 
 
 @dataclass(frozen=True)
-class SearchOptions:
+class PlanOptions:
     """Options of `plan`, which explains them."""
 
     num_slots: int | None = None
@@ -44,7 +44,7 @@ class SearchOptions:
     time_curve: TimeCurve | None = None
 
     def __post_init__(self) -> None:
-        # Numbers of NumPy and torch become Python's; what is none is refused by `check`, where all ranks hear of it.
+        # Numbers of NumPy and torch become Python's; wrong types are refused by `check`, on all ranks together.
         for name in ("num_slots", "num_groups", "num_candidates", "seed", "allow_shared_replicas"):
             object.__setattr__(self, name, plain(getattr(self, name)))
         price = self.move_price
@@ -59,7 +59,7 @@ class SearchOptions:
 
     @property
     def candidates(self) -> int:
-        """K; by default one, or two that start afresh and two that start from the placement in force."""
+        """K; by default one, or with a current placement four: two fresh starts, and two from that placement."""
         return (1 if self.current is None else 4) if self.num_candidates is None else self.num_candidates
 
     @property
@@ -67,15 +67,15 @@ class SearchOptions:
         """Tokens of a slot that is moved inside a node, and between nodes; 0 where there is nothing to move from."""
         if self.current is None:
             return 0.0, 0.0
-        inside, between = self._given_prices
-        return float(min(inside, _MOST_PRICE)), float(min(between, _MOST_PRICE))
+        inside, between = self._price_pair
+        return float(min(inside, _MAX_PRICE)), float(min(between, _MAX_PRICE))
 
     @property
-    def _given_prices(self) -> tuple[float, ...]:
+    def _price_pair(self) -> tuple[float, ...]:
         return self.move_price if isinstance(self.move_price, tuple) else (self.move_price, self.move_price)
 
     def check(self, topology: Topology, num_layers: int, num_experts: int) -> None:
-        """Refuse what does not go together.
+        """Refuse options that do not fit together.
 
         Raises:
             DistplbError: with the value and what to pass instead.
@@ -130,23 +130,23 @@ class SearchOptions:
     def _check_numbers(self) -> None:
         if not 1 <= self.candidates <= 1 << CANDIDATE_BITS:
             raise OptionError(
-                "{num_candidates} is {found}; pass 1 to 2^{most}", found=self.num_candidates, most=CANDIDATE_BITS
+                "{num_candidates} is {value}; pass 1 to 2^{bits}", value=self.num_candidates, bits=CANDIDATE_BITS
             )
         if not 0 <= self.seed < 1 << 62:
-            raise OptionError("{seed} is {found}; pass a whole number in [0, 2^62)", found=self.seed)
+            raise OptionError("{seed} is {value}; pass a whole number in [0, 2^62)", value=self.seed)
         if not isinstance(self.mode, str) or self.mode not in ("permute", "remap"):
-            raise OptionError("{mode} is {found}; pass 'permute' or 'remap'", found=shown(self.mode))
-        given = self._given_prices
-        if len(given) != 2 or not all(_is_price(price) for price in given):
+            raise OptionError("{mode} is {value}; pass 'permute' or 'remap'", value=shown(self.mode))
+        prices = self._price_pair
+        if len(prices) != 2 or not all(_is_price(price) for price in prices):
             raise OptionError(
-                "{move_price} is {found!r}; pass tokens of the window for each moved slot, at least 0: one number, or "
+                "{move_price} is {value!r}; pass tokens of the window for each moved slot, at least 0: one number, or "
                 "a pair (inside a node, between nodes)",
-                found=self.move_price,
+                value=self.move_price,
             )
-        if any(given) and self.current is None:
+        if any(prices) and self.current is None:
             raise OptionError(
-                "{move_price} is {found!r} without {current}; pass the placement in force, or no price",
-                found=self.move_price,
+                "{move_price} is {value!r} without {current}; pass the placement in force, or no price",
+                value=self.move_price,
             )
         engine_named(self.engine)
 
@@ -154,11 +154,11 @@ class SearchOptions:
         num_slots = self.slots(num_experts)
         if num_slots < num_experts:
             raise self._too_few_slots(topology, num_experts)
-        if self.num_slots is not None and num_slots > _MOST_SLOTS:
+        if self.num_slots is not None and num_slots > _MAX_SLOTS:
             raise OptionError(
-                "{num_slots} is {found}, more than can be planned; pass the slots of all GPUs together, at most {most}",
-                found=num_slots,
-                most=_MOST_SLOTS,
+                "{num_slots} is {value}, more than can be planned; pass the slots of all GPUs together, at most {max}",
+                value=num_slots,
+                max=_MAX_SLOTS,
             )
         if num_slots % topology.num_gpus:
             raise self._uneven_slots(topology, num_experts)
@@ -167,9 +167,9 @@ class SearchOptions:
             return
         if self.mode == "permute":
             raise OptionError(
-                "{num_slots} is {found} for {experts} experts, and {mode} 'permute' knows no replicas; "
+                "{num_slots} is {value} for {experts} experts, and {mode} 'permute' knows no replicas; "
                 "pass {mode:'remap'}, or {num_slots:{experts}}",
-                found=num_slots,
+                value=num_slots,
                 experts=num_experts,
             )
         nodes = topology.num_nodes if self.num_groups is not None else 1
@@ -180,22 +180,22 @@ class SearchOptions:
             )
 
     def _too_few_slots(self, topology: Topology, num_experts: int) -> OptionError:
-        """Fewer than experts: perhaps those of one GPU were meant, or those beyond one for each expert."""
+        """Fewer than experts: perhaps the slots of one GPU were meant, or those beyond one for each expert."""
         num_slots, gpus = self.slots(num_experts), topology.num_gpus
-        least, all_ = _next_multiple(num_experts, gpus), num_slots * gpus
+        minimum, all_ = _next_multiple(num_experts, gpus), num_slots * gpus
         more = _next_multiple(num_experts + num_slots, gpus)
-        remedies = [] if all_ == least else ["at least {num_slots:{least}}"]
-        if num_slots > 0 and self._may_have_replicas and more <= _MOST_SLOTS:
+        remedies = [] if all_ == minimum else ["at least {num_slots:{minimum}}"]
+        if num_slots > 0 and self._may_have_replicas and more <= _MAX_SLOTS:
             remedies.append("{num_slots:{more}} for {extra} more than experts")
-        if all_ == num_experts or (self._may_have_replicas and num_experts < all_ <= _MOST_SLOTS):
-            remedies.append("{num_slots:{all_}} for {found} on each of {gpus} GPUs")
+        if all_ == num_experts or (self._may_have_replicas and num_experts < all_ <= _MAX_SLOTS):
+            remedies.append("{num_slots:{all_}} for {value} on each of {gpus} GPUs")
         return OptionError(
-            "{num_slots} is {found} for {experts} experts; it counts the slots of all GPUs, and every expert needs "
+            "{num_slots} is {value} for {experts} experts; it counts the slots of all GPUs, and every expert needs "
             f"one: pass {', or '.join(remedies)}",
-            found=num_slots,
+            value=num_slots,
             experts=num_experts,
             gpus=gpus,
-            least=least,
+            minimum=minimum,
             more=more,
             extra=more - num_experts,
             all_=all_,
@@ -207,7 +207,7 @@ class SearchOptions:
         fits = _next_multiple(num_slots, topology.num_gpus)
         what = "{slots} slots cannot be spread evenly over {gpus} GPUs ({nodes} nodes × {each}); pass "
         replicas = "{num_slots:{fits}}, {extra} more than experts, or "
-        may_have = self._may_have_replicas and fits <= _MOST_SLOTS
+        may_have = self._may_have_replicas and fits <= _MAX_SLOTS
         return OptionError(
             f"{what}{replicas if may_have else ''}{{num_nodes}} and {{gpus_per_node}} whose product divides {{slots}}",
             slots=num_slots,
@@ -251,19 +251,19 @@ class SearchOptions:
         if self.current is None:
             return
         current = self.current
-        found = (current.num_layers, current.num_experts, current.num_slots, current.num_gpus)
-        wanted = (num_layers, num_experts, self.slots(num_experts), topology.num_gpus)
-        if found != wanted:
-            differ = [at for at in range(4) if found[at] != wanted[at]]
+        sizes = (current.num_layers, current.num_experts, current.num_slots, current.num_gpus)
+        expected = (num_layers, num_experts, self.slots(num_experts), topology.num_gpus)
+        if sizes != expected:
+            differ = [at for at in range(4) if sizes[at] != expected[at]]
             remedy = "pass the placement in force of the same model"
             if differ == [2]:
                 remedy += ", or {num_slots:{slots}}"
             elif differ == [3]:
                 remedy += ", or {num_nodes} and {gpus_per_node} of {gpus} GPUs"
             raise OptionError(
-                "{current} has (layers, experts, slots, GPUs) = {found}, the load and topology {wanted}; " + remedy,
-                found=found,
-                wanted=wanted,
+                "{current} has (layers, experts, slots, GPUs) = {sizes}, the load and topology {expected}; " + remedy,
+                sizes=sizes,
+                expected=expected,
                 slots=current.num_slots,
                 gpus=current.num_gpus,
             )
@@ -271,10 +271,10 @@ class SearchOptions:
     def _check_slot_class(self, num_experts: int) -> None:
         if self.slot_class is None:
             return
-        wanted = f"an integer for each of {num_experts} slots"
-        found = as_integers("slot_class", self.slot_class, wanted)
-        if tuple(found.shape) != (num_experts,):
-            raise DistplbError(f"slot_class is {found.dtype} of shape {tuple(found.shape)}; pass {wanted}")
+        expected = f"an integer for each of {num_experts} slots"
+        classes = as_integers("slot_class", self.slot_class, expected)
+        if tuple(classes.shape) != (num_experts,):
+            raise DistplbError(f"slot_class is {classes.dtype} of shape {tuple(classes.shape)}; pass {expected}")
         if self.slots(num_experts) != num_experts or self.num_groups is not None:
             raise DistplbError(
                 "slot_class goes with neither replicas nor groups: leave out num_slots and num_groups, or slot_class"

@@ -21,19 +21,19 @@ from distplb.core.price import TimeCurve
 from distplb.core.stages import Stages
 from distplb.core.topology import Topology
 from distplb.errors import in_stage
-from distplb.packing.candidates import CANDIDATE_BITS
-from distplb.planning.options import SearchOptions
+from distplb.packing.noise import CANDIDATE_BITS
+from distplb.planning.engine_choice import engine_for
+from distplb.planning.options import PlanOptions
 from distplb.planning.problem import Problem
-from distplb.planning.trial import engine_for
 
-__all__ = ["Planned", "Planning", "plan", "plan_in_stages"]
+__all__ = ["PlanResult", "StagedPlan", "plan", "plan_in_stages"]
 
 _WORST_KEY = torch.iinfo(torch.int64).max
 
 
 @dataclass(frozen=True)
-class Planned:
-    """A plan, the load `[T, L, E]` of all ranks that it was made from, on the host, and the engine that made it."""
+class PlanResult:
+    """A placement, the load `[T, L, E]` of all ranks that it was planned from, on the host, and the engine's name."""
 
     placement: Placement
     load: Tensor
@@ -98,7 +98,7 @@ def plan(
         DistplbError: on every rank, if any rank's load or options are refused or differ from the others'.
     """
     refuse_other_comm(comm, moves=False)
-    options = SearchOptions(
+    options = PlanOptions(
         num_slots=num_slots,
         num_groups=num_groups,
         slot_class=slot_class,
@@ -115,32 +115,32 @@ def plan(
 
 
 def plan_in_stages(
-    load: Counts, topology: Topology, comm: Comm, options: SearchOptions, *, stages: Stages | None = None
-) -> Planned:
-    """`plan`, for a caller that wants its seconds.
+    load: Counts, topology: Topology, comm: Comm, options: PlanOptions, *, stages: Stages | None = None
+) -> PlanResult:
+    """`plan` with its options as one value, which also returns the load and the engine.
 
     Args:
         load, topology, comm, options: as for `plan`.
         stages: receives the seconds of each stage.
     """
-    planning = Planning(load, topology, comm, options, stages=stages)
-    planning.search()
-    planning.choose()
-    planning.polish()
-    return planning.share()
+    staged = StagedPlan(load, topology, comm, options, stages=stages)
+    staged.search()
+    staged.choose()
+    staged.polish()
+    return staged.share()
 
 
-class Planning:
-    """A plan under way, in the five stages: making one counts, then `search`, `choose`, `polish` and `share`, in turn.
+class StagedPlan:
+    """A plan under way, in five stages: the constructor counts; then call `search`, `choose`, `polish` and `share`.
 
-    Counting, choosing and sharing are collective; searching and polishing are local, run where the caller likes (in
-    another thread, say), and do not raise: what went wrong there is raised on all ranks by the collective that follows.
+    Counting, choosing and sharing are collective. Searching and polishing are local, may run in another thread, and do
+    not raise: the collective that follows raises their error on all ranks.
 
     Args:
         load, topology, comm, options: as for `plan`.
         stages: receives the seconds of each stage.
         fields: more integers that all ranks must share, agreed on in the same header.
-        error: what the caller met on this rank; all ranks then raise it instead of planning.
+        error: of the caller on this rank; all ranks then raise it instead of planning.
     """
 
     def __init__(
@@ -148,7 +148,7 @@ class Planning:
         load: Counts,
         topology: Topology,
         comm: Comm,
-        options: SearchOptions,
+        options: PlanOptions,
         *,
         stages: Stages | None = None,
         fields: Mapping[str, int] | None = None,
@@ -167,7 +167,7 @@ class Planning:
 
     @cached_property
     def load(self) -> Tensor:
-        """`[T, L, E]`, of all ranks, on the host; copied, which waits for the device, when it is first asked for."""
+        """`[T, L, E]`, of all ranks, on the host; copied at the first access, which waits for the device."""
         return self._load.to("cpu")
 
     def search(self) -> None:
@@ -203,26 +203,26 @@ class Planning:
             except Exception as caught:
                 self._error = in_stage("polish", caught)
 
-    def share(self) -> Planned:
+    def share(self) -> PlanResult:
         """(5) The root's placement, on all ranks."""
         with self._stages.stage("share"):
             self._comm.broadcast(self._table, 0)
             if int(self._table.min()) < 0:
                 raise_everywhere(self._comm, 0, self._error)
             placement = Placement(self._table, self._load.shape[2], self._topology.num_gpus)
-        return Planned(placement, self.load, self._engine_name)
+        return PlanResult(placement, self.load, self._engine_name)
 
 
 def _agreed_load(
     load: Counts,
     topology: Topology,
     comm: Comm,
-    options: SearchOptions,
+    options: PlanOptions,
     fields: dict[str, int],
     error: Exception | None,
 ) -> Tensor:
     """This rank's tokens `[T, L, E]` on the communicator's device, once all ranks agree on everything else."""
-    fields |= dict.fromkeys(_LOAD_FIELDS, 0) | dict.fromkeys(SearchOptions().fields(0), 0)
+    fields |= dict.fromkeys(_LOAD_FIELDS, 0) | dict.fromkeys(PlanOptions().fields(0), 0)
     try:
         if error is not None:
             raise error
@@ -236,7 +236,7 @@ def _agreed_load(
         fields |= dict(zip(_LOAD_FIELDS, values, strict=True)) | options.fields(num_experts)
         # With a world of one the search stays where the counts are.
         tokens = _copied(tokens, tokens.device if isinstance(comm, WorldOfOne) else comm.device)
-    except Exception as caught:  # also for want of memory, before the others wait for these counts
+    except Exception as caught:  # also where memory runs out, before the others wait for these counts
         error = in_stage("count", caught)
     agree(comm, fields, error)
     return tokens
@@ -250,7 +250,7 @@ _LOAD_FIELDS = ("the load's steps", "the load's layers", "the load's experts", "
 
 
 def _best_keys(problem: Problem, num_candidates: int, comm: Comm, tokens: Tensor) -> Tensor:
-    """`[L]` int64: the least `cost << 22 | candidate` of each layer over this rank's share of the candidates."""
+    """`[L]` int64: the smallest `cost << 22 | candidate` of each layer over this rank's share of the candidates."""
     mine = torch.arange(num_candidates, device=tokens.device)[comm.rank :: comm.size]
     if not len(mine):  # more ranks than candidates
         return torch.full((tokens.shape[1],), _WORST_KEY, device=tokens.device)

@@ -1,4 +1,4 @@
-"""What a placement is packed from: all slots at once, node by node, block by block, or class by class.
+"""How a placement is packed: all slots at once, node by node, block by block, or (in `slot_classes`) class by class.
 
 Each policy turns candidates into tables with one of the engines, and finishes chosen tables.
 Shapes: X rows (layers, or layers times candidates), E experts, P slots, M GPUs, G slots on each, N nodes, B groups,
@@ -13,9 +13,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from distplb.packing.candidates import Names, noisy_keys
 from distplb.packing.engines import Engine
-from distplb.packing.settling import MOST_BITS, Terms
+from distplb.packing.noise import Names, noisy_keys
+from distplb.packing.settle import MOST_BITS, Terms
 from distplb.packing.steps import crowded, greedy, pack_loads
 from distplb.planning.legal import keeps_blocks
 
@@ -170,12 +170,13 @@ class Hierarchy:
         home = torch.zeros(len(table), self.num_groups, dtype=torch.int64, device=table.device)
         home.scatter_(1, table // size, node.expand_as(table).contiguous())
         whole = (home.gather(1, table // size) == node).all(1)
-        wanted = torch.arange(self.num_nodes, device=table.device).repeat_interleave(self.num_groups // self.num_nodes)
-        evenly = (home.sort(dim=1).values == wanted).all(1)
+        share = self.num_groups // self.num_nodes
+        even = torch.arange(self.num_nodes, device=table.device).repeat_interleave(share)  # [B], share groups a node
+        is_even = (home.sort(dim=1).values == even).all(1)
         cells = self.inside.allows(
             table.view(len(table) * self.num_nodes, -1), layer=layer.repeat_interleave(self.num_nodes)
         )
-        return whole & evenly & cells.view(len(table), -1).all(1)
+        return whole & is_even & cells.view(len(table), -1).all(1)
 
     def _packed(self, weight: Tensor, nodes: Tensor, *, layer: Tensor, candidate: Tensor, seed: int) -> Tensor:
         """Parts (2) and (3), with the groups of each node given as `nodes [X, B]`."""

@@ -15,17 +15,17 @@ from distplb.core.fixed_point import excess_bits, spare_bits
 from distplb.core.placement import Placement
 from distplb.core.topology import Topology
 from distplb.errors import DistplbError
-from distplb.packing.candidates import Names, ceilings
 from distplb.packing.engines import Engine, engine_named
-from distplb.packing.settling import MOST_BITS, Terms
+from distplb.packing.noise import Names, ceilings
+from distplb.packing.settle import MOST_BITS, Terms
 from distplb.packing.steps import crowded
-from distplb.planning.classes import Classes
 from distplb.planning.greedy import contiguous
-from distplb.planning.moves import distances, in_units, tolls
-from distplb.planning.options import SearchOptions
+from distplb.planning.move_cost import cost_of_moves, distances, price_by_distance
+from distplb.planning.options import PlanOptions
 from distplb.planning.policies import Blocks, Flat, Hierarchy, Policy
 from distplb.planning.relabel import relabelled
-from distplb.planning.starts import recounted
+from distplb.planning.slot_classes import SlotClasses
+from distplb.planning.warm_start import reassign_replicas
 
 __all__ = ["Problem"]
 
@@ -34,7 +34,7 @@ _LAST_CEILING = 1 << 14  # of the last exchanges on what was chosen: a quarter
 
 
 class Problem:
-    """Costs of candidates, the table behind a candidate, and the finish on a table; all of it pure.
+    """Costs of candidates, the table of a candidate, and the polish of a table; all of it pure.
 
     An even candidate starts afresh, an odd one from the placement in force, where there is one that keeps the rules.
     Steps without any tokens are left out, so that a plan does not depend on them.
@@ -51,17 +51,17 @@ class Problem:
         engine: what packs, and its name; those of the options where None.
 
     Raises:
-        DistplbError: if load, topology and options do not go together, or the engine is not there.
+        DistplbError: if load, topology and options do not fit together, or the engine is not there.
     """
 
     def __init__(
         self,
         load: Tensor,
         topology: Topology,
-        options: SearchOptions | None = None,
+        options: PlanOptions | None = None,
         engine: tuple[str, Engine] | None = None,
     ) -> None:
-        options = SearchOptions() if options is None else options
+        options = PlanOptions() if options is None else options
         options.check(topology, load.shape[1], load.shape[2])
         self.num_gpus, self._gpus_per_node = topology.num_gpus, topology.gpus_per_node
         self.current = options.current
@@ -87,10 +87,10 @@ class Problem:
         self._may_stay = self._may_be_kept & (self.current is not None)
         counted = steps_with_tokens(load)
         self._measure(counted if len(counted) else load[:1], topology, options)
-        # The cheapest table that was met for each layer, so that a root need not build it a second time.
-        self._met: tuple[Tensor, Tensor, Tensor] | None = None  # candidate [L], cost [L], table [L, P]
+        # The cheapest table of each layer so far, so that the root need not build it a second time.
+        self._cheapest: tuple[Tensor, Tensor, Tensor] | None = None  # candidate [L], cost [L], table [L, P]
 
-    def _measure(self, load: Tensor, topology: Topology, options: SearchOptions) -> None:
+    def _measure(self, load: Tensor, topology: Topology, options: PlanOptions) -> None:
         """What is minimised, in units that leave room: at most 2^40 in a layer's window."""
         time = load if options.time_curve is None else options.time_curve.time(load)
         token = 1.0 if options.time_curve is None else options.time_curve.nanoseconds_per_token
@@ -105,7 +105,7 @@ class Problem:
         self._distance = self._price = self._coarser = self._cost_of_current = None
         if self.current is not None and any(prices):
             self._distance = distances(self.current, topology).to(load.device)
-            self._price = in_units(prices, shift)
+            self._price = price_by_distance(prices, shift)
             # A layer that must move may have to move everything: its costs would saturate, and none be the least.
             dearest = self._price.amax(1) * options.slots(load.shape[2])
             self._coarser = excess_bits(dearest[None, :, None], COST_BITS - 1).masked_fill(self._may_stay, 0)
@@ -140,16 +140,16 @@ class Problem:
         """`[L, P]`: the table of one candidate for each layer, `[L]`."""
         candidate = candidate.to(self._weight.device)
         layer = torch.arange(len(candidate), device=candidate.device)
-        if self._met is None:
+        if self._cheapest is None:
             return self._candidates({"layer": layer, "candidate": candidate, "seed": self.seed})
-        table = self._met[2].clone()
-        other = (self._met[0] != candidate).nonzero()[:, 0]
+        table = self._cheapest[2].clone()
+        other = (self._cheapest[0] != candidate).nonzero()[:, 0]
         if len(other):
             table[other] = self._candidates({"layer": other, "candidate": candidate[other], "seed": self.seed})
         return table
 
     def polish(self, table: Tensor) -> Tensor:
-        """`[L, P]`: more moves where they cost no more; then the names under which most experts stay in place.
+        """`[L, P]`: more exchanges where they cost no more; then GPUs renumbered so that most experts stay in place.
 
         A layer whose current placement keeps the rules and costs no more keeps it. Where there is none, that is so of
         experts in order.
@@ -198,31 +198,31 @@ class Problem:
         rows = (warm | self._may_gain(layer, table)).nonzero()[:, 0]
         if self._terms is not None and len(rows):
             names = {"layer": layer[rows], "candidate": candidate[rows], "seed": names["seed"]}
-            ceiling, given = ceilings(**names), table[rows]
-            settled = self._policy.settle(self._terms, given, layer=names["layer"], ceiling=ceiling)
-            table[rows] = settled if self._price is None else self._unless_dearer(settled, given, names["layer"])
+            ceiling, unsettled = ceilings(**names), table[rows]
+            settled = self._policy.settle(self._terms, unsettled, layer=names["layer"], ceiling=ceiling)
+            table[rows] = settled if self._price is None else self._unless_dearer(settled, unsettled, names["layer"])
         return table
 
-    def _unless_dearer(self, settled: Tensor, given: Tensor, layer: Tensor) -> Tensor:
+    def _unless_dearer(self, settled: Tensor, unsettled: Tensor, layer: Tensor) -> Tensor:
         """`[X, P]`: the tables after steps 10 and 11, or before them where a layer must move and is cheaper so.
 
         It may be where blocks change places as wholes: those steps price a block by one of its experts.
         """
         rows = (~self._may_stay[layer]).nonzero()[:, 0]
         if len(rows):
-            dearer = self._cost(settled[rows], layer[rows]) > self._cost(given[rows], layer[rows])
-            settled[rows[dearer]] = given[rows[dearer]]
+            dearer = self._cost(settled[rows], layer[rows]) > self._cost(unsettled[rows], layer[rows])
+            settled[rows[dearer]] = unsettled[rows[dearer]]
         return settled
 
     def _may_gain(self, layer: Tensor, table: Tensor) -> Tensor:
-        """`[X]` bool: whether steps 10 and 11 may make something of a fresh table."""
+        """`[X]` bool: whether steps 10 and 11 may improve a fresh table enough to be chosen."""
         if self._price is None or self._distance is None or self._cost_of_current is None:
             # One step of load without a price is what the fresh search is for.
             return torch.full_like(layer, len(self._load) > 1, dtype=torch.bool)
         # Where its moves alone cost more than staying, and the layer may stay, it is no candidate.
-        paid = tolls(table, self._distance[layer], self._price[layer])
-        least = paid + self._weight.sum(1)[layer] // self.num_gpus
-        return (least < self._cost_of_current[layer]) | ~self._may_stay[layer]
+        moves = cost_of_moves(table, self._distance[layer], self._price[layer])
+        minimum = moves + self._weight.sum(1)[layer] // self.num_gpus
+        return (minimum < self._cost_of_current[layer]) | ~self._may_stay[layer]
 
     def _from_current(self, layer: Tensor, candidate: Tensor) -> Tensor:
         """`[X, P]`: what stands now; every second candidate goes on with other replica counts, if there are any."""
@@ -231,13 +231,13 @@ class Problem:
         rows = (candidate % 4 == 3).nonzero()[:, 0]
         if len(rows) and self.current.has_replicas:
             region = self._policy.region.to(layer.device)
-            table[rows] = recounted(self._weight[layer[rows]], table[rows], region, self.num_gpus)
+            table[rows] = reassign_replicas(self._weight[layer[rows]], table[rows], region, self.num_gpus)
         return table
 
     def _afresh(self, weight: Tensor, names: Names) -> Tensor:
         """`[X, P]`: searched on the sum over the steps; replicas share a GPU only where that costs less.
 
-        Where moving has a price, by the names under which most experts stay in place.
+        Where moving has a price, GPUs are renumbered so that most experts stay in place.
         """
         table = self._policy.search(weight, **names)
         if self._apart is not None and len(rows := crowded(table, self.num_gpus).nonzero()[:, 0]):
@@ -250,7 +250,7 @@ class Problem:
         return table if self._price is None else self._named_as(table, names["layer"])
 
     def _named_as(self, table: Tensor, layer: Tensor | None = None) -> Tensor:
-        """`[X, P]`: the same company, by the names under which most experts stay in place."""
+        """`[X, P]`: the same experts on one GPU, GPUs renumbered so that most experts stay in place."""
         assert self.current is not None
         num_experts = self._weight.shape[1]
         current = self.current
@@ -263,23 +263,23 @@ class Problem:
     def _remember(self, candidate: Tensor, cost: Tensor, tables: Tensor) -> None:
         first = cost.argmin(0)  # ties stay with the first
         layer = torch.arange(len(first), device=cost.device)
-        met = candidate[first], cost[first, layer], tables[first, layer]
-        if self._met is not None:
-            worse = self._met[1] <= met[1]
-            met = (
-                torch.where(worse, self._met[0], met[0]),
-                torch.where(worse, self._met[1], met[1]),
-                torch.where(worse[:, None], self._met[2], met[2]),
+        cheapest = candidate[first], cost[first, layer], tables[first, layer]
+        if self._cheapest is not None:
+            worse = self._cheapest[1] <= cheapest[1]
+            cheapest = (
+                torch.where(worse, self._cheapest[0], cheapest[0]),
+                torch.where(worse, self._cheapest[1], cheapest[1]),
+                torch.where(worse[:, None], self._cheapest[2], cheapest[2]),
             )
-        self._met = met
+        self._cheapest = cheapest
 
     def _cost(self, table: Tensor, layer: Tensor | slice = slice(None)) -> Tensor:
         """`[..., X]` int64: of tables `[..., X, P]` of these layers (all in turn), with the price of their moves."""
         cost = layer_cost(self._load[:, layer], table, self.num_gpus)
         if self._distance is None or self._price is None or self._coarser is None:
             return cost
-        paid = tolls(table, self._distance[layer], self._price[layer])
-        return ((cost + paid) >> self._coarser[layer]).clamp(max=MAX_COST)
+        moves = cost_of_moves(table, self._distance[layer], self._price[layer])
+        return ((cost + moves) >> self._coarser[layer]).clamp(max=MAX_COST)
 
     def _uneven(self, table: Tensor) -> Tensor:
         """The layers whose fullest GPUs are more than 2^-13 above the mean, which no job would notice."""
@@ -290,18 +290,18 @@ class Problem:
         """`[L]` bool: whether the policy allows a table `[L, P]`."""
         return self._policy.allows(table, layer=torch.arange(len(table), device=table.device))
 
-    def _no_dearer(self, wanted: Tensor, other: Tensor) -> Tensor:
-        """Layer by layer, `wanted` where it costs no more than `other`, which stands elsewhere; both `[L, P]`."""
-        return torch.where((self._cost(wanted) <= self._cost(other))[:, None], wanted, other)
+    def _no_dearer(self, preferred: Tensor, other: Tensor) -> Tensor:
+        """Layer by layer, `preferred` where it costs no more than `other`, else `other`; both `[L, P]`."""
+        return torch.where((self._cost(preferred) <= self._cost(other))[:, None], preferred, other)
 
 
-def _policy(options: SearchOptions, topology: Topology, num_slots: int, num_layers: int, engine: Engine) -> Policy:
+def _policy(options: PlanOptions, topology: Topology, num_slots: int, num_layers: int, engine: Engine) -> Policy:
     """What the options ask for."""
     groups, nodes = options.num_groups, topology.num_nodes
     if options.slot_class is not None:
         start = Placement.contiguous(num_layers, num_slots, topology.num_gpus)
         start = start if options.current is None else options.current
-        return Classes(engine, topology.num_gpus, options.slot_class, start.expert_of_slot)
+        return SlotClasses(engine, topology.num_gpus, options.slot_class, start.expert_of_slot)
     if groups is not None and options.mode == "permute":
         return Blocks(engine, topology.num_gpus, groups, num_slots)
     if groups is not None and nodes > 1:

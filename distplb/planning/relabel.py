@@ -1,4 +1,4 @@
-"""Give the GPUs of a fresh placement the names under which most experts stay where they are.
+"""Renumber the GPUs of a fresh placement so that most experts stay where they are.
 
 Shapes: L layers, P slots, M GPUs, G slots on each, n cells in a cell.
 """

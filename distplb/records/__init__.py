@@ -1,4 +1,1 @@
-"""What a job leaves behind: events and their log, traces and their files; and loads from other programs.
-
-May import `core`.
-"""
+"""What a job leaves behind, events and traces; and in `foreign`, what other programs leave. May import `core`."""

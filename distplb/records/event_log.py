@@ -26,17 +26,17 @@ _EVENT, _OUTCOME, _VERSION = "distplb.event", "distplb.outcome", 1
 _MARK = '{"format": "distplb.'  # how each record begins
 _TORN_EVENT = re.compile(r'\{"format": "distplb\.event", "version": 1, "iteration": (\d{1,18}),')
 _MAX_LINE_BYTES = 1 << 24
-_TOLD_LATER = ("imbalance_next", "iteration_seconds_next", "repaid")  # by the next window
+_OF_NEXT_WINDOW = ("imbalance_next", "iteration_seconds_next", "repaid")  # known when that has been counted
 
 
 class SummaryWriter(Protocol):
-    """What is asked of a writer of scalars: `torch.utils.tensorboard.SummaryWriter` has it."""
+    """The part of a writer of scalars that is used; `torch.utils.tensorboard.SummaryWriter` has it."""
 
     def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> Any:
-        """Take a number down."""
+        """Record a number."""
 
     def add_text(self, tag: str, text_string: str, global_step: int) -> Any:
-        """Take a text down."""
+        """Record a text."""
 
 
 class EventLog:
@@ -47,7 +47,7 @@ class EventLog:
     the next record is tried again.
 
     The file is appended to. A rebalance is one line, `RebalanceEvent.to_json`, written when the rebalance is done; when
-    the next window has told how it fared, a short line follows it: `"format": "distplb.outcome"`, `"version": 1`, the
+    the next window has shown how it fared, a short line follows it: `"format": "distplb.outcome"`, `"version": 1`, the
     `iteration` that it belongs to, and the fields `imbalance_next`, `iteration_seconds_next` and `repaid`.
 
     >>> import tempfile
@@ -76,11 +76,11 @@ class EventLog:
         self.take(lambda: event)
 
     def take(self, make: Callable[[], RebalanceEvent]) -> None:
-        """Take a record that is still to be made, which is done in the log's thread."""
+        """Take a function that makes the record; it is called in the log's thread."""
         try:
             self._thread.submit(self._take_down, make)
         except RuntimeError as closed:
-            self._tell(closed)
+            self._warn(closed)
 
     def close(self) -> None:
         """Wait until all is written."""
@@ -90,18 +90,18 @@ class EventLog:
         try:
             event = make()
         except Exception as error:
-            self._tell(error)
+            self._warn(error)
             return
         for write in (self._write_line, self._write_scalars):
             try:
                 write(event)
             except Exception as error:
-                self._tell(error)
+                self._warn(error)
 
     def _write_line(self, event: RebalanceEvent) -> None:
         if self._path is None:
             return
-        line = _let_go(event.json_parts()) if event.imbalance_next is None else _outcome(event)
+        line = _joined(event.json_parts()) if event.imbalance_next is None else _outcome(event)
         self._path.parent.mkdir(parents=True, exist_ok=True)
         begin = "\n" * (_is_torn(self._path) if self._is_torn is None else self._is_torn)
         self._is_torn = True
@@ -118,7 +118,7 @@ class EventLog:
         if event.imbalance_next is None:
             self._writer.add_text("distplb/decision", f"{event.decision}: {event.reason}", event.iteration)
 
-    def _tell(self, error: Exception) -> None:
+    def _warn(self, error: Exception) -> None:
         text = f"{type(error).__name__}: {error}"
         if text not in self._failures:
             self._failures.add(text)
@@ -126,7 +126,7 @@ class EventLog:
 
 
 def scalars(event: RebalanceEvent) -> dict[str, float]:
-    """What of a record is a number over time; means over the layers that had tokens.
+    """The numbers of a record that are followed over time; means over the layers that had tokens.
 
     `now` is of the window that was planned on, under the placement in force while it was counted; `expected` of the
     same window under the plan; `next` of the window after it, under the plan, and there only in a completed record.
@@ -135,28 +135,28 @@ def scalars(event: RebalanceEvent) -> dict[str, float]:
     (`distplb.core.balance`), MaxVio >= 0.
     """
     if event.imbalance_next is not None:
-        later = _level("next", event.imbalance_next)
+        next_level = _mean_imbalance("next", event.imbalance_next)
         if event.iteration_seconds_next:
-            later["seconds/iteration_next"] = event.iteration_seconds_next
-        return later
-    found: dict[str, float] = {f"seconds/{stage}": seconds for stage, seconds in event.seconds.items()}
-    found |= {"last_applied": event.last_applied}
+            next_level["seconds/iteration_next"] = event.iteration_seconds_next
+        return next_level
+    values: dict[str, float] = {f"seconds/{stage}": seconds for stage, seconds in event.seconds.items()}
+    values |= {"last_applied": event.last_applied}
     if not event.steps:  # nothing is known of the load
-        return found
+        return values
     for when, suffix in (("now", "before"), ("expected", "after")):
-        found |= _level(when, getattr(event, f"imbalance_{suffix}"))
+        values |= _mean_imbalance(when, getattr(event, f"imbalance_{suffix}"))
         for name in ("balancedness_vllm", "balancedness_sglang", "tokens_peak", "tokens_p99"):
-            found[f"{name}/{when}"] = getattr(event, f"{name}_{suffix}")
-    found |= _level("bound", event.imbalance_bound) | {"max_violation": event.max_violation}
+            values[f"{name}/{when}"] = getattr(event, f"{name}_{suffix}")
+    values |= _mean_imbalance("bound", event.imbalance_bound) | {"max_violation": event.max_violation}
     for name in ("slots_moved", "bytes_inside", "bytes_between"):
-        found[f"moved/{name}"] = getattr(event, name)
+        values[f"moved/{name}"] = getattr(event, name)
     if event.iteration_seconds:
-        found["seconds/iteration"] = event.iteration_seconds
-    return found
+        values["seconds/iteration"] = event.iteration_seconds
+    return values
 
 
 def read_events(path: str | os.PathLike[str], max_bytes: int = 2**30) -> list[RebalanceEvent]:
-    """The records of a file, in the order of iterations, each complete as far as its next window has told.
+    """The records of a file, in the order of iterations, each with its outcome where the file has one.
 
     Of a job that was resumed and went through iterations again, those of its last life. A record that was written in
     part, because the job was killed or the disk was full, is left out with a warning; one that follows it on the same
@@ -170,8 +170,8 @@ def read_events(path: str | os.PathLike[str], max_bytes: int = 2**30) -> list[Re
         DistplbError: naming the file and line, if it cannot be read, is too large, or holds something else.
     """
     refuse_wrong_types({"path": (path, (str, os.PathLike), "the path of a file that an EventLog wrote")})
-    max_bytes = whole_number("max_bytes", max_bytes, least=1)
-    found: dict[int, RebalanceEvent] = {}
+    max_bytes = whole_number("max_bytes", max_bytes, minimum=1)
+    events: dict[int, RebalanceEvent] = {}
     torn: list[int] = []
     is_log = True
     try:
@@ -186,25 +186,25 @@ def read_events(path: str | os.PathLike[str], max_bytes: int = 2**30) -> list[Re
             except (ValueError, RecursionError):
                 torn.append(number)
                 is_log = is_log and text.startswith(_MARK[: len(text)])
-                _take_torn(text, found)
+                _rewind_to_torn(text, events)
                 continue
             try:
-                _take(document, text, found)
+                _add(document, text, events)
             except (DistplbError, ValueError, KeyError, TypeError, AttributeError) as error:
                 raise DistplbError(f"{path}, line {number}: {error}; pass a file that an EventLog wrote") from error
     except OSError as error:
         raise DistplbError(f"{path} cannot be read ({error.strerror}); pass a file that an EventLog wrote") from error
-    if torn and not found and not is_log:
+    if torn and not events and not is_log:
         raise DistplbError(f"{path}, line {torn[0]}: it is no line of JSON; pass a file that an EventLog wrote")
     if torn:
         lines = f"line {torn[0]} is" if len(torn) == 1 else f"lines {', '.join(map(str, torn[:9]))} are"
         more = f" (and {len(torn) - 9} more)" if len(torn) > 9 else ""
         warnings.warn(f"{path}: {lines} not whole, and left out{more}", RuntimeWarning, stacklevel=2)
-    return list(found.values())
+    return list(events.values())
 
 
 def check_log(path: Path, layers: Sequence[str], num_experts: int, num_gpus: int) -> None:
-    """See that a file which is to be appended to, if there is one, begins with a record of such a job.
+    """Check that a file to append to, where there is one, begins with a record of such a job.
 
     Raises:
         DistplbError: naming the file, if it is something else or of another job.
@@ -263,31 +263,31 @@ def _is_json(text: str) -> bool:
     return True
 
 
-def _take_torn(text: str, found: dict[int, RebalanceEvent]) -> None:
+def _rewind_to_torn(text: str, events: dict[int, RebalanceEvent]) -> None:
     """A record that breaks off still tells where the job was: what an earlier life wrote from there on is past."""
     match = _TORN_EVENT.match(text)
     if match is not None:
-        _go_back(found, int(match[1]))
+        _rewind(events, int(match[1]))
 
 
-def _go_back(found: dict[int, RebalanceEvent], iteration: int) -> None:
-    while found and next(reversed(found)) >= iteration:
-        found.popitem()
+def _rewind(events: dict[int, RebalanceEvent], iteration: int) -> None:
+    while events and next(reversed(events)) >= iteration:
+        events.popitem()
 
 
-def _take(document: Any, text: str, found: dict[int, RebalanceEvent]) -> None:
-    """Add what a record says."""
+def _add(document: Any, text: str, events: dict[int, RebalanceEvent]) -> None:
+    """Add an event, or the outcome of one."""
     if not isinstance(document, dict) or document.get("format") != _OUTCOME:
         event = RebalanceEvent.from_json(text)
-        _go_back(found, event.iteration)
-        found[event.iteration] = event
+        _rewind(events, event.iteration)
+        events[event.iteration] = event
         return
     if document["version"] != _VERSION:
         raise DistplbError(f"it has version {document['version']!r:.40}; this distplb reads {_VERSION}")
-    if document["iteration"] in found:
-        known = {name: document[name] for name in _TOLD_LATER}
-        event = found[document["iteration"]]
-        found[event.iteration] = replace(event, **known | {"imbalance_next": tuple(known["imbalance_next"])})
+    if document["iteration"] in events:
+        known = {name: document[name] for name in _OF_NEXT_WINDOW}
+        event = events[document["iteration"]]
+        events[event.iteration] = replace(event, **known | {"imbalance_next": tuple(known["imbalance_next"])})
 
 
 def _is_torn(path: Path) -> bool:
@@ -299,21 +299,21 @@ def _is_torn(path: Path) -> bool:
         return file.read(1) != b"\n"
 
 
-def _let_go(parts: Iterable[str]) -> str:
-    """All of them, with a chance for other threads after each."""
-    found = []
+def _joined(parts: Iterable[str]) -> str:
+    """The text of all parts; other threads may run after each."""
+    written = []
     for part in parts:
-        found.append(part)
+        written.append(part)
         time.sleep(0)
-    return "".join(found)
+    return "".join(written)
 
 
 def _outcome(event: RebalanceEvent) -> str:
-    known = {name: getattr(event, name) for name in _TOLD_LATER}
+    known = {name: getattr(event, name) for name in _OF_NEXT_WINDOW}
     return json.dumps({"format": _OUTCOME, "version": _VERSION, "iteration": event.iteration} | known, allow_nan=False)
 
 
-def _level(name: str, values: Iterable[float | None]) -> dict[str, float]:
+def _mean_imbalance(name: str, values: Iterable[float | None]) -> dict[str, float]:
     """The mean imbalance of the layers, where any of them had tokens."""
     mean = mean_of_layers(values)
     return {} if mean is None else {f"imbalance/{name}": mean}

@@ -132,7 +132,7 @@ class RebalanceEvent:
 
     @property
     def bytes_moved(self) -> int:
-        """What crossed from rank to rank, over all ranks."""
+        """Bytes that crossed from rank to rank, over all ranks."""
         return self.bytes_inside + self.bytes_between
 
     def to_json(self) -> str:
@@ -157,9 +157,9 @@ class RebalanceEvent:
         """
         try:
             document = json.loads(line)
-            found = (document.pop("format"), document.pop("version"))
-            if found != (_FORMAT, _VERSION):
-                raise DistplbError(f"it is {found[0]!r:.40}, version {found[1]!r:.40}; this distplb reads {_FORMAT} 1")
+            kind = (document.pop("format"), document.pop("version"))
+            if kind != (_FORMAT, _VERSION):
+                raise DistplbError(f"it is {kind[0]!r:.40}, version {kind[1]!r:.40}; this distplb reads {_FORMAT} 1")
             return cls(**_known(document))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise DistplbError(f"it is not a rebalance's record ({error})") from error
@@ -176,18 +176,18 @@ def _parts(value: Any) -> Iterator[str]:
 
 
 def _known(document: dict[str, Any]) -> dict[str, Any]:
-    """The fields that there are, each of its kind."""
+    """The fields that this version knows, each checked for its type."""
     known = {one.name: one for one in fields(RebalanceEvent)}
     lacking = [name for name, one in known.items() if one.default is MISSING and name not in document]
     if lacking:
         raise ValueError(f"it lacks {', '.join(lacking)}")
-    found = {name: _frozen(value) for name, value in document.items() if name in known}
-    for name, value in found.items():
+    values = {name: _frozen(value) for name, value in document.items() if name in known}
+    for name, value in values.items():
         kind = _KINDS.get(name, type(known[name].default))
         is_number = kind is float and type(value) is int
         if kind is not type(None) and type(value) is not kind and not is_number:
             raise ValueError(f"{name} is {value!r:.40}")
-    return found
+    return values
 
 
 def _frozen(value: Any) -> Any:

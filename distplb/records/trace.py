@@ -20,8 +20,8 @@ from distplb.core.arguments import refuse_wrong_types, whole_number
 from distplb.core.counts import as_integers, as_step_counts
 from distplb.core.placement import Placement
 from distplb.errors import DistplbError
-from distplb.records.megatron import read_megatron
-from distplb.records.trace_files import ArrayFile, write_arrays
+from distplb.records.archive import ArrayFile, write_arrays
+from distplb.records.foreign.megatron import read_megatron
 from distplb.records.trace_parts import About, open_part, read_about, write_about
 
 __all__ = ["Trace", "write_trace"]
@@ -81,20 +81,20 @@ class Trace:
                 )
         if not self.placements:
             raise DistplbError("Trace: there is no placement; pass the one that was in force")
-        wanted = (self.num_layers, self.num_experts, self.placements[0].num_slots, self.placements[0].num_gpus)
+        expected = (self.num_layers, self.num_experts, self.placements[0].num_slots, self.placements[0].num_gpus)
         for nth, one in enumerate(self.placements):
-            found = (one.num_layers, one.num_experts, one.num_slots, one.num_gpus)
-            if found != wanted:
+            sizes = (one.num_layers, one.num_experts, one.num_slots, one.num_gpus)
+            if sizes != expected:
                 raise DistplbError(
-                    f"Trace: placement {nth} has {found} layers, experts, slots and GPUs where {wanted} are expected; "
-                    "pass placements of one model and cluster"
+                    f"Trace: placement {nth} has {sizes} layers, experts, slots and GPUs where {expected} are "
+                    "expected; pass placements of one model and cluster"
                 )
 
     def _check_values(self) -> None:
-        least, most = self.placement_of_step.aminmax()
-        if least < 0 or most >= len(self.placements):
+        low, high = self.placement_of_step.aminmax()
+        if low < 0 or high >= len(self.placements):
             raise DistplbError(
-                f"Trace: placement_of_step goes from {int(least)} to {int(most)} for {len(self.placements)} placements"
+                f"Trace: placement_of_step goes from {int(low)} to {int(high)} for {len(self.placements)} placements"
             )
         if bool((self.iteration.diff() < 0).any()):
             raise DistplbError("Trace: iteration falls from one step to the next; pass the steps in the order of time")
@@ -145,19 +145,19 @@ class Trace:
                 another job than the parts beside it.
         """
         refuse_wrong_types({"path": (path, (str, os.PathLike), "the path of a file or a folder")})
-        max_bytes = whole_number("max_bytes", max_bytes, least=1)
+        max_bytes = whole_number("max_bytes", max_bytes, minimum=1)
         paths = sorted(Path(path).glob("*.npz")) if Path(path).is_dir() else [Path(path)]
         if not paths:
             raise DistplbError(f"{path} is a folder without .npz files; pass one that a TraceWriter wrote to")
         is_folder = Path(path).is_dir()
-        files = [_named(one, is_folder, open_part, one) for one in paths]
-        size = sum(file.num_bytes(itemsize=8) for file in files)
+        files = [_with_advice(one, is_folder, open_part, one) for one in paths]
+        size = sum(file.num_bytes for file in files)
         if size > max_bytes:
             raise DistplbError(
                 f"{path} would take {size} bytes in memory, {max_bytes} are allowed; pass a larger max_bytes "
                 "if you trust it"
             )
-        return _joined([_Part(one.path, *_named(one.path, is_folder, _trace_of, one)) for one in files])
+        return _joined([_Part(one.path, *_with_advice(one.path, is_folder, _trace_of, one)) for one in files])
 
     @classmethod
     def from_megatron(
@@ -196,16 +196,16 @@ class Trace:
             DistplbError: with file and line, for what is not such a line; if a rank is missing, no iteration is whole,
                 or micro-batches differ between ranks or layers.
         """
-        found = read_megatron(
+        counts = read_megatron(
             [Path(path) for path in paths], num_gpus, expert_tensor_parallel, pipeline_parallel, max_bytes
         )
-        steps, num_layers, num_experts = found.load.shape
+        steps, num_layers, num_experts = counts.load.shape
         return cls(
-            torch.from_numpy(found.load),
-            (Placement.contiguous(num_layers, num_experts, found.num_gpus),),
+            torch.from_numpy(counts.load),
+            (Placement.contiguous(num_layers, num_experts, counts.num_gpus),),
             torch.zeros(steps, dtype=torch.int64, device="cpu"),
-            torch.from_numpy(found.iteration),
-            found.layers,
+            torch.from_numpy(counts.iteration),
+            counts.layers,
             note=f"from Megatron-LM's tokens per expert, {', '.join(str(path) for path in paths)}",
         )
 
@@ -227,10 +227,10 @@ def _smallest(values: NDArray[np.int64]) -> NDArray[Any]:
     return values.astype(np.min_scalar_type(int(values.max())))
 
 
-def _named(path: Path, is_part: bool, read: Callable[[A], T], given: A) -> T:
-    """What is read; of a part among others, an error says what to do with it."""
+def _with_advice(path: Path, is_part: bool, read: Callable[[A], T], source: A) -> T:
+    """The result of `read`; where it refuses a part among others, the error says what to do with that."""
     try:
-        return read(given)
+        return read(source)
     except DistplbError as error:
         if not is_part:
             raise

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from distplb.core.documents.text import parse_json
 from distplb.errors import DistplbError
-from distplb.records.trace_files import ArrayFile
+from distplb.records.archive import ArrayFile
 
 __all__ = ["About", "check_folder", "open_part", "read_about", "write_about"]
 
@@ -70,16 +70,16 @@ def read_about(file: ArrayFile) -> About:
     """
     if file.shapes["about"][0] > _MAX_BYTES:
         raise DistplbError(f"it has names and a note of {file.shapes['about'][0]} bytes; write it anew")
-    found: dict[str, Any] = parse_json(file.read("about").tobytes())
-    if found["format"] != _FORMAT or type(found["version"]) is not int or found["version"] != _VERSION:
+    document: dict[str, Any] = parse_json(file.read("about").tobytes())
+    if document["format"] != _FORMAT or type(document["version"]) is not int or document["version"] != _VERSION:
         raise DistplbError(
-            f"it is {str(found['format'])[:40]!r}, version {str(found['version'])[:40]}; "
+            f"it is {str(document['format'])[:40]!r}, version {str(document['version'])[:40]}; "
             f"this distplb reads {_FORMAT!r}, version {_VERSION}"
         )
-    life = found.get("life", 0)
+    life = document.get("life", 0)
     if type(life) is not int or life < 0:
         raise DistplbError(f"its life is {life!r:.40}, which is no number of one")
-    return About(_num_gpus(found["num_gpus"]), _names(found["layers"]), str(found["note"]), life)
+    return About(_num_gpus(document["num_gpus"]), _names(document["layers"]), str(document["note"]), life)
 
 
 def _num_gpus(value: Any) -> int:
@@ -95,7 +95,7 @@ def _names(values: Any) -> tuple[str, ...]:
 
 
 def check_folder(folder: Path, layers: Sequence[str], num_experts: int, num_gpus: int) -> int:
-    """See that all parts in a folder are of a job of these layers, experts and GPUs.
+    """Check that all parts in a folder are of a job with these layers, experts and GPUs.
 
     Parts that cannot be read are passed over: a resumed job goes on beside them, and who reads the trace hears of them.
 

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from distplb.core.arguments import refuse_wrong_types
-from distplb.core.counts import Counts, as_integers, as_step_counts, as_tensor
+from distplb.core.counts import Counts, as_integers, as_step_counts
 from distplb.core.placement import Placement
+from distplb.core.plain_tensor import as_tensor
 from distplb.errors import DistplbError
 from distplb.records.trace import Trace, write_trace
 from distplb.records.trace_parts import check_folder
@@ -77,10 +78,10 @@ class TraceWriter:
         if self._closed:
             raise DistplbError(f"the trace in {self._folder} was closed; open a TraceWriter anew")
         refuse_wrong_types({"placement": (placement, (Placement,), "a Placement")})
-        given = as_tensor("load", load)
-        if self.error is not None or (given.dim() == 3 and not len(given)):
+        values = as_tensor("load", load)
+        if self.error is not None or (values.dim() == 3 and not len(values)):
             return
-        counts = as_step_counts("load", given, self._layers).to("cpu", copy=True)
+        counts = as_step_counts("load", values, self._layers).to("cpu", copy=True)
         numbers = as_integers("iterations", iterations, "integers").to("cpu", copy=True)
         self._room.acquire()
         self._thread.submit(self._write, counts, placement, numbers)

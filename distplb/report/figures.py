@@ -1,32 +1,27 @@
-"""All figures of a report, in its order, and what images they become."""
+"""All figures of a report, in its order, and what images they become.
+
+A further figure is a file in `distplb.report.drawings`, and a line in `FIGURES`.
+"""
 
 from __future__ import annotations
 
+import base64
 import io
-from collections.abc import Callable
 from typing import NamedTuple
 
 import matplotlib
 from matplotlib.figure import Figure
 
-from distplb.report.bars import (
-    moves_by_rebalance,
-    moves_by_rebalance_caption,
-    moves_by_rebalance_lacks,
-    seconds_by_stage,
-    seconds_by_stage_caption,
-    seconds_by_stage_lacks,
-)
-from distplb.report.gpu_load import load_by_gpu, load_by_gpu_caption, load_by_gpu_lacks
-from distplb.report.history import imbalance_over_time, imbalance_over_time_caption, imbalance_over_time_lacks
-from distplb.report.hottest import hottest_experts, hottest_experts_caption, hottest_experts_lacks
-from distplb.report.intervals import other_intervals, other_intervals_caption, other_intervals_lacks
-from distplb.report.run import Run
+from distplb.report.drawings.hottest_experts import HOTTEST_EXPERTS, hottest_experts
+from distplb.report.drawings.imbalance_over_time import IMBALANCE_OVER_TIME, imbalance_over_time
+from distplb.report.drawings.load_by_gpu import LOAD_BY_GPU, load_by_gpu
+from distplb.report.drawings.moves_by_rebalance import MOVES_BY_REBALANCE, moves_by_rebalance
+from distplb.report.drawings.other_intervals import OTHER_INTERVALS, other_intervals
+from distplb.report.drawings.seconds_by_stage import SECONDS_BY_STAGE, seconds_by_stage
 
 __all__ = [
-    "PANELS",
+    "FIGURES",
     "Image",
-    "Panel",
     "hottest_experts",
     "image",
     "imbalance_over_time",
@@ -36,38 +31,16 @@ __all__ = [
     "seconds_by_stage",
 ]
 
-_MOST_SVG_BYTES = 300_000  # a drawing that is larger is sent as pixels
+_MAX_SVG_BYTES = 300_000  # a drawing that is larger is sent as pixels
 _DPI = 192  # of those: two for each pixel of a page
 
-
-class Panel(NamedTuple):
-    """One figure of a report.
-
-    Args:
-        title: its heading.
-        draw: from a run and a width in inches to a figure.
-        caption: what to see in it, in numbers.
-        lacks: what the run needs and does not have, in one sentence; empty where the figure can be drawn.
-    """
-
-    title: str
-    draw: Callable[[Run, float], Figure]
-    caption: Callable[[Run], str]
-    lacks: Callable[[Run], str]
-
-    @property
-    def name(self) -> str:
-        """In files and addresses."""
-        return self.draw.__name__.replace("_", "-")
-
-
-PANELS = (
-    Panel("Imbalance over time", imbalance_over_time, imbalance_over_time_caption, imbalance_over_time_lacks),
-    Panel("Load by layer and GPU", load_by_gpu, load_by_gpu_caption, load_by_gpu_lacks),
-    Panel("What was moved", moves_by_rebalance, moves_by_rebalance_caption, moves_by_rebalance_lacks),
-    Panel("Where the time went", seconds_by_stage, seconds_by_stage_caption, seconds_by_stage_lacks),
-    Panel("Hottest experts", hottest_experts, hottest_experts_caption, hottest_experts_lacks),
-    Panel("Other intervals", other_intervals, other_intervals_caption, other_intervals_lacks),
+FIGURES = (
+    IMBALANCE_OVER_TIME,
+    LOAD_BY_GPU,
+    MOVES_BY_REBALANCE,
+    SECONDS_BY_STAGE,
+    HOTTEST_EXPERTS,
+    OTHER_INTERVALS,
 )
 
 
@@ -79,6 +52,11 @@ class Image(NamedTuple):
     width: int
     height: int
 
+    @property
+    def address(self) -> str:
+        """The file itself, as a page's `src`."""
+        return f"data:{self.media_type};base64,{base64.b64encode(self.content).decode()}"
+
 
 def image(figure: Figure) -> Image:
     """The figure as SVG, or as PNG where that would be large; the same figure gives the same bytes."""
@@ -86,7 +64,7 @@ def image(figure: Figure) -> Image:
     content = io.BytesIO()
     with matplotlib.rc_context({"svg.hashsalt": "distplb", "svg.fonttype": "path"}):
         figure.savefig(content, format="svg", metadata={"Date": None})
-    if content.tell() <= _MOST_SVG_BYTES:
+    if content.tell() <= _MAX_SVG_BYTES:
         return Image("image/svg+xml", content.getvalue(), width, height)
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=_DPI)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,16 +11,16 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from distplb import __version__
 from distplb.core.cost import mean_of_layers
-from distplb.core.price import MoveModel
 from distplb.core.topology import Topology
 from distplb.errors import DistplbError
 from distplb.records.events import RebalanceEvent
-from distplb.report.figures import PANELS, Image, Panel, image
+from distplb.report.drawings.base import ReportFigure
+from distplb.report.drawings.style import NARROW, WIDE
+from distplb.report.figures import FIGURES, Image, image
+from distplb.report.formatting import amount, printable, seconds
+from distplb.report.interval_trials import with_trials
 from distplb.report.run import Run
-from distplb.report.style import NARROW, WIDE
 from distplb.report.summary import Summary
-from distplb.report.texts import amount, printable, seconds
-from distplb.report.trials import with_trials
 
 __all__ = ["write_figures", "write_report"]
 
@@ -34,7 +33,6 @@ def write_report(
     *,
     topology: Topology | None = None,
     every: Sequence[int] | None = None,
-    model: MoveModel | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Run:
     """Write the report of a run as one HTML file.
@@ -42,9 +40,8 @@ def write_report(
     Args:
         run: read already, or what `Run.read` takes.
         output: the file, which is replaced.
-        topology: of the EP group, where the run does not tell; not with a run that was read already.
-        every: intervals between rebalances, in iterations, to try on the trace; some that suit it where None.
-        model: what tokens and moves cost there; of the events, else assumed, where None.
+        topology: of the EP group, where the run does not have it; not with a run that was read already.
+        every: intervals between rebalances, in iterations, to try on the trace; suitable ones where None.
         progress: called with what is done and all there is to do.
 
     Returns:
@@ -54,9 +51,9 @@ def write_report(
         DistplbError: if the run cannot be read, or an interval does not fit the trace.
         OSError: if the file cannot be written.
     """
-    if not Path(output).absolute().parent.is_dir():  # said before the work, not after it
+    if not Path(output).absolute().parent.is_dir():  # refused before the work, not after it
         raise DistplbError(f"there is no folder {Path(output).absolute().parent} to write the report to; make it first")
-    run = with_trials(run if isinstance(run, Run) else Run.read(run, topology), every, model, progress)
+    run = with_trials(run if isinstance(run, Run) else Run.read(run, topology), every, progress=progress)
     environment = Environment(
         loader=PackageLoader("distplb.report", "."),
         autoescape=True,
@@ -71,7 +68,7 @@ def write_report(
         note="" if run.trace is None else run.trace.note,
         headline=summary.headline,
         facts=summary.facts(run),
-        sections=[_section(panel, run) for panel in PANELS],
+        sections=[_section(figure, run) for figure in FIGURES],
         rows=[_row(event) for event in run.events],
         version=__version__,
     )
@@ -87,10 +84,10 @@ def write_figures(run: Run, folder: str | os.PathLike[str]) -> list[Path]:
     """
     Path(folder).mkdir(parents=True, exist_ok=True)
     paths = []
-    for number, panel in enumerate(PANELS, start=1):
-        if not panel.lacks(run):
-            paths.append(Path(folder) / f"{number}-{panel.name}.png")
-            panel.draw(run, WIDE).savefig(paths[-1], dpi=_PNG_DPI)
+    for number, figure in enumerate(FIGURES, start=1):
+        if not figure.lacks(run):
+            paths.append(Path(folder) / f"{number}-{figure.name}.png")
+            figure.draw(run, WIDE).savefig(paths[-1], dpi=_PNG_DPI)
     return paths
 
 
@@ -99,31 +96,20 @@ class _Section(NamedTuple):
     title: str
     lacks: str
     caption: str = ""
-    wide: _Picture | None = None
-    narrow: _Picture | None = None
+    wide: Image | None = None
+    narrow: Image | None = None
 
 
-class _Picture(NamedTuple):
-    address: str
-    width: int
-    height: int
-
-
-def _section(panel: Panel, run: Run) -> _Section:
-    lacks = panel.lacks(run)
+def _section(figure: ReportFigure, run: Run) -> _Section:
+    lacks = figure.lacks(run)
     if lacks:
-        return _Section(panel.name, panel.title, lacks)
-    wide, narrow = (_picture(image(panel.draw(run, width))) for width in (WIDE, NARROW))
-    return _Section(panel.name, panel.title, "", panel.caption(run), wide, narrow)
-
-
-def _picture(drawn: Image) -> _Picture:
-    content = base64.b64encode(drawn.content).decode()
-    return _Picture(f"data:{drawn.media_type};base64,{content}", drawn.width, drawn.height)
+        return _Section(figure.name, figure.title, lacks)
+    wide, narrow = (image(figure.draw(run, width)) for width in (WIDE, NARROW))
+    return _Section(figure.name, figure.title, "", figure.caption(run), wide, narrow)
 
 
 def _row(event: RebalanceEvent) -> dict[str, Any]:
-    """What the table says of a rebalance."""
+    """A rebalance's row of the table, by the names of its cells in report.html."""
     levels = {
         name: "–" if level is None else f"{level:.3f}"
         for name in ("before", "after", "bound", "next")

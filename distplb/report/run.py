@@ -22,10 +22,10 @@ from distplb.records.event_log import read_events
 from distplb.records.events import RebalanceEvent
 from distplb.records.loads import read_trace
 from distplb.records.trace import Trace
-from distplb.report.judged import Judged
-from distplb.report.texts import printable
-from distplb.study.advice import WhatIf
-from distplb.study.replay import with_tokens
+from distplb.report.formatting import printable
+from distplb.report.trace_evaluation import Evaluation
+from distplb.study.replay import without_empty_steps
+from distplb.study.what_if import WhatIf
 
 __all__ = ["Run"]
 
@@ -40,11 +40,11 @@ class Run:
         name: of the file or folder.
         events: the records of the rebalances, in the order of iterations.
         trace: the steps that were recorded.
-        topology: of the EP group; where None, what the events tell, else all GPUs of the trace on one node. A trace
+        topology: of the EP group; where None, that of the events, else all GPUs of the trace on one node. A trace
             without events may be looked at on another number of GPUs than it ran on: it then begins anew there, with
             the experts in contiguous order.
-        what_if: other intervals between rebalances, tried on the trace, as from `distplb.study.advice.what_if`.
-        costs: where `what_if` has its seconds from, in words.
+        what_if: other intervals between rebalances, tried on the trace, as from `distplb.study.what_if.Study`.
+        costs: where the seconds in `what_if` come from, in words.
 
     Raises:
         DistplbError: if events, trace and topology do not fit together.
@@ -61,7 +61,7 @@ class Run:
         object.__setattr__(self, "events", tuple(self.events))
         for event in self.events:
             _check(self.name, event)
-        object.__setattr__(self, "topology", self.topology or self._found_topology())
+        object.__setattr__(self, "topology", self.topology or self._recorded_topology())
         if self.trace is not None and self.topology is not None:
             object.__setattr__(self, "trace", self._on(self.trace, self.topology))
 
@@ -95,36 +95,44 @@ class Run:
         return () if self.trace is None else self.trace.layers
 
     @cached_property
-    def known(self) -> tuple[RebalanceEvent, ...]:
-        """The events that know the load of the layers."""
-        return tuple(event for event in self.events if self.knows(event))
+    def events_with_load(self) -> tuple[RebalanceEvent, ...]:
+        """The events that have the load of the layers, and of the same layers as the last event."""
+        return tuple(event for event in self.events if self.has_load(event))
 
-    def knows(self, event: RebalanceEvent) -> bool:
-        """Whether an event knows the load, and of the same layers as the last event."""
+    def has_load(self, event: RebalanceEvent) -> bool:
+        """Whether an event is among `events_with_load`."""
         return event.steps > 0 and bool(event.layers) and event.layers == self.layers
 
     @cached_property
-    def judged(self) -> Judged | None:
+    def evaluation(self) -> Evaluation | None:
         """The steps of the trace that have tokens, under its placements; None where there are none."""
-        return None if self.counted is None or self.topology is None else Judged(self.counted, self.topology)
+        return (
+            None
+            if self.trace_with_tokens is None or self.topology is None
+            else Evaluation(self.trace_with_tokens, self.topology)
+        )
 
     @cached_property
-    def counted(self) -> Trace | None:
+    def trace_with_tokens(self) -> Trace | None:
         """The steps of the trace that have tokens: others are no steps. None where there are none."""
-        return None if self.trace is None or not bool(self.trace.load.any()) else with_tokens(self.trace)
+        return None if self.trace is None or not bool(self.trace.load.any()) else without_empty_steps(self.trace)
 
     @property
     def empty_steps(self) -> int:
         """How many steps of the trace have no tokens, and are left out."""
-        return 0 if self.trace is None or self.counted is None else self.trace.num_steps - self.counted.num_steps
+        return (
+            0
+            if self.trace is None or self.trace_with_tokens is None
+            else self.trace.num_steps - self.trace_with_tokens.num_steps
+        )
 
     @cached_property
     def empty_layers(self) -> tuple[str, ...]:
         """Layers that have tokens in no step of the trace, or where there is none in no window of the events."""
-        if self.counted is not None:
-            has_tokens = self.counted.load.any(2).any(0).tolist()
+        if self.trace_with_tokens is not None:
+            has_tokens = self.trace_with_tokens.load.any(2).any(0).tolist()
         else:
-            levels = [event.imbalance_before for event in self.known]
+            levels = [event.imbalance_before for event in self.events_with_load]
             has_tokens = [any(level is not None for level in layer) for layer in zip(*levels, strict=True)]
         return tuple(name for name, has in zip(self.layers, has_tokens, strict=False) if not has)
 
@@ -135,7 +143,7 @@ class Run:
         gaps = [later - earlier for earlier, later in itertools.pairwise(numbers)]
         return round(statistics.median(gaps)) if gaps else None
 
-    def _found_topology(self) -> Topology | None:
+    def _recorded_topology(self) -> Topology | None:
         for event in reversed(self.events):
             gpus = len(event.tokens_of_gpu_after[0]) if event.tokens_of_gpu_after else 0
             if gpus and event.num_nodes:
@@ -143,18 +151,18 @@ class Run:
         return None if self.trace is None else Topology(1, self.trace.placements[0].num_gpus)
 
     def _on(self, trace: Trace, topology: Topology) -> Trace:
-        found = trace.placements[0].num_gpus
-        if self.events and (found != topology.num_gpus or trace.layers != self.layers):
+        num_gpus = trace.placements[0].num_gpus
+        if self.events and (num_gpus != topology.num_gpus or trace.layers != self.layers):
             raise DistplbError(
-                f"{printable(self.name)}: its trace is of {found} GPUs and {trace.num_layers} layers, the topology of "
-                f"{topology.num_gpus} GPUs, the events of {len(self.layers)} layers; pass the topology that the job "
+                f"{printable(self.name)}: its trace is of {num_gpus} GPUs and {trace.num_layers} layers, the topology "
+                f"of {topology.num_gpus} GPUs, the events of {len(self.layers)} layers; pass the topology that the job "
                 "ran on, or none, and files of one job"
             )
-        if found == topology.num_gpus:
+        if num_gpus == topology.num_gpus:
             return trace
         topology.experts_per_gpu(trace.num_experts)
-        begun = Placement.contiguous(trace.num_layers, trace.num_experts, topology.num_gpus)
-        return replace(trace, placements=(begun,), placement_of_step=torch.zeros_like(trace.placement_of_step))
+        contiguous = Placement.contiguous(trace.num_layers, trace.num_experts, topology.num_gpus)
+        return replace(trace, placements=(contiguous,), placement_of_step=torch.zeros_like(trace.placement_of_step))
 
 
 def _check(name: str, event: RebalanceEvent) -> None:
@@ -185,8 +193,8 @@ def _wrong_numbers(event: RebalanceEvent) -> str:
 
 def _levels(event: RebalanceEvent) -> list[tuple[float | None, ...]]:
     """The imbalances by layer that it has; None for layers without tokens."""
-    found = [event.imbalance_before, event.imbalance_after, event.imbalance_bound, event.imbalance_next]
-    return [levels for levels in found if levels is not None]
+    fields = [event.imbalance_before, event.imbalance_after, event.imbalance_bound, event.imbalance_next]
+    return [levels for levels in fields if levels is not None]
 
 
 def _wrong_sizes(event: RebalanceEvent) -> str:

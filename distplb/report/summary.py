@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from distplb.core.cost import mean_of_known, mean_of_layers
+from distplb.report.formatting import amount, from_to, percent, plural, printable, seconds, shortened
 from distplb.report.run import Run
-from distplb.report.texts import amount, from_to, percent, plural, printable, seconds, shortened
 
 __all__ = ["Fact", "Summary"]
 
-_MOST_NAMES = 4  # of layers without tokens
+_MAX_NAMES = 4  # of layers without tokens
 _NOTICED = 0.005  # of imbalance: less is shown as the same two digits
 
 
@@ -36,16 +36,16 @@ class Summary:
 
     Args:
         imbalance_before: mean over layers and steps that have tokens, with the experts where they began; None where
-            nothing tells.
+            it was not recorded.
         imbalance_after: the same under the plans, on steps that they had not seen; None where there are none.
-        imbalance_bound: what no placement could beat; None where nothing tells.
+        imbalance_bound: what no placement could beat; None where it was not recorded.
         rebalances: how many there were of each decision.
         repaid: of those that moved something and could be timed: False where one certainly did not repay what it took,
             by the job's clock.
         slots_moved, bytes_moved: by all.
         rebalance_seconds: of all, on rank 0.
         iteration_seconds_before: the median iteration before the first rebalance; None where none was timed.
-        iteration_seconds_after: the median one after the last rebalance that knows.
+        iteration_seconds_after: the median one after the last rebalance for which it was timed.
         is_replayed: whether `after` was never run, but replayed from the trace.
         steps_without_tokens: of the trace, which are left out.
         layers_without_tokens: their names, which means leave out.
@@ -82,7 +82,7 @@ class Summary:
             rebalance_seconds=sum(sum(event.seconds.values()) for event in run.events),
             iteration_seconds_before=timed[0] if timed else None,
             iteration_seconds_after=timed_next[-1] if timed_next else None,
-            is_replayed=not run.known and run.judged is not None and not run.judged.has_moved,
+            is_replayed=not run.events_with_load and run.evaluation is not None and not run.evaluation.has_moved,
             steps_without_tokens=run.empty_steps,
             layers_without_tokens=run.empty_layers,
         )
@@ -124,42 +124,50 @@ class Summary:
 
     def facts(self, run: Run) -> list[Fact]:
         """What the page shows at its head, as far as it is known."""
-        found = [_imbalance_fact(self), _size_fact(run), *_empty_facts(run)]
+        facts = [_imbalance_fact(self), _size_fact(run), *_empty_facts(run)]
         if run.events:
             how = ", ".join(f"{number} {printable(decision)}" for decision, number in self.rebalances.items())
-            found.append(Fact("Rebalances", f"{len(run.events):,}", how))
-            found.append(Fact("Moved", plural(self.slots_moved, "slot"), amount(self.bytes_moved, "B")))
-            found.append(Fact("Spent on rebalances", seconds(self.rebalance_seconds), _share_of_run(run)))
+            facts.append(Fact("Rebalances", f"{len(run.events):,}", how))
+            facts.append(Fact("Moved", plural(self.slots_moved, "slot"), amount(self.bytes_moved, "B")))
+            facts.append(Fact("Spent on rebalances", seconds(self.rebalance_seconds), _share_of_run(run)))
         if self.iteration_seconds_before and self.iteration_seconds_after:
             pair = from_to(seconds(self.iteration_seconds_before), seconds(self.iteration_seconds_after))
-            found.append(Fact("Median iteration", pair, "before the first rebalance, after the last"))
-        return found + _window_facts(run)
+            facts.append(Fact("Median iteration", pair, "before the first rebalance, after the last"))
+        return facts + _window_facts(run)
 
 
 def _imbalances(run: Run) -> tuple[float | None, float | None]:
-    judged = run.judged
-    if judged is not None and judged.has_moved:
-        return _mean(judged.as_begun[judged.later]), _mean(judged.in_force[judged.later])
-    if run.known:
-        told = mean_of_layers(mean_of_layers(event.imbalance_next) for event in run.known if event.imbalance_next)
-        return mean_of_layers(run.known[0].imbalance_before), told
-    if judged is None:
+    evaluation = run.evaluation
+    if evaluation is not None and evaluation.has_moved:
+        return _mean(evaluation.imbalance_unmoved[evaluation.since_move]), _mean(
+            evaluation.imbalance_in_force[evaluation.since_move]
+        )
+    if run.events_with_load:
+        following = mean_of_layers(
+            mean_of_layers(event.imbalance_next) for event in run.events_with_load if event.imbalance_next
+        )
+        return mean_of_layers(run.events_with_load[0].imbalance_before), following
+    if evaluation is None:
         return None, None
-    unseen = judged.unseen
-    return (_mean(judged.in_force), None) if unseen is None else (unseen.imbalance_before, unseen.imbalance_after)
+    unseen = evaluation.unseen
+    return (
+        (_mean(evaluation.imbalance_in_force), None)
+        if unseen is None
+        else (unseen.imbalance_before, unseen.imbalance_after)
+    )
 
 
 def _bound(run: Run) -> float | None:
     """Of the windows that followed the first move, or of the steps that were replayed, as far as there are any."""
-    if run.known:
+    if run.events_with_load:
         began = min((event.iteration for event in run.events if event.slots_moved), default=0)
-        later = [event for event in run.known if event.iteration > began] or run.known
+        later = [event for event in run.events_with_load if event.iteration > began] or run.events_with_load
         return mean_of_layers(mean_of_layers(event.imbalance_bound) for event in later)
-    judged = run.judged
-    if judged is None:
+    evaluation = run.evaluation
+    if evaluation is None:
         return None
-    steps, bound = judged.bound
-    counted = judged.later[steps] if judged.has_moved else steps >= judged.half
+    steps, bound = evaluation.bound
+    counted = evaluation.since_move[steps] if evaluation.has_moved else steps >= evaluation.middle_step
     return _mean(bound[counted] if bool(counted.any()) else bound)
 
 
@@ -187,18 +195,18 @@ def _size_fact(run: Run) -> Fact:
 
 
 def _empty_facts(run: Run) -> list[Fact]:
-    found = []
+    facts = []
     if run.empty_steps and run.trace is not None:
         value = f"{run.empty_steps:,} of {plural(run.trace.num_steps, 'step')}"
-        found.append(Fact("Left out", value, "they have no tokens"))
+        facts.append(Fact("Left out", value, "they have no tokens"))
     if run.empty_layers:
-        names = ", ".join(shortened(printable(name)) for name in run.empty_layers[:_MOST_NAMES])
-        more = len(run.empty_layers) - _MOST_NAMES
+        names = ", ".join(shortened(printable(name)) for name in run.empty_layers[:_MAX_NAMES])
+        more = len(run.empty_layers) - _MAX_NAMES
         value = f"{len(run.empty_layers):,} of {plural(len(run.layers), 'layer')}"
-        found.append(
+        facts.append(
             Fact("Without tokens", value, f"{names}{f' and {more:,} more' * (more > 0)}; means leave them out")
         )
-    return found
+    return facts
 
 
 def _share_of_run(run: Run) -> str:
@@ -212,9 +220,9 @@ def _share_of_run(run: Run) -> str:
 
 def _window_facts(run: Run) -> list[Fact]:
     """In the words of other projects: the first window, and the last one as it was run."""
-    if not run.known:
+    if not run.events_with_load:
         return []
-    first, last = run.known[0], run.known[-1]
+    first, last = run.events_with_load[0], run.events_with_load[-1]
     vllm = f"{first.balancedness_vllm_before:.2f} → {last.balancedness_vllm_before:.2f}"
     sglang = f"{first.balancedness_sglang_before:.2f} → {last.balancedness_sglang_before:.2f}"
     peak = f"{first.tokens_peak_before:,} → {last.tokens_peak_before:,}"

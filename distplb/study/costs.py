@@ -1,4 +1,4 @@
-"""What tokens and moves cost in a job: as its records tell, or as is assumed where only a trace is known."""
+"""What tokens and moves cost in a job: as its events record it, or as assumed where only a trace is known."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ FLOPS = 400e12  # that a GPU reaches in them, in a second
 
 @dataclass(frozen=True, kw_only=True)
 class AssumedJob:
-    """What tokens and moves cost where nobody has measured it; by default in a job of the size of DeepSeek-V3 on H100s.
+    """What tokens and moves cost where they were not measured; by default in a job of the size of DeepSeek-V3 on H100s.
 
     Args:
         seconds_per_token: of one expert, forward and backward.
@@ -78,14 +78,14 @@ def tokens_of_mean_gpu(load: Tensor, num_gpus: int) -> float:
 
 
 def recorded_costs(events: Iterable[RebalanceEvent]) -> tuple[MoveModel, TimeCurve | None] | None:
-    """What the last priced rebalance of a job was priced by, measured or given; None where none had a model."""
-    found = None
+    """The model and curve that priced the last priced rebalance of a job; None where no rebalance had a model."""
+    costs = None
     for event in events:
         token, slot, trust = event.seconds_per_token, event.bytes_per_slot, event.trust
         if token and slot and trust and event.bandwidth_inside and event.bandwidth_between:
             curve = None if event.time_curve is None else TimeCurve(*zip(*event.time_curve, strict=True))
-            found = MoveModel(token, slot, event.bandwidth_inside, event.bandwidth_between, trust), curve
-    return found
+            costs = MoveModel(token, slot, event.bandwidth_inside, event.bandwidth_between, trust), curve
+    return costs
 
 
 def steps_stood_for(trace: Trace, side_by_side: int = 1) -> float:

@@ -1,4 +1,4 @@
-"""`replay`: what a planner would have made of a recorded job, every step judged under a plan that had not seen it.
+"""`replay`: a planner on a recorded job, with every step judged under a plan that was made without it.
 
 Shapes: S steps, T steps of a window, L layers, E experts, P slots, M GPUs, R rebalances.
 """
@@ -13,16 +13,16 @@ import torch
 from torch import Tensor
 
 from distplb.core.arguments import refuse_wrong_types, whole_number
-from distplb.core.cost import mean_of_known
+from distplb.core.cost import fullest_gpu, mean_of_known
 from distplb.core.placement import Placement
-from distplb.core.price import MoveModel, TimeCurve, fullest_gpu, moved_slots
+from distplb.core.price import MoveModel, TimeCurve, moved_slots
 from distplb.core.topology import Topology
 from distplb.errors import DistplbError
 from distplb.records.trace import Trace
 
-__all__ = ["Planner", "Replay", "chosen_steps", "replay", "replay_between", "with_tokens"]
+__all__ = ["Planner", "Replay", "chosen_steps", "replay", "run_planner", "without_empty_steps"]
 
-Planner = Callable[[Tensor, Placement], Placement]
+Planner = Callable[[Tensor, Placement], Placement]  # tokens [T, L, E] and the placement in force -> the next one
 
 _STEPS_AT_ONCE = 32  # of the loads by slot, which are as many times as large as one step
 
@@ -90,10 +90,10 @@ def replay(
     ...               torch.arange(4))
     >>> swap = lambda load, current: Placement(torch.tensor([[0, 2, 1, 3]]), num_experts=4, num_gpus=2)
     >>> model = MoveModel(seconds_per_token=0.5, bytes_per_slot=8, bandwidth_inside=2, bandwidth_between=1)
-    >>> found = replay(trace, swap, topology=Topology(num_nodes=1, gpus_per_node=2), every=2, model=model)
-    >>> found.fullest.flatten().tolist(), found.moved.tolist()
+    >>> swapped = replay(trace, swap, topology=Topology(num_nodes=1, gpus_per_node=2), every=2, model=model)
+    >>> swapped.fullest.flatten().tolist(), swapped.moved.tolist()
     ([12, 12, 7, 7], [[2, 0]])
-    >>> found.compute_seconds, found.move_seconds
+    >>> swapped.compute_seconds, swapped.move_seconds
     (19.0, 8.0)
 
     Args:
@@ -114,6 +114,23 @@ def replay(
     """
     every = whole_number("replay: every", every, 1, "steps, at least 1")
     window = None if window is None else whole_number("replay: window", window, 1, "steps, at least 1")
+    _check_types(trace, planner, topology, model, curve, start, progress)
+    return run_planner(
+        trace,
+        planner,
+        _cuts(trace, every),
+        topology=topology,
+        model=model,
+        curve=curve,
+        window=window,
+        start=start,
+        progress=progress,
+    )
+
+
+def _check_types(
+    trace: object, planner: object, topology: object, model: object, curve: object, start: object, progress: object
+) -> None:
     refuse_wrong_types(
         {
             "replay: trace": (trace, (Trace,), "a Trace"),
@@ -125,23 +142,17 @@ def replay(
             "replay: progress": (progress, (Callable, None), "a function of two numbers"),
         }
     )
-    wanted = torch.arange(0, trace.num_steps, every, device="cpu")[1:]
-    cuts = trace.begins[torch.searchsorted(trace.begins, wanted).clamp(max=len(trace.begins) - 1)]
-    cuts = cuts[cuts >= wanted].unique()  # the last iteration may begin before, and there is none after it
-    return replay_between(
-        trace,
-        planner,
-        cuts.tolist(),
-        topology=topology,
-        model=model,
-        curve=curve,
-        window=window,
-        start=start,
-        progress=progress,
-    )
 
 
-def replay_between(
+def _cuts(trace: Trace, every: int) -> list[int]:
+    """Every so many steps, the first step of the iteration that begins there or next."""
+    steps = torch.arange(0, trace.num_steps, every, device="cpu")[1:]
+    cuts = trace.begins[torch.searchsorted(trace.begins, steps).clamp(max=len(trace.begins) - 1)]
+    later: list[int] = cuts[cuts >= steps].unique().tolist()  # the last iteration may begin before, and none follows
+    return later
+
+
+def run_planner(
     trace: Trace,
     planner: Planner,
     cuts: Sequence[int],
@@ -153,14 +164,14 @@ def replay_between(
     start: Placement | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Replay:
-    """`replay` with the planner called before each of these steps, which rise and are the first of their iterations."""
+    """`replay` for chosen steps: `cuts`, ascending, each the first step of its iteration, are planned before."""
     current = Placement.contiguous(trace.num_layers, trace.num_experts, topology.num_gpus) if start is None else start
     _check(current, "start", trace, topology)
     placements, moved, parts = [current], [], []
     for last, (begin, end) in zip([0, 0, *cuts], itertools.pairwise([0, *cuts, trace.num_steps]), strict=False):
         if begin:
-            seen = trace.load[_window(trace, last, begin, window) : begin]
-            current = planner(seen.clone(), current)
+            past = trace.load[_window(trace, last, begin, window) : begin]
+            current = planner(past.clone(), current)
             _check(current, f"the plan for step {begin}", trace, topology)
             moved.append(moved_slots(placements[-1], current, topology).sum(0))
             placements.append(current)
@@ -190,17 +201,17 @@ def _window(trace: Trace, last: int, begin: int, window: int | None) -> int:
 
 def _check(placement: Placement, name: str, trace: Trace, topology: Topology) -> None:
     refuse_wrong_types({f"replay: {name}": (placement, (Placement,), "a Placement")})
-    found = (placement.num_layers, placement.num_experts, placement.num_gpus)
-    wanted = (trace.num_layers, trace.num_experts, topology.num_gpus)
-    if found != wanted:
+    sizes = (placement.num_layers, placement.num_experts, placement.num_gpus)
+    expected = (trace.num_layers, trace.num_experts, topology.num_gpus)
+    if sizes != expected:
         raise DistplbError(
-            f"replay: {name} has {found} layers, experts and GPUs, the trace and topology have {wanted}; "
+            f"replay: {name} has {sizes} layers, experts and GPUs, the trace and topology have {expected}; "
             "pass one of the same model and cluster"
         )
 
 
-def with_tokens(trace: Trace) -> Trace:
-    """The steps of a trace in which any layer has tokens: a step without is none, such as a row that was never filled.
+def without_empty_steps(trace: Trace) -> Trace:
+    """The trace without the steps in which no layer has tokens, such as rows of a buffer that were never filled.
 
     Raises:
         DistplbError: if there is none.

@@ -1,4 +1,4 @@
-"""Whether to install a rebalancer, from what planners made of a trace: numbers in, an answer and a paragraph out."""
+"""Whether to install a rebalancer, from the outcomes of planners on a trace: an answer and a paragraph."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from distplb.study.advice import PRICED, STATIC, STEPS, WhatIf
-from distplb.study.bootstrap import FEWEST_INTERVALS
+from distplb.study.bootstrap import MIN_INTERVALS
+from distplb.study.what_if import PRICED, STATIC, STEPS, WhatIf
 
-__all__ = ["LEAST_SHARE", "Verdict", "percent", "verdict"]
+__all__ = ["Verdict", "percent", "verdict"]
 
-LEAST_SHARE = 0.01  # of the time; what saves less is not worth a dependency
+_MIN_SHARE = 0.01  # of the time; what saves less is not worth a dependency
 _BALANCED = 1.1  # static's imbalance over the bound, below which the router is said to balance
 _PLAIN = 0.005  # of imbalance, below which two have the same
-_MANY = 100  # times; nobody asks how many more
+_MANY = 100  # times; beyond it the exact number does not matter
 _TRY = 20  # intervals that are worth recording
 
 Answer = Literal["yes", "longer", "no"]
@@ -67,7 +67,7 @@ class _Case:
 
 
 def verdict(
-    found: Mapping[str, WhatIf],
+    outcomes: Mapping[str, WhatIf],
     *,
     bound: float,
     experts_per_gpu: int,
@@ -81,14 +81,14 @@ def verdict(
     the router has balanced. Otherwise the trace does not tell.
 
     Args:
-        found: what the planners `STATIC`, `STEPS` and `PRICED` made of it, at one interval between rebalances.
-        bound: the least mean imbalance that any placement could have.
+        outcomes: of the planners `STATIC`, `STEPS` and `PRICED` on it, at one interval between rebalances.
+        bound: the smallest mean imbalance that any placement could have.
         experts_per_gpu: without replicas.
         bytes_per_slot: of one expert with its state, as assumed.
         expert_share: of an iteration's time that the experts take; where None the text speaks of the time in experts.
     """
     share = 1.0 if expert_share is None else expert_share
-    case = _Case(found[STATIC], found[STEPS], found[PRICED], bound, experts_per_gpu, share)
+    case = _Case(outcomes[STATIC], outcomes[STEPS], outcomes[PRICED], bound, experts_per_gpu, share)
     answer, why = _decided(case)
     times, break_even = _times(case.priced), _break_even(case.priced)
     of_what = "the time that experts take" if expert_share is None else "an iteration"
@@ -104,15 +104,15 @@ def _decided(case: _Case) -> tuple[Answer, str]:
         return "no", "one expert"
     if case.priced.low is None or case.priced.high is None:
         return "longer", "too few"
-    if case.possible < LEAST_SHARE:
+    if case.possible < _MIN_SHARE:
         return "no", "bound" if case.bound > _BALANCED else "balanced"
-    if case.saved >= LEAST_SHARE and case.priced.low > 0:
+    if case.saved >= _MIN_SHARE and case.priced.low > 0:
         return "yes", "saves"
-    if case.saved < LEAST_SHARE and case.static.imbalance < _BALANCED * case.bound:
+    if case.saved < _MIN_SHARE and case.static.imbalance < _BALANCED * case.bound:
         return "no", "balanced"
-    if case.saved > 0 and case.priced.high * case.share >= LEAST_SHARE:
+    if case.saved > 0 and case.priced.high * case.share >= _MIN_SHARE:
         return "longer", "chance"
-    return "no", "moves" if case.carried_over >= LEAST_SHARE else "changes"
+    return "no", "moves" if case.carried_over >= _MIN_SHARE else "changes"
 
 
 def _break_even(one: WhatIf) -> float | None:
@@ -138,7 +138,7 @@ def _reason(why: str, case: _Case) -> str:
         "saves": "",
         "too few": (
             f"It has {_plural(case.priced.rebalances, 'interval')} between rebalances to judge by, and "
-            f"{FEWEST_INTERVALS} are the fewest that tell a saving from chance."
+            f"{MIN_INTERVALS} are the fewest that tell a saving from chance."
         ),
         "chance": "What is saved may be chance.",
         "one expert": f"With one expert a GPU every placement has the same imbalance, here {static}. {_REPLICAS}",
@@ -154,11 +154,11 @@ def _reason(why: str, case: _Case) -> str:
 
 
 def _not_carried_over(case: _Case) -> str:
-    seen, unseen, static = case.free.imbalance_seen, case.free.imbalance, case.static.imbalance
-    if unseen - seen < _PLAIN:
+    before, after, static = case.free.imbalance_seen, case.free.imbalance, case.static.imbalance
+    if after - before < _PLAIN:
         return ""
     return (
-        f" Plans reach {seen:.3f} on the steps that they are made from, but {unseen:.3f} on the steps after them, "
+        f" Plans reach {before:.3f} on the steps that they are made from, but {after:.3f} on the steps after them, "
         f"where static has {static:.3f}."
     )
 
@@ -195,12 +195,15 @@ def _repaid(one: WhatIf, bytes_per_slot: int) -> str:
     return f"The moves of a rebalance repay themselves {took}; the same moves would still do so with {limit}."
 
 
+_DRY_RUN = 'Rebalancer(..., moves=Moves(dry_run=True), record=Record("run"))'
+
+
 def _advice(answer: Answer, one: WhatIf) -> str:
     if answer == "yes":
-        return 'See it in your job before anything moves: Rebalancer(..., dry_run=True, record="run").'
+        return f"See it in your job before anything moves: {_DRY_RUN}."
     if answer == "longer":
-        wanted = _TRY * one.every
-        return f'Record {wanted} iterations or more, Rebalancer(..., dry_run=True, record="run"), and ask again.'
+        iterations = _TRY * one.every
+        return f"Record {iterations} iterations or more, {_DRY_RUN}, and ask again."
     return ""
 
 

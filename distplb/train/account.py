@@ -15,13 +15,13 @@ from torch import Tensor
 
 from distplb.core.balance import balancedness_sglang, balancedness_vllm, max_violation
 from distplb.core.bound import lower_bound
-from distplb.core.cost import gpu_tokens, imbalance, known, mean_of_known, steps_with_tokens
+from distplb.core.cost import fullest_gpu, gpu_tokens, imbalance, mean_of_known, nan_to_none, steps_with_tokens
 from distplb.core.placement import Placement
-from distplb.core.price import MoveModel, fullest_gpu, moved_slots
+from distplb.core.price import MoveModel, moved_slots
 from distplb.core.topology import Topology
-from distplb.migrate.transfer import Moved
-from distplb.planning.options import SearchOptions
-from distplb.planning.plan import Planned
+from distplb.migrate.transfer import MoveTotals
+from distplb.planning.options import PlanOptions
+from distplb.planning.plan import PlanResult
 from distplb.records.events import RebalanceEvent
 from distplb.train.stop_loss import Pace
 
@@ -60,10 +60,10 @@ class Account:
     layers: tuple[str, ...]
     topology: Topology
     old: Placement
-    planned: Planned
+    planned: PlanResult
     target: Placement
     left_alone: tuple[bool, ...]
-    options: SearchOptions
+    options: PlanOptions
     model: MoveModel | None
     pace: Pace
     steps_until_next: float
@@ -71,7 +71,7 @@ class Account:
     last_applied: int
     stays: Mapping[int, str] = field(default_factory=dict)
 
-    def event(self, moved: Moved, decision: str, reason: str, seconds: dict[str, float]) -> RebalanceEvent:
+    def event(self, moved: MoveTotals, decision: str, reason: str, seconds: dict[str, float]) -> RebalanceEvent:
         """The record; what the next window tells is left open."""
         load, model, curve = steps_with_tokens(self.planned.load), self.model, self.options.time_curve
         return RebalanceEvent(
@@ -108,7 +108,7 @@ class Account:
         before, after = (_tokens(load, placement) for placement in (self.old, self.target))  # [T, L, M]
         saved, moving = self._modelled()
         reached = by_layer(load, self.target)
-        bound = known(lower_bound(load, self.topology, self.target.num_slots))
+        bound = nan_to_none(lower_bound(load, self.topology, self.target.num_slots))
         return {
             "steps": len(load),
             "imbalance_before": by_layer(load, self.old),
@@ -168,7 +168,7 @@ def completed(event: RebalanceEvent, load: Tensor, plan: Placement, pace: Pace, 
 
 def by_layer(load: Tensor, placement: Placement) -> tuple[float | None, ...]:
     """Imbalance of each layer, the mean over the steps in which it has tokens; None where there are none."""
-    return known(mean_of_known(imbalance(load, placement), dim=0))
+    return nan_to_none(mean_of_known(imbalance(load, placement), dim=0))
 
 
 def _tokens(load: Tensor, placement: Placement) -> Tensor:

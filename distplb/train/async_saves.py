@@ -7,12 +7,12 @@ from typing import Any
 
 from distplb.errors import DistplbError
 
-__all__ = ["Saves"]
+__all__ = ["AsyncSaves"]
 
 _PAUSE_SECONDS = 0.01  # between two looks at whether a save has ended
 
 
-class Saves:
+class AsyncSaves:
     """The saves of one rank. A move before their end could mix two placements in one checkpoint.
 
     That the state has been staged does not say that it has been copied: torch 2.6 hands on tensors that are on the CPU

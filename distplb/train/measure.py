@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from distplb.comm.agreement import agree, digest, told_by_root
+from distplb.comm.agreement import agree, digest, root_values
 from distplb.comm.base import Comm, WorldOfOne, refuse_other_comm
 from distplb.core.arguments import refuse_wrong_types, shown, whole_number
 from distplb.core.price import TimeCurve
@@ -55,7 +55,7 @@ def measured_curve(run: Callable[[int], object], tokens: Sequence[int], *, comm:
     except Exception as caught:
         error = caught
     agree(comm, {"the tokens of the time curve (digest)": 0 if error else digest(tokens)}, error)
-    told = told_by_root(comm, nanoseconds)
+    told = root_values(comm, nanoseconds)
     return TimeCurve.through(tokens, [value * 1e-9 for value in told])
 
 
@@ -68,7 +68,7 @@ def _numbers(tokens: Sequence[int]) -> list[int]:
         raise DistplbError(f"tokens is {shown(tokens)}; pass {wanted}") from None
     if not found:
         raise DistplbError(f"tokens is empty; pass {wanted}")
-    return [whole_number(f"tokens[{nth}]", number, least=1) for nth, number in enumerate(found)]
+    return [whole_number(f"tokens[{nth}]", number, minimum=1) for nth, number in enumerate(found)]
 
 
 def _timed(run: Callable[[int], object], tokens: Sequence[int]) -> list[float]:
@@ -116,7 +116,7 @@ def measured_bandwidths(comm: Comm, topology: Topology, peers: Sequence[int], gp
     peers = [whole_number(f"peers[{nth}]", peer) for nth, peer in enumerate(peers)]
     inside = _bandwidth(comm, peers, gpu, _ring(topology, inside=True)) if topology.gpus_per_node > 1 else 0
     between = _bandwidth(comm, peers, gpu, _ring(topology, inside=False)) if topology.num_nodes > 1 else 0
-    found = told_by_root(comm, [inside or between or _NO_LINK, between or inside or _NO_LINK])
+    found = root_values(comm, [inside or between or _NO_LINK, between or inside or _NO_LINK])
     return found[0], found[1]
 
 
@@ -147,9 +147,9 @@ def _bandwidth(comm: Comm, peers: Sequence[int], gpu: int, target: Sequence[int]
     size, enough = _LEAST_BYTES, 0
     while not enough:
         took = seconds(size, 1)
-        (enough,) = told_by_root(comm, [took >= max(_LEAST_SECONDS, _LATENCIES * latency) or 2 * size > most])
+        (enough,) = root_values(comm, [took >= max(_LEAST_SECONDS, _LATENCIES * latency) or 2 * size > most])
         size *= 1 if enough else 2
-    (times,) = told_by_root(comm, [max(1, min(_REPEATS, int(_MOST_SECONDS / max(took, 1e-9))))])
+    (times,) = root_values(comm, [max(1, min(_REPEATS, int(_MOST_SECONDS / max(took, 1e-9))))])
     took = seconds(size, times)
     # Where latency is most of it all the same, more than half of it cannot be told from noise.
     return max(1, round(len(target) * size / max(took - min(latency, took / 2), 1e-9)))

@@ -5,21 +5,20 @@ Shapes: T steps, L layers, E experts.
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Sequence
-from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from distplb.core.arguments import refuse_wrong_types, shown, whole_number
-from distplb.core.counts import Counts, as_counts, as_integers, as_tensor, marked, refuse_marked, refuse_unreadable
+from distplb.core.counts import Counts, as_counts, as_integers, marked, refuse_marked
 from distplb.core.hashing import hashed
-from distplb.core.torchnames import break_graph, is_in_backward, is_of_compiled_graph
+from distplb.core.plain_tensor import as_tensor, refuse_unreadable
+from distplb.core.private_names import break_graph
 from distplb.errors import DistplbError
+from distplb.train.recomputation import is_step
 
 __all__ = ["LoadWindow", "group_of_steps", "window_near"]
 
@@ -80,7 +79,7 @@ class LoadWindow:
         max_bytes: int = 64 * 2**20,
     ) -> None:
         num_layers, num_experts, num_steps, max_bytes = (
-            whole_number(f"LoadWindow: {name}", value, least=1)
+            whole_number(f"LoadWindow: {name}", value, minimum=1)
             for name, value in (
                 *(("num_layers", num_layers), ("num_experts", num_experts)),
                 *(("num_steps", num_steps), ("max_bytes", max_bytes)),
@@ -138,7 +137,7 @@ class LoadWindow:
         """
         num_layers, num_experts = self._counts.shape[1:]
         if type(layer) is not int:
-            layer = whole_number("LoadWindow.add: layer", layer, wanted=f"an index in [0, {num_layers})")
+            layer = whole_number("LoadWindow.add: layer", layer, expected=f"an index in [0, {num_layers})")
         if not 0 <= layer < num_layers:
             raise DistplbError(f"LoadWindow.add: layer is {layer}; pass an index in [0, {num_layers})")
         if not isinstance(counts, Tensor):
@@ -155,7 +154,7 @@ class LoadWindow:
         if training is not None and not training:
             return
         if counts.device != self._counts.device:
-            if not torch.compiler.is_compiling() and not _is_step(torch.is_grad_enabled()):
+            if not torch.compiler.is_compiling() and not is_step(torch.is_grad_enabled()):
                 return  # an evaluation, which may run elsewhere
             self._move_to(counts.device)
         buffers = (self._counts, self._numbers, self._written, self._edges, self._rows)
@@ -296,11 +295,6 @@ def window_near(device: torch.device, num_layers: int, num_experts: int, num_ste
     return window
 
 
-def _is_step(has_gradients: bool) -> bool:
-    """Whether a forward of this thread is one of the training."""
-    return not is_recomputation() and (has_gradients or _is_in_a_recorded_function())
-
-
 def _add(
     counts: Tensor,
     numbers: Tensor,
@@ -317,7 +311,7 @@ def _add(
     Written by `data`, which has no version: a checkpoint in a compiled forward may hold the window's tensors as its
     inputs, and would refuse to recompute with what has changed since.
     """
-    if not _is_step(has_gradients):
+    if not is_step(has_gradients):
         return
     if tokens.device.type == "cpu":
         tokens = as_counts(f"LoadWindow.add: layer {name}", tokens, ("expert",))
@@ -340,39 +334,6 @@ _library.define(
 )
 _library.impl("add", _add, "CompositeExplicitAutograd")
 torch.library.register_fake("distplb::add", lambda *_: None, lib=_library)
-
-
-def is_recomputation() -> bool:
-    """Whether this thread is inside of a backward pass, where a forward routes the same tokens a second time."""
-    return is_in_backward()
-
-
-def _is_in_a_recorded_function() -> bool:
-    """Whether this thread is in the forward of a `torch.autograd.Function` that will have a backward.
-
-    Gradients are off there, as they are in an evaluation. `needs_input_grad` does not tell the two apart: under
-    `torch.no_grad()`, too, it is True for an input that asks for a gradient. An edge to an earlier node is there only
-    if the function is recorded.
-
-    Raises:
-        DistplbError: in a compiled graph that has a backward, as what was without gradients in it is not known then.
-    """
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        code = frame.f_code
-        # Not of modules, whose frames are many: `f_locals` would keep what they hold until they end.
-        if code.co_name == "forward" and code.co_argcount and code.co_varnames[0] != "self":
-            context = frame.f_locals.get(code.co_varnames[0])
-            if isinstance(context, FunctionCtx) and getattr(context, "next_functions", None):
-                if is_of_compiled_graph(context):
-                    raise DistplbError(
-                        "LoadWindow.add: a forward without gradients was compiled as a part of one with gradients; "
-                        "whether it is an evaluation or a reentrant checkpoint is not known there: pass "
-                        "training=False for an evaluation, use_reentrant=False for a checkpoint, or compile it apart"
-                    )
-                return True
-        frame = frame.f_back
-    return False
 
 
 def _device(device: Any) -> torch.device:

@@ -5,24 +5,20 @@ Shapes: L layers, E experts, P slots, M GPUs, G = P / M slots on each.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from of_benchmarks import imported
 from torch import Tensor
 
 from distplb import DistplbError, Placement, Topology, imbalance
 from distplb.planning.greedy import pack_numpy
 
-BASELINES = Path(__file__).parents[2] / "benchmarks" / "baselines.py"
-_spec = importlib.util.spec_from_file_location("baselines", BASELINES)
-baselines = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(baselines)
+baselines = imported("shared.baselines")
 
-GREEDY = [baselines.greedy_loops, baselines.greedy_lists, baselines.greedy_numpy]
+GREEDY = [baselines.greedy_loops, baselines.greedy_numpy]
 # (nodes, GPUs per node, E, P, groups)
 SHAPES = [
     (1, 1, 3, 3, None),
@@ -86,11 +82,11 @@ def check(table: Tensor, load: Tensor, topology: Topology, num_slots: int, group
 def test_greedy_variants_give_the_same_valid_placement(shape: tuple[int, ...], shared: bool) -> None:
     nodes, gpus, experts, slots, groups = shape
     topology, load = Topology(nodes, gpus), loads_of_every_kind(experts)
-    found = [plan(load, topology, slots, num_groups=groups, allow_shared_replicas=shared) for plan in GREEDY]
-    for table in found:
+    tables = [plan(load, topology, slots, num_groups=groups, allow_shared_replicas=shared) for plan in GREEDY]
+    for table in tables:
         check(table, load, topology, slots, groups)
         assert shared or not sharing(table, topology.num_gpus)
-        assert torch.equal(table, found[0])
+        assert torch.equal(table, tables[0])
         Placement(table, experts, topology.num_gpus)  # checks itself
 
 
@@ -118,7 +114,7 @@ def test_no_expert_has_more_replicas_than_gpus_where_they_may_not_share(plan: Ca
         plan(load, Topology(1, 2), 10, allow_shared_replicas=False)
 
 
-@pytest.mark.parametrize("pack", [baselines._pack_loops, baselines._pack_lists, pack_numpy])
+@pytest.mark.parametrize("pack", [baselines._pack_loops, pack_numpy])
 def test_a_replica_without_a_gpu_takes_the_place_of_the_nearest(pack: Callable[..., Tensor]) -> None:
     # The second 7 finds only the pack of the first open. Of the full pack, 8 is nearest and changes places; where the
     # open pack holds the expert of 8 too, it is 9.
@@ -156,6 +152,6 @@ def test_the_packing_core_as_a_planner() -> None:
     load, topology = loads_of_every_kind(16), Topology(1, 4)
     table = baselines.balanced_packing(load, topology, 4)
     check(table, load, topology, 16, None)
-    found = imbalance(load, Placement(table, 16, 4))
+    searched = imbalance(load, Placement(table, 16, 4))
     greedy = imbalance(load, Placement(baselines.greedy_numpy(load, topology, 16), 16, 4))
-    assert not (found > greedy + 1e-12).any()  # of a layer without tokens both are unknown
+    assert not (searched > greedy + 1e-12).any()  # of a layer without tokens both are unknown

@@ -20,9 +20,10 @@ from torch import Tensor
 import distplb
 from distplb import Placement, Trace
 
-sequences, windows, replay_cases = imported("sequences"), imported("windows"), imported("replay_cases")
-bench_steps, bench_moves, bench_replay = imported("bench_steps"), imported("bench_moves"), imported("bench_replay")
-bench_default = imported("bench_default")
+sequences, tables, traces = (imported(f"shared.{name}") for name in ("sequences", "tables", "traces"))
+bench_steps, bench_prices = imported("planning.bench_steps"), imported("planning.bench_prices")
+bench_replay, bench_windows = imported("study.bench_replay"), imported("study.bench_windows")
+bench_default_price = imported("train.bench_default_price")
 
 
 def counts(*shape: int, seed: int = 0) -> Tensor:
@@ -32,28 +33,28 @@ def counts(*shape: int, seed: int = 0) -> Tensor:
     return torch.from_numpy(generator.poisson(20 * popular, shape).astype(np.int64))
 
 
-@pytest.mark.parametrize("module", [sequences, windows], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [sequences, tables, bench_windows], ids=lambda module: module.__name__)
 def test_examples_print_what_they_say(module: ModuleType) -> None:
-    found = doctest.testmod(module)
-    assert found.attempted
-    assert not found.failed
+    results = doctest.testmod(module)
+    assert results.attempted
+    assert not results.failed
 
 
 # --- sequences and steps ----------------------------------------------------------------------------------------
 
 
 def test_halves_share_no_sequence_and_lose_none() -> None:
-    given = torch.arange(21).view(21, 1, 1)  # each sequence is known by its only count
-    first, second = sequences.halves(given, seed=3)
+    loads = torch.arange(21).view(21, 1, 1)  # each sequence is known by its only count
+    first, second = sequences.halves(loads, seed=3)
     assert sorted(torch.cat([first, second]).flatten().tolist()) == list(range(21))
     assert (len(first), len(second)) == (10, 11)
-    assert not torch.equal(first, sequences.halves(given, seed=4)[0])
-    assert torch.equal(first, sequences.halves(given, seed=3)[0])
+    assert not torch.equal(first, sequences.halves(loads, seed=4)[0])
+    assert torch.equal(first, sequences.halves(loads, seed=3)[0])
 
 
 def test_a_step_holds_no_sequence_twice() -> None:
-    given = (1 << torch.arange(20)).view(20, 1, 1)  # a sum tells which are in it
-    steps = sequences.steps_of(given, 50, 8, seed=0)
+    loads = (1 << torch.arange(20)).view(20, 1, 1)  # a sum tells which are in it
+    steps = sequences.steps_of(loads, 50, 8, seed=0)
     assert steps.shape == (50, 1, 1)
     assert all(bin(total).count("1") == 8 for total in steps.flatten().tolist())
     assert len(set(steps.flatten().tolist())) > 40
@@ -65,8 +66,8 @@ def test_more_sequences_than_there_are_cannot_be_drawn() -> None:
 
 
 def test_planned_and_judged_steps_are_of_different_sequences() -> None:
-    given = (1 << torch.arange(40)).view(40, 1, 1)
-    seen, unseen = bench_steps.drawn(given, bench_steps.Setting(8, 8), 30, 30, split=1)
+    loads = (1 << torch.arange(40)).view(40, 1, 1)
+    seen, unseen = bench_steps.drawn(loads, bench_steps.Setting(8, 8), 30, 30, split=1)
 
     def used(steps: Tensor) -> int:
         return int(np.bitwise_or.reduce(steps.flatten().numpy()))
@@ -79,21 +80,21 @@ def test_planned_and_judged_steps_are_of_different_sequences() -> None:
 def test_rescaling_gives_every_expert_the_same_mean_and_keeps_totals(keep_steps: bool) -> None:
     load = counts(30, 3, 8)
     load[:, 1, 5] = 0  # nobody ever chose this one
-    found = sequences.rescaled(load, keep_steps=keep_steps)
-    assert found.dtype == torch.int64
-    assert int(found.min()) >= 0
-    assert torch.equal(found.sum((0, 2)), load.sum((0, 2)))
-    totals = found.sum(0)
+    rescaled = sequences.rescaled(load, keep_steps=keep_steps)
+    assert rescaled.dtype == torch.int64
+    assert int(rescaled.min()) >= 0
+    assert torch.equal(rescaled.sum((0, 2)), load.sum((0, 2)))
+    totals = rescaled.sum(0)
     assert int((totals.amax(1) - totals.amin(1)).max()) <= 1
     # What wavers goes on wavering: where an expert had its most tokens, it has them still.
-    one, other = (torch.corrcoef(torch.stack([load[:, 0, 3], found[:, 0, 3]]).double())).flatten()[1:3].tolist()
+    one, other = (torch.corrcoef(torch.stack([load[:, 0, 3], rescaled[:, 0, 3]]).double())).flatten()[1:3].tolist()
     assert min(one, other) > 0.9
 
 
 def test_rescaled_steps_keep_their_tokens_where_that_is_asked() -> None:
     load = counts(30, 3, 8) * torch.arange(1, 31)[:, None, None]  # steps of very different size
-    found = sequences.rescaled(load, keep_steps=True)
-    assert int((found.sum(2) - load.sum(2)).abs().max()) <= 8  # fractions of 8 experts
+    rescaled = sequences.rescaled(load, keep_steps=True)
+    assert int((rescaled.sum(2) - load.sum(2)).abs().max()) <= 8  # fractions of 8 experts
     assert int((sequences.rescaled(load).sum(2) - load.sum(2)).abs().max()) > 8
 
 
@@ -101,54 +102,54 @@ def test_rescaled_steps_keep_their_tokens_where_that_is_asked() -> None:
 
 
 def test_weights_halve_with_age() -> None:
-    assert windows.weights(7, half_life=2).tolist() == [32, 45, 64, 91, 128, 181, 256]
+    assert bench_windows.weights(7, half_life=2).tolist() == [32, 45, 64, 91, 128, 181, 256]
     load = counts(7, 1, 4)
-    weighted = windows.favoured([counts(7, 1, 4, seed=1), load], half_life=2)
+    weighted = bench_windows.weighted([counts(7, 1, 4, seed=1), load], half_life=2)
     assert torch.equal(weighted[4], 128 * load[4])
 
 
 def test_several_windows_are_the_last_ones_in_their_order() -> None:
     past = [counts(4, 1, 4, seed=seed) for seed in range(3)]
-    assert torch.equal(windows.last_windows(past, 2), torch.cat(past[1:]))
-    assert torch.equal(windows.last_windows(past[:1], 2), past[0])
+    assert torch.equal(bench_windows.last_windows(past, 2), torch.cat(past[1:]))
+    assert torch.equal(bench_windows.last_windows(past[:1], 2), past[0])
 
 
 def test_a_line_is_followed_and_what_falls_below_nothing_is_nothing() -> None:
     steps = torch.arange(10).double()
     load = torch.stack([100 + 4 * steps, 50 - 5 * steps], 1)[:, None]  # [S, 1, 2]
     # Steps 10 to 15 are 12.5 on the mean.
-    assert windows.forecast(load, every=6).tolist() == pytest.approx(torch.tensor([[150.0, 0.0]]))
+    assert bench_windows.forecast(load, every=6).tolist() == pytest.approx(torch.tensor([[150.0, 0.0]]))
 
 
 def test_a_forecast_keeps_how_steps_differ() -> None:
     load = torch.tensor([[[10, 90]], [[20, 80]], [[30, 70]], [[40, 60]]])
-    found = windows.extrapolated([load], number=1, every=4).double() / windows.FINER
-    assert found.mean(0).tolist() == pytest.approx(torch.tensor([[65.0, 35.0]]))
-    assert (found[:, 0, 0] / load[:, 0, 0]).tolist() == pytest.approx([2.6] * 4, abs=0.01)
+    forecast = bench_windows.extrapolated([load], number=1, every=4).double() / bench_windows.FINER
+    assert forecast.mean(0).tolist() == pytest.approx(torch.tensor([[65.0, 35.0]]))
+    assert (forecast[:, 0, 0] / load[:, 0, 0]).tolist() == pytest.approx([2.6] * 4, abs=0.01)
 
 
 def test_a_planner_that_remembers_gets_what_is_prepared_of_all_windows() -> None:
-    got = []
+    planned = []
 
     def planner(load: Tensor, current: Placement) -> Placement:
-        got.append(load)
+        planned.append(load)
         return current
 
     current = Placement.contiguous(1, 4, 2)
-    remembering = windows.Remembering(lambda past: torch.cat(list(past)), planner)
+    remembering = bench_windows.Remembering(lambda past: torch.cat(list(past)), planner)
     parts = [counts(2, 1, 4, seed=seed) for seed in range(3)]
     assert all(remembering(part, current) is current for part in parts)
-    assert [len(load) for load in got] == [2, 4, 6]
+    assert [len(load) for load in planned] == [2, 4, 6]
 
 
 @pytest.mark.parametrize(
-    ("ratio", "said"),
+    ("ratio", "sentence"),
     [([0.8, 0.82, 0.81], "last window by more than two standard errors of the mean over all traces: other"),
      ([0.5, 1.4, 0.9], "the last window as it is stays")],
 )  # fmt: skip
-def test_a_choice_of_steps_wins_beyond_doubt_or_not(ratio: list[float], said: str) -> None:
-    excess = {str(nth): {windows.LAST: 2.0, "other": 2 * one} for nth, one in enumerate(ratio)}
-    assert said in windows.report(excess, dict.fromkeys(excess, "recorded"))
+def test_a_choice_of_steps_wins_beyond_doubt_or_not(ratio: list[float], sentence: str) -> None:
+    excess = {str(nth): {bench_windows.LAST: 2.0, "other": 2 * one} for nth, one in enumerate(ratio)}
+    assert sentence in bench_windows.report(excess, dict.fromkeys(excess, "recorded"))
 
 
 # --- moves, models ----------------------------------------------------------------------------------------------
@@ -156,7 +157,7 @@ def test_a_choice_of_steps_wins_beyond_doubt_or_not(ratio: list[float], said: st
 
 def test_wobbling_steps_add_up_to_the_load() -> None:
     load = counts(1, 3, 16)[0] * 1000
-    steps = bench_moves.wobbling_steps(load, 32, 0.3, seed=0)
+    steps = bench_prices.wobbling_steps(load, 32, 0.3, seed=0)
     assert steps.shape == (32, 3, 16)
     assert torch.equal(steps.sum(2), (load.sum(1) // 32).expand(32, 3))
     ratio = steps.sum(0).double() / load
@@ -166,27 +167,27 @@ def test_wobbling_steps_add_up_to_the_load() -> None:
 
 def test_a_disturbed_load_is_as_far_away_as_asked() -> None:
     load = torch.full((20, 256), 100_000)
-    found = (bench_moves.disturbed(load, 0.1, seed=0).double() / load).log()
-    assert float(found.mean()) == pytest.approx(0, abs=0.005)
-    assert float(found.std()) == pytest.approx(0.1, abs=0.005)
+    logarithm = (bench_prices.disturbed(load, 0.1, seed=0).double() / load).log()
+    assert float(logarithm.mean()) == pytest.approx(0, abs=0.005)
+    assert float(logarithm.std()) == pytest.approx(0.1, abs=0.005)
 
 
 def test_a_cluster_is_chosen_by_the_number_of_experts() -> None:
-    assert replay_cases.cluster_of(64, 8, None) == distplb.Topology(2, 4)
-    assert replay_cases.cluster_of(16, 8, None) == distplb.Topology(1, 2)
-    with pytest.raises(SystemExit, match="on 4 GPUs of 3 nodes"):
-        replay_cases.cluster_of(32, 8, 3)
+    assert traces.cluster_of(64, 8) == distplb.Topology(2, 4)
+    assert traces.cluster_of(16, 8) == distplb.Topology(1, 2)
+    with pytest.raises(SystemExit, match="32 experts do not go evenly on 6 GPUs of 2 nodes"):
+        traces.cluster_of(32, 5)
 
 
 def test_a_folder_of_traces_is_several_and_a_folder_of_parts_is_one(tmp_path: Path) -> None:
-    trace = replay_cases.as_trace(counts(3, 2, 4))
+    trace = traces.as_trace(counts(3, 2, 4))
     trace.save(tmp_path / "one.npz")
     trace.save(tmp_path / "two.npz")
     with distplb.TraceWriter(tmp_path / "parts") as writer:
         writer.add(trace.load, trace.placements[0], [0, 1, 2])
-    found = list(replay_cases.recorded([tmp_path, tmp_path / "parts", tmp_path / "two.npz"]))
-    assert [name for name, _ in found] == ["one", "two", "parts", "two"]
-    assert all(isinstance(one, Trace) and torch.equal(one.load, trace.load) for _, one in found)
+    recorded = list(traces.recorded_traces([tmp_path, tmp_path / "parts", tmp_path / "two.npz"]))
+    assert [name for name, _ in recorded] == ["one", "two", "parts", "two"]
+    assert all(isinstance(one, Trace) and torch.equal(one.load, trace.load) for _, one in recorded)
 
 
 # --- end to end -------------------------------------------------------------------------------------------------
@@ -197,7 +198,7 @@ def loads(tmp_path: Path) -> Path:
     """Small files by the names of the recorded ones."""
     for nth, text in enumerate(("code", "law", "prose")):
         np.save(tmp_path / f"deepseek-v2-lite_{text}_steps.npy", counts(30, 2, 32, seed=nth).numpy())
-    for nth, name in enumerate((bench_moves.BASE, bench_moves.BEFORE, bench_moves.AFTER)):
+    for nth, name in enumerate((bench_prices.BASE, bench_prices.BEFORE, bench_prices.AFTER)):
         np.save(tmp_path / f"deepseek-v3_{name}.npy", 100 * counts(1, 2, 256, seed=nth)[0].numpy())
     return tmp_path
 
@@ -221,7 +222,7 @@ def test_steps_end_to_end(loads: Path, run: Callable[..., None], capsys: pytest.
     text = output.read_text()
     assert text == capsys.readouterr().out
     assert text.count("\n## ") == 2 + 12
-    assert "`python benchmarks/bench_steps.py --loads DIR --candidates 1" in text
+    assert "`python -m benchmarks.planning.bench_steps --loads DIR --candidates 1" in text
     assert str(loads) not in text
 
 
@@ -229,7 +230,7 @@ def test_moves_end_to_end(loads: Path, run: Callable[..., None]) -> None:
     pytest.importorskip("matplotlib")
     output = loads / "moves.md"
     few = ("--candidates", 2, "--prices", 0, 0.01, "--seeds", 1, "--repeats", 2)
-    run(bench_moves, "--loads", loads, *few, "--output", output)
+    run(bench_prices, "--loads", loads, *few, "--output", output)
     text = output.read_text()
     assert "# Balance against moves" in text
     assert text.count("ours from there, K = 2") == 4 * 2
@@ -240,7 +241,7 @@ def test_moves_end_to_end(loads: Path, run: Callable[..., None]) -> None:
 
 def test_replay_end_to_end(loads: Path, run: Callable[..., None]) -> None:
     pytest.importorskip("matplotlib")
-    replay_cases.as_trace(counts(24, 2, 16)).save(loads / "short.npz")
+    traces.as_trace(counts(24, 2, 16)).save(loads / "short.npz")
     output, table = loads / "replay.md", loads / "steps.csv"
     few = ("--traces", loads / "short.npz", "--no-made", "--every", 8, "--candidates", 1)
     run(bench_replay, *few, "--output", output, "--csv", table)
@@ -258,15 +259,15 @@ def test_replay_end_to_end(loads: Path, run: Callable[..., None]) -> None:
 
 
 def test_default_end_to_end(loads: Path, run: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(replay_cases, "STEPS", 24)
-    monkeypatch.setattr(replay_cases, "MADE", replay_cases.Size(steps=24, layers=1, experts=16, tokens=1000))
-    monkeypatch.setattr(replay_cases, "SHIPPED", loads)
-    replay_cases.as_trace(counts(24, 2, 16)).save(loads / "short.npz")
-    monkeypatch.setattr(bench_default, "SIZES", ((1, 2, 16),))
-    monkeypatch.setattr(bench_default, "EVEN_STEPS", (4, 16))
+    monkeypatch.setattr(traces, "STEPS", 24)
+    monkeypatch.setattr(traces, "GENERATED", traces.Size(steps=24, layers=1, experts=16, tokens=1000))
+    monkeypatch.setattr(traces, "SHIPPED", loads)
+    traces.as_trace(counts(24, 2, 16)).save(loads / "short.npz")
+    monkeypatch.setattr(bench_default_price, "SIZES", ((1, 2, 16),))
+    monkeypatch.setattr(bench_default_price, "EVEN_STEPS", (4, 16))
     output = loads / "default.md"
     few = ("--loads", loads, "--every", 8, "--candidates", 1, "--windows", 2)
-    run(bench_default, *few, "--output", output)
+    run(bench_default_price, *few, "--output", output)
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in output.read_text().splitlines()]
     even = [line for line in lines if line and line[0].startswith("2 GPUs on 1")]
     assert len(even) == 4
@@ -280,9 +281,9 @@ def test_default_end_to_end(loads: Path, run: Callable[..., None], monkeypatch: 
 def test_windows_end_to_end(
     loads: Path, run: Callable[..., None], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(replay_cases, "STEPS", 24)
-    replay_cases.as_trace(counts(24, 2, 16)).save(loads / "short.npz")
-    run(bench_replay, "--windows", "--traces", loads / "short.npz", "--loads", loads, "--no-made", "--every", 8)
+    monkeypatch.setattr(traces, "STEPS", 24)
+    traces.as_trace(counts(24, 2, 16)).save(loads / "short.npz")
+    run(bench_windows, "--traces", loads / "short.npz", "--loads", loads, "--no-made", "--every", 8)
     text = capsys.readouterr().out
     assert text.count("mean of the") == 2
     assert "sequences of three texts together" in text

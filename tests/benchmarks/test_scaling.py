@@ -1,4 +1,4 @@
-"""The model of bench_scaling.py on made data, what is read from marks of ranks, and how bench_same.py judges curves."""
+"""The model of bench_scaling on generated data, and what is read from marks of ranks."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import pytest
 import torch
 from benchmark_modules import imported
 
-model, turns, same = imported("scaling_model"), imported("scaling_turns"), imported("bench_same")
+model, turns = imported("planning.scaling.model"), imported("planning.scaling.turns")
 
 RANKS, BYTES = (2, 3, 4, 6, 8), (300, 20_000, 4_000_000)
 TRUTH = np.array([40e-6, 25e-6, 60e-6, 1 / 2e9])  # seconds a call, a message in a ring and in a tree, a byte
 
 
-def made(truth: np.ndarray, rows: np.ndarray, noise: float, number: int, seed: int) -> list[np.ndarray]:
+def turns_of(truth: np.ndarray, rows: np.ndarray, noise: float, number: int, seed: int) -> list[np.ndarray]:
     """Turns of each cell, around what the model says; some are late, none is early."""
     generator = np.random.default_rng(seed)
     return [seconds * generator.lognormal(0, noise, number) for seconds in rows @ truth]
@@ -31,21 +31,21 @@ def collective_rows(cores: float = 2) -> np.ndarray:
 
 @pytest.mark.parametrize("module", [model, turns], ids=lambda module: module.__name__)
 def test_examples_print_what_they_say(module: ModuleType) -> None:
-    found = doctest.testmod(module)
-    assert found.attempted
-    assert not found.failed
+    results = doctest.testmod(module)
+    assert results.attempted
+    assert not results.failed
 
 
 def test_known_parameters_are_found_exactly_where_nothing_is_noisy() -> None:
     rows = collective_rows()
-    fit = model.fitted(rows, made(TRUTH, rows, 0.0, 3, 0), draws=5)
+    fit = model.fitted(rows, turns_of(TRUTH, rows, 0.0, 3, 0), draws=5)
     np.testing.assert_allclose(fit.parameters, TRUTH, rtol=1e-9)
     np.testing.assert_allclose(fit.draws, np.tile(TRUTH, (5, 1)), rtol=1e-9)
 
 
 def test_known_parameters_are_found_in_noise() -> None:
     rows = collective_rows()
-    fit = model.fitted(rows, made(TRUTH, rows, 0.3, 25, 1), draws=5)
+    fit = model.fitted(rows, turns_of(TRUTH, rows, 0.3, 25, 1), draws=5)
     np.testing.assert_allclose(fit.parameters, TRUTH, rtol=0.15)
 
 
@@ -54,7 +54,7 @@ def test_the_interval_holds_the_truth_about_as_often_as_it_says() -> None:
     at = [model.collective_row("sum", 4_000_000, 1024)]
     truth, held, widths = (at @ TRUTH)[0], 0, []
     for seed in range(60):
-        _, draws = model.fitted(rows, made(TRUTH, rows, 0.3, 21, seed), draws=100, seed=seed).at(at)
+        _, draws = model.fitted(rows, turns_of(TRUTH, rows, 0.3, 21, seed), draws=100, seed=seed).at(at)
         low, high = (end[0] for end in model.interval(draws))
         held += low <= truth <= high
         widths.append((high - low) / truth)
@@ -140,7 +140,7 @@ def test_counts_dealt_to_ranks_add_up_and_are_not_all_on_one() -> None:
 
 
 def test_a_stage_in_two_parts_keeps_its_first_begin_and_all_its_cpu_seconds() -> None:
-    stages = turns.Clocked()
+    stages = turns.TimedStages()
     with stages.stage("count"):
         sum(range(200_000))
     begin, end, cpu = stages.marks["count"]
@@ -151,38 +151,3 @@ def test_a_stage_in_two_parts_keeps_its_first_begin_and_all_its_cpu_seconds() ->
     assert stages.marks["count"][0] == begin
     assert stages.marks["count"][1] > end
     assert stages.marks["count"][2] > cpu
-
-
-# --- bench_same: is the rebalanced run the odd one among the static ones? -------------------------------------------
-
-
-def test_a_curve_that_lies_apart_is_told_from_those_that_do_not() -> None:
-    """Three seeds of four runs: one run that is always furthest off is chance once in 4^3 ways to pick."""
-    curves = np.random.default_rng(0).normal(size=(3, 4, 50))
-    curves[:, 3] += 10
-    odd = same.oddness(curves)
-    assert (odd.argmax(1) == 3).all()
-    assert same.chance(odd, 3) == 1 / 64
-    assert same.chance(odd, int(odd[:, :3].sum(0).argmin())) > 0.5
-
-
-def test_a_curve_like_the_others_is_called_odd_as_rarely_as_chance_says() -> None:
-    curves = np.random.default_rng(1).normal(size=(400, 3, 4, 5))
-    called = np.mean([same.chance(same.oddness(one), 3) <= 0.05 for one in curves])
-    assert called < 0.09  # at most 0.05 expected
-
-
-def test_smoothed_curves_are_moving_means() -> None:
-    losses = np.random.default_rng(2).normal(size=(2, same.SMOOTH + 3))
-    found = same.smoothed(losses)
-    assert found.shape == (2, 4)
-    np.testing.assert_allclose(found[:, 3], losses[:, 3:].mean(1))
-
-
-def test_other_orders_hold_the_same_sequences_and_other_ranks_get_some() -> None:
-    crops = torch.arange(2 * same.BATCH)[:, None]
-    orders = [order(crops).flatten().tolist() for order in same.STATIC.values()]
-    assert all(sorted(order) == crops.flatten().tolist() for order in orders)
-    assert len(set(map(tuple, orders))) == len(orders)
-    halves = [set(order[: same.BATCH]) for order in orders]
-    assert halves[0] == halves[1] != halves[2]

@@ -5,19 +5,12 @@ Shapes: S steps, L layers, E experts.
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from of_benchmarks import imported
 from torch import Tensor
 
-TROUBLES = Path(__file__).parents[2] / "benchmarks" / "troubles.py"
-_spec = importlib.util.spec_from_file_location("troubles", TROUBLES)
-troubles = importlib.util.module_from_spec(_spec)
-sys.modules["troubles"] = troubles  # where its frozen dataclass looks for its annotations
-_spec.loader.exec_module(troubles)
+troubles = imported("shared.troubles")
 
 SIZE = troubles.Size(steps=200, layers=3, experts=16, tokens=100_000)
 

@@ -22,7 +22,8 @@ import numpy as np
 import pytest
 import torch
 from benchmark_modules import BENCHMARKS, imported
-from click.testing import CliRunner, Result
+from click.testing import Result
+from commands import GPUS, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -30,23 +31,18 @@ from torch import Tensor
 import distplb
 from distplb import DistplbError, Topology, Trace
 from distplb.cli.doctor import _print
-from distplb.cli.given import as_option
-from distplb.cli.hints import hints_of
+from distplb.cli.load_hints import load_hints
 from distplb.cli.main import main
+from distplb.cli.option_names import as_option
 from distplb.cli.output import console, one_line, table
 from distplb.doctor.examine import Examination
 from distplb.doctor.finding import Timing, note, ok
-from distplb.doctor.here import local_ranks
+from distplb.doctor.local_checks import local_ranks
 from distplb.errors import OptionError, in_stage
 
 PACKAGE = Path(distplb.__file__).parent
-GPUS = ("--gpus-per-node", "2", "--engine", "reference")
 # As an argument is named and passed in Python; `record=...` names one of Rebalancer, which has no option.
 PYTHON = re.compile(r"\bnum_\w+|\bgpus_per_node|\bmove_price|\bmax_bytes(?! in Python)|\b\w+=(?!\.\.\.)\w")
-
-
-def run(*words: object) -> Result:
-    return CliRunner().invoke(main, [str(word) for word in words])
 
 
 @pytest.fixture(scope="module")
@@ -132,10 +128,10 @@ def test_any_value_of_any_option_plans_or_is_one_line_in_the_words_of_the_comman
 
 def test_a_long_message_keeps_its_beginning_and_its_remedy() -> None:
     assert one_line("a  line\nof\x1bten") == "a line of?ten"
-    told = one_line(f"what was found {'x' * 5000}; pass this")
-    assert len(told) == 600
-    assert told.startswith("what was found xxx")
-    assert told.endswith("xxx; pass this")
+    line = one_line(f"what was found {'x' * 5000}; pass this")
+    assert len(line) == 600
+    assert line.startswith("what was found xxx")
+    assert line.endswith("xxx; pass this")
     name = "y" * 3000
     for words in ((name,), (f"{name}.npy",), ("load.npy", "--current", name), ("load.npy", "--engine", name)):
         result = run("plan", *words, *GPUS)
@@ -238,9 +234,11 @@ def test_whatever_is_printed_is_shown_as_it_is(text: str, monkeypatch: pytest.Mo
     shown.print(f"\x1b[31m{text}")
     _print(Examination([ok(text, text), note("engine cpu", f"pip install 'distplb{text}'")], [Timing(text, 1, 1.0)]))
     assert "\x1b" not in out.getvalue()
-    told = " ".join(out.getvalue().split())
-    assert told.count(text) + (text.count(" ") and told.count(text.replace(" ", "\n"))) >= 10 - text.count(" ")
-    assert f"?[31m{text}" in told
+    shown_text = " ".join(out.getvalue().split())
+    assert shown_text.count(text) + (text.count(" ") and shown_text.count(text.replace(" ", "\n"))) >= 10 - text.count(
+        " "
+    )
+    assert f"?[31m{text}" in shown_text
 
 
 def test_only_one_file_prints_through_rich() -> None:
@@ -263,7 +261,7 @@ def test_a_launcher_that_tells_of_no_ranks_is_taken_for_one(monkeypatch: pytest.
 
 
 def hinted(load: Tensor, before: float = 1.3) -> list[str]:
-    return [hint.split(":")[0] for hint in hints_of(load, before=before, is_trace=True)]
+    return [hint.split(":")[0] for hint in load_hints(load, before=before, is_trace=True)]
 
 
 def of_ranks(ranks: int, own: int, seed: int) -> Tensor:
@@ -304,9 +302,9 @@ def test_padding_is_known_by_the_same_extra_in_all_layers(layers: int, number: i
     assert hinted(torch.from_numpy(load)) == []
     for layer in range(layers):
         load[:, layer, np.arange(number) if same else random.permutation(32)[:number]] += 2000
-    (hint,) = hints_of(torch.from_numpy(load), before=1.3, is_trace=True)
-    wanted = "experts? 0(, 1)?(, 2)?(, 3)? ha(s|ve)" if same else f"{number} experts? ha(s|ve)"
-    assert re.match(rf"in every layer ({wanted}|experts? [\d, ]+ ha(s|ve)) at least \d,\d\d\d tokens more", hint)
+    (hint,) = load_hints(torch.from_numpy(load), before=1.3, is_trace=True)
+    experts = "experts? 0(, 1)?(, 2)?(, 3)? ha(s|ve)" if same else f"{number} experts? ha(s|ve)"
+    assert re.match(rf"in every layer ({experts}|experts? [\d, ]+ ha(s|ve)) at least \d,\d\d\d tokens more", hint)
 
 
 def test_loads_of_jobs_have_no_hints() -> None:
@@ -314,7 +312,7 @@ def test_loads_of_jobs_have_no_hints() -> None:
         load = Trace.read(path).load
         for part in (load, load[:8], load[-2:]):
             assert hinted(part) == [], path.name
-    troubles = imported("troubles")
+    troubles = imported("shared.troubles")
     for make in troubles.TROUBLES.values():
         for size in ((6, 3, 16, 2_000), (40, 4, 64, 100_000), (4, 1, 8, 50)):
             assert hinted(make(troubles.Size(*size), 0)) == []
@@ -324,15 +322,15 @@ def test_loads_of_jobs_have_no_hints() -> None:
 def test_hints_stand_beside_the_result(command: str, tmp_path: Path) -> None:
     np.save(tmp_path / "load.npy", of_ranks(4, 2, 0).numpy())
     words = (command, tmp_path / "load.npy", *GPUS)
-    told = run(*words)
-    assert told.exit_code == 0
-    assert told.stderr == (
+    printed = run(*words)
+    assert printed.exit_code == 0
+    assert printed.stderr == (
         "Hint: no expert has tokens in more than one of 4 steps: counts of single ranks, each of its own experts? add "
         "them up\n"
     )
-    found = run(*words, "--json")
-    assert found.stderr == ""
-    assert [f"Hint: {hint}\n" for hint in json.loads(found.stdout)["hints"]] == [told.stderr]
+    as_json = run(*words, "--json")
+    assert as_json.stderr == ""
+    assert [f"Hint: {hint}\n" for hint in json.loads(as_json.stdout)["hints"]] == [printed.stderr]
 
 
 # --- errors in Python -------------------------------------------------------------------------------------------

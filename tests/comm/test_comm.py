@@ -60,7 +60,7 @@ def test_subgroups_and_mesh_axes_conform() -> None:
 
 
 @pytest.mark.parametrize(
-    ("backends", "has_gpu", "wanted"),
+    ("backends", "has_gpu", "expected"),
     [
         ("cpu:gloo,cuda:gloo", True, "cpu"),  # made with "gloo"
         ("cpu:gloo", True, "cpu"),  # with "cpu:gloo", or with none where there is no GPU
@@ -75,9 +75,9 @@ def test_subgroups_and_mesh_axes_conform() -> None:
         ("cpu:ucc,cuda:ucc", True, "cpu"),
     ],
 )
-def test_messages_lie_on_the_gpu_where_the_group_has_nccl_for_it(backends: str, has_gpu: bool, wanted: str) -> None:
+def test_messages_lie_on_the_gpu_where_the_group_has_nccl_for_it(backends: str, has_gpu: bool, expected: str) -> None:
     """Only a group whose one backend had the name was known; of others the messages went through the host's memory."""
-    assert device_type(backends, has_gpu) == wanted
+    assert device_type(backends, has_gpu) == expected
 
 
 @pytest.mark.parametrize(

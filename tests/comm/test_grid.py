@@ -37,25 +37,25 @@ def refusal(call: Any) -> str:
 
 
 def grids() -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for axes in ("edp ep", "ep edp"):
         mesh = mesh_of(axes)
         grid = GridComm(TorchComm(mesh["ep"]), TorchComm(mesh["edp"]))
         conforms(grid, ALONG)
-        found[axes] = (grid.rank, grid.size)
+        results[axes] = (grid.rank, grid.size)
         # Of all ranks, one sends to the one that stands across.
         sends = [(message(0, 3, grid), 3)] if grid.rank == 0 else []
         receives = [(torch.zeros_like(message(0, 3, grid)), 0)] if grid.rank == 3 else []
-        found[f"{axes} diagonal"] = refusal(lambda: grid.exchange([(sends, receives)]))  # noqa: B023, called at once
+        results[f"{axes} diagonal"] = refusal(lambda: grid.exchange([(sends, receives)]))  # noqa: B023, called at once
         conforms(grid, ALONG)  # nobody was left waiting
     ep = TorchComm(mesh["ep"])
-    found["same axis"] = refusal(lambda: GridComm(ep, ep))
+    results["same axis"] = refusal(lambda: GridComm(ep, ep))
     # Ranks 0 and 1 form rows of their own, 2 and 3 one row; columns are {0, 2} and {1, 3}.
     rows = [dist.new_group([0]), dist.new_group([1]), dist.new_group([2, 3])]
     row, column = TorchComm(rows[min(2, dist.get_rank())]), TorchComm(mesh_of("edp ep")["edp"])
-    found["uneven"] = refusal(lambda: GridComm(row, column))
-    found["mesh"] = refusal(lambda: TorchComm(mesh))
-    return found
+    results["uneven"] = refusal(lambda: GridComm(row, column))
+    results["mesh"] = refusal(lambda: TorchComm(mesh))
+    return results
 
 
 @pytest.fixture(scope="module")
@@ -64,11 +64,11 @@ def grids_of_ranks() -> list[dict[str, Any]]:
 
 
 def test_a_grid_conforms_but_for_the_diagonal(grids_of_ranks: list[dict[str, Any]]) -> None:
-    assert [found["edp ep"] for found in grids_of_ranks] == [(0, 4), (1, 4), (2, 4), (3, 4)]
-    assert [found["ep edp"] for found in grids_of_ranks] == [(0, 4), (2, 4), (1, 4), (3, 4)]
-    for found in grids_of_ranks:
+    assert [results["edp ep"] for results in grids_of_ranks] == [(0, 4), (1, 4), (2, 4), (3, 4)]
+    assert [results["ep edp"] for results in grids_of_ranks] == [(0, 4), (2, 4), (1, 4), (3, 4)]
+    for results in grids_of_ranks:
         for axes in ("edp ep", "ep edp"):
-            assert found[f"{axes} diagonal"] == (
+            assert results[f"{axes} diagonal"] == (
                 "rank 0: rank 0 of the grid of 2 × 2 has messages for or from ranks [3], in neither its row nor its "
                 "column; where experts are sharded over EP groups, pass a communicator of all ranks, such as "
                 "TorchComm(dist.new_group(ranks))"
@@ -76,14 +76,14 @@ def test_a_grid_conforms_but_for_the_diagonal(grids_of_ranks: list[dict[str, Any
 
 
 def test_what_is_no_grid_is_refused_on_all_ranks(grids_of_ranks: list[dict[str, Any]]) -> None:
-    for found in grids_of_ranks:
+    for results in grids_of_ranks:
         for case, wording in (
             ("same axis", "ranks disagree on the row in the grid (outer.rank): 0 on one, 1 on another"),
             ("uneven", "inner and outer are not the rows and columns of one grid"),
         ):
-            assert wording in found[case]
-            assert "as in GridComm(TorchComm(mesh['ep']), TorchComm(mesh['edp']))" in found[case]
-        assert found["mesh"].startswith("the mesh has 2 axes ('ep', 'edp'); pass one of them, as in mesh['ep'], or")
+            assert wording in results[case]
+            assert "as in GridComm(TorchComm(mesh['ep']), TorchComm(mesh['edp']))" in results[case]
+        assert results["mesh"].startswith("the mesh has 2 axes ('ep', 'edp'); pass one of them, as in mesh['ep'], or")
 
 
 def test_two_devices_are_refused() -> None:
@@ -150,15 +150,15 @@ def counts_of(group: int, placement: Placement) -> Tensor:
 
 def by_expert(job: Job, placement: Placement, row: TorchComm) -> list[list[float]]:
     """Weights and both moments of every expert of the EP group, in logical order."""
-    found = []
+    rows = []
     for layer, weight in enumerate(job.weights):
         state = job.optimizer.state[weight]
         for tensor in (weight.detach(), state["exp_avg"], state["exp_avg_sq"]):
             whole = torch.zeros(EXPERTS, *tensor.shape[1:], dtype=torch.float32)  # by slot
             whole[row.rank * len(tensor) : (row.rank + 1) * len(tensor)] = tensor
             row.all_reduce_sum(whole)
-            found.append(whole[placement.inverse[layer, :, 0]].flatten().tolist())
-    return found
+            rows.append(whole[placement.inverse[layer, :, 0]].flatten().tolist())
+    return rows
 
 
 def trained(comm: Comm | None, mesh: DeviceMesh) -> dict[str, Any]:
@@ -184,15 +184,15 @@ def trained(comm: Comm | None, mesh: DeviceMesh) -> dict[str, Any]:
 
 
 def jobs() -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for axes in ("edp ep", "ep edp"):
         mesh = mesh_of(axes)
         along = Recorded(mesh["edp"])
-        found[axes] = trained(GridComm(TorchComm(mesh["ep"]), along), mesh) | {"sent across": along.peers}
-        found[f"{axes} static"] = trained(None, mesh)
-    found["one group"] = trained(TorchComm(), mesh_of("edp ep"))
-    found["stages"] = [staged(with_all) for with_all in (True, False)]
-    return found
+        results[axes] = trained(GridComm(TorchComm(mesh["ep"]), along), mesh) | {"sent across": along.peers}
+        results[f"{axes} static"] = trained(None, mesh)
+    results["one group"] = trained(TorchComm(), mesh_of("edp ep"))
+    results["stages"] = [staged(with_all) for with_all in (True, False)]
+    return results
 
 
 def staged(with_all: bool) -> list[Any]:
@@ -222,11 +222,11 @@ def jobs_of_ranks() -> list[dict[str, Any]]:
 
 
 def test_a_grid_rebalances_as_one_group_of_all_ranks_does(jobs_of_ranks: list[dict[str, Any]]) -> None:
-    for found in jobs_of_ranks:
+    for results in jobs_of_ranks:
         one = jobs_of_ranks[0]["one group"]
         for name in ("edp ep", "ep edp", "one group"):
-            assert found[name]["placement"] == one["placement"]
-            assert found[name]["events"] == one["events"]
+            assert results[name]["placement"] == one["placement"]
+            assert results[name]["events"] == one["events"]
         first = one["events"][0]
         # Steps of both groups: expert 2 is hot in half of them, expert 3 in the other half; all else is alike.
         assert first.slots_moved > 0
@@ -236,17 +236,17 @@ def test_a_grid_rebalances_as_one_group_of_all_ranks_does(jobs_of_ranks: list[di
 def test_moves_stay_in_each_group_and_experts_with_their_moments_are_what_they_are_without(
     jobs_of_ranks: list[dict[str, Any]],
 ) -> None:
-    for found in jobs_of_ranks:
+    for results in jobs_of_ranks:
         for axes in ("edp ep", "ep edp"):
-            assert found[axes]["sent across"] == []
-            assert found[axes]["experts"] == found[f"{axes} static"]["experts"]
-            bytes_moved = [event.bytes_moved for event in found[axes]["events"]]
-            assert bytes_moved[0] == 2 * found[axes]["events"][0].slots_moved * SLOT_BYTES  # in each group
+            assert results[axes]["sent across"] == []
+            assert results[axes]["experts"] == results[f"{axes} static"]["experts"]
+            bytes_moved = [event.bytes_moved for event in results[axes]["events"]]
+            assert bytes_moved[0] == 2 * results[axes]["events"][0].slots_moved * SLOT_BYTES  # in each group
 
 
 def test_stages_of_a_pipeline_have_layers_of_their_own_or_none(jobs_of_ranks: list[dict[str, Any]]) -> None:
-    for rank, found in enumerate(jobs_of_ranks):
-        both, one = found["stages"]
+    for rank, results in enumerate(jobs_of_ranks):
+        both, one = results["stages"]
         if rank < 2:
             assert both == one
             assert both[2] == [("moe.0", "moe.1")]

@@ -41,11 +41,11 @@ def side_by_side(case: str) -> tuple[str, bool]:
         options = {"comm": GridComm(TorchComm(mesh["ep"]), TorchComm(mesh["edp"])), "gpu": rank % 2}
     if case == "late" and rank < 2:
         dist.barrier()  # until the others are there
-    said, before, rebalancer = "", job.values(), None
+    message, before, rebalancer = "", job.values(), None
     try:
         rebalancer = job.rebalancer(layers, **options)
     except DistplbError as error:
-        said = str(error)
+        message = str(error)
     if case == "late" and rank >= 2:
         dist.barrier()
     dist.barrier()  # as the average of the gradients, which none passes before all have their rebalancers
@@ -57,43 +57,43 @@ def side_by_side(case: str) -> tuple[str, bool]:
             before = job.values()
             rebalancer.step()
     except DistplbError as error:
-        said = str(error)
+        message = str(error)
     moved = any(not torch.equal(a, b) for a, b in zip(before, job.values(), strict=True))
     dist.barrier()
-    return said, moved
+    return message, moved
 
 
 @pytest.mark.parametrize("case", ["at once", "late"])
 def test_ep_groups_that_move_by_themselves_are_refused_on_every_rank(case: str) -> None:
     """They ended with other placements, and the average over expert-data-parallel ranks mixed different experts."""
-    for said, moved in on_ranks(4, side_by_side, case, deadline=60):
+    for message, moved in on_ranks(4, side_by_side, case, deadline=60):
         assert not moved
-        assert "each have a communicator of their own for layers of the same names (moe.0, ...)" in said
-        assert "pass one communicator of all of them, such as comm=TorchComm(group_of_all) or GridComm(" in said
+        assert "each have a communicator of their own for layers of the same names (moe.0, ...)" in message
+        assert "pass one communicator of all of them, such as comm=TorchComm(group_of_all) or GridComm(" in message
 
 
 def test_processes_without_a_communicator_are_refused_like_groups() -> None:
-    for said, moved in on_ranks(4, side_by_side, "no communicator", deadline=60):
+    for message, moved in on_ranks(4, side_by_side, "no communicator", deadline=60):
         assert not moved
-        assert "each have a communicator of their own" in said
+        assert "each have a communicator of their own" in message
 
 
 @pytest.mark.parametrize("case", ["stages", "grid"])
 def test_stages_of_other_names_and_grids_are_not(case: str) -> None:
-    for said, moved in on_ranks(4, side_by_side, case, deadline=60):
-        assert said == ""
+    for message, moved in on_ranks(4, side_by_side, case, deadline=60):
+        assert message == ""
         assert moved
 
 
 def one_after_the_other() -> list[str]:
     """The communicator is put right in the same process; one that was closed is no other's concern."""
-    rank, found = dist.get_rank(), []
+    rank, messages = dist.get_rank(), []
     group, _ = groups()
     job = Job(ranks=2)
     try:
         job.rebalancer(comm=TorchComm(group))
     except DistplbError as error:
-        found.append(str(error)[:30])
+        messages.append(str(error)[:30])
     dist.barrier()
     right = job.rebalancer(comm=TorchComm(), gpu=rank % 2)
     right.apply(Placement(torch.arange(EXPERTS).flip(0).expand(LAYERS, -1), EXPERTS, 2))
@@ -113,10 +113,10 @@ def one_after_the_other() -> list[str]:
         for number, layer in enumerate(layers):
             object.__setattr__(layer, "name", f"alone.{number}")
         other.rebalancer(layers, comm=TorchComm(group)).close()
-    return found
+    return messages
 
 
 def test_what_was_refused_or_closed_does_not_stand_in_the_way_of_what_comes_after() -> None:
-    found = on_ranks(4, one_after_the_other, deadline=60)
-    assert all(len(refused) <= 1 for refused in found)
-    assert sum(map(len, found)) >= 2  # the group that came second, at least
+    messages = on_ranks(4, one_after_the_other, deadline=60)
+    assert all(len(refused) <= 1 for refused in messages)
+    assert sum(map(len, messages)) >= 2  # the group that came second, at least

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from distplb import DistplbError, Placement, Topology, bound, imbalance, lower_bound
+from distplb import DistplbError, Placement, Topology, imbalance, lower_bound
+from distplb.core import bound
 
 Table = tuple[tuple[int, ...], ...]  # the experts on each GPU
 
@@ -53,7 +54,7 @@ def all_tables(experts: tuple[int, ...], num_gpus: int, slots_per_gpu: int, shar
 def all_grouped_tables(num_experts: int, topology: Topology, num_slots: int, num_groups: int) -> list[Table]:
     """Every way that keeps each group on a node, and as many groups on every node."""
     size = num_experts // num_groups
-    found = []
+    tables = []
     for node_of_group in product(range(topology.num_nodes), repeat=num_groups):
         if len({node_of_group.count(node) for node in range(topology.num_nodes)}) > 1:
             continue
@@ -65,11 +66,11 @@ def all_grouped_tables(num_experts: int, topology: Topology, num_slots: int, num
             all_tables(experts, topology.gpus_per_node, topology.slots_per_gpu(num_slots))
             for experts in experts_of_node
         ]
-        found += [tuple(gpu for node in nodes for gpu in node) for nodes in product(*inside)]
-    return found
+        tables += [tuple(gpu for node in nodes for gpu in node) for nodes in product(*inside)]
+    return tables
 
 
-def least_mean_imbalance(load: np.ndarray, tables: np.ndarray) -> float:
+def smallest_mean_imbalance(load: np.ndarray, tables: np.ndarray) -> float:
     """The optimum, over all `tables [n, M, G]`, of the imbalance's mean over the steps of `load [T, E]`."""
     replicas = (tables[..., None] == np.arange(load.shape[1])).sum((1, 2))  # [n, E]
     total = np.zeros(len(tables))
@@ -81,10 +82,10 @@ def least_mean_imbalance(load: np.ndarray, tables: np.ndarray) -> float:
     return float(total.min()) / counted if counted else math.nan
 
 
-def known(found: np.ndarray, least: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def without_nan(lower: np.ndarray, optimum: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Bounds and optima `[L]`, which both are unknown for a layer without tokens; there 1 takes their place."""
-    assert (np.isnan(found) == np.isnan(least)).all()
-    return np.nan_to_num(found, nan=1.0), np.nan_to_num(least, nan=1.0)
+    assert (np.isnan(lower) == np.isnan(optimum)).all()
+    return np.nan_to_num(lower, nan=1.0), np.nan_to_num(optimum, nan=1.0)
 
 
 # --- against exhaustive search ----------------------------------------------------------------------------------
@@ -123,33 +124,33 @@ def test_no_placement_beats_the_lower_bound(
     num_experts, num_slots, num_gpus = shape
     num_layers = 100 if num_steps == 1 else 30
     load = np.array(random_load(random.Random(f"{shape} {num_steps}"), num_steps, num_layers, num_experts))  # [T, L, E]
-    found = lower_bound(torch.from_numpy(load), Topology(1, num_gpus), num_slots).numpy()
+    lower = lower_bound(torch.from_numpy(load), Topology(1, num_gpus), num_slots).numpy()
     tables = np.array(all_tables(tuple(range(num_experts)), num_gpus, num_slots // num_gpus))
-    least = np.array([least_mean_imbalance(load[:, layer], tables) for layer in range(num_layers)])
-    assert found.shape == (num_layers,)
-    found, least = known(found, least)
-    assert (found >= 1).all()
-    assert (found <= least).all()
+    optimum = np.array([smallest_mean_imbalance(load[:, layer], tables) for layer in range(num_layers)])
+    assert lower.shape == (num_layers,)
+    lower, optimum = without_nan(lower, optimum)
+    assert (lower >= 1).all()
+    assert (lower <= optimum).all()
     if num_steps == 1:  # the replicas of several steps that have nothing in common are another matter
-        assert (least <= found * (1 + 1e-5)).sum() >= reached
-        assert (least <= found * 1.1).sum() >= near
+        assert (optimum <= lower * (1 + 1e-5)).sum() >= reached
+        assert (optimum <= lower * 1.1).sum() >= near
 
 
 @pytest.mark.parametrize("shape", [(4, 6, 3), (5, 8, 4), (4, 6, 2)])
 def test_it_holds_where_replicas_may_not_share_a_gpu(shape: tuple[int, int, int]) -> None:
     num_experts, num_slots, num_gpus = shape
     load = np.array(random_load(random.Random(str(shape)), 1, 60, num_experts))
-    found = lower_bound(torch.from_numpy(load), Topology(1, num_gpus), num_slots).tolist()
+    lower = lower_bound(torch.from_numpy(load), Topology(1, num_gpus), num_slots).tolist()
     tables = np.array(all_tables(tuple(range(num_experts)), num_gpus, num_slots // num_gpus, shared=False))
-    assert not any(one > least_mean_imbalance(load[:, layer], tables) for layer, one in enumerate(found))
+    assert not any(one > smallest_mean_imbalance(load[:, layer], tables) for layer, one in enumerate(lower))
 
 
 def test_it_holds_where_two_heavy_replicas_fit_on_a_gpu() -> None:
     """Loads that are nearly even and three slots a GPU: (j) may not count heavy slots as if they were alone."""
     load = np.array([[random.Random(layer).choices(range(90, 130), k=7) for layer in range(100)]])
-    found = lower_bound(torch.from_numpy(load), Topology(1, 3), 9).tolist()
+    lower = lower_bound(torch.from_numpy(load), Topology(1, 3), 9).tolist()
     tables = np.array(all_tables(tuple(range(7)), 3, 3))
-    assert not any(one > least_mean_imbalance(load[:, layer], tables) for layer, one in enumerate(found))
+    assert not any(one > smallest_mean_imbalance(load[:, layer], tables) for layer, one in enumerate(lower))
 
 
 # (N, GPUs per node), (E, P), B, and how many of 50 loads of one step have a bound that is reached, and within 10 %.
@@ -172,14 +173,14 @@ def test_no_placement_of_whole_groups_beats_the_lower_bound(
     nodes, (num_experts, num_slots) = Topology(*topology), shape
     num_layers = 50 if num_steps == 1 else 15
     load = np.array(random_load(random.Random(f"{topology} {shape} {num_steps}"), num_steps, num_layers, num_experts))
-    found = lower_bound(torch.from_numpy(load), nodes, num_slots, num_groups).numpy()
+    lower = lower_bound(torch.from_numpy(load), nodes, num_slots, num_groups).numpy()
     tables = np.array(all_grouped_tables(num_experts, nodes, num_slots, num_groups))
-    least = np.array([least_mean_imbalance(load[:, layer], tables) for layer in range(num_layers)])
-    found, least = known(found, least)
-    assert (found <= least).all()
+    optimum = np.array([smallest_mean_imbalance(load[:, layer], tables) for layer in range(num_layers)])
+    lower, optimum = without_nan(lower, optimum)
+    assert (lower <= optimum).all()
     if num_steps == 1:
-        assert (least <= found * (1 + 1e-5)).sum() >= reached
-        assert (least <= found * 1.1).sum() >= near
+        assert (optimum <= lower * (1 + 1e-5)).sum() >= reached
+        assert (optimum <= lower * 1.1).sum() >= near
 
 
 @pytest.mark.parametrize(("num_slots", "num_steps"), [(8, 1), (12, 1), (8, 2)])
@@ -204,8 +205,8 @@ def test_two_slots_a_gpu_without_replicas_are_decided() -> None:
     load = torch.tensor(random_load(random.Random(1), 1, 100, 64))[0]  # [L, E]
     ascending = load.sort(-1).values
     fullest = (ascending[:, :32] + ascending[:, 32:].flip(-1)).amax(-1)
-    wanted = torch.where(load.sum(-1) > 0, fullest.double() * 32 / load.sum(-1).clamp(min=1), 1.0)
-    assert torch.allclose(lower_bound(load, Topology(4, 8), 64), wanted, rtol=1e-9, atol=0)
+    expected = torch.where(load.sum(-1) > 0, fullest.double() * 32 / load.sum(-1).clamp(min=1), 1.0)
+    assert torch.allclose(lower_bound(load, Topology(4, 8), 64), expected, rtol=1e-9, atol=0)
 
 
 def test_one_slot_a_gpu_with_replicas_is_decided() -> None:
@@ -217,12 +218,12 @@ def test_one_slot_a_gpu_with_replicas_is_decided() -> None:
             hottest = max(range(16), key=lambda expert: row[expert] / replicas[expert])
             replicas[hottest] += 1
         num_slots = sum(replicas)
-        wanted = max(w / c for w, c in zip(row, replicas, strict=True)) * num_slots / sum(row) if sum(row) else 1.0
-        assert float(lower_bound(torch.tensor([row]), Topology(1, num_slots), num_slots)) == pytest.approx(wanted)
+        expected = max(w / c for w, c in zip(row, replicas, strict=True)) * num_slots / sum(row) if sum(row) else 1.0
+        assert float(lower_bound(torch.tensor([row]), Topology(1, num_slots), num_slots)) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
-    ("load", "num_slots", "num_gpus", "wanted"),
+    ("load", "num_slots", "num_gpus", "expected"),
     [
         # Without replicas.
         ([[1, 1, 1, 1]], 4, 2, 1.0),
@@ -260,15 +261,15 @@ def test_one_slot_a_gpu_with_replicas_is_decided() -> None:
     ],
 )
 def test_it_is_reached_in_cases_made_by_hand(
-    load: list[list[int]], num_slots: int, num_gpus: int, wanted: float
+    load: list[list[int]], num_slots: int, num_gpus: int, expected: float
 ) -> None:
     tokens = np.array(load)  # [T, E]
-    found = float(lower_bound(torch.from_numpy(tokens)[:, None], Topology(1, num_gpus), num_slots))
+    lower = float(lower_bound(torch.from_numpy(tokens)[:, None], Topology(1, num_gpus), num_slots))
     has_replicas = num_slots > tokens.shape[1]
     tables = all_tables(tuple(range(tokens.shape[1])), num_gpus, num_slots // num_gpus, shared=has_replicas)
-    assert least_mean_imbalance(tokens, np.array(tables)) == pytest.approx(wanted, rel=1e-9, nan_ok=True)
+    assert smallest_mean_imbalance(tokens, np.array(tables)) == pytest.approx(expected, rel=1e-9, nan_ok=True)
     # Halving stops at a millionth.
-    assert found == pytest.approx(wanted, rel=1e-6 if has_replicas else 1e-9, nan_ok=True)
+    assert lower == pytest.approx(expected, rel=1e-6 if has_replicas else 1e-9, nan_ok=True)
 
 
 @pytest.mark.parametrize("num_groups", [None, 4])
@@ -279,15 +280,15 @@ def test_steps_without_tokens_change_no_bound(num_slots: int, num_groups: int | 
     load[1, 4:8] = 0  # of some layers
     load[:, 8] = 0
     padded = torch.cat([load[:1], torch.zeros_like(load), load[1:]])
-    found, without = (lower_bound(one, Topology(2, 2), num_slots, num_groups) for one in (padded, load))
-    torch.testing.assert_close(found, without, rtol=1e-12, atol=0, equal_nan=True)
-    assert torch.equal(found.isnan(), load.sum((0, 2)) == 0)
+    lower, without = (lower_bound(one, Topology(2, 2), num_slots, num_groups) for one in (padded, load))
+    torch.testing.assert_close(lower, without, rtol=1e-12, atol=0, equal_nan=True)
+    assert torch.equal(lower.isnan(), load.sum((0, 2)) == 0)
     alone = lower_bound(load[[0, 2], 4:8], Topology(2, 2), num_slots, num_groups)
-    torch.testing.assert_close(found[4:8], alone, rtol=1e-12, atol=0, equal_nan=True)
+    torch.testing.assert_close(lower[4:8], alone, rtol=1e-12, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize(
-    ("load", "num_slots", "topology", "num_groups", "wanted", "without"),
+    ("load", "num_slots", "topology", "num_groups", "expected", "without"),
     [
         # (k) Two of three heavy groups are on one node.
         ([[5, 5, 5, 5, 5, 5, 0, 0]], 8, (2, 1), 4, 20 / 15, 1.0),
@@ -311,14 +312,14 @@ def test_it_is_reached_by_whole_groups(
     num_slots: int,
     topology: tuple[int, int],
     num_groups: int,
-    wanted: float,
+    expected: float,
     without: float,
 ) -> None:
     tokens = np.array(load)
     nodes, steps = Topology(*topology), torch.from_numpy(tokens)[:, None]
     tables = all_grouped_tables(tokens.shape[1], nodes, num_slots, num_groups)
-    assert least_mean_imbalance(tokens, np.array(tables)) == pytest.approx(wanted, rel=1e-9)
-    assert float(lower_bound(steps, nodes, num_slots, num_groups)) == pytest.approx(wanted, rel=1e-6)
+    assert smallest_mean_imbalance(tokens, np.array(tables)) == pytest.approx(expected, rel=1e-9)
+    assert float(lower_bound(steps, nodes, num_slots, num_groups)) == pytest.approx(expected, rel=1e-6)
     assert float(lower_bound(steps, nodes, num_slots)) == pytest.approx(without, rel=1e-6)
 
 
@@ -341,9 +342,9 @@ def test_each_layer_is_alone_and_the_order_of_experts_and_steps_is_nothing(
 @pytest.mark.parametrize("num_slots", [8, 12])
 def test_without_groups_or_with_one_node_only_the_number_of_gpus_counts(num_slots: int) -> None:
     load = torch.tensor(random_load(random.Random(6), 2, 10, 8))
-    wanted = lower_bound(load, Topology(1, 4), num_slots)
-    assert torch.equal(wanted, lower_bound(load, Topology(2, 2), num_slots))
-    assert torch.equal(wanted, lower_bound(load, Topology(1, 4), num_slots, 2))
+    expected = lower_bound(load, Topology(1, 4), num_slots)
+    assert torch.equal(expected, lower_bound(load, Topology(2, 2), num_slots))
+    assert torch.equal(expected, lower_bound(load, Topology(1, 4), num_slots, 2))
 
 
 @pytest.mark.parametrize("num_replicas", [1, 3])
@@ -354,10 +355,10 @@ def test_the_last_digits_do_not_lift_it_above_what_is_reached(num_replicas: int)
     table = torch.arange(7).repeat(40, num_replicas)
     for steps in (load[:1], load):
         reached = imbalance(steps, Placement(table, 7, 7 * num_replicas)).mean(0)
-        found = lower_bound(steps, Topology(1, 7), 7)
-        assert (found <= reached).all()
+        lower = lower_bound(steps, Topology(1, 7), 7)
+        assert (lower <= reached).all()
         if num_replicas == 1:
-            assert torch.allclose(found, reached, rtol=1e-11, atol=0)
+            assert torch.allclose(lower, reached, rtol=1e-11, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -379,17 +380,17 @@ def test_larger_placements_do_not_beat_it_either(num_experts: int, num_slots: in
         min(open_gpus, key=lambda gpu: sum(share[held] for held in gpu)).append(expert)
     table = torch.tensor([[expert for gpu in gpus for expert in gpu]])
     steps = torch.tensor(load)[:, None]
-    found = float(lower_bound(steps, Topology(1, num_gpus), num_slots))
+    lower = float(lower_bound(steps, Topology(1, num_gpus), num_slots))
     reached = float(imbalance(steps, Placement(table, num_experts, num_gpus)).mean())
-    assert 1 <= found <= reached < found * 1.2
+    assert 1 <= lower <= reached < lower * 1.2
 
 
 @pytest.mark.parametrize(("num_slots", "topology"), [(2048, (128, 8)), (4096, (128, 8)), (4096, (1, 4096))])
 def test_thousands_of_experts_are_no_trouble(num_slots: int, topology: tuple[int, int]) -> None:
     load = torch.empty(1, 3, 2048).log_normal_(5, 1.2, generator=torch.Generator().manual_seed(0)).round()
-    found = lower_bound(load, Topology(*topology), num_slots)
-    assert found.isfinite().all()
-    assert (found >= 1).all()
+    lower = lower_bound(load, Topology(*topology), num_slots)
+    assert lower.isfinite().all()
+    assert (lower >= 1).all()
 
 
 # --- what is refused --------------------------------------------------------------------------------------------

@@ -45,7 +45,8 @@ from distplb import (
     replay,
 )
 from distplb.comm.base import WorldOfOne
-from distplb.core.counts import as_counts, as_tokens, exact_limit, marked, refuse_marked
+from distplb.core.count_errors import exact_limit
+from distplb.core.counts import as_counts, as_tokens, marked, refuse_marked
 from distplb.train.measure import measured_bandwidths
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -120,7 +121,7 @@ def by_writer(load: Any, folder: Path) -> Tensor:
 def by_replay(load: Any) -> Tensor:
     model = MoveModel(1e-6, 8, 1e9, 1e9)
     trace = Trace(load, (START,), [0, 0, 0], [0, 1, 2])
-    return replay(trace, lambda seen, now: plan(seen, TOPOLOGY, current=now), topology=TOPOLOGY, every=1, model=model)
+    return replay(trace, lambda past, now: plan(past, TOPOLOGY, current=now), topology=TOPOLOGY, every=1, model=model)
 
 
 DOORS: dict[str, Callable[[Any, Path], Any]] = {
@@ -144,17 +145,17 @@ DOORS: dict[str, Callable[[Any, Path], Any]] = {
 def test_the_same_numbers_are_the_same_load_at_every_door(door: str, kind: Any, tmp_path: Path) -> None:
     """uint16, as a trace's own file has it, was an error of torch's in `plan`; lists were one in `LoadWindow.add`."""
     load = small_load()
-    wanted, found = DOORS[door](load, tmp_path / "wanted"), DOORS[door](held(kind)(load), tmp_path / "found")
-    assert found.dtype == wanted.dtype
-    assert torch.equal(found, wanted)
+    expected, result = DOORS[door](load, tmp_path / "wanted"), DOORS[door](held(kind)(load), tmp_path / "found")
+    assert result.dtype == expected.dtype
+    assert torch.equal(result, expected)
 
 
 @pytest.mark.parametrize("door", DOORS)
 @pytest.mark.parametrize("convert", [Tensor.bool, lambda load: load.bool().numpy(), lambda load: load.bool().tolist()])
 def test_bools_are_counts_of_one_token(door: str, convert: Callable[[Tensor], Any], tmp_path: Path) -> None:
     load = small_load() % 2
-    wanted, found = DOORS[door](load, tmp_path / "wanted"), DOORS[door](convert(load), tmp_path / "found")
-    assert torch.equal(found, wanted)
+    expected, result = DOORS[door](load, tmp_path / "wanted"), DOORS[door](convert(load), tmp_path / "found")
+    assert torch.equal(result, expected)
 
 
 @pytest.mark.parametrize("dtype", ["u2", "u4", "u8"])
@@ -194,10 +195,10 @@ def test_a_float_is_a_count_or_refused_and_marked_where_nobody_may_wait(values: 
     """`marked` is what an accelerator runs; it and the check on the host must agree on every number."""
     tokens = torch.tensor(values)
     is_count = [one == one and 0 <= one <= 2**24 and one == int(one) for one in tokens.tolist()]
-    found = marked(tokens)
-    assert [one >= 0 for one in found.tolist()] == is_count
+    result = marked(tokens)
+    assert [one >= 0 for one in result.tolist()] == is_count
     if all(is_count):
-        assert found.tolist() == tokens.tolist() == as_counts("load", tokens, ("expert",)).tolist()
+        assert result.tolist() == tokens.tolist() == as_counts("load", tokens, ("expert",)).tolist()
     else:
         with pytest.raises(DistplbError, match=rf"for expert {is_count.index(False)}|such"):
             as_counts("load", tokens, ("expert",))

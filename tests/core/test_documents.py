@@ -104,9 +104,9 @@ READ: dict[str, tuple[Callable[[Path], object], list, tuple[str, ...]]] = {
 def test_what_other_people_write_is_read(name: str, tmp_path: Path) -> None:
     write, expected, layers = READ[name]
     write(tmp_path / name)
-    found = read_loads(tmp_path / name)
-    assert found.load.dtype == torch.int64
-    assert (found.load.tolist(), found.layers) == (expected, layers)
+    result = read_loads(tmp_path / name)
+    assert result.load.dtype == torch.int64
+    assert (result.load.tolist(), result.layers) == (expected, layers)
 
 
 # --- what is refused --------------------------------------------------------------------------------------------
@@ -296,10 +296,10 @@ def test_damaged_files_are_errors_of_ours_or_still_counts(
         data[int(at * len(data))] = byte
     (tmp_path / name).write_bytes(data[: int(part * len(data))] or b"x")
     try:
-        found = read_loads(tmp_path / name).load.tolist()
+        result = read_loads(tmp_path / name).load.tolist()
     except DistplbError as refused:
-        found = str(refused).splitlines()[1:]  # none
-    assert found in ([], expected) or name in ("named.safetensors", "named.yaml")  # which have no checksum
+        result = str(refused).splitlines()[1:]  # none
+    assert result in ([], expected) or name in ("named.safetensors", "named.yaml")  # which have no checksum
 
 
 TEXTS = st.text("0123456789,;.[]{}:\"'-+eE_ \t\n\r#&*!|%nulaytrsp\0\ufeff", max_size=40)
@@ -348,8 +348,8 @@ def test_whatever_a_file_holds_no_other_error_comes_out(tmp_path: Path, suffix: 
         try:
             read(path)
         except DistplbError as refused:
-            told = str(refused)
-            if "\n" in told or len(told) > len(str(path)) + 500 or not told.isprintable():
+            message = str(refused)
+            if "\n" in message or len(message) > len(str(path)) + 500 or not message.isprintable():
                 raise
 
 
@@ -358,11 +358,11 @@ def test_whatever_a_file_holds_no_other_error_comes_out(tmp_path: Path, suffix: 
 
 def test_a_report_of_counts_is_one_of_the_same_trace(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", np.array(STEPS, np.uint16))
-    found = Run.read(tmp_path / "a.npy", Topology(1, 2))
-    assert found.trace is not None
-    assert found.trace.load.tolist() == STEPS
-    assert found.trace.iteration.tolist() == [0, 1]
-    assert found.trace.placements == (Placement.contiguous(2, 4, 2),)
+    result = Run.read(tmp_path / "a.npy", Topology(1, 2))
+    assert result.trace is not None
+    assert result.trace.load.tolist() == STEPS
+    assert result.trace.iteration.tolist() == [0, 1]
+    assert result.trace.placements == (Placement.contiguous(2, 4, 2),)
     with pytest.raises(DistplbError, match=r"a.npy has counts, and no placement; pass --gpus-per-node"):
         Run.read(tmp_path / "a.npy")
     with pytest.raises(DistplbError, match=r"a.npy has 4 experts, which do not go evenly on 3 GPUs"):

@@ -160,8 +160,8 @@ def test_a_mesh_is_of_one_axis_and_its_nodes_come_from_the_launcher_if_not_given
 def of_axes() -> list[list[int]]:
     """Of each axis of a real mesh: one strided, one not; two GPUs on a node."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("strided", "together"))
-    found = [Topology.from_mesh(mesh[axis], gpus_per_node=2) for axis in ("strided", "together")]
-    return [[topology.num_nodes, topology.gpus_per_node] for topology in found]
+    result = [Topology.from_mesh(mesh[axis], gpus_per_node=2) for axis in ("strided", "together")]
+    return [[topology.num_nodes, topology.gpus_per_node] for topology in result]
 
 
 def test_axes_of_a_device_mesh_are_seen_on_their_nodes() -> None:

@@ -18,8 +18,8 @@ from ranks import on_ranks
 from distplb import Topology
 from distplb.cli.main import main
 from distplb.comm.torchdist import TorchComm
-from distplb.doctor import here, together
-from distplb.doctor.examine import Examination, examined_together
+from distplb.doctor import collective_checks, local_checks
+from distplb.doctor.examine import Examination, examine_ranks
 from distplb.doctor.finding import Timing, note, ok, wrong
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -37,8 +37,8 @@ def launched(monkeypatch: pytest.MonkeyPatch, **others: str) -> None:
         monkeypatch.setenv(name, value)
 
 
-def found_here(what: str) -> list[tuple[str, str]]:
-    return [(one.level, one.text) for one in here.findings() if one.what == what]
+def findings_of(what: str) -> list[tuple[str, str]]:
+    return [(one.level, one.text) for one in local_checks.findings() if one.what == what]
 
 
 # --- alone ------------------------------------------------------------------------------------------------------
@@ -62,7 +62,7 @@ def test_alone_it_looks_at_this_process_and_says_how_to_look_at_more() -> None:
 
 
 @pytest.mark.parametrize(
-    ("found", "level"),
+    ("installed", "level"),
     [
         ("2.13.0+cpu", "ok"),
         ("2.6", "ok"),
@@ -72,38 +72,38 @@ def test_alone_it_looks_at_this_process_and_says_how_to_look_at_more() -> None:
         ("?", "note"),
     ],
 )
-def test_a_version_is_compared_by_its_numbers(monkeypatch: pytest.MonkeyPatch, found: str, level: str) -> None:
-    monkeypatch.setattr(here, "version", lambda name: found)
-    assert found_here("torch")[0][0] == level
+def test_a_version_is_compared_by_its_numbers(monkeypatch: pytest.MonkeyPatch, installed: str, level: str) -> None:
+    monkeypatch.setattr(local_checks, "version", lambda name: installed)
+    assert findings_of("torch")[0][0] == level
 
 
 def test_without_numba_it_says_what_brings_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("distplb.packing.cpu.is_there", lambda: False)
-    ((level, text),) = found_here("engine cpu")
+    ((level, text),) = findings_of("engine cpu")
     assert level == "note"
     assert "pip install 'distplb[fast]'" in text
-    assert "reference is taken, 1 make the same plan" in found_here("engines")[0][1]
+    assert "reference is taken, 1 make the same plan" in findings_of("engines")[0][1]
 
 
 def test_an_engine_that_plans_otherwise_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = here.plan
+    plan = local_checks.plan
 
     def otherwise(load: Any, topology: Topology, **options: Any) -> Any:
         return plan(load.flip(2) if options["engine"] == "cpu" else load, topology, **options)
 
-    monkeypatch.setattr(here, "plan", otherwise)
-    ((level, text),) = found_here("engine cpu")
+    monkeypatch.setattr(local_checks, "plan", otherwise)
+    ((level, text),) = findings_of("engine cpu")
     assert level == "WRONG"
     assert "engine='reference'" in text
 
 
 def test_threads_that_the_cores_do_not_have_are_noted(monkeypatch: pytest.MonkeyPatch) -> None:
     launched(monkeypatch, WORLD_SIZE="64", LOCAL_WORLD_SIZE="64")
-    assert found_here("OMP_NUM_THREADS")[0][0] == "note"
-    assert "set OMP_NUM_THREADS=" in found_here("OMP_NUM_THREADS")[0][1]
+    assert findings_of("OMP_NUM_THREADS")[0][0] == "note"
+    assert "set OMP_NUM_THREADS=" in findings_of("OMP_NUM_THREADS")[0][1]
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    assert not found_here("OMP_NUM_THREADS")
+    assert not findings_of("OMP_NUM_THREADS")
 
 
 def test_fewer_gpus_than_ranks_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,16 +111,16 @@ def test_fewer_gpus_than_ranks_are_wrong(monkeypatch: pytest.MonkeyPatch) -> Non
     about = type("About", (), {"name": "H100", "total_memory": 80 * 2**30})
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: about)
-    assert found_here("GPU 0") == [("ok", "H100, 80 GiB")]
-    assert found_here("GPUs") == [("WRONG", "1 for 2 ranks on this node; start --nproc-per-node 1")]
+    assert findings_of("GPU 0") == [("ok", "H100, 80 GiB")]
+    assert findings_of("GPUs") == [("WRONG", "1 for 2 ranks on this node; start --nproc-per-node 1")]
 
 
 def test_nodes_without_a_named_interface_are_noted(monkeypatch: pytest.MonkeyPatch) -> None:
     launched(monkeypatch, WORLD_SIZE="4", GROUP_WORLD_SIZE="2")
-    assert found_here("launcher") == [("ok", "2 nodes of 2 ranks")]
-    assert "GLOO_SOCKET_IFNAME=eth0" in found_here("GLOO_SOCKET_IFNAME")[0][1]
+    assert findings_of("launcher") == [("ok", "2 nodes of 2 ranks")]
+    assert "GLOO_SOCKET_IFNAME=eth0" in findings_of("GLOO_SOCKET_IFNAME")[0][1]
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
-    assert not found_here("GLOO_SOCKET_IFNAME")
+    assert not findings_of("GLOO_SOCKET_IFNAME")
 
 
 def test_a_launcher_that_contradicts_itself_is_wrong_and_nobody_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,19 +168,21 @@ def test_under_torchrun_ranks_exchange_and_move(tmp_path: Path) -> None:
 def _examined(what: str) -> tuple[Examination, float]:
     """On each of two ranks, of which rank 1 has something of its own."""
     comm, own = TorchComm(deadline=2.0 if what == "late" else 60.0), Examination([ok("torch", "2.13")])
-    together._SIZES = (1 << 20,)
+    collective_checks._SIZES = (1 << 20,)
     began = time.monotonic()
     if comm.rank == 0:
-        here.versions = lambda: {"torch": "2.13.0", "distplb": "0.1.0", "numba": "0.68"}
+        local_checks.versions = lambda: {"torch": "2.13.0", "distplb": "0.1.0", "numba": "0.68"}
     elif what == "different":
-        here.versions = lambda: {"torch": "2.12.0", "distplb": "0.1.0"}
+        local_checks.versions = lambda: {"torch": "2.12.0", "distplb": "0.1.0"}
         own.findings += [wrong("GPUs", "1 for 2 ranks"), note("OMP_NUM_THREADS", "not set"), ok("numpy", "2.4")]
-        together._is_filled = lambda *_: False
+        collective_checks._is_filled = lambda *_: False
     elif what == "refused":
-        together._fill = lambda weights, routers, optimizer, *_: optimizer.state[weights[0]].update(odd=weights[0][:2])
+        collective_checks._fill = lambda weights, routers, optimizer, *_: optimizer.state[weights[0]].update(
+            odd=weights[0][:2]
+        )
     elif what == "late":
-        together.collectives = lambda comm: time.sleep(3) or iter(())
-    return examined_together(comm, Topology(1, 2), own), time.monotonic() - began
+        collective_checks.collectives = lambda comm: time.sleep(3) or iter(())
+    return examine_ranks(comm, Topology(1, 2), own), time.monotonic() - began
 
 
 def on_both(what: str) -> list[tuple[str, str, str]]:

@@ -13,9 +13,10 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 def imported(name: str) -> ModuleType:
-    """A module of the benchmarks, which import each other by their bare names."""
-    sys.path.insert(0, str(BENCHMARKS))
+    """A module of the benchmarks by its name below them, such as "planning.bench_steps"."""
+    root = str(BENCHMARKS.parent)  # of the checkout, which is not on the path where an installed distplb is tested
+    sys.path.insert(0, root)
     try:
-        return importlib.import_module(name)
+        return importlib.import_module(f"benchmarks.{name}")
     finally:
-        sys.path.remove(str(BENCHMARKS))
+        sys.path.remove(root)

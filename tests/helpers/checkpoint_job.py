@@ -141,10 +141,8 @@ class Job:
             self.optimizer,
             topology=distplb.Topology(1, ep_size),
             every=EVERY,
-            move_model=FREE,
-            stop_loss=0,
             comm=TorchComm(mesh["ep"]),
-            verify="digest",
+            moves=distplb.Moves(model=FREE, stop_loss=0, verify="digest"),
         )
         self.rebalancer.enabled = moves
         self.saving_group = dist.new_group()  # a save goes on in a thread, beside the job's own collectives
@@ -273,7 +271,7 @@ def _kill_between_commits(job: Job, iteration: int) -> None:
 
     transfer._STAGING_BYTES = 0  # a swap of two at a time
     told: list[distplb.Placement] = []
-    take_up = job.rebalancer._take_up
+    take_up = job.rebalancer._parts.in_force.take_up
 
     def taken_up(placement: distplb.Placement) -> None:
         take_up(placement)
@@ -282,4 +280,4 @@ def _kill_between_commits(job: Job, iteration: int) -> None:
             if len(told) == 2 and dist.get_rank() == 1:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    job.rebalancer._take_up = taken_up  # type: ignore[method-assign]
+    job.rebalancer._parts.in_force.take_up = taken_up  # type: ignore[method-assign]

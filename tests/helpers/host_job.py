@@ -25,7 +25,6 @@ from distplb import Placement, Topology
 from distplb.comm.torchdist import TorchComm
 from distplb.train.measure import measured_bandwidths
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 STEPS, DEADLINE_SECONDS, SHORT_SECONDS = 3, 60.0, 6.0
 ENGINE = "reference"
 
@@ -109,9 +108,9 @@ def moved(comm: TorchComm, topology: Topology) -> dict[str, Any]:
 
 def crossed(comm: TorchComm, topology: Topology) -> dict[str, Any]:
     """Bytes over the links in a rebalance that knows the nodes, and in one that does not; and what both left."""
-    sys.path.append(str(BENCHMARKS))
-    import bench_hosts
+    from benchmark_modules import imported
 
+    bench_hosts = imported("train.bench_hosts")
     bench_hosts.ROW = 1 << 12
     generator = torch.Generator().manual_seed(7)
     popular = torch.rand(4, 64, generator=generator) ** 2 * 1000 + 100

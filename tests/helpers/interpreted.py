@@ -23,7 +23,7 @@ __all__ = ["prepare", "printed_by"]
 _SECONDS = 400.0
 
 
-def printed_by(module: str, function: str) -> Any:
+def printed_by(module: str, function: str, *arguments: object) -> Any:
     """What a function of a test module prints last, as JSON, in a child in which Triton interprets.
 
     Triton must not have been imported before, so that it cannot be this process.
@@ -32,7 +32,7 @@ def printed_by(module: str, function: str) -> Any:
     if not hasattr(interpreter.InterpreterBuilder, "get_int1_ty"):  # as those of Triton 3.2, of torch 2.6, and 3.3
         pytest.skip("this Triton's interpreter cannot join a condition to one that is False; its compiler can")
     run = subprocess.run(
-        [sys.executable, "-c", f"import {module}; {module}.{function}()"],
+        [sys.executable, "-c", f"import {module}; {module}.{function}(*{arguments!r})"],
         env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path), "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
@@ -61,7 +61,7 @@ def _patch_once(interpreter: Any) -> None:
 
 
 def _guard(interpreter: Any) -> None:
-    """Raise where a kernel reads or writes what is in none of the tensors that it was given."""
+    """Raise where a kernel reads or writes an address that is in none of its tensors."""
     builder, launch = interpreter.InterpreterBuilder, cuda._launch
     edges = np.zeros((0, 2), dtype=np.int64)  # of the tensors of the launch: first address, and the one after the last
 

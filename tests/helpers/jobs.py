@@ -5,21 +5,32 @@ Shapes: L layers, E experts, P slots, G slots on each GPU.
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from distplb import LoadWindow, MoELayer, MoveModel, Placement, Rebalancer, Topology
+from distplb import LoadWindow, MoELayer, MoveModel, Moves, Placement, Rebalancer, Record, Search, Topology
 from distplb.comm.torchdist import TorchComm
 
-__all__ = ["DIM", "EXPERTS", "FREE", "LAYERS", "SLOT_BYTES", "Clock", "Job", "by_slot", "skewed"]
+__all__ = ["DIM", "EXPERTS", "FREE", "LAYERS", "SLOT_BYTES", "Clock", "Job", "by_slot", "in_values", "skewed"]
 
 LAYERS, EXPERTS, DIM = 2, 8, 6
 # Moves cost next to nothing. Without a price, tests count so few tokens that chance could have made them uneven.
 FREE = MoveModel(1.0, 1, 1e12, 1e12)
 SLOT_BYTES = 4 * (2 * DIM * DIM) * 4  # weight, gradient and two moments of AdamW
+
+
+def in_values(options: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of `Rebalancer` for options that are named alone: each goes into the value that has it."""
+    arguments = dict(options)
+    for name, kind in (("search", Search), ("moves", Moves), ("record", Record)):
+        names = [field.name for field in fields(kind) if field.name in arguments]
+        if names:
+            arguments[name] = kind(**{field: arguments.pop(field) for field in names})
+    return arguments
 
 
 class Job:
@@ -47,7 +58,7 @@ class Job:
     def rebalancer(self, layers: list[MoELayer] | None = None, **options: Any) -> Rebalancer:
         comm = TorchComm() if dist.is_initialized() else None
         options = {"topology": self.topology, "window": self.window, "every": 2, "comm": comm} | options
-        return Rebalancer(self.layers() if layers is None else layers, self.optimizer, **options)
+        return Rebalancer(self.layers() if layers is None else layers, self.optimizer, **in_values(options))
 
     def backward(self) -> None:
         sum((p**2).sum() for p in (*self.weights, *self.routers)).backward()

@@ -11,7 +11,7 @@ from itertools import combinations
 
 import torch
 
-from distplb.packing.candidates import noisy_keys
+from distplb.packing.noise import noisy_keys
 
 Row = list[int]  # [n], the weight of each item
 Packs = list[list[int]]  # [M][g], items
@@ -27,8 +27,8 @@ def balanced_packing(weight: list[Row], num_packs: int, num_candidates: int) -> 
 
 def _best_of_row(row: Row, num_packs: int, number: int, num_candidates: int) -> Packs:
     row = shifted(row, ROW_TOTAL)
-    found = [pack(row, num_packs, layer=number, candidate=k) for k in range(num_candidates)]
-    return finish(row, min(found, key=lambda packs: max(loads(row, packs))))  # min takes the first of equals
+    packings = [pack(row, num_packs, layer=number, candidate=k) for k in range(num_candidates)]
+    return finish(row, min(packings, key=lambda packs: max(loads(row, packs))))  # min takes the first of equals
 
 
 def pack(row: Row, num_packs: int, *, layer: int, candidate: int, seed: int = 0) -> Packs:
@@ -61,8 +61,8 @@ def lower_variance(row: Row, packs: Packs) -> Packs:
         for (a, i), (b, j) in combinations(positions(packs), 2):
             if a == b:
                 continue
-            given = row[packs[a][i]] - row[packs[b][j]]
-            change = (load[a] - given) ** 2 + (load[b] + given) ** 2 - load[a] ** 2 - load[b] ** 2
+            difference = row[packs[a][i]] - row[packs[b][j]]
+            change = (load[a] - difference) ** 2 + (load[b] + difference) ** 2 - load[a] ** 2 - load[b] ** 2
             if change < best:
                 best, swap = change, (a, i, b, j)
         if swap is None:
@@ -72,7 +72,7 @@ def lower_variance(row: Row, packs: Packs) -> Packs:
 
 
 def lower_max(row: Row, packs: Packs) -> tuple[Packs, int]:
-    """Steps 4 and 7; also the number of swaps that were made."""
+    """Steps 4 and 7; also the number of swaps."""
     packs = [list(pack) for pack in packs]
     for swaps in range(MAX_ROUNDS):
         load = loads(row, packs)
@@ -82,8 +82,8 @@ def lower_max(row: Row, packs: Packs) -> tuple[Packs, int]:
             for b, j in positions(packs):
                 if b == heavy:
                     continue
-                given = row[item] - row[packs[b][j]]
-                worst = max(load[heavy] - given, load[b] + given)
+                difference = row[item] - row[packs[b][j]]
+                worst = max(load[heavy] - difference, load[b] + difference)
                 if worst < best:
                     best, swap = worst, (heavy, i, b, j)
         if swap is None:
@@ -104,8 +104,8 @@ def swap_pairs(row: Row, packs: Packs) -> Packs:
         best, swap = load[heavy] - load[light], None
         for i, j in pairs:
             for k, m in pairs:
-                given = sum(row[packs[heavy][x]] for x in (i, j)) - sum(row[packs[light][x]] for x in (k, m))
-                remains = abs((load[heavy] - given) - (load[light] + given))
+                difference = sum(row[packs[heavy][x]] for x in (i, j)) - sum(row[packs[light][x]] for x in (k, m))
+                remains = abs((load[heavy] - difference) - (load[light] + difference))
                 if remains < best:
                     best, swap = remains, (i, j, k, m)
         if swap is None:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+from distplb.migrate.layout import Layout, Part, Piece, joined
 from distplb.migrate.messages import Copy
-from distplb.migrate.pieces import Layout, Piece
 from distplb.migrate.schedule import SlotMove
 
-__all__ = ["all_copies", "messages", "plain_rounds"]
+__all__ = ["all_copies", "flat_layout", "messages", "plain_rounds"]
 
 Way = tuple[int, int]
+
+
+def flat_layout(row: int, num_slots: int, held: Iterable[tuple[int, int]]) -> Layout:
+    """A layout in which each rank holds one range (start, stop) of slot-major elements."""
+    return Layout(row, num_slots, tuple(joined([Part(start, stop, 0, row)]) for start, stop in held))
 
 
 def all_copies(moves: Sequence[SlotMove], tensors: Sequence[Sequence[tuple[int, Layout]]]) -> list[Copy]:

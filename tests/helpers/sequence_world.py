@@ -23,10 +23,22 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 import distplb
-from distplb import DistplbError, FlatShard, LoadWindow, MoELayer, Placement, Rebalancer, Spread, Topology
+from distplb import (
+    DistplbError,
+    FlatShard,
+    LoadWindow,
+    MoELayer,
+    Moves,
+    Placement,
+    Rebalancer,
+    Record,
+    Search,
+    Spread,
+    Topology,
+)
 from distplb.comm.torchdist import TorchComm
 from distplb.migrate import transfer
-from distplb.train import rebalancer as rebalancer_module
+from distplb.train import rebalance as rebalance_module
 
 LAYERS, EXPERTS, DIM, TOKENS, TOP_K = 2, 8, 4, 12, 2
 EVERY = 3
@@ -227,7 +239,7 @@ _GROUPS: dict[int, Any] = {}
 def meet() -> None:
     """Make groups and meshes of every size, which all processes of the pool have to do together."""
     transfer._STAGING_BYTES = 1  # every commit is the smallest exchange there is
-    rebalancer_module._COMMIT_BYTES = 1
+    rebalance_module._COMMIT_BYTES = 1
     for ranks, ep in ((1, 1), (2, 2), (2, 1), (4, 4), (4, 2)):
         _MESHES[ranks, ep] = DeviceMesh("cpu", torch.arange(ranks).view(-1, ep), mesh_dim_names=("copy", "ep"))
         if ranks not in _GROUPS:
@@ -332,16 +344,17 @@ class World:
             window=self.window,
             comm=TorchComm(_GROUPS[setup.ranks], deadline=20),
             gpu=self.gpu,
-            slot_class=setup.slot_class,
-            num_candidates=4,
-            max_bytes=setup.max_bytes,
-            move_model=FREE,
-            stop_loss=0,
-            spread=Spread(1, 1, 0.0) if setup.spread else None,
-            verify="digest",
-            on_event=self._count,
+            search=Search(slot_class=setup.slot_class, num_candidates=4),
+            moves=Moves(
+                max_bytes=setup.max_bytes,
+                model=FREE,
+                stop_loss=0,
+                spread=Spread(1, 1, 0.0) if setup.spread else None,
+                verify="digest",
+            ),
+            record=Record(on_event=self._count),
         )
-        take_up = rebalancer._take_up
+        take_up = rebalancer._parts.in_force.take_up
 
         def taken_up(placement: Placement) -> None:
             take_up(placement)
@@ -349,7 +362,7 @@ class World:
             self.moved.set()
             self._check_rule(placement)
 
-        rebalancer._take_up = taken_up  # type: ignore[method-assign]
+        rebalancer._parts.in_force.take_up = taken_up  # type: ignore[method-assign]
         return rebalancer
 
     def _count(self, event: Any) -> None:
@@ -551,7 +564,7 @@ def forget() -> None:
     if not _WORLD:
         return
     world = _WORLD[0]
-    move = world.rebalancer._mover.move
+    move = world.rebalancer._parts.agreed.mover.move
 
     def forgetful(*args: Any, **options: Any) -> Any:
         moment = world.optimizer.state.get(world.stepped["0.w"], {}).get("exp_avg")
@@ -561,7 +574,7 @@ def forget() -> None:
             local(moment)[:1] = kept
         return done
 
-    world.rebalancer._mover.move = forgetful  # type: ignore[method-assign]
+    world.rebalancer._parts.agreed.mover.move = forgetful  # type: ignore[method-assign]
 
 
 def do_train(world: World, micro_batches: int) -> None:
@@ -636,7 +649,7 @@ def do_hand_over(world: World) -> None:
     state = world.rebalancer.state_dict()
     world.rebalancer.close()
     world.rebalancer = world._rebalancer()
-    if world.setup.mode == "permute" and world.rebalancer._knows_rows:
+    if world.setup.mode == "permute" and world.rebalancer._parts.in_force.knows_rows:
         assert world.rebalancer.placement == Placement.contiguous(LAYERS, EXPERTS, world.setup.ep)
     world.rebalancer.load_state_dict(state)
 

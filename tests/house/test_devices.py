@@ -19,18 +19,30 @@ from torch import Tensor, nn
 from torch.utils._device import _device_constructors
 
 import distplb
-from distplb import LoadWindow, MoELayer, MoveModel, Placement, Rebalancer, TimeCurve, Topology, Trace, TraceWriter
+from distplb import (
+    LoadWindow,
+    MoELayer,
+    MoveModel,
+    Moves,
+    Placement,
+    Rebalancer,
+    Search,
+    TimeCurve,
+    Topology,
+    Trace,
+    TraceWriter,
+)
 from distplb.comm.agreement import agree
 from distplb.comm.base import WorldOfOne
 from distplb.comm.torchdist import TorchComm
 from distplb.core.balance import balancedness_sglang, balancedness_vllm, max_violation
 from distplb.core.price import moved_slots
 from distplb.core.ties import RouterTies
-from distplb.doctor.here import findings
+from distplb.doctor.local_checks import findings
 from distplb.integrations.common import tokens_of_experts
 from distplb.migrate.budget import within_budget
 from distplb.planning.greedy import contiguous, greedy_numpy
-from distplb.study.advice import what_if
+from distplb.study.what_if import PRICED, Study
 
 PACKAGE = Path(distplb.__file__).parent
 SOURCES = {str(path.relative_to(PACKAGE)): ast.parse(path.read_text()) for path in PACKAGE.rglob("*.py")}
@@ -94,9 +106,18 @@ def rebalanced(comm: Any = None, gpus: int = 1) -> list[Any]:
     weights, router = parameters(8 // gpus), parameters(8)
     optimizer = torch.optim.SGD([weights, router], lr=0.1, momentum=0.9)
     layer = MoELayer(name="moe", experts={"w": weights}, router={"weight": router})
-    options = {"topology": Topology(1, gpus), "every": 2, "comm": comm, "verify": "digest", "engine": "reference"}
+    moves, search = Moves(verify="digest", max_bytes=10**6), Search(engine="reference")
     counted = LoadWindow(1, 8, 8)
-    rebalancer = Rebalancer([layer], optimizer, window=counted, max_bytes=10**6, **options)
+    rebalancer = Rebalancer(
+        [layer],
+        optimizer,
+        topology=Topology(1, gpus),
+        every=2,
+        comm=comm,
+        window=counted,
+        search=search,
+        moves=moves,
+    )
     for number in range(4):
         counted.add(0, LOAD[number, 0], training=True)
         (weights.sum() + router.sum()).backward()
@@ -160,13 +181,13 @@ CALLS: dict[str, Callable[[Path], Any]] = {
     "findings": lambda _: [one.level for one in findings() if one.what.startswith("engine")],
     "greedy": lambda _: [contiguous(LOAD[0], TOPOLOGY, 12), greedy_numpy(LOAD[0], TOPOLOGY, 12, num_groups=4)],
     "moved_slots": lambda _: moved_slots(START, distplb.plan(LOAD, TOPOLOGY), TOPOLOGY),
-    "what_if": lambda _: what_if(trace(), TOPOLOGY, MODEL, [2]),
+    "what_if": lambda _: Study(trace(), TOPOLOGY, MODEL).run([(PRICED, 2)]),
     "ties": lambda _: ties(),
     "tokens_of_experts": lambda _: tokens_of_experts(LOAD % 8, 8),
     "within_budget": lambda _: within_budget(LOAD, START, distplb.plan(LOAD, TOPOLOGY), 6),
 }
 WITHOUT_TENSORS = {"DistplbError", "EventLog", "FlatShard", "MoELayer", "RebalanceEvent", "Spread", "Topology"}
-WITHOUT_TENSORS |= {"read_events"}
+WITHOUT_TENSORS |= {"Moves", "Record", "Search", "read_events"}
 
 
 def plain(value: Any) -> Any:

@@ -76,7 +76,8 @@ def test_hosts_plan_move_and_miss_each_other_as_one_machine_does(
     assert (inside > 0, between > 0) == (ranks > 1, ranks == 1)  # where there is somebody inside, that is cheaper
     assert found[0]["prices"] == [4.0]  # between nodes and inside, where nobody knows what moves cost
     # Each host sends to the next one: the links of all of them, each as fast as it is limited to. Quiet cores measure
-    # that within 20 % (benchmarks/bench_move.py), busy ones half of it. With latency in it, a hundredth would be left.
+    # that within 20 % (benchmarks/migrate/bench_bandwidth.py), busy ones half of it. With latency in it, a hundredth
+    # would be left.
     assert 0.2 < found[0]["links"][1] / (nodes * MEGABITS * 1e6 / 8) < 2
     if nodes == ranks == 2:
         aware, unaware = found[0]["aware"], found[0]["unaware"]

@@ -162,7 +162,7 @@ def test_torchrun_starts_processes_on_this_host_that_check_the_library(
     """What launch/nccl.sh runs on GPUs, on two CPU processes, with a path that is meant from where it is called."""
     words = ["--backend", "gloo", "--dim", "8", "--repeats", "1", "--output", "found"]
     env = environment | {"NPROC_PER_NODE": "2"}
-    done = launched("torchrun.sh", str(ROOT / "benchmarks" / "check_nccl.py"), *words, env=env, cwd=tmp_path)
+    done = launched("torchrun.sh", str(ROOT / "benchmarks" / "comm" / "check_nccl.py"), *words, env=env, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     [record], [report] = (list((tmp_path / "found").glob(f"*-gloo-2cpu.{kind}")) for kind in ("json", "md"))
     found = json.loads(record.read_text())
@@ -178,7 +178,7 @@ def test_torchrun_starts_processes_on_this_host_that_check_the_library(
 def test_torchrun_hands_on_that_a_check_has_failed(environment: dict[str, str], tmp_path: Path) -> None:
     """Of the check itself: what one rank finds is written, and the exit status is not 0."""
     (tmp_path / "wrong.py").write_text(
-        f"import sys\nsys.path.insert(0, {str(ROOT / 'benchmarks')!r})\nimport check_nccl\n"
+        "import sys\nfrom benchmarks.comm import check_nccl\n"
         "check_nccl.CHECKS = {'moves': lambda *_: iter(['a moment was left behind'])}\n"
         "sys.exit(check_nccl.main())\n"
     )
@@ -328,7 +328,7 @@ class Wrong(TorchComm):
 
 
 def verdicts() -> list[list[str]]:
-    check_nccl = imported("check_nccl")
+    check_nccl = imported("comm.check_nccl")
 
     def failing(comm: TorchComm, *_: Any) -> Iterator[str]:
         if comm.rank == 1:

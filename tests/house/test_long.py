@@ -1,8 +1,9 @@
-"""Long tests run with --long, or by their name; without, the run says how many it left out."""
+"""Which tests run: long ones with --long, or by their name, and files that take long begin first."""
 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -44,3 +45,9 @@ def test_long_tests_run_where_they_are_asked_for(
     assert f"{passed} passed" in run.stdout
     message = f"{left_out} long tests were left out; launch/test.sh --long runs them, too"
     assert (message in run.stdout) == (left_out > 0)
+
+
+def test_the_files_that_begin_first_are_there() -> None:
+    longest = re.findall(r'^    "(test_\w+)",$', CONFTEST.read_text(), re.MULTILINE)
+    assert len(longest) > 5
+    assert set(longest) <= {path.stem for path in CONFTEST.parent.rglob("test_*.py")}

@@ -81,7 +81,7 @@ def snippets_run(folder: str) -> int:
     for block in own_blocks():
         if "Rebalancer(" in block and "rebalancer" in names:
             names["rebalancer"].close()  # each block stands for a job of its own
-        if 'record="run",' in block:  # which is resumed here; the trace was of another
+        if 'record=distplb.Record("run"' in block:  # which is resumed here; the trace was of another
             Path("run/000000000000.npz").unlink()
             leave_events(tuple(names["moes"]))
         exec(compile(textwrap.dedent(block), "README.md", "exec"), names)

@@ -18,7 +18,7 @@ import distplb
 from distplb.core.cost import mean_of_layers
 
 ROOT = Path(__file__).parents[2]
-PYTHON = sorted(path for folder in ("examples", "benchmarks") for path in (ROOT / folder).glob("*.py"))
+PYTHON = sorted([*(ROOT / "examples").glob("*.py"), *(ROOT / "benchmarks").rglob("*.py")])
 UNKNOWN = ["--no-such-option", "2"]
 FRAMEWORKS = {"megatron_moe", "torchtitan_moe", "huggingface_moe"}
 
@@ -44,7 +44,7 @@ SCRIPTS = [path for path in PYTHON if block_of(path)]
 
 
 def test_the_scripts_are_found() -> None:
-    assert {"pretrain_moe", "starved_experts", "bench_planning", "growth", *FRAMEWORKS} <= {
+    assert {"pretrain_moe", "starved_experts", "bench_planning", "turns", *FRAMEWORKS} <= {
         path.stem for path in SCRIPTS
     }
 
@@ -55,7 +55,8 @@ def test_a_script_refuses_options_that_it_does_not_know(
 ) -> None:
     """`examples/torchtitan_moe.py --replica-slots 2` trained without them."""
     monkeypatch.setattr(sys, "argv", [str(path), *UNKNOWN])
-    monkeypatch.syspath_prepend(str(path.parent))
+    # Benchmarks are run as modules from the root.
+    monkeypatch.syspath_prepend(str(ROOT if path.is_relative_to(ROOT / "benchmarks") else path.parent))
     with pytest.raises(SystemExit) as ended:
         started(path)
     assert ended.value.code == 2

@@ -23,7 +23,7 @@ from ranks import on_ranks
 from torch import Tensor, nn
 
 import distplb
-from distplb import DistplbError, MoELayer, Placement
+from distplb import DistplbError, MoELayer, Moves, Placement, Record
 
 pytest.importorskip("transformers")
 
@@ -109,7 +109,13 @@ def groups_of(name: str, mode: str) -> int:
 
 def rebalanced(model: nn.Module, mode: str = "permute") -> distplb.Rebalancer:
     optimizer = torch.optim.SGD(model.parameters())
-    return huggingface.rebalancer(model, optimizer, every=EVERY, move_model=FREE, mode=mode)  # type: ignore[arg-type]  # one of MODES
+    return huggingface.rebalancer(
+        model,
+        optimizer,
+        every=EVERY,
+        mode=mode,
+        moves=Moves(model=FREE),
+    )  # type: ignore[arg-type]  # one of MODES
 
 
 @torch.no_grad()
@@ -551,10 +557,9 @@ def trained(
         model,
         optimizer,
         every=EVERY,
-        move_model=FREE,
-        stop_loss=0,
-        mode=mode,  # type: ignore[arg-type]  # one of MODES
-        on_event=events.append,
+        mode=mode,
+        moves=Moves(model=FREE, stop_loss=0),
+        record=Record(on_event=events.append),
     )
     rebalancer.enabled = moves
     layer, generator, losses = model.model.layers[0].mlp, torch.Generator().manual_seed(1), []

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from jobs import FREE
+from jobs import FREE, in_values
 from ranks import on_ranks
 from torch import Tensor, nn
 
@@ -44,8 +44,8 @@ ROUTERS: dict[str, dict[str, Any]] = {
 
 def rebalancer_of(job: Job, **options: Any) -> distplb.Rebalancer:
     options = {"every": EVERY, "gpus_per_node": GPUS, "verify": "digest", "engine": "reference"} | options
-    options = {"move_model": FREE, "stop_loss": 0} | options
-    return megatron.rebalancer(job.chunks, job.optimizer, **options)
+    options = {"model": FREE, "stop_loss": 0} | options
+    return megatron.rebalancer(job.chunks, job.optimizer, **in_values(options))
 
 
 def drawn(job: Job, generator: torch.Generator) -> distplb.Placement:

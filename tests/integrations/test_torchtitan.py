@@ -22,7 +22,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from jobs import FREE
+from jobs import FREE, in_values
 from ranks import on_ranks
 from torch import Tensor, nn
 from torch.distributed.tensor import Shard
@@ -56,9 +56,9 @@ def attached(job: Job, **options: Any) -> Any:
         "parallel_dims": job.dims,
         "gpus_per_node": 1,
         "stop_loss": 0,
-        "move_model": FREE,
+        "model": FREE,
     } | options
-    return rebalancer(job.model, job.optimizers, **options)
+    return rebalancer(job.model, job.optimizers, **in_values(options))
 
 
 def random_placement(generator: torch.Generator, groups: int | None, gpus: int, layers: int = 2) -> Placement:

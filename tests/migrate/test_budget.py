@@ -39,15 +39,15 @@ def total(load: Tensor, table: Table, num_gpus: int) -> int:
 
 def plain_cycles(old: list[int], new: list[int]) -> list[set[int]]:
     """Slots that exchange experts among each other, grown until nobody's expert comes from outside."""
-    found: list[set[int]] = []
+    cycles: list[set[int]] = []
     for start in range(len(old)):
-        if old[start] == new[start] or any(start in cycle for cycle in found):
+        if old[start] == new[start] or any(start in cycle for cycle in cycles):
             continue
         cycle = {start}
-        while (wanted := {old.index(new[slot]) for slot in cycle}) - cycle:
-            cycle |= wanted
-        found.append(cycle)
-    return found
+        while (sources := {old.index(new[slot]) for slot in cycle}) - cycle:
+            cycle |= sources
+        cycles.append(cycle)
+    return cycles
 
 
 def with_cycles(old: Table, new: Table, chosen: list[tuple[int, set[int]]]) -> Table:
@@ -97,14 +97,14 @@ def test_a_part_of_a_plan_against_brute_force(seed: int) -> None:
     subsets = [some for size in range(len(cycles) + 1) for some in combinations(cycles, size)]
     start = total(load, before, old.num_gpus)
     for max_slots in range(sum(len(cycle) for _, cycle in cycles) + 2):
-        found = within_budget(load, old, new, max_slots)  # a Placement checks itself
-        table = found.expert_of_slot.tolist()
+        part = within_budget(load, old, new, max_slots)  # a Placement checks itself
+        table = part.expert_of_slot.tolist()
         moved = sum(a != b for rows in zip(before, table, strict=True) for a, b in zip(*rows, strict=True))
         assert moved <= max_slots
         assert any(table == with_cycles(before, after, list(some)) for some in subsets)
         saved = start - total(load, table, old.num_gpus)
         if max_slots >= sum(len(cycle) for _, cycle in cycles):
-            assert found == new
+            assert part == new
             continue
         fitting = [some for some in subsets if sum(len(cycle) for _, cycle in some) <= max_slots]
         best = max(start - total(load, with_cycles(before, after, list(some)), old.num_gpus) for some in fitting)
@@ -126,8 +126,8 @@ def test_most_of_what_could_be_saved_is_saved() -> None:
             if sum(len(cycle) for _, cycle in some) <= max_slots
         ]
         start = total(load, before, old.num_gpus)
-        found = within_budget(load, old, new, max_slots).expert_of_slot.tolist()
-        saved_sum += start - total(load, found, old.num_gpus)
+        part = within_budget(load, old, new, max_slots).expert_of_slot.tolist()
+        saved_sum += start - total(load, part, old.num_gpus)
         best_sum += start - min(total(load, table, old.num_gpus) for table in tables)
     assert saved_sum > 0.8 * best_sum > 0
 
@@ -152,8 +152,8 @@ def test_what_fits_in_the_budget_takes_no_group_apart() -> None:
     """With two slots nothing can move: the smallest exchange of groups takes four. It was two slots, 3 and 4."""
     load = torch.tensor([[[9, 9, 9, 9, 1, 1, 1, 1]]])
     old, new = Placement.contiguous(1, 8, 2), Placement(torch.tensor([[0, 1, 4, 5, 2, 3, 6, 7]]), 8, 2)
-    found = [within_budget(load, old, new, max_slots, num_groups=4) for max_slots in range(5)]
-    assert found == [old, old, old, old, new]
+    parts = [within_budget(load, old, new, max_slots, num_groups=4) for max_slots in range(5)]
+    assert parts == [old, old, old, old, new]
     assert within_budget(load, old, new, 2).expert_of_slot.tolist() == [[0, 1, 4, 3, 2, 5, 6, 7]]
 
 
@@ -180,23 +180,23 @@ def test_any_part_of_a_plan_of_groups_keeps_their_blocks() -> None:
 
 
 def with_budget() -> list[dict[str, Any]]:
-    found = []
+    results = []
     for slots in (None, 5, 2, 1):
-        told: list[RebalanceEvent] = []
+        events: list[RebalanceEvent] = []
         job = Job()
         options = {} if slots is None else {"max_bytes": slots * SLOT_BYTES + SLOT_BYTES // 2}
-        rebalancer = job.rebalancer(on_event=told.append, engine="reference", **options)
+        rebalancer = job.rebalancer(on_event=events.append, engine="reference", **options)
         old = rebalancer.placement
         for _ in range(2):
             job.iterate(by_slot(heavy(), old))
             rebalancer.step()
-        event = told[0]
+        event = events[0]
         names = ("decision", "reason", "slots_moved", "bytes_moved", "left_out", "imbalance_after", "placement_digest")
         names += ("imbalance_before", "tokens_peak_after")
-        found.append({name: getattr(event, name) for name in names})
+        results.append({name: getattr(event, name) for name in names})
         after = imbalance(heavy()[None], rebalancer.placement).mean(0)
         assert after.tolist() == pytest.approx(list(event.imbalance_after))
-    return found
+    return results
 
 
 def heavy() -> Tensor:

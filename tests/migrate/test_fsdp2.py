@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from distplb import DistplbError, LoadWindow, MoELayer, Placement, Rebalancer, Topology
+from distplb import DistplbError, LoadWindow, MoELayer, Moves, Placement, Rebalancer, Topology
 from distplb.comm.fsdp2 import has_pending_gradients, param_groups
 from distplb.comm.torchdist import TorchComm
 
@@ -63,12 +63,10 @@ class World:
             self.optimizer,
             topology=Topology(1, ep),
             every=1,
-            move_model=FREE,
-            stop_loss=0,
             window=LoadWindow(1, EXPERTS, 4),
             comm=TorchComm(),
             gpu=self.gpu,
-            verify="digest",
+            moves=Moves(model=FREE, stop_loss=0, verify="digest"),
         )
 
     def forward(self) -> Tensor:
@@ -215,7 +213,7 @@ def test_parameters_that_were_replaced_are_noticed_at_once() -> None:
 
 
 def names() -> list[str]:
-    """Those that this torch lacks, of the names that `migrate.fsdp2` reads."""
+    """Those that this torch lacks, of the names that `comm.fsdp2` reads."""
     world = World(2)
     world.step()
     (group,) = param_groups([*world.experts.parameters()])

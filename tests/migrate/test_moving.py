@@ -13,7 +13,7 @@ import torch
 from ranks import on_ranks
 from torch import Tensor
 
-from distplb import FlatShard, LoadWindow, MoELayer, Placement, Rebalancer, Topology
+from distplb import FlatShard, LoadWindow, MoELayer, Moves, Placement, Rebalancer, Topology
 from distplb.comm.torchdist import TorchComm
 from distplb.migrate import transfer
 
@@ -109,11 +109,11 @@ class Model:
 
     def wrong(self, placement: Placement) -> list[str]:
         """The tensors that are not, to the bit, what the experts that `placement` puts there own."""
-        found = []
+        differing = []
 
-        def check(name: str, actual: Tensor | None, wanted: Tensor) -> None:
-            if actual is None or not torch.equal(actual.detach(), wanted):
-                found.append(name)
+        def check(name: str, actual: Tensor | None, expected: Tensor) -> None:
+            if actual is None or not torch.equal(actual.detach(), expected):
+                differing.append(name)
 
         for layer in range(LAYERS):
             everyone = placement.expert_of_slot[layer]
@@ -137,7 +137,7 @@ class Model:
                     state = own_value(layer, key + kind, SHAPES[key], DTYPES[key], mine)
                     check(f"{layer}.{key} {kind}", self.optimizer.state[leaf][kind], self.part(state))
                 check(f"{layer}.{key} step", self.optimizer.state[leaf]["step"], torch.tensor(3.0))
-        return found
+        return differing
 
 
 def moved_again_and_again(gpus: int, sharded: bool, times: int, budget: int | None = None) -> list[str]:
@@ -154,7 +154,7 @@ def moved_again_and_again(gpus: int, sharded: bool, times: int, budget: int | No
         every=1,
         comm=comm,
         gpu=gpu,
-        verify="digest",
+        moves=Moves(verify="digest"),
     )
     generator = torch.Generator().manual_seed(0)  # the same placements on all ranks
     for _ in range(times):

@@ -16,10 +16,10 @@ import torch
 from ranks import on_ranks
 from torch import Tensor
 
-from distplb import LoadWindow, MoELayer, Placement, Rebalancer, Topology
+from distplb import LoadWindow, MoELayer, Moves, Placement, Rebalancer, Topology
 from distplb.comm.base import Comm, Round
 from distplb.comm.torchdist import TorchComm
-from distplb.migrate import transfer
+from distplb.migrate import staging, transfer
 
 TRANSFERS = int(os.environ.get("DISTPLB_TRANSFERS", "150"))
 PER_MODEL = 10
@@ -37,7 +37,8 @@ class Model:
         size, gpu = self.experts // self.gpus, comm.rank % self.gpus
         self.mine = slice(gpu * size, (gpu + 1) * size)
         self.bytes = torch.Generator().manual_seed(seed)
-        self.found: list[tuple[int, slice, list[Tensor], Tensor]] = []  # layer, its slots, tensors, [E, bytes of a row]
+        # Layer, its slots, tensors, [E, bytes of a row].
+        self.declared: list[tuple[int, slice, list[Tensor], Tensor]] = []
         self.commits = Counter[int]()  # by layer
         self.tables: list[Tensor] = []  # [E] of each layer, or none
         self.is_remapped = random_.random() < 0.3
@@ -51,7 +52,7 @@ class Model:
             window=LoadWindow(len(layers), self.experts, 1),
             comm=comm,
             gpu=gpu,
-            verify=random_.choice(["off", "off", "off", "digest"]),
+            moves=Moves(verify=random_.choice(["off", "off", "off", "digest"])),
         )
 
     def layer(self, number: int, random_: random.Random) -> MoELayer:
@@ -60,7 +61,7 @@ class Model:
             rows = self.rows(number, random_, self.mine)
             if random_.random() < 0.3:  # a tensor for each expert, not one for all
                 apart = [row.clone() for row in rows]
-                self.found[-1] = (*self.found[-1][:2], apart, self.found[-1][3])
+                self.declared[-1] = (*self.declared[-1][:2], apart, self.declared[-1][3])
                 experts[key] = apart
             else:
                 experts[key] = rows
@@ -84,7 +85,7 @@ class Model:
         row_bytes = shape[0] * shape[1] * dtype.itemsize
         own = torch.randint(0, 256, (self.experts, row_bytes), generator=self.bytes, dtype=torch.uint8)
         rows = own[slots].clone().view(dtype).unflatten(1, shape)
-        self.found.append((layer, slots, [rows], own))
+        self.declared.append((layer, slots, [rows], own))
         return rows
 
     def change(self, kind: str, random_: random.Random, before: Placement) -> Placement:
@@ -110,7 +111,7 @@ class Model:
         lost = [f"table {n}" for n, table in enumerate(self.tables) if not torch.equal(table, inverse[n])]
         return lost + [
             f"layer {layer}, {tensors[0].dtype} {tuple(tensors[0].shape)}"
-            for layer, slots, tensors, own in self.found
+            for layer, slots, tensors, own in self.declared
             if not torch.equal(
                 torch.cat([tensor.contiguous().view(-1).view(torch.uint8) for tensor in tensors]),
                 own[self.placement.expert_of_slot[layer, slots]].flatten(),
@@ -120,7 +121,7 @@ class Model:
 
 def transferred(times: int) -> dict[str, int | list[str]]:
     """So many transfers, each from where the one before ended; how many of which kind, and what was wrong."""
-    comm, seen = TorchComm(), Counter[str]()
+    comm, counts = TorchComm(), Counter[str]()
     for seed in range(-(-times // PER_MODEL)):
         model, random_ = Model(seed, comm), random.Random(seed)
         # Least: a swap of the largest experts, so that longer cycles are split; most: everything in one commit.
@@ -138,11 +139,12 @@ def transferred(times: int) -> dict[str, int | list[str]]:
                 return {
                     "wrong": [f"transfer {number} (model {seed}, {kind}): {name}" for name in wrong] or ["placement"]
                 }
-            seen.update([kind, f"{'many' if max(model.commits.values(), default=0) > 1 else 'one'} at most in a layer"])
-            seen["slots"] += int((before.expert_of_slot != after.expert_of_slot).sum())
-            seen["nothing moved"] += not model.commits
+            is_many = max(model.commits.values(), default=0) > 1
+            counts.update([kind, f"{'many' if is_many else 'one'} at most in a layer"])
+            counts["slots"] += int((before.expert_of_slot != after.expert_of_slot).sum())
+            counts["nothing moved"] += not model.commits
         model.rebalancer.close()
-    return {"wrong": [], **seen}
+    return {"wrong": [], **counts}
 
 
 @pytest.mark.parametrize("ranks", [pytest.param(2, marks=pytest.mark.long), 4])
@@ -182,7 +184,7 @@ class Listening(TorchComm):
 
 def meetings_and_peers() -> list[dict[str, object]]:
     """Of models of one copy of each expert and of two: at their construction, and in moves of few rounds and many."""
-    found = []
+    results = []
     transfer._LARGE_BYTES = 1
     for seed in (0, 5):
         comm = Listening()
@@ -194,9 +196,9 @@ def meetings_and_peers() -> list[dict[str, object]]:
             model.placement = model.change("derangement", random_, model.placement)
             model.rebalancer.apply(model.placement)
             one[f"of {transfer._OPERATIONS}"] = comm.meetings, comm.rounds
-        found.append(one | {"wrong": model.wrong(), "used": sorted(comm.peers)})
+        results.append(one | {"wrong": model.wrong(), "used": sorted(comm.peers)})
         model.rebalancer.close()
-    return found
+    return results
 
 
 def test_ranks_meet_once_for_all_rounds_of_a_commit_and_connect_before_there_is_any() -> None:
@@ -206,21 +208,21 @@ def test_ranks_meet_once_for_all_rounds_of_a_commit_and_connect_before_there_is_
         assert (alone["copies"], in_twos["copies"]) == (1, 2)
         assert alone["connected"] == [other for other in range(4) if other != rank]
         assert in_twos["connected"] == [rank ^ 1]  # of its own EP group
-        for found in (alone, in_twos):
-            assert found["wrong"] == []
-            assert found["used"] == found["connected"]
-            (few_meetings, few_rounds), (many_meetings, many_rounds) = found["of 10000"], found["of 2"]
+        for results in (alone, in_twos):
+            assert results["wrong"] == []
+            assert results["used"] == results["connected"]
+            (few_meetings, few_rounds), (many_meetings, many_rounds) = results["of 10000"], results["of 2"]
             assert few_rounds <= 2 < 5 < many_rounds
             assert few_meetings == many_meetings
 
 
 def test_staging_memory_is_kept_where_a_move_needs_more_than_the_one_before() -> None:
     """It was made anew for each size that was larger, and all its pages were touched for the first time again."""
-    staging, host = transfer.Staging(), torch.device("cpu")
-    first = staging.room("arriving", 10_000, host).fill_(7)
-    again = staging.room("arriving", 20_000_000, host)
+    memory, host = staging.StagingMemory(), torch.device("cpu")
+    first = memory.room("arriving", 10_000, host).fill_(7)
+    again = memory.room("arriving", 20_000_000, host)
     assert again.data_ptr() == first.data_ptr()
     assert again[:10_000].eq(7).all()
     assert len(again) == 20_000_000
-    assert staging.room("packed", 10_000, host).data_ptr() != first.data_ptr()
-    assert len(staging.room("arriving", transfer._STAGING_BYTES + 1, host)) == transfer._STAGING_BYTES + 1
+    assert memory.room("packed", 10_000, host).data_ptr() != first.data_ptr()
+    assert len(memory.room("arriving", staging.KEPT_BYTES + 1, host)) == staging.KEPT_BYTES + 1

@@ -1,240 +1,164 @@
-"""One contract, several engines: each answers what the reference answers, to the bit. (`cuda`: test_cuda_engine.)
+"""One contract, three engines: on every case of the table each answers what the reference answers, to the bit.
 
-Shapes: X rows, E experts, P slots, M packs, G = P / M slots in each; T steps, L layers.
+The kernels of `cuda` are interpreted on any machine, in a child, and compiled where there is a GPU.
+Shapes: X rows, E experts, P slots, M packs, G = P / M slots in each; T steps.
 """
 
 from __future__ import annotations
 
-import os
-import random
-import subprocess
-import sys
-import threading
-import time
-from pathlib import Path
+import json
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
 
 import pytest
 import torch
-from settle_cases import Settling, settle_cases, woken
-from torch import Tensor
+from interpreted import prepare, printed_by
+from packing_cases import TABLE, PackCase, differences
 
-import distplb
 from distplb import DistplbError
-from distplb.packing import cpu, reference
+from distplb.packing import cpu, cuda, reference, settle, steps
 from distplb.packing.engines import engine_named
-from distplb.packing.settling import Terms
+from distplb.packing.noise import noisy_keys
 
-ROWS = 24
-# (E, M, G): no replicas, a few, many; one pack, one slot a pack, more slots a pack than experts, pairs of all sizes.
-SHAPES = [
-    (1, 1, 1),
-    (6, 1, 6),
-    (4, 1, 7),
-    (7, 7, 1),
-    (5, 7, 1),
-    (8, 4, 2),
-    (9, 3, 3),
-    (12, 4, 3),
-    (20, 4, 5),
-    (32, 2, 16),
-]
-SHAPES += [(34, 2, 17), (36, 2, 18), (24, 8, 3), (7, 4, 2), (5, 4, 2), (6, 4, 3), (9, 5, 3), (13, 5, 4), (16, 5, 4)]
-SHAPES += [
-    (30, 4, 9),
-    (3, 3, 3),
-    (3, 2, 3),
-    (2, 3, 2),
-    (2, 2, 5),
-    (1, 3, 2),
-    (3, 4, 5),
-    (10, 4, 10),
-    (60, 12, 6),
-    (48, 16, 4),
-]
-# (E, M, G, T) of steps 10 and 11: one pack, one slot in each, experts of which some have no slot, replicas, one step.
-SETTLED = [
-    (6, 1, 6, 2),
-    (6, 2, 3, 1),
-    (6, 2, 3, 3),
-    (9, 3, 3, 4),
-    (10, 5, 2, 3),
-    (8, 3, 2, 5),
-    (16, 8, 2, 3),
-    (8, 8, 1, 3),
-    (4, 2, 3, 3),
-    (3, 2, 4, 2),
-    (6, 3, 3, 2),
-    (7, 5, 2, 1),
-    (5, 8, 1, 2),
-    (12, 8, 2, 2),
-    (20, 5, 5, 9),
-    (32, 8, 4, 17),
-]
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+ROWS = {"tiny": 4, "small": 12}  # of a case that the interpreter manages in seconds
+# With tiles of a few positions and launches of a row or two, short rows take several of them, as long ones do.
+TILED = ["14 in 2x7", "24 in 2x12", "8 in 2x5", "6 in 2x7", "3 in 2x4", "4 in 2x3", "18 in 4x5 over 4"]
+TILED_LONG = ["24 in 8x4 over 17"]
+STOPPED = ["12 in 4x3 over 3", "12 in 4x4 over 3"]  # where a pack looks for an exchange twice at most
 
 
-def rows_of_every_kind(random_: random.Random, num_experts: int) -> list[list[int]]:
-    """`[X][E]`, each row's total at most 2^40."""
-
-    def row(kind: int) -> list[int]:
-        if kind == 0:
-            return [random_.randrange(3) for _ in range(num_experts)]  # ties
-        if kind == 1:
-            return [random_.choice([0, 7, 2**40 // num_experts])] * num_experts
-        if kind == 2:
-            return [random_.choice([0, 0, 0, random_.randrange(50)]) for _ in range(num_experts)]
-        if kind == 3:
-            return [random_.randrange(1000) for _ in range(num_experts)]
-        if kind == 4:
-            return [int(random_.lognormvariate(6, 1.5)) for _ in range(num_experts)]
-        if kind == 5:  # single hot experts
-            hot = random_.randrange(num_experts)
-            return [10**6 if expert == hot else random_.randrange(3) for expert in range(num_experts)]
-        if kind == 6:
-            return [random_.randrange(2**40 // num_experts + 1) for _ in range(num_experts)]
-        return [10**9 // (rank + 1) for rank in random_.sample(range(num_experts), num_experts)]  # Zipf
-
-    return [row(number % 8) for number in range(ROWS)]
+def runs() -> Iterator[Any]:
+    """Each engine with each case that it is for."""
+    for name, entry in TABLE.items():
+        if entry.size not in ("large", "longest"):
+            yield pytest.param("cpu", name, id=f"cpu-{name}")
+        if entry.size in ROWS:
+            marks = [pytest.mark.long] if entry.size == "small" else []
+            yield pytest.param("interpreted", name, id=f"interpreted-{name}", marks=marks)
+        yield pytest.param("compiled", name, id=f"compiled-{name}", marks=needs_cuda)
+    for name in TILED + TILED_LONG:
+        yield pytest.param("tiled", name, id=f"tiled-{name}", marks=[pytest.mark.long] * (name in TILED_LONG))
+    for name in STOPPED:
+        yield pytest.param("stopped", name, id=f"stopped-{name}")
 
 
-def case(shape: tuple[int, int, int], seed: int) -> tuple[Tensor, dict[str, object]]:
-    """Weights `[X, E]`, and the names of their candidates."""
-    random_ = random.Random(f"{shape} {seed}")
-    weight = torch.tensor(rows_of_every_kind(random_, shape[0]))
-    candidate = [random_.choice([0, 0, 1, random_.randrange(2**22), 2**22 - 1]) for _ in weight]
-    layer = [random_.randrange(100) for _ in weight]
-    names = {"layer": torch.tensor(layer), "candidate": torch.tensor(candidate), "seed": random_.randrange(2**62)}
-    return weight, names
+@pytest.mark.parametrize(("engine", "name"), list(runs()))
+def test_an_engine_equals_the_reference(engine: str, name: str) -> None:
+    entry = TABLE[name]
+    if engine == "cpu":
+        seeds = 1 if entry.size == "medium" else 2
+        texts = [text for seed in range(seeds) for text in differences(entry, cpu, seed=seed)]
+    elif engine == "compiled":
+        rows, seeds = (2, 1) if entry.size == "longest" else (24, 10)
+        texts = [t for seed in range(seeds) for t in differences(entry, cuda, rows=rows, seed=seed, device="cuda")]
+    else:
+        is_long = name in TILED_LONG or (engine == "interpreted" and entry.size == "small")
+        texts = interpreted(is_long)[engine][name]
+    assert not texts, "\n".join(texts)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_refine_and_polish_equal_the_reference(shape: tuple[int, int, int]) -> None:
-    weight, names = case(shape, 0)
-    num_experts, num_packs, size = shape
-    for shared in (True, False):
-        if not shared and size > num_experts:
+@cache
+def interpreted(is_long: bool) -> dict[str, dict[str, list[str]]]:
+    """What interpreted kernels answer otherwise, by engine and case; in one child, and in another for the long ones."""
+    texts: dict[str, dict[str, list[str]]] = printed_by("test_engines", "interpret", is_long)
+    return texts
+
+
+def interpret(is_long: bool) -> None:
+    """In the child: print the differences."""
+    prepare()
+    texts: dict[str, dict[str, list[str]]] = {"interpreted": {}}
+    size = "small" if is_long else "tiny"
+    for name, entry in TABLE.items():
+        if entry.size == size:
+            texts["interpreted"][name] = differences(entry, cuda, rows=ROWS[size])
+    cuda._CELLS, cuda._SCRATCH_BYTES = 1, 40
+    names = TILED_LONG if is_long else TILED
+    texts["tiled"] = {name: differences(TABLE[name], cuda, rows=2, seed=1) for name in names}
+    settle.scans = cuda.scans = lambda num_packs: 2  # type: ignore[assignment]
+    texts["stopped"] = {name: differences(TABLE[name], cuda, rows=6, seed=3) for name in STOPPED}
+    texts["guard"] = {"outside": outside_of_tensors()}
+    print(json.dumps(texts))
+
+
+def outside_of_tensors() -> list[str]:
+    """What is raised where a kernel is given less of a tensor than its numbers say."""
+    launch, zero = cuda._launch, torch.zeros(1, dtype=torch.int64)
+    cuda._launch = lambda kernel, tensors, options: launch(kernel, (tensors[0][:, :-1].clone(), *tensors[1:]), options)
+    try:
+        cuda.pack(torch.arange(12).view(1, 12), 3, layer=zero, candidate=zero)
+    except Exception as error:
+        return [repr(error)]
+    return []
+
+
+def test_an_interpreted_kernel_that_leaves_its_tensors_is_noticed() -> None:
+    """So those of the tests above stayed inside."""
+    assert "addresses are in no tensor of the kernel" in interpreted(False)["guard"]["outside"][0]
+
+
+@needs_cuda
+def test_tensors_of_the_cpu_come_back_there() -> None:
+    for name in ("12 in 4x3", "5 in 3x3", "6 in 3x3 over 2"):
+        assert not differences(TABLE[name], cuda)
+
+
+# --- what the cases reach: else the tests above would also pass with engines that leave something out --------------
+
+
+def packed(*sizes: str) -> list[PackCase]:
+    """The cases of steps 0 to 9 as they are interpreted."""
+    cases = [entry.case(0).part(slice(ROWS[entry.size])) for entry in TABLE.values() if entry.size in sizes]
+    return [case for case in cases if isinstance(case, PackCase)]
+
+
+@pytest.mark.parametrize(("sizes", "enough"), [(("tiny",), 8), (("tiny", "small"), 20)])
+def test_the_cases_swap_in_every_step(sizes: tuple[str, ...], enough: int) -> None:
+    plain = [case for case in packed(*sizes) if "pack" in case.calls]
+    for name in ("lower_variance", "lower_max", "swap_pairs"):
+        step = getattr(steps, name)
+        changed = [(step(case.weight, case.start, case.num_packs) != case.start).any(1) for case in plain]
+        assert torch.cat(changed).sum() > enough, name
+
+
+def test_the_cases_reach_the_limits() -> None:
+    for packs, step in ((104, steps.lower_max), (44, steps.swap_pairs)):
+        case = TABLE[f"at the limit in {packs}"].case(0)
+        once = step(case.weight, case.start, packs)
+        assert not torch.equal(once, step(case.weight, once, packs))
+    case = TABLE["at the last bit"].case(0)
+    moved = (steps.lower_variance(case.weight, case.start, case.num_packs) != case.start).any(1)
+    assert moved.tolist() == [True, False]
+    totals = torch.cat([case.weight.sum(1) for case in packed("tiny", "small")]).tolist()
+    assert {2**30, 2**30 + 1, 2**40} <= set(totals)
+    assert max(totals) == 2**40
+
+
+@pytest.mark.parametrize("sizes", [("tiny",), ("tiny", "small")])
+def test_the_cases_with_replicas_reach_every_branch(sizes: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    displaced, searches = [], []
+    displace, search = steps._displace, reference._search
+    monkeypatch.setattr(steps, "_displace", lambda *args: displaced.append(args[4]) or displace(*args))
+    monkeypatch.setattr(reference, "_search", lambda *a, apart: searches.append(apart) or search(*a, apart=apart))
+    crowded, moved, tried = [], [], []
+    for case in packed(*sizes):
+        num_experts, num_slots = case.weight.shape[1], case.start.shape[1]
+        if num_slots <= num_experts:
             continue
-        wanted = reference.refine(weight, num_packs, num_packs * size, shared=shared, **names)
-        assert torch.equal(cpu.refine(weight, num_packs, num_packs * size, shared=shared, **names), wanted)
-        assert torch.equal(cpu.polish(weight, wanted, num_packs), reference.polish(weight, wanted, num_packs))
-
-
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape[0] == shape[1] * shape[2]])
-def test_pack_and_finish_equal_the_reference(shape: tuple[int, int, int], seed: int) -> None:
-    weight, names = case(shape, seed)
-    wanted = reference.pack(weight, shape[1], **names)
-    assert torch.equal(cpu.pack(weight, shape[1], **names), wanted)
-    start = torch.stack([torch.randperm(shape[0], generator=torch.Generator().manual_seed(x)) for x in range(ROWS)])
-    for items in (wanted, start):
-        assert torch.equal(cpu.finish(weight, items, shape[1]), reference.finish(weight, items, shape[1]))
-
-
-def test_polish_equals_the_reference_from_any_start() -> None:
-    """Also where replicas share a pack, and where a pack holds none of most experts, as one cell of many does."""
-    random_ = random.Random(1)
-    for _ in range(30):
-        num_packs, size = random_.randrange(1, 6), random_.randrange(1, 7)
-        num_experts = random_.randrange(1, num_packs * size + 3)
-        weight = torch.tensor(rows_of_every_kind(random_, num_experts))
-        table = torch.tensor([[random_.randrange(num_experts) for _ in range(num_packs * size)] for _ in weight])
-        assert torch.equal(cpu.polish(weight, table, num_packs), reference.polish(weight, table, num_packs))
-
-
-def test_the_size_of_a_real_model_equals_the_reference() -> None:
-    generator = torch.Generator().manual_seed(3)
-    weight = torch.randn(3, 256, generator=generator).mul(0.9).exp().mul(1e8).long()
-    names = {"layer": torch.arange(3), "candidate": torch.tensor([0, 5, 9]), "seed": 1}
-    for num_packs, num_slots in ((32, 256), (32, 288), (64, 320)):
-        wanted = reference.refine(weight, num_packs, num_slots, **names)
-        assert torch.equal(cpu.refine(weight, num_packs, num_slots, **names), wanted)
-        assert torch.equal(cpu.polish(weight, wanted, num_packs), reference.polish(weight, wanted, num_packs))
-
-
-@pytest.mark.parametrize("seed", range(2))
-@pytest.mark.parametrize("shape", SETTLED)
-def test_settle_equals_the_reference(shape: tuple[int, int, int, int], seed: int) -> None:
-    (case,) = settle_cases([shape], rows=ROWS, seed=seed)
-    before = case.table.clone()
-    assert torch.equal(case.settled(cpu), case.settled(reference))
-    assert torch.equal(case.table, before)
-
-
-def test_settle_equals_the_reference_where_a_pack_looks_again() -> None:
-    for case in woken():
-        assert torch.equal(case.settled(cpu), case.settled(reference))
-
-
-@pytest.mark.parametrize("num_slots", [256, 288])
-def test_settle_on_the_size_of_a_real_model_equals_the_reference(num_slots: int) -> None:
-    """From balanced packings, free, and priced from another packing within nodes."""
-    case = real_model(num_slots)
-    free = case._replace(
-        terms=case.terms._replace(distance=None, price=None, region=torch.zeros_like(case.terms.region))
-    )
-    for one in (case, free):
-        wanted = one.settled(reference)
-        assert torch.equal(one.settled(cpu), wanted)
-        assert (one.costs(wanted) < one.costs(one.table)).all()
-
-
-def real_model(num_slots: int) -> Settling:
-    """Two layers of 256 experts on 32 GPUs of 4 nodes, 4 steps."""
-    generator = torch.Generator().manual_seed(4)
-    skew = torch.randn(2, 1, 256, generator=generator).mul(0.9)
-    load = (skew + torch.randn(2, 4, 256, generator=generator).mul(0.4)).exp().mul(1e4).long()
-    names = {"layer": torch.arange(2), "candidate": torch.tensor([0, 5])}
-    table, current = (cpu.refine(load.sum(1), 32, num_slots, seed=seed, **names) for seed in (1, 2))
-    distance = torch.full((2, 256, 32), 2, dtype=torch.int8)
-    for layer in range(2):
-        distance[layer, current[layer], torch.arange(num_slots) // (num_slots // 32)] = 0
-    region = torch.arange(num_slots) // (num_slots // 4)
-    terms = Terms(load, region, distance=distance, price=torch.tensor([[0, 300, 900], [0, 4000, 4000]]))
-    return Settling(32, terms, table, torch.arange(2), torch.tensor([2**14, 2**16]))
-
-
-def test_rows_are_settled_alike_in_any_company_and_by_any_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    (case,) = settle_cases([(12, 8, 2, 2)], rows=ROWS)
-    alone = torch.cat([case.row(x).settled(cpu) for x in range(ROWS)])
-    monkeypatch.setattr(cpu, "_ROOM_FOR_THREADS", 1)
-    for threads in (1, 2, 4, 100):
-        monkeypatch.setattr(cpu, "_threads", lambda threads=threads: threads)
-        assert torch.equal(case.settled(cpu), alone)
-
-
-def test_rows_are_packed_alike_in_any_company_and_by_any_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    weight, names = case((60, 12, 6), 0)
-    alone = [
-        cpu.refine(weight[x : x + 1], 12, 72, layer=names["layer"][x : x + 1], candidate=names["candidate"][x : x + 1])
-        for x in range(ROWS)
-    ]
-    names["seed"] = 0
-    monkeypatch.setattr(cpu, "_ROOM_FOR_THREADS", 1)
-    for threads in (1, 2, 4, 100):
-        monkeypatch.setattr(cpu, "_threads", lambda threads=threads: threads)
-        assert torch.equal(cpu.refine(weight, 12, 72, **names), torch.cat(alone))
-
-
-def test_two_threads_of_a_process_may_pack_at_once() -> None:
-    weight, names = case((60, 12, 6), 1)
-    wanted = cpu.refine(weight, 12, 72, **names)
-    found: list[Tensor] = []
-    threads = [threading.Thread(target=lambda: found.append(cpu.refine(weight, 12, 72, **names))) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert len(found) == 4
-    assert all(torch.equal(one, wanted) for one in found)
-
-
-def test_an_error_in_a_thread_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "_threads", lambda: 2)
-
-    def fails(begin: int, end: int) -> None:
-        raise MemoryError(f"rows {begin} to {end}")
-
-    with pytest.raises(MemoryError, match=r"rows \d to "):
-        cpu._in_threads(fails, torch.empty(8, 1 << 12))
+        table = case.answer(reference, "refine")
+        crowded.append(steps.crowded(table, case.num_packs))
+        moved.append((case.answer(reference, "polish") != case.start).any(1))
+        key = noisy_keys(case.weight, layer=case.layer, candidate=case.candidate, seed=case.seed)
+        most = case.num_packs if num_slots <= case.num_packs * num_experts else num_slots
+        replicas = steps.divide(key, num_slots, most)
+        tried.append((reference._replicas(table, num_experts) != replicas).any(1))
+    assert len(displaced) > 5
+    assert searches.count(False) > 5
+    for name, happened in {"crowded": crowded, "moved": moved, "tried": tried}.items():
+        assert torch.cat(happened).sum() > 5, name
+        assert not torch.cat(happened).all(), name
 
 
 # --- which engine ----------------------------------------------------------------------------------------------
@@ -258,93 +182,8 @@ def test_cuda_without_a_device_is_refused() -> None:
         engine_named("cuda")
 
 
-# --- the cache of machine code ---------------------------------------------------------------------------------
-
-COMPILED = """
-import numba.core.event as event
-compiled = []
-class Listener(event.Listener):
-    def on_start(self, told):
-        compiled.append(told.data["dispatcher"].py_func.__name__)
-    def on_end(self, told):
-        pass
-with event.install_listener("numba:compile", Listener()):
-    from distplb.packing import cpu
-    cpu.warm_up()
-print(len(compiled))
-"""
-
-
-def test_a_process_of_another_time_compiles_nothing() -> None:
-    cpu.warm_up()
-    environment = os.environ | {"PYTHONPATH": str(Path(distplb.__file__).parents[1])}
-    counted = subprocess.run(
-        [sys.executable, "-c", COMPILED], env=environment, stdout=subprocess.PIPE, text=True, check=True
-    )
-    assert int(counted.stdout) == 0
-
-
-@pytest.mark.long
-def test_of_two_processes_that_begin_at_once_one_compiles(tmp_path: Path) -> None:
-    """Whoever comes first compiles, the other loads."""
-    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(Path(distplb.__file__).parents[1])}
-    command = [sys.executable, "-c", COMPILED]
-    both = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    try:
-        counts = sorted(int(process.communicate(timeout=500)[0]) for process in both)
-    finally:
-        for process in both:
-            process.kill()
-    assert counts[0] == 0
-    assert counts[1] > 10
-
-
-def test_machine_code_is_not_kept_where_others_can_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("NUMBA_CACHE_DIR", raising=False)
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    folder = cpu._cache_folder().parent
-    assert folder == tmp_path / f"distplb-{os.getuid()}"
-    assert folder.stat().st_mode & 0o777 == 0o700
-    folder.chmod(0o777)
-    with pytest.raises(DistplbError, match=r"not a folder that only you can write to.*set NUMBA_CACHE_DIR"):
-        cpu._cache_folder()
-
-
-def test_an_interrupted_call_does_not_wait_for_parts_that_nobody_has_begun(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C took a minute to come through: the other threads went on to take all that was left."""
-    monkeypatch.setattr(cpu, "_threads", lambda: 2)
-    begun, interrupted = [], threading.Event()
-
-    def rows(begin: int, end: int) -> None:
-        begun.append(begin)
-        if threading.current_thread() is threading.main_thread():
-            interrupted.set()
-            raise KeyboardInterrupt
-        assert interrupted.wait(60)
-        time.sleep(0.2)  # for the main thread to get as far as giving up
-
-    with pytest.raises(KeyboardInterrupt):
-        cpu._in_threads(rows, torch.zeros(64, 64), amount=1 << 20)
-    assert len(begun) <= 3  # of 8
-
-
-def test_no_plan_pays_for_compiling() -> None:
-    """What is compiled when an engine is named serves every shape and type that comes later."""
-    engine_named("cpu")
-    from distplb.packing import cpu_kernels
-
-    def versions() -> list[int]:
-        kernels = [getattr(cpu_kernels, name) for name in cpu_kernels.__all__]
-        return [len(kernel.signatures) for kernel in kernels]
-
-    before = versions()
-    assert before == [1, 1, 1, 1, 1]
-    weight, names = case((60, 12, 6), 2)
-    for num_slots, shared in ((60, True), (72, False), (84, True)):
-        table = cpu.refine(weight, 12, num_slots, shared=shared, **names)
-        cpu.polish(weight.expand(ROWS, 60), table, 12)
-    cpu.finish(weight.T.contiguous().T, cpu.pack((weight >> 20).to(torch.int32), 12, **names), 12)
-    for one in settle_cases([(6, 2, 3, 1), (4, 2, 3, 3), (16, 8, 2, 3)], rows=2):  # free and priced, with replicas
-        one.settled(cpu)
-        one._replace(terms=one.terms._replace(apart=not one.terms.apart)).settled(cpu)
-    assert versions() == before
+def test_an_engine_that_is_not_there_is_refused_and_none_takes_one_that_is() -> None:
+    with pytest.raises(DistplbError, match="engine 'warp' is not there; pass one of reference"):
+        engine_named("warp")
+    name, engine = engine_named(None)
+    assert engine_named(name) == (name, engine)

@@ -30,7 +30,7 @@ def shuffled(seed: int, layers: int, experts: int, gpus: int) -> Placement:
 
 def plain(load: Tensor, placement: Placement) -> list[bool]:
     """The same in floats, one layer after the other."""
-    found, size, gpus = [], placement.slots_per_gpu, placement.num_gpus
+    is_even_by_layer, size, gpus = [], placement.slots_per_gpu, placement.num_gpus
     for layer, table in enumerate(placement.expert_of_slot.tolist()):
         steps = load[:, layer].tolist()
         of_gpu = [[sum(row[e] for e in table[at : at + size]) for at in range(0, len(table), size)] for row in steps]
@@ -41,17 +41,17 @@ def plain(load: Tensor, placement: Placement) -> list[bool]:
             squares = sum((tokens - sum(row) / gpus) ** 2 for row in rows for tokens in row)
             weight = sum(total**2 for total in totals) / max(1, sum(totals))  # of the mean token's step
             freedom = (gpus - 1) * int(sum(totals) ** 2 / max(1, sum(total**2 for total in totals)))
-            most = freedom + 6 * math.isqrt(freedom) + 18 + 3 * (gpus - 1)
-            is_even &= squares <= most * weight / gpus
-        found.append(is_even)
-    return found
+            limit = freedom + 6 * math.isqrt(freedom) + 18 + 3 * (gpus - 1)
+            is_even &= squares <= limit * weight / gpus
+        is_even_by_layer.append(is_even)
+    return is_even_by_layer
 
 
 @pytest.mark.parametrize("steps", [1, 3, 20])
 @pytest.mark.parametrize("gpus", [1, 2, 6])
 def test_the_rule_is_pearsons_sum_in_plain_python(gpus: int, steps: int) -> None:
     """Around the limit: popularities differ by a few standard deviations of a window's tokens."""
-    layers, experts, found = 40, 12, []
+    layers, experts, is_even = 40, 12, []
     for tokens in (3.0, 200.0, 5000.0):
         generator = torch.Generator().manual_seed(steps)
         noise = torch.randn(layers, experts, generator=generator) * torch.linspace(0, 9, layers)[:, None]
@@ -59,9 +59,9 @@ def test_the_rule_is_pearsons_sum_in_plain_python(gpus: int, steps: int) -> None
         load = drawn(gpus, steps, layers, experts, tokens, popular)
         load[: steps // 2] //= 3  # steps of unlike totals
         placement = shuffled(gpus, layers, experts, gpus)
-        found += even_by_chance(load, placement).tolist()
-        assert found[-layers:] == plain(load, placement)
-    assert all(found) if gpus == 1 else 10 < sum(found) < 3 * layers - 10
+        is_even += even_by_chance(load, placement).tolist()
+        assert is_even[-layers:] == plain(load, placement)
+    assert all(is_even) if gpus == 1 else 10 < sum(is_even) < 3 * layers - 10
 
 
 @pytest.mark.parametrize("gpus", [2, 8, 64])
@@ -77,8 +77,8 @@ def test_a_search_finds_moves_in_an_even_load_and_none_is_worth_it(gpus: int, ex
     placement, topology = Placement.contiguous(4, experts, gpus), Topology(1, gpus)
     for seed in range(3):
         load = drawn(seed, 8, 4, experts, 2048 * gpus / experts)
-        found = plan(load, topology, current=placement, move_price=8 * 2048 * 2.0**-13, num_candidates=4)
-        assert moved_slots(placement, found, topology).sum(1).min() > 4
+        planned = plan(load, topology, current=placement, move_price=8 * 2048 * 2.0**-13, num_candidates=4)
+        assert moved_slots(placement, planned, topology).sum(1).min() > 4
         assert even_by_chance(load, placement).all()
 
 

@@ -93,16 +93,16 @@ def test_the_three_results_say_the_same(shape: tuple[int, ...]) -> None:
 def test_it_is_the_plan_of_one_candidate(shape: tuple[int, ...]) -> None:
     num_experts, num_slots, groups, nodes, gpus = shape
     weight = uneven_weight(1, num_experts)
-    wanted = plan(
+    planned = plan(
         weight,
         Topology(nodes, gpus // nodes),
         num_slots=num_slots,
         num_groups=groups if groups % nodes == 0 else None,
     )
     phy2log, log2phy, logcnt = rebalance_experts(weight, num_slots, groups, nodes, gpus)
-    assert torch.equal(phy2log, wanted.expert_of_slot)
-    assert torch.equal(log2phy, wanted.inverse)
-    assert torch.equal(logcnt, wanted.replicas)
+    assert torch.equal(phy2log, planned.expert_of_slot)
+    assert torch.equal(log2phy, planned.inverse)
+    assert torch.equal(logcnt, planned.replicas)
 
 
 def test_groups_that_the_nodes_cannot_share_are_disregarded_with_the_nodes() -> None:
@@ -134,12 +134,12 @@ def test_whole_numbers_of_any_type_are_placed_alike(dtype: torch.dtype) -> None:
 def test_only_the_proportions_of_fractions_count(scale: float) -> None:
     """Tiny ones too, which as tokens would be none."""
     weight = uneven_weight(3, 16).double() / 7
-    wanted = Placement(rebalance_experts(weight, 24, 4, 2, 4)[0], 16, 4)
-    found = Placement(rebalance_experts(weight * scale, 24, 4, 2, 4)[0], 16, 4)
+    expected = Placement(rebalance_experts(weight, 24, 4, 2, 4)[0], 16, 4)
+    scaled = Placement(rebalance_experts(weight * scale, 24, 4, 2, 4)[0], 16, 4)
     # A scale that is no power of two changes last digits, and which of equals comes first.
     load = uneven_weight(3, 16)
-    assert imbalance(load, found)[0] == pytest.approx(imbalance(load, wanted)[0], rel=0.01, nan_ok=True)
-    assert imbalance(load, found).nanmean() < 1.5
+    assert imbalance(load, scaled)[0] == pytest.approx(imbalance(load, expected)[0], rel=0.01, nan_ok=True)
+    assert imbalance(load, scaled).nanmean() < 1.5
     for power in (2.0**-900, 2.0**700):
         for one, other in zip(
             rebalance_experts(weight * power, 24, 4, 2, 4), rebalance_experts(weight, 24, 4, 2, 4), strict=True

@@ -20,7 +20,7 @@ from torch import Tensor
 from distplb import Placement, Topology, plan
 from distplb.planning.eplb import rebalance_experts
 from distplb.planning.greedy import greedy_numpy
-from distplb.planning.options import SearchOptions
+from distplb.planning.options import PlanOptions
 from distplb.planning.problem import Problem
 
 Row = list[int]  # [P], the expert of each slot of one layer
@@ -62,10 +62,12 @@ class Rules:
             elif self.nodes > 1:
                 on_node = [0] * self.nodes
                 for group in range(self.groups):
-                    found = {slot // per_node for slot, expert in enumerate(row) if expert // of_group == group}
-                    if len(found) > 1:
+                    nodes_of_group = {
+                        slot // per_node for slot, expert in enumerate(row) if expert // of_group == group
+                    }
+                    if len(nodes_of_group) > 1:
                         return "a group is on two nodes"
-                    on_node[found.pop()] += 1
+                    on_node[nodes_of_group.pop()] += 1
                 if min(on_node) != max(on_node):
                     return "nodes hold different numbers of groups"
         if self.slot_class is not None:
@@ -110,7 +112,7 @@ class Case:
         return [[*range(self.slots)]] * self.load.shape[1] if self.current is None else self.current
 
     def planned(self, engine: str) -> list[Row]:
-        found = plan(
+        placement = plan(
             self.load,
             self.topology,
             current=self.placed,
@@ -120,7 +122,7 @@ class Case:
             engine=engine,
             **self.options,
         )
-        return found.expert_of_slot.tolist()
+        return placement.expert_of_slot.tolist()
 
 
 # --- random cases -----------------------------------------------------------------------------------------------
@@ -147,8 +149,8 @@ def rules_and_slots(draw: st.DrawFn) -> tuple[Topology, Rules, int]:
         return topology, Rules(slots, gpus, nodes, slots // block, "permute", shared=shared), slots
     if kind in ("free", "apart"):
         mode = draw(st.sampled_from(["remap", "permute"])) if kind == "free" else "remap"
-        least = slots if mode == "permute" else 1 if shared else size
-        return topology, Rules(draw(st.integers(least, slots)), gpus, nodes, None, mode, shared=shared), slots
+        minimum = slots if mode == "permute" else 1 if shared else size
+        return topology, Rules(draw(st.integers(minimum, slots)), gpus, nodes, None, mode, shared=shared), slots
     # Groups on nodes: of each node's slots, the least number of experts leaves room for replicas apart.
     per_node = slots // nodes
     ways = [
@@ -279,11 +281,11 @@ def test_the_search_takes_for_legal_what_keeps_the_rules(
     start, rows = any_row(random_, rules, slots), [MAKERS[maker](random_, rules, slots) for _ in range(3)]
     load = torch.ones(1, 4, rules.experts, dtype=torch.int64)
     case = Case(topology, rules, load, slots, [start] * 4, 0.0, None, 0)
-    problem = Problem(load, topology, SearchOptions(current=case.placed, **case.options))
-    wanted = [rules.broken(row, start) is None for row in [start, *rows]]
-    assert problem._allows(torch.tensor([start, *rows])).tolist() == wanted
-    assert problem._may_stay.tolist() == wanted[:1] * 4
-    assert wanted == [True] * 4 or maker != "legal" or rules.slot_class or not wanted[0]
+    problem = Problem(load, topology, PlanOptions(current=case.placed, **case.options))
+    is_legal = [rules.broken(row, start) is None for row in [start, *rows]]
+    assert problem._allows(torch.tensor([start, *rows])).tolist() == is_legal
+    assert problem._may_stay.tolist() == is_legal[:1] * 4
+    assert is_legal == [True] * 4 or maker != "legal" or rules.slot_class or not is_legal[0]
 
 
 @settings(derandomize=True, deadline=None, max_examples=EXAMPLES)
@@ -349,7 +351,7 @@ def test_random_layers_break_every_rule_and_those_that_were_made_legal_break_non
     for rules, row, _ in BROKEN[2:]:
         start = [*range(len(row))]
         for _ in range(20):
-            made = legal_row(random_, rules, len(row))
-            assert rules.slot_class or rules.broken(made, made) is None
+            legal = legal_row(random_, rules, len(row))
+            assert rules.slot_class or rules.broken(legal, legal) is None
             broke |= {rules.broken(maker(random_, rules, len(row)), start) for maker in (any_row, uneven_row)}
     assert broke == {None, *(broken for *_, broken in BROKEN[2:])}

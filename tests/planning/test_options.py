@@ -16,7 +16,7 @@ from torch import Tensor
 
 from distplb import DistplbError, Placement, Topology, plan
 from distplb.core.price import TimeCurve
-from distplb.planning.options import SearchOptions
+from distplb.planning.options import PlanOptions
 from distplb.planning.problem import Problem
 
 LOAD = torch.tensor([[9, 1, 5, 5, 7, 2, 8, 3, 1, 1, 4, 6]])  # 12 experts
@@ -258,21 +258,21 @@ def test_the_least_and_the_largest_numbers_are_taken() -> None:
         {"move_price": 0.0},
     ):
         assert plan(LOAD, Topology(1, 2), **options).num_slots == options.get("num_slots", 12)
-    SearchOptions(num_candidates=2**22).check(Topology(1, 2), 1, 12)
+    PlanOptions(num_candidates=2**22).check(Topology(1, 2), 1, 12)
     # Any number of groups goes with one GPU, and any that divides the experts with one block a GPU.
-    SearchOptions(num_groups=4, mode="permute").check(Topology(1, 1), 1, 12)
-    SearchOptions(num_groups=3, mode="permute").check(Topology(3, 1), 1, 12)
+    PlanOptions(num_groups=4, mode="permute").check(Topology(1, 1), 1, 12)
+    PlanOptions(num_groups=3, mode="permute").check(Topology(3, 1), 1, 12)
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.uint8])
 def test_classes_may_be_of_any_integer_type(dtype: torch.dtype) -> None:
     classes = torch.tensor([3, 1, 1, 2, 2, 3] * 2)
-    found, wanted = (
+    narrow, expected = (
         plan(LOAD, Topology(1, 2), slot_class=each, current=random_placement(1, 12, 12, 2), num_candidates=4)
         for each in (classes.to(dtype), classes)
     )
-    assert found == wanted
-    assert SearchOptions(slot_class=classes.to(dtype)).fields(12) == SearchOptions(slot_class=classes).fields(12)
+    assert narrow == expected
+    assert PlanOptions(slot_class=classes.to(dtype)).fields(12) == PlanOptions(slot_class=classes).fields(12)
 
 
 def all_options() -> list[tuple[Topology, dict[str, Any]]]:
@@ -286,7 +286,7 @@ def all_options() -> list[tuple[Topology, dict[str, Any]]]:
         ("remap", "permute"),
         (False, True),
     )
-    found = []
+    legal = []
     for topology, num_slots, groups, slot_class, shared, mode, current in choices:
         placed = random_placement(3, 16, num_slots or 16, topology.num_gpus) if current else None
         options = {
@@ -298,11 +298,11 @@ def all_options() -> list[tuple[Topology, dict[str, Any]]]:
             "mode": mode,
         }
         try:
-            SearchOptions(**options).check(topology, 3, 16)
+            PlanOptions(**options).check(topology, 3, 16)
         except DistplbError:
             continue
-        found.append((topology, options))
-    return found
+        legal.append((topology, options))
+    return legal
 
 
 def test_no_tokens_at_all_are_planned_under_every_combination_of_options() -> None:
@@ -311,12 +311,12 @@ def test_no_tokens_at_all_are_planned_under_every_combination_of_options() -> No
     for topology, options in combinations:
         for load, num_candidates in ((torch.zeros(3, 16), 1), (torch.zeros(2, 3, 16, dtype=torch.int64), 2)):
             price = 0.0 if options["current"] is None else num_candidates - 0.75
-            found = plan(load, topology, num_candidates=num_candidates, move_price=price, **options)
-            assert found.num_slots == (options["num_slots"] or 16)  # a Placement has checked the rest itself
+            placement = plan(load, topology, num_candidates=num_candidates, move_price=price, **options)
+            assert placement.num_slots == (options["num_slots"] or 16)  # a Placement has checked the rest itself
             if options["current"] is not None:  # what breaks the rules may not stay
-                given = SearchOptions(move_price=price, **options)
-                stays = Problem(torch.zeros(1, 3, 16, dtype=torch.int64), topology, given)._may_stay
-                kept = (found.expert_of_slot == options["current"].expert_of_slot).all(1)
+                priced = PlanOptions(move_price=price, **options)
+                stays = Problem(torch.zeros(1, 3, 16, dtype=torch.int64), topology, priced)._may_stay
+                kept = (placement.expert_of_slot == options["current"].expert_of_slot).all(1)
                 assert kept.tolist() == stays.tolist()
 
 
@@ -326,8 +326,10 @@ def test_some_layers_without_tokens_change_nothing_in_the_others() -> None:
     without[1] = 0
     for topology, options in all_options():
         options["move_price"] = 0.0 if options["current"] is None else (1.0, 20.0)
-        found, wanted = (plan(each, topology, num_candidates=2, **options).expert_of_slot for each in (without, load))
-        assert torch.equal(found[[0, 2]], wanted[[0, 2]])
+        partly_empty, expected = (
+            plan(each, topology, num_candidates=2, **options).expert_of_slot for each in (without, load)
+        )
+        assert torch.equal(partly_empty[[0, 2]], expected[[0, 2]])
 
 
 # --- what all ranks must share ----------------------------------------------------------------------------------
@@ -335,7 +337,7 @@ def test_some_layers_without_tokens_change_nothing_in_the_others() -> None:
 
 def test_every_option_but_the_engine_is_a_field_of_its_own() -> None:
     one = {"num_candidates": 1}  # the default depends on `current`
-    plain = SearchOptions(**one).fields(12)
+    plain = PlanOptions(**one).fields(12)
     changed = {
         "num_slots": 14,
         "num_groups": 2,
@@ -348,26 +350,26 @@ def test_every_option_but_the_engine_is_a_field_of_its_own() -> None:
         "mode": "permute",
         "time_curve": TimeCurve((0, 10), (0, 20)),
     }
-    assert set(changed) | {"move_price"} == {field.name for field in dataclasses.fields(SearchOptions)}
-    told = set()
+    assert set(changed) | {"move_price"} == {field.name for field in dataclasses.fields(PlanOptions)}
+    changed_fields = set()
     for option, value in changed.items():
-        fields = SearchOptions(**one | {option: value}).fields(12)
+        fields = PlanOptions(**one | {option: value}).fields(12)
         assert list(fields) == list(plain)
         assert all(isinstance(number, int) and abs(number) < 2**63 for number in fields.values())
         differing = [name for name in fields if fields[name] != plain[name]]
         assert len(differing) == (option != "engine")
         assert option == "engine" or option.replace("current", "the current") in differing[0]
-        told |= set(differing)
-    assert told | {name for name in plain if name.startswith("move_price")} == set(plain)
+        changed_fields |= set(differing)
+    assert changed_fields | {name for name in plain if name.startswith("move_price")} == set(plain)
     # Left out, P is E.
-    assert SearchOptions(12, **one).fields(12) == plain
+    assert PlanOptions(12, **one).fields(12) == plain
 
 
 def test_prices_are_told_apart_to_the_last_bit_and_mean_nothing_without_a_current_placement() -> None:
     current = random_placement(1, 12, 12, 2)
 
     def fields(price: float | tuple[float, float]) -> dict[str, int]:
-        return SearchOptions(current=current, move_price=price).fields(12)
+        return PlanOptions(current=current, move_price=price).fields(12)
 
     prices = [0, 1e-300, 1e-9, 2e-9, 1.0, 1.0 + 2**-52, 2.0**46, 2.0**47, 1e30, (0, 1.0), (1.0, 0), (2.5, 1e9)]
     digests = {fields(price)["move_price (digest)"] for price in prices}
@@ -379,27 +381,27 @@ def test_prices_are_told_apart_to_the_last_bit_and_mean_nothing_without_a_curren
     assert pair["move_price between nodes (in 2^-16)"] == 1e9 * 2**16
     assert fields(3) == fields(3.0) == fields((3.0, 3.0))
     assert fields(float("inf")) == fields(10**400) == fields(1e300)  # all is saturated
-    assert SearchOptions(move_price=5.0).prices == (0.0, 0.0)
+    assert PlanOptions(move_price=5.0).prices == (0.0, 0.0)
 
 
 def test_the_default_number_of_candidates_is_1_or_4_with_a_current_placement() -> None:
     current = random_placement(1, 12, 12, 2)
-    assert [SearchOptions(current=each).candidates for each in (None, current)] == [1, 4]
+    assert [PlanOptions(current=each).candidates for each in (None, current)] == [1, 4]
     for each, number in ((None, 1), (current, 4)):
         assert plan(LOAD, Topology(1, 2), current=each) == plan(
             LOAD, Topology(1, 2), current=each, num_candidates=number
         )
-        assert SearchOptions(current=each).fields(12) == SearchOptions(current=each, num_candidates=number).fields(12)
+        assert PlanOptions(current=each).fields(12) == PlanOptions(current=each, num_candidates=number).fields(12)
 
 
 def test_other_curves_have_another_digest() -> None:
     curves = [None, TimeCurve((0, 10), (0, 20)), TimeCurve((0, 10), (0, 21)), TimeCurve((0, 5, 10), (0, 10, 20))]
-    assert len({SearchOptions(time_curve=curve).fields(4)["time_curve (digest)"] for curve in curves}) == 4
+    assert len({PlanOptions(time_curve=curve).fields(4)["time_curve (digest)"] for curve in curves}) == 4
 
 
 def test_other_classes_have_another_digest() -> None:
     digests = {
-        SearchOptions(slot_class=torch.tensor(classes)).fields(4)["slot_class (digest)"]
+        PlanOptions(slot_class=torch.tensor(classes)).fields(4)["slot_class (digest)"]
         for classes in ([0, 1, 0, 1], [1, 0, 1, 0], [0, 0, 0, 0], [0, 1, 0, 2])
     }
     assert len(digests) == 4

@@ -81,14 +81,14 @@ EXPERTS, EVERY, REBALANCES = 48, 3, 3  # so many experts that another seed gives
 CURVE = TimeCurve((0, 20, 180, 2000), (0, 20, 140, 1240))
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "priced": {"time_curve": CURVE, "move_model": MoveModel(1 / 3e9, 50, 1e9, 7e8), "num_candidates": 5},
+    "priced": {"time_curve": CURVE, "model": MoveModel(1 / 3e9, 50, 1e9, 7e8), "num_candidates": 5},
     "dry run": {"dry_run": True, "time_curve": CURVE},
 }
 
 
 def recorded(folder: str) -> dict[str, list[RebalanceEvent]]:
     """The events of jobs of two EP groups on a grid, whose windows rank 0 writes down."""
-    found = {}
+    by_variant = {}
     for name, options in VARIANTS.items():
         events: list[RebalanceEvent] = []
         grid = grid_of("ep edp")
@@ -99,7 +99,7 @@ def recorded(folder: str) -> dict[str, list[RebalanceEvent]]:
             gpu=grid.rank % 2,
             every=EVERY,
             seed=11,
-            record=f"{folder}/{name}",
+            folder=f"{folder}/{name}",
             on_event=events.append,
             engine="reference",
             **options,
@@ -110,8 +110,8 @@ def recorded(folder: str) -> dict[str, list[RebalanceEvent]]:
             job.iterate(by_slot(counts, rebalancer.placement))
             rebalancer.step()
         rebalancer.close()
-        found[name] = [event for event in events if event.imbalance_next is None]
-    return found
+        by_variant[name] = [event for event in events if event.imbalance_next is None]
+    return by_variant
 
 
 # --- what ranks did --------------------------------------------------------------------------------------------------
@@ -136,16 +136,16 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str
 def test_plans_of_3_ranks_and_of_grids_are_those_of_one_process(ranks: tuple[Path, list[dict[str, Any]]]) -> None:
     alone = selected_plans(WorldOfOne())
     assert len({str(table) for table in alone.values()}) == len(SELECTION)
-    for found in ranks[1]:
-        assert found["plans"] == [alone] * 3
+    for results in ranks[1]:
+        assert results["plans"] == [alone] * 3
 
 
 def test_a_plan_is_a_header_and_three_collectives_of_1_layer_and_of_40_and_twice_as_many_over_a_grid(
     ranks: tuple[Path, list[dict[str, Any]]],
 ) -> None:
     calls = ["min", "sum", "min", "broadcast"]
-    for rank, found in enumerate(ranks[1]):
-        small, large = found["calls"]
+    for rank, results in enumerate(ranks[1]):
+        small, large = results["calls"]
         assert small == large
         # The placement is broadcast in the root's row, and along all columns.
         assert small == [calls, calls if rank < 2 else calls[:3], calls]
@@ -154,7 +154,7 @@ def test_a_plan_is_a_header_and_three_collectives_of_1_layer_and_of_40_and_twice
 def test_a_plan_of_a_grid_is_made_again_by_one_process_from_its_event_and_the_window(
     ranks: tuple[Path, list[dict[str, Any]]],
 ) -> None:
-    folder, (first, *others) = ranks[0], [found["events"] for found in ranks[1]]
+    folder, (first, *others) = ranks[0], [results["events"] for results in ranks[1]]
     for name, events in first.items():
         trace = Trace.read(folder / name)
         for event in events:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from distplb import Placement, Topology, plan
-from distplb.planning.options import SearchOptions
+from distplb.planning.options import PlanOptions
 from distplb.planning.problem import Problem
 
 
@@ -58,12 +58,12 @@ def assert_no_dearer_than_afresh(load: Tensor, topology: Topology, other: Placem
     """A plan from `other`: no dearer than what of its candidates starts afresh. Returns the plan."""
     one, fresh = (plan(load, topology, current=each, **options | {"num_candidates": 1}) for each in (other, None))
     assert (costs(load, one) <= costs(load, fresh) * (1 + 1e-9)).all()  # cells are named anew as wholes
-    found = plan(load, topology, current=other, **options)
+    planned = plan(load, topology, current=other, **options)
     names = {name: value for name, value in options.items() if name != "num_candidates"}
-    least = Problem(load, topology, SearchOptions(**names)).costs(torch.arange(0, options["num_candidates"], 2)).amin(0)
-    problem = Problem(load, topology, SearchOptions(current=other, **names))
-    assert (problem._cost(found.expert_of_slot) <= least).all()
-    return found
+    minimum = Problem(load, topology, PlanOptions(**names)).costs(torch.arange(0, options["num_candidates"], 2)).amin(0)
+    problem = Problem(load, topology, PlanOptions(current=other, **names))
+    assert (problem._cost(planned.expert_of_slot) <= minimum).all()
+    return planned
 
 
 def sharing(placement: Placement) -> Tensor:
@@ -72,7 +72,7 @@ def sharing(placement: Placement) -> Tensor:
     return (inside[..., 1:] == inside[..., :-1]).any(2).any(1)
 
 
-def least_costs(load: Tensor, parts: Tensor) -> Tensor:
+def minimum_costs(load: Tensor, parts: Tensor) -> Tensor:
     """`[L]` float64: the least cost over all placements, given as each GPU's part of each expert `[W, M, E]`."""
     return torch.stack([(parts @ layer.T.double()).amax(1).sum(1).min() for layer in load.unbind(1)])
 
@@ -114,8 +114,8 @@ def test_a_node_holds_whole_groups_with_all_their_replicas(shape: tuple[int, ...
 def test_the_nodes_are_the_best_there_are_where_groups_are_few() -> None:
     """With one expert a group and one GPU a node, groups are packed to nodes and nothing else is."""
     load = rows_of_every_kind(2, 8)[None]
-    found = plan(load, Topology(2, 1), num_groups=8, num_candidates=8)
-    assert torch.equal(costs(load, found), least_costs(load, parts_of_experts(8, 8, 2, shared=False)))
+    planned = plan(load, Topology(2, 1), num_groups=8, num_candidates=8)
+    assert torch.equal(costs(load, planned), minimum_costs(load, parts_of_experts(8, 8, 2, shared=False)))
 
 
 # --- blocks -----------------------------------------------------------------------------------------------------
@@ -159,12 +159,12 @@ def test_polish_evens_out_blocks_and_keeps_them(shape: tuple[int, int, int]) -> 
     for _ in range(load.shape[1]):
         blocks = [random_.sample(range(group * size, (group + 1) * size), size) for group in range(groups)]
         rows.append([expert for block in random_.sample(blocks, groups) for expert in block])
-    given = Placement(torch.tensor(rows), num_experts, num_gpus)
-    options = SearchOptions(num_groups=groups, mode="permute")
-    polished = Problem(load, Topology(1, num_gpus), options).polish(given.expert_of_slot)
+    start = Placement(torch.tensor(rows), num_experts, num_gpus)
+    options = PlanOptions(num_groups=groups, mode="permute")
+    polished = Problem(load, Topology(1, num_gpus), options).polish(start.expert_of_slot)
     group = polished * groups // num_experts
     assert (group.unflatten(1, (groups, -1)).diff(dim=2) == 0).all()
-    after, before = (costs(load, each) for each in (Placement(polished, num_experts, num_gpus), given))
+    after, before = (costs(load, each) for each in (Placement(polished, num_experts, num_gpus), start))
     assert (after <= before).all()
     assert groups == num_gpus or after.sum() < 0.95 * before.sum()
 
@@ -175,9 +175,9 @@ def ways_to_pack(items: tuple[int, ...], size: int) -> list[list[tuple[int, ...]
         return [[]]
     first, rest = items[0], items[1:]
     return [
-        [(first, *company), *others]
-        for company in combinations(rest, size - 1)
-        for others in ways_to_pack(tuple(item for item in rest if item not in company), size)
+        [(first, *beside), *others]
+        for beside in combinations(rest, size - 1)
+        for others in ways_to_pack(tuple(item for item in rest if item not in beside), size)
     ]
 
 
@@ -202,9 +202,9 @@ def parts_of(tables: Tensor, num_experts: int, num_gpus: int) -> Tensor:
     return held / held.sum(1, keepdim=True)
 
 
-def ratio_to_least(load: Tensor, found: Placement, least: Tensor) -> Tensor:
+def ratio_to_minimum(load: Tensor, planned: Placement, minimum: Tensor) -> Tensor:
     """`[layers with tokens]`: the cost in units of the least, which no placement undercuts."""
-    ratio = (costs(load, found) / least)[least > 0]
+    ratio = (costs(load, planned) / minimum)[minimum > 0]
     assert (ratio > 1 - 1e-9).all()
     return ratio
 
@@ -214,10 +214,10 @@ def test_block_permutations_are_the_best_there_are_where_all_can_be_looked_at(sh
     """Measured: the least cost in all 50 rows."""
     num_experts, num_gpus, groups = shape
     load = rows_of_every_kind(1, num_experts)[None]
-    least = least_costs(load, block_permutations(num_experts, num_gpus, groups))
+    minimum = minimum_costs(load, block_permutations(num_experts, num_gpus, groups))
     for num_candidates in (1, 8):
-        found = plan(load, Topology(1, num_gpus), num_groups=groups, mode="permute", num_candidates=num_candidates)
-        assert ratio_to_least(load, found, least).mean() < 1.001
+        planned = plan(load, Topology(1, num_gpus), num_groups=groups, mode="permute", num_candidates=num_candidates)
+        assert ratio_to_minimum(load, planned, minimum).mean() < 1.001
 
 
 # --- classes ----------------------------------------------------------------------------------------------------
@@ -243,13 +243,13 @@ def test_an_expert_stays_in_slots_of_its_class(num_gpus: int, classes: list[int]
     load = steps_of(rows_of_every_kind(0, num_slots), num_steps)
     start = random_placement(1, load.shape[1], num_slots, num_slots, num_gpus)
     for current in (None, start):
-        found = plan(load, Topology(1, num_gpus), slot_class=slot_class, current=current, num_candidates=3)
+        planned = plan(load, Topology(1, num_gpus), slot_class=slot_class, current=current, num_candidates=3)
         began = Placement.contiguous(load.shape[1], num_slots, num_gpus) if current is None else current
-        assert torch.equal(slot_class[found.inverse], slot_class[began.inverse])  # [L, E, 1]
+        assert torch.equal(slot_class[planned.inverse], slot_class[began.inverse])  # [L, E, 1]
         if current is not None or num_steps == 1:
-            assert (costs(load, found) <= costs(load, began)).all()
-    kept = (found.expert_of_slot == start.expert_of_slot).all(1)
-    assert torch.equal(kept, costs(load, found) == costs(load, start))
+            assert (costs(load, planned) <= costs(load, began)).all()
+    kept = (planned.expert_of_slot == start.expert_of_slot).all(1)
+    assert torch.equal(kept, costs(load, planned) == costs(load, start))
 
 
 def class_permutations(start: list[int], classes: list[int]) -> Tensor:
@@ -273,12 +273,12 @@ def test_experts_in_their_classes_are_nearly_as_even_as_can_be(num_gpus: int, cl
     load = rows_of_every_kind(1, num_slots)[None]
     row = random.Random(2).sample(range(num_slots), num_slots)
     start = Placement(torch.tensor(row).expand(load.shape[1], -1), num_slots, num_gpus)
-    least = least_costs(load, parts_of(class_permutations(row, classes), num_slots, num_gpus))
+    minimum = minimum_costs(load, parts_of(class_permutations(row, classes), num_slots, num_gpus))
     size = num_slots // num_gpus
     single = all(len(set(classes[at : at + size])) == size for at in range(0, num_slots, size))
     for num_candidates, bound in ((1, 1.05), (8, 1.025)):
         options = {"slot_class": torch.tensor(classes), "current": start, "num_candidates": num_candidates}
-        ratio = ratio_to_least(load, plan(load, Topology(1, num_gpus), **options), least)
+        ratio = ratio_to_minimum(load, plan(load, Topology(1, num_gpus), **options), minimum)
         assert ratio.mean() <= (1 + 1e-9 if single else bound)
 
 
@@ -308,7 +308,7 @@ def test_replicas_that_must_not_share_a_gpu_do_not(shape: tuple) -> None:
     assert sharing(current).any()
     for load in (rows_of_every_kind(0, num_experts)[None], steps_of(rows_of_every_kind(1, num_experts), 3)):
         for start, num_candidates in ((None, 1), (None, 4), (current, 4)):
-            found = plan(
+            planned = plan(
                 load,
                 Topology(nodes, gpus),
                 num_slots=num_slots,
@@ -317,7 +317,7 @@ def test_replicas_that_must_not_share_a_gpu_do_not(shape: tuple) -> None:
                 current=start,
                 allow_shared_replicas=False,
             )
-            assert not sharing(found).any()
+            assert not sharing(planned).any()
 
 
 @pytest.mark.parametrize("num_steps", [1, 4])
@@ -329,28 +329,28 @@ def test_a_candidate_lets_replicas_share_a_gpu_only_where_that_costs_less(shape:
 
     def problems() -> list[Problem]:
         return [
-            Problem(load, topology, SearchOptions(num_slots, num_groups=groups, allow_shared_replicas=shared))
+            Problem(load, topology, PlanOptions(num_slots, num_groups=groups, allow_shared_replicas=shared))
             for shared in (True, False)
         ]
 
-    (free, apart), found = problems(), False
+    (free, apart), any_share = problems(), False
     for problem in (free, apart):
         assert (problem._terms is None) == (num_steps == 1)
         problem._terms = None  # what is searched, before it is settled
     for candidate in range(3):
-        cost, least = (problem.costs(torch.tensor([candidate]))[0] for problem in (free, apart))
-        assert num_steps > 1 or (cost <= least).all()  # what is searched is the sum over the steps
+        cost, cost_apart = (problem.costs(torch.tensor([candidate]))[0] for problem in (free, apart))
+        assert num_steps > 1 or (cost <= cost_apart).all()  # what is searched is the sum over the steps
         names = torch.full((load.shape[1],), candidate)
         tables = [problem.build(names) for problem in (free, apart)]
         together = sharing(Placement(tables[0], num_experts, topology.num_gpus))
-        assert (cost[together] < least[together]).all()
-        found |= bool(together.any())
-        for settling, before in zip(problems(), (cost, least), strict=True):
+        assert (cost[together] < cost_apart[together]).all()
+        any_share |= bool(together.any())
+        for settling, before in zip(problems(), (cost, cost_apart), strict=True):
             after = settling.costs(torch.tensor([candidate]))[0]
             assert (after <= before * (1 + 2**-20)).all()  # settled in coarser units
             assert num_steps == 1 or not settling._shares or num_experts == 3 or after.sum() < before.sum()
         assert not sharing(Placement(settling.build(names), num_experts, topology.num_gpus)).any()
-    assert found
+    assert any_share
 
 
 # --- the best there is ------------------------------------------------------------------------------------------
@@ -395,8 +395,8 @@ def test_small_plans_are_nearly_the_best_there_are(
     for shared, measured in ((True, together), (False, apart)):
         if measured is None:
             continue
-        least = least_costs(load, parts_of_experts(num_experts, num_slots, num_gpus, shared=shared))
+        minimum = minimum_costs(load, parts_of_experts(num_experts, num_slots, num_gpus, shared=shared))
         for num_candidates in (1, 8):
             options = {"num_slots": num_slots, "num_candidates": num_candidates, "allow_shared_replicas": shared}
-            ratio = ratio_to_least(load, plan(load, Topology(1, num_gpus), **options), least)
+            ratio = ratio_to_minimum(load, plan(load, Topology(1, num_gpus), **options), minimum)
             assert ratio.mean() <= measured + _SLACK

@@ -1,4 +1,4 @@
-"""The names under which most experts stay: nothing changes company, and as little as possible changes place.
+"""GPUs are renumbered so that most experts stay: experts of one GPU stay together, and as few slots as can be change.
 
 Shapes: L layers, E experts, P slots, M GPUs, G slots on each GPU, N nodes.
 """
@@ -83,11 +83,11 @@ def test_nodes_keep_their_gpus_and_each_is_named_as_well_as_can_be(shape: tuple[
     named = relabelled(fresh, current, (node, gpu))
     assert contents(named, node, gpu) == contents(fresh, node, gpu)
     for layer in range(20):
-        new, old, given = (each.expert_of_slot[layer].tolist() for each in (named, current, fresh))
+        new, old, unnamed = (each.expert_of_slot[layer].tolist() for each in (named, current, fresh))
         arrived = num_slots - sum(
             (Counter(new[at : at + node]) & Counter(old[at : at + node])).total() for at in range(0, num_slots, node)
         )
-        assert arrived == fewest_moves(given, old, node)  # experts that a node did not hold
+        assert arrived == fewest_moves(unnamed, old, node)  # experts that a node did not hold
         for at in range(0, num_slots, node):
             changed = sum(a != b for a, b in zip(new[at : at + node], old[at : at + node], strict=True))
             assert changed == fewest_moves(new[at : at + node], old[at : at + node], gpu)
@@ -129,9 +129,9 @@ def test_of_equal_ways_to_name_gpus_that_one_is_taken_under_which_most_stay_on_t
     better = 0
     for layer in range(20):
         new, old, other = (each.expert_of_slot[layer].tolist() for each in (named, current, blind))
-        found, without = (stays(row, old, size, gpus)[0] for row in (new, other))  # under the names they have
+        with_nodes, without = (stays(row, old, size, gpus)[0] for row in (new, other))  # under the names they have
         best = max(stays(fresh.expert_of_slot[layer].tolist(), old, size, gpus))
-        assert found == best
+        assert with_nodes == best
         better += without < best
     assert better or size == 2 or nodes == num_gpus
     if num_slots == num_experts:

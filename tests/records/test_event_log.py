@@ -24,8 +24,11 @@ from distplb import (
     LoadWindow,
     MoELayer,
     MoveModel,
+    Moves,
     RebalanceEvent,
     Rebalancer,
+    Record,
+    Search,
     TimeCurve,
     Topology,
     Trace,
@@ -81,7 +84,7 @@ def test_a_line_of_fewer_fields_is_read() -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "told"),
+    ("line", "message"),
     [
         ('{"format": "distplb.event", "version": 2}', "it is 'distplb.event', version 2; this distplb reads"),
         ('{"format": "other", "version": 1}', "it is 'other', version 1"),
@@ -96,8 +99,8 @@ def test_a_line_of_fewer_fields_is_read() -> None:
         ("7", "not a rebalance's record"),
     ],
 )
-def test_other_lines_are_refused(line: str, told: str) -> None:
-    with pytest.raises(DistplbError, match=told):
+def test_other_lines_are_refused(line: str, message: str) -> None:
+    with pytest.raises(DistplbError, match=message):
         RebalanceEvent.from_json(line)
 
 
@@ -205,7 +208,7 @@ def test_what_is_too_large_is_refused_before_it_is_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("iteration,decision\n", "line 1: it is no line of JSON; pass a file that an EventLog wrote"),
         ("[]\n", "line 1: it is not a rebalance's record"),
@@ -213,10 +216,10 @@ def test_what_is_too_large_is_refused_before_it_is_read(tmp_path: Path) -> None:
         ('{"format": "distplb.outcome"}\n', "line 1: 'version'"),
     ],
 )
-def test_what_is_no_log_is_named(tmp_path: Path, text: str, told: str) -> None:
+def test_what_is_no_log_is_named(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "events.jsonl"
     path.write_text(text)
-    with pytest.raises(DistplbError, match=told):
+    with pytest.raises(DistplbError, match=message):
         read_events(path)
     with pytest.raises(DistplbError, match=r"missing.jsonl cannot be read \(No such file"):
         read_events(tmp_path / "missing.jsonl")
@@ -237,23 +240,23 @@ def test_layers_without_tokens_are_null_in_a_log_and_in_no_mean(tmp_path: Path) 
         [None, 1.5],
         [None, None],
     )
-    told = read_events(path)
-    assert told == [replace(one, **outcome), event(1000, **NEXT | {"imbalance_next": (None, None)})]
+    events = read_events(path)
+    assert events == [replace(one, **outcome), event(1000, **NEXT | {"imbalance_next": (None, None)})]
     assert scalars(one)["imbalance/now"] == 1.5
-    assert scalars(told[0])["imbalance/next"] == 1.5
-    assert scalars(told[1]) == {"seconds/iteration_next": 0.25}
+    assert scalars(events[0])["imbalance/next"] == 1.5
+    assert scalars(events[1]) == {"seconds/iteration_next": 0.25}
 
 
 # --- scalars --------------------------------------------------------------------------------------------------------
 
 
 def test_scalars_by_hand() -> None:
-    found = scalars(event(tokens_peak_before=60, tokens_peak_after=40, balancedness_vllm_after=0.9))
-    assert (found["imbalance/now"], found["imbalance/expected"], found["imbalance/bound"]) == (2.0, 1.25, 1.0)
-    assert (found["moved/bytes_inside"], found["moved/bytes_between"]) == (3000, 500)
-    assert (found["tokens_peak/now"], found["tokens_peak/expected"]) == (60, 40)
-    assert (found["balancedness_vllm/now"], found["balancedness_vllm/expected"]) == (1.0, 0.9)
-    assert (found["seconds/count"], found["seconds/move"], found["seconds/iteration"]) == (0.5, 2.0, 0.5)
+    values = scalars(event(tokens_peak_before=60, tokens_peak_after=40, balancedness_vllm_after=0.9))
+    assert (values["imbalance/now"], values["imbalance/expected"], values["imbalance/bound"]) == (2.0, 1.25, 1.0)
+    assert (values["moved/bytes_inside"], values["moved/bytes_between"]) == (3000, 500)
+    assert (values["tokens_peak/now"], values["tokens_peak/expected"]) == (60, 40)
+    assert (values["balancedness_vllm/now"], values["balancedness_vllm/expected"]) == (1.0, 0.9)
+    assert (values["seconds/count"], values["seconds/move"], values["seconds/iteration"]) == (0.5, 2.0, 0.5)
     assert scalars(event(**NEXT)) == {"imbalance/next": 1.375, "seconds/iteration_next": 0.25}
     skipped = RebalanceEvent(iteration=3, layers=("0",), decision="skipped", reason="", seconds={}, last_applied=0)
     assert scalars(skipped) == {"last_applied": 0}
@@ -355,8 +358,7 @@ def test_a_rebalancer_writes_a_run(tmp_path: Path, caplog: pytest.LogCaptureFixt
         topology=Topology(1, 1),
         every=2,
         window=window,
-        record=tmp_path,
-        on_event=fails,
+        record=Record(tmp_path, on_event=fails),
     )
     with caplog.at_level(logging.ERROR, "distplb"):
         for _ in range(5):
@@ -373,7 +375,7 @@ def test_a_rebalancer_writes_a_run(tmp_path: Path, caplog: pytest.LogCaptureFixt
 
 
 def test_a_rebalancer_writes_of_windows_without_tokens_that_nothing_is_known(tmp_path: Path) -> None:
-    experts, told = torch.nn.Parameter(torch.arange(4.0)[:, None].clone()), list[RebalanceEvent]()
+    experts, records = torch.nn.Parameter(torch.arange(4.0)[:, None].clone()), list[RebalanceEvent]()
     window = LoadWindow(1, 4, 8)
     rebalancer = Rebalancer(
         [MoELayer(name="moe", experts={"w": experts}, router={"w": torch.zeros(4, 2)})],
@@ -381,15 +383,14 @@ def test_a_rebalancer_writes_of_windows_without_tokens_that_nothing_is_known(tmp
         topology=Topology(1, 1),
         every=2,
         window=window,
-        record=tmp_path,
-        on_event=told.append,
+        record=Record(tmp_path, on_event=records.append),
     )
     for counts in ([0, 0, 0, 0], [0, 0, 0, 0], [4, 3, 2, 1], [0, 0, 0, 0], [4, 3, 2, 1]):
         window.add(0, torch.tensor(counts))
         rebalancer.step()
     rebalancer.close()
     first, second = read_events(tmp_path / "events.jsonl")
-    assert [one.imbalance_next for one in told] == [None, (1.0,), None]
+    assert [one.imbalance_next for one in records] == [None, (1.0,), None]
     assert (first.decision, first.steps, first.imbalance_before, first.imbalance_next) == ("kept", 0, (), (1.0,))
     assert (second.steps, second.imbalance_before, second.tokens_of_gpu_before) == (1, (1.0,), ((10,),))
     assert Trace.read(tmp_path).load.sum((1, 2)).tolist() == [0, 0, 10, 0]
@@ -407,11 +408,11 @@ class OnDevice(torch.Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         cls.touched.append((threading.current_thread().name, str(func)))
-        found = super().__torch_function__(func, types, args, kwargs)
+        result = super().__torch_function__(func, types, args, kwargs)
         to_host = "cpu" in (*args[1:], kwargs.get("device"))
         if func is torch.Tensor.cpu or (func is torch.Tensor.to and to_host):
-            return found.as_subclass(torch.Tensor)
-        return found
+            return result.as_subclass(torch.Tensor)
+        return result
 
 
 @pytest.mark.parametrize("spread", [None, Spread(1, 1)])
@@ -422,26 +423,21 @@ def test_a_record_is_made_on_the_host_and_the_gpu_is_left_to_the_training(
     experts = torch.nn.Parameter(torch.arange(4.0)[:, None].clone())
     window = LoadWindow(1, 4, 8)
     window._counts, window._numbers = window._counts.as_subclass(OnDevice), window._numbers.as_subclass(OnDevice)
-    told: list[RebalanceEvent] = []
+    records: list[RebalanceEvent] = []
     rebalancer = Rebalancer(
         [MoELayer(name="moe", experts={"w": experts}, router={"w": torch.zeros(4, 2)})],
         torch.optim.AdamW([experts]),
         topology=Topology(1, 1),
         every=4,
         window=window,
-        record=tmp_path,
-        summary_writer=summary_writer(tmp_path / "tensorboard"),
-        on_event=told.append,
-        max_bytes=0,
-        time_curve=TimeCurve.linear(3.0),
-        move_model=MoveModel(1e-6, 10, 1e9, 1e9),
-        spread=spread,
-        engine="reference",
+        search=Search(time_curve=TimeCurve.linear(3.0), engine="reference"),
+        moves=Moves(max_bytes=0, model=MoveModel(1e-6, 10, 1e9, 1e9), spread=spread),
+        record=Record(tmp_path, summary_writer=summary_writer(tmp_path / "tensorboard"), on_event=records.append),
     )
-    made: list[Any] = []
-    assert rebalancer._log is not None
-    take = rebalancer._log.take
-    rebalancer._log.take = lambda make: (made.append(make), take(make))[1]  # type: ignore[method-assign]
+    makers: list[Any] = []
+    assert rebalancer._parts.journal.log is not None
+    take = rebalancer._parts.journal.log.take
+    rebalancer._parts.journal.log.take = lambda make: (makers.append(make), take(make))[1]  # type: ignore[method-assign]
     OnDevice.touched.clear()
     for _ in range(14):
         window.add(0, torch.tensor([4, 3, 2, 1]))
@@ -451,29 +447,29 @@ def test_a_record_is_made_on_the_host_and_the_gpu_is_left_to_the_training(
     assert threads == {"MainThread"} | ({"distplb_0"} if spread else set())  # where the training and the search are
     events = read_events(tmp_path / "events.jsonl")
     assert [event.iteration for event in events] == [4, 8, 12]
-    assert events[:2] == [event for event in told if event.imbalance_next is not None]
+    assert events[:2] == [event for event in records if event.imbalance_next is not None]
     # What waits for the next window holds no memory of the GPU either.
-    assert len(made) == 5
-    assert [where for make in made for where in on_device(make)] == []
+    assert len(makers) == 5
+    assert [where for make in makers for where in on_device(make)] == []
 
 
-def on_device(value: Any, where: str = "", seen: set[int] | None = None) -> Iterator[str]:
+def on_device(value: Any, where: str = "", visited: set[int] | None = None) -> Iterator[str]:
     """Where tensors of the device are in a closure and all that hangs on it."""
-    seen = set() if seen is None else seen
-    if id(value) in seen:
+    visited = set() if visited is None else visited
+    if id(value) in visited:
         return
-    seen.add(id(value))
+    visited.add(id(value))
     if isinstance(value, OnDevice):
         yield where
     elif isinstance(value, list | tuple | set):
         for number, one in enumerate(value):
-            yield from on_device(one, f"{where}[{number}]", seen)
+            yield from on_device(one, f"{where}[{number}]", visited)
     elif isinstance(value, dict):
         for name, one in value.items():
-            yield from on_device(one, f"{where}[{name!r}]", seen)
+            yield from on_device(one, f"{where}[{name!r}]", visited)
     elif not isinstance(value, torch.Tensor):
         inside = inspect.getclosurevars(value).nonlocals if inspect.isfunction(value) else {}
         inside = inside | {"wrapped": getattr(value, "__wrapped__", None)} | getattr(value, "__dict__", {})
         for name, one in inside.items():
             if name != "self":  # the rebalancer, which holds the window
-                yield from on_device(one, f"{where}.{name}", seen)
+                yield from on_device(one, f"{where}.{name}", visited)

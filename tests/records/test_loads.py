@@ -69,19 +69,19 @@ READ: dict[str, tuple[Callable[[Path], None], list, tuple[str, ...]]] = {
 def test_what_a_file_holds(name: str, tmp_path: Path) -> None:
     write, expected, layers = READ[name]
     write(tmp_path / name)
-    found = read_loads(tmp_path / name)
-    assert found.load.dtype == torch.int64
-    assert found.load.tolist() == expected
-    assert found.layers == layers
+    result = read_loads(tmp_path / name)
+    assert result.load.dtype == torch.int64
+    assert result.load.tolist() == expected
+    assert result.layers == layers
 
 
 def test_a_folder_of_trace_parts(tmp_path: Path) -> None:
     with TraceWriter(tmp_path, layers=("first", "second")) as writer:
         for at, step in enumerate(STEPS):
             writer.add(torch.tensor([step]), Placement.contiguous(2, 4, 2), [at])
-    found = read_loads(tmp_path)
-    assert found.load.tolist() == STEPS
-    assert found.layers == ("first", "second")
+    result = read_loads(tmp_path)
+    assert result.load.tolist() == STEPS
+    assert result.layers == ("first", "second")
 
 
 # --- what is refused --------------------------------------------------------------------------------------------

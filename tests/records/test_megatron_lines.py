@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from inputs.logs import line, text_line
+from inputs.megatron_logs import line, text_line
 
 from distplb import DistplbError, Trace
 
@@ -45,14 +45,14 @@ def read(folder: Path, texts: list[str], **options: Any) -> tuple[Trace, list[st
     folder.mkdir(exist_ok=True)
     for rank, text in enumerate(texts):
         (folder / f"rank{rank}.jsonl").write_text(text)
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        found = Trace.from_megatron(folder, **options)
-    assert all(one.filename == __file__ for one in told)
-    return found, [str(one.message) for one in told]
+        trace = Trace.from_megatron(folder, **options)
+    assert all(one.filename == __file__ for one in caught)
+    return trace, [str(one.message) for one in caught]
 
 
-def wanted(load: Load) -> list[Any]:
+def expected(load: Load) -> list[Any]:
     """`[S, L, E]`."""
     iterations, rows, layers = load.shape[:3]
     return load.reshape(iterations * rows, layers, -1).tolist()
@@ -69,9 +69,9 @@ def test_recomputed_micro_batches_are_used_once_whatever_the_schedule(
     """A forward hook counted the recomputation too: every load and every number of steps was doubled."""
     load = np.random.default_rng(ahead).integers(50, 200, size=(3, micro_batches, 2, 4, 2))
     order = one_forward_one_backward(micro_batches, ahead)
-    found, told = read(tmp_path, [lines(load, rank, [5, 10, 15], order) for rank in range(4)])
-    assert found.load.tolist() == wanted(load)
-    (text,) = told
+    trace, messages = read(tmp_path, [lines(load, rank, [5, 10, 15], order) for rank in range(4)])
+    assert trace.load.tolist() == expected(load)
+    (text,) = messages
     assert "rank0.jsonl: 3 of 3 iterations have each micro-batch's counts twice" in text
 
 
@@ -79,10 +79,12 @@ def test_stages_of_a_pipeline_are_ahead_by_different_numbers(tmp_path: Path) -> 
     load = np.random.default_rng(0).integers(50, 200, size=(2, 6, 2, 4, 2))
     orders = [one_forward_one_backward(6, 1 - rank // 2) for rank in range(4)]
     assert orders[0] != orders[2]
-    found, told = read(tmp_path, [lines(load, rank, [5, 10], orders[rank]) for rank in range(4)], pipeline_parallel=2)
+    trace, messages = read(
+        tmp_path, [lines(load, rank, [5, 10], orders[rank]) for rank in range(4)], pipeline_parallel=2
+    )
     stages = [load[:, :, :, ranks].reshape(12, 2, 4) for ranks in (slice(0, 2), slice(2, 4))]
-    assert found.load.tolist() == np.concatenate(stages, axis=1).tolist()
-    assert len(told) == 1
+    assert trace.load.tolist() == np.concatenate(stages, axis=1).tolist()
+    assert len(messages) == 1
 
 
 @settings(max_examples=60, deadline=None)
@@ -100,18 +102,18 @@ def test_what_is_not_doubled_in_all_layers_and_ranks_is_not_halved(
     differ = len({tuple(row) for one in together for row in one}) > 1
     assume(not (doubled and differ))
     texts = [lines(load, rank, list(range(iterations))) for rank in range(size[3])]
-    found, told = read(tmp_path_factory.mktemp("job"), texts)
-    assert found.load.tolist() == wanted(load)
-    assert told == []
+    trace, messages = read(tmp_path_factory.mktemp("job"), texts)
+    assert trace.load.tolist() == expected(load)
+    assert messages == []
 
 
 def test_iterations_of_more_micro_batches_are_known_by_themselves(tmp_path: Path) -> None:
     """A job that was resumed with recomputation, or one whose batch grows."""
     load = np.random.default_rng(0).integers(50, 200, size=(2, 3, 1, 2, 2))
     texts = [lines(load[:1], rank, [1]) + lines(load[1:], rank, [2], [0, 0, 1, 1, 2, 2]) for rank in range(2)]
-    found, told = read(tmp_path, texts)
-    assert found.load.tolist() == wanted(load)
-    assert "1 of 2 iterations have" in told[0]
+    trace, messages = read(tmp_path, texts)
+    assert trace.load.tolist() == expected(load)
+    assert "1 of 2 iterations have" in messages[0]
 
 
 def test_only_some_layers_are_recomputed(tmp_path: Path) -> None:
@@ -121,8 +123,8 @@ def test_only_some_layers_are_recomputed(tmp_path: Path) -> None:
     texts = [
         "".join(line(1, layer, load[0, orders[layer], layer, rank].tolist()) for layer in (0, 1)) for rank in (0, 1)
     ]
-    found, told = read(tmp_path, texts)
-    assert (found.load.tolist(), len(told)) == (wanted(load), 1)
+    trace, messages = read(tmp_path, texts)
+    assert (trace.load.tolist(), len(messages)) == (expected(load), 1)
     texts[0] = texts[0].replace(str(load[0, 0, 0, 0].tolist()), "[7, 7]", 1)
     with pytest.raises(DistplbError, match=r"rank0\.jsonl has 3 micro-batches in iteration 1 of decoder\.layers\.1, "):
         read(tmp_path, texts)
@@ -138,15 +140,15 @@ def test_a_rank_that_dies_anywhere_leaves_the_iterations_before(tmp_path: Path) 
     ends = [len(lines(load[:number], 1, [5, 10, 15][:number])) for number in (1, 2, 3)]
     for cut in range(ends[0] - 1, ends[2], 3):
         whole = sum(cut >= end - 1 for end in ends)  # without the end of the last line it is whole
-        found, told = read(tmp_path, [texts[0], texts[1][:cut]])
-        assert found.load.tolist() == wanted(load[:whole])
-        assert found.iteration.tolist() == [at for at in [5, 10, 15][:whole] for _ in range(2)]
+        trace, messages = read(tmp_path, [texts[0], texts[1][:cut]])
+        assert trace.load.tolist() == expected(load[:whole])
+        assert trace.iteration.tolist() == [at for at in [5, 10, 15][:whole] for _ in range(2)]
         if whole < 3:
             lacking = 5 * whole + 5
-            assert f"{3 - whole} of 3 iterations are left out: " in told[0]
-            assert f"rank1.jsonl lacks iteration {lacking} of decoder.layers." in told[0]
+            assert f"{3 - whole} of 3 iterations are left out: " in messages[0]
+            assert f"rank1.jsonl lacks iteration {lacking} of decoder.layers." in messages[0]
             is_torn = texts[1][cut - 1] != "\n" and texts[1][cut] != "\n"
-            assert (f"rank1.jsonl: line {texts[1][:cut].count(chr(10)) + 1}" in told[0]) == is_torn
+            assert (f"rank1.jsonl: line {texts[1][:cut].count(chr(10)) + 1}" in messages[0]) == is_torn
     with pytest.raises(DistplbError, match=r"rank1\.jsonl has no whole line; pass the files of ranks that"):
         read(tmp_path, [texts[0], texts[1][:20]])
 
@@ -161,9 +163,9 @@ def test_a_job_that_goes_on_behind_a_line_that_breaks_off_is_read(tmp_path: Path
     for cut in range(begin, end, 5):
         lives = [text[: len(text) if rank == 0 else cut] for rank, text in enumerate(texts)]
         later = [lines(again[1:], rank, [2, 3, 4]) for rank in (0, 1)]
-        found, told = read(tmp_path, [lives[rank] + "\0" * (cut % 2) + later[rank] for rank in (0, 1)])
-        assert found.load.tolist() == wanted(joined)
-        assert all("breaks off" in text and "left out" not in text for text in told)
+        trace, messages = read(tmp_path, [lives[rank] + "\0" * (cut % 2) + later[rank] for rank in (0, 1)])
+        assert trace.load.tolist() == expected(joined)
+        assert all("breaks off" in text and "left out" not in text for text in messages)
 
 
 def test_lines_of_two_lives_are_not_mixed(tmp_path: Path) -> None:
@@ -173,18 +175,20 @@ def test_lines_of_two_lives_are_not_mixed(tmp_path: Path) -> None:
         lines(first, 0, [1, 2, 3, 4]) + lines(second[1:3], 0, [2, 3]),
         lines(first, 1, [1, 2, 3, 4]) + lines(second[1:2], 1, [2]),
     ]
-    found, told = read(tmp_path, texts)
-    assert found.iteration.tolist() == [1, 2, 4]
-    assert found.load.tolist() == wanted(np.concatenate([first[:1], second[1:2], first[3:]]))
-    assert "1 of 4 iterations are left out: " in told[0]
-    assert "has iteration 3 of an earlier life of the job" in told[0]
+    trace, messages = read(tmp_path, texts)
+    assert trace.iteration.tolist() == [1, 2, 4]
+    assert trace.load.tolist() == expected(np.concatenate([first[:1], second[1:2], first[3:]]))
+    assert "1 of 4 iterations are left out: " in messages[0]
+    assert "has iteration 3 of an earlier life of the job" in messages[0]
 
 
 def test_lines_that_a_resumed_job_repeats_are_no_doubt(tmp_path: Path) -> None:
     """A job that counts the same again, and whose rank 1 died before it did."""
     load = np.random.default_rng(0).integers(50, 200, size=(3, 2, 1, 2, 2))
-    found, told = read(tmp_path, [lines(load, 0, [1, 2, 3]) + lines(load[1:], 0, [2, 3]), lines(load, 1, [1, 2, 3])])
-    assert (found.load.tolist(), told) == (wanted(load), [])
+    trace, messages = read(
+        tmp_path, [lines(load, 0, [1, 2, 3]) + lines(load[1:], 0, [2, 3]), lines(load, 1, [1, 2, 3])]
+    )
+    assert (trace.load.tolist(), messages) == (expected(load), [])
 
 
 @pytest.mark.parametrize(
@@ -194,8 +198,8 @@ def test_what_breaks_off_is_the_beginning_of_a_line_and_nothing_else(tmp_path: P
     """At the end of a file, without an end of line; and followed by a whole line."""
     good = line(1, 0, [[1, 2]])
     if bad == "{":
-        found, told = read(tmp_path, [good + bad])
-        assert (found.iteration.tolist(), "line 2 breaks off" in told[0]) == ([1], True)
+        trace, messages = read(tmp_path, [good + bad])
+        assert (trace.iteration.tolist(), "line 2 breaks off" in messages[0]) == ([1], True)
         return
     for text in (good + bad, good + bad + good):
         with pytest.raises(DistplbError, match=r"rank0\.jsonl, line 2 is not a line of tokens per expert"):
@@ -217,12 +221,12 @@ def test_the_log_of_an_earlier_revision_is_read_as_the_files_are(tmp_path: Path)
     )
     for where in (tmp_path, tmp_path / "tokens_per_expert.log"):
         (tmp_path / "tokens_per_expert.log").write_text(text)
-        found = Trace.from_megatron(where)
-        assert found.load.tolist() == wanted(load)
-        assert found.iteration.tolist() == [5, 5, 10, 10, 15, 15]
+        trace = Trace.from_megatron(where)
+        assert trace.load.tolist() == expected(load)
+        assert trace.iteration.tolist() == [5, 5, 10, 10, 15, 15]
     other, _ = read(tmp_path / "files", [lines(load, rank, iterations) for rank in range(4)])
-    assert torch.equal(other.load, found.load)
-    assert other.layers == found.layers
+    assert torch.equal(other.load, trace.load)
+    assert other.layers == trace.layers
     for cut in range(len(text) - 30, len(text) - 1):
         (tmp_path / "tokens_per_expert.log").write_text(text[:cut])
         with pytest.warns(RuntimeWarning, match=r"rank 1 lacks iteration 15|breaks off"):

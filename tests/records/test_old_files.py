@@ -62,6 +62,6 @@ def test_a_job_that_was_recorded_by_a_commit_goes_on_in_its_folder(tmp_path: Pat
     shutil.copytree(DATA / commit, tmp_path / "run")
     with TraceWriter(tmp_path / "run", layers=LAYERS) as writer:
         writer.add(torch.full((2, 2, 4), 9), Placement.contiguous(2, 4, 2), [4, 5])
-    found = Trace.read(tmp_path / "run")
-    assert found.iteration.tolist() == [1, 1, 2, 2, 3, 3, 4, 5]
-    assert found.load[-2:].unique().tolist() == [9]
+    result = Trace.read(tmp_path / "run")
+    assert result.iteration.tolist() == [1, 1, 2, 2, 3, 3, 4, 5]
+    assert result.load[-2:].unique().tolist() == [9]

@@ -80,9 +80,9 @@ def test_however_counts_are_written_they_are_read(
 ) -> None:
     """Experts came in the order of columns, whatever their numbers; totals and numbers of layers were experts."""
     name, text, counts, layers = file
-    found = read(tmp_path, name, text)
-    assert found.load.tolist() == counts
-    assert found.layers == layers
+    result = read(tmp_path, name, text)
+    assert result.load.tolist() == counts
+    assert result.layers == layers
 
 
 STYLES = {
@@ -111,10 +111,10 @@ def test_numbers_of_any_style_are_read_right_or_refused(tmp_path: Path, style: s
     file = io.StringIO()
     csv.writer(file).writerows([["layer", *range(len(row))], ["a", *map(STYLES[style], row)]])
     try:
-        found = read(tmp_path, "a.csv", file.getvalue()).load.tolist()
+        result = read(tmp_path, "a.csv", file.getvalue()).load.tolist()
     except DistplbError as refused:
-        found = str(refused)
-    assert found == [row] or (style not in ALWAYS and "line 2, column" in found)
+        result = str(refused)
+    assert result == [row] or (style not in ALWAYS and "line 2, column" in result)
 
 
 @QUICK
@@ -136,8 +136,8 @@ def test_one_row_a_count_in_any_order(
     ]
     order.shuffle(rows)  # type: ignore[attr-defined]
     lines = [",".join(columns), *(",".join(str(row[name]) for name in columns) for row in rows)]
-    found = read(tmp_path, "a.csv", "\n".join(lines))
-    assert found.load.tolist() == [(np.array(counts) + step).tolist() for step in range(steps)]
+    result = read(tmp_path, "a.csv", "\n".join(lines))
+    assert result.load.tolist() == [(np.array(counts) + step).tolist() for step in range(steps)]
     with pytest.raises(DistplbError, match=r"has no (count|expert|row|header)|a header and no rows"):
         read(tmp_path, "a.csv", "\n".join(lines[:-1]))
 
@@ -207,6 +207,6 @@ def test_a_line_longer_than_csv_allows_is_refused(tmp_path: Path) -> None:
 
 def test_names_in_quotes_may_have_separators_and_ends_of_lines(tmp_path: Path) -> None:
     """Lines were parted before quotes were looked at."""
-    found = read(tmp_path, "a.csv", 'layer,0,1\n"moe;1, a",5,3\n"moe\n2",1,7\n')
-    assert found.load.tolist() == [[5, 3], [1, 7]]
-    assert found.layers == ("moe;1, a", "moe\n2")
+    result = read(tmp_path, "a.csv", 'layer,0,1\n"moe;1, a",5,3\n"moe\n2",1,7\n')
+    assert result.load.tolist() == [[5, 3], [1, 7]]
+    assert result.layers == ("moe;1, a", "moe\n2")

@@ -40,11 +40,11 @@ def random_trace(seed: int = 0, steps: int = 6, first: int = 0) -> Trace:
     )
 
 
-def check_same(found: Trace, wanted: Trace) -> None:
+def check_same(result: Trace, expected: Trace) -> None:
     for name in ("load", "iteration", "placement_of_step"):
-        assert getattr(found, name).dtype == torch.int64
-        assert torch.equal(getattr(found, name), getattr(wanted, name))
-    assert (found.placements, found.layers, found.note) == (wanted.placements, wanted.layers, wanted.note)
+        assert getattr(result, name).dtype == torch.int64
+        assert torch.equal(getattr(result, name), getattr(expected, name))
+    assert (result.placements, result.layers, result.note) == (expected.placements, expected.layers, expected.note)
 
 
 # --- the value --------------------------------------------------------------------------------------------------
@@ -89,10 +89,10 @@ def test_what_does_not_fit_together_is_refused(changed: dict[str, Any], wording:
 
 
 def test_a_trace_comes_back_from_its_file(tmp_path: Path) -> None:
-    wanted = random_trace()
-    wanted.save(tmp_path / "trace.npz")
-    wanted.save(tmp_path / "trace.npz")
-    check_same(Trace.read(tmp_path / "trace.npz"), wanted)
+    expected = random_trace()
+    expected.save(tmp_path / "trace.npz")
+    expected.save(tmp_path / "trace.npz")
+    check_same(Trace.read(tmp_path / "trace.npz"), expected)
     assert [path.name for path in tmp_path.iterdir()] == ["trace.npz"]
 
 
@@ -113,23 +113,23 @@ def test_unsigned_counts_are_read_as_they_are(tmp_path: Path, dtype: str) -> Non
     load = np.array(arrays["load"], dtype)
     load[0, 0, 0] = most
     np.savez_compressed(tmp_path / "other.npz", **arrays | {"load": load})
-    for found in (Trace.read(tmp_path / "other.npz").load, read_loads(tmp_path / "other.npz").load):
-        assert int(found[0, 0, 0]) == most
-        assert found[1:].tolist() == random_trace().load[1:].tolist()
+    for result in (Trace.read(tmp_path / "other.npz").load, read_loads(tmp_path / "other.npz").load):
+        assert int(result[0, 0, 0]) == most
+        assert result[1:].tolist() == random_trace().load[1:].tolist()
 
 
 def test_a_trace_of_an_earlier_version_is_still_read() -> None:
     path = Path(__file__).parents[2] / "benchmarks" / "traces" / "plain-2x16.npz"
     with np.load(path) as file:
         about, load = json.loads(file["about"].tobytes()), file["load"].astype(np.int64)
-    found = read_loads(path)
-    assert found.load.tolist() == load.tolist()
-    assert found.layers == tuple(about["layers"])
+    result = read_loads(path)
+    assert result.load.tolist() == load.tolist()
+    assert result.layers == tuple(about["layers"])
 
 
 def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    wanted = random_trace()
-    wanted.save(tmp_path / "trace.npz")
+    expected = random_trace()
+    expected.save(tmp_path / "trace.npz")
 
     def fail(file: io.BufferedWriter, **_: Any) -> None:
         file.write(b"half")
@@ -139,7 +139,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(OSError, match="no space"):
         random_trace(1).save(tmp_path / "trace.npz")
     assert [path.name for path in tmp_path.iterdir()] == ["trace.npz"]
-    check_same(Trace.read(tmp_path / "trace.npz"), wanted)
+    check_same(Trace.read(tmp_path / "trace.npz"), expected)
 
 
 def arrays_of(one: Trace, folder: Path) -> dict[str, np.ndarray]:
@@ -220,8 +220,8 @@ def test_what_is_not_there_is_refused(tmp_path: Path) -> None:
 
 
 def test_truncated_and_damaged_files_are_refused_or_still_the_same(tmp_path: Path) -> None:
-    wanted, random_, path = random_trace(), random.Random(0), tmp_path / "trace.npz"
-    wanted.save(path)
+    expected, random_, path = random_trace(), random.Random(0), tmp_path / "trace.npz"
+    expected.save(path)
     content = path.read_bytes()
     damaged = [content[:size] for size in range(0, len(content), 29)]
     for _ in range(300):
@@ -232,7 +232,7 @@ def test_truncated_and_damaged_files_are_refused_or_still_the_same(tmp_path: Pat
     for content in damaged:
         path.write_bytes(content)
         try:
-            check_same(Trace.read(path), wanted)
+            check_same(Trace.read(path), expected)
         except DistplbError as error:
             refusals.append(str(error))
     assert len(refusals) > len(damaged) // 2
@@ -290,8 +290,8 @@ def test_parts_are_joined_in_their_order(tmp_path: Path) -> None:
         writer.add(load[5:], one, [100, 101])
     names = sorted(path.name for path in (tmp_path / "new" / "folder").iterdir())
     assert names == ["000000000009.npz", "000000000010.npz", "000000000100.npz"]
-    wanted = Trace(load, (one, other), [0, 0, 1, 1, 1, 0, 0], [9, 9, 10, 11, 12, 100, 101], ("moe",), "a run")
-    check_same(Trace.read(tmp_path / "new" / "folder"), wanted)
+    expected = Trace(load, (one, other), [0, 0, 1, 1, 1, 0, 0], [9, 9, 10, 11, 12, 100, 101], ("moe",), "a run")
+    check_same(Trace.read(tmp_path / "new" / "folder"), expected)
     assert writer.error is None
 
 
@@ -300,9 +300,9 @@ def test_a_resumed_job_overwrites_what_it_counts_again(tmp_path: Path) -> None:
     for begin, tokens in ((0, 1), (10, 1), (15, 2)):
         with TraceWriter(tmp_path) as writer:
             writer.add(torch.full((10, 1, 2), tokens), placement, range(begin, begin + 10))
-    found = Trace.read(tmp_path)
-    assert found.iteration.tolist() == list(range(25))
-    assert found.load[:, 0, 0].tolist() == [1] * 15 + [2] * 10
+    result = Trace.read(tmp_path)
+    assert result.iteration.tolist() == list(range(25))
+    assert result.load[:, 0, 0].tolist() == [1] * 15 + [2] * 10
 
 
 @settings(max_examples=20, deadline=None)
@@ -317,23 +317,23 @@ def test_of_each_life_what_the_next_one_records_again_is_left_out(
     Each life begins at an iteration, or where the last one ended if that is earlier, and writes parts of some lengths.
     In every second life the process is the same: the job has loaded an earlier state.
     """
-    folder, wanted = tmp_path_factory.mktemp("run"), dict[int, int]()
+    folder, expected = tmp_path_factory.mktemp("run"), dict[int, int]()
     writer = TraceWriter(folder)
     for life, (begin, lengths) in enumerate(lives, start=1):
         if life % 2:
             writer.close()
             writer = TraceWriter(folder)
-        at = min(begin, max(wanted, default=0) + 1)
-        wanted = {iteration: tokens for iteration, tokens in wanted.items() if iteration < at}
+        at = min(begin, max(expected, default=0) + 1)
+        expected = {iteration: tokens for iteration, tokens in expected.items() if iteration < at}
         for length in lengths:
             part = range(at, at + length)
             writer.add(torch.full((length, 1, 2), life), Placement.contiguous(1, 2, 2), part)
-            wanted |= dict.fromkeys(part, life)
+            expected |= dict.fromkeys(part, life)
             at += length
     writer.close()
-    found = Trace.read(folder)
-    assert dict(zip(found.iteration.tolist(), found.load[:, 0, 0].tolist(), strict=True)) == wanted
-    assert found.iteration.tolist() == sorted(wanted)
+    result = Trace.read(folder)
+    assert dict(zip(result.iteration.tolist(), result.load[:, 0, 0].tolist(), strict=True)) == expected
+    assert result.iteration.tolist() == sorted(expected)
 
 
 def test_a_part_says_which_life_wrote_it_and_a_trace_alone_does_not(tmp_path: Path) -> None:
@@ -341,8 +341,8 @@ def test_a_part_says_which_life_wrote_it_and_a_trace_alone_does_not(tmp_path: Pa
         with TraceWriter(tmp_path) as writer:
             writer.add(torch.ones(1, 1, 2, dtype=torch.int64), Placement.contiguous(1, 2, 2), [life])
     random_trace().save(tmp_path / "alone.npz")
-    told = [json.loads(np.load(path)["about"].tobytes()) for path in sorted(tmp_path.iterdir())]
-    assert [one.get("life") for one in told] == [1, 2, None]
+    documents = [json.loads(np.load(path)["about"].tobytes()) for path in sorted(tmp_path.iterdir())]
+    assert [one.get("life") for one in documents] == [1, 2, None]
 
 
 def test_nothing_is_written_beside_parts_of_another_job(tmp_path: Path) -> None:
@@ -409,8 +409,8 @@ def test_a_part_is_a_copy(tmp_path: Path) -> None:
         load += 7
         iterations += 7
         gate.set()
-    found = Trace.read(tmp_path)
-    assert (found.load.tolist(), found.iteration.tolist()) == ([[[1, 1]]], [3])
+    result = Trace.read(tmp_path)
+    assert (result.load.tolist(), result.iteration.tolist()) == ([[[1, 1]]], [3])
 
 
 def test_the_job_waits_only_while_two_parts_are_being_written(tmp_path: Path) -> None:
@@ -511,28 +511,28 @@ def test_megatrons_files_become_the_load_of_all_experts(
 ) -> None:
     load = np.random.default_rng(0).integers(100, size=(3, 5, groups, 12, 8))
     write_megatron(tmp_path, load, [10, 20, 30], gpus, copies, stages)
-    found = Trace.from_megatron(tmp_path, num_gpus=gpus, expert_tensor_parallel=copies, pipeline_parallel=stages)
-    assert found.load.tolist() == load.reshape(-1, 12, 8).tolist()
-    assert found.iteration.tolist() == [at for at in (10, 20, 30) for _ in range(5 * groups)]
-    assert found.placements == (Placement.contiguous(12, 8, gpus),)
+    result = Trace.from_megatron(tmp_path, num_gpus=gpus, expert_tensor_parallel=copies, pipeline_parallel=stages)
+    assert result.load.tolist() == load.reshape(-1, 12, 8).tolist()
+    assert result.iteration.tolist() == [at for at in (10, 20, 30) for _ in range(5 * groups)]
+    assert result.placements == (Placement.contiguous(12, 8, gpus),)
     names = [f"decoder.layers.{layer}" for layer in range(1, 12 // stages)] + ["mtp.layers.0.mtp_model_layer.layers.0"]
     if stages > 1:
         names = [f"pp{stage}.{name}" for stage in range(stages) for name in names]
-    assert list(found.layers) == names  # 11 layers: numbers in their order, not 1, 10, 11, 2
+    assert list(result.layers) == names  # 11 layers: numbers in their order, not 1, 10, 11, 2
 
 
 def test_ranks_are_one_ep_group_unless_told_and_files_may_be_named_each(tmp_path: Path) -> None:
     write_megatron(tmp_path, np.arange(24).reshape(1, 1, 1, 2, 12), [1], 12, 1, 1)
-    found = Trace.from_megatron(*sorted(tmp_path.iterdir(), reverse=True))
-    assert found.load.tolist() == [np.arange(24).reshape(2, 12).tolist()]
-    assert found.placements[0].num_gpus == 12
+    result = Trace.from_megatron(*sorted(tmp_path.iterdir(), reverse=True))
+    assert result.load.tolist() == [np.arange(24).reshape(2, 12).tolist()]
+    assert result.placements[0].num_gpus == 12
 
 
 def test_the_last_line_of_an_iteration_counts(tmp_path: Path) -> None:
     text = line(1, 0, [[1, 2]]) + line(2, 0, [[3, 4]]) + line(2, 0, [[5, 6]]) + line(1, 0, [[7, 8]])
     (tmp_path / "rank0.jsonl").write_text(text)
-    found = Trace.from_megatron(tmp_path)
-    assert (found.load[:, 0].tolist(), found.iteration.tolist()) == ([[7, 8], [5, 6]], [1, 2])
+    result = Trace.from_megatron(tmp_path)
+    assert (result.load[:, 0].tolist(), result.iteration.tolist()) == ([[7, 8], [5, 6]], [1, 2])
 
 
 @pytest.mark.parametrize(

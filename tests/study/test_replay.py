@@ -70,7 +70,7 @@ def test_a_replay_is_what_plain_loops_find(num_slots: int, curve: TimeCurve | No
     random_, load = random.Random(every), random_load(every)
     plans = [random_placement(random_, num_slots) for _ in range(24)]
     upcoming = iter(plans[1:])
-    found = replayed(load, lambda seen, current: next(upcoming), every=every, curve=curve, start=plans[0])
+    result = replayed(load, lambda past, current: next(upcoming), every=every, curve=curve, start=plans[0])
     in_force = [plans[step // every] for step in range(23)]
     fullest, ratios = [], []
     for step, placement in enumerate(in_force):
@@ -78,32 +78,32 @@ def test_a_replay_is_what_plain_loops_find(num_slots: int, curve: TimeCurve | No
         gpus = [plain_gpus(*row, curve) for row in rows]
         fullest.append([max(row) for row in gpus])
         ratios.append([max(row) / (sum(row) / 4) for row in gpus])
-    assert found.fullest.dtype == (torch.int64 if num_slots == 8 else torch.float64)
-    assert found.fullest.tolist() == [pytest.approx([float(one) for one in row], rel=1e-12) for row in fullest]
-    assert found.imbalance.dtype == torch.float64
-    assert found.imbalance.tolist() == [pytest.approx([float(one) for one in row], rel=1e-12) for row in ratios]
-    assert found.mean_imbalance == pytest.approx(float(sum(map(sum, ratios)) / 46))
-    assert found.rebalance_steps == tuple(range(every, 23, every))
-    assert found.placements == tuple(plans[: len(found.rebalance_steps) + 1])
-    moves = [moved_slots(*plans[at : at + 2], TOPOLOGY).sum(0).tolist() for at in range(len(found.rebalance_steps))]
-    assert found.moved.shape == (len(moves), 2)
-    assert found.moved.tolist() == moves
-    assert found.slots_moved == sum(map(sum, moves))
+    assert result.fullest.dtype == (torch.int64 if num_slots == 8 else torch.float64)
+    assert result.fullest.tolist() == [pytest.approx([float(one) for one in row], rel=1e-12) for row in fullest]
+    assert result.imbalance.dtype == torch.float64
+    assert result.imbalance.tolist() == [pytest.approx([float(one) for one in row], rel=1e-12) for row in ratios]
+    assert result.mean_imbalance == pytest.approx(float(sum(map(sum, ratios)) / 46))
+    assert result.rebalance_steps == tuple(range(every, 23, every))
+    assert result.placements == tuple(plans[: len(result.rebalance_steps) + 1])
+    moves = [moved_slots(*plans[at : at + 2], TOPOLOGY).sum(0).tolist() for at in range(len(result.rebalance_steps))]
+    assert result.moved.shape == (len(moves), 2)
+    assert result.moved.tolist() == moves
+    assert result.slots_moved == sum(map(sum, moves))
     inside, between = sum(row[0] for row in moves), sum(row[1] for row in moves)
-    assert found.compute_seconds == pytest.approx(float(sum(map(sum, fullest))) * (1e-6 if curve is None else 1e-9))
-    assert found.move_seconds == pytest.approx(inside * 1e-3 + between * 1e-2)
-    assert found.seconds == found.compute_seconds + found.move_seconds
+    assert result.compute_seconds == pytest.approx(float(sum(map(sum, fullest))) * (1e-6 if curve is None else 1e-9))
+    assert result.move_seconds == pytest.approx(inside * 1e-3 + between * 1e-2)
+    assert result.seconds == result.compute_seconds + result.move_seconds
 
 
 def test_without_a_curve_it_is_the_cost_and_the_imbalance_of_the_library() -> None:
     load, start = random_load(0), random_placement(random.Random(0), 12)
-    found = replayed(load, start=start)
-    assert torch.equal(found.fullest, gpu_tokens(load, start.expert_of_slot, 4).amax(2))
-    assert torch.equal(found.imbalance, imbalance(load, start))
+    result = replayed(load, start=start)
+    assert torch.equal(result.fullest, gpu_tokens(load, start.expert_of_slot, 4).amax(2))
+    assert torch.equal(result.imbalance, imbalance(load, start))
     scaled = (
         layer_cost(load << 20, start.expert_of_slot, 4).double() / 2**20
     )  # whose integer shares lose next to nothing
-    assert torch.allclose(found.fullest.sum(0), scaled, rtol=1e-6)
+    assert torch.allclose(result.fullest.sum(0), scaled, rtol=1e-6)
     straight = replayed(load)
     assert torch.allclose(straight.imbalance, imbalance(load, Placement.contiguous(2, 8, 4)), rtol=1e-12)
     assert torch.equal(replayed(load, curve=TimeCurve.linear(1)).fullest, straight.fullest)
@@ -116,22 +116,22 @@ def test_steps_without_tokens_take_no_time_and_have_no_imbalance(num_slots: int,
     start, load = random_placement(random.Random(3), num_slots), random_load(3, steps=4)
     load[:, 1] = 0
     padded = torch.cat([load[:2], torch.zeros_like(load), load[2:]])
-    found, without = (replayed(one, start=start, curve=curve) for one in (padded, load))
-    assert found.fullest[2:6].tolist() == [[0, 0]] * 4
-    assert found.imbalance[2:6].isnan().all()
-    assert found.fullest[:, 1].tolist() == [0] * 8
-    assert found.imbalance[:, 1].isnan().all()
-    assert found.compute_seconds == without.compute_seconds
-    assert found.mean_imbalance == without.mean_imbalance == float(mean_of_known(found.imbalance))
+    result, without = (replayed(one, start=start, curve=curve) for one in (padded, load))
+    assert result.fullest[2:6].tolist() == [[0, 0]] * 4
+    assert result.imbalance[2:6].isnan().all()
+    assert result.fullest[:, 1].tolist() == [0] * 8
+    assert result.imbalance[:, 1].isnan().all()
+    assert result.compute_seconds == without.compute_seconds
+    assert result.mean_imbalance == without.mean_imbalance == float(mean_of_known(result.imbalance))
 
 
 def test_a_token_of_two_replicas_is_not_lost() -> None:
     """Shares were integer divisions: eight experts of one token, with two replicas each, were 0 tokens in 0 s."""
     halves = Placement(torch.tensor([[0, 1, 2, 3, 4, 5, 6, 7] * 2] * 2), 8, 4)
     ones = torch.ones(1, 2, 8, dtype=torch.int64)
-    found = replayed(ones, start=halves)
-    assert (found.fullest.tolist(), found.imbalance.tolist()) == ([[2.0, 2.0]], [[1.0, 1.0]])
-    assert found.compute_seconds == pytest.approx(4e-6)
+    result = replayed(ones, start=halves)
+    assert (result.fullest.tolist(), result.imbalance.tolist()) == ([[2.0, 2.0]], [[1.0, 1.0]])
+    assert result.compute_seconds == pytest.approx(4e-6)
     timed = replayed(ones, start=halves, curve=TimeCurve((0, 1), (0, 10)))
     assert (timed.fullest.tolist(), timed.imbalance.tolist()) == ([[20.0, 20.0]], [[1.0, 1.0]])
 
@@ -141,31 +141,31 @@ def test_a_few_tokens_of_many_experts_are_replayed_as_they_are_judged() -> None:
     load = torch.poisson(torch.ones(64, 1, 256), generator=torch.Generator().manual_seed(0)).long()
     table = torch.arange(512)[None] * 256 // 512
     start = Placement(table[:, torch.randperm(512, generator=torch.Generator().manual_seed(1))], 256, 4)
-    found = replayed(load, start=start, every=64)
-    assert torch.equal(found.imbalance, imbalance(load, start))
-    assert 1 < found.mean_imbalance < 1.3
+    result = replayed(load, start=start, every=64)
+    assert torch.equal(result.imbalance, imbalance(load, start))
+    assert 1 < result.mean_imbalance < 1.3
 
 
 # --- what the planner sees --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("every", "window", "wanted"), [(5, None, 5), (5, 3, 3), (5, 9, 5), (23, 1, 1), (1, 1, 1)])
-def test_the_planner_sees_the_last_steps_and_the_placement_in_force(every: int, window: Any, wanted: int) -> None:
+@pytest.mark.parametrize(("every", "window", "length"), [(5, None, 5), (5, 3, 3), (5, 9, 5), (23, 1, 1), (1, 1, 1)])
+def test_the_planner_sees_the_last_steps_and_the_placement_in_force(every: int, window: Any, length: int) -> None:
     load, random_ = random_load(1), random.Random(1)
-    seen, given, returned = [], [], []
+    windows, in_force, returned = [], [], []
 
     def planner(steps: Tensor, current: Placement) -> Placement:
-        seen.append(steps)
-        given.append(current)
+        windows.append(steps)
+        in_force.append(current)
         returned.append(random_placement(random_, 8))
         return returned[-1]
 
     replayed(load, planner, every=every, window=window)
     calls = range(every, 23, every)
-    assert len(seen) == len(calls)
-    for at, steps in zip(calls, seen, strict=True):
-        assert torch.equal(steps, load[at - wanted : at])
-    assert given == [Placement.contiguous(2, 8, 4), *returned[:-1]][: len(given)]
+    assert len(windows) == len(calls)
+    for at, steps in zip(calls, windows, strict=True):
+        assert torch.equal(steps, load[at - length : at])
+    assert in_force == [Placement.contiguous(2, 8, 4), *returned[:-1]][: len(in_force)]
 
 
 def test_what_comes_later_changes_nothing_before_it() -> None:
@@ -175,11 +175,11 @@ def test_what_comes_later_changes_nothing_before_it() -> None:
     one, other = random_load(2), random_load(3)
     for same in (4, 5, 12):
         other[:same] = one[:same]
-        found, changed = replayed(one, planner), replayed(other, planner)
-        assert torch.equal(found.fullest[:same], changed.fullest[:same])
-        made = same // 5
-        assert found.placements[: made + 1] == changed.placements[: made + 1]
-    assert not torch.equal(found.fullest, changed.fullest)
+        result, changed = replayed(one, planner), replayed(other, planner)
+        assert torch.equal(result.fullest[:same], changed.fullest[:same])
+        plans = same // 5
+        assert result.placements[: plans + 1] == changed.placements[: plans + 1]
+    assert not torch.equal(result.fullest, changed.fullest)
 
 
 def test_a_planner_cannot_change_the_trace() -> None:
@@ -207,9 +207,9 @@ def test_planning_pays_where_the_load_stays() -> None:
 
 
 def test_progress_is_told() -> None:
-    told: list[tuple[int, int]] = []
-    replayed(random_load(5, steps=12), progress=lambda done, steps: told.append((done, steps)))
-    assert told == [(5, 12), (10, 12), (12, 12)]
+    calls: list[tuple[int, int]] = []
+    replayed(random_load(5, steps=12), progress=lambda done, steps: calls.append((done, steps)))
+    assert calls == [(5, 12), (10, 12), (12, 12)]
 
 
 # --- what is refused --------------------------------------------------------------------------------------------
@@ -242,20 +242,20 @@ def iterations_of(lengths: list[int], gap: int = 1) -> list[int]:
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=9), st.integers(1, 12), st.none() | st.integers(1, 8))
 def test_no_iteration_is_on_both_sides_of_a_plan(lengths: list[int], every: int, window: int | None) -> None:
     """Micro-batches of one iteration were seen by a plan, and others of it judged under it."""
-    iteration, seen = iterations_of(lengths), list[list[int]]()
+    iteration, windows = iterations_of(lengths), list[list[int]]()
     load = torch.arange(1, len(iteration) + 1)[:, None, None] * torch.ones(1, 2, 8, dtype=torch.int64)
     trace = Trace(load, trace_of(load).placements, torch.zeros(len(load)).long(), torch.tensor(iteration))
 
     def planner(steps: Tensor, current: Placement) -> Placement:
-        seen.append((steps[:, 0, 0] - 1).tolist())
+        windows.append((steps[:, 0, 0] - 1).tolist())
         return current
 
-    found = replay(trace, planner, topology=TOPOLOGY, every=every, model=MODEL, window=window)
+    result = replay(trace, planner, topology=TOPOLOGY, every=every, model=MODEL, window=window)
     begins = {iteration.index(at) for at in iteration}
     plain = [min((at for at in begins if at >= step), default=None) for step in range(every, len(load), every)]
-    assert found.rebalance_steps == tuple(dict.fromkeys(at for at in plain if at is not None))
-    assert len(found.fullest) == len(load)
-    for begin, end, steps in zip([0, *found.rebalance_steps], found.rebalance_steps, seen, strict=False):
+    assert result.rebalance_steps == tuple(dict.fromkeys(at for at in plain if at is not None))
+    assert len(result.fullest) == len(load)
+    for begin, end, steps in zip([0, *result.rebalance_steps], result.rebalance_steps, windows, strict=False):
         assert steps == list(range(steps[0], end))  # the last ones, up to the plan
         assert iteration[end - 1] != iteration[end]
         if window is None:
@@ -268,5 +268,5 @@ def test_no_iteration_is_on_both_sides_of_a_plan(lengths: list[int], every: int,
 def test_a_planner_is_not_called_within_the_only_iteration() -> None:
     load = random_load(0, steps=6)
     trace = Trace(load, trace_of(load).placements, torch.zeros(6).long(), torch.full((6,), 7))
-    found = replay(trace, lambda *_: pytest.fail("called"), topology=TOPOLOGY, every=2, model=MODEL)
-    assert (found.rebalance_steps, found.slots_moved, len(found.fullest)) == ((), 0, 6)
+    result = replay(trace, lambda *_: pytest.fail("called"), topology=TOPOLOGY, every=2, model=MODEL)
+    assert (result.rebalance_steps, result.slots_moved, len(result.fullest)) == ((), 0, 6)

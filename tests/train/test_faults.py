@@ -28,8 +28,8 @@ from distplb import DistplbError, Placement
 from distplb.comm.torchdist import TorchComm, is_loss
 from distplb.core.stages import Stages
 from distplb.errors import HalfMovedError, LostRanksError
-from distplb.migrate.transfer import Move
-from distplb.planning.plan import Planned, Planning
+from distplb.migrate.staging import CommitStaging
+from distplb.planning.plan import PlanResult, StagedPlan
 
 STAGES = ("count", "search", "choose", "polish", "share", "move")
 FAULTS = ("kill", "stop", "raise")
@@ -114,14 +114,14 @@ def is_whole(job: Job, rebalancer: Any) -> bool:
 def arm(stage: str, fault: str, job: Job) -> None:
     """Have this process meet its fault on entering the stage; in the middle of a move, with one commit written."""
     if stage == "move":
-        original_pack, calls = Move._pack, iter(range(100))
+        original_pack, calls = CommitStaging.pack, iter(range(100))
 
-        def pack(self: Move, step: Any) -> None:
+        def pack(self: CommitStaging, step: Any) -> None:
             if next(calls) == 1:
                 strike(fault)
             original_pack(self, step)
 
-        Move._pack = pack  # type: ignore[method-assign]
+        CommitStaging.pack = pack  # type: ignore[method-assign]
         return
     original = Stages.stage
 
@@ -305,15 +305,15 @@ def spoil(what: str, job: Job) -> None:
         for layer in range(LAYERS):
             job.window.add(layer, torch.ones(EXPERTS, dtype=torch.int64), training=True)
         return
-    share = Planning.share
+    share = StagedPlan.share
 
-    def other_placement(self: Planning) -> Planned:
+    def other_placement(self: StagedPlan) -> PlanResult:
         planned = share(self)
-        Planning.share = share  # type: ignore[method-assign]
+        StagedPlan.share = share  # type: ignore[method-assign]
         table = planned.placement.expert_of_slot.flip(1)
         return replace(planned, placement=Placement(table, EXPERTS, planned.placement.num_gpus))
 
-    Planning.share = other_placement  # type: ignore[method-assign]
+    StagedPlan.share = other_placement  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize(("what", "words"), [("steps", "the steps in the window"), ("placement", "the placement")])

@@ -11,9 +11,10 @@ import torch.distributed as dist
 from jobs import Clock
 from ranks import on_ranks
 
-from distplb import DistplbError, TimeCurve, Topology, measure, measured_curve
+from distplb import DistplbError, TimeCurve, Topology, measured_curve
 from distplb.comm.base import Round, WorldOfOne
 from distplb.comm.torchdist import TorchComm
+from distplb.train import measure
 
 TOKENS = [64, 16, 256]
 

@@ -25,7 +25,7 @@ from distplb import DistplbError, LoadWindow, MoELayer, MoveModel, Placement, Ti
 from distplb.comm.torchdist import TorchComm
 from distplb.core.counts import marked
 from distplb.errors import HalfMovedError
-from distplb.migrate import checksum, transfer
+from distplb.migrate import checksum, staging, transfer
 from distplb.records.events import RebalanceEvent
 from distplb.train import observer, pricing
 
@@ -67,7 +67,7 @@ def refused(case: str) -> str:
     if odd and case == "curve":
         options["time_curve"] = CURVE
     if odd and case == "model":
-        options["move_model"] = CHEAP
+        options["model"] = CHEAP
     if odd and case == "names":
         layers = job.layers()[::-1]
     if odd and case == "shapes":
@@ -124,7 +124,7 @@ CASES = {
     "every": "ranks disagree on every: 2 on one, 3 on another",
     "candidates": "ranks disagree on num_candidates: 5 on one, 16 on another",
     "curve": "ranks disagree on time_curve (digest)",  # one would have measured links, the other planned: for ever
-    "model": "ranks disagree on move_model (digest)",
+    "model": "ranks disagree on Moves: model (digest)",
     "names": "ranks disagree on the model (digest)",
     "shapes": "ranks disagree on the model (digest)",
     "unknown": "rank 1: moe.0.experts.w requires a gradient but is in no param_group of the optimizer; pass",
@@ -286,7 +286,7 @@ def quiet_steps() -> tuple[list[str], int]:
 
     job, comm, clock = Job(), Counting(), Clock()
     observer.time = clock
-    rebalancer = job.rebalancer(every=8, comm=comm, time_curve=CURVE, record="never written")
+    rebalancer = job.rebalancer(every=8, comm=comm, time_curve=CURVE, folder="never written")
     for _ in range(2):
         job.iterate()
         rebalancer.step()  # these look whether all can travel
@@ -299,7 +299,7 @@ def quiet_steps() -> tuple[list[str], int]:
         clock.now += 2.0
         with patch.multiple(Tensor, item=looked_at, tolist=looked_at, cpu=looked_at, __bool__=looked_at):
             rebalancer.step()
-    return comm.calls, rebalancer._observer.pace().iterations
+    return comm.calls, rebalancer._parts.observer.pace().iterations
 
 
 def test_iterations_that_do_not_rebalance_cost_no_collective_and_no_look_at_the_device() -> None:
@@ -308,7 +308,7 @@ def test_iterations_that_do_not_rebalance_cost_no_collective_and_no_look_at_the_
 
 def calls_of_a_rebalance() -> list[list[str]]:
     found = []
-    for options in ({}, {"dry_run": True}, {"move_model": DEAR}, {"time_curve": TimeCurve.linear(1e6)}):
+    for options in ({}, {"dry_run": True}, {"model": DEAR}, {"time_curve": TimeCurve.linear(1e6)}):
         job, comm = Job(), Counting()
         rebalancer = job.rebalancer(every=2, comm=comm, verify="off", engine="reference", **options)
         for _ in range(4):
@@ -415,11 +415,11 @@ def priced() -> dict[str, RebalanceEvent]:
     """One rebalance of each kind: six steps since the last one, of which four are kept."""
     cases: dict[str, dict[str, Any]] = {
         "free": {},
-        "cheap": {"move_model": CHEAP},
-        "dear": {"move_model": DEAR},
-        "by hand": {"move_model": BY_HAND, "topology": Topology(2, 1)},
-        "dry": {"move_model": BY_HAND, "time_curve": CURVE, "dry_run": True, "max_bytes": 0},
-        "dry and dear": {"move_model": DEAR, "time_curve": CURVE, "dry_run": True},
+        "cheap": {"model": CHEAP},
+        "dear": {"model": DEAR},
+        "by hand": {"model": BY_HAND, "topology": Topology(2, 1)},
+        "dry": {"model": BY_HAND, "time_curve": CURVE, "dry_run": True, "max_bytes": 0},
+        "dry and dear": {"model": DEAR, "time_curve": CURVE, "dry_run": True},
         "dry without a model": {"time_curve": CURVE, "dry_run": True},
     }
     found: dict[str, RebalanceEvent] = {}
@@ -571,11 +571,11 @@ def recorded(folder: str) -> tuple[list[RebalanceEvent], list[list[list[int]]]]:
     rebalancer = job.rebalancer(
         every=EVERY,
         time_curve=CURVE,
-        move_model=MoveModel(1e-9, 50, 1e9, 1e9),
+        model=MoveModel(1e-9, 50, 1e9, 1e9),
         seed=5,
         num_candidates=6,
         engine="reference",
-        record=f"{folder}/of rank {rank}",
+        folder=f"{folder}/of rank {rank}",
         on_event=told.append,
     )
     for iteration in range(1, ITERATIONS + 1):
@@ -644,14 +644,14 @@ def test_a_window_that_was_cut_short_is_priced_for_all_iterations_until_the_next
 
 def unwritable(folder: str) -> list[str]:
     job = Job()
-    rebalancer = job.rebalancer(every=1, record=f"{folder}/file/record", engine="reference")
+    rebalancer = job.rebalancer(every=1, folder=f"{folder}/file/record", engine="reference")
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         for _ in range(4):
             job.iterate(HOT_SLOTS)
             rebalancer.step()
             end = time.monotonic() + 10
-            while dist.get_rank() == 0 and rebalancer._trace.error is None and time.monotonic() < end:
+            while dist.get_rank() == 0 and rebalancer._parts.journal.trace.error is None and time.monotonic() < end:
                 time.sleep(0.01)
     assert rebalancer.iteration == 4
     return [str(one.message) for one in warned if "trace" in str(one.message)]
@@ -695,17 +695,17 @@ def broken(where: str) -> tuple[str, str, bool, bool]:
 
 def break_down(where: str) -> None:
     """From now on this rank fails, at one place of a move."""
-    staged, view = transfer.Move._staged, transfer.Move._bytes
+    staged, view = staging.CommitStaging._staged, staging.CommitStaging._bytes
 
     def no_memory(*_: Any) -> Any:
         raise MemoryError("no room")
 
-    def staged_then_fail(move: transfer.Move, step: Any) -> Any:
+    def staged_then_fail(move: staging.CommitStaging, step: Any) -> Any:
         found = list(staged(move, step))
-        transfer.Move._bytes = no_memory
+        staging.CommitStaging._bytes = no_memory
         return found
 
-    def garbled(move: transfer.Move, tensor: int, *place: int) -> Tensor:
+    def garbled(move: staging.CommitStaging, tensor: int, *place: int) -> Tensor:
         there = view(move, tensor, *place)
         return there.clone() if tensor == 0 else there  # what is written to the first tensor goes nowhere
 
@@ -715,15 +715,15 @@ def break_down(where: str) -> None:
         return no_memory() if next(calls) else sums(*args)
 
     if where == "preparing":
-        transfer.Staging.room = no_memory
+        staging.StagingMemory.room = no_memory
     elif where == "first checksum":
         checksum._sums = no_memory
     elif where == "second checksum":
         checksum._sums = second_fails
     elif where == "writing":
-        transfer.Move._staged = staged_then_fail
+        staging.CommitStaging._staged = staged_then_fail
     else:
-        transfer.Move._bytes = garbled
+        staging.CommitStaging._bytes = garbled
 
 
 def unmeasured(what: str) -> str:
@@ -736,11 +736,12 @@ def unmeasured(what: str) -> str:
     rebalancer = job.rebalancer(every=1, time_curve=CURVE, comm=TorchComm(deadline=300))
     job.iterate(HOT_SLOTS)
     if dist.get_rank() == 1:
+        agreed = rebalancer._parts.agreed
         if what == "ties":
-            rebalancer._routing.ties = no_memory
+            agreed.routing.ties = no_memory
         if what == "budget":
-            distplb.train.rebalancer.within_budget = no_memory
-            rebalancer._max_bytes = 10**9
+            distplb.train.decision.within_budget = no_memory
+            rebalancer._parts.agreed = replace(agreed, moves=replace(agreed.moves, max_bytes=10**9))
     with patch.object(torch, "ones", no_memory if what == "bandwidths" and dist.get_rank() == 1 else torch.ones):
         try:
             rebalancer.step()

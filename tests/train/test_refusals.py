@@ -19,8 +19,10 @@ from distplb import (
     FlatShard,
     LoadWindow,
     MoELayer,
+    Moves,
     Placement,
     Rebalancer,
+    Record,
     Spread,
     Topology,
     Trace,
@@ -84,7 +86,13 @@ def skipping_steps() -> list[tuple[int, bool]]:
     window = LoadWindow(1, EXPERTS, 4)
     events: list[RebalanceEvent] = []
     rebalancer = Rebalancer(
-        [layer], optimizer, topology=Topology(1, 1), every=2, window=window, move_model=FREE, on_event=events.append
+        [layer],
+        optimizer,
+        topology=Topology(1, 1),
+        every=2,
+        window=window,
+        moves=Moves(model=FREE),
+        record=Record(on_event=events.append),
     )
     for iteration in range(1, 7):
         window.add(0, torch.arange(EXPERTS), training=True)
@@ -145,23 +153,22 @@ def test_training_goes_on_where_a_refusal_is_to_be_skipped() -> None:
 # --- when built ------------------------------------------------------------------------------------------------------
 
 WRONG: dict[str, tuple[Any, str]] = {
-    "move_model": (5, "move_model is 5; pass a MoveModel"),
+    "model": (5, "Moves: model is 5; pass a MoveModel"),
     "slot_class": ([0, 1] * (EXPERTS // 2), "slot_class is a list; pass a tensor of integers, one for each slot"),
     "seed": (1.5, "seed is 1.5; pass a whole number"),
     "num_candidates": ("16", "num_candidates is '16'; pass a whole number"),
     "engine": (1, "engine is 1; pass the name of an engine, or None for the fastest"),
     "time_curve": (2.5, "time_curve is 2.5; pass a TimeCurve, such as measured_curve returns"),
-    "spread": ((2, 4), "spread is a tuple; pass a Spread"),
-    "window": (64, "window is 64; pass a LoadWindow"),
-    "window_steps": (1.5, "window_steps is 1.5; pass a whole number"),
+    "spread": ((2, 4), "Moves: spread is a tuple; pass a Spread"),
+    "window": (1.5, "window is 1.5; pass a LoadWindow, or the most steps that one keeps"),
     "gpu": ("0", "gpu is '0'; pass this rank's number in its EP group"),
     "topology": ((1, 1), "topology is a tuple; pass a Topology, such as Topology.from_env()"),
-    "record": (7, "record is 7; pass the path of a folder"),
-    "dry_run": ("no", "dry_run is 'no'; pass True or False"),
-    "on_event": ("print", "on_event is 'print'; pass a function"),
-    "on_refusal": ("ignore", "on_refusal is 'ignore'; pass 'raise' or 'skip'"),
+    "folder": (7, "Record: folder is 7; pass the path of a folder"),
+    "dry_run": ("no", "Moves: dry_run is 'no'; pass True or False"),
+    "on_event": ("print", "Record: on_event is 'print'; pass a function"),
+    "on_refusal": ("ignore", "Moves: on_refusal is 'ignore'; pass 'raise' or 'skip'"),
     "every": (2.0, "every is 2.0; pass iterations, at least 1"),
-    "max_bytes": (1e9, "max_bytes is 1000000000.0; pass a whole number of at least 0"),
+    "max_bytes": (1e9, "Moves: max_bytes is 1000000000.0; pass a whole number of at least 0"),
     "comm": (
         "gloo",
         "comm is 'gloo'; pass a communicator, such as TorchComm(group) of distplb.comm.torchdist, or None for this "
@@ -210,7 +217,7 @@ def wrong_on_one(folder: Path) -> list[str]:
     """Refused by one rank: an argument of rank 1; a folder that rank 0 is to write to. And what follows is built."""
     job = Job()
     wrong = refused(job, spread=(1, 2) if dist.get_rank() == 1 else Spread(0, 1))
-    return [wrong, refused(job, record=folder), refused(job, record=folder / "own")]
+    return [wrong, refused(job, record=folder), refused(job, folder=folder / "own")]
 
 
 def test_what_one_rank_refuses_is_known_to_all(tmp_path: Path) -> None:
@@ -218,7 +225,7 @@ def test_what_one_rank_refuses_is_known_to_all(tmp_path: Path) -> None:
     with TraceWriter(tmp_path) as writer:
         writer.add(torch.ones(1, 1, 2, dtype=torch.int64), Placement.contiguous(1, 2, 2), [5])
     for wrong, record, own in on_ranks(2, wrong_on_one, tmp_path, deadline=60):
-        assert wrong == "rank 1: spread is a tuple; pass a Spread"
+        assert wrong == "rank 1: Moves: spread is a tuple; pass a Spread"
         assert record.startswith(f"rank 0: record: {tmp_path / '000000000005.npz'} is of another job: it has layers: 1")
         assert own == "no error"
 
@@ -226,7 +233,7 @@ def test_what_one_rank_refuses_is_known_to_all(tmp_path: Path) -> None:
 def trained(record: Path, iterations: int, state: dict[str, Any] | None = None) -> dict[str, Any]:
     """A job of one process, from its beginning or resumed; the state that it would save."""
     job = Job(ranks=1)
-    rebalancer = job.rebalancer(record=record)
+    rebalancer = job.rebalancer(folder=record)
     if state is not None:
         rebalancer.load_state_dict(state)
     for _ in range(iterations):
@@ -258,22 +265,22 @@ def test_a_folder_of_another_job_is_refused_when_built(tmp_path: Path) -> None:
     (alone / "events.jsonl").write_text((tmp_path / "events.jsonl").read_text())
     for path in (tmp_path / "000000000001.npz", alone / "events.jsonl"):
         begin = f"record: {path} is of another job: it has "
-        assert refused(larger, record=path.parent).startswith(begin)
-        assert refused(job, layers=layers, record=path.parent).startswith(begin)
-        assert refused(job, record=path.parent) == "no error"
-    assert refused(Job(ranks=1), record=tmp_path / "events.jsonl") == (
+        assert refused(larger, folder=path.parent).startswith(begin)
+        assert refused(job, layers=layers, folder=path.parent).startswith(begin)
+        assert refused(job, folder=path.parent) == "no error"
+    assert refused(Job(ranks=1), folder=tmp_path / "events.jsonl") == (
         f"record: {tmp_path / 'events.jsonl'} is a file; pass a folder"
     )
     (tmp_path / "mine").mkdir()
     for text in ("a,b\n", "[]\n", '{"format": "other"}\n'):
         (tmp_path / "mine" / "events.jsonl").write_text(text)
-        assert refused(Job(ranks=1), record=tmp_path / "mine").startswith(
+        assert refused(Job(ranks=1), folder=tmp_path / "mine").startswith(
             f"record: {tmp_path / 'mine' / 'events.jsonl'} is no log of rebalances; record in a folder of its own"
         )
         assert (tmp_path / "mine" / "events.jsonl").read_text() == text
     for text in ("", '{"format": "distplb.ev', (tmp_path / "events.jsonl").read_text()[:100]):
         (tmp_path / "mine" / "events.jsonl").write_text(text)
-        assert refused(Job(ranks=1), record=tmp_path / "mine") == "no error"
+        assert refused(Job(ranks=1), folder=tmp_path / "mine") == "no error"
 
 
 # --- no layers anywhere ----------------------------------------------------------------------------------------------

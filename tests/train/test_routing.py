@@ -15,7 +15,7 @@ from ranks import on_ranks
 from stagers import AsyncSaveResponse, needs_stagers
 from torch import Tensor, nn
 
-from distplb import DistplbError, LoadWindow, MoELayer, Placement, Rebalancer, Topology
+from distplb import DistplbError, LoadWindow, MoELayer, Placement, Rebalancer, Record, Topology
 from distplb.comm.torchdist import TorchComm
 from distplb.core.ties import RouterTies
 from distplb.records.events import RebalanceEvent
@@ -168,7 +168,7 @@ def by_itself() -> tuple[Rebalancer, Router, torch.optim.Optimizer, list[Rebalan
     layer = MoELayer(name="moe", experts={"w": weight}, router={"weight": router.weight}, counts=subscribe, ties=ties)
     optimizer = torch.optim.AdamW([weight, router.weight])
     events: list[RebalanceEvent] = []
-    rebalancer = Rebalancer([layer], optimizer, topology=Topology(1, 1), every=2, on_event=events.append)
+    rebalancer = Rebalancer([layer], optimizer, topology=Topology(1, 1), every=2, record=Record(on_event=events.append))
     return rebalancer, router, optimizer, events
 
 
@@ -184,7 +184,7 @@ def test_layers_fill_the_window_by_themselves_until_it_is_closed() -> None:
     assert events[0].steps == 2  # the evaluation is none
     rebalancer.close()
     router(torch.randn(5, DIM))
-    assert not len(rebalancer._window.load())
+    assert not len(rebalancer._parts.agreed.window.load())
     with pytest.raises(DistplbError, match="this Rebalancer has been closed, and moves nothing any more"):
         rebalancer.step()
 
@@ -308,7 +308,7 @@ def test_applying_waits_until_what_is_being_saved_is_written(is_staged: bool | N
 
 
 def test_a_save_that_is_never_written_is_an_error_and_not_a_hang(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("distplb.train.rebalancer._SAVE_SECONDS", 0.1)
+    monkeypatch.setattr("distplb.train.placement_in_force._SAVE_SECONDS", 0.1)
     job = Job(ranks=1)
     rebalancer = job.rebalancer(every=1)
     rebalancer.saving(Future[None]())
@@ -348,7 +348,7 @@ def test_the_end_of_a_save_is_one_of_two() -> None:
 
 def late_on_one_rank() -> str:
     """The error of a save that does not end, where the ranks' clocks began two seconds apart."""
-    import distplb.train.rebalancer as module
+    import distplb.train.placement_in_force as module
 
     module._SAVE_SECONDS, module._SAVE_PAUSE_SECONDS = 1.0, 0.2
     rebalancer = Job().rebalancer(every=1)

@@ -114,11 +114,9 @@ def described(model: Any, experts: list[dict[str, ShardedExperts]], optimizer: A
         topology=distplb.Topology(1, GPUS),
         window=window,
         every=EVERY,
-        move_model=FREE,
-        stop_loss=0,
         comm=TorchComm(),
         gpu=dist.get_rank() % GPUS,
-        verify="digest",
+        moves=distplb.Moves(model=FREE, stop_loss=0, verify="digest"),
     )
 
 

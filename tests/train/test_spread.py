@@ -12,7 +12,7 @@ from jobs import DIM, EXPERTS, LAYERS, Job, skewed
 from ranks import on_ranks
 from torch import Tensor
 
-import distplb.train.rebalancer
+import distplb.train.rebalance
 from distplb import DistplbError, LoadWindow, Placement, RebalanceEvent, Spread
 from distplb.comm.torchdist import TorchComm
 
@@ -81,7 +81,7 @@ class Marked(Job):
 
 def one_rebalance(spread: Spread | None) -> dict[str, Any]:
     """Twelve more iterations than one rebalance begins at: what happened in each."""
-    distplb.train.rebalancer._COMMIT_BYTES = 1  # a swap in each commit
+    distplb.train.rebalance._COMMIT_BYTES = 1  # a swap in each commit
     comm, job = Heard(), Marked()
     told: list[RebalanceEvent] = []
     rebalancer = job.rebalancer(comm=comm, every=EVERY, spread=spread, on_event=told.append, num_candidates=4)
@@ -144,7 +144,7 @@ def test_collectives_are_called_at_the_iterations_that_were_agreed() -> None:
 
 def what_the_next_window_tells() -> list[tuple[float, ...] | None]:
     """Logical experts 2 and 3 are hot in every iteration, also while they move."""
-    distplb.train.rebalancer._COMMIT_BYTES = 1
+    distplb.train.rebalance._COMMIT_BYTES = 1
     job, told = Marked(), list[RebalanceEvent]()
     spread = Spread(1, 2, move_seconds=0)
     rebalancer = job.rebalancer(comm=TorchComm(), every=EVERY, spread=spread, on_event=told.append, num_candidates=4)
@@ -162,7 +162,7 @@ def test_counts_go_with_their_experts_while_these_move() -> None:
 
 def interrupted() -> dict[str, Any]:
     """A rebalance in the middle of its moves, and then something else."""
-    distplb.train.rebalancer._COMMIT_BYTES = 1
+    distplb.train.rebalance._COMMIT_BYTES = 1
     found: dict[str, Any] = {}
     for what in ("checkpoint", "apply", "disabled", "loaded"):
         job, told = Marked(), list[RebalanceEvent]()

@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from jobs import FREE
+from jobs import FREE, in_values
 from ranks import on_ranks
 from torch import Tensor, nn
 
 from distplb import DistplbError, LoadWindow, MoELayer, Placement, Rebalancer, Topology
 from distplb.comm.torchdist import TorchComm
-from distplb.migrate import state
-from distplb.migrate.settings import steppers
+from distplb.migrate import optimizer_state
+from distplb.migrate.optimizer_settings import optimizers_by_id
 from distplb.records.events import RebalanceEvent
 
 LAYERS, EXPERTS, DIM, EVERY = 2, 8, 3, 3
@@ -93,15 +93,15 @@ class Job:
             )
             for n, (params, router) in enumerate(zip(self.params, self.routers, strict=True))
         ]
-        options = {"move_model": FREE, "verify": "digest", "stop_loss": 0, "every": EVERY} | options
+        options = {"model": FREE, "verify": "digest", "stop_loss": 0, "every": EVERY} | options
+        options |= {"on_event": self.events.append}
         self.rebalancer = Rebalancer(
             layers,
             self.optimizer,
             topology=Topology(1, ranks),
             window=self.window,
             comm=TorchComm(deadline=60) if dist.is_initialized() else None,
-            on_event=self.events.append,
-            **options,
+            **in_values(options),
         )
         self.iteration = 0
 
@@ -273,7 +273,10 @@ def test_the_betas_are_those_of_the_one_optimizer_that_steps() -> None:
         param.grad = torch.ones(DIM)
         quick.step()
         slow.step()
-    alone, both = (state._holding("w", param, some, steppers(some)).effect for some in ([quick], [quick, slow]))
+    alone, both = (
+        optimizer_state._tensor_state("w", param, some, optimizers_by_id(some)).effect
+        for some in ([quick], [quick, slow])
+    )
     assert alone == {"step": 55.0}
     assert both == {"step": 60.0, "step of optimizer 1": 60.0}
 

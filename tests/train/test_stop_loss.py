@@ -14,7 +14,7 @@ from ranks import on_ranks
 
 from distplb.comm.torchdist import TorchComm
 from distplb.records.events import RebalanceEvent
-from distplb.train import observer, rebalancer
+from distplb.train import observer, rebalance
 from distplb.train.stop_loss import Pace, StopLoss
 
 FAST, SLOW = Pace(1.0, 0.0, 100), Pace(1.1, 0.0, 100)
@@ -95,7 +95,7 @@ class TimedJob:
 
     def __init__(self, **options: Any) -> None:
         self.clock = observer.time = Clock()
-        rebalancer.time = Clock(tick=TOOK)  # looked at when a rebalance begins and when it ends
+        rebalance.time = Clock(tick=TOOK)  # looked at when a rebalance begins and when it ends
         self.events: list[RebalanceEvent] = []
         self.job, self.options = (
             Job(),

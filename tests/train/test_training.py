@@ -52,11 +52,13 @@ def trained(optimizer_name: str, dtype: torch.dtype, moves: str) -> dict[str, Te
         topology=distplb.Topology(1, dist.get_world_size()),
         window=window,
         every=EVERY,
-        move_model=FREE,
-        stop_loss=0,
         comm=TorchComm(),
-        spread=distplb.Spread(1, 2, move_seconds=0) if moves == "spread" else None,
-        verify="digest",
+        moves=distplb.Moves(
+            model=FREE,
+            stop_loss=0,
+            spread=distplb.Spread(1, 2, move_seconds=0) if moves == "spread" else None,
+            verify="digest",
+        ),
     )
     rebalancer.enabled = moves != "none"
     generator = torch.Generator().manual_seed(1)

@@ -1,1 +1,4 @@
-"""Files of other people, as lists, objects and arrays: sizes are checked before memory is taken, nothing is run."""
+"""Reads files that may come from anywhere: sizes are checked before memory is taken, nothing is run.
+
+May import `core.arguments` and `errors`.
+"""

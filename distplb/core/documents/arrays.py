@@ -1,4 +1,4 @@
-"""Arrays out of a `.npy` or `.npz` that may come from anywhere: sizes first, and nothing is run.
+"""Arrays from a `.npy` or `.npz` that may come from anywhere: sizes are checked first, and nothing is run.
 
 Archives that are a trace are read by `Trace`.
 """
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from distplb.errors import DistplbError
 
-__all__ = ["array_names", "read_npy", "read_npz"]
+__all__ = ["array_names", "read_header", "read_npy", "read_npz"]
 
 _PICKLE = "is refused, because reading a pickle can run code"
 _SUFFIX = ".npy"
@@ -62,7 +62,7 @@ def read_npz(path: Path, choose: Callable[[Sequence[str]], str], max_bytes: int)
 
 
 def array_names(path: Path) -> list[str]:
-    """Of all arrays of a `.npz` file, at least one.
+    """The names of all arrays in a `.npz` file, at least one.
 
     Raises:
         DistplbError: naming the file, if it is no such archive, holds something else too, or nothing.
@@ -79,8 +79,8 @@ def array_names(path: Path) -> list[str]:
             "wrote it"
         )
     if others or not members:
-        found = repr(others[0][:40]) if others else "nothing"
-        raise DistplbError(f"{path} holds {found} where arrays are expected; pass a file written by numpy.savez")
+        content = repr(others[0][:40]) if others else "nothing"
+        raise DistplbError(f"{path} holds {content} where arrays are expected; pass a file written by numpy.savez")
     names = [name.removesuffix(_SUFFIX) for name in members]
     if len(set(names)) != len(names):
         raise DistplbError(f"{path} has an array twice; write it anew with numpy.savez")
@@ -90,7 +90,7 @@ def array_names(path: Path) -> list[str]:
 def _array(file: IO[bytes], size: int, where: str, max_bytes: int) -> NDArray[Any]:
     """The array of a `.npy` stream of so many bytes; its header must tell the truth before memory is taken."""
     try:
-        shape, dtype = _header(file)
+        shape, dtype = read_header(file)
         start = file.tell()
         if dtype.hasobject:
             raise DistplbError(f"{where} holds Python objects as a pickle, which {_PICKLE}; pass integers")
@@ -113,8 +113,12 @@ def _array(file: IO[bytes], size: int, where: str, max_bytes: int) -> NDArray[An
         raise _unreadable(where, damage) from damage
 
 
-def _header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    """Of NumPy's format 1.0, whose headers take 64 KiB at most; others are for arrays with fields."""
+def read_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """The shape and dtype of a `.npy` stream in NumPy's format 1.0, whose headers take 64 KiB at most.
+
+    Raises:
+        ValueError: for another format, which arrays with fields have, or a damaged header.
+    """
     version = np.lib.format.read_magic(file)
     if version != (1, 0):
         raise ValueError(f"NumPy's format {version[0]}.{version[1]} is not known for numbers")

@@ -1,8 +1,9 @@
-"""`read_document`: what a file of any kind holds."""
+"""`read_document`: the content of a file, whatever its kind."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from distplb.core.documents.tensors import read_pt, read_safetensors
 from distplb.core.documents.text import read_json, read_yaml
 from distplb.errors import DistplbError
 
-__all__ = ["SUFFIXES", "check_is_file", "read_document"]
+__all__ = ["SUFFIXES", "check_is_file", "read_document", "reading"]
 
 _READERS: dict[str, Callable[[Path, int], Any]] = {
     ".json": read_json,
@@ -28,7 +29,7 @@ SUFFIXES = (*_READERS, ".npz")
 def read_document(
     path: Path, choose: Callable[[Sequence[str]], str], max_bytes: int, otherwise: str | None = None
 ) -> Any:
-    """Lists, objects, arrays, numbers and texts in each other, by the file's suffix.
+    """The content as nested lists, objects, arrays, numbers and texts; the suffix says how to read it.
 
     Args:
         path: of a file with one of `SUFFIXES`, in small or large letters.
@@ -41,18 +42,23 @@ def read_document(
     """
     suffix = path.suffix.lower()
     suffix = otherwise if otherwise and suffix not in SUFFIXES else suffix
-    try:
+    with reading(path):
         return read_npz(path, choose, max_bytes) if suffix == ".npz" else _READERS[suffix](path, max_bytes)
-    except OSError as error:
-        raise DistplbError(f"{path} cannot be read ({error.strerror or type(error).__name__})") from error
 
 
-def check_is_file(path: Path, wanted: str) -> None:
-    """Refuse what is no file, or an empty one; `wanted` says what to pass."""
-    try:
+def check_is_file(path: Path, expected: str) -> None:
+    """Refuse what is no file, or an empty one; `expected` says what to pass."""
+    with reading(path):
         if not path.is_file():
-            raise DistplbError(f"there is no file {path}; pass {wanted}")
+            raise DistplbError(f"there is no file {path}; pass {expected}")
         if not path.stat().st_size:
-            raise DistplbError(f"{path} is empty; pass {wanted}")
+            raise DistplbError(f"{path} is empty; pass {expected}")
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Errors of the operating system inside become ones that name the file."""
+    try:
+        yield
     except OSError as error:
         raise DistplbError(f"{path} cannot be read ({error.strerror or type(error).__name__})") from error

@@ -1,4 +1,4 @@
-"""Tensors out of a file of `torch.save` or of safetensors that may come from anywhere, as arrays.
+"""Tensors from a file of `torch.save` or safetensors that may come from anywhere, as arrays.
 
 The format of safetensors, read here because the package is needed for nothing else: eight bytes, the length of a JSON
 object as a little-endian integer; the object, with dtype, shape and place of each tensor; their bytes.
@@ -61,10 +61,10 @@ def read_pt(path: Path, max_bytes: int) -> Any:
         # Mapped: no more than is used comes into memory, and no tensor reaches beyond the file.
         document = torch.load(str(path), map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch raises a dozen kinds
-        found = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if "weights_only" in str(error) or found:
+        code = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if "weights_only" in str(error) or code:
             raise DistplbError(
-                f"{path} holds {found[1][:80] if found else 'more than tensors'}, and unpickling that can run code; "
+                f"{path} holds {code[1][:80] if code else 'more than tensors'}, and unpickling that can run code; "
                 "pass torch.save of tensors, lists and dicts of them, or .npy"
             ) from error
         raise DistplbError(f"{path} cannot be read ({_line(error)}); write it anew with torch.save") from error
@@ -72,7 +72,7 @@ def read_pt(path: Path, max_bytes: int) -> Any:
 
 
 def _sizes(path: Path, max_bytes: int) -> set[int]:
-    """Of the archive's members, once these are known to be whole, plain and no larger than allowed."""
+    """The sizes of the archive's members, once these are known to be whole, plain and no larger than allowed."""
     size = path.stat().st_size
     if size > max_bytes:
         raise DistplbError(f"{path} has {size} bytes, {max_bytes} are read; pass the counts alone")
@@ -108,10 +108,10 @@ def _plain(path: Path, value: Any, sizes: set[int], max_bytes: int, depth: int) 
     if isinstance(value, Tensor):
         return _array(path, value, sizes, max_bytes)
     if isinstance(value, Mapping):
-        found = {str(name): _plain(path, one, sizes, max_bytes, depth + 1) for name, one in value.items()}
-        if len(found) != len(value):
+        document = {str(name): _plain(path, one, sizes, max_bytes, depth + 1) for name, one in value.items()}
+        if len(document) != len(value):
             raise DistplbError(f"{path} names something twice; give each a name of its own")
-        return found
+        return document
     if isinstance(value, list | tuple):
         return [_plain(path, one, sizes, max_bytes, depth + 1) for one in value]
     if value is None or isinstance(value, bool | int | float | str):
@@ -155,15 +155,15 @@ def read_safetensors(path: Path, max_bytes: int) -> dict[str, NDArray[Any]]:
         try:
             header = parse_json(file.read(length))
             tensors = {name: one for name, one in header.items() if name != "__metadata__"}
-            found = {name: _place(one) for name, one in tensors.items()}
+            places = {name: _place(one) for name, one in tensors.items()}
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise DistplbError(
                 f"{path} has a header that is not safetensors' ({_line(error)}); write it anew"
             ) from error
-        total = sum(math.prod(shape) * max(8, dtype.itemsize) for _, dtype, shape, _, _ in found.values())
+        total = sum(math.prod(shape) * max(8, dtype.itemsize) for _, dtype, shape, _, _ in places.values())
         if total > max_bytes:
             raise DistplbError(f"{path} would take more than {max_bytes} bytes; pass the counts alone")
-        return {name: _stored(path, name, 8 + length, size, place) for name, place in found.items()}
+        return {name: _stored(path, name, 8 + length, size, place) for name, place in places.items()}
 
 
 _Place = tuple[str, "np.dtype[Any]", tuple[int, ...], int, int]

@@ -1,4 +1,4 @@
-"""Text, and JSON and YAML in it, from anywhere: nothing is named twice, nothing is referred to twice."""
+"""Text, JSON and YAML that may come from anywhere: duplicate keys and aliases are refused."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def _different(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def read_yaml(path: Path, max_bytes: int) -> Any:
-    """The same of YAML, where PyYAML is installed: plain values alone, no aliases, no tags.
+    """The same from YAML, where PyYAML is installed: plain values alone, no aliases, no tags.
 
     Raises:
         DistplbError: if it is no such YAML, or PyYAML is not there.
@@ -103,19 +103,19 @@ def read_yaml(path: Path, max_bytes: int) -> Any:
         raise DistplbError(f"{path} is not YAML that can be read ({where}{why[:200]})") from error
 
 
-def _plain(node: Any, seen: set[int]) -> Any:
+def _plain(node: Any, visited: set[int]) -> Any:
     """The value of a node of PyYAML. One that comes a second time is an alias: a few can stand for a large file."""
     if node is None:
         return None
     line = node.start_mark.line + 1
-    if id(node) in seen:
+    if id(node) in visited:
         raise ValueError(f"line {line} is referred to elsewhere; write it out")
-    seen.add(id(node))
+    visited.add(id(node))
     kind = node.tag.removeprefix("tag:yaml.org,2002:")
     if kind == "seq":
-        return [_plain(one, seen) for one in node.value]
+        return [_plain(one, visited) for one in node.value]
     if kind == "map":
-        pairs = [(str(_plain(name, seen)), _plain(value, seen)) for name, value in node.value]
+        pairs = [(str(_plain(name, visited)), _plain(value, visited)) for name, value in node.value]
         return _different(pairs)
     if kind == "int" and _WHOLE.fullmatch(node.value):
         return int(node.value)

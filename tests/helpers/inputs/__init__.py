@@ -1,4 +1,4 @@
-"""What people give distplb, and what it answers: one module for each kind, run by tests/cli/test_inputs.py.
+"""What people give distplb, and what it answers: a module for each kind of input, run by tests/cli/test_inputs.py.
 
-`python -m inputs`, in the folder tests, prints all of it as the table that docs/inputs.md has.
+`python -m inputs`, in the folder tests/helpers, prints all of it as the tables of docs/inputs.md.
 """

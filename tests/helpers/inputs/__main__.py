@@ -1,5 +1,5 @@
 """Prints the table of docs/inputs.md."""
 
-from inputs.every import page
+from inputs.page import page
 
 print(page(), end="")

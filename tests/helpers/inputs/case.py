@@ -1,4 +1,4 @@
-"""One input and its answer: a right value, or one line that says what to pass."""
+"""One input and its answer: a value, or one line that says what to pass."""
 
 from __future__ import annotations
 
@@ -12,33 +12,33 @@ from click.testing import CliRunner
 from distplb import DistplbError
 from distplb.cli.main import main
 
-__all__ = ["Case", "answered", "command"]
+__all__ = ["Case", "answer_to", "command"]
 
 
 class Case(NamedTuple):
     """One input.
 
     Args:
-        given: in words, or as the code or command that gives it.
-        answer: what `answered` says.
-        run: gives it; gets an empty folder, in which it may write.
+        input: in words, or as the code or command that gives it.
+        answer: what `answer_to` returns.
+        run: gives the input and returns what comes out; called with an empty folder, in which it may write.
     """
 
-    given: str
+    input: str
     answer: str
     run: Callable[[Path], object]
 
 
-def answered(case: Case, folder: Path) -> str:
+def answer_to(case: Case, folder: Path) -> str:
     """What comes out: the value, or "refused: " and the error; warnings follow in brackets. FOLDER is the folder."""
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as issued:
         warnings.simplefilter("always")
         try:
-            found = str(case.run(folder))
+            value = str(case.run(folder))
         except DistplbError as error:
-            found = f"refused: {error}"
-    found += "".join(f" [warning: {one.message}]" for one in told)
-    return found.replace(f"{folder}/", "").replace(str(folder), "FOLDER")
+            value = f"refused: {error}"
+    value += "".join(f" [warning: {one.message}]" for one in issued)
+    return value.replace(f"{folder}/", "").replace(str(folder), "FOLDER")
 
 
 def command(*words: object, show: Callable[[str], object] = str.strip) -> str:
@@ -51,5 +51,5 @@ def command(*words: object, show: Callable[[str], object] = str.strip) -> str:
     done = CliRunner().invoke(main, [str(word) for word in words])
     if done.exception is not None and not isinstance(done.exception, SystemExit):
         raise done.exception
-    told = "".join(f" [{line}]" for line in done.stderr.splitlines())
-    return f"{show(done.stdout)}{told}" if not done.exit_code else f"exit {done.exit_code}:{told}"
+    messages = "".join(f" [{line}]" for line in done.stderr.splitlines())
+    return f"{show(done.stdout)}{messages}" if not done.exit_code else f"exit {done.exit_code}:{messages}"

@@ -1,0 +1,1 @@
+"""The communicators on real devices."""

@@ -1,0 +1,1 @@
+"""Only drawing: one figure for each benchmark that has one."""

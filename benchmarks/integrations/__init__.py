@@ -1,0 +1,1 @@
+"""The adapters, each in its framework."""

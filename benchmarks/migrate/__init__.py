@@ -1,0 +1,1 @@
+"""Moving experts: bandwidth, memory, preparation."""

@@ -1,0 +1,1 @@
+"""Plans: how even, how fast, on how many ranks."""

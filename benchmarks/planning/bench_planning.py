@@ -1,0 +1,280 @@
+"""`distplb.plan` beside other planners: how even a placement they find, and how long they take.
+
+    python -m benchmarks.planning.bench_planning --loads DIR --output benchmarks/results/DATE-planning.md
+    python -m benchmarks.planning.bench_planning --presets deepseek-v3 kimi-k2 --candidates 1 8
+
+All planners get the same loads in the same run and take turns. The time is that of the whole call, load in and
+placement out, after one call that is not timed. A placement is judged on the load that it was planned on (seen) and
+on another of the same experts (unseen): the model's other files, or a second sample of a synthetic load.
+Shapes: T steps, L layers, E experts, P slots, M GPUs, K candidates.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import distplb
+from benchmarks.shared import baselines
+from benchmarks.shared.loads import PRESETS, SHAPES, Data, Layout, recorded, synthetic
+from benchmarks.shared.tables import command_line, header, markdown, progress, publish, verdict
+from distplb import Placement, imbalance, lower_bound
+from distplb.packing.engines import engine_named
+
+Planner = Callable[[Tensor], Tensor]  # tokens [L, E] -> expert of slot [L, P]
+GREEDY = (baselines.greedy_loops, baselines.greedy_numpy)
+# The planners that times are compared with.
+LOOPS, NUMPY = baselines.greedy_loops.__name__, baselines.greedy_numpy.__name__
+NOISE = (
+    "Times are of whole calls. Planners take turns (A B C A B C ...), so that a slow moment of the machine hits all of "
+    "them; given are the median of all calls and, in brackets, the quartiles. `× loops` and `× numpy` are the medians "
+    f"of `{LOOPS}` and `{NUMPY}` in the same table over the planner's own: how many times faster it is."
+)
+QUALITY = (
+    "Imbalance is the fullest GPU's tokens over the mean GPU's, 1 is perfect; `seen` and `unseen` are means over "
+    "layers and loads, `÷ bound` is `seen` over the lower bound's mean. Placements do not depend on the machine."
+)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A goal for `plan` on the recorded deepseek-v3 loads, flat."""
+
+    nodes: int
+    slots: int
+    candidates: int
+    imbalance: float  # upper limit, in units of the mean GPU or of the lower bound
+    of_bound: bool
+    faster: dict[str, float]  # than that planner, by this factor or more
+
+
+TARGETS = (
+    Target(4, 288, 1, 1.00025, False, {LOOPS: 100, NUMPY: 5}),
+    Target(8, 320, 1, 1.0010, False, {LOOPS: 100, NUMPY: 5}),
+    Target(8, 320, 8, 1.0005, False, {LOOPS: 20}),
+    Target(4, 256, 8, 1.001, True, {LOOPS: 20}),
+    Target(2, 256, 8, 1.001, True, {LOOPS: 20}),
+    Target(1, 256, 8, 1.001, True, {LOOPS: 20}),
+)
+
+
+@dataclass
+class Result:
+    """Of one planner on one layout: imbalances, one tensor `[L]` a load, and the seconds of each timed call."""
+
+    seen: list[Tensor] = field(default_factory=list)
+    unseen: list[Tensor] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+
+    @property
+    def mean(self) -> float:
+        """Of the imbalance on loads that were planned on."""
+        return float(torch.cat(self.seen).mean())
+
+    @property
+    def median(self) -> float:
+        """Seconds."""
+        return float(np.median(self.seconds))
+
+
+@dataclass(frozen=True)
+class Case:
+    """The results for one layout of one data set."""
+
+    data: Data
+    layout: Layout
+    results: dict[str, Result]
+    bound: Tensor  # of all layers and loads
+
+
+def main() -> None:
+    """Measure, print, and write where that is asked for."""
+    options = parsed_options()
+    engine = engine_named(options.engine)[0]
+    cases = [
+        measured(data, layout, options, engine)
+        for data in data_sets(options)
+        for layout in data.layouts
+        if layout.groups is None or not options.flat
+    ]
+    progress("")
+    top = header("Planners side by side", f"{QUALITY} {NOISE}", command(options), engine)
+    parts = [*targets(cases), *(f"## {heading(case)}\n\n{table(case)}" for case in cases)]
+    publish("\n\n".join([top, *parts]), options.output)
+
+
+def parsed_options() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Quality and speed of planners, side by side.")
+    parser.add_argument("--loads", type=Path, metavar="DIR", help="folder of .npy files, [L, E] or [T, L, E]")
+    parser.add_argument("--presets", nargs="+", choices=PRESETS, metavar="NAME", help=", ".join(PRESETS))
+    parser.add_argument("--candidates", type=int, nargs="+", default=[1, 8], metavar="K")
+    parser.add_argument("--engine", help="distplb's; by default the fastest that is there")
+    parser.add_argument("--repeats", type=int, default=5, metavar="R", help="timed calls on each load, 5 or more")
+    parser.add_argument("--apart", action="store_true", help="replicas of one expert may not share a GPU")
+    parser.add_argument("--flat", action="store_true", help="leave out what keeps groups on nodes")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write the result there, as markdown")
+    options = parser.parse_args()
+    if options.repeats < 5:
+        parser.error(f"--repeats is {options.repeats}; a median takes 5 or more")
+    return options
+
+
+def command(options: argparse.Namespace) -> str:
+    """The command line without the reader's own paths."""
+    names = ("candidates", "presets", "apart", "flat", "engine", "repeats")
+    arguments = {"--loads": options.loads and "DIR"} | {f"--{name}": getattr(options, name) for name in names}
+    return command_line("planning.bench_planning", arguments)
+
+
+def data_sets(options: argparse.Namespace) -> list[Data]:
+    """The recorded loads and the presets that are asked for; every preset if nothing is."""
+    names = options.presets or ([] if options.loads else list(PRESETS))
+    real = recorded(options.loads) if options.loads else []
+    return real + [synthetic(name, shape) for name in names for shape in SHAPES]
+
+
+# --- measurement ------------------------------------------------------------------------------------------------
+
+
+def planners_of(layout: Layout, experts: int, options: argparse.Namespace, engine: str) -> dict[str, Planner]:
+    """By name, every planner that can serve the layout."""
+    cluster = {"topology": layout.topology, "num_slots": layout.slots}
+    rules = {"num_groups": layout.groups, "allow_shared_replicas": not options.apart}
+    planners: dict[str, Planner] = {}
+    if layout.slots == experts or not options.apart:  # these two know no such rule
+        planners["contiguous"] = partial(baselines.contiguous, **cluster)
+        planners["snake"] = partial(baselines.snake, **cluster, num_groups=layout.groups)
+    planners |= {greedy.__name__: partial(greedy, **cluster, **rules) for greedy in GREEDY}
+    if layout.slots == experts and layout.groups is None:
+        for number in options.candidates:
+            packing = partial(baselines.balanced_packing, topology=layout.topology, num_candidates=number)
+            planners[f"balanced_packing, K = {number}"] = packing
+    for number in options.candidates:
+        planners[plan_name(number)] = partial(planned, **cluster, **rules, num_candidates=number, engine=engine)
+    return planners
+
+
+def plan_name(candidates: int) -> str:
+    """The line of a table."""
+    return f"distplb.plan, K = {candidates}"
+
+
+def planned(load: Tensor, *, engine: str, **options: object) -> Tensor:
+    """distplb's plan; the search runs where the load is."""
+    return distplb.plan(load.to("cuda" if engine == "cuda" else "cpu"), engine=engine, **options).expert_of_slot
+
+
+def measured(data: Data, layout: Layout, options: argparse.Namespace, engine: str) -> Case:
+    """One untimed call of every planner on every load, which is judged; then they take turns."""
+    experts = data.loads[0][0].shape[1]
+    runs = planners_of(layout, experts, options, engine)
+    case = Case(data, layout, {name: Result() for name in runs}, bound(data, layout))
+    for name, run in runs.items():
+        progress(f"{heading(case)}: {name}")
+        for load, others in data.loads:
+            placement = Placement(run(load).cpu(), experts, layout.topology.num_gpus)
+            case.results[name].seen.append(imbalance(load, placement)[0])
+            case.results[name].unseen += [imbalance(other, placement)[0] for other in others]
+    for repeat in range(options.repeats):
+        progress(f"{heading(case)}: repeat {repeat + 1} of {options.repeats}")
+        for load, _ in data.loads:
+            for name, run in runs.items():
+                start = time.perf_counter()
+                run(load)
+                case.results[name].seconds.append(time.perf_counter() - start)
+    return case
+
+
+def bound(data: Data, layout: Layout) -> Tensor:
+    """`[L · loads]`: what no placement can beat."""
+    bounds = [lower_bound(load, layout.topology, layout.slots, num_groups=layout.groups) for load, _ in data.loads]
+    return torch.cat(bounds)
+
+
+# --- text -------------------------------------------------------------------------------------------------------
+
+
+def heading(case: Case) -> str:
+    """The data set and the layout."""
+    experts = case.data.loads[0][0].shape[1]
+    return f"{case.data.model}, {case.data.kind}: {case.layout.text(experts)}"
+
+
+def table(case: Case) -> str:
+    """A line for each planner."""
+    head = ["planner", "seen", "worst layer", "÷ bound", "unseen", "ms", "[quartiles]", "× loops", "× numpy"]
+    bound = float(case.bound.mean())
+    lines = []
+    for name, result in case.results.items():
+        low, high = np.quantile(result.seconds, [0.25, 0.75]) * 1e3
+        lines.append(
+            [
+                name,
+                f"{result.mean:.5f}",
+                f"{float(torch.cat(result.seen).max()):.5f}",
+                f"{result.mean / bound:.5f}",
+                f"{float(torch.cat(result.unseen).mean()):.5f}" if result.unseen else "–",
+                f"{result.median * 1e3:.2f}",
+                f"[{low:.2f} – {high:.2f}]",
+                *(three_digits(faster(case, name, other)) for other in (LOOPS, NUMPY)),
+            ]
+        )
+    last = ["lower bound", f"{bound:.5f}", f"{float(case.bound.max()):.5f}", "1.00000", *[""] * 5]
+    return markdown(head, [*lines, last])
+
+
+def faster(case: Case, name: str, other: str) -> float:
+    """How many times faster one planner is than another."""
+    return case.results[other].median / case.results[name].median
+
+
+def three_digits(ratio: float) -> str:
+    """Three significant digits, and no exponent for large numbers."""
+    return f"{ratio:.0f}" if ratio >= 100 else f"{ratio:.3g}"
+
+
+def targets(cases: list[Case]) -> list[str]:
+    """A table of the goals on the recorded deepseek-v3 loads, where those were measured."""
+    recorded_cases = {
+        (case.layout.nodes, case.layout.slots): case
+        for case in cases
+        if (case.data.model, case.data.kind, case.layout.groups) == ("deepseek-v3", "recorded", None)
+    }
+    lines = []
+    for target in TARGETS:
+        case, name = recorded_cases.get((target.nodes, target.slots)), plan_name(target.candidates)
+        if case is not None and name in case.results:
+            lines += target_lines(target, case, name)
+    if not lines:
+        return []
+    return ["## Targets on the recorded deepseek-v3 loads\n\n" + markdown(TARGET_HEAD, lines)]
+
+
+TARGET_HEAD = ["slots on GPUs", "K", "measure", "asked", "reached", "verdict"]
+
+
+def target_lines(target: Target, case: Case, name: str) -> list[list[str]]:
+    """A line for each measure."""
+    first = [f"{target.slots} on {case.layout.topology.num_gpus}", str(target.candidates)]
+    reached = case.results[name].mean / (float(case.bound.mean()) if target.of_bound else 1)
+    measure = "imbalance ÷ bound" if target.of_bound else "imbalance"
+    lines = [[*first, measure, f"≤ {target.imbalance}", f"{reached:.5f}", verdict(reached <= target.imbalance)]]
+    for other, factor in target.faster.items():
+        ratio = faster(case, name, other)
+        lines.append(
+            [*first, f"times faster than {other}", f"≥ {factor}", three_digits(ratio), verdict(ratio >= factor)]
+        )
+    return lines
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Parts of bench_scaling: what a rank does, the model, the report."""

@@ -1,0 +1,1 @@
+"""What several benchmarks use: loads, traces, planners to compare with, processes, tables."""

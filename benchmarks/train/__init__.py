@@ -1,0 +1,1 @@
+"""Rebalancing in a training loop."""

@@ -1,0 +1,259 @@
+"""What rebalancing would have saved on a recorded trace: several planners, and other intervals between rebalances.
+
+Shapes: S steps, T steps of a window, L layers, E experts, R rebalances.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distplb.core.bound import lower_bound
+from distplb.core.cost import fullest_gpu, mean_of_known
+from distplb.core.placement import Placement
+from distplb.core.price import MoveModel, TimeCurve
+from distplb.core.topology import Topology
+from distplb.errors import DistplbError
+from distplb.planning.plan import plan
+from distplb.records.trace import Trace
+from distplb.study.bootstrap import estimate_gain
+from distplb.study.costs import steps_stood_for
+from distplb.study.replay import Planner, Replay, chosen_steps, run_planner, without_empty_steps
+
+__all__ = ["PRICED", "STATIC", "STEPS", "SUM", "WINDOW_STEPS", "Study", "WhatIf"]
+
+STATIC, SUM, STEPS, PRICED = "static", "plan on the sum", "plan on the steps", "plan with the price"
+WINDOW_STEPS = 64  # that a plan is made from, as in a `Rebalancer`
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WhatIf:
+    """The outcome of a planner on a trace, judged on steps after its first plan, none of which it had seen before.
+
+    Means are over what has tokens.
+
+    Args:
+        every: iterations between rebalances.
+        rebalances: R, each with one interval after it that is judged.
+        imbalance: fullest GPU over mean GPU, mean over layers and steps.
+        imbalance_seen: likewise of the steps that the plans were made from.
+        worst_step: the largest mean over the layers of one step.
+        slots_moved: by all rebalances, over all layers.
+        compute_seconds: modelled, of the fullest GPU of every step and layer.
+        move_seconds: modelled, of all moves.
+        static_seconds: modelled, of the same steps under the contiguous placement.
+        saved: share of `static_seconds` that computing and moving take less; below 0 where they take more.
+        low: with `high`, the 95 % interval of `saved`; None where there are too few rebalances to estimate it.
+        high: see `low`.
+    """
+
+    every: int
+    rebalances: int
+    imbalance: float
+    imbalance_seen: float
+    worst_step: float
+    slots_moved: int
+    compute_seconds: float
+    move_seconds: float
+    static_seconds: float
+    saved: float
+    low: float | None
+    high: float | None
+
+
+class Study:
+    """Replays of one trace, each judged on the steps after its first rebalance, against the contiguous placement there.
+
+    Steps without tokens are left out first, and iterations that have no others do not count: of a buffer of which a
+    part was filled, that part is replayed, and a move has as many steps to repay itself as if the rest were not there.
+
+    Args:
+        trace: whose loads are replayed; its placements play no part.
+        topology: of the EP group.
+        model: what a token and a move cost, as from `AssumedJob.model`.
+        curve: from an expert's tokens to its time, in place of the model's seconds per token.
+        window: the most steps that a plan is made from, an even sample of those since the last one.
+        stands_for: steps of the job, one after the other, that each step of the trace stands for; where None, as its
+            iterations tell.
+        num_candidates, engine: as of `plan`.
+
+    Raises:
+        DistplbError: if the experts do not go evenly on the GPUs, a number is not positive, or no step has tokens.
+    """
+
+    def __init__(
+        self,
+        trace: Trace,
+        topology: Topology,
+        model: MoveModel,
+        *,
+        curve: TimeCurve | None = None,
+        window: int = WINDOW_STEPS,
+        stands_for: float | None = None,
+        num_candidates: int | None = None,
+        engine: str | None = None,
+    ) -> None:
+        self.stands_for = steps_stood_for(trace) if stands_for is None else stands_for
+        if not self.stands_for > 0 or window < 1:
+            raise DistplbError(f"stands_for is {self.stands_for}, window {window}; pass steps, more than 0")
+        topology.experts_per_gpu(trace.num_experts)
+        self._recorded = trace.iteration.unique()
+        self.trace, self.topology, self.window, self._curve = without_empty_steps(trace), topology, window, curve
+        self._second = model.seconds_per_token if curve is None else 1e-9
+        # A step that stands for many has moves that last as many times as long: each takes that part of a move's time.
+        self._model = replace(
+            model,
+            seconds_per_token=model.seconds_per_token if curve is None else curve.nanoseconds_per_token * 1e-9,
+            bandwidth_inside=model.bandwidth_inside * self.stands_for,
+            bandwidth_between=model.bandwidth_between * self.stands_for,
+        )
+        self._search: dict[str, Any] = {"num_candidates": num_candidates, "engine": engine, "time_curve": curve}
+        self._static = self._replay(self.trace, lambda load, current: current, [], None)
+
+    @property
+    def iterations(self) -> int:
+        """Of the job that the trace covers, recorded or not, but for those that were recorded without any tokens."""
+        recorded, counted = self._recorded, len(self.trace.iteration.unique())
+        span = int(recorded[-1] - recorded[0])
+        return round(span * counted / (len(recorded) - 1)) if len(recorded) > 1 else 1
+
+    @property
+    def minimum_interval(self) -> int:
+        """The fewest iterations between rebalances: recorded iterations may lie far apart."""
+        return -(-self.iterations // len(self.trace.begins))
+
+    def cuts_of(self, every: int) -> list[int]:
+        """The first step of each rebalance's interval, and the end of the last: whole iterations, as many in each.
+
+        Raises:
+            DistplbError: if the trace has no iteration in so many, or not twice as many.
+        """
+        begins = self.trace.begins
+        recorded = round(every * len(begins) / self.iterations)
+        if recorded < 1:
+            minimum = self.minimum_interval
+            raise DistplbError(f"the trace has no step in {every} iterations; rebalance every {minimum} or more")
+        if len(begins) < 2:
+            raise DistplbError("the trace covers one iteration: to plan on, and to judge, takes two; record for longer")
+        if 2 * recorded > len(begins):
+            raise DistplbError(
+                f"the trace covers {self.iterations} iterations, and a rebalance every {every} takes twice as many: to "
+                f"plan on, and to judge; rebalance every {self.iterations // 2} or less, or record for longer"
+            )
+        # Whole intervals only: one that is cut off would pay for moves that it has no time to repay.
+        return [*begins.tolist(), self.trace.num_steps][recorded::recorded]
+
+    def allows(self, every: int) -> bool:
+        """Whether a rebalance every so many iterations can be replayed."""
+        try:
+            return bool(self.cuts_of(every))
+        except DistplbError:
+            return False
+
+    def bound(self, every: int) -> float:
+        """What no placement can beat: mean imbalance over layers and an even sample of the steps that are judged."""
+        sample = _sample(self.trace.load[self.cuts_of(every)[0] :], WINDOW_STEPS)
+        return float(mean_of_known(lower_bound(sample, self.topology, self.trace.num_experts)))
+
+    def run(self, trials: Sequence[tuple[str, int]], progress: Progress | None = None) -> list[WhatIf]:
+        """Replay each pair of a planner, by name, and iterations between rebalances.
+
+        Args:
+            trials: of `STATIC`, `SUM`, `STEPS` or `PRICED`, whose plans pay for their moves; intervals are at most half
+                of the iterations that the trace covers.
+            progress: called with the steps that are done and all that there are to do.
+
+        Raises:
+            DistplbError: for an interval in which the trace has no step, or that is longer than half of it, before
+                anything is replayed.
+        """
+        cuts, total = [self.cuts_of(every) for _, every in trials], self.trace.num_steps
+        outcomes = []
+        for nth, ((planner, every), own_cuts) in enumerate(zip(trials, cuts, strict=True)):
+            part = None if progress is None else _part(progress, nth * total, len(trials) * total)
+            outcomes.append(self._outcome(planner, every, own_cuts, part))
+        return outcomes
+
+    def _outcome(self, planner: str, every: int, cuts: list[int], progress: Progress | None) -> WhatIf:
+        trace = chosen_steps(self.trace, slice(cuts[-1]))
+        sampling = _SamplingPlanner(self._planner(planner, round(cuts[-1] / len(cuts))), self.window, self._curve)
+        replayed = self._replay(trace, sampling, cuts[:-1], progress)
+        compute, static = (
+            torch.stack([part.sum() for part in one.fullest[cuts[0] : cuts[-1]].split(_lengths(cuts))]).double()
+            * self._second
+            for one in (replayed, self._static)
+        )  # [R], seconds of each interval
+        moves = torch.tensor(
+            [self._model.seconds(*moved) for moved in replayed.moved.tolist()], dtype=torch.float64, device="cpu"
+        )
+        if not bool(static.sum()):
+            raise DistplbError("the time curve gives no time to the tokens of the trace; pass one that was measured")
+        gain = estimate_gain((compute + moves).tolist(), static.tolist())
+        uneven = mean_of_known(replayed.imbalance[cuts[0] :], dim=1)
+        return WhatIf(
+            every=every,
+            rebalances=len(moves),
+            imbalance=float(mean_of_known(uneven)),
+            imbalance_seen=sampling.mean_imbalance,
+            worst_step=float(uneven.nan_to_num(nan=1.0).max()),
+            slots_moved=replayed.slots_moved,
+            compute_seconds=float(compute.sum()) * self.stands_for,
+            move_seconds=float(moves.sum()) * self.stands_for,
+            static_seconds=float(static.sum()) * self.stands_for,
+            saved=gain.share,
+            low=gain.low,
+            high=gain.high,
+        )
+
+    def _replay(self, trace: Trace, planner: Planner, cuts: list[int], progress: Progress | None) -> Replay:
+        return run_planner(
+            trace, planner, cuts, topology=self.topology, model=self._model, curve=self._curve, progress=progress
+        )
+
+    def _planner(self, name: str, steps: int) -> Planner:
+        def planned(load: Tensor, current: Placement) -> Placement:
+            if name == STATIC:
+                return current
+            price = self._model.price(len(load), steps) if name == PRICED else 0.0
+            load = load.sum(0) if name == SUM else load
+            return plan(load, self.topology, current=current, move_price=price, **self._search)
+
+        return planned
+
+
+class _SamplingPlanner:
+    """A planner that is given an even sample of the steps, and the mean imbalance of those under its plans."""
+
+    def __init__(self, planner: Planner, window: int, curve: TimeCurve | None) -> None:
+        self._planner, self._window, self._curve = planner, window, curve
+        self._imbalances: list[float] = []
+
+    @property
+    def mean_imbalance(self) -> float:
+        return sum(self._imbalances) / len(self._imbalances)
+
+    def __call__(self, load: Tensor, current: Placement) -> Placement:
+        load = _sample(load, self._window)
+        placement = self._planner(load, current)
+        self._imbalances.append(float(mean_of_known(fullest_gpu(load, placement, self._curve)[1])))
+        return placement
+
+
+def _sample(load: Tensor, limit: int) -> Tensor:
+    """`[T, L, E]`: an even sample of at most so many steps."""
+    number = min(limit, len(load))
+    return load[torch.arange(number, device="cpu") * len(load) // number]
+
+
+def _lengths(cuts: Sequence[int]) -> list[int]:
+    return [end - begin for begin, end in itertools.pairwise(cuts)]
+
+
+def _part(progress: Progress, before: int, total: int) -> Progress:
+    return lambda done, _: progress(before + done, total)

@@ -1,0 +1,127 @@
+"""What is done with a plan, and why: which part of it is worth its moves, may move, and fits in the budget."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+from distplb.core.placement import Placement
+from distplb.errors import in_stage
+from distplb.migrate.budget import within_budget
+from distplb.planning.options import PlanOptions
+from distplb.planning.plan import PlanResult
+from distplb.train.account import AS_EVEN
+from distplb.train.agreed_options import Agreed
+from distplb.train.pricing import Pricer
+
+__all__ = ["Target", "decision", "target_of", "why_layers_stay", "with_rows_of"]
+
+
+@dataclass(frozen=True)
+class Target:
+    """Of a plan, what is worth its moves, and the part of it that is carried out.
+
+    Args:
+        worth: what would be carried out without a budget.
+        placement: what is carried out.
+        left_alone: by layer, whether it is, because its GPUs are as even as chance leaves them.
+        error: why this rank cannot tell.
+    """
+
+    worth: Placement
+    placement: Placement
+    left_alone: tuple[bool, ...]
+    error: Exception | None = None
+
+
+def target_of(
+    planned: PlanResult,
+    current: Placement,
+    options: PlanOptions,
+    *,
+    agreed: Agreed,
+    pricer: Pricer,
+    slot_bytes: int,
+    staying: Collection[int],
+) -> Target:
+    """What of the plan is carried out: what is worth it, can move, and fits in the budget. The same on all ranks.
+
+    Args:
+        planned: the plan.
+        current: the placement in force.
+        options: of this plan, with the price of moves.
+        agreed: the rebalancer's options.
+        pricer: knows which layers are better left alone.
+        slot_bytes: of an expert with all that travels with it; 0 where nothing travels.
+        staying: layers that cannot be moved.
+    """
+    worth, left_alone = planned.placement, (False,) * current.num_layers
+    try:
+        worth, left_alone = pricer.worth(planned, current, options)
+        worth = with_rows_of(current, worth, staying)
+        if agreed.moves.max_bytes is None or not slot_bytes:
+            return Target(worth, worth, left_alone)
+        curve = options.time_curve
+        load = planned.load if curve is None else curve.time(planned.load)
+        copies = agreed.comm.size // agreed.topology.num_gpus  # EP groups side by side, each of which moves its own
+        most = agreed.moves.max_bytes // (slot_bytes * copies)
+        return Target(worth, within_budget(load, current, worth, most, agreed.routing.num_groups), left_alone)
+    except Exception as failed:  # the other ranks are at the agreement of the move by then
+        return Target(worth, worth, left_alone, in_stage("move", failed))
+
+
+def decision(
+    plan: Placement,
+    target: Target,
+    current: Placement,
+    *,
+    layer_names: Sequence[str],
+    staying: Mapping[int, str],
+    is_dry_run: bool,
+    strikes_out: int,
+) -> tuple[str, str]:
+    """What is done with a plan, and why, in words: an event's `decision` and `reason`.
+
+    Args:
+        plan: as it was searched.
+        target: what of it would be carried out.
+        current: the placement in force.
+        layer_names: of all L layers.
+        staying: by layer that cannot be moved, why.
+        is_dry_run: nothing is to be moved.
+        strikes_out: rebalances in a row that did not repay themselves, if they were too many; else 0.
+    """
+    why_stay = why_layers_stay(layer_names, staying) if staying else ""
+    more = f"; {why_stay}" if staying else ""
+    if is_dry_run:
+        return "dry run", f"a dry run was asked for{more}"
+    if strikes_out:
+        return "stopped", (
+            f"{strikes_out} rebalances in a row did not repay themselves; set enabled to go on, or rebalance less often"
+        )
+    if plan == current:
+        return "kept", "no layer has a placement that is worth its moves"
+    if len(staying) == len(layer_names):
+        return "skipped", why_stay
+    if target.worth == current and any(target.left_alone):
+        return "kept", f"{AS_EVEN}, in every layer that would have moved{more}"
+    if target.placement == current:
+        why = "nothing else is worth its moves" if staying else "nothing that is worth moving fits in max_bytes"
+        return "kept", why + more
+    return "moved", "the moves lower the cost by more than their price" + more
+
+
+def why_layers_stay(layer_names: Sequence[str], staying: Mapping[int, str]) -> str:
+    """Of layers that stay, which they are, and why the first does."""
+    names = [layer_names[layer] for layer in sorted(staying)]
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return f"{names[0]}{more} could not be moved: {staying[min(staying)]}"
+
+
+def with_rows_of(other: Placement, placement: Placement, layers: Collection[int]) -> Placement:
+    """The placement, with some layers as the other one has them."""
+    if not layers:
+        return placement
+    table, some = placement.expert_of_slot.clone(), sorted(layers)
+    table[some] = other.expert_of_slot[some]
+    return Placement(table, placement.num_experts, placement.num_gpus)

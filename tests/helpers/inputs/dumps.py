@@ -1,0 +1,165 @@
+"""Arrays, and dumps of other projects."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from inputs.case import Case
+from inputs.file_cases import array, counts_case, placement_text
+
+__all__ = ["CASES"]
+
+
+def _archive(**arrays: object) -> Callable[[Path], object]:
+    return lambda path: np.savez(path, **{name: np.array(one) for name, one in arrays.items()})
+
+
+def _tensors(values: object) -> Callable[[Path], object]:
+    return lambda path: torch.save(values, path)
+
+
+def _safetensors(header: dict[str, Any], data: bytes) -> bytes:
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + data
+
+
+CASES: list[Case] = [
+    counts_case(
+        ".npy of 4 dims",
+        "refused: a.npy has shape (1, 1, 1, 2), 4 dims; sum over the ranks, or whatever is beside steps, "
+        "layers and experts, and pass counts, [layers, experts] or [steps, layers, experts]",
+        "a.npy",
+        array([[[[5, 3]]]]),
+    ),
+    counts_case(
+        ".npy of float16, 4096",
+        "refused: a.npy has 4096.0 at [0, 0] (1 such); counts must be at most 2048 in float16, which "
+        "rounds others: use int64",
+        "a.npy",
+        array([[4096, 1]], np.float16),
+    ),
+    counts_case(".npy of uint64", "[[9223372036854775807, 1]] of 0", "a.npy", array([[2**63 - 1, 1]], np.uint64)),
+    counts_case(
+        ".npz of logical_count beside a rank", "[[[5, 3]]] of 0", "a.npz", _archive(logical_count=[[[5, 3]]], rank=0)
+    ),
+    counts_case(
+        "SGLang's .pt of mode stat",
+        "[[[5, 3]]] of 0",
+        "a.pt",
+        _tensors({"rank": 0, "logical_count": torch.tensor([[[5, 3]]])}),
+    ),
+    counts_case(
+        "SGLang's .pt of mode per_pass",
+        "refused: a.pt: 'records' is of single passes and ranks, as SGLang's mode per_pass writes: "
+        "record in mode stat; pass [layers][experts] or [steps][layers][experts] as 'load'",
+        "a.pt",
+        _tensors({"records": [], "last_physical_to_logical_map": torch.tensor([[0]])}),
+    ),
+    counts_case(
+        ".pt of torch.uint16", "[[60000, 3]] of 0", "a.pt", _tensors(torch.tensor([[60000, 3]]).to(torch.uint16))
+    ),
+    counts_case(
+        ".pt with a Fraction",
+        "refused: a.pt holds fractions.Fraction, and unpickling that can run code; pass torch.save of "
+        "tensors, lists and dicts of them, or .npy",
+        "a.pt",
+        _tensors({"load": Fraction(1, 2)}),
+    ),
+    counts_case(
+        "a pickle named .pt",
+        "refused: a.pt is no archive of torch.save, as torch 1.6 and later write; a pickle can run code "
+        "and is not read: pass torch.save of tensors, or .npy",
+        "a.pt",
+        pickle.dumps({"load": [[5, 3]]}),
+    ),
+    counts_case("JSON: logical_count", "[[5, 3], [1, 7]] of 0, 1", "a.json", '{"logical_count": [[5, 3], [1, 7]]}'),
+    counts_case(
+        "JSON: expert_load of one layer",
+        "refused: a.json has dtype int64 and shape (2,); pass counts, [layers, experts] or [steps, "
+        "layers, experts], none empty",
+        "a.json",
+        '{"expert_load": [5, 3]}',
+    ),
+    counts_case(
+        "JSON: expert_load of rank 3",
+        "refused: a.json has 'rank' beside 'expert_load', and is of one rank; add up all ranks",
+        "a.json",
+        '{"rank": 3, "expert_load": [[5, 3]]}',
+    ),
+    counts_case(
+        "JSON: vLLM's expert_load_window",
+        "refused: a.json: 'expert_load_window' is a ring of one rank's tokens on physical experts: add "
+        "up the ranks and the replicas; pass [layers][experts] or [steps][layers][experts] as 'load'",
+        "a.json",
+        '{"expert_load_window": [[[5, 3]]]}',
+    ),
+    counts_case(
+        "JSON: load_history of ranks",
+        "refused: a.json has shape (1, 2, 1, 2), 4 dims; sum over the ranks, or whatever is beside "
+        "steps, layers and experts, and pass counts, [layers, experts] or [steps, layers, experts]",
+        "a.json",
+        '{"load_history": [[[[5, 3]], [[1, 7]]]]}',
+    ),
+    counts_case(
+        "JSON: a list of objects",
+        "[[5, 3]] of 0",
+        "a.json",
+        '[{"layer": 0, "expert": 0, "tokens": 5}, {"layer": 0, "expert": 1, "tokens": 3}]',
+    ),
+    counts_case(
+        "JSON: objects in an object",
+        "refused: a.json: '0' is an object, as pandas writes them, and may be a layer or an expert; pass "
+        "a list of counts for each layer",
+        "a.json",
+        '{"0": {"0": 5, "1": 3}}',
+    ),
+    counts_case(
+        "JSON: a layer twice",
+        "refused: a.json is not JSON that can be read (an object names 'x' twice)",
+        "a.json",
+        '{"x": [5, 3], "x": [1, 7]}',
+    ),
+    counts_case(
+        "JSON: a placement",
+        "refused: a.json: 'expert_of_slot' is a placement, which --current and Placement.load take; pass "
+        "[layers][experts] or [steps][layers][experts] as 'load'",
+        "a.json",
+        placement_text(),
+    ),
+    counts_case("YAML", "[[5, 3], [1, 7]] of x, y", "a.yaml", "x: [5, 3]\ny: [1, 7]\n"),
+    counts_case(
+        "YAML: 010, which is 8 to some",
+        "refused: a.yaml is not YAML that can be read (line 1 has '010', which is no plain number, text, "
+        "list or object)",
+        "a.yaml",
+        "x: [010, 3]\n",
+    ),
+    counts_case(
+        ".safetensors of U16",
+        "[[60000, 3]] of 0",
+        "a.safetensors",
+        _safetensors({"load": {"dtype": "U16", "shape": [1, 2], "data_offsets": [0, 4]}}, b"\x60\xea\x03\x00"),
+    ),
+    counts_case(
+        "TensorRT-LLM's .safetensors of one rank",
+        "refused: a.safetensors has names such as '100_3', as TensorRT-LLM's statistics of one rank "
+        "have; add up all ranks' files, and pass [iterations, layers, experts] as 'load'",
+        "a.safetensors",
+        _safetensors({"100_3": {"dtype": "I32", "shape": [2], "data_offsets": [0, 8]}}, bytes(8)),
+    ),
+    counts_case(
+        ".safetensors whose header lies",
+        "refused: a.safetensors: tensor 'load' of shape [1048576, 64] is said to be at bytes 0 to "
+        "536870912 of 8: it is damaged or cut off; write it anew",
+        "a.safetensors",
+        _safetensors({"load": {"dtype": "I64", "shape": [1 << 20, 64], "data_offsets": [0, 1 << 29]}}, bytes(8)),
+    ),
+]

@@ -1,0 +1,148 @@
+"""Runs as a report may meet them: events, traces, and what of them may be missing.
+
+Shapes: R rebalances, L layers, M GPUs, E experts, S steps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distplb import EventLog, Placement, RebalanceEvent, Topology, Trace
+from distplb.report.run import Run
+
+__all__ = ["EXPERTS", "HALF", "HOSTILE", "NOTHING", "RUNS", "event", "trace", "with_holes", "write_folder"]
+
+EXPERTS = 8
+
+
+def event(number: int = 1, layers: int = 2, gpus: int = 4, **changed: Any) -> RebalanceEvent:
+    """A rebalance every 10 iterations, which found GPU 0 the fullest by half and left it a tenth over the mean."""
+    names = tuple(f"blocks.{layer}.moe" for layer in range(layers))
+    before = ((600, *(400 - 200 // max(1, gpus - 1),) * (gpus - 1)),) * layers
+    fields: dict[str, Any] = {
+        "iteration": 10 * number,
+        "layers": names,
+        "decision": "moved",
+        "reason": "the moves lower the cost by more than their price",
+        "seconds": {"count": 0.25, "search": 1.5, "move": 0.5},
+        "last_applied": 10 * number,
+        "num_experts": EXPERTS,
+        "num_nodes": 1,
+        "steps": 10,
+        "imbalance_before": (1.5,) * layers,
+        "imbalance_after": (1.1,) * layers,
+        "imbalance_bound": (1.0,) * layers,
+        "imbalance_next": (1.2,) * layers,
+        "tokens_of_gpu_before": before,
+        "tokens_of_gpu_after": ((440,) * gpus,) * layers,
+        "hottest_experts": (((3, 800), (1, 200)),) * layers,
+        "slots_moved": 4,
+        "bytes_inside": 3_000_000,
+        "bytes_between": 1_000_000,
+        "iteration_seconds": 0.5,
+        "iteration_seconds_next": 0.4,
+        "repaid": True,
+    }
+    return RebalanceEvent(**fields | changed)
+
+
+def trace(
+    steps: int = 24, layers: int = 2, experts: int = EXPERTS, gpus: int = 4, moved_at: int | None = None
+) -> Trace:
+    """Experts 0 and 1 are hot, and lie together until half of the slots change places."""
+    load = torch.full((steps, layers, experts), 10)
+    load += torch.arange(steps)[:, None, None] % 3
+    load[..., :2] *= 5
+    placements = [Placement.contiguous(layers, experts, gpus)]
+    if moved_at is not None:
+        placements.append(Placement(placements[0].expert_of_slot.roll(1, dims=1), experts, gpus))
+    index = torch.zeros(steps, dtype=torch.int64)
+    index[moved_at or steps :] = 1
+    return Trace(
+        load, tuple(placements), index, torch.arange(1, steps + 1), tuple(f"blocks.{i}.moe" for i in range(layers))
+    )
+
+
+SKIPPED = RebalanceEvent(
+    iteration=30, layers=("blocks.0.moe", "blocks.1.moe"), decision="skipped", reason="", seconds={}, last_applied=20
+)
+ZERO = {
+    "tokens_of_gpu_before": ((0,) * 4,) * 2,
+    "tokens_of_gpu_after": ((0,) * 4,) * 2,
+    "hottest_experts": (((0, 0),),) * 2,
+}
+LEVELS = ("imbalance_before", "imbalance_after", "imbalance_bound")
+HALF: dict[str, Any] = dict.fromkeys((*LEVELS, "imbalance_next"), (None, 1.5)) | {
+    "tokens_of_gpu_before": ((0,) * 4, (600, 400, 200, 400)),
+    "tokens_of_gpu_after": ((0,) * 4, (440.5, 400.5, 359, 400)),
+    "hottest_experts": (((0, 0),), ((3, 800), (1, 200))),
+}
+NOTHING = replace(
+    SKIPPED, decision="kept", iteration=20, num_experts=EXPERTS, num_nodes=1
+)  # of a window without tokens
+
+
+def with_holes(whole: Trace) -> Trace:
+    """Every second step has no tokens, and the first layer none in any."""
+    load = whole.load.clone()
+    load[1::2], load[:, 0] = 0, 0
+    return replace(whole, load=load)
+
+
+HOSTILE = (
+    "<script>alert(1)</script>",
+    '"><img src=http://evil.example/x onerror=alert(1)>',
+    "'onload='alert(1)",
+    r"$\frac{1}{$ & ]]> --> {{ 7 * 7 }} {% raw %}",
+    "</td></table><iframe src=//evil.example>",
+    "nul\0 lone\ud800 back‮wards",
+)
+
+RUNS = {
+    "nothing": Run("nothing"),
+    "one event": Run("run", (event(),)),
+    "one layer": Run("run", (event(layers=1), event(2, layers=1))),
+    "one GPU": Run("run", (event(gpus=1, tokens_of_gpu_before=((9,),) * 2),)),
+    "skipped alone": Run("run", (SKIPPED,)),
+    "skipped between": Run("run", (event(1), SKIPPED, event(4))),
+    "no tokens": Run("run", (event(**ZERO),)),
+    "an older version's": Run(
+        "run", (event(tokens_of_gpu_before=(), tokens_of_gpu_after=(), hottest_experts=(), num_experts=0),)
+    ),
+    "dry run": Run(
+        "run", tuple(event(n, decision="dry run", slots_moved=0, bytes_inside=0, bytes_between=0) for n in (1, 2))
+    ),
+    "nothing is known of the next window": Run(
+        "run", (event(imbalance_next=None, iteration_seconds_next=None, repaid=None),)
+    ),
+    "trace": Run("run", trace=trace(steps=6)),
+    "trace of one step, layer and GPU": Run("run", trace=trace(steps=1, layers=1, gpus=1)),
+    "trace without tokens": Run(
+        "run", trace=replace(trace(steps=4), load=torch.zeros(4, 2, EXPERTS, dtype=torch.int64))
+    ),
+    "trace of steps and layers without tokens": Run("run", trace=with_holes(trace(steps=24))),
+    "trace of one step with tokens": Run("run", trace=with_holes(trace(steps=2))),
+    "moved, with steps and layers without tokens": Run("run", trace=with_holes(trace(steps=24, moved_at=12))),
+    "a layer without tokens": Run("run", (event(**HALF), event(2, **HALF | {"imbalance_next": None}))),
+    "a window without tokens follows": Run("run", (event(imbalance_next=(None, None)),)),
+    "a window without tokens between": Run("run", (event(), NOTHING, event(3))),
+    "windows without tokens alone": Run("run", (NOTHING,)),
+    "trace on other GPUs": Run("run", trace=trace(steps=4), topology=Topology(2, 1)),
+    "both": Run("run", (event(1), event(2)), trace(steps=20, moved_at=10)),
+    "both, all skipped": Run("run", (SKIPPED,), trace(steps=20)),
+}
+
+
+def write_folder(path: Path) -> Path:
+    """The folder as a `Rebalancer` leaves it: each event twice, the second time complete, and a part of a trace."""
+    log = EventLog(path / "events.jsonl")
+    for one in (event(1), event(2)):
+        log(replace(one, imbalance_next=None))
+        log(one)
+    log.close()
+    trace(steps=20, moved_at=10).save(path / "000000000001.npz")
+    return path
