@@ -16,9 +16,8 @@ from distplb.records.trace import Trace
 from distplb.records.trace_writer import TraceWriter
 from distplb.study.replay import replay
 from distplb.train.measure import measured_curve
-from distplb.train.options import Moves, Record, Search
+from distplb.train.options import Moves, Record, Search, Spread
 from distplb.train.rebalancer import Rebalancer
-from distplb.train.spread import Spread
 from distplb.train.window import LoadWindow
 
 __all__ = [

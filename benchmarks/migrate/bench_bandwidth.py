@@ -28,7 +28,7 @@ from distplb import LoadWindow, MoELayer, Moves, Placement, Rebalancer, Topology
 from distplb.comm.base import Round
 from distplb.comm.torchdist import TorchComm
 from distplb.migrate.staging import StagingMemory
-from distplb.planning.relabel import relabelled
+from distplb.planning.renumber_gpus import relabelled
 from distplb.train.measure import measured_bandwidths
 
 EXPERTS, LAYERS = 64, 1

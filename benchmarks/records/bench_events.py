@@ -24,7 +24,7 @@ from distplb import EventLog, Placement, RebalanceEvent, Topology, plan
 from distplb.migrate.transfer import MoveTotals
 from distplb.planning.options import PlanOptions
 from distplb.planning.plan import PlanResult
-from distplb.train.account import Account
+from distplb.train.rebalance_event import Account
 from distplb.train.stop_loss import Pace
 
 STEPS, LAYERS, EXPERTS, TOPOLOGY = 32, 58, 256, Topology(8, 8)

@@ -32,7 +32,7 @@ from distplb.packing.balanced_packing import balanced_packing
 from distplb.planning.greedy import contiguous, greedy_numpy
 from distplb.planning.options import PlanOptions
 from distplb.planning.plan import plan_in_stages
-from distplb.records.loads import Loads, read_loads
+from distplb.records.read_loads import Loads, read_loads
 
 __all__ = ["compare"]
 

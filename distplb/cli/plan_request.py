@@ -19,7 +19,7 @@ from distplb.core.placement import Placement, load_placement
 from distplb.core.topology import Topology
 from distplb.planning.greedy import contiguous
 from distplb.planning.options import PlanOptions
-from distplb.records.loads import read_loads
+from distplb.records.read_loads import read_loads
 
 __all__ = ["PlanRequest"]
 

@@ -21,7 +21,7 @@ from distplb.core.topology import Topology
 from distplb.errors import DistplbError
 from distplb.records.event_log import read_events
 from distplb.records.foreign.megatron_lines import is_megatron, num_ranks
-from distplb.records.loads import read_trace
+from distplb.records.read_loads import read_trace
 from distplb.records.trace import Trace
 from distplb.study.costs import (
     BYTES_PER_PARAMETER,

@@ -42,7 +42,7 @@ from distplb.integrations.common import (
     tokens_of_experts,
 )
 from distplb.train.rebalancer import Rebalancer
-from distplb.train.recomputation import is_recomputation
+from distplb.train.training_forwards import is_recomputation
 
 __all__ = ["moe_layers", "rebalancer"]
 

@@ -23,7 +23,7 @@ from distplb.planning.greedy import contiguous
 from distplb.planning.move_cost import cost_of_moves, distances, price_by_distance
 from distplb.planning.options import PlanOptions
 from distplb.planning.policies import Blocks, Flat, Hierarchy, Policy
-from distplb.planning.relabel import relabelled
+from distplb.planning.renumber_gpus import relabelled
 from distplb.planning.slot_classes import SlotClasses
 from distplb.planning.warm_start import reassign_replicas
 

@@ -20,7 +20,7 @@ from distplb.core.topology import Topology
 from distplb.errors import DistplbError
 from distplb.records.event_log import read_events
 from distplb.records.events import RebalanceEvent
-from distplb.records.loads import read_trace
+from distplb.records.read_loads import read_trace
 from distplb.records.trace import Trace
 from distplb.report.formatting import printable
 from distplb.report.trace_evaluation import Evaluation

@@ -10,9 +10,9 @@ from distplb.errors import in_stage
 from distplb.migrate.budget import within_budget
 from distplb.planning.options import PlanOptions
 from distplb.planning.plan import PlanResult
-from distplb.train.account import AS_EVEN
 from distplb.train.agreed_options import Agreed
 from distplb.train.pricing import Pricer
+from distplb.train.rebalance_event import AS_EVEN
 
 __all__ = ["Target", "decision", "target_of", "why_layers_stay", "with_rows_of"]
 

@@ -16,10 +16,10 @@ from distplb.errors import DisagreementError, UntrainedError
 from distplb.records.event_log import EventLog
 from distplb.records.events import RebalanceEvent
 from distplb.records.trace_writer import TraceWriter
-from distplb.train.account import completed
 from distplb.train.agreed_options import Agreed
 from distplb.train.decision import why_layers_stay
 from distplb.train.pricing import Measured
+from distplb.train.rebalance_event import completed
 from distplb.train.stop_loss import Pace, StopLoss
 
 __all__ = ["Journal", "Unfinished"]

@@ -25,12 +25,12 @@ from distplb.migrate.state_agreement import AgreedState
 from distplb.migrate.transfer import Limits, MoveTotals
 from distplb.planning.options import PlanOptions
 from distplb.planning.plan import PlanResult, StagedPlan
-from distplb.train.account import Account
 from distplb.train.decision import Target, decision, target_of, with_rows_of
 from distplb.train.journal import Unfinished, warn
 from distplb.train.observer import steps_digest
+from distplb.train.options import Spread
 from distplb.train.parts import Parts
-from distplb.train.spread import Spread
+from distplb.train.rebalance_event import Account
 
 __all__ = ["Rebalance"]
 

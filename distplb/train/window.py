@@ -18,7 +18,7 @@ from distplb.core.hashing import hashed
 from distplb.core.plain_tensor import as_tensor, refuse_unreadable
 from distplb.core.private_names import break_graph
 from distplb.errors import DistplbError
-from distplb.train.recomputation import is_step
+from distplb.train.training_forwards import is_step
 
 __all__ = ["LoadWindow", "group_of_steps", "window_near"]
 

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from pyyaml import those_of_pyyaml_marked
 
 from distplb import DistplbError, Placement, Topology
-from distplb.records.loads import read_loads
+from distplb.records.read_loads import read_loads
 from distplb.report.run import Run
 
 SUFFIXES = [".csv", ".tsv", ".txt", ".json", ".yaml", ".npy", ".npz", ".pt", ".safetensors"]

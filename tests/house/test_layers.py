@@ -42,7 +42,7 @@ KEPT_IN = {
     "torch.distributed": "comm",
     "mpi4py": "comm.mpi",
     "yaml": "core.documents.text",
-    "scipy": "core.price planning.relabel study.bootstrap",
+    "scipy": "core.price planning.renumber_gpus study.bootstrap",
     "numba": "core.machine_code packing.cpu_row",
     "filelock": "core.machine_code",
     "concurrent": "core.threads records.trace_writer records.event_log train.background",
@@ -79,9 +79,9 @@ PURE = """
 core.arguments core.balance core.bound core.bound_with_replicas core.bound_without_replicas core.cost core.count_errors
 core.counts core.fixed_point core.hashing core.plain_tensor core.price core.ties
 packing planning.chance planning.eplb planning.engine_choice planning.greedy planning.legal planning.move_cost
-planning.options planning.policies planning.problem planning.relabel planning.slot_classes planning.warm_start
+planning.options planning.policies planning.problem planning.renumber_gpus planning.slot_classes planning.warm_start
 migrate.schedule migrate.messages migrate.slot_routes migrate.layout migrate.budget
-train.stop_loss train.checkpoint train.account study.replay study.costs study.verdict
+train.stop_loss train.checkpoint train.rebalance_event study.replay study.costs study.verdict
 """
 IMPURE_MODULES = {"time", "os", "random", "io", "socket", "subprocess", "threading", "pathlib", "datetime", "secrets"}
 IMPURE_MODULES |= {"numpy.random", "torch.random", "torch.distributed", "distplb.comm", "distplb.core.stages"}

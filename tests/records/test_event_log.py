@@ -35,7 +35,7 @@ from distplb import (
     read_events,
 )
 from distplb.records.event_log import scalars
-from distplb.train.spread import Spread
+from distplb.train.options import Spread
 
 NEXT: dict[str, Any] = {"imbalance_next": (1.25, 1.5), "iteration_seconds_next": 0.25, "repaid": True}
 

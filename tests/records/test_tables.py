@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from distplb import DistplbError
-from distplb.records.loads import Loads, read_loads
+from distplb.records.read_loads import Loads, read_loads
 
 QUICK = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 

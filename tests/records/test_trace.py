@@ -24,7 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distplb import DistplbError, Placement, Trace, TraceWriter
-from distplb.records.loads import read_loads
+from distplb.records.read_loads import read_loads
 
 
 def random_trace(seed: int = 0, steps: int = 6, first: int = 0) -> Trace:

@@ -125,7 +125,7 @@ def event_of(load: Tensor) -> RebalanceEvent:
     from distplb.migrate.transfer import MoveTotals
     from distplb.planning.options import PlanOptions
     from distplb.planning.plan import PlanResult
-    from distplb.train.account import Account
+    from distplb.train.rebalance_event import Account
     from distplb.train.stop_loss import Pace
 
     _, layers, experts = load.shape

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from distplb.records.loads import read_loads
+from distplb.records.read_loads import read_loads
 from inputs.case import Case
 
 __all__ = ["PLACEMENT", "Content", "array", "counts_case", "placement_text", "written"]

@@ -17,7 +17,7 @@ from distplb import MoveModel, Placement, RebalanceEvent, TimeCurve, Topology, l
 from distplb.migrate.transfer import MoveTotals
 from distplb.planning.options import PlanOptions
 from distplb.planning.plan import PlanResult
-from distplb.train.account import Account, completed
+from distplb.train.rebalance_event import Account, completed
 from distplb.train.stop_loss import Pace
 
 MODEL = MoveModel(0.25, bytes_per_slot=600, bandwidth_inside=300, bandwidth_between=100, trust=0.8)

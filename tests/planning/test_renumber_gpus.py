@@ -16,7 +16,7 @@ from torch import Tensor
 
 from distplb import Placement, Topology
 from distplb.core.price import moved_slots
-from distplb.planning.relabel import relabelled
+from distplb.planning.renumber_gpus import relabelled
 
 # (E, P, M)
 SIZES = [(8, 8, 2), (12, 12, 3), (16, 16, 4), (20, 20, 5), (10, 10, 5), (30, 30, 3), (4, 4, 1)]

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from distplb import DistplbError, Placement, Trace, TraceWriter
-from distplb.records.loads import read_loads
+from distplb.records.read_loads import read_loads
 
 COUNTS = [[5, 1, 0, 2], [3, 3, 7, 1]]  # [L, E]
 STEPS = [COUNTS, [[1, 1, 1, 1], [0, 9, 0, 0]]]  # [T, L, E]
