@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from ranks import on_ranks
 
 import distplb
-from distplb import EventLog, Placement, RebalanceEvent, Trace
+from distplb import EventLog, Placement, RebalanceEvent, Record, Trace
 from distplb.cli import output
 from distplb.cli.main import main
 
@@ -124,8 +124,8 @@ def megatron_lines() -> tuple[int, int, int]:
         job.have_it_step_as_on_cuda()
         names = {"model": job.chunks, "optimizer": job.optimizer, "train_iters": 4, "batch_size": 1}
         names |= {"forward_backward": job.forward_backward, "opt_param_scheduler": job.schedule}
-        names["told"] = events.append
-        exec(lines_of("megatron").replace("every=500", "every=2, gpus_per_node=4, on_event=told"), names)
+        names |= {"told": events.append, "Record": Record}
+        exec(lines_of("megatron").replace("every=500", "every=2, gpus_per_node=4, record=Record(on_event=told)"), names)
         return names["rebalancer"].iteration, len(events), job.schedule.num_steps
 
 

@@ -217,7 +217,7 @@ def wrong_on_one(folder: Path) -> list[str]:
     """Refused by one rank: an argument of rank 1; a folder that rank 0 is to write to. And what follows is built."""
     job = Job()
     wrong = refused(job, spread=(1, 2) if dist.get_rank() == 1 else Spread(0, 1))
-    return [wrong, refused(job, record=folder), refused(job, folder=folder / "own")]
+    return [wrong, refused(job, folder=folder), refused(job, folder=folder / "own")]
 
 
 def test_what_one_rank_refuses_is_known_to_all(tmp_path: Path) -> None:

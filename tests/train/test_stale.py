@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from jobs import DIM, EXPERTS, LAYERS, Job, skewed
+from jobs import DIM, EXPERTS, LAYERS, Job, in_values, skewed
 from ranks import on_ranks
 from torch import Tensor, nn
 
@@ -101,9 +101,8 @@ class Model(nn.Module):
     def rebalancer(self, optimizer: torch.optim.Optimizer, **options: Any) -> Rebalancer:
         layer = MoELayer(name="moe", experts={"w": self.w}, router={"gate": self.gate})
         # Two GPUs' worth of slots on one process: a plan has something to move.
-        return Rebalancer(
-            [layer], optimizer, **{"topology": Topology(1, 1), "window": self.window, "every": 3} | options
-        )
+        options = {"topology": Topology(1, 1), "window": self.window, "every": 3} | options
+        return Rebalancer([layer], optimizer, **in_values(options))
 
 
 REPLACED = r"no gradient comes any more to experts or router of moe as they were declared, .* load_state_dict\(assign"
@@ -410,7 +409,7 @@ def test_a_rebalancer_that_is_refused_leaves_no_hook_behind() -> None:
     before = hooks_of(job)
     holder = job.rebalancer(every=1)
     held = hooks_of(job)
-    for options in ({}, {"window": None}, {"window": None, "slot_class": torch.zeros(3)}):
+    for options in ({}, {"window": 8}, {"window": 8, "slot_class": torch.zeros(3)}):
         with pytest.raises(DistplbError):
             job.rebalancer(job.layers(counts=counts), **({"every": 1} | options))
         assert hooks_of(job) == held
