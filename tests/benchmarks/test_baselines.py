@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from of_benchmarks import imported
+from benchmark_modules import imported
 from torch import Tensor
 
 from distplb import DistplbError, Placement, Topology, imbalance

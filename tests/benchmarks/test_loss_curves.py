@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from of_benchmarks import imported
+from benchmark_modules import imported
 
 bench_loss_curves = imported("train.bench_loss_curves")
 

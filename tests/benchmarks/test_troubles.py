@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from of_benchmarks import imported
+from benchmark_modules import imported
 from torch import Tensor
 
 troubles = imported("shared.troubles")
