@@ -5,7 +5,6 @@ An error on one rank becomes the same error on all, with nobody left waiting in 
 
 from __future__ import annotations
 
-import hashlib
 import struct
 from collections.abc import Mapping, Sequence
 from typing import NoReturn
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from distplb.comm.base import Comm
+from distplb.core import hashing
 from distplb.errors import DisagreementError, DistplbError, HalfMovedError
 
 __all__ = [
@@ -74,7 +74,7 @@ def agree(
 
 def digest(value: object) -> int:
     """A value as one field for `agree`: below 2^62, and different where the value's `repr` differs."""
-    return int.from_bytes(hashlib.sha256(repr(value).encode()).digest()[:8], "big") >> 2
+    return hashing.digest(repr(value).encode())
 
 
 def raise_everywhere(

@@ -5,7 +5,6 @@ Shapes: L layers, E experts, P slots, M GPUs, G slots on each.
 
 from __future__ import annotations
 
-import hashlib
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from distplb.core.arguments import plain, refuse_wrong_types, shown
 from distplb.core.counts import as_integers
+from distplb.core.hashing import digest
 from distplb.core.placement import Placement
 from distplb.core.price import TimeCurve
 from distplb.core.topology import Topology
@@ -295,4 +295,4 @@ def _next_multiple(number: int, of: int) -> int:
 
 def _digest(value: Tensor) -> int:
     data = torch.as_tensor(value, device="cpu").to(torch.int64).contiguous().numpy().astype("<i8").tobytes()
-    return int.from_bytes(hashlib.sha256(data).digest()[:8], "big") >> 2
+    return digest(data)

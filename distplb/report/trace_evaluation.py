@@ -17,6 +17,7 @@ from distplb.core.placement import Placement
 from distplb.core.topology import Topology
 from distplb.planning.plan import plan
 from distplb.records.trace import Trace
+from distplb.study.what_if import evenly
 
 __all__ = ["Evaluation", "UnseenSteps"]
 
@@ -73,7 +74,7 @@ class Evaluation:
     @cached_property
     def bound(self) -> tuple[Tensor, Tensor]:
         """`[B]` steps, and `[B, L]` float64: what no placement could beat in them; NaN without tokens."""
-        steps = _evenly(torch.arange(self.trace.num_steps, device="cpu"), _BOUND_STEPS)
+        steps = evenly(torch.arange(self.trace.num_steps, device="cpu"), _BOUND_STEPS)
         slots = self._first.num_slots
         return steps, torch.stack([lower_bound(self.trace.load[step], self.topology, slots) for step in steps])
 
@@ -105,9 +106,7 @@ class Evaluation:
             return None
         first_half, second_half = torch.arange(trace.num_steps, device="cpu").tensor_split([self.middle_step])
         slots = self._first.num_slots
-        planned = plan(
-            trace.load[_evenly(first_half, _PLANNED_ON)], self.topology, num_slots=slots, current=self._first
-        )
+        planned = plan(trace.load[evenly(first_half, _PLANNED_ON)], self.topology, num_slots=slots, current=self._first)
         return self._under(second_half, planned, is_replayed=True)
 
     @property
@@ -128,7 +127,3 @@ def _tokens(load: Tensor, steps: Tensor, placement: Placement) -> Tensor:
 
 def _imbalance(load: Tensor, steps: Tensor, placement: Placement) -> Tensor:
     return torch.cat([imbalance(load[some], placement) for some in steps.split(_STEPS_AT_ONCE)])
-
-
-def _evenly(steps: Tensor, maximum: int) -> Tensor:
-    return steps if len(steps) <= maximum else steps[torch.arange(maximum, device="cpu") * len(steps) // maximum]

@@ -25,7 +25,7 @@ from distplb.study.bootstrap import estimate_gain
 from distplb.study.costs import steps_stood_for
 from distplb.study.replay import Planner, Replay, chosen_steps, run_planner, without_empty_steps
 
-__all__ = ["PRICED", "STATIC", "STEPS", "SUM", "WINDOW_STEPS", "Study", "WhatIf"]
+__all__ = ["PRICED", "STATIC", "STEPS", "SUM", "WINDOW_STEPS", "Study", "WhatIf", "evenly"]
 
 STATIC, SUM, STEPS, PRICED = "static", "plan on the sum", "plan on the steps", "plan with the price"
 WINDOW_STEPS = 64  # that a plan is made from, as in a `Rebalancer`
@@ -158,7 +158,7 @@ class Study:
 
     def bound(self, every: int) -> float:
         """What no placement can beat: mean imbalance over layers and an even sample of the steps that are judged."""
-        sample = _sample(self.trace.load[self.cuts_of(every)[0] :], WINDOW_STEPS)
+        sample = evenly(self.trace.load[self.cuts_of(every)[0] :], WINDOW_STEPS)
         return float(mean_of_known(lower_bound(sample, self.topology, self.trace.num_experts)))
 
     def run(self, trials: Sequence[tuple[str, int]], progress: Progress | None = None) -> list[WhatIf]:
@@ -239,16 +239,16 @@ class _SamplingPlanner:
         return sum(self._imbalances) / len(self._imbalances)
 
     def __call__(self, load: Tensor, current: Placement) -> Placement:
-        load = _sample(load, self._window)
+        load = evenly(load, self._window)
         placement = self._planner(load, current)
         self._imbalances.append(float(mean_of_known(fullest_gpu(load, placement, self._curve)[1])))
         return placement
 
 
-def _sample(load: Tensor, limit: int) -> Tensor:
-    """`[T, L, E]`: an even sample of at most so many steps."""
-    number = min(limit, len(load))
-    return load[torch.arange(number, device="cpu") * len(load) // number]
+def evenly(rows: Tensor, limit: int) -> Tensor:
+    """An even sample of at most so many rows, in their order."""
+    number = min(limit, len(rows))
+    return rows[torch.arange(number, device="cpu") * len(rows) // number]
 
 
 def _lengths(cuts: Sequence[int]) -> list[int]:
