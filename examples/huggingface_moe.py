@@ -56,6 +56,7 @@ def main() -> None:
         optimizer.zero_grad()
         rebalancer.step()
         say(f"iteration {iteration}  loss {loss.item():.3f}", iteration % EVERY == 0)
+    del rebalancer  # which holds the group, whose threads would outlive it
     dist.destroy_process_group()
 
 

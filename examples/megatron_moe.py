@@ -67,6 +67,7 @@ def main() -> None:
         rebalancer.step()
         if iteration % 10 == 9 and dist.get_rank() == 0:
             print(f"iteration {iteration + 1:3}  loss {loss:.3f}", flush=True)
+    del rebalancer  # which holds the group, whose threads would outlive it
     dist.destroy_process_group()
 
 

@@ -10,6 +10,7 @@ Shapes: R rows received by this rank, M GPUs (ranks), G slots per GPU, D dim, E 
 from __future__ import annotations
 
 import argparse
+import gc
 from typing import Any
 
 import torch
@@ -156,6 +157,9 @@ def main() -> None:
         print(f"they differ by at most {furthest:.1e}")
     assert rebalanced.rebalancer is not None
     rebalanced.rebalancer.close()
+    # Who still holds the group keeps its threads, and one that outlives the interpreter ends the process with an error.
+    del rebalanced, static, training
+    gc.collect()
     dist.destroy_process_group()
 
 

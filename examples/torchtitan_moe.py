@@ -71,6 +71,7 @@ def main() -> None:
         rebalancer.step()
         if iteration % EVERY == 0 and dist.get_rank() == 0:
             print(f"iteration {iteration}  loss {loss.item():.3f}", flush=True)
+    del rebalancer  # which holds the group, whose threads would outlive it
     dist.destroy_process_group()
 
 

@@ -4,7 +4,7 @@ Sequences of training steps with rebalances (at once, spread, within a budget), 
 that are written late, killed and resumed jobs, evaluations; over every rule, way to follow, layout and number of ranks.
 The actions run on real ranks, which are kept from one sequence to the next (`sequence_world`).
 
-The suite runs 32 of them, and 56 with --long. More, of another seed:
+The suite runs 56 of them. More, of another seed:
 DISTPLB_SEQUENCES=2000 DISTPLB_SEED=1 pytest tests/train/test_sequences.py
 """
 
@@ -26,8 +26,7 @@ from pool import Pool
 from sequence_world import Setup
 
 RULES = list(product(("groups", "blocks", "classes", "plain"), ("permute", "remap")))
-WANTED, SEED = os.environ.get("DISTPLB_SEQUENCES"), int(os.environ.get("DISTPLB_SEED", "0"))
-SEQUENCES = [int(WANTED)] if WANTED else [32, pytest.param(56, marks=pytest.mark.long)]
+SEQUENCES, SEED = int(os.environ.get("DISTPLB_SEQUENCES", "56")) // len(RULES), int(os.environ.get("DISTPLB_SEED", "0"))
 # Number of ranks and layout, spread or not, and bytes of a rebalance; more often what has more to move.
 LAYOUTS = ("plain", *(("dim 0", "dim 1") if fsdp2.RUNS else ()), "flat", "own")
 PLACES = [*product((4, 2, 1), LAYOUTS), (2, "plain"), (4, "plain"), (4, "own")]
@@ -110,10 +109,9 @@ class Job:
         return answer
 
 
-@pytest.mark.parametrize("sequences", SEQUENCES)
 @pytest.mark.parametrize(("rule", "mode"), RULES)
-def test_no_sequence_of_actions_makes_another_model_of_it(pool: Pool, rule: str, mode: str, sequences: int) -> None:
-    met, each = Counter[str](), sequences // len(RULES)
+def test_no_sequence_of_actions_makes_another_model_of_it(pool: Pool, rule: str, mode: str) -> None:
+    met = Counter[str]()
 
     def sequence(place: Any, actions: list[tuple[str, int]]) -> None:
         (number, layout), spread, max_bytes = place
@@ -123,7 +121,7 @@ def test_no_sequence_of_actions_makes_another_model_of_it(pool: Pool, rule: str,
             job.do(action, which)
 
     options = settings(
-        max_examples=each,
+        max_examples=SEQUENCES,
         deadline=None,
         database=None,
         phases=[Phase.generate, Phase.shrink],
@@ -133,11 +131,11 @@ def test_no_sequence_of_actions_makes_another_model_of_it(pool: Pool, rule: str,
     actions = st.lists(st.tuples(st.sampled_from(ACTIONS), SEEDS), min_size=8, max_size=12)
     drawn = options(given(place=st.sampled_from(SETUPS), actions=actions)(sequence))
     seed(SEED * len(RULES) + RULES.index((rule, mode)))(drawn)()
-    print(f"{each} sequences, {rule}, {mode}, seed {SEED}: {dict(met)}")
+    print(f"{SEQUENCES} sequences, {rule}, {mode}, seed {SEED}: {dict(met)}")
     assert not met["layer that stays"], met
     # The sequences were not of things that change nothing.
     for what in ("commits", "rebalance", "apply", "resumed", "save late"):
-        assert met[what] >= each // 4, (what, met)
+        assert met[what] >= SEQUENCES // 4, (what, met)
 
 
 def test_a_moment_that_stays_behind_is_noticed(pool: Pool) -> None:

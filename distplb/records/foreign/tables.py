@@ -88,8 +88,9 @@ def _lines(path: Path, text: str) -> list[Line]:
         try:
             rows = [(reader.line_num, [cell.strip() for cell in cells]) for cells in reader]
         except csv.Error as error:
+            why = str(error)[:200].replace("\t", "\\t")  # it names the separator, which may be a tab
             raise DistplbError(
-                f"{path}, line {reader.line_num + skipped}: {str(error)[:200]}; pass counts separated by commas"
+                f"{path}, line {reader.line_num + skipped}: {why}; pass counts separated by commas"
             ) from error
     rows = [(number, cells) for number, cells in rows if any(cells) and not cells[0].startswith("#")]
     if not rows:
