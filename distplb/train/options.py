@@ -1,6 +1,6 @@
 """The options of a `Rebalancer`, in three values: how plans are searched, which moves are made, what is recorded.
 
-They are looked at when the rebalancer is built, where all ranks hear of what is refused on one of them.
+They are checked when the rebalancer is built, so that all ranks raise what one of them refuses.
 Shapes: P slots.
 """
 

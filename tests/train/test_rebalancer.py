@@ -16,12 +16,12 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
-from jobs import DIM, EXPERTS, LAYERS, SLOT_BYTES, Clock, Job, by_slot, skewed
+from jobs import DIM, EXPERTS, FREE, LAYERS, SLOT_BYTES, Clock, Job, by_slot, skewed
 from ranks import errors_on_ranks, on_ranks
 from torch import Tensor, nn
 
 import distplb
-from distplb import DistplbError, LoadWindow, MoELayer, MoveModel, Placement, TimeCurve, Topology
+from distplb import DistplbError, LoadWindow, MoELayer, MoveModel, Placement, Spread, TimeCurve, Topology
 from distplb.comm.torchdist import TorchComm
 from distplb.core.counts import marked
 from distplb.errors import HalfMovedError
@@ -796,3 +796,39 @@ def test_tensors_that_did_not_arrive_are_noticed_by_their_checksum() -> None:
 
 def test_public_names_are_there() -> None:
     assert all(hasattr(distplb, name) for name in distplb.__all__)
+
+
+# --- before a move ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"spread": Spread(0, 1)}, {"dry_run": True}], ids=["at once", "spread", "dry"])
+def test_what_is_to_run_before_moves_runs_before_their_state_is_collected(options: dict[str, Any]) -> None:
+    job, weights = Job(ranks=1), []
+
+    def gather() -> None:
+        """As of a framework that has a part of the weights elsewhere until then."""
+        job.weights[0].data.add_(1.0)
+        weights.append(job.weights[0].detach().clone())
+
+    rebalancer = job.rebalancer(every=2, before=gather, model=FREE, **options)
+    for _ in range(4):
+        job.iterate()
+        rebalancer.step()
+    assert len(weights) >= 1
+    number = len(weights)
+    rebalancer.apply(Placement(torch.arange(EXPERTS).flip(0).expand(LAYERS, -1), EXPERTS, 1))
+    assert len(weights) == number + 1
+    assert torch.equal(job.weights[0], weights[-1].flip(0))  # what was gathered has moved
+
+
+def test_what_fails_before_a_move_is_told_and_nothing_moves() -> None:
+    def gather() -> None:
+        raise RuntimeError("the other part of the weights is gone")
+
+    job = Job(ranks=1)
+    rebalancer = job.rebalancer(every=2, before=gather)
+    before = job.values()
+    with pytest.raises(DistplbError, match="the other part of the weights is gone"):
+        rebalancer.apply(Placement(torch.arange(EXPERTS).flip(0).expand(LAYERS, -1), EXPERTS, 1))
+    assert all(torch.equal(one, other) for one, other in zip(before, job.values(), strict=True))
+    assert rebalancer.placement == Placement.contiguous(LAYERS, EXPERTS, 1)
