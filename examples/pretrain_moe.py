@@ -250,7 +250,7 @@ class Run:
 
 
 def imbalance(received: Tensor) -> Tensor:
-    """Fullest GPU over mean GPU: [M, I, L] -> [I, L]."""
+    """Busiest GPU over mean GPU: [M, I, L] -> [I, L]."""
     return received.amax(0) / received.mean(0)
 
 

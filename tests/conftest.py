@@ -26,7 +26,7 @@ LONGEST = (
     "test_sequences",
     "test_transfers",
     "test_doctor",
-    "test_rollcall",
+    "test_check_in",
     "test_starved",
     "test_refusals",
     "test_figures",

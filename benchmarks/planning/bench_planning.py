@@ -39,7 +39,7 @@ NOISE = (
     f"of `{LOOPS}` and `{NUMPY}` in the same table over the planner's own: how many times faster it is."
 )
 QUALITY = (
-    "Imbalance is the fullest GPU's tokens over the mean GPU's, 1 is perfect; `seen` and `unseen` are means over "
+    "Imbalance is the busiest GPU's tokens over the mean GPU's, 1 is perfect; `seen` and `unseen` are means over "
     "layers and loads, `÷ bound` is `seen` over the lower bound's mean. Placements do not depend on the machine."
 )
 

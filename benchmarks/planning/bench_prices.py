@@ -52,7 +52,7 @@ class Target:
 
 TARGETS = (Target(Layout(4, 288), 1.01, 0.08), Target(Layout(8, 320), 1.02, 0.12))
 TEXT = (
-    "`moved` is the share of slots whose expert comes from another GPU, `imbalance` the fullest GPU's tokens over the "
+    "`moved` is the share of slots whose expert comes from another GPU, `imbalance` the busiest GPU's tokens over the "
     "mean GPU's, on the load that was planned on; both are means over layers and loads. The price of a moved slot is "
     f"given as a share of the mean GPU's tokens. Disturbed: {BASE}, every count times exp(x), x normal with standard "
     f"deviation {NOISE}; the placement in force was planned on the load before that, by distplb.plan with K = 16. "

@@ -32,7 +32,7 @@ SIZES, GPUS = (8, 32), (8, 16)  # sequences in a step; the four settings that th
 MIN_EXPERTS = 2  # on a GPU, of the settings where nothing is to be gained
 MAX_RATIO, MAX_RATIO_OF_LAYER = 0.62, 1.05
 TEXT = (
-    "Excess is the mean over layers, unseen steps and splits of fullest GPU / mean GPU, less 1. `÷ sum` is the excess "
+    "Excess is the mean over layers, unseen steps and splits of busiest GPU / mean GPU, less 1. `÷ sum` is the excess "
     "over that of distplb.plan on the sum with as many candidates (for planners that are not ours: the fewest), and "
     "`worst layer` the largest such ratio of a layer, whose excesses are means over the splits first. Placements do "
     "not depend on the machine. A perfectly bias-balanced router is imitated by rescaling every expert to the same "

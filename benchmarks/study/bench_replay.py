@@ -1,4 +1,4 @@
-"""Planners on traces: what a job would have waited for the fullest GPU, and for its experts to move.
+"""Planners on traces: what a job would have waited for the busiest GPU, and for its experts to move.
 
     python -m benchmarks.study.bench_replay --loads DIR --output benchmarks/results/DATE-replay.md
     python -m benchmarks.study.bench_replay --traces FILE FOLDER --every 100 --no-made

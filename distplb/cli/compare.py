@@ -242,7 +242,7 @@ def _table(steps: _Steps, rows: list[_Row], *, narrow: bool) -> Table:
     numbers = ["in sample", *(["unseen"] if steps.unseen is not None else []), "worst layer"]
     others = [] if narrow else ["slots moved", "time (s)"]
     title = (
-        f"Imbalance, fullest GPU / mean GPU; {steps.description}. {'Wider terminals show moves and seconds.' * narrow}"
+        f"Imbalance, busiest GPU / mean GPU; {steps.description}. {'Wider terminals show moves and seconds.' * narrow}"
     )
     lines = table("planner", *numbers, *others, title=title)
     for row in rows:

@@ -49,7 +49,7 @@ def _hints(load: Tensor, before: float | None, is_trace: bool) -> Iterator[str]:
         )
     if before is not None and before <= _EVEN:
         yield (
-            f"the GPUs are even already: the fullest has {100 * (before - 1):.1f} % more than the mean, so there is "
+            f"the GPUs are even already: the busiest has {100 * (before - 1):.1f} % more than the mean, so there is "
             "nothing to gain"
         )
     elif _layers_are_alike(load):

@@ -67,7 +67,7 @@ def plan(
     """Plan a placement for LOADS and say what it is worth.
 
     LOADS are tokens of each expert: a distplb trace, or counts as .npy, .npz, .csv, .tsv, .txt, .json, .yaml, .pt or
-    .safetensors, [layers, experts] or [steps, layers, experts]. Imbalance is the fullest GPU over the mean GPU, the
+    .safetensors, [layers, experts] or [steps, layers, experts]. Imbalance is the busiest GPU over the mean GPU, the
     mean over steps that have tokens. A load that looks like none of a job's is hinted at, on the standard error, or as
     "hints" of the JSON.
     """
@@ -163,6 +163,6 @@ def _summary(rows: list[_Row], *, num_steps: int) -> str:
     met = " The plan meets the bound." if is_met else ""
     over = f", mean over {num_steps} steps," if num_steps > 1 else ""
     return (
-        f"Fullest GPU / mean GPU{over} of the load that was planned on.{met} "
+        f"Busiest GPU / mean GPU{over} of the load that was planned on.{met} "
         "What a plan is worth on steps that it has not seen: distplb compare --unseen."
     )

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["MpiComm"]
 
-_ROLL_CALL_TAG = 0x6470  # of the only point-to-point messages
+_CHECK_IN_TAG = 0x6470  # of the only point-to-point messages
 _MOST_GRACE_SECONDS = 5.0  # for the others to answer a roll call
 # Between two looks at a request: short at first, because a plan's collectives are, then long enough to leave the core
 # to the ranks that are waited for, where ranks outnumber cores.
@@ -91,7 +91,7 @@ class MpiComm:
         began = time.monotonic()
         try:
             request = start()
-            if self._wait(request.Test, began + self._deadline, self._roll_is_called):
+            if self._wait(request.Test, began + self._deadline, self._is_check_in_called):
                 return
             self._abandoned.append(request)
             waited = time.monotonic() - began
@@ -113,15 +113,15 @@ class MpiComm:
             pause = min(2 * pause, _MOST_PAUSE_SECONDS)
         return True
 
-    def _roll_is_called(self) -> bool:
-        return self._comm.Iprobe(self._mpi.ANY_SOURCE, _ROLL_CALL_TAG)
+    def _is_check_in_called(self) -> bool:
+        return self._comm.Iprobe(self._mpi.ANY_SOURCE, _CHECK_IN_TAG)
 
     def _silent(self) -> list[int]:
         """Tell all others that this rank has given up waiting; the ranks that do not answer likewise."""
         others = [rank for rank in range(self.size) if rank != self.rank]
         nothing = torch.empty(0, dtype=torch.uint8, device="cpu").numpy()
-        self._abandoned += [self._comm.Isend(nothing, other, _ROLL_CALL_TAG) for other in others]
-        answers = [self._comm.Irecv(nothing, other, _ROLL_CALL_TAG) for other in others]
+        self._abandoned += [self._comm.Isend(nothing, other, _CHECK_IN_TAG) for other in others]
+        answers = [self._comm.Irecv(nothing, other, _CHECK_IN_TAG) for other in others]
         self._abandoned += answers
         until = time.monotonic() + min(self._deadline, _MOST_GRACE_SECONDS)
         self._wait(lambda: all(answer.Test() for answer in answers), until)

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from distplb.comm.base import Round
-from distplb.comm.rollcall import RollCall
+from distplb.comm.check_in import CheckIn
 from distplb.comm.store import Store, job_store
 from distplb.core.stages import current_stage
 from distplb.errors import DistplbError, LostRanksError
@@ -104,7 +104,7 @@ class TorchComm:
         self._grace = min(deadline / 4, _MOST_GRACE_SECONDS)
         self._deadline, self._patience = deadline, deadline - self._grace
         self._lost: LostRanksError | None = None
-        self._roll = RollCall(self._connection(), self.rank, self.size)
+        self._check_in = CheckIn(self._connection(), self.rank, self.size)
         self._side: dist.ProcessGroup | None = None
         if self.size > 1 and (self._is_nccl if side_group is None else side_group):
             # Only the ranks of the group need to be here, as of everything that this class does.
@@ -209,7 +209,7 @@ class TorchComm:
                 raise self._lost from error
             # Of this rank alone: the others wait, and read of it in the store.
             self._lost = LostRanksError((), f"an earlier call has failed on this rank: {error!r}")
-            self._roll.report(self._grace, repr(error)[:_ERROR_CHARACTERS])
+            self._check_in.report(self._grace, repr(error)[:_ERROR_CHARACTERS])
             raise
 
     def _wait(self, work: dist.Work, started: float, is_kernel: bool) -> None:
@@ -223,7 +223,7 @@ class TorchComm:
             except RuntimeError:
                 if work.is_completed():
                     work.wait()  # has ended since, or raises its error
-                elif time.monotonic() >= until or self._roll.was_called(part):
+                elif time.monotonic() >= until or self._check_in.was_called(part):
                     raise
                 else:
                     continue
@@ -233,7 +233,7 @@ class TorchComm:
         """All ranks have met, and issued the kernel. One that hangs cannot be recalled: the process ends."""
         while not work.is_completed():
             if time.monotonic() > started + self._deadline:
-                missing = self._roll.missing(self._grace)
+                missing = self._check_in.missing(self._grace)
                 message = "in stage %s: an NCCL kernel did not end in %g s; ranks that do not answer: %s"
                 _log.critical(message, current_stage(), self._deadline, missing)
                 if self._side is not None:
@@ -245,13 +245,13 @@ class TorchComm:
 
     def _loss(self, started: float, error: Exception) -> LostRanksError:
         waited = time.monotonic() - started
-        missing = self._roll.missing(max(self._grace / 2, started + self._deadline - time.monotonic()))
+        missing = self._check_in.missing(max(self._grace / 2, started + self._deadline - time.monotonic()))
         why = (
             f"waited {waited:.1f} s, deadline {self._deadline:g} s; {_SOURCE_LINE.sub('', str(error)).splitlines()[0]}"
         )
         if missing is None:
             why += "; the store that ranks could be called in does not answer either"
-        why += "".join(f"; rank {rank} failed: {text}" for rank, text in sorted(self._roll.errors.items()))
+        why += "".join(f"; rank {rank} failed: {text}" for rank, text in sorted(self._check_in.errors.items()))
         return LostRanksError(missing or (), why)
 
     def _connection(self) -> Callable[[], Store]:

@@ -16,7 +16,7 @@ __all__ = ["balancedness_sglang", "balancedness_vllm", "max_violation"]
 
 
 def balancedness_vllm(of_gpu: Tensor) -> float:
-    """Tokens of the mean GPU over those of the fullest, both added up over layers and steps: a ratio of sums.
+    """Tokens of the mean GPU over those of the busiest, both added up over layers and steps: a ratio of sums.
 
     Where all layers have as many tokens it is 1 / the mean imbalance. vLLM logs it of one step, without replicas'
     shares made equal. Its source means "for each layer: mean over ranks / max over ranks"; releases whose tensor is
@@ -30,12 +30,12 @@ def balancedness_vllm(of_gpu: Tensor) -> float:
 
     Source: `EplbState.step` in vllm/distributed/eplb/eplb_state.py.
     """
-    total, fullest = of_gpu.sum().item(), of_gpu.amax(-1).sum().item()
-    return total / of_gpu.shape[-1] / fullest if fullest else math.nan
+    total, busiest = of_gpu.sum().item(), of_gpu.amax(-1).sum().item()
+    return total / of_gpu.shape[-1] / busiest if busiest else math.nan
 
 
 def balancedness_sglang(of_gpu: Tensor) -> float:
-    """The mean over layers and steps that have tokens of mean GPU / fullest GPU.
+    """The mean over layers and steps that have tokens of mean GPU / busiest GPU.
 
     >>> balancedness_sglang(torch.tensor([[[3, 1], [2, 2]]]))
     0.8333333333333333
@@ -45,12 +45,12 @@ def balancedness_sglang(of_gpu: Tensor) -> float:
 
     Source: `compute_utilization_rate` in sglang/srt/eplb/expert_distribution.py, which adds 1e-5 to both.
     """
-    fullest, mean = of_gpu.amax(-1).double(), of_gpu.double().mean(-1)  # [T, L]
-    return float(mean_of_known(torch.where(fullest > 0, mean / fullest.clamp(min=1e-300), math.nan)))
+    busiest, mean = of_gpu.amax(-1).double(), of_gpu.double().mean(-1)  # [T, L]
+    return float(mean_of_known(torch.where(busiest > 0, mean / busiest.clamp(min=1e-300), math.nan)))
 
 
 def max_violation(load: Tensor) -> float:
-    """MaxVio: the mean over layers and steps that have tokens of fullest expert / mean expert - 1.
+    """MaxVio: the mean over layers and steps that have tokens of hottest expert / mean expert - 1.
 
     It tells how well the *router* balances, and no placement changes it.
 
@@ -63,5 +63,5 @@ def max_violation(load: Tensor) -> float:
     Source: Wang et al. 2024, Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts, arXiv:2408.15664; per
     step it is their MaxVio of a batch.
     """
-    fullest, mean = load.amax(-1).double(), load.double().mean(-1)  # [T, L]
-    return float(mean_of_known(torch.where(mean > 0, fullest / mean.clamp(min=1e-300) - 1, math.nan)))
+    busiest, mean = load.amax(-1).double(), load.double().mean(-1)  # [T, L]
+    return float(mean_of_known(torch.where(mean > 0, busiest / mean.clamp(min=1e-300) - 1, math.nan)))

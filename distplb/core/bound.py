@@ -1,11 +1,11 @@
 """How even the GPUs could be at best: bounds that no placement can beat, each with its proof.
 
-A bound is the smallest load that the fullest GPU can have, computed for one row of weights at a time: one layer in one
+A bound is the smallest load that the busiest GPU can have, computed for one row of weights at a time: one layer in one
 step, or in the mean step. Rows are independent and are worked on together. The bound of a row is the largest of
 
-- (a) the mean GPU; (b) to (d), what `fullest_pack` proves without replicas; (e) all that, rounded up, as a GPU holds
+- (a) the mean GPU; (b) to (d), what `heaviest_pack` proves without replicas; (e) all that, rounded up, as a GPU holds
   whole tokens;
-- (f) to (j), what `fullest_of_replicas` proves where experts have replicas;
+- (f) to (j), what `busiest_of_replicas` proves where experts have replicas;
 - (k) with groups, which whole nodes hold: the best way to deal them to the nodes, by the bounds above inside each node.
   Where there are more than 128 ways, the bounds above without groups, and (a) to (d) with nodes for GPUs and groups for
   experts.
@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from distplb.core.arguments import refuse_wrong_types, whole_number
-from distplb.core.bound_with_replicas import fullest_of_replicas
-from distplb.core.bound_without_replicas import fullest_pack
+from distplb.core.bound_with_replicas import busiest_of_replicas
+from distplb.core.bound_without_replicas import heaviest_pack
 from distplb.core.cost import mean_of_known
 from distplb.core.counts import Counts, as_load
 from distplb.core.topology import Topology
@@ -72,8 +72,8 @@ def lower_bound(load: Counts, topology: Topology, num_slots: int, num_groups: in
     busy = is_busy.sum(0)  # [L, 1]
     mean_step = share.sum(0, keepdim=True) / busy.clamp(min=1)  # [1, L, E], of those
     weight = torch.cat([share, mean_step])
-    fullest = _fullest(weight.flatten(0, 1), topology, num_slots, num_groups)
-    of_step, of_mean = fullest.unflatten(0, weight.shape[:2]).split([num_steps, 1])  # [T, L, W], [1, L, W]
+    busiest = _busiest(weight.flatten(0, 1), topology, num_slots, num_groups)
+    of_step, of_mean = busiest.unflatten(0, weight.shape[:2]).split([num_steps, 1])  # [T, L, W], [1, L, W]
     if num_slots == num_experts:  # (e)
         of_step = (of_step * mean * (1 - _ROUNDING)).ceil() / mean.clamp(min=_TINY)
     of_step = of_step.clamp(min=1).masked_fill(~is_busy, math.nan)
@@ -107,24 +107,24 @@ def _check(num_experts: int, topology: Topology, num_slots: int, num_groups: int
 # --- nodes and groups -------------------------------------------------------------------------------------------
 
 
-def _fullest(weight: Tensor, topology: Topology, num_slots: int, num_groups: int | None) -> Tensor:
-    """`[X, W]`: a lower bound of the fullest GPU's load, of rows `[X, E]`, for each way to deal groups (1 without)."""
+def _busiest(weight: Tensor, topology: Topology, num_slots: int, num_groups: int | None) -> Tensor:
+    """`[X, W]`: a lower bound of the busiest GPU's load, of rows `[X, E]`, for each way to deal groups (1 without)."""
     num_gpus, num_nodes = topology.num_gpus, topology.num_nodes
     if num_groups is None or num_nodes == 1:
         return _on_gpus(weight, num_gpus, num_slots)[:, None]
     by_group = weight.unflatten(-1, (num_groups, -1))  # [X, B, E / B]
     if _num_ways(num_groups, num_nodes) > _MOST_WAYS:
-        # A node's fullest GPU has at least the node's mean, and whole groups are items like experts without replicas.
-        of_nodes = fullest_pack(by_group.sum(-1), num_nodes) / topology.gpus_per_node
+        # A node's busiest GPU has at least the node's mean, and whole groups are items like experts without replicas.
+        of_nodes = heaviest_pack(by_group.sum(-1), num_nodes) / topology.gpus_per_node
         return torch.maximum(of_nodes, _on_gpus(weight, num_gpus, num_slots))[:, None]
     # (k) Inside a node, its experts, slots and GPUs are a problem of their own.
     ways = list(_ways(tuple(range(num_groups)), num_groups // num_nodes))
     sets = sorted({groups for way in ways for groups in way})
     inside = by_group[:, torch.tensor(sets, device=weight.device)].flatten(2)  # [X, sets, E / N]
-    fullest = _on_gpus(inside.flatten(0, 1), topology.gpus_per_node, num_slots // num_nodes)
-    fullest = fullest.unflatten(0, (-1, len(sets)))  # [X, sets]
+    busiest = _on_gpus(inside.flatten(0, 1), topology.gpus_per_node, num_slots // num_nodes)
+    busiest = busiest.unflatten(0, (-1, len(sets)))  # [X, sets]
     nodes = torch.tensor([[sets.index(groups) for groups in way] for way in ways], device=weight.device)  # [W, N]
-    result: Tensor = fullest[:, nodes].amax(-1)
+    result: Tensor = busiest[:, nodes].amax(-1)
     return result
 
 
@@ -145,8 +145,8 @@ def _ways(groups: tuple[int, ...], size: int) -> Iterator[list[tuple[int, ...]]]
 
 
 def _on_gpus(weight: Tensor, num_gpus: int, num_slots: int) -> Tensor:
-    """`[X]`: a lower bound of the fullest GPU's load, of rows `[X, E]`."""
+    """`[X]`: a lower bound of the busiest GPU's load, of rows `[X, E]`."""
     rows = max(1, _NUMBERS_AT_ONCE // weight.shape[1])
     if num_slots == weight.shape[1]:
-        return torch.cat([fullest_pack(part, num_gpus) for part in weight.split(rows)])
-    return torch.cat([fullest_of_replicas(part, num_gpus, num_slots) for part in weight.split(rows)])
+        return torch.cat([heaviest_pack(part, num_gpus) for part in weight.split(rows)])
+    return torch.cat([busiest_of_replicas(part, num_gpus, num_slots) for part in weight.split(rows)])

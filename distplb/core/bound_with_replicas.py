@@ -1,4 +1,4 @@
-"""Lower bounds of the fullest GPU's load where experts have replicas: (f) to (j) of `distplb.core.bound`.
+"""Lower bounds of the busiest GPU's load where experts have replicas: (f) to (j) of `distplb.core.bound`.
 
 Shapes: X rows, E experts, P slots, M GPUs, G slots on each GPU, K levels.
 """
@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from distplb.core.bound_without_replicas import fullest_pack
+from distplb.core.bound_without_replicas import heaviest_pack
 
-__all__ = ["fullest_of_replicas"]
+__all__ = ["busiest_of_replicas"]
 
 _TINY = 1e-300  # stands for 0 below a fraction's line
 _ROUNDING = 1e-12  # more than the last digits of a result, less than anybody reads
@@ -24,15 +24,15 @@ _LEVELS = 16  # values of τ that (i) and (j) try
 _PRICES = (0.25, 0.5, 1, 1.25, 1.5, 2, 2.5, 3, 4, 6)  # of a spare replica, in (h) and (j), in slots
 
 
-def fullest_of_replicas(weight: Tensor, num_gpus: int, num_slots: int) -> Tensor:
-    """`[X]`: a lower bound of the fullest of M GPUs, of rows `[X, E]` in P > E slots.
+def busiest_of_replicas(weight: Tensor, num_gpus: int, num_slots: int) -> Tensor:
+    """`[X]`: a lower bound of the busiest of M GPUs, of rows `[X, E]` in P > E slots.
 
     Replicas share their expert's tokens evenly. The largest of
 
     (a) the mean GPU;
     (f) the largest share, where each further replica goes to the expert with the largest: no other way leaves less;
 
-    and any load λ of the fullest GPU that these refute:
+    and any load λ of the busiest GPU that these refute:
 
     (g) below λ, next to the lightest slots that there can be, the experts need more replicas than there are slots;
     (h) a GPU has room for j of the heavy replicas, and there are more than jM;
@@ -45,7 +45,7 @@ def fullest_of_replicas(weight: Tensor, num_gpus: int, num_slots: int) -> Tensor
     share, replicas, largest = _smallest_shares(weight, num_slots)
     bound = torch.maximum(mean, largest)  # (f)
     # What follows for any replicas follows for these: (g) to (j) need not look higher than (a) to (d) of their shares.
-    high = fullest_pack(_repeated(share, replicas, num_slots), num_gpus)[:, None] * (1 - _SAFE)
+    high = heaviest_pack(_repeated(share, replicas, num_slots), num_gpus)[:, None] * (1 - _SAFE)
     rows = (high > bound * (1 + 1e-9)).nonzero()[:, 0]
     weight, low, high = weight[rows], bound[rows], high[rows]
     middle = high  # often nothing is lost

@@ -1,4 +1,4 @@
-"""Lower bounds of the fullest GPU's load without replicas: (a) to (d) of `distplb.core.bound`.
+"""Lower bounds of the busiest GPU's load without replicas: (a) to (d) of `distplb.core.bound`.
 
 Shapes: X rows, n items (experts or whole groups), M packs (GPUs or nodes) of G items.
 """
@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-__all__ = ["fullest_pack"]
+__all__ = ["heaviest_pack"]
 
 
-def fullest_pack(weight: Tensor, num_packs: int) -> Tensor:
-    """`[X]`: a lower bound of the fullest of M packs of G items, of rows `[X, n]`.
+def heaviest_pack(weight: Tensor, num_packs: int) -> Tensor:
+    """`[X]`: a lower bound of the busiest of M packs of G items, of rows `[X, n]`.
 
     For every k and j that make sense:
 

@@ -20,7 +20,7 @@ from distplb.errors import DistplbError
 __all__ = [
     "COST_BITS",
     "MAX_COST",
-    "fullest_gpu",
+    "busiest_gpu",
     "gpu_tokens",
     "gpu_units",
     "imbalance",
@@ -37,7 +37,7 @@ MAX_COST = (1 << COST_BITS) - 1
 
 
 def layer_cost(load: Tensor, expert_of_slot: Tensor, num_gpus: int) -> Tensor:
-    """`[..., L]` int64: the fullest GPU's tokens, added up over the steps; saturates at 2^41 − 1.
+    """`[..., L]` int64: the busiest GPU's tokens, added up over the steps; saturates at 2^41 − 1.
 
     Args:
         load: `[T, L, E]` int64; replicas share an expert's tokens by integer division.
@@ -103,7 +103,7 @@ def _of_gpus(step: Tensor, table: Tensor, replicas: Tensor | None, num_gpus: int
 
 
 def imbalance(load: Counts, placement: Placement) -> Tensor:
-    """Fullest GPU over mean GPU, at least 1; NaN where a step has no tokens in a layer.
+    """Busiest GPU over mean GPU, at least 1; NaN where a step has no tokens in a layer.
 
     >>> load = torch.tensor([[[6, 2, 1, 3]], [[0, 0, 0, 0]]])
     >>> of_step = imbalance(load, Placement.contiguous(num_layers=1, num_experts=4, num_gpus=2))
@@ -131,12 +131,12 @@ def imbalance(load: Counts, placement: Placement) -> Tensor:
             f"load has {tokens.shape[1]} layers of {tokens.shape[2]} experts, the placement "
             f"{placement.num_layers} of {placement.num_experts}; pass the load of the same model"
         )
-    fullest = gpu_tokens(tokens, placement.expert_of_slot.to(tokens.device), placement.num_gpus).amax(-1)  # [T, L]
-    return over_mean(fullest, tokens.sum(-1).double() / placement.num_gpus)
+    busiest = gpu_tokens(tokens, placement.expert_of_slot.to(tokens.device), placement.num_gpus).amax(-1)  # [T, L]
+    return over_mean(busiest, tokens.sum(-1).double() / placement.num_gpus)
 
 
-def fullest_gpu(load: Tensor, placement: Placement, curve: TimeCurve | None) -> tuple[Tensor, Tensor]:
-    """`[T, L]` each: the fullest GPU, in tokens or nanoseconds, and its ratio to the mean; 0 and NaN without tokens.
+def busiest_gpu(load: Tensor, placement: Placement, curve: TimeCurve | None) -> tuple[Tensor, Tensor]:
+    """`[T, L]` each: the busiest GPU, in tokens or nanoseconds, and its ratio to the mean; 0 and NaN without tokens.
 
     Args:
         load: `[T, L, E]` int64 tokens.
@@ -150,8 +150,8 @@ def fullest_gpu(load: Tensor, placement: Placement, curve: TimeCurve | None) -> 
     else:
         of_gpu = _gpu_times(load, placement, curve).masked_fill((total == 0)[..., None], 0)  # nothing is run
         mean = of_gpu.sum(2).double()
-    fullest = of_gpu.amax(2)
-    return fullest, over_mean(fullest, mean / placement.num_gpus)
+    busiest = of_gpu.amax(2)
+    return busiest, over_mean(busiest, mean / placement.num_gpus)
 
 
 def _gpu_times(load: Tensor, placement: Placement, curve: TimeCurve) -> Tensor:
@@ -167,9 +167,9 @@ def _gpu_times(load: Tensor, placement: Placement, curve: TimeCurve) -> Tensor:
     return of_gpu
 
 
-def over_mean(fullest: Tensor, mean: Tensor) -> Tensor:
-    """Fullest over mean, float64 and at least 1; NaN where the mean is 0."""
-    return torch.where(mean > 0, (fullest / mean.clamp(min=1e-300)).clamp(min=1.0), math.nan)
+def over_mean(busiest: Tensor, mean: Tensor) -> Tensor:
+    """Busiest over mean, float64 and at least 1; NaN where the mean is 0."""
+    return torch.where(mean > 0, (busiest / mean.clamp(min=1e-300)).clamp(min=1.0), math.nan)
 
 
 # --- steps and layers without tokens ----------------------------------------------------------------------------

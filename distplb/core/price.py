@@ -168,7 +168,7 @@ class MoveModel:
     (2.0, 4.0)
 
     Args:
-        seconds_per_token: that the fullest GPU needs for one more token of a layer, forward and backward.
+        seconds_per_token: that the busiest GPU needs for one more token of a layer, forward and backward.
         bytes_per_slot: an expert's weights with all that travels with them (optimizer state, gradients).
         bandwidth_inside: bytes per second of the whole EP group between GPUs of the same node, all of them
             exchanging at once.

@@ -136,7 +136,7 @@ class _StagedBytes:
     def __init__(self, gpu_bytes: Sequence[int], router_bytes: Sequence[int], slots_per_gpu: int) -> None:
         self._gpu_bytes, self._router_bytes, self._slots_per_gpu = gpu_bytes, router_bytes, slots_per_gpu
         self._of_gpu: dict[int, int] = {}
-        self._fullest = self._everywhere = 0
+        self._busiest = self._everywhere = 0
 
     def empty(self) -> _StagedBytes:
         """Those of a commit that has not begun."""
@@ -147,19 +147,19 @@ class _StagedBytes:
         for slot in slots:
             gpu = slot // self._slots_per_gpu
             self._of_gpu[gpu] = self._of_gpu.get(gpu, 0) + self._gpu_bytes[layer]
-            self._fullest = max(self._fullest, self._of_gpu[gpu])
+            self._busiest = max(self._busiest, self._of_gpu[gpu])
             self._everywhere += self._router_bytes[layer]
 
     def peak_with(self, layer: int, slots: Iterable[int]) -> int:
-        """On the fullest rank, if these slots were added."""
+        """On the busiest rank, if these slots were added."""
         more: dict[int, int] = {}
-        fullest, everywhere = self._fullest, self._everywhere
+        busiest, everywhere = self._busiest, self._everywhere
         for slot in slots:
             gpu = slot // self._slots_per_gpu
             more[gpu] = more.get(gpu, self._of_gpu.get(gpu, 0)) + self._gpu_bytes[layer]
-            fullest = max(fullest, more[gpu])
+            busiest = max(busiest, more[gpu])
             everywhere += self._router_bytes[layer]
-        return fullest + everywhere
+        return busiest + everywhere
 
 
 def _split(

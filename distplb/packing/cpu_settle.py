@@ -27,12 +27,12 @@ class State(NamedTuple):
     best: NDArray[np.int64]  # [P], the cheapest table of step 10
     share: NDArray[np.int32]  # [E, T], a replica's
     load: NDArray[np.int32]  # [M, T]
-    top: NDArray[np.int32]  # [3, T], the fullest packs of each step
+    top: NDArray[np.int32]  # [3, T], the heaviest packs of each step
     top_pack: NDArray[np.int64]  # [3, T], which they are; -1 where there are no more
     limit: NDArray[np.int32]  # [T]
     mean: NDArray[np.int32]  # [T]
     height: NDArray[np.int64]  # [T]
-    rest: NDArray[np.int32]  # [M, T], the fullest pack but for the one at work and this one
+    rest: NDArray[np.int32]  # [M, T], the heaviest pack but for the one at work and this one
     above: NDArray[np.int64]  # [M], how much a pack stands out
     tired: NDArray[np.bool_]  # [M], found nothing since the last exchange
     replicas: NDArray[np.int64]  # [E]
@@ -116,7 +116,7 @@ def _paid(state, is_priced):
 
 
 @compiled
-def _fullest(load, into):
+def _busiest(load, into):
     """`[T]`: of each step; their sum."""
     copy(load[0], into)
     for pack in range(1, len(load)):
@@ -130,7 +130,7 @@ def _fullest(load, into):
 
 @compiled
 def _rank_packs(state):
-    """The three fullest packs of each step, the first of equals first."""
+    """The three heaviest packs of each step, the first of equals first."""
     load, top, top_pack = state.load, state.top, state.top_pack
     for step in range(load.shape[1]):
         one, two, three = np.int32(-1), np.int32(-1), np.int32(-1)
@@ -204,7 +204,7 @@ def _next_pack(state):
 def _under_ceilings(state, region, is_priced, ceiling):
     """Step 10; leaves the cheapest table that it met."""
     load, num_packs = state.load, len(state.load)
-    lowest_cost = _fullest(load, state.limit) + _paid(state, is_priced)
+    lowest_cost = _busiest(load, state.limit) + _paid(state, is_priced)
     copy(state.table, state.best)
     for step in range(load.shape[1]):
         total = np.int64(0)
@@ -228,7 +228,7 @@ def _under_ceilings(state, region, is_priced, ceiling):
                 state.tired[here] = True
                 continue
             _exchange(state, one, other)
-            cost = _fullest(load, state.top[0]) + _paid(state, is_priced)
+            cost = _busiest(load, state.top[0]) + _paid(state, is_priced)
             if cost < lowest_cost:
                 lowest_cost = cost
                 copy(state.table, state.best)
@@ -327,12 +327,12 @@ def _cheapest(state, region, is_priced, here, cost):
             pack = place // size
             if pack == here:
                 continue
-            coming, fullest = table[place], _ZERO
+            coming, busiest = table[place], _ZERO
             for step in range(num_steps):
                 inside = np.int32(room[step] + share[coming, step])
                 outside = np.int32(load[pack, step] + np.int32(share[own, step] - share[coming, step]))
-                fullest = np.int32(fullest + max(max(inside, outside), rest[pack, step]))
-            after = np.int64(fullest)
+                busiest = np.int32(busiest + max(max(inside, outside), rest[pack, step]))
+            after = np.int64(busiest)
             if is_priced:
                 after += _added_toll(state, slot, place)
             if after < best and _is_allowed(state, region, slot, place):

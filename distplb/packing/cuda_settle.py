@@ -49,7 +49,7 @@ def settle_kernel(
         best: `[X, P]` int64, scratch: the cheapest packing of step 10.
         share: `[X, T, N]` int32, scratch: what the replica in a slot weighs.
         load: `[X, T, M]` int32, scratch: what a pack weighs, in step 10 less the ceiling.
-        rest: `[X, T, M]` int32, scratch: the fullest pack but for the one at work and this one.
+        rest: `[X, T, M]` int32, scratch: the heaviest pack but for the one at work and this one.
         lower: `[X, T]` int32, scratch: how far the second ceiling lies below the first.
         above: `[X, M]` int32, scratch: how much a pack stands out.
         holds: `[X, E, M]` int8, scratch: whether a pack holds an expert; only where replicas stay apart.
@@ -134,9 +134,9 @@ def _exchange_while_better(
     position, pack = tl.arange(0, N), tl.arange(0, M)
     tired = tl.full([M], 0, tl.int32)
     if rest is None:
-        over, fullest = excess_of(load, above, num_steps, num_packs, M, S)
+        over, busiest = excess_of(load, above, num_steps, num_packs, M, S)
     else:
-        over, fullest = lead_of(load, num_steps, num_packs, M, S)
+        over, busiest = lead_of(load, num_steps, num_packs, M, S)
     left = num_scans
     while left > 0:
         left -= 1
@@ -146,7 +146,7 @@ def _exchange_while_better(
             at_stake = most
             if rest is not None:
                 write_rest(load, rest, here, num_steps, num_packs, M, S)
-                at_stake = fullest
+                at_stake = busiest
             score, flat = _best_exchange(
                 table, share, load, rest, above, holds, region, distance, price, here, at_stake, apart,
                 num_steps, num_slots, num_packs, N, M, K, U,
@@ -158,14 +158,14 @@ def _exchange_while_better(
                 )  # fmt: skip
                 if rest is None:
                     tired = tl.where((pack == here) | (pack == flat % num_slots // size), 0, tired)
-                    over, fullest = excess_of(load, above, num_steps, num_packs, M, S)
-                    cost = limits + fullest + paid
+                    over, busiest = excess_of(load, above, num_steps, num_packs, M, S)
+                    cost = limits + busiest + paid
                     if cost < lowest_cost:
                         lowest_cost = cost
                         copy(table, best, position, num_slots)
                 else:
                     tired = tl.full([M], 0, tl.int32)
-                    over, fullest = lead_of(load, num_steps, num_packs, M, S)
+                    over, busiest = lead_of(load, num_steps, num_packs, M, S)
             else:
                 tired = tl.where(pack == here, 1, tired)
         else:
@@ -182,7 +182,7 @@ def _best_exchange(
 
     Args:
         rest: `[T, M]`, and the score is by how much the cost falls; or None, and it is what is taken away for its toll.
-        at_stake: the fullest packs, added up over the steps; or how much pack `here` stands out.
+        at_stake: the heaviest packs, added up over the steps; or how much pack `here` stands out.
     """
     size = num_slots // num_packs
     best = tl.full([K], 0, tl.int64)  # each cell's best score, over all tiles
@@ -199,7 +199,7 @@ def _best_exchange(
         goes = tl.load(holds + leaving * num_packs + there, mask=is_bound, other=0)
         comes = tl.load(holds + coming * num_packs + here, mask=is_bound, other=0)
         is_allowed = is_allowed & ((goes | comes) == 0)
-        after = tl.full([K], 0, tl.int32)  # the two packs above the ceiling, or the fullest pack; over all steps
+        after = tl.full([K], 0, tl.int32)  # the two packs above the ceiling, or the heaviest pack; over all steps
         for first in range(0, num_steps, U):
             shares, loads = share + first * N, load + first * M
             own, other, beside = shares + slot, shares + place, loads + there

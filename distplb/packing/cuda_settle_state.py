@@ -132,9 +132,9 @@ def write_holds(table, holds, position, num_slots, num_packs, apart):
 def set_ceilings(load, lower, ceiling, num_steps, num_packs, M: tl.constexpr, S: tl.constexpr):
     """Take the first ceiling off `load [T, M]`, and write to `lower [T]` how far the second lies below it.
 
-    Answers the fullest packs, the first ceilings and the second ones, each added up over the steps.
+    Answers the heaviest packs, the first ceilings and the second ones, each added up over the steps.
     """
-    fullest, highs, lows = ceiling * 0, ceiling * 0, ceiling * 0
+    busiest, highs, lows = ceiling * 0, ceiling * 0, ceiling * 0
     for first in range(0, num_steps, S):
         step, cell, is_cell = _tile(first, num_steps, num_packs, M, S)
         value = tl.load(load + cell, mask=is_cell, other=0)
@@ -145,11 +145,11 @@ def set_ceilings(load, lower, ceiling, num_steps, num_packs, M: tl.constexpr, S:
         tl.debug_barrier()
         tl.store(load + cell, value - high[:, None], mask=is_cell)
         tl.store(lower + step, high - low, mask=step < num_steps)
-        fullest += tl.sum(peak, 0)
+        busiest += tl.sum(peak, 0)
         highs += tl.sum(high, 0)
         lows += tl.sum(low, 0)
     tl.debug_barrier()
-    return fullest, highs, lows
+    return busiest, highs, lows
 
 
 @triton.jit
@@ -166,45 +166,45 @@ def lower_ceilings(load, lower, num_steps, num_packs, M: tl.constexpr, S: tl.con
 
 @triton.jit
 def excess_of(load, above, num_steps, num_packs, M: tl.constexpr, S: tl.constexpr):
-    """How much each pack stands out, `[M]`, also written to `above [M]`; and the fullest packs less the ceilings."""
-    over, fullest = tl.full([M], 0, tl.int32), num_steps * 0
+    """How much each pack stands out, `[M]`, also written to `above [M]`; and the heaviest packs less the ceilings."""
+    over, busiest = tl.full([M], 0, tl.int32), num_steps * 0
     for first in range(0, num_steps, S):
         step, cell, is_cell = _tile(first, num_steps, num_packs, M, S)
         value = tl.load(load + cell, mask=is_cell, other=_PADDING)
         over += tl.sum(tl.maximum(value, 0), 0)
-        fullest += tl.sum(tl.where(step < num_steps, tl.max(value, 1), 0), 0)
+        busiest += tl.sum(tl.where(step < num_steps, tl.max(value, 1), 0), 0)
     pack = tl.arange(0, M)
     tl.debug_barrier()
     tl.store(above + pack, over, mask=pack < num_packs)
     tl.debug_barrier()
-    return over, fullest
+    return over, busiest
 
 
 @triton.jit
 def lead_of(load, num_steps, num_packs, M: tl.constexpr, S: tl.constexpr):
-    """`[M]`, by how much each pack is alone in being the fullest; and the fullest packs, added up over the steps."""
-    over, fullest = tl.full([M], 0, tl.int32), num_steps * 0
+    """`[M]`, by how much each pack is alone in being the busiest; and the heaviest packs, added up over the steps."""
+    over, busiest = tl.full([M], 0, tl.int32), num_steps * 0
     pack = tl.arange(0, M)[None, :]
     for first in range(0, num_steps, S):
         step, cell, is_cell = _tile(first, num_steps, num_packs, M, S)
         value = tl.load(load + cell, mask=is_cell, other=_PADDING)
-        top, who = _fullest(value, pack)
+        top, who = _busiest(value, pack)
         is_first = pack == who[:, None]
         second = tl.max(tl.where(is_first, _PADDING, value), 1)
         over += tl.sum(tl.where(is_first, (top - second)[:, None], 0), 0)
-        fullest += tl.sum(tl.where(step < num_steps, top, 0), 0)
-    return over, fullest
+        busiest += tl.sum(tl.where(step < num_steps, top, 0), 0)
+    return over, busiest
 
 
 @triton.jit
 def write_rest(load, rest, here, num_steps, num_packs, M: tl.constexpr, S: tl.constexpr):
-    """Write to `rest [T, M]` the fullest pack but for `here` and each one; 0 where there is none."""
+    """Write to `rest [T, M]` the heaviest pack but for `here` and each one; 0 where there is none."""
     pack = tl.arange(0, M)[None, :]
     tl.debug_barrier()
     for first in range(0, num_steps, S):
         _, cell, is_cell = _tile(first, num_steps, num_packs, M, S)
         value = tl.where(pack == here, 0, tl.load(load + cell, mask=is_cell, other=0))
-        top, who = _fullest(value, pack)
+        top, who = _busiest(value, pack)
         is_first = pack == who[:, None]
         second = tl.max(tl.where(is_first, 0, value), 1)
         tl.store(rest + cell, tl.where(is_first, second[:, None], top[:, None]), mask=is_cell)
@@ -223,7 +223,7 @@ def _tile(first, num_steps, num_packs, M: tl.constexpr, S: tl.constexpr):
 
 
 @triton.jit
-def _fullest(value, pack):
+def _busiest(value, pack):
     """`[S]` the largest of each row of `value [S, M]`, and which pack that is, the first of equals."""
     top = tl.max(value, 1)
     return top, tl.min(tl.where(value == top[:, None], pack, _NO_PACK), 1)

@@ -43,7 +43,7 @@ def noisy_keys(weight: Tensor, *, layer: Tensor, candidate: Tensor, seed: int) -
 
 
 def ceilings(*, layer: Tensor, candidate: Tensor, seed: int) -> Tensor:
-    """`[X]` int64: how high the first ceiling of step 10 is, in 1 / 2^16 of what the fullest pack stands out by.
+    """`[X]` int64: how high the first ceiling of step 10 is, in 1 / 2^16 of what the heaviest pack stands out by.
 
     Candidates 0 and 1 have an eighth, the others anything from 1/32 to 1/4. Arguments as for `noisy_keys`.
     """

@@ -2,14 +2,14 @@
 
 Steps 1 to 9 pack the sum over the steps. These two look at every step, and at what it takes to bring experts there
 from where they are. Both exchange two slots of different packs at a time, and their cost is the planner's: the
-fullest pack, added up over the steps, and the tolls of all slots.
+heaviest pack, added up over the steps, and the tolls of all slots.
 
-(10) Ceilings. A ceiling is drawn in each step between the mean pack and the one that was fullest at the start. While
+(10) Ceilings. A ceiling is drawn in each step between the mean pack and the one that was busiest at the start. While
      packs stand out, the one that stands out most makes the exchange that takes away most for its toll, whether or
-     not the cost falls at once: many packs may have to come down before the fullest does. A pack that finds none is
+     not the cost falls at once: many packs may have to come down before the busiest does. A pack that finds none is
      passed over until an exchange changes it. The cheapest packing that was met goes on. A second ceiling lies at a
      quarter of the first one's height.
-(11) Descent. The pack that is alone in being fullest, by as much as possible over all steps, makes the exchange after
+(11) Descent. The pack that is alone in being busiest, by as much as possible over all steps, makes the exchange after
      which the cost is least, if that lowers it. A pack that finds none is passed over until the next exchange.
 
 Shapes: X rows, T steps, L layers, E experts, P slots, M packs, G = P / M slots in each.
@@ -26,7 +26,7 @@ from torch import Tensor
 __all__ = ["MOST_BITS", "Terms", "scans", "settle_row"]
 
 MOST_BITS = 30  # of a layer's total over all steps, and of a toll: what engines hold in 32 bits
-_CEILING_BITS = 16  # a ceiling's height over the mean is in units of the fullest pack's / 2^16
+_CEILING_BITS = 16  # a ceiling's height over the mean is in units of the heaviest pack's / 2^16
 _SCORE_BITS = 30
 _NEVER = torch.iinfo(torch.int64).max
 
@@ -161,9 +161,9 @@ def _descend(row: _State) -> _State:
         pack = torch.arange(num_packs, device=row.load.device)
         others[pack, pack] = 0
         others[:, here] = 0
-        rest = others.amax(1)  # [M, T], the fullest but for `here` and the other pack
-        fullest = torch.maximum(row.load[here] - lost, row.load[row.pack] + lost)
-        after = torch.maximum(fullest, rest[row.pack]).sum(-1) + paid  # [G, P]
+        rest = others.amax(1)  # [M, T], the busiest but for `here` and the other pack
+        busiest = torch.maximum(row.load[here] - lost, row.load[row.pack] + lost)
+        after = torch.maximum(busiest, rest[row.pack]).sum(-1) + paid  # [G, P]
         after = after.masked_fill(~is_allowed, _NEVER).flatten()
         flat = int(after.argmin())
         if after[flat] >= top[0].sum():

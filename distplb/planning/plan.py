@@ -60,7 +60,7 @@ def plan(
     """Search, on all ranks together, the placement that costs least; the same plan comes out on all of them.
 
     Same load and same options give the same plan to the bit, whatever the number of ranks, the engine and the
-    device. The cost of a layer is the fullest GPU's tokens, added up over the steps, and what its moves are priced at;
+    device. The cost of a layer is the busiest GPU's tokens, added up over the steps, and what its moves are priced at;
     replicas share their expert's tokens evenly.
 
     >>> load = torch.tensor([[9, 1, 5, 5]])

@@ -187,7 +187,7 @@ class Hierarchy:
         return _searched_in_cells(self.inside, weight, members, layer, candidate, seed)
 
     def _peak(self, weight: Tensor, table: Tensor) -> Tensor:
-        """`[X]`: the fullest GPU."""
+        """`[X]`: the busiest GPU."""
         replicas = torch.zeros_like(weight).scatter_add_(1, table, torch.ones_like(table))
         return pack_loads(weight // replicas, table, self.inside.num_gpus * self.num_nodes).amax(1)
 

@@ -282,7 +282,7 @@ class Problem:
         return ((cost + moves) >> self._coarser[layer]).clamp(max=MAX_COST)
 
     def _uneven(self, table: Tensor) -> Tensor:
-        """The layers whose fullest GPUs are more than 2^-13 above the mean, which no job would notice."""
+        """The layers whose busiest GPUs are more than 2^-13 above the mean, which no job would notice."""
         cost, total = layer_cost(self._load, table, self.num_gpus), self._weight.sum(1)
         return (cost - total // self.num_gpus > total // self.num_gpus >> _EVEN_BITS).nonzero()[:, 0]
 

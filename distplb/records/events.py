@@ -20,7 +20,7 @@ _KINDS = {"iteration": int, "layers": tuple, "decision": str, "reason": str, "se
 class RebalanceEvent:
     """What one rebalance saw, decided and did; equal on all ranks but for the seconds by stage.
 
-    Imbalances are fullest GPU / mean GPU in tokens, for each layer the mean over the steps of a window in which it had
+    Imbalances are busiest GPU / mean GPU in tokens, for each layer the mean over the steps of a window in which it had
     tokens; None for a layer that had none at all. Means over layers and steps leave those without tokens out. What was
     measured is rank 0's measurement. With the load and the placement that was in force, the options in here give the
     plan again, to the bit.
@@ -38,7 +38,7 @@ class RebalanceEvent:
         imbalance_next: of the **next** window, which the plan had not seen, under the plan; None until that
             window has been counted. The record is then given a second time, complete. After a dry run it says what
             the plan would have left.
-        tokens_peak_before: tokens of the fullest GPU in the fullest step, all layers added up: what memory must hold.
+        tokens_peak_before: tokens of the busiest GPU in the busiest step, all layers added up: what memory must hold.
         tokens_p99_before: the 99th percentile of tokens per GPU and step, likewise. Both are whole tokens, rounded up
             where replicas share their expert's.
         tokens_peak_after, tokens_p99_after: of the same window under the plan.
@@ -47,9 +47,9 @@ class RebalanceEvent:
         tokens_of_gpu_after: the same under the plan.
         hottest_experts: by layer, (expert, its tokens in the window) of those that got most, the first one most.
         balancedness_vllm_before, balancedness_vllm_after: mean GPU's tokens of all layers and steps, added up, over the
-            fullest GPU's, added up: a ratio of sums, in (0, 1]; see `distplb.core.balance`.
-        balancedness_sglang_before, balancedness_sglang_after: mean over layers and steps of mean / fullest GPU.
-        max_violation: MaxVio, mean over layers and steps of the fullest expert / mean expert - 1. It is the router's:
+            busiest GPU's, added up: a ratio of sums, in (0, 1]; see `distplb.core.balance`.
+        balancedness_sglang_before, balancedness_sglang_after: mean over layers and steps of mean / busiest GPU.
+        max_violation: MaxVio, mean over layers and steps of the hottest expert / mean expert - 1. It is the router's:
             no placement changes it.
         slots_moved: slots that received another expert, over all layers.
         bytes_inside, bytes_between: what crossed from rank to rank, over all ranks: inside nodes, and between them.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from distplb.core.arguments import refuse_wrong_types, whole_number
-from distplb.core.cost import fullest_gpu, mean_of_known
+from distplb.core.cost import busiest_gpu, mean_of_known
 from distplb.core.placement import Placement
 from distplb.core.price import MoveModel, TimeCurve, moved_slots
 from distplb.core.topology import Topology
@@ -32,19 +32,19 @@ class Replay:
     """What each step cost under the plan that was in force, and what the moves cost.
 
     Args:
-        imbalance: `[S, L]` float64, fullest GPU over mean GPU, of what `fullest` counts; NaN where a step has no tokens
+        imbalance: `[S, L]` float64, busiest GPU over mean GPU, of what `busiest` counts; NaN where a step has no tokens
             in a layer.
-        fullest: `[S, L]`, of the fullest GPU: tokens, or nanoseconds where a curve was given; 0 where a step has no
+        busiest: `[S, L]`, of the busiest GPU: tokens, or nanoseconds where a curve was given; 0 where a step has no
             tokens in a layer. int64, or float64 where a placement holds replicas, whose shares may be fractions.
         moved: `[R, 2]` int64, slots that each rebalance moved inside nodes and between them, over all layers.
         rebalance_steps: `[R]`, the first step under each new plan.
         placements: R + 1, the one at the start first.
-        compute_seconds: modelled: the fullest GPU of every step and layer, all added up.
+        compute_seconds: modelled: the busiest GPU of every step and layer, all added up.
         move_seconds: modelled, of all moves.
     """
 
     imbalance: Tensor
-    fullest: Tensor
+    busiest: Tensor
     moved: Tensor
     rebalance_steps: tuple[int, ...]
     placements: tuple[Placement, ...]
@@ -91,7 +91,7 @@ def replay(
     >>> swap = lambda load, current: Placement(torch.tensor([[0, 2, 1, 3]]), num_experts=4, num_gpus=2)
     >>> model = MoveModel(seconds_per_token=0.5, bytes_per_slot=8, bandwidth_inside=2, bandwidth_between=1)
     >>> swapped = replay(trace, swap, topology=Topology(num_nodes=1, gpus_per_node=2), every=2, model=model)
-    >>> swapped.fullest.flatten().tolist(), swapped.moved.tolist()
+    >>> swapped.busiest.flatten().tolist(), swapped.moved.tolist()
     ([12, 12, 7, 7], [[2, 0]])
     >>> swapped.compute_seconds, swapped.move_seconds
     (19.0, 8.0)
@@ -175,19 +175,19 @@ def run_planner(
             _check(current, f"the plan for step {begin}", trace, topology)
             moved.append(moved_slots(placements[-1], current, topology).sum(0))
             placements.append(current)
-        parts += [fullest_gpu(steps, current, curve) for steps in trace.load[begin:end].split(_STEPS_AT_ONCE)]
+        parts += [busiest_gpu(steps, current, curve) for steps in trace.load[begin:end].split(_STEPS_AT_ONCE)]
         if progress is not None:
             progress(end, trace.num_steps)
-    fullest, imbalance = (torch.cat(values) for values in zip(*parts, strict=True))
+    busiest, imbalance = (torch.cat(values) for values in zip(*parts, strict=True))
     moves = torch.stack(moved) if moved else torch.zeros(0, 2, dtype=torch.int64, device="cpu")
     inside, between = moves.sum(0).tolist()
     return Replay(
         imbalance=imbalance,
-        fullest=fullest,
+        busiest=busiest,
         moved=moves,
         rebalance_steps=tuple(cuts),
         placements=tuple(placements),
-        compute_seconds=fullest.sum().item() * (model.seconds_per_token if curve is None else 1e-9),
+        compute_seconds=busiest.sum().item() * (model.seconds_per_token if curve is None else 1e-9),
         move_seconds=model.seconds(inside, between),
     )
 

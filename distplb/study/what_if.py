@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from distplb.core.bound import lower_bound
-from distplb.core.cost import fullest_gpu, mean_of_known
+from distplb.core.cost import busiest_gpu, mean_of_known
 from distplb.core.placement import Placement
 from distplb.core.price import MoveModel, TimeCurve
 from distplb.core.topology import Topology
@@ -41,11 +41,11 @@ class WhatIf:
     Args:
         every: iterations between rebalances.
         rebalances: R, each with one interval after it that is judged.
-        imbalance: fullest GPU over mean GPU, mean over layers and steps.
+        imbalance: busiest GPU over mean GPU, mean over layers and steps.
         imbalance_seen: likewise of the steps that the plans were made from.
         worst_step: the largest mean over the layers of one step.
         slots_moved: by all rebalances, over all layers.
-        compute_seconds: modelled, of the fullest GPU of every step and layer.
+        compute_seconds: modelled, of the busiest GPU of every step and layer.
         move_seconds: modelled, of all moves.
         static_seconds: modelled, of the same steps under the contiguous placement.
         saved: share of `static_seconds` that computing and moving take less; below 0 where they take more.
@@ -185,7 +185,7 @@ class Study:
         sampling = _SamplingPlanner(self._planner(planner, round(cuts[-1] / len(cuts))), self.window, self._curve)
         replayed = self._replay(trace, sampling, cuts[:-1], progress)
         compute, static = (
-            torch.stack([part.sum() for part in one.fullest[cuts[0] : cuts[-1]].split(_lengths(cuts))]).double()
+            torch.stack([part.sum() for part in one.busiest[cuts[0] : cuts[-1]].split(_lengths(cuts))]).double()
             * self._second
             for one in (replayed, self._static)
         )  # [R], seconds of each interval
@@ -241,7 +241,7 @@ class _SamplingPlanner:
     def __call__(self, load: Tensor, current: Placement) -> Placement:
         load = evenly(load, self._window)
         placement = self._planner(load, current)
-        self._imbalances.append(float(mean_of_known(fullest_gpu(load, placement, self._curve)[1])))
+        self._imbalances.append(float(mean_of_known(busiest_gpu(load, placement, self._curve)[1])))
         return placement
 
 

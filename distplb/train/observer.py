@@ -29,7 +29,7 @@ class Observer:
     """This rank's window and clock. Making one is collective: the ranks tell each other which GPU they are.
 
     Where EP groups stand side by side, each step's counts are those of one of them, each as often as the others:
-    every group waits for the fullest GPU of its own step, not of a sum over groups.
+    every group waits for the busiest GPU of its own step, not of a sum over groups.
 
     Args:
         window: that the layers' forwards fill.

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from distplb.core.balance import balancedness_sglang, balancedness_vllm, max_violation
 from distplb.core.bound import lower_bound
-from distplb.core.cost import fullest_gpu, gpu_tokens, imbalance, mean_of_known, nan_to_none, steps_with_tokens
+from distplb.core.cost import busiest_gpu, gpu_tokens, imbalance, mean_of_known, nan_to_none, steps_with_tokens
 from distplb.core.placement import Placement
 from distplb.core.price import MoveModel, moved_slots
 from distplb.core.topology import Topology
@@ -135,7 +135,7 @@ class Account:
             return None, None
         load, curve = self.planned.load, self.options.time_curve
         second = 1e-9 if curve is not None else self.model.seconds_per_token
-        before, after = (fullest_gpu(load, placement, curve)[0].sum() for placement in (self.old, self.target))
+        before, after = (busiest_gpu(load, placement, curve)[0].sum() for placement in (self.old, self.target))
         inside, between = moved_slots(self.old, self.target, self.topology).sum(0).tolist()
         # The price was made for all steps of the window, also those without tokens: there will be as many of them.
         saved = (before - after).item() * second * self.steps_until_next / len(load) * self.model.trust

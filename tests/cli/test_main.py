@@ -81,7 +81,7 @@ def test_what_an_encoding_lacks_is_a_question_mark(tmp_path: Path, monkeypatch: 
 
 
 def test_a_table_fits_forty_columns() -> None:
-    drawn = table("planner", "in sample", "unseen", "worst layer", title="Imbalance, fullest GPU / mean GPU; unseen")
+    drawn = table("planner", "in sample", "unseen", "worst layer", title="Imbalance, busiest GPU / mean GPU; unseen")
     drawn.add_row("model.layers.11.mlp.experts", "12.3456", "12.3456", "12.3456")
     out = io.StringIO()
     Console(file=out, width=40).print(drawn)

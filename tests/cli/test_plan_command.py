@@ -44,7 +44,7 @@ def test_plan_as_a_table(tmp_path: Path) -> None:
         assert line.split() == [row["layer"], *numbers, str(row["moved_inside"])]
     total = result["all_layers"]
     assert lines[7].split() == ["all", "3", *(f"{total[name]:.4f}" for name in ("before", "after", "bound")), "12"]
-    assert lines[8].startswith("Fullest GPU / mean GPU, mean over 6 steps, of the load that was planned on. ")
+    assert lines[8].startswith("Busiest GPU / mean GPU, mean over 6 steps, of the load that was planned on. ")
     assert lines[8].endswith("distplb compare --unseen.")
     assert lines[9:] == [f"Written to {placement}."]
 

@@ -76,8 +76,8 @@ def smallest_mean_imbalance(load: np.ndarray, tables: np.ndarray) -> float:
     total = np.zeros(len(tables))
     for step in load:
         share = np.take_along_axis(step / replicas, tables.reshape(len(tables), -1), 1)  # [n, P]
-        fullest = share.reshape(tables.shape).sum(-1).max(-1)
-        total += np.maximum(fullest / (step.sum() / tables.shape[1]), 1) if step.sum() else 0
+        busiest = share.reshape(tables.shape).sum(-1).max(-1)
+        total += np.maximum(busiest / (step.sum() / tables.shape[1]), 1) if step.sum() else 0
     counted = int((load.sum(1) > 0).sum())
     return float(total.min()) / counted if counted else math.nan
 
@@ -204,8 +204,8 @@ def test_two_slots_a_gpu_without_replicas_are_decided() -> None:
     """The optimum pairs the heaviest expert with the lightest, the next with the next, and so on."""
     load = torch.tensor(random_load(random.Random(1), 1, 100, 64))[0]  # [L, E]
     ascending = load.sort(-1).values
-    fullest = (ascending[:, :32] + ascending[:, 32:].flip(-1)).amax(-1)
-    expected = torch.where(load.sum(-1) > 0, fullest.double() * 32 / load.sum(-1).clamp(min=1), 1.0)
+    busiest = (ascending[:, :32] + ascending[:, 32:].flip(-1)).amax(-1)
+    expected = torch.where(load.sum(-1) > 0, busiest.double() * 32 / load.sum(-1).clamp(min=1), 1.0)
     assert torch.allclose(lower_bound(load, Topology(4, 8), 64), expected, rtol=1e-9, atol=0)
 
 

@@ -58,7 +58,7 @@ def plain_gpu_loads(tokens: list[int], table: list[int], num_gpus: int) -> list[
 
 
 @pytest.mark.parametrize(("num_slots", "num_gpus"), [(6, 1), (6, 2), (6, 6), (8, 2), (9, 3), (12, 4)])
-def test_imbalance_is_fullest_over_mean_gpu(num_slots: int, num_gpus: int) -> None:
+def test_imbalance_is_busiest_over_mean_gpu(num_slots: int, num_gpus: int) -> None:
     random_ = random.Random(num_slots * 100 + num_gpus)
     load = random_load(random_, 20, 3, 6)  # [T, L, E]
     table = [random_table(random_, 6, num_slots) for _ in range(3)]
@@ -175,7 +175,7 @@ def test_without_replicas_tokens_are_integers_however_many() -> None:
 # --- cost -------------------------------------------------------------------------------------------------------
 
 
-def test_cost_is_the_fullest_gpu_added_up_over_the_steps() -> None:
+def test_cost_is_the_busiest_gpu_added_up_over_the_steps() -> None:
     random_ = random.Random(3)
     load = random_load(random_, 7, 4, 6)
     tables = [[random_table(random_, 6, 6) for _ in range(4)] for _ in range(5)]  # [5, L, P]

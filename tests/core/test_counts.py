@@ -133,7 +133,7 @@ DOORS: dict[str, Callable[[Any, Path], Any]] = {
     "LoadWindow.add": lambda load, _: by_window(load),
     "Trace": lambda load, _: Trace(load, (START,), [0, 0, 0], [3, 4, 5]).load,
     "TraceWriter.add": by_writer,
-    "replay": lambda load, _: by_replay(load).fullest,
+    "replay": lambda load, _: by_replay(load).busiest,
     "balanced_packing": lambda load, _: torch.stack(balanced_packing(load[0], 2, 2)),
     "rebalance_experts": lambda load, _: rebalance_experts(load[1], 6, 1, 1, 2)[1],
     "TimeCurve.time": lambda load, _: TimeCurve((0, 10, 100), (0, 7, 70)).time(load),
@@ -630,7 +630,7 @@ def whole_numbers(of: Callable[[int], Any]) -> list[Any]:
         TimeCurve((of(0), of(5)), (of(0), of(7))),
         MoveModel(1e-6, of(8), 1e9, 1e9).price(of(4), of(2)),
         FlatShard(torch.zeros(1), of(0)).start,
-        replay(TRACE, lambda _, now: now, topology=TOPOLOGY, every=of(2), window=of(1), model=MODEL).fullest.tolist(),
+        replay(TRACE, lambda _, now: now, topology=TOPOLOGY, every=of(2), window=of(1), model=MODEL).busiest.tolist(),
         measured_curve(lambda _: None, [of(4)]).tokens,
         [type(one) for one in (groups.num_experts, groups.num_gpus, Topology(of(1), of(2)).gpus_per_node)],
     ]

@@ -206,7 +206,7 @@ class SettleCase(NamedTuple):
         return self._replace(terms=self.terms._replace(distance=None, price=None, region=region))
 
     def costs(self, table: Tensor) -> Tensor:
-        """`[X]`: the fullest pack, added up over the steps, and all tolls."""
+        """`[X]`: the heaviest pack, added up over the steps, and all tolls."""
         size = table.shape[1] // self.num_packs
         pack = torch.arange(table.shape[1]) // size
         costs = []

@@ -25,7 +25,7 @@ def plain_costs(
     gpus_per_node: int | None = None,
     stays: list[bool] | None = None,
 ) -> list[int]:
-    """`[L]`: the fullest GPU's tokens, added up over the steps, and the price of the slots that move; below 2^41.
+    """`[L]`: the busiest GPU's tokens, added up over the steps, and the price of the slots that move; below 2^41.
 
     Replicas share by whole division. In the units of the search: a layer's load is halved until its total is at most
     2^40; with replicas or a price it is doubled as long as that stays so. What moving costs is at least 1 a slot. The

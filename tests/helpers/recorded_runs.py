@@ -20,7 +20,7 @@ EXPERTS = 8
 
 
 def event(number: int = 1, layers: int = 2, gpus: int = 4, **changed: Any) -> RebalanceEvent:
-    """A rebalance every 10 iterations, which found GPU 0 the fullest by half and left it a tenth over the mean."""
+    """A rebalance every 10 iterations, which found GPU 0 the busiest by half and left it a tenth over the mean."""
     names = tuple(f"blocks.{layer}.moe" for layer in range(layers))
     before = ((600, *(400 - 200 // max(1, gpus - 1),) * (gpus - 1)),) * layers
     fields: dict[str, Any] = {

@@ -142,7 +142,7 @@ def test_a_move_that_saves_nothing_is_not_made_though_it_fits() -> None:
 def test_an_exchange_that_pays_only_after_another_is_made_after_it() -> None:
     load = torch.tensor([[[8, 6, 4, 6, 1, 1, 1, 1]]])
     old = Placement.contiguous(1, 8, 4)
-    # 0 with 4 helps the fullest GPU, then 3 with 6 the next one; 5 with 7 helps nobody.
+    # 0 with 4 helps the busiest GPU, then 3 with 6 the next one; 5 with 7 helps nobody.
     new = Placement(torch.tensor([[4, 1, 2, 6, 0, 7, 3, 5]]), 8, 4)
     assert within_budget(load, old, new, max_slots=5).expert_of_slot.tolist() == [[4, 1, 2, 6, 0, 5, 3, 7]]
     assert within_budget(load, old, new, max_slots=3).expert_of_slot.tolist() == [[4, 1, 2, 3, 0, 5, 6, 7]]

@@ -176,7 +176,7 @@ def test_commits_keep_experts_within_their_class_of_slots() -> None:
         assert placement == new
 
 
-def test_the_budget_is_of_the_fullest_rank_and_not_of_all_together() -> None:
+def test_the_budget_is_of_the_busiest_rank_and_not_of_all_together() -> None:
     """Four GPUs that swap in pairs stage one slot each, and may do so at once."""
     old = Placement(torch.tensor([[0, 1, 2, 3]]), 4, 4)
     new = Placement(torch.tensor([[1, 0, 3, 2]]), 4, 4)

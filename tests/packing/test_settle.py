@@ -213,7 +213,7 @@ def test_most_rows_are_improved_and_both_steps_do_some_of_it(monkeypatch: pytest
 
 
 def test_a_ceiling_finds_what_descent_alone_does_not() -> None:
-    """Two packs are the fullest, so that no single exchange lowers the cost; under a ceiling both come down."""
+    """Two packs are the busiest, so that no single exchange lowers the cost; under a ceiling both come down."""
     zero = torch.zeros(1, dtype=torch.int64)
     terms = Terms(torch.tensor([[[9, 5, 9, 5, 2, 4, 2, 4]]]), torch.zeros(8, dtype=torch.int64))
     case = SettleCase(4, terms, torch.arange(8)[None], zero, zero)

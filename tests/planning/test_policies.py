@@ -48,7 +48,7 @@ def random_placement(seed: int, num_layers: int, num_experts: int, num_slots: in
 
 
 def costs(load: Tensor, placement: Placement) -> Tensor:
-    """`[L]` float64: the fullest GPU's tokens, added up over the steps; replicas share evenly."""
+    """`[L]` float64: the busiest GPU's tokens, added up over the steps; replicas share evenly."""
     share = load.double() / placement.replicas  # [T, L, E]
     slots = placement.expert_of_slot.expand(len(load), -1, -1)
     return share.gather(2, slots).unflatten(2, (placement.num_gpus, -1)).sum(3).amax(2).sum(0)

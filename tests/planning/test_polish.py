@@ -52,7 +52,7 @@ def test_polish_never_costs_more_than_what_it_was_given(num_slots: int, num_step
 
 
 def test_what_is_even_enough_is_not_polished() -> None:
-    """A step whose fullest GPU is 2^-13 above the mean costs nobody anything that would be noticed."""
+    """A step whose busiest GPU is 2^-13 above the mean costs nobody anything that would be noticed."""
     load = torch.tensor([[[10**6 + 220, 10**6, 10**6, 10**6], [10**6 + 1000, 10**6, 10**6, 10**6 + 990]]] * 2)
     problem = Problem(load, Topology(1, 2))
     start = torch.tensor([[0, 1, 2, 3], [0, 3, 1, 2]])
@@ -126,7 +126,7 @@ def test_experts_stay_in_order_where_no_legal_plan_costs_less(policy: str) -> No
     load = torch.ones(3, 6, 16, dtype=torch.int64)
     load[:, 1] = 0
     load[:, 2] = 7 * 2**40
-    load[:, 3, 0] = 10**6  # one hot expert, which is the fullest GPU wherever it is
+    load[:, 3, 0] = 10**6  # one hot expert, which is the busiest GPU wherever it is
     load[:, 4:] = torch.randint(0, 3, (3, 2, 16), generator=torch.Generator().manual_seed(1))
     in_order = contiguous(load[0], topology, options.get("num_slots", 16))
     is_legal = keeps_rules(policy, in_order[0].tolist(), list(range(16)))

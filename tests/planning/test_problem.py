@@ -32,7 +32,7 @@ from distplb.planning.problem import Problem
 
 @pytest.mark.parametrize("num_steps", [1, 4])
 @pytest.mark.parametrize("policy", POLICIES)
-def test_costs_add_up_the_fullest_gpu_of_every_step(policy: str, num_steps: int) -> None:
+def test_costs_add_up_the_busiest_gpu_of_every_step(policy: str, num_steps: int) -> None:
     topology, options = POLICIES[policy]
     load = skewed(1, num_steps, 5, 16)
     load[:, 3], load[0, 4] = 0, 0

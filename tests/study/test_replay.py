@@ -72,14 +72,14 @@ def test_a_replay_is_what_plain_loops_find(num_slots: int, curve: TimeCurve | No
     upcoming = iter(plans[1:])
     result = replayed(load, lambda past, current: next(upcoming), every=every, curve=curve, start=plans[0])
     in_force = [plans[step // every] for step in range(23)]
-    fullest, ratios = [], []
+    busiest, ratios = [], []
     for step, placement in enumerate(in_force):
         rows = zip(load[step].tolist(), placement.expert_of_slot.tolist(), strict=True)
         gpus = [plain_gpus(*row, curve) for row in rows]
-        fullest.append([max(row) for row in gpus])
+        busiest.append([max(row) for row in gpus])
         ratios.append([max(row) / (sum(row) / 4) for row in gpus])
-    assert result.fullest.dtype == (torch.int64 if num_slots == 8 else torch.float64)
-    assert result.fullest.tolist() == [pytest.approx([float(one) for one in row], rel=1e-12) for row in fullest]
+    assert result.busiest.dtype == (torch.int64 if num_slots == 8 else torch.float64)
+    assert result.busiest.tolist() == [pytest.approx([float(one) for one in row], rel=1e-12) for row in busiest]
     assert result.imbalance.dtype == torch.float64
     assert result.imbalance.tolist() == [pytest.approx([float(one) for one in row], rel=1e-12) for row in ratios]
     assert result.mean_imbalance == pytest.approx(float(sum(map(sum, ratios)) / 46))
@@ -90,7 +90,7 @@ def test_a_replay_is_what_plain_loops_find(num_slots: int, curve: TimeCurve | No
     assert result.moved.tolist() == moves
     assert result.slots_moved == sum(map(sum, moves))
     inside, between = sum(row[0] for row in moves), sum(row[1] for row in moves)
-    assert result.compute_seconds == pytest.approx(float(sum(map(sum, fullest))) * (1e-6 if curve is None else 1e-9))
+    assert result.compute_seconds == pytest.approx(float(sum(map(sum, busiest))) * (1e-6 if curve is None else 1e-9))
     assert result.move_seconds == pytest.approx(inside * 1e-3 + between * 1e-2)
     assert result.seconds == result.compute_seconds + result.move_seconds
 
@@ -98,15 +98,15 @@ def test_a_replay_is_what_plain_loops_find(num_slots: int, curve: TimeCurve | No
 def test_without_a_curve_it_is_the_cost_and_the_imbalance_of_the_library() -> None:
     load, start = random_load(0), random_placement(random.Random(0), 12)
     result = replayed(load, start=start)
-    assert torch.equal(result.fullest, gpu_tokens(load, start.expert_of_slot, 4).amax(2))
+    assert torch.equal(result.busiest, gpu_tokens(load, start.expert_of_slot, 4).amax(2))
     assert torch.equal(result.imbalance, imbalance(load, start))
     scaled = (
         layer_cost(load << 20, start.expert_of_slot, 4).double() / 2**20
     )  # whose integer shares lose next to nothing
-    assert torch.allclose(result.fullest.sum(0), scaled, rtol=1e-6)
+    assert torch.allclose(result.busiest.sum(0), scaled, rtol=1e-6)
     straight = replayed(load)
     assert torch.allclose(straight.imbalance, imbalance(load, Placement.contiguous(2, 8, 4)), rtol=1e-12)
-    assert torch.equal(replayed(load, curve=TimeCurve.linear(1)).fullest, straight.fullest)
+    assert torch.equal(replayed(load, curve=TimeCurve.linear(1)).busiest, straight.busiest)
 
 
 @pytest.mark.parametrize("curve", [None, CURVE])
@@ -117,9 +117,9 @@ def test_steps_without_tokens_take_no_time_and_have_no_imbalance(num_slots: int,
     load[:, 1] = 0
     padded = torch.cat([load[:2], torch.zeros_like(load), load[2:]])
     result, without = (replayed(one, start=start, curve=curve) for one in (padded, load))
-    assert result.fullest[2:6].tolist() == [[0, 0]] * 4
+    assert result.busiest[2:6].tolist() == [[0, 0]] * 4
     assert result.imbalance[2:6].isnan().all()
-    assert result.fullest[:, 1].tolist() == [0] * 8
+    assert result.busiest[:, 1].tolist() == [0] * 8
     assert result.imbalance[:, 1].isnan().all()
     assert result.compute_seconds == without.compute_seconds
     assert result.mean_imbalance == without.mean_imbalance == float(mean_of_known(result.imbalance))
@@ -130,10 +130,10 @@ def test_a_token_of_two_replicas_is_not_lost() -> None:
     halves = Placement(torch.tensor([[0, 1, 2, 3, 4, 5, 6, 7] * 2] * 2), 8, 4)
     ones = torch.ones(1, 2, 8, dtype=torch.int64)
     result = replayed(ones, start=halves)
-    assert (result.fullest.tolist(), result.imbalance.tolist()) == ([[2.0, 2.0]], [[1.0, 1.0]])
+    assert (result.busiest.tolist(), result.imbalance.tolist()) == ([[2.0, 2.0]], [[1.0, 1.0]])
     assert result.compute_seconds == pytest.approx(4e-6)
     timed = replayed(ones, start=halves, curve=TimeCurve((0, 1), (0, 10)))
-    assert (timed.fullest.tolist(), timed.imbalance.tolist()) == ([[20.0, 20.0]], [[1.0, 1.0]])
+    assert (timed.busiest.tolist(), timed.imbalance.tolist()) == ([[20.0, 20.0]], [[1.0, 1.0]])
 
 
 def test_a_few_tokens_of_many_experts_are_replayed_as_they_are_judged() -> None:
@@ -176,10 +176,10 @@ def test_what_comes_later_changes_nothing_before_it() -> None:
     for same in (4, 5, 12):
         other[:same] = one[:same]
         result, changed = replayed(one, planner), replayed(other, planner)
-        assert torch.equal(result.fullest[:same], changed.fullest[:same])
+        assert torch.equal(result.busiest[:same], changed.busiest[:same])
         plans = same // 5
         assert result.placements[: plans + 1] == changed.placements[: plans + 1]
-    assert not torch.equal(result.fullest, changed.fullest)
+    assert not torch.equal(result.busiest, changed.busiest)
 
 
 def test_a_planner_cannot_change_the_trace() -> None:
@@ -200,8 +200,8 @@ def test_planning_pays_where_the_load_stays() -> None:
     planned = replayed(load, lambda steps, current: plan(steps, TOPOLOGY, current=current, engine="reference"))
     assert (static.slots_moved, static.move_seconds) == (0, 0)
     assert static.moved.tolist() == [[0, 0]] * 3
-    assert planned.fullest[:5].tolist() == [[180, 180]] * 5
-    assert planned.fullest[5:].tolist() == [[100, 100]] * 15
+    assert planned.busiest[:5].tolist() == [[180, 180]] * 5
+    assert planned.busiest[5:].tolist() == [[100, 100]] * 15
     assert 0 < planned.slots_moved <= 16
     assert planned.moved[1:].tolist() == [[0, 0]] * 2
 
@@ -254,7 +254,7 @@ def test_no_iteration_is_on_both_sides_of_a_plan(lengths: list[int], every: int,
     begins = {iteration.index(at) for at in iteration}
     plain = [min((at for at in begins if at >= step), default=None) for step in range(every, len(load), every)]
     assert result.rebalance_steps == tuple(dict.fromkeys(at for at in plain if at is not None))
-    assert len(result.fullest) == len(load)
+    assert len(result.busiest) == len(load)
     for begin, end, steps in zip([0, *result.rebalance_steps], result.rebalance_steps, windows, strict=False):
         assert steps == list(range(steps[0], end))  # the last ones, up to the plan
         assert iteration[end - 1] != iteration[end]
@@ -269,4 +269,4 @@ def test_a_planner_is_not_called_within_the_only_iteration() -> None:
     load = random_load(0, steps=6)
     trace = Trace(load, trace_of(load).placements, torch.zeros(6).long(), torch.full((6,), 7))
     result = replay(trace, lambda *_: pytest.fail("called"), topology=TOPOLOGY, every=2, model=MODEL)
-    assert (result.rebalance_steps, result.slots_moved, len(result.fullest)) == ((), 0, 6)
+    assert (result.rebalance_steps, result.slots_moved, len(result.busiest)) == ((), 0, 6)

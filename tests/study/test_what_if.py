@@ -19,7 +19,7 @@ from distplb.study.what_if import PRICED, STATIC, STEPS, SUM, Study
 
 
 def test_what_is_saved_is_counted_by_hand() -> None:
-    # Contiguous: 12 tokens on the fullest GPU; apart: 7. One swap moves two slots, 20 bytes at 1000 bytes/s.
+    # Contiguous: 12 tokens on the busiest GPU; apart: 7. One swap moves two slots, 20 bytes at 1000 bytes/s.
     (one,) = Study(trace_of(skewed(20)), TOPOLOGY, MODEL).run([(STEPS, 4)])
     assert (one.every, one.rebalances, one.slots_moved) == (4, 4, 2)
     assert one.imbalance == one.imbalance_seen == one.worst_step == 1.0

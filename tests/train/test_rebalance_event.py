@@ -49,8 +49,8 @@ def random_case(seed: int, steps: int, gpus: int, layers: int = 2) -> tuple[Tens
     return torch.tensor(load), old, new
 
 
-def plain_fullest(load: Tensor, placement: Placement, curve: TimeCurve | None = None) -> int:
-    """The fullest GPU of every step and layer, added up."""
+def plain_busiest(load: Tensor, placement: Placement, curve: TimeCurve | None = None) -> int:
+    """The busiest GPU of every step and layer, added up."""
     load = load if curve is None else curve.time(load)
     size, found = placement.slots_per_gpu, 0
     for step in load.tolist():
@@ -115,14 +115,14 @@ def test_balancedness_of_others_and_maxvio_against_plain_python() -> None:
         (old, event.balancedness_vllm_before, event.balancedness_sglang_before),
         (new, event.balancedness_vllm_after, event.balancedness_sglang_after),
     ):
-        size, means, fullest = placement.slots_per_gpu, [], []
+        size, means, busiest = placement.slots_per_gpu, [], []
         for step in load.tolist():
             for row, table in zip(step, placement.expert_of_slot.tolist(), strict=True):
                 of_gpu = [sum(row[e] for e in table[at : at + size]) for at in range(0, len(table), size)]
                 means.append(sum(of_gpu) / len(of_gpu))
-                fullest.append(max(of_gpu))
-        assert vllm == pytest.approx(sum(means) / sum(fullest))
-        assert sglang == pytest.approx(sum(mean / most for mean, most in zip(means, fullest, strict=True)) / len(means))
+                busiest.append(max(of_gpu))
+        assert vllm == pytest.approx(sum(means) / sum(busiest))
+        assert sglang == pytest.approx(sum(mean / most for mean, most in zip(means, busiest, strict=True)) / len(means))
     rows = [row for step in load.tolist() for row in step]
     assert event.max_violation == pytest.approx(sum(max(row) * len(row) / sum(row) - 1 for row in rows) / len(rows))
 
@@ -224,7 +224,7 @@ def test_modelled_seconds_against_plain_python(curved: bool) -> None:
     curve = TimeCurve((0, 100, 1000), (0, 5_000_000, 6_000_000)) if curved else None
     options = PlanOptions(current=old, move_price=2.0, time_curve=curve)
     event = account(load, old, new, model=MODEL, options=options, steps_until_next=12.5).event(MoveTotals(), "", "", {})
-    saved = plain_fullest(load, old, curve) - plain_fullest(load, new, curve)
+    saved = plain_busiest(load, old, curve) - plain_busiest(load, new, curve)
     assert event.saved_seconds == pytest.approx(saved * (1e-9 if curved else 0.25) * 2.5 * 0.8)
     where = [[set(row[at : at + 2]) for at in range(0, 6, 2)] for row in old.expert_of_slot.tolist()]
     crossed = sum(
@@ -275,8 +275,8 @@ def test_the_next_window_completes_a_record() -> None:
     for layer, table in enumerate(new.expert_of_slot.tolist()):
         ratios = []
         for row in following[:, layer].tolist():
-            fullest = max(sum(row[e] for e in table[at : at + size]) for at in range(0, len(table), size))
-            ratios.append(fullest * 2 / sum(row))
+            busiest = max(sum(row[e] for e in table[at : at + size]) for at in range(0, len(table), size))
+            ratios.append(busiest * 2 / sum(row))
         wanted.append(sum(ratios) / len(ratios))
     assert told.imbalance_next == pytest.approx(wanted)
     assert (told.iteration_seconds_next, told.repaid, told.iteration) == (2.5, False, 7)

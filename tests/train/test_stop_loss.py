@@ -91,7 +91,7 @@ EVERY, TOOK = 3, 5.0  # iterations, seconds of a rebalance
 
 
 class TimedJob:
-    """A job whose GPU 0 is always the fullest, so that each rebalance moves; its seconds are what the test says."""
+    """A job whose GPU 0 is always the busiest, so that each rebalance moves; its seconds are what the test says."""
 
     def __init__(self, **options: Any) -> None:
         self.clock = observer.time = Clock()

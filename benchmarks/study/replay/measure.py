@@ -44,7 +44,7 @@ class Result:
     def seconds(self, name: str) -> Tensor:
         """`[S]` float64: modelled seconds of each step; those of moves are in the first step after them."""
         run = self.replays[name]
-        seconds = run.fullest.sum(1).double() * self.model.seconds_per_token
+        seconds = run.busiest.sum(1).double() * self.model.seconds_per_token
         for step, (inside, between) in zip(run.rebalance_steps, run.moved.tolist(), strict=True):
             seconds[step] += self.model.seconds(inside, between)
         return seconds

@@ -13,7 +13,7 @@ TEXT = (
     "Every step is judged under a plan that had not seen it; until the first rebalance all planners run on the "
     "contiguous placement. `imbalance` is the mean over layers and steps after the first rebalance, `worst step` the "
     "largest mean over the layers of a step there, `moved` the slots whose expert came from another GPU, and in "
-    "brackets their share of all slots in a rebalance. Seconds are modelled, of the whole trace: the fullest GPU's "
+    "brackets their share of all slots in a rebalance. Seconds are modelled, of the whole trace: the busiest GPU's "
     "tokens of every step and layer, and the moves. `over even` is the total over that of GPUs that are equally full, "
     "without a move. The sum and the steps are planned from the placement in force too, but at no price. What a move "
     "saves on the steps that were planned on is more than it saves on those after them, so the price counts half of it "
@@ -26,7 +26,7 @@ BALANCED = (
     "expert's mean over the trace at the same height while each step keeps its tokens. Drift within the trace stays, "
     "and the few tokens of experts that were cold are blown up, wavering and all; of the recorded traces only a "
     "loss-free one had a router that really balances itself, and it is hardly changed. `waits` is what static waits "
-    "for the fullest GPU, in percent of its total; the others are what they take less than static, moves included, in "
+    "for the busiest GPU, in percent of its total; the others are what they take less than static, moves included, in "
     "percent of static's total."
 )
 FOLLOWING = (
@@ -114,7 +114,7 @@ def gains(results: list[Result]) -> str:
 
 
 def waits(result: Result) -> float:
-    """The share of static's seconds in which GPUs wait for the fullest one."""
+    """The share of static's seconds in which GPUs wait for the busiest one."""
     return 1 - float(result.even.sum()) / result.replays[STATIC].seconds
 
 

@@ -54,7 +54,7 @@ class _Line(NamedTuple):
 
 
 def imbalance_over_time(run: Run, width: float = WIDE) -> Figure:
-    """Fullest GPU over mean GPU by iteration: the mean over the layers, in a band from the most even to the least.
+    """Busiest GPU over mean GPU by iteration: the mean over the layers, in a band from the most even to the least.
 
     With a trace each step counts under the placement that was in force, smoothed between two rebalances, over the raw
     values; where experts have moved, a dashed line is the same steps with the experts where they began. From events
@@ -70,7 +70,7 @@ def imbalance_over_time(run: Run, width: float = WIDE) -> Figure:
     refuse_if_lacking(_lacks(run))
     figure = empty(width, 4.0 if is_narrow(width) else 3.9)
     axes = figure.subplots()
-    dress(axes, "", "iteration", "fullest GPU / mean GPU")
+    dress(axes, "", "iteration", "busiest GPU / mean GPU")
     handles = [*_draw_lines(axes, run), *_draw_marks(axes, run.events)]
     axes.xaxis.set_major_locator(MaxNLocator(5 if is_narrow(width) else 10, integer=True))
     axes.xaxis.set_major_formatter(lambda number, _: f"{number:,.0f}")

@@ -82,7 +82,7 @@ def _caption(run: Run) -> str:
     name = shortened(printable(run.layers[layer]))
     return (
         f"Tokens of each GPU over the mean GPU of its layer; {maps.source}. White is the mean, red carries more and "
-        f"is waited for, blue carries less and waits. The fullest GPU of a layer carried {before.mean():.2f} times "
+        f"is waited for, blue carries less and waits. The busiest GPU of a layer carried {before.mean():.2f} times "
         f"the mean before and {after.mean():.2f} after, on average over the layers; {before.max():.2f} before "
         f"(GPU {gpu} of layer {name}) and {after.max():.2f} after in the most uneven layer. Tokens are added up over "
         "the steps here: single steps are less even, see the imbalance over time."

@@ -48,7 +48,7 @@ def _caption(run: Run) -> str:
     best = max(run.what_if, key=lambda one: one.saved)
     text = (
         "The recorded steps once more, planned at other intervals; each plan is judged on steps that it had not seen, "
-        "against the experts in contiguous order, in modelled seconds of the fullest GPU and of the moves. Upright "
+        "against the experts in contiguous order, in modelled seconds of the busiest GPU and of the moves. Upright "
         "lines are 95 % intervals; a hollow dot has too few rebalances for one. "
     )
     text += f"Costs: {run.costs}. " if run.costs else ""

@@ -116,8 +116,8 @@ def replayed(load: Tensor, start: Placement | None = None, curve: TimeCurve | No
 
 
 def cost_of(outcome: Replay) -> str:
-    fullest = outcome.fullest.sum().item()
-    return f"fullest {fullest}, imbalance {outcome.mean_imbalance:.4f}, {outcome.compute_seconds} s"
+    busiest = outcome.busiest.sum().item()
+    return f"busiest {busiest}, imbalance {outcome.mean_imbalance:.4f}, {outcome.compute_seconds} s"
 
 
 def event_of(load: Tensor) -> RebalanceEvent:
@@ -292,13 +292,13 @@ CASES: list[Case] = [
     ),
     Case(
         "`replay` of [60, 50, 20, 10] and an empty step on 2 GPUs: both steps together",
-        "fullest 110, imbalance 1.5714, 110.0 s",
+        "busiest 110, imbalance 1.5714, 110.0 s",
         lambda _: cost_of(replayed(steps(UNEVEN, empty=1))),
     ),
     Case(
         "`replay` of an empty step, with a time curve by which an idle expert takes 30 ns",
         "[0]",
-        lambda _: replayed(steps(UNEVEN, empty=1), curve=TimeCurve((0, 10), (30, 100))).fullest[1].tolist(),
+        lambda _: replayed(steps(UNEVEN, empty=1), curve=TimeCurve((0, 10), (30, 100))).busiest[1].tolist(),
     ),
     Case(
         "`Study` of 24 filled rows: rebalances every 4 iterations, under plans on the steps",

@@ -40,13 +40,13 @@ CASES: list[Case] = [
     ),
     Case(
         "`replay` of the same",
-        "fullest 2.0, imbalance 1.0000, 2.0 s",
+        "busiest 2.0, imbalance 1.0000, 2.0 s",
         lambda _: cost_of(replayed(ONES, HALVES)),
     ),
     Case(
-        "`replay` of the same with a time curve of 10 ns a token: nanoseconds of the fullest GPU",
+        "`replay` of the same with a time curve of 10 ns a token: nanoseconds of the busiest GPU",
         "20.0",
-        lambda _: float(replayed(ONES, HALVES, TimeCurve((0, 1), (0, 10))).fullest),
+        lambda _: float(replayed(ONES, HALVES, TimeCurve((0, 1), (0, 10))).busiest),
     ),
     Case(
         "5 tokens of an expert in 3 slots, 4 of another in one: `gpu_tokens` of 2 GPUs",

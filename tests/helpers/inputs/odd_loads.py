@@ -103,7 +103,7 @@ CASES: list[Case] = [
     ),
     Case(
         "the same number of tokens on every expert",
-        "a table [Hint: the GPUs are even already: the fullest has 0.0 % more than the mean, so there is "
+        "a table [Hint: the GPUs are even already: the busiest has 0.0 % more than the mean, so there is "
         "nothing to gain]",
         hinted(np.full((3, 2, 8), 100)),
     ),

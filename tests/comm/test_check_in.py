@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from distplb.comm.rollcall import RollCall
+from distplb.comm.check_in import CheckIn
 
 HOST = """
 import sys, torch.distributed as dist
@@ -23,9 +23,9 @@ sys.stdin.read()
 """
 ENDING = """
 import sys, time, torch.distributed as dist
-from distplb.comm.rollcall import RollCall
+from distplb.comm.check_in import CheckIn
 port = int(sys.argv[1])
-roll = RollCall(lambda: dist.TCPStore("127.0.0.1", port, is_master=False), 0, 2)
+roll = CheckIn(lambda: dist.TCPStore("127.0.0.1", port, is_master=False), 0, 2)
 print(roll.was_called(5), flush=True)
 sys.stdin.readline()  # until the host stands still
 print(roll.was_called(0.2), roll.missing(0.2), flush=True)
@@ -46,8 +46,8 @@ def stop(process: subprocess.Popen[str]) -> None:
     os.waitpid(process.pid, os.WUNTRACED)  # it may go on for a while where cores are busy
 
 
-def roll_of(port: int, rank: int, size: int) -> RollCall:
-    return RollCall(lambda: dist.TCPStore("127.0.0.1", port, is_master=False), rank, size)
+def roll_of(port: int, rank: int, size: int) -> CheckIn:
+    return CheckIn(lambda: dist.TCPStore("127.0.0.1", port, is_master=False), rank, size)
 
 
 def test_who_answers_is_there_and_who_does_not_is_missing(host: tuple[int, subprocess.Popen[str]]) -> None:

@@ -7,13 +7,13 @@ from collections.abc import Callable
 
 from distplb.comm.store import Store, StoreClient
 
-__all__ = ["RollCall"]
+__all__ = ["CheckIn"]
 
 _NO_ERROR = "-"
 _PAUSE_SECONDS = 0.05  # between two looks at which ranks have answered
 
 
-class RollCall:
+class CheckIn:
     """A rank that has lost others writes this, and that it is there itself; ranks that write nothing are missing.
 
     Args:
