@@ -1,4 +1,4 @@
-"""The shortest training loop with distplb. Pairs of ranks are expert-parallel (EP); all pairs hold the same experts (EDP).
+"""The shortest training loop with distplb: EP over each pair of ranks, expert-data-parallel (EDP) over the pairs.
 
 torchrun --standalone --nproc-per-node 4 examples/minimal.py
 """

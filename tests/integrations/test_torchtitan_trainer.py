@@ -1,6 +1,6 @@
-"""README's lines for a job of torchtitan: its own `Trainer` with them, on two gloo processes.
+"""The lines of docs/frameworks.md for torchtitan: its own `Trainer` with them, on two gloo processes.
 
-The class is taken out of README.md and run; only its `every` is made smaller. Configuration is torchtitan's for its
+The class is taken out of the page and run; only its `every` is made smaller. Configuration is torchtitan's for its
 debug Qwen3-MoE, cut down, with its tokenizer, text loader, optimizers, selective recomputation and checkpointer; words
 and vocabulary are made here. Its Trainer expects CUDA, and a later torch, so these are put in place of its own:
 
@@ -42,7 +42,7 @@ from torchtitan.models.common.attention import ScaledDotProductAttention
 from torchtitan.models.common.moe import MoE
 from torchtitan.tools import utils as titan_tools
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "frameworks.md"
 EVERY, SAVED, STEPS = 3, 6, 9  # the save comes right after a move
 EXPERTS, TOP_K, HIDDEN, WORDS, SEQUENCE = 16, 4, 32, 200, 32
 # Larger than torchtitan's, so that experts count from the first steps.
@@ -50,15 +50,15 @@ WEIGHT = partial(torch.nn.init.normal_, std=0.1)
 TOLERANCE = 1e-5  # relative; the sums of float32 come in another order
 
 
-def lines_of_readme() -> str:
+def lines_of_page() -> str:
     """The Python block with the class."""
-    blocks: list[str] = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    blocks: list[str] = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
     return next(block for block in blocks if "BalancedTrainer" in block)
 
 
 def balanced_trainer() -> Any:
-    """README's class, as it stands there but for `every`."""
-    lines = lines_of_readme()
+    """The page's class, as it stands there except for `every`."""
+    lines = lines_of_page()
     assert lines.count("every=500") == 1
     names: dict[str, Any] = {"__name__": __name__}
     exec(lines.replace("every=500", f"every={EVERY}"), names)
