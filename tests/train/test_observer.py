@@ -104,7 +104,7 @@ def test_of_a_sample_of_the_steps_each_is_told_its_own_iteration() -> None:
 def test_a_load_is_by_expert_and_a_window_that_has_not_counted_is_refused() -> None:
     window = LoadWindow(1, 4, 2)
     job = alone(window)
-    with pytest.raises(DistplbError, match=r"the window has no steps of some layer; have each layer's forward call"):
+    with pytest.raises(DistplbError, match=r"the window has no step that all layers have counted; have each layer's"):
         job.load(Placement.contiguous(1, 4, 1))
     window.add(0, torch.tensor([10, 11, 12, 13]), training=True)
     table = torch.tensor([[2, 0, 3, 1]])
@@ -207,8 +207,8 @@ def test_ranks_that_make_no_whole_groups_are_refused_on_all_of_them() -> None:
     ranks = on_ranks(4, refused_groups, deadline=60)
     for found in ranks:
         assert found["three of one"] == (
-            "the ranks are GPUs [0, 0, 0, 1] of their EP groups, which makes no whole groups of 2; "
-            "pass gpu=, this rank's number in its EP group"
+            "the ranks are GPUs [0, 0, 0, 1] of their EP groups, which do not form whole groups of 2; "
+            "pass gpu=, this rank's index in its EP group"
         )
         assert "is held by no rank" in found["all of one"]
         assert "check `gpu`" in found["all of one"]

@@ -156,7 +156,7 @@ def test_steps_and_layers_without_tokens_are_none() -> None:
         assert [level is None for level in levels] == [False, True, False]
     only = account(load[[0, 1, 3, 4, 5], :1], *(Placement(one.expert_of_slot[:1], 4, 2) for one in (old, new)))
     assert event.imbalance_before[0] == only.event(MoveTotals(), "", "", {}).imbalance_before[0]
-    assert event.left_out[1] == "it had no tokens"
+    assert event.left_out[1] == "the layer had no tokens"
     assert RebalanceEvent.from_json(event.to_json()) == event
     assert "[null, null]" not in event.to_json()
     assert ", null, " in event.to_json()
@@ -250,7 +250,7 @@ def test_what_was_left_out_is_told_layer_by_layer() -> None:
     load = torch.tensor([[[8, 8, 1, 1], [8, 8, 1, 1], [2, 2, 2, 2]]])
     old = Placement.contiguous(3, 4, 2)
     plan = Placement(torch.tensor([[0, 2, 1, 3], [0, 1, 2, 3], [0, 1, 2, 3]]), 4, 2)
-    unmoved, repaying = "2 slots are over the budget", "no other move was found that repays itself"
+    unmoved, repaying = "2 slots are over the budget", "the search found no other move that pays off"
     assert account(load, old, plan, target=old).event(MoveTotals(), "", "", {}).left_out == (unmoved, repaying, "")
     assert account(load, old, plan).event(MoveTotals(), "", "", {}).left_out == ("", repaying, "")
     free = PlanOptions(current=old)

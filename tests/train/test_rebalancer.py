@@ -131,8 +131,8 @@ CASES = {
     "rows": "rank 1: moe.0.experts.w has shape (3, 6); its first dim must be 4, this GPU's slots",
     "strides": "rank 1: moe.0.experts.w has strides (1, 4) and is not contiguous; store it contiguously",
     "gpus": "the topology has 4 GPUs, the communicator 2 ranks; pass a topology whose GPUs are the ranks",
-    "undeclared": "moe.0 has 1 expert tensors, 0 router tensors and no table; declare all expert tensors, and either",
-    "no counts": "the window has no steps of some layer; have each layer's forward call window.add(index, counts)",
+    "undeclared": "moe.0 has 1 expert tensor, 0 router tensors and no table; declare all expert tensors, and either",
+    "no counts": "the window has no step that all layers have counted; have each layer's forward call window.add(index",
     "counts": (
         "rank 1: LoadWindow: layer 'moe.0' has a number of torch.float32 that is no whole one from 0 to 16777216 for "
         "expert 0 in step 1 (16 such); counts must be whole tokens, and torch.float32 counts to 16777216 only"
@@ -142,8 +142,8 @@ CASES = {
     "backward": "rank 1: a backward pass has begun since the optimizer's last step; call rebalancer.step() right after",
     "placement": "ranks disagree on the placement (digest)",
     "replicas": "the placement has 10 slots for 8 experts; replicas cannot be trained yet",
-    "other model": "the placement has num_layers 3, the model 2; pass one of this model",
-    "loaded": "state has version 2; this distplb reads 3",
+    "other model": "the placement has num_layers 3, the model 2; pass a placement of this model",
+    "loaded": "state has version 2; this distplb reads version 3",
     "iteration": "ranks disagree on the rebalancer's iteration: 2 on one, 4 on another",
 }
 
@@ -243,7 +243,7 @@ def test_a_dry_run_needs_no_optimizer_whose_state_could_be_moved() -> None:
     rebalancer.step()
     (event,) = told
     assert event.decision == "dry run"
-    assert "it would be refused: moe.0.experts.w:col_var of Adafactor" in event.reason
+    assert "a move would be refused: moe.0.experts.w:col_var of Adafactor" in event.reason
 
 
 def test_each_stage_is_a_range_in_a_profile() -> None:
@@ -401,10 +401,10 @@ def test_state_is_tensors_by_layer_and_of_other_layers_takes_only_its_own() -> N
     found = again.state_dict()["layers"]["moe.0"]["counters"]
     assert found.tolist() == [9, 2, 0, 1]
     del state["layers"]["moe.0"]
-    with pytest.raises(DistplbError, match=r"state has no layer 'moe\.0'; it has moe\.1: load the state of this model"):
+    with pytest.raises(DistplbError, match=r"state has no layer 'moe\.0' \(its layers: moe\.1\); load the state of"):
         Job(ranks=1).rebalancer(every=1).load_state_dict(state)
     state["layers"]["moe.0"] = {key: torch.arange(4) for key in ("expert_of_slot", "first", "counters")}
-    with pytest.raises(DistplbError, match=r"state has 4 slots in layer 'moe\.0', the model 8"):
+    with pytest.raises(DistplbError, match=r"state has 4 slots in layer 'moe\.0' where the model has 8"):
         Job(ranks=1).rebalancer(every=1).load_state_dict(state)
 
 
@@ -450,7 +450,7 @@ def test_what_is_worth_its_price_is_moved_and_nothing_else(
         assert free.imbalance_after == cheap.imbalance_after == cheap.imbalance_bound == pytest.approx((1.0,) * LAYERS)
         assert dear.decision == "kept"
         assert dear.reason == "no layer has a placement that is worth its moves"
-        assert dear.left_out == ("no other move was found that repays itself",) * LAYERS
+        assert dear.left_out == ("the search found no other move that pays off",) * LAYERS
         assert dear.slots_moved == dear.bytes_moved == dear.saved_seconds == dear.move_seconds == 0
         assert dear.imbalance_after == dear.imbalance_before
         assert dear.placement_digest == Placement.contiguous(LAYERS, EXPERTS, 2).digest()

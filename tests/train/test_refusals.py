@@ -160,8 +160,8 @@ WRONG: dict[str, tuple[Any, str]] = {
     "engine": (1, "engine is 1; pass the name of an engine, or None for the fastest"),
     "time_curve": (2.5, "time_curve is 2.5; pass a TimeCurve, such as measured_curve returns"),
     "spread": ((2, 4), "Moves: spread is a tuple; pass a Spread"),
-    "window": (1.5, "window is 1.5; pass a LoadWindow, or the most steps that one keeps"),
-    "gpu": ("0", "gpu is '0'; pass this rank's number in its EP group"),
+    "window": (1.5, "window is 1.5; pass a LoadWindow, or how many steps to keep"),
+    "gpu": ("0", "gpu is '0'; pass this rank's index in its EP group"),
     "topology": ((1, 1), "topology is a tuple; pass a Topology, such as Topology.from_env()"),
     "folder": (7, "Record: folder is 7; pass the path of a folder"),
     "dry_run": ("no", "Moves: dry_run is 'no'; pass True or False"),
@@ -269,7 +269,7 @@ def test_a_folder_of_another_job_is_refused_when_built(tmp_path: Path) -> None:
         assert refused(job, layers=layers, folder=path.parent).startswith(begin)
         assert refused(job, folder=path.parent) == "no error"
     assert refused(Job(ranks=1), folder=tmp_path / "events.jsonl") == (
-        f"record: {tmp_path / 'events.jsonl'} is a file; pass a folder"
+        f"record: {tmp_path / 'events.jsonl'} is a file; pass the path of a folder"
     )
     (tmp_path / "mine").mkdir()
     for text in ("a,b\n", "[]\n", '{"format": "other"}\n'):

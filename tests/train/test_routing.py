@@ -398,7 +398,7 @@ def test_what_nobody_foresaw_on_one_rank_is_an_error_on_all() -> None:
 
 @pytest.mark.parametrize("response", [None, "a folder", {"writes": "at once"}])
 def test_what_is_no_save_is_not_taken_for_one_that_has_ended(response: Any) -> None:
-    with pytest.raises(DistplbError, match=r"saving got a (NoneType|str|dict); pass what .*async_save returned"):
+    with pytest.raises(DistplbError, match=r"saving got a (NoneType|str|dict); pass the return value of .*async_save"):
         Job(ranks=1).rebalancer(every=1).saving(response)
 
 
@@ -430,9 +430,9 @@ def test_layers_that_follow_in_different_ways_are_refused() -> None:
     with pytest.raises(DistplbError, match=r"layers differ in num_groups: None in a, 2 in c"):
         Routing([rows, grouped])
     both = MoELayer(name="d", experts={"w": weight}, router={"weight": router}, slot_of_expert=table)
-    with pytest.raises(DistplbError, match=r"d has 1 expert tensors, 1 router tensors and a table; declare all"):
+    with pytest.raises(DistplbError, match=r"d has 1 expert tensor, 1 router tensor and a table; declare all"):
         Routing([both])
     with pytest.raises(DistplbError, match=r"a has no counts; pass window=, a LoadWindow that its forward fills"):
         Routing([rows]).window(4, 0)
-    with pytest.raises(DistplbError, match=r"slot_of_expert is torch.float32 of shape \(4,\); pass an int64"):
+    with pytest.raises(DistplbError, match=r"slot_of_expert is torch.float32 of shape \(4,\); pass int64"):
         Routing([MoELayer(name="e", experts={"w": weight}, slot_of_expert=weight[:, 0])])

@@ -247,11 +247,11 @@ def refused() -> list[str]:
 
 def test_offsets_that_do_not_fit_or_differ_are_refused() -> None:
     for texts in on_ranks(2, refused):
-        assert "spread over 2 iterations and more, and one begins every 2; pass a smaller share_after" in texts[0]
+        assert "spread has share_after 2, but every is 2; pass a share_after below 2, or a larger every" in texts[0]
         assert texts[1].startswith("ranks disagree on spread (digest)")
         assert texts[2].startswith("ranks disagree on spread (digest)")
     for wrong in ((2, 1, 0.1), (-1, 1, 0.1), (0, 0, -1.0)):
-        with pytest.raises(DistplbError, match="pass offsets that do not fall"):
+        with pytest.raises(DistplbError, match="pass values such as"):
             Spread(*wrong)
 
 

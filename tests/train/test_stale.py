@@ -346,7 +346,7 @@ def test_a_table_that_somebody_else_has_written_is_refused_before_anything_moves
     rebalancer.apply(TURNED)
     job.table.copy_(torch.arange(EXPERTS))
     rows = job.w.detach().clone()
-    text = r"slot_of_expert has expert 0 in slot 0, and it was put into slot 6: something else has written the table"
+    text = r"slot_of_expert has expert 0 in slot 0, but the rebalancer put it into slot 6; other code has written the"
     with pytest.raises(DistplbError, match=text):
         rebalancer.restore()
     assert torch.equal(job.w.detach(), rows)
@@ -355,7 +355,7 @@ def test_a_table_that_somebody_else_has_written_is_refused_before_anything_moves
 def test_a_table_that_is_none_is_refused() -> None:
     job = Tabled()
     job.table[0] = 5
-    with pytest.raises(DistplbError, match=r"slot_of_expert is \[5, 1, 2, 3, 4, 5, 6, 7\]; it must name each of 8"):
+    with pytest.raises(DistplbError, match=r"slot_of_expert is \[5, 1, 2, 3, 4, 5, 6, 7\]; it must contain each of 8"):
         job.rebalancer()
     job.table.zero_()  # nobody has filled it yet
     job.rebalancer()

@@ -131,7 +131,7 @@ def never_paying() -> dict[str, Any]:
 
 
 def test_a_job_whose_moves_never_pay_turns_itself_off_after_three_on_all_ranks() -> None:
-    reason = "3 rebalances in a row did not repay themselves; set enabled to go on, or rebalance less often"
+    reason = "3 rebalances in a row did not pay off; set enabled = True to continue, or rebalance less often"
     for found in on_ranks(2, never_paying, deadline=60):
         assert found["told"] == [
             (3, "moved", None),
@@ -219,8 +219,8 @@ def test_an_even_load_is_left_alone_and_rebalancing_stays_on() -> None:
         assert found["enabled"]
         assert {(decision, repaid) for _, decision, repaid in found["told"]} == {("kept", None)}
         assert sum(found["planned"]) < 3  # nearly every time the search had found some moves
-        assert "the GPUs are as even as chance leaves them, in every layer that would have moved" in found["reasons"]
-        assert found["left_out"] == ("the GPUs are as even as chance leaves them",) * LAYERS
+        assert "the GPUs differ no more than by chance, in every layer that would have moved" in found["reasons"]
+        assert found["left_out"] == ("the GPUs differ no more than by chance",) * LAYERS
         assert [(iteration, decision) for iteration, decision, _ in found["then"] if iteration > 36] == [
             (39, "moved"),
             (39, "moved"),

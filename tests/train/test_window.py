@@ -327,7 +327,7 @@ def test_64_MiB_are_the_default() -> None:
 
 
 def test_bytes_for_not_even_one_step_are_refused_with_what_is_needed() -> None:
-    with pytest.raises(DistplbError, match=r"one step of 2 layers × 3 experts takes 48 bytes, max_bytes is 47; pass a"):
+    with pytest.raises(DistplbError, match=r"max_bytes is 47, but one step takes 48 bytes \(num_layers 2, num_expe"):
         LoadWindow(2, 3, 9, max_bytes=47)
 
 
