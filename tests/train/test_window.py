@@ -861,9 +861,7 @@ def test_a_compiled_forward_has_the_window_go_along_and_a_full_graph_says_what_t
     torch._dynamo.reset()
     layer, x = Compiled(device="meta"), torch.ones(2, device="meta")
     full = torch.compile(layer, backend="eager", fullgraph=True)
-    with pytest.raises(
-        torch._dynamo.exc.Unsupported, match=r"pass LoadWindow\(device=\.\.\.\), or run an uncompiled"
-    ):
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"pass LoadWindow\(device=\.\.\.\), or run an uncompiled"):
         full(x)
     assert devices(layer.window) == {"cpu"}
     torch.compile(layer, backend="eager")(x)
