@@ -172,7 +172,10 @@ def agree_on_options(arguments: Arguments) -> Agreed:
 
 
 def enter(agreed: Agreed) -> tuple[Roster, bool]:
-    """Enter the communicator in the job's roster; also return whether all ranks know where the rows are. Collective.
+    """Enter the communicator in the job's roster. Collective.
+
+    Returns:
+        The roster, and whether all ranks know where the rows are.
 
     Raises:
         DistplbError: on every rank, if another communicator holds layers of the same names.

@@ -39,7 +39,7 @@ class Background:
         return _waiting(self._thread.submit(self._on_stream, run, self._stream, written))
 
     def close(self) -> None:
-        """Wait for the running tasks and end the thread."""
+        """Wait for pending tasks and end the thread."""
         if self._thread is not None:
             self._thread.shutdown()
             self._thread = None

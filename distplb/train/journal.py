@@ -137,7 +137,7 @@ class Journal:
         """Warn that ranks counted or planned differently; training continues.
 
         Raises:
-            DisagreementError: the same error, if ranks differ in anything else, because they must not train on then.
+            DisagreementError: the error itself, if ranks differ in anything else; training must stop then.
         """
         if isinstance(differing, DisagreementError) and not differing.field.endswith("(digest)"):
             raise differing

@@ -97,9 +97,9 @@ def measured_bandwidths(comm: Comm, topology: Topology, peers: Sequence[int], gp
 
     Each GPU sends to a neighbour, inside its node and then in another node. The time of a one-byte message is
     subtracted, because a move pays for library calls, synchronisation and kernels only once for all its messages.
-    Messages grow until the transfer takes most of the time, up to 64 MiB (on a GPU 256 MiB or a sixteenth of its free
-    memory). If the topology has only one of the two kinds of link, both results are that of this link. With a single
-    GPU nothing is ever sent, and both are huge.
+    Messages grow until the transfer takes most of the time, up to 64 MiB (on a GPU 256 MiB, or a sixteenth of its free
+    memory if that is less). If the topology has only one of the two kinds of link, both results are those of this link.
+    With a single GPU nothing is ever sent, and both are huge.
 
     Args:
         comm: all its ranks call this together.

@@ -111,13 +111,13 @@ class Moves:
             transfer before the first rebalance. With neither, a moved slot has to save 2^-13 of the mean GPU's
             tokens, so that experts do not move for a negligible gain, and a layer stays as it is if its GPUs differ
             no more than by chance.
-        max_bytes: most bytes, over all ranks, of the experts that one rebalance moves, with their state; the moves
-            that save most come first. None for no limit.
+        max_bytes: how many bytes of experts and their state one rebalance may move, over all ranks; the moves that
+            save most come first. None for no limit.
         spread: how a rebalance is spread over iterations, so that none of them takes long. None runs it within one
             iteration. Between iterations the placement in force is valid and may be saved. The next rebalance begins
             only after the last one has ended.
         stop_loss: rebalancing turns itself off (`enabled` becomes False) with a warning after this many rebalances in
-            a row that cost more time than they saved. 0 never turns it off.
+            a row that clearly cost more time than they saved. 0 never turns it off.
         dry_run: plan and report, but move nothing. If state and gradients could not travel, the event's reason says
             so. Moves are free without a `model`, and `max_bytes` has no effect.
         verify: "digest" compares a checksum of every expert before and after each move; "first" does so for the first

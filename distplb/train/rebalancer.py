@@ -62,8 +62,8 @@ class Rebalancer:
             group if there is only one. None for this process alone.
         gpu: which GPU of its EP group this rank is. Defaults to the rank in `comm`, if `comm` is a single EP group.
         window: a `LoadWindow` whose layers are in the order of `layers` and whose experts are the router's outputs;
-            each layer's forward calls `window.add(index, counts)`. Or an integer: the most steps that a window keeps
-            which the layers fill themselves (`MoELayer.counts`).
+            each layer's forward calls `window.add(index, counts)`. Or an integer: how many steps to keep in a window
+            that the layers fill themselves (`MoELayer.counts`).
         search: how plans are searched.
         moves: which moves of a plan are made, and how.
         record: what is recorded, and where it goes.
@@ -257,7 +257,7 @@ class Rebalancer:
     def close(self) -> None:
         """Release model and optimizers, and wait until trace and log, if recorded, are written.
 
-        Not collective. Experts stay where they are and nothing moves any more; `state_dict` still works.
+        Not collective. Experts stay where they are, and later moves are refused; `state_dict` still works.
         """
         self._is_closed = True
         self._drop()
@@ -339,5 +339,5 @@ class Rebalancer:
     def _refuse_if_unfit(self) -> None:
         self._parts.in_force.refuse_if_half_moved()
         if self._is_closed:
-            raise DistplbError("this Rebalancer has been closed and moves nothing any more; make a new one")
+            raise DistplbError("this Rebalancer has been closed; make a new one")
         self._parts.in_force.refuse_unknown_rows()

@@ -31,7 +31,7 @@ def _is_in_a_recorded_function() -> bool:
     the function is recorded.
 
     Raises:
-        DistplbError: in a compiled graph that has a backward, where the parts without gradients can no longer be told.
+        DistplbError: in a compiled graph that has a backward, where parts without gradients cannot be recognised.
     """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:

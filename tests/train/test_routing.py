@@ -185,7 +185,7 @@ def test_layers_fill_the_window_by_themselves_until_it_is_closed() -> None:
     rebalancer.close()
     router(torch.randn(5, DIM))
     assert not len(rebalancer._parts.agreed.window.load())
-    with pytest.raises(DistplbError, match="this Rebalancer has been closed and moves nothing any more"):
+    with pytest.raises(DistplbError, match="this Rebalancer has been closed; make a new one"):
         rebalancer.step()
 
 

@@ -201,7 +201,7 @@ def test_two_rebalancers_of_one_model_are_refused() -> None:
         job.rebalancer(job.layers()[1:], every=1, window=LoadWindow(1, EXPERTS, 4))
     first.close()
     second = job.rebalancer(every=1)
-    with pytest.raises(DistplbError, match="this Rebalancer has been closed and moves nothing any more"):
+    with pytest.raises(DistplbError, match="this Rebalancer has been closed; make a new one"):
         first.apply(REVERSED)
     del second  # not closed
     gc.collect()
