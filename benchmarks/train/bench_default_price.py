@@ -1,9 +1,9 @@
-"""Rebalances without a known price of moves: by the default price alone, and with layers left alone that are even.
+"""Rebalances without a known price of moves: with the default price only, and with even layers left alone too.
 
     python -m benchmarks.train.bench_default_price --loads DIR --output benchmarks/results/DATE-default-price.md
 
-Equally likely experts, which nothing helps; traces, recorded and made, judged on steps that no plan had seen; and a
-recorded load, disturbed. Shapes: S steps, T steps of a window, L layers, E experts, M GPUs.
+Three cases: equally likely experts, for which no plan can help; recorded and generated traces, evaluated on steps that
+no plan had seen; and a recorded load, perturbed. Shapes: S steps, T steps of a window, L layers, E experts, M GPUs.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ LOAD, NOISE = "deepseek-v3_prefill_in1024.npy", 0.1
 HEAD = ["static", "price alone", "moved", "left alone", "moved"]
 TEXT = (
     "Slots moved, over all rebalances and layers, and the mean imbalance of the steps after the first rebalance, each "
-    "under a plan that had not seen it. `price alone` is a plan at the price of a moved slot that a Rebalancer takes "
-    "without a time curve or a move model; `left alone` keeps the layers whose GPUs are as even as chance leaves them, "
-    "as it does now. Nothing depends on the machine."
+    "under a plan that had not seen it. `price alone` plans with the price of a moved slot that a Rebalancer uses "
+    "without a time curve or a move model; `left alone` also keeps layers whose GPUs differ no more than by chance, as "
+    "a Rebalancer does. The results do not depend on the machine."
 )
 
 
 def main() -> None:
-    """Measure, print, and write where that is asked for."""
+    """Measure, print, and write the result to --output if given."""
     parser = argparse.ArgumentParser(description="Rebalances without a known price of moves.")
-    parser.add_argument("--loads", type=Path, metavar="DIR", help="folder of recorded loads, as of bench_replay")
-    parser.add_argument("--every", type=int, default=32, metavar="N", help="steps between rebalances, all planned on")
+    parser.add_argument("--loads", type=Path, metavar="DIR", help="folder of recorded loads, as for bench_replay")
+    parser.add_argument("--every", type=int, default=32, metavar="N", help="steps between rebalances, and in each plan")
     parser.add_argument("--candidates", type=int, default=8, metavar="K")
-    parser.add_argument("--windows", type=int, default=EVEN_WINDOWS, help="of even loads")
+    parser.add_argument("--windows", type=int, default=EVEN_WINDOWS, help="windows of each even load")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the result there, as markdown")
     options = parser.parse_args()
     parts = [f"## Equally likely experts\n\n{even_table(options)}", f"## Traces\n\n{trace_table(options)}"]
@@ -62,13 +62,13 @@ def main() -> None:
 
 
 def planner(topology: Topology, num_candidates: int, alone: bool) -> Planner:
-    """A rebalance at the default price; `alone`: with layers left alone."""
+    """Return a planner with the default price; `alone` leaves even layers alone."""
 
     def planned(load: Tensor, current: Placement) -> Placement:
         tokens = int(load.sum()) // load.shape[1] // topology.num_gpus
         price = default_price(tokens, topology)
         is_even = even_by_chance(load, current)[:, None] & alone
-        if is_even.all():  # whatever the search would find
+        if is_even.all():  # whatever the search found, it would be dropped
             return current
         plan = distplb.plan(load, topology, current=current, move_price=price, num_candidates=num_candidates)
         table = torch.where(is_even, current.expert_of_slot, plan.expert_of_slot)
@@ -78,7 +78,7 @@ def planner(topology: Topology, num_candidates: int, alone: bool) -> Planner:
 
 
 def both(load: Tensor, topology: Topology, every: int, num_candidates: int) -> list[str]:
-    """The imbalance of static, then imbalance and slots moved of either planner."""
+    """The static imbalance, then imbalance and slots moved of each planner."""
     trace, cells = traces.as_trace(load), []
     planners = [planner(topology, num_candidates, alone) for alone in (False, True)]
     for one in ((lambda load, current: current), *planners):
@@ -89,7 +89,7 @@ def both(load: Tensor, topology: Topology, every: int, num_candidates: int) -> l
 
 
 def even_table(options: argparse.Namespace) -> str:
-    """Every size, window and number of tokens."""
+    """One row for each size, window and number of tokens."""
     lines = []
     for nodes, gpus, experts in SIZES:
         for steps in EVEN_STEPS:
@@ -104,7 +104,7 @@ def even_table(options: argparse.Namespace) -> str:
 
 
 def trace_table(options: argparse.Namespace) -> str:
-    """Every trace, and each with every expert rescaled to the same mean."""
+    """One row for each trace, and one with all its experts rescaled to the same mean."""
     sources = [*traces.recorded_traces([traces.SHIPPED])]
     sources += traces.sampled_traces(options.loads) if options.loads else []
     lines = []
@@ -119,7 +119,7 @@ def trace_table(options: argparse.Namespace) -> str:
 
 
 def disturbed_table(options: argparse.Namespace) -> str:
-    """A placement planned on a load meets it disturbed; no price, the same price everywhere, and by distance."""
+    """Plan again after a load is perturbed: with free moves, with one price for all moves, and with one by distance."""
     load = torch.from_numpy(np.load(options.loads / LOAD).astype(np.int64))
     layers, experts = load.shape
     next_load = disturbed(load, NOISE, seed=0)
@@ -138,7 +138,7 @@ def disturbed_table(options: argparse.Namespace) -> str:
             share = f"{(inside + between) / layers / experts:.1%}"
             even = float(imbalance(next_load, plan).mean())
             lines.append([f"16 GPUs on {topology.num_nodes}, {name}", f"{even:.4f}", share, f"{inside}", f"{between}"])
-    text = f"{LOAD}, every count times exp(x), x normal with standard deviation {NOISE}; judged on what was planned on."
+    text = f"{LOAD}, every count times exp(x), x normal with standard deviation {NOISE}; evaluated on the planned load."
     return f"{text}\n\n{markdown(['plan', 'imbalance', 'moved', 'inside nodes', 'between'], lines)}"
 
 

@@ -1,9 +1,9 @@
-"""What crosses a slow link when the planner knows where it is: two hosts of two GPUs each, made on one machine.
+"""Bytes over a slow link, if the planner knows where the link is: two hosts of two GPUs, simulated on one machine.
 
     python -m benchmarks.train.bench_hosts --loads DIR --output benchmarks/results/DATE-hosts.md
 
-The same jobs are rebalanced with the topology as it is, two nodes of two GPUs, and as one node of four; both price
-moves by the bandwidths that they measure. What crosses is read from the link's own counters.
+The same jobs are rebalanced with the true topology, two nodes of two GPUs, and as one node of four; both price moves
+with the bandwidths that they measure. The bytes are read from the link's own counters.
 Shapes: T steps, L layers, E experts, M GPUs.
 """
 
@@ -29,25 +29,25 @@ from distplb.comm.torchdist import TorchComm
 from distplb.train.measure import measured_bandwidths
 
 STEPS, SEQUENCES, LAYERS = 8, 16, 12
-ROW = 1 << 14  # float32 elements of an expert, with two moments besides
+ROW = 1 << 14  # float32 elements of an expert, without its two moments
 AWARE, UNAWARE = Topology(2, 2), Topology(1, 4)
 SECONDS = 1500.0
 TEXT = (
     "Two hosts are network namespaces on one machine, each with a link of {megabits:g} Mbit/s in each direction (tbf) "
-    "and a loopback without limit; {delay}. Two gloo ranks on each, under torchrun. The experts of {layers} layers of "
-    "DeepSeek-V2-Lite (64 each, 192 KiB with the moments of AdamW) stand as planned for sequences of one kind of text; "
+    "and an unlimited loopback; {delay}. Each has two gloo ranks, under torchrun. The experts of {layers} layers of "
+    "DeepSeek-V2-Lite (64 each, 192 KiB with the moments of AdamW) start in a placement planned for one kind of text; "
     "{steps} steps of {sequences} sequences of another kind are counted, and the job is rebalanced. Aware: the "
-    "topology is 2 nodes × 2 GPUs; unaware: 1 node × 4 GPUs. Both price a moved slot by the bandwidths that they "
-    "measured in the job and by the time of a token, at which it stands in the table: the dearer tokens are, the more "
-    "is moved. Where it is not known, the default price holds. Crossing is what left the two hosts over their links "
+    "topology is 2 nodes × 2 GPUs; unaware: 1 node × 4 GPUs. Both price a moved slot with the bandwidths that they "
+    "measured in the job and with the time of a token, given in the table: the longer it is, the more slots pay off. "
+    "If it is not known, the default price is used. Crossing counts the bytes that left the two hosts over their links "
     "during the rebalance, by the kernel's counters: experts, the planner's collectives and headers. Means over "
-    "{cases} changes of text and seeds; `÷` is the ratio of the sums, with the least and the largest of one change. "
-    "Other work shared the cores, so seconds are too many; bytes and imbalance do not depend on it."
+    "{cases} changes of text and seeds; `÷` is the ratio of the sums, with its range over single changes. "
+    "Other work shared the cores, so seconds are too high; bytes and imbalance do not depend on it."
 )
 
 
 def main() -> None:
-    """Measure, print, and write where that is asked for."""
+    """Measure, print, and write the result to --output if given."""
     options = parsed_options()
     if options.job:
         run_job(options.job, job)
@@ -58,11 +58,11 @@ def main() -> None:
 
 
 def parsed_options() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description="Bytes between two hosts, with a planner that knows them or not.")
     parser.add_argument("--loads", type=Path, metavar="DIR", help="folder of deepseek-v2-lite_*_steps.npy")
-    parser.add_argument("--megabits", type=float, default=400.0, help="of each link, per second and direction")
-    parser.add_argument("--nanoseconds", type=int, nargs="+", default=[0, 10_000, 40_000, 160_000], help="of a token")
+    parser.add_argument("--megabits", type=float, default=400.0, help="bandwidth of each link and direction, in Mbit/s")
+    parser.add_argument("--nanoseconds", type=int, nargs="+", default=[0, 10_000, 40_000, 160_000], help="per token")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the result there, as markdown")
     parser.add_argument("--job", type=Path, metavar="FOLDER", help=argparse.SUPPRESS)  # a rank on its host
@@ -73,7 +73,7 @@ def parsed_options() -> argparse.Namespace:
 
 
 def heading(options: argparse.Namespace, measurement: dict) -> str:
-    """The report's, without the reader's own paths."""
+    """The heading of the report, without local paths."""
     names = ("megabits", "nanoseconds", "seeds")
     arguments = {"--loads": "DIR"} | {f"--{name}": getattr(options, name) for name in names}
     text = TEXT.format(
@@ -86,17 +86,17 @@ def heading(options: argparse.Namespace, measurement: dict) -> str:
     )
     pairs = (f"{name} {inside / 1e6:.0f} and {between / 1e6:.0f}" for name, inside, between in measurement["links"])
     top = header("A planner that knows its nodes", text, command_line("train.bench_hosts", arguments), "cpu")
-    return f"{top}\n- MB/s measured inside a node and between: {', '.join(pairs)}"
+    return f"{top}\n- MB/s measured inside a node and between nodes: {', '.join(pairs)}"
 
 
 # --- where it runs ----------------------------------------------------------------------------------------------
 
 
 def measured(options: argparse.Namespace) -> dict:
-    """The cases and links of the job, and the delay in words."""
+    """Run the job; return its cases and links, and a text about the delay."""
     why_not = outside("tests/helpers", "hosts").why_not
     if reason := why_not("tbf"):
-        raise SystemExit(f"hosts cannot be made here: {reason}")
+        raise SystemExit(f"this machine cannot simulate hosts: {reason}")
     has_delay = why_not("netem") is None
     task = {"loads": str(options.loads.resolve()), "nanoseconds": options.nanoseconds, "seeds": options.seeds}
     result = on_hosts(
@@ -108,12 +108,12 @@ def measured(options: argparse.Namespace) -> dict:
         delay_ms=0.1 if has_delay else 0.0,
         seconds=SECONDS,
     )
-    delay = "0.1 ms late (netem)" if has_delay else "without a delay, for which this kernel has no netem"
+    delay = "a delay of 0.1 ms (netem)" if has_delay else "no delay, because this kernel has no netem"
     return result | {"delay": delay}
 
 
 def job(task: dict[str, Any]) -> dict[str, Any]:
-    """One rank: every change of text, at every time of a token, in both ways."""
+    """Run one rank: every change of text, with every time of a token, aware and unaware."""
     comm = TorchComm(deadline=SECONDS / 2)
     names = {"aware": AWARE, "unaware": UNAWARE}
     links = {name: measured_bandwidths(comm, topology, range(comm.size), comm.rank) for name, topology in names.items()}
@@ -129,7 +129,7 @@ def job(task: dict[str, Any]) -> dict[str, Any]:
 
 
 def changes(folder: Path, seeds: int) -> Iterator[tuple[Tensor, Tensor, int]]:
-    """Steps `[T, L, E]` of one kind of text, of another, and a seed."""
+    """Yield steps `[T, L, E]` of one kind of text, steps of another kind, and a seed."""
     texts = {name: load[:, :LAYERS] for name, load in sequences.read_sequences(folder).items()}
     for one, other in permutations(texts, 2):
         for seed in range(seeds):
@@ -143,7 +143,7 @@ def changes(folder: Path, seeds: int) -> Iterator[tuple[Tensor, Tensor, int]]:
 def rebalanced(
     comm: TorchComm, topology: Topology, model: MoveModel | None, before: Tensor, after: Tensor, seed: int
 ) -> dict[str, float]:
-    """One rebalance from a placement planned for `before [T, L, E]`, after steps of `after`."""
+    """Rebalance once, from a placement planned for `before [T, L, E]`, after counting the steps of `after`."""
     num_layers, num_experts = after.shape[1:]
     weights = [torch.nn.Parameter(torch.zeros(num_experts // comm.size, ROW)) for _ in range(num_layers)]
     optimizer = torch.optim.AdamW(weights)
@@ -171,7 +171,7 @@ def rebalanced(
     sent = crossing(comm)
     for step in after:
         for layer, counts in enumerate(step):
-            window.add(layer, (counts + comm.rank) // comm.size)  # over the ranks the whole
+            window.add(layer, (counts + comm.rank) // comm.size)  # adds up to the whole over the ranks
         rebalancer.step()
     (event,) = events
     rebalancer.close()
@@ -185,7 +185,7 @@ def rebalanced(
 
 
 def crossing(comm: TorchComm) -> int:
-    """Bytes that have left all hosts so far; each is read by one of its ranks."""
+    """Bytes that have left all hosts so far; one rank of each host reads its counter."""
     own = Path("/sys/class/net/eth0/statistics/tx_bytes").read_text() if os.environ["LOCAL_RANK"] == "0" else "0"
     bytes_ = torch.tensor([int(own)])
     comm.all_reduce_sum(bytes_)
@@ -196,7 +196,7 @@ def crossing(comm: TorchComm) -> int:
 
 
 def table(cases: list[dict], nanoseconds: list[int]) -> str:
-    """Both ways side by side, for each time of a token."""
+    """Aware and unaware side by side, for each time of a token."""
     head = ["ns a token", "planner", "imbalance before", "after", "slots moved", "crossing, MB", "÷", "move, s", "÷"]
     lines = []
     for of_token in nanoseconds:

@@ -1,11 +1,11 @@
-"""Whether experts that move change the training: rebalanced runs against static ones, beside static against static.
+"""Whether moving experts changes the training: rebalanced against static runs, compared with static against static.
 
     torchrun --standalone --nproc-per-node 2 -m benchmarks.train.bench_loss_curves --output DATE-loss-curves.md
 
-In float32 another order of additions is another run: differences of the last bit grow until two losses differ in the
-second digit, and no run is "the" loss curve. So static runs that differ in the order of additions alone (A/A) show how
-far apart two curves of the same training lie, and a run whose experts move (A/B) must not lie further away. A control
-whose moments stay behind when experts move shows that the comparison would notice an error.
+In float32 a different order of additions gives a different run: differences in the last bit grow until two losses
+differ in the second digit, so no run is "the" loss curve. Static runs that differ only in the order of additions (A/A)
+show how far apart two curves of the same training are; a run whose experts move (A/B) must not be further away. A
+control whose moments stay behind when experts move shows that the comparison would notice an error.
 Shapes: S seeds, R runs, I iterations, B sequences of one rank.
 """
 
@@ -35,12 +35,12 @@ moe_model, pretrain_moe, texts = (outside("examples", name) for name in ("moe_mo
 BATCH, LENGTH = 8, 32  # sequences of one rank, and bytes of each
 CONFIG = moe_model.Config(layers=1, experts=8, top_k=2, dim=32, ffn=64, heads=2, max_sequence=LENGTH)
 LEARNING_RATE = 1e-3
-SMOOTH = 100  # iterations that a point of a smoothed curve is the mean of
-LAST = 300  # iterations that a final loss is the mean of
+SMOOTH = 100  # iterations averaged for each point of a smoothed curve
+LAST = 300  # iterations averaged for a final loss
 
-Order = Callable[[torch.Tensor], torch.Tensor]  # of a global batch's sequences
-# The mean over a batch is the same in any order of its sequences, but for the order in which it is added up: within a
-# rank where they are reversed in each rank's half, between ranks too where the halves change places.
+Order = Callable[[torch.Tensor], torch.Tensor]  # permutes the sequences of a global batch
+# Permuting a batch only changes the order in which its mean is summed: within each rank if its half is reversed, and
+# between ranks if the halves are swapped.
 STATIC: dict[str, Order] = {
     "static": lambda crops: crops,
     "static, reversed": lambda crops: crops.unflatten(0, (-1, BATCH)).flip(1).flatten(0, 1),
@@ -50,22 +50,22 @@ REBALANCED, CONTROL = "rebalanced", "rebalanced, moments left behind"
 RUNS = [*STATIC, REBALANCED, CONTROL]
 TEXT = (
     "Loss curves of the model of examples/moe_model.py in float32 on two ranks over gloo. All runs of a seed have the "
-    "same initial weights and the same batches; static ones differ in the order of the sequences of each batch, which "
-    "is an order of additions and nothing else. Figures are differences of losses, smoothed over "
+    "same initial weights and the same batches; static runs differ in the order of the sequences of each batch, which "
+    "only changes the order of additions. Figures are differences of losses, smoothed over "
     f"{SMOOTH} iterations; a final loss is the mean over the last {LAST}; the band is the widest A/A difference of "
-    "each iteration, in either direction. How busy the machine was has no influence."
+    "each iteration, in either direction. The load of the machine has no influence."
 )
 JUDGED = (
-    "How it is judged: if a run whose experts move is one more run of the same training, it lies no further from the "
-    "static runs than they lie from each other, and which of the runs of a seed is furthest from the mean of the "
-    "others is chance. The statistic is that distance (largest smoothed difference over the iterations), added up "
-    "over the seeds; p is the share of all ways to call one run of each seed the odd one that give at least as much. "
-    "Within is p > 0.05; the control has to be told apart for that to mean anything."
+    "If moving experts does not change the training, a run whose experts move is no further from the static runs than "
+    "they are from each other, and it is chance which run of a seed is furthest from the mean of the others. The "
+    "statistic is that distance (largest smoothed difference over the iterations), summed over the seeds; p is the "
+    "share of all ways to pick one run of each seed that give at least this sum. `within` means p > 0.05; that only "
+    "means something if the control is `told apart`."
 )
 
 
 def main() -> None:
-    """Train, compare, print, and write where that is asked for."""
+    """Train, compare, print, and write the result to --output if given."""
     options = parsed_options()
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
@@ -85,7 +85,7 @@ def main() -> None:
 
 
 def trained(run: str, seed: int, text: torch.Tensor, iterations: int, every: int) -> tuple[np.ndarray, int]:
-    """The loss of each iteration `[I]`, mean over ranks, and how many slots were moved."""
+    """Train one run; return the mean loss over ranks by iteration `[I]`, and the slots moved."""
     model = moe_model.Transformer(CONFIG, dist.group.WORLD, seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
     moved: list[int] = []
@@ -111,14 +111,14 @@ def trained(run: str, seed: int, text: torch.Tensor, iterations: int, every: int
 
 
 def moments_of(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
-    """Both moments of every parameter, as AdamW keeps them."""
+    """Both AdamW moments of every parameter."""
     return [state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
 
 
 def rebalancer_of(
     model: nn.Module, optimizer: torch.optim.Optimizer, every: int, seed: int, moved: list[int]
 ) -> distplb.Rebalancer:
-    """As in examples/pretrain_moe.py, but without anything that is measured: no time curve, and no stop-loss.
+    """Build a rebalancer as in examples/pretrain_moe.py, but independent of timing: no time curve and no stop-loss.
 
     Args:
         moved: receives the slots that each rebalance moves.
@@ -154,25 +154,25 @@ def rebalancer_of(
 
 
 def smoothed(losses: np.ndarray) -> np.ndarray:
-    """Moving means over SMOOTH iterations, along the last dim: `[..., I]` -> `[..., I - SMOOTH + 1]`."""
+    """Moving mean over SMOOTH iterations, along the last dim: `[..., I]` -> `[..., I - SMOOTH + 1]`."""
     total = np.concatenate([np.zeros((*losses.shape[:-1], 1)), losses.cumsum(-1)], -1)
     return (total[..., SMOOTH:] - total[..., :-SMOOTH]) / SMOOTH
 
 
 def oddness(curves: np.ndarray) -> np.ndarray:
-    """`[S, R]`: how far each run is from the mean of the seed's others, at most; of curves `[S, R, I]`."""
+    """`[S, R]`: the largest distance of each run from the mean of the seed's other runs, for curves `[S, R, I]`."""
     others = (curves.sum(1, keepdims=True) - curves) / (curves.shape[1] - 1)
     return np.abs(curves - others).max(-1)
 
 
 def chance(odd: np.ndarray, run: int) -> float:
-    """The share of all ways to pick one run of each seed whose sum of `[S, R]` is at least that of `run`."""
+    """The share of all ways to pick one run of each seed whose sum of `odd [S, R]` is at least that of `run`."""
     sums = np.array([sum(pick) for pick in itertools.product(*odd)])
     return float((sums >= odd[:, run].sum() * (1 - 1e-12)).mean())
 
 
 def against_static(curves: np.ndarray, run: int) -> np.ndarray:
-    """`[S, N, I]`: a run less each static one, or of a static one the differences of all pairs of static runs."""
+    """`[S, N, I]`: a run minus each static run; for a static `run`, the differences of all pairs of static runs."""
     number = len(STATIC)
     if run < number:
         return np.stack([curves[:, i] - curves[:, j] for i, j in itertools.combinations(range(number), 2)], 1)
@@ -180,13 +180,13 @@ def against_static(curves: np.ndarray, run: int) -> np.ndarray:
 
 
 def reported(losses: np.ndarray, moved: np.ndarray, options: argparse.Namespace) -> str:
-    """The whole result; losses `[S, R, I]`, slots moved `[S, R]`."""
+    """Return the whole report, from losses `[S, R, I]` and slots moved `[S, R]`."""
     arguments = {"--seeds": options.seeds, "--iterations": options.iterations, "--every": options.every}
     command = command_line("train.bench_loss_curves", arguments, ranks=2)
     parts = [
-        header("Rebalanced against static, beside static against static", TEXT, command, "cpu"),
+        header("Rebalanced against static, compared with static against static", TEXT, command, "cpu"),
         f"{options.seeds} seeds, {options.iterations:,} iterations, a rebalance every {options.every}; MoE layers: "
-        f"{CONFIG.layers}, {CONFIG.experts} experts, top-{CONFIG.top_k}; {2 * BATCH * LENGTH} bytes an iteration.",
+        f"{CONFIG.layers}, {CONFIG.experts} experts, top-{CONFIG.top_k}; {2 * BATCH * LENGTH} bytes per iteration.",
     ]
     if options.output:
         path = options.output.with_suffix(".png")
@@ -200,7 +200,7 @@ def reported(losses: np.ndarray, moved: np.ndarray, options: argparse.Namespace)
 
 
 def differences(losses: np.ndarray) -> str:
-    """Over all seeds: the largest, the root of the mean square, what lies in the band of A/A, and final losses."""
+    """Table of differences over all seeds: largest, root mean square, share in the A/A band, and final losses."""
     lines = []
     names = [("static less static (A/A)", 0), *((f"{name} less static", RUNS.index(name)) for name in RUNS[-2:])]
     band = np.abs(against_static(smoothed(losses), 0)).max((0, 1))  # [I]
@@ -215,7 +215,7 @@ def differences(losses: np.ndarray) -> str:
 
 
 def verdict(losses: np.ndarray) -> str:
-    """Rebalanced and control, each beside the static runs."""
+    """Table that compares the rebalanced run and the control with the static runs."""
     lines = []
     for name in (REBALANCED, CONTROL):
         own = [*range(len(STATIC)), RUNS.index(name)]
@@ -230,24 +230,24 @@ def verdict(losses: np.ndarray) -> str:
 
 
 def finals(losses: np.ndarray, moved: np.ndarray) -> str:
-    """A row for each run."""
+    """Table with one row per run."""
     final = losses[..., -LAST:].mean(-1)
     lines = [[run, *(f"{x:.4f}" for x in final[:, nth]), str(moved[:, nth].sum())] for nth, run in enumerate(RUNS)]
     return markdown(["run", *(f"seed {seed}" for seed in range(len(final))), "slots moved"], lines)
 
 
 def parsed_options() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description="Loss curves of rebalanced and static runs.")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--iterations", type=int, default=3000)
     parser.add_argument("--every", type=int, default=100, help="iterations between rebalances")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write the result there, as markdown, and a figure")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write the result there, as markdown and figure")
     options = parser.parse_args()
     if options.iterations < LAST:
         parser.error(f"--iterations {options.iterations} must be at least {LAST}")
     if int(os.environ.get("WORLD_SIZE", "1")) != 2:
-        parser.error("start it with torchrun --nproc-per-node 2")
+        parser.error("start this benchmark with torchrun --nproc-per-node 2")
     return options
 
 

@@ -1,9 +1,9 @@
-"""How long iterations take while experts are rebalanced: spread over iterations, all in one, and not at all.
+"""Iteration times with rebalances spread over iterations, with rebalances in one iteration, and without rebalances.
 
     torchrun --standalone --nproc-per-node 2 -m benchmarks.train.bench_spread --output benchmarks/results/DATE-spread.md
 
-Trains three models of examples/pretrain_moe.py in the same processes, in turns, so that whatever else the machine does
-hits all of them alike. All other options are the example's own.
+Trains three models of examples/pretrain_moe.py in the same processes, in turns, so that other load on the machine
+affects all of them alike. All other options are those of the example.
 Shapes: I iterations.
 """
 
@@ -28,19 +28,19 @@ pretrain_moe = outside("examples", "pretrain_moe")
 
 RUNS = ("static", "spread", "rebalanced")
 DEFAULTS = ["--every", "10", "--turn", "5", "--iterations", "130", "--ffn", "1536"]
-TARGET = 1.25  # of static's 95th percentile
-MIN_SECONDS = 1e-3  # in the rebalancer, of an iteration that counts as touched by a rebalance
+TARGET = 1.25  # times the 95th percentile of static
+MIN_SECONDS = 1e-3  # spent in the rebalancer, for an iteration to count as touched
 TEXT = (
-    "Seconds of whole iterations, rebalancing included, mean over ranks. Runs take turns of a few iterations; the "
-    "first window is left out. `÷ static` is the 95th percentile over that of the static run. `touched` are the "
-    "iterations in which the rebalancer took more than a millisecond, and their median and longest. A spread rebalance "
-    "searches in a thread beside the training; here it has no core of its own, so the iterations beside it are slower "
-    "too, and that is in their time. What other jobs of the machine do is in the percentiles of all runs, static's too."
+    "Seconds of whole iterations, including rebalancing, mean over ranks. Runs take turns of a few iterations; the "
+    "first window is left out. `÷ static` is the 95th percentile over that of the static run. `touched` counts the "
+    "iterations in which the rebalancer took more than a millisecond, with their median and maximum. A spread "
+    "rebalance searches in a background thread; here the thread has no core of its own, so it slows down the "
+    "iterations meanwhile, which their times include. Other jobs on the machine affect the percentiles of all runs."
 )
 
 
 def main() -> None:
-    """Train, print, and write where that is asked for."""
+    """Train, print, and write the result to --output if given."""
     parser = argparse.ArgumentParser(description="Iteration times with spread rebalances.")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the result there, as markdown")
     options, rest = parser.parse_known_args()
@@ -52,7 +52,7 @@ def main() -> None:
     events: dict[str, list[Any]] = defaultdict(list)
     runs = []
     for balance in RUNS:
-        # The example's rebalancers tell this function of their events.
+        # The example's rebalancers pass their events to this function.
         pretrain_moe.report = lambda event, balance=balance: record(events[balance], event)
         runs.append(pretrain_moe.Run(args, "plain", balance, group, device))
     train(args, runs, pretrain_moe.text_of_iterations(args))
@@ -71,9 +71,9 @@ def main() -> None:
 
 
 def train(args: argparse.Namespace, runs: list[Any], text: list[Any]) -> None:
-    """Every run's first turn, then every run's second turn, ...; who goes first rotates.
+    """Train every run's first turn, then every run's second turn, and so on; the run that goes first rotates.
 
-    Turns end between rebalances, not at them: what is searched beside the training would be in another run's time.
+    Turns end between rebalances, not at them: otherwise a background search would fall into another run's time.
     """
     ends = [*range(args.turn // 2, args.iterations, args.turn), args.iterations]
     for turn, (first, last) in enumerate(pairwise([0, *ends])):
@@ -84,27 +84,27 @@ def train(args: argparse.Namespace, runs: list[Any], text: list[Any]) -> None:
 
 
 def after_the_first_window(run: Any) -> Iterations:
-    """All iterations but those of the warm-up, in which nothing has been rebalanced."""
+    """All iterations except the warm-up, which ends with the first rebalance."""
     measured = pretrain_moe.Measured.joined(run.turns)
     rebalancing = measured.rebalance_seconds[run.args.every :].numpy()
     return Iterations(measured.seconds[run.args.every :].numpy() + rebalancing, rebalancing)
 
 
 class Iterations(NamedTuple):
-    """Seconds `[I]` of whole iterations, and of the rebalancer in them."""
+    """Seconds `[I]` of whole iterations, and the part spent in the rebalancer."""
 
     whole: np.ndarray
     rebalancing: np.ndarray
 
 
 def record(events: list[Any], event: Any) -> None:
-    """Keep an event when it comes first; it comes again when its plan has been followed for a window."""
+    """Keep an event when it first arrives; it arrives again, completed, one window later."""
     if event.imbalance_next is None:
         events.append(event)
 
 
 def table(runs: dict[str, Iterations], events: dict[str, list[Any]]) -> str:
-    """A row for each run."""
+    """Table with one row per run."""
     head = ["run", "rebalances", "slots moved", "median s", "95th", "99th", "longest", "÷ static", "touched", "verdict"]
     static = percentiles(runs["static"])[1]
     lines = []
@@ -128,7 +128,7 @@ def table(runs: dict[str, Iterations], events: dict[str, list[Any]]) -> str:
 
 
 def percentiles(measured: Iterations) -> tuple[float, ...]:
-    """Median, 95th, 99th and the largest, in seconds."""
+    """Median, 95th and 99th percentile and maximum, in seconds."""
     return tuple(np.quantile(measured.whole, [0.5, 0.95, 0.99, 1]).tolist())
 
 

@@ -1,1 +1,1 @@
-"""What `distplb doctor` looks at: this process, and then all ranks together. May import `train` and what lies below."""
+"""The checks of `distplb doctor`: this process, then all ranks together. May import `train` and the rooms below it."""

@@ -1,4 +1,4 @@
-"""Checks that take all ranks: whether their versions agree, how fast they exchange, and whether a small move arrives.
+"""Checks that involve all ranks: whether versions agree, how fast ranks exchange, and whether a small move arrives.
 
 Every function is collective. Shapes: L layers, E experts, P slots, G slots on each GPU.
 """
@@ -27,11 +27,11 @@ __all__ = ["collectives", "merge_findings", "same_versions", "small_move"]
 _MIB = 1 << 20
 _SIZES = (_MIB, 64 * _MIB)
 _ROUNDS = 4  # the first one is not timed
-_LAYERS, _SLOTS_PER_GPU, _ROWS, _COLUMNS = 2, 4, 256, 512  # of 0.5 MiB an expert, and its two moments
+_LAYERS, _SLOTS_PER_GPU, _ROWS, _COLUMNS = 2, 4, 256, 512  # an expert has 0.5 MiB, and two moments of that size
 
 
 def _gathered(comm: Comm, text: str) -> list[str]:
-    """The text of each rank, on all of them."""
+    """All-gather a text from each rank."""
     data = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
     sizes = torch.zeros(comm.size, dtype=torch.int64, device=comm.device)
     sizes[comm.rank] = len(data)
@@ -43,7 +43,7 @@ def _gathered(comm: Comm, text: str) -> list[str]:
 
 
 def merge_findings(comm: Comm, own: Sequence[Finding]) -> list[Finding]:
-    """Rank 0's findings, and those notes and errors of other ranks that rank 0 does not have."""
+    """Return rank 0's findings, then the notes and errors of other ranks that rank 0 does not have."""
     texts = _gathered(comm, json.dumps(own if comm.rank == 0 else [one for one in own if one.level != "ok"]))
     first, *others = ([Finding(*one) for one in json.loads(text)] for text in texts)
     extra = [
@@ -56,7 +56,7 @@ def merge_findings(comm: Comm, own: Sequence[Finding]) -> list[Finding]:
 
 
 def same_versions(comm: Comm, own: Mapping[str, str]) -> Iterator[Finding]:
-    """Ranks of different versions may plan differently, or keep their state differently."""
+    """Compare versions: ranks of different versions may plan differently, or store their state differently."""
     root, *others = (json.loads(text) for text in _gathered(comm, json.dumps(dict(own))))
     alike = True
     for rank, versions in enumerate(others, 1):
@@ -64,7 +64,7 @@ def same_versions(comm: Comm, own: Mapping[str, str]) -> Iterator[Finding]:
             here, there = root.get(name, "none"), versions.get(name, "none")
             if here != there:
                 alike = False
-                yield wrong(name, f"rank 0 has {here}, rank {rank} has {there}; install the same on all nodes")
+                yield wrong(name, f"rank 0 has {here}, rank {rank} has {there}; install the same version on all nodes")
     if alike:
         yield ok("versions", f"the same on {comm.size} ranks")
 
@@ -73,17 +73,17 @@ def same_versions(comm: Comm, own: Mapping[str, str]) -> Iterator[Finding]:
 
 
 def collectives(comm: Comm) -> Iterator[Timing | Finding]:
-    """Time each call at 1 MiB and 64 MiB, and check what arrives.
+    """Time each call at 1 MiB and 64 MiB, and check the result.
 
     Raises:
-        LostRanksError: naming the ranks that did not come before the communicator's deadline.
+        LostRanksError: naming the ranks that did not arrive before the communicator's deadline.
     """
     for size in _SIZES:
         for name, call in _CALLS.items():
             seconds, arrived = _timed(comm, call, size)
             yield Timing(f"{name}, {size // _MIB} MiB", size, seconds)
             if not arrived:
-                yield wrong(name, f"{size} bytes did not arrive as they should; look at the network and its driver")
+                yield wrong(name, f"{size // _MIB} MiB arrived with wrong values; check the network and its driver")
 
 
 def _timed(comm: Comm, call: Callable[[Comm, Tensor], bool], size: int) -> tuple[float, bool]:
@@ -127,7 +127,7 @@ def _exchange(comm: Comm, data: Tensor) -> bool:
 
 
 def _ends_with(data: Tensor, value: int) -> bool:
-    """Both ends: to look at all would be timed too."""
+    """Check both ends only, because the check is timed along with the call."""
     return int(data[0]) == int(data[-1]) == value
 
 
@@ -138,10 +138,10 @@ _CALLS = {"sum": _sum, "min": _min, "broadcast": _broadcast, "exchange": _exchan
 
 
 def small_move(comm: Comm, topology: Topology) -> Iterator[Timing | Finding]:
-    """Move every expert to the next GPU with its AdamW state, compare checksums, and look at every value.
+    """Move every expert to the next GPU with its AdamW state, compare checksums, and check every value.
 
     Raises:
-        DistplbError: on all ranks, with the reason of the one that refuses; or if ranks are lost.
+        DistplbError: on all ranks, with the reason, if one rank refuses; or if ranks are lost.
     """
     size = comm.size * _SLOTS_PER_GPU
     weights = [nn.Parameter(torch.zeros(_SLOTS_PER_GPU, _ROWS, _COLUMNS, device=comm.device)) for _ in range(_LAYERS)]
@@ -167,7 +167,7 @@ def small_move(comm: Comm, topology: Topology) -> Iterator[Timing | Finding]:
     yield Timing(f"move of {moved // _MIB} MiB, with AdamW state", moved, seconds)
     mine = target.unflatten(0, (comm.size, -1))[comm.rank].to(comm.device)
     if not _is_filled(weights, optimizer, mine):
-        yield wrong("move", "experts or their state did not arrive as they were sent; report it")
+        yield wrong("move", "experts or their state arrived with wrong values; report this as a bug of distplb")
 
 
 def _fill(
@@ -177,10 +177,10 @@ def _fill(
     experts: Tensor,
     mine: Tensor,
 ) -> None:
-    """Expert e has weights of e, and moments of e + 1/4 and e + 1/2."""
+    """Set the weights of expert e to e, and its moments to e + 1/4 and e + 1/2."""
     for parameter in (*weights, *routers):
         parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()  # makes its state
+    optimizer.step()  # creates the state
     optimizer.zero_grad()
     with torch.no_grad():
         for weight in weights:

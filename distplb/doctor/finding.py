@@ -1,4 +1,4 @@
-"""What a check has found, as one line."""
+"""The result of a check, as one line."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ __all__ = ["Finding", "Timing", "note", "ok", "wrong"]
 
 
 class Finding(NamedTuple):
-    """One line: `what` was looked at, what was found, and what to set where that is not as it should be."""
+    """One line: `what` was checked, and in `text` the result, with the remedy if something is wrong."""
 
     level: Literal["ok", "note", "WRONG"]
     what: str
@@ -16,7 +16,7 @@ class Finding(NamedTuple):
 
 
 class Timing(NamedTuple):
-    """Rank 0's median of a few rounds."""
+    """A timed call: rank 0's median of a few rounds."""
 
     what: str
     bytes: int
@@ -29,15 +29,15 @@ class Timing(NamedTuple):
 
 
 def ok(what: str, text: str) -> Finding:
-    """As it should be."""
+    """A finding that all is well."""
     return Finding("ok", what, text)
 
 
 def note(what: str, text: str) -> Finding:
-    """Works, and could be better."""
+    """A finding of something that works but could be better."""
     return Finding("note", what, text)
 
 
 def wrong(what: str, text: str) -> Finding:
-    """Does not work."""
+    """A finding of something that does not work."""
     return Finding("WRONG", what, text)

@@ -1,4 +1,4 @@
-"""Checks of this process alone: versions, devices, backends, engines, and the variables that its launcher has set.
+"""Checks of this process only: versions, devices, backends, engines, and the variables set by its launcher.
 
 Shapes: T steps, L layers, E experts.
 """
@@ -30,11 +30,11 @@ _ENGINES = ("reference", "cpu", "cuda")
 
 
 class _Supported(NamedTuple):
-    """The versions that distplb is made for, from `minimum` to `maximum`, both included, compared by these digits."""
+    """The supported versions: `minimum` to `maximum` inclusive, compared to as many digits as these have."""
 
     minimum: str
     maximum: str
-    extra: str = ""  # needed only with this extra
+    extra: str = ""  # the extra that needs the library, if it is optional
 
 
 _LIBRARIES = {
@@ -53,7 +53,7 @@ _PYTHON = _Supported("3.10", "3.13")
 
 
 def versions() -> dict[str, str]:
-    """Of distplb, Python, and the libraries that are installed."""
+    """The versions of distplb, Python and the installed libraries."""
     installed = {"distplb": distplb.__version__, "Python": platform.python_version()}
     for name in _LIBRARIES:
         try:
@@ -64,7 +64,7 @@ def versions() -> dict[str, str]:
 
 
 def local_ranks() -> int:
-    """Ranks of the job on this node, by the variable that torchrun sets; 1 where it is not set."""
+    """Ranks of the job on this node, from the variable that torchrun sets; 1 if it is not set."""
     size = os.environ.get("LOCAL_WORLD_SIZE", "1")
     return max(1, int(size)) if size.isdecimal() else 1
 
@@ -86,7 +86,7 @@ def _versions() -> Iterator[Finding]:
         if name in installed:
             yield _judged(name, installed[name], supported)
         elif supported.extra:
-            yield ok(name, f"not installed; pip install 'distplb[{supported.extra}]' brings it")
+            yield ok(name, f"not installed; if you need it, pip install 'distplb[{supported.extra}]'")
         else:
             yield wrong(name, f"not installed; pip install {name}")
 
@@ -96,14 +96,14 @@ def _judged(name: str, installed: str, supported: _Supported) -> Finding:
     numbers, limit = _numbers(installed), _numbers(maximum)
     range_ = minimum if minimum == maximum else f"{minimum} to {maximum}"
     if _numbers(minimum) <= numbers and numbers[: len(limit)] <= limit:
-        return ok(name, f"{installed}, made for {range_}")
+        return ok(name, f"{installed}, supported: {range_}")
     return note(
-        name, f"{installed} is not of {range_}, which distplb is made for; run its tests, or install one that is"
+        name, f"{installed} is untested; distplb supports {range_}: install a supported version, or run its tests"
     )
 
 
 def _numbers(version_: str) -> tuple[int, ...]:
-    """The leading ones, as in 2.13.0+cpu."""
+    """The leading numbers of a version such as 2.13.0+cpu."""
     matched = re.match(r"\d+(?:\.\d+)*", version_)
     return tuple(int(part) for part in matched[0].split(".")) if matched else ()
 
@@ -116,27 +116,29 @@ def _devices(ranks: int) -> Iterator[Finding]:
     if not count:
         yield ok("GPUs", "none; plans and moves run on the CPU")
     elif count < ranks:
-        yield wrong("GPUs", f"{count} for {ranks} ranks on this node; start --nproc-per-node {count}")
+        yield wrong("GPUs", f"{count} for {ranks} ranks on this node; use torchrun --nproc-per-node {count}")
     cores, threads = len(os.sched_getaffinity(0)), os.environ.get("OMP_NUM_THREADS")
     share = max(1, cores // ranks)
-    yield ok(
-        "CPU cores", f"{cores}, {torch.get_num_threads()} threads of torch, OMP_NUM_THREADS {threads or 'not set'}"
-    )
+    yield ok("CPU cores", f"{cores}; torch threads: {torch.get_num_threads()}, OMP_NUM_THREADS: {threads or 'not set'}")
     if ranks > 1 and not threads:
         yield note("OMP_NUM_THREADS", f"not set for {ranks} ranks on {cores} cores; set OMP_NUM_THREADS={share}")
     elif ranks * torch.get_num_threads() > cores and torch.get_num_threads() > 1:
         yield note(
-            "OMP_NUM_THREADS", f"{ranks} ranks take more threads than {cores} cores; set OMP_NUM_THREADS={share}"
+            "OMP_NUM_THREADS",
+            f"the threads of {ranks} rank{'s' * (ranks > 1)} outnumber the cores ({cores}); "
+            f"set OMP_NUM_THREADS={share}",
         )
 
 
 def _backends() -> Iterator[Finding]:
     there = backends()
-    yield ok("backends", f"{', '.join(name for name, is_there in there.items() if is_there) or 'none'} of torch")
+    yield ok("backends", f"{', '.join(name for name, is_there in there.items() if is_there) or 'none'}")
     if not there["gloo"]:
-        yield wrong("gloo", "torch was built without it, and ranks meet over it; install a torch of pytorch.org")
+        yield wrong("gloo", "torch was built without gloo, which ranks use to check in; install torch from pytorch.org")
     if torch.cuda.is_available() and not there["nccl"]:
-        yield wrong("NCCL", "torch was built without it, so GPUs cannot exchange; install torch's CUDA build for Linux")
+        yield wrong(
+            "NCCL", "torch was built without NCCL, so GPUs cannot exchange; install torch's CUDA build for Linux"
+        )
 
 
 # --- engines ----------------------------------------------------------------------------------------------------
@@ -156,13 +158,19 @@ def _engines() -> Iterator[Finding]:
         except Exception as broken:
             yield wrong(f"engine {name}", f"{broken!r}; plan with engine='reference'")
     others = [name for name, placement in plans.items() if placement != plans["reference"]]
-    yield ok("engines", f"{', '.join(plans)}; {taken} is taken, {len(plans) - len(others)} make the same plan")
+    yield ok(
+        "engines",
+        f"{', '.join(plans)}; default: {taken}; plans equal to the reference: {len(plans) - len(others)} of "
+        f"{len(plans)}",
+    )
     for name in others:
-        yield wrong(f"engine {name}", "plans otherwise than the reference; plan with engine='reference', and report it")
+        yield wrong(
+            f"engine {name}", "its plan differs from the reference; plan with engine='reference', and report this"
+        )
 
 
 def _small_load() -> Tensor:
-    """`[T, L, E]` = [4, 2, 16], the same everywhere."""
+    """`[T, L, E]` = [4, 2, 16], the same on every machine."""
     return (torch.arange(4 * 2 * 16, device="cpu") * 2654435761 % 1009).reshape(4, 2, 16)
 
 
@@ -174,13 +182,13 @@ def _launcher() -> Iterator[Finding]:
         topology = Topology.from_env()
     except DistplbError as error:
         is_alone = str(error).startswith("no launcher")
-        yield ok("launcher", "none, this process is alone") if is_alone else wrong("launcher", str(error))
+        yield ok("launcher", "none; single process") if is_alone else wrong("launcher", str(error))
         return
     nodes = topology.num_nodes
-    yield ok("launcher", f"{nodes} {'node' if nodes == 1 else 'nodes'} of {topology.gpus_per_node} ranks")
+    yield ok("launcher", f"{nodes} {'node' if nodes == 1 else 'nodes'} × {topology.gpus_per_node} ranks")
     if nodes > 1 and not os.environ.get("GLOO_SOCKET_IFNAME"):
         yield note(
             "GLOO_SOCKET_IFNAME",
-            "not set, so gloo takes the address of the host's name; set it to the interface between the nodes, as in "
-            "GLOO_SOCKET_IFNAME=eth0",
+            "not set, so gloo uses the address that the hostname resolves to; set it to the interface between the "
+            "nodes, for example GLOO_SOCKET_IFNAME=eth0",
         )

@@ -1,4 +1,4 @@
-"""What a rebalancer is built from, once all ranks have agreed on it: `agree_on_options` checks, and gives one value.
+"""The options of a rebalancer, checked and equal on all ranks: `agree_on_options` returns them as one value.
 
 Shapes: L layers, E experts, P slots.
 """
@@ -34,7 +34,7 @@ from distplb.train.window import LoadWindow
 
 __all__ = ["Agreed", "Arguments", "agree_on_options", "enter"]
 
-# What all ranks must share from the start, beside `Moves.fields`.
+# All ranks must agree on these from the start, and on `Moves.fields`.
 _MODEL_FIELDS = ("the model (digest)", "time_curve (digest)", "Moves: model (digest)", "slot_class (digest)")
 _FIELDS = (
     *("the number of layers", "every", *Moves().fields(), "spread (digest)", *_MODEL_FIELDS),
@@ -44,21 +44,21 @@ _FIELDS = (
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Agreed:
-    """A rebalancer's options, the same on all ranks, and what they were given for on this one.
+    """A rebalancer's options, the same on all ranks, and the objects of this rank that they apply to.
 
     Args:
-        layer_names: L of them; none on a rank without MoE layers.
-        optimizers: that step on the layers' parameters.
+        layer_names: the L names; empty on a rank without MoE layers.
+        optimizers: the optimizers that step on the layers' parameters.
         comm: the ranks that rebalance together.
-        topology: of one EP group.
+        topology: the nodes and GPUs of one EP group.
         every: iterations between rebalances.
-        plan_options: of each plan, but for the placement in force and the price of moves.
+        plan_options: options of each plan, except the placement in force and the price of moves.
         moves: which moves of a plan are made, and how.
         record: what is recorded.
         routing: how tokens find the experts.
         window: the counts.
-        start: the placement in force at first.
-        mover: what moves this rank's part of the layers.
+        start: the initial placement.
+        mover: moves this rank's part of the layers.
     """
 
     layer_names: tuple[str, ...]
@@ -76,7 +76,7 @@ class Agreed:
 
     @property
     def num_slots(self) -> int:
-        """P of each layer, which is E."""
+        """P, slots of each layer; equal to E."""
         return self.window.shape[2]
 
     @property
@@ -86,38 +86,39 @@ class Agreed:
 
     @cached_property
     def logical_order(self) -> Placement:
-        """Expert e in slot e of every layer."""
+        """The placement with expert e in slot e of every layer."""
         return _logical_order(self.layer_names, self.window, self.topology)
 
     def check_rules(self, placement: Placement) -> None:
-        """Refuse a placement of this model that takes apart a routing group or a class of slots.
+        """Refuse a placement of this model that splits a routing group or a slot class.
 
         Raises:
-            DistplbError: with the layer.
+            DistplbError: naming the layer.
         """
         check_legal(placement, self.logical_order, self.routing.num_groups, self.plan_options.slot_class)
 
     def check_placement(self, placement: Placement) -> None:
-        """Refuse what cannot be put into force.
+        """Refuse a placement that cannot be put into force.
 
         Raises:
-            DistplbError: for a placement of another model, with replicas, or against the rules.
+            DistplbError: if the placement belongs to another model, has replicas, or breaks the rules.
         """
         if placement.has_replicas:
             raise DistplbError(
-                f"the placement has {placement.num_slots} slots for {placement.num_experts} experts; replicas cannot "
-                "be trained yet, because their gradients are not added up: pass one with a slot for each expert"
+                f"the placement has {placement.num_slots} slots for {placement.num_experts} experts, and replicas "
+                "cannot be trained yet because their gradients are not reduced; pass a placement with one slot per "
+                "expert"
             )
         for name in ("num_layers", "num_experts", "num_gpus"):
             number, number_of_model = getattr(placement, name), getattr(self.start, name)
             if number != number_of_model:
                 raise DistplbError(
-                    f"the placement has {name} {number}, the model {number_of_model}; pass one of this model"
+                    f"the placement has {name} {number}, the model {number_of_model}; pass a placement of this model"
                 )
         self.check_rules(placement)
 
     def fields(self) -> dict[str, int]:
-        """What all ranks must share, as integers by name."""
+        """The values that must be equal on all ranks, as integers by name."""
         options, classes = self.plan_options, self.plan_options.slot_class
         listed = None if classes is None else torch.as_tensor(classes, device="cpu").tolist()
         model = (self.mover.digest(), digest(options.time_curve), digest(self.moves.model), digest(listed))
@@ -125,13 +126,13 @@ class Agreed:
         return dict(zip(_FIELDS, (*values, self.start.digest()), strict=True))
 
     def let_go(self) -> None:
-        """Of the model and the optimizers."""
+        """Release the model and the optimizers."""
         self.routing.close()
         self.mover.close()
 
 
 class Arguments(NamedTuple):
-    """What a rebalancer was built with on this rank, unchecked; as `Rebalancer` explains them."""
+    """The arguments of `Rebalancer` on this rank, unchecked."""
 
     layers: Sequence[MoELayer]
     optimizer: Optimizer | Sequence[Optimizer]
@@ -146,10 +147,10 @@ class Arguments(NamedTuple):
 
 
 def agree_on_options(arguments: Arguments) -> Agreed:
-    """Check all that a rebalancer is built from, and that the ranks have been given the same. Collective.
+    """Check the arguments of a rebalancer, and that they are the same on all ranks. Collective.
 
     Raises:
-        DistplbError: on every rank, if any rank's arguments are refused or differ from the others'.
+        DistplbError: on every rank, if any rank's arguments are refused or differ from those of other ranks.
     """
     agreed: Agreed | None = None
     fields, error = dict.fromkeys(_FIELDS, 0), None
@@ -171,7 +172,10 @@ def agree_on_options(arguments: Arguments) -> Agreed:
 
 
 def enter(agreed: Agreed) -> tuple[Roster, bool]:
-    """The communicator's entry among the job's; and whether all ranks know where the rows are. Collective.
+    """Enter the communicator in the job's roster. Collective.
+
+    Returns:
+        The roster, and whether all ranks know where the rows are.
 
     Raises:
         DistplbError: on every rank, if another communicator holds layers of the same names.
@@ -248,8 +252,8 @@ def _check_types(arguments: Arguments) -> None:
             "layers": (arguments.layers, (Sequence,), "a list of MoELayers"),
             "optimizer": (arguments.optimizer, (Optimizer, Sequence), "the optimizer, or a list of all"),
             "topology": (arguments.topology, (Topology,), "a Topology, such as Topology.from_env()"),
-            "window": (arguments.window, (LoadWindow, int), "a LoadWindow, or the most steps that one keeps"),
-            "gpu": (arguments.gpu, (int, None), "this rank's number in its EP group"),
+            "window": (arguments.window, (LoadWindow, int), "a LoadWindow, or how many steps to keep"),
+            "gpu": (arguments.gpu, (int, None), "this rank's index in its EP group"),
             "search": (arguments.search, (Search,), "a Search, such as Search(num_candidates=64)"),
             "moves": (arguments.moves, (Moves,), "a Moves, such as Moves(max_bytes=8 << 30)"),
             "record": (arguments.record, (Record,), "a Record, such as Record('run')"),
@@ -266,19 +270,23 @@ def _names(layers: Sequence[MoELayer]) -> tuple[str, ...]:
     names = tuple(layer.name for layer in layers)
     if len(set(names)) != len(names):
         raise DistplbError(
-            f"{len(names)} layers of {len(set(names))} names; pass each layer once, by a name of its own"
+            f"layer names repeat ({len(names)} layers, {len(set(names))} distinct); pass each layer once, under a "
+            "unique name"
         )
     return names
 
 
 def _counts(layers: Sequence[MoELayer], routing: Routing, window: LoadWindow | int, seed: int) -> LoadWindow:
-    """The window that the loop fills, or one that the layers do."""
+    """Return the window that the loop fills, or one that the layers fill themselves."""
     if not isinstance(window, LoadWindow):
         return routing.window(window, seed)
     if not layers:
         return routing.window(1, 0)
     if len(layers) != window.shape[1]:
-        raise DistplbError(f"{len(layers)} layers for a window of {window.shape[1]}; pass a window of as many layers")
+        raise DistplbError(
+            f"the window has num_layers {window.shape[1]}, the rebalancer {len(layers)}; pass "
+            f"LoadWindow(num_layers={len(layers)}, ...)"
+        )
     routing.subscribe()
     return window
 
@@ -290,28 +298,28 @@ def _logical_order(names: Sequence[str], window: LoadWindow, topology: Topology)
 def _try_engine(
     options: PlanOptions, topology: Topology, start: Placement, window: LoadWindow, every: int, comm: Comm
 ) -> None:
-    """Compile what rebalances will run, and see that it plans right, while nobody waits for this rank in one."""
+    """Compile the kernels that rebalances run and check their plans now, while no other rank waits in a rebalance."""
     kept, num_layers, num_slots = window.shape
     device = window.steps().device if isinstance(comm, WorldOfOne) else comm.device
     options = replace(options, current=start, move_price=1.0)
-    steps = min(kept, every) if start.num_layers else 0  # with one micro-batch; of several there are more
+    steps = min(kept, every) if start.num_layers else 0  # with one micro-batch per iteration; doubled for more
     while steps:
         engine_for(options, topology, (steps, num_layers, num_slots), device)
         steps = min(kept, 2 * steps) if steps < kept else 0
 
 
 def _check_folder(record: Record, names: Sequence[str], num_slots: int, topology: Topology) -> None:
-    """By the rank that writes it, before the others are told: nothing of another job is in the folder."""
+    """Check that the folder has no files of another job; the rank that writes it does so before all ranks agree."""
     if record.folder is None or record.events_file is None:
         return
     folder = Path(record.folder)
     if folder.exists() and not folder.is_dir():
-        raise DistplbError(f"record: {folder} is a file; pass a folder")
+        raise DistplbError(f"record: {folder} is a file; pass the path of a folder")
     job = (tuple(names), num_slots, topology.num_gpus)
     try:
         check_folder(folder, *job)
         check_log(record.events_file, *job)
     except DistplbError as refused:
         raise DistplbError(f"record: {refused}") from refused
-    except OSError:  # what cannot be read cannot be written either, which is warned of then and ends no training
+    except OSError:  # an unreadable folder cannot be written either; that warns later and must not end the training
         return

@@ -1,4 +1,4 @@
-"""Attaching a rebalancer to the optimizers, instead of calling it in the loop."""
+"""Attaches a rebalancer to the optimizers, instead of calling it in the loop."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class Attached:
     """Calls a rebalancer's step whenever all of its optimizers have stepped.
 
     Args:
-        optimizers: each of which steps once an iteration.
-        step: is called after the last of them.
+        optimizers: the optimizers, each of which steps once per iteration.
+        step: called after the last of them has stepped.
     """
 
     def __init__(self, optimizers: Sequence[Optimizer], step: Callable[[], None]) -> None:
@@ -23,7 +23,7 @@ class Attached:
         self._handles = [optimizer.register_step_post_hook(self._note) for optimizer in optimizers]
 
     def remove(self) -> None:
-        """Call it no more."""
+        """Stop calling it."""
         for handle in self._handles:
             handle.remove()
 

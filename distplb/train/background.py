@@ -1,4 +1,4 @@
-"""What runs beside the training thread: one thing at a time, in a thread and on a CUDA stream of its own."""
+"""Background work: one task at a time, in its own thread and on its own CUDA stream."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ __all__ = ["Background"]
 
 
 class Background:
-    """A thread that is made when it is first used.
+    """A thread for background work, started when it is first used.
 
     Args:
-        device: whose stream is used where it is a GPU; the work sees what the training stream has written so far.
+        device: if it is a GPU, tasks run on a separate stream of it, and see all that the training stream has written
+            when they are started.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -23,10 +24,10 @@ class Background:
         self._stream: torch.cuda.Stream | None = None
 
     def start(self, run: Callable[[], None]) -> Callable[[], None]:
-        """Run it beside the caller, behind what was started before.
+        """Run a task in the background, after those started before.
 
         Returns:
-            What waits until it has ended, and raises what it raised.
+            A function that waits until the task has ended, and raises what it raised.
         """
         if self._thread is None:
             self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="distplb")
@@ -38,7 +39,7 @@ class Background:
         return _waiting(self._thread.submit(self._on_stream, run, self._stream, written))
 
     def close(self) -> None:
-        """Wait for what is running, and end the thread."""
+        """Wait for pending tasks and end the thread."""
         if self._thread is not None:
             self._thread.shutdown()
             self._thread = None
@@ -47,7 +48,7 @@ class Background:
         with torch.cuda.stream(stream):
             stream.wait_event(written)
             run()
-        # The training stream may then use what was made here without waiting for this one.
+        # So the training stream can use the results without waiting for this stream.
         stream.synchronize()
 
 

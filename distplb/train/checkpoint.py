@@ -1,7 +1,7 @@
-"""What is saved of a rebalancer: by layer, so that it is loaded on any number of GPUs and any split over a pipeline.
+"""The saved state of a rebalancer, by layer, so that it loads on any number of GPUs and any split into pipeline stages.
 
-Only tensors, each under a key of its own layer: checkpoints that are written by several ranks keep what every rank
-has under other keys, and of equal keys one. Shapes: L layers, P slots.
+It holds only tensors, keyed by their layer: a checkpoint that several ranks write keeps all entries whose keys differ,
+but only one of those with equal keys. Shapes: L layers, P slots.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _VERSION = 3
 
 
 class Counters(NamedTuple):
-    """Of a rebalancer."""
+    """The counters of a rebalancer."""
 
     iteration: int
     rebalances: int
@@ -36,7 +36,7 @@ class Saved(NamedTuple):
     counters: Counters
 
     def to_state(self, names: Sequence[str]) -> dict[str, Any]:
-        """As a state dict of tensors, keyed by layer name."""
+        """Return a state dict of tensors, keyed by layer name."""
         layers = {
             name: {
                 "expert_of_slot": self.placement.expert_of_slot[index].clone(),
@@ -49,20 +49,20 @@ class Saved(NamedTuple):
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any], names: Sequence[str], num_experts: int, num_gpus: int) -> Saved:
-        """Of the named layers, whatever others are in the state; for any number of GPUs.
+        """Read the named layers from a state, for any number of GPUs; the state may hold other layers too.
 
         Raises:
-            DistplbError: if the state is of another version, lacks a layer, or is of another number of experts.
+            DistplbError: if the state has another version, lacks a layer, or has another number of experts.
         """
         version = int(state.get("version", -1))
         if version != _VERSION:
-            raise DistplbError(f"state has version {version}; this distplb reads {_VERSION}")
+            raise DistplbError(f"state has version {version}; this distplb reads version {_VERSION}")
         layers = state["layers"]
         missing = [name for name in names if name not in layers]
         if missing:
             raise DistplbError(
-                f"state has no layer {missing[0]!r}; it has {', '.join(sorted(layers)) or 'none'}: load the state of "
-                "this model"
+                f"state has no layer {missing[0]!r} (its layers: {', '.join(sorted(layers)) or 'none'}); load the "
+                "state of this model"
             )
         placements = []
         for key in ("expert_of_slot", "first"):
@@ -70,11 +70,11 @@ class Saved(NamedTuple):
             for name, table in zip(names, tables, strict=True):
                 if tuple(table.shape) != (num_experts,):
                     raise DistplbError(
-                        f"state has {table.numel()} slots in layer {name!r}, the model {num_experts}; load the state "
-                        "of this model"
+                        f"state has {table.numel()} slots in layer {name!r} where the model has {num_experts}; load "
+                        "the state of this model"
                     )
             placements.append(Placement(torch.stack(tables), num_experts, num_gpus))
-        # Layers that come together from several stages of a pipeline: what any of them stopped for stays stopped.
+        # Layers may come from several pipeline stages: if rebalancing was off in one of them, it stays off.
         counters = torch.stack([torch.as_tensor(layers[name]["counters"], device="cpu") for name in names])  # [L, 4]
         iteration, rebalances, _, strikes = counters.max(0).values.tolist()
         enabled = bool(counters[:, 2].min())

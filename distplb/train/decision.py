@@ -1,4 +1,4 @@
-"""What is done with a plan, and why: which part of it is worth its moves, may move, and fits in the budget."""
+"""Decides what to do with a plan, and why: which part is worth its moves, can move, and fits in the budget."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ __all__ = ["Target", "decision", "target_of", "why_layers_stay", "with_rows_of"]
 
 @dataclass(frozen=True)
 class Target:
-    """Of a plan, what is worth its moves, and the part of it that is carried out.
+    """The part of a plan that is worth its moves, and the part that is carried out.
 
     Args:
-        worth: what would be carried out without a budget.
-        placement: what is carried out.
-        left_alone: by layer, whether it is, because its GPUs are as even as chance leaves them.
-        error: why this rank cannot tell.
+        worth: the placement that would be put into force without a budget.
+        placement: the placement to put into force.
+        left_alone: by layer, whether it stays as it is because its GPUs differ no more than by chance.
+        error: why this rank could not compute the target.
     """
 
     worth: Placement
@@ -44,15 +44,15 @@ def target_of(
     slot_bytes: int,
     staying: Collection[int],
 ) -> Target:
-    """What of the plan is carried out: what is worth it, can move, and fits in the budget. The same on all ranks.
+    """Compute the part of the plan that is worth its moves, can move and fits in the budget. The same on all ranks.
 
     Args:
         planned: the plan.
         current: the placement in force.
-        options: of this plan, with the price of moves.
+        options: the options of this plan, with the price of moves.
         agreed: the rebalancer's options.
-        pricer: knows which layers are better left alone.
-        slot_bytes: of an expert with all that travels with it; 0 where nothing travels.
+        pricer: decides which layers are left alone.
+        slot_bytes: bytes of an expert with all that travels with it; 0 if nothing travels.
         staying: layers that cannot be moved.
     """
     worth, left_alone = planned.placement, (False,) * current.num_layers
@@ -63,10 +63,10 @@ def target_of(
             return Target(worth, worth, left_alone)
         curve = options.time_curve
         load = planned.load if curve is None else curve.time(planned.load)
-        copies = agreed.comm.size // agreed.topology.num_gpus  # EP groups side by side, each of which moves its own
+        copies = agreed.comm.size // agreed.topology.num_gpus  # EP groups, each of which moves its own copy
         most = agreed.moves.max_bytes // (slot_bytes * copies)
         return Target(worth, within_budget(load, current, worth, most, agreed.routing.num_groups), left_alone)
-    except Exception as failed:  # the other ranks are at the agreement of the move by then
+    except Exception as failed:  # kept for later: the other ranks are already at the agreement of the move
         return Target(worth, worth, left_alone, in_stage("move", failed))
 
 
@@ -80,24 +80,25 @@ def decision(
     is_dry_run: bool,
     strikes_out: int,
 ) -> tuple[str, str]:
-    """What is done with a plan, and why, in words: an event's `decision` and `reason`.
+    """Return what is done with a plan, and why: an event's `decision` and `reason`.
 
     Args:
-        plan: as it was searched.
-        target: what of it would be carried out.
+        plan: the result of the search.
+        target: the part of the plan that would be carried out.
         current: the placement in force.
-        layer_names: of all L layers.
-        staying: by layer that cannot be moved, why.
-        is_dry_run: nothing is to be moved.
-        strikes_out: rebalances in a row that did not repay themselves, if they were too many; else 0.
+        layer_names: the names of all L layers.
+        staying: the layers that cannot be moved, each with the reason.
+        is_dry_run: whether nothing is to be moved.
+        strikes_out: how many rebalances in a row did not pay off, if that is too many; else 0.
     """
     why_stay = why_layers_stay(layer_names, staying) if staying else ""
     more = f"; {why_stay}" if staying else ""
     if is_dry_run:
-        return "dry run", f"a dry run was asked for{more}"
+        return "dry run", f"dry_run is set{more}"
     if strikes_out:
         return "stopped", (
-            f"{strikes_out} rebalances in a row did not repay themselves; set enabled to go on, or rebalance less often"
+            f"{'the last rebalance' if strikes_out == 1 else f'{strikes_out} rebalances in a row'} did not pay off; "
+            "set enabled = True to continue, or rebalance less often"
         )
     if plan == current:
         return "kept", "no layer has a placement that is worth its moves"
@@ -106,20 +107,20 @@ def decision(
     if target.worth == current and any(target.left_alone):
         return "kept", f"{AS_EVEN}, in every layer that would have moved{more}"
     if target.placement == current:
-        why = "nothing else is worth its moves" if staying else "nothing that is worth moving fits in max_bytes"
+        why = "no other layer is worth its moves" if staying else "no move that pays off fits in max_bytes"
         return "kept", why + more
     return "moved", "the moves lower the cost by more than their price" + more
 
 
 def why_layers_stay(layer_names: Sequence[str], staying: Mapping[int, str]) -> str:
-    """Of layers that stay, which they are, and why the first does."""
+    """Name the layers that stay, with the reason of the first."""
     names = [layer_names[layer] for layer in sorted(staying)]
     more = f" and {len(names) - 1} more" if len(names) > 1 else ""
     return f"{names[0]}{more} could not be moved: {staying[min(staying)]}"
 
 
 def with_rows_of(other: Placement, placement: Placement, layers: Collection[int]) -> Placement:
-    """The placement, with some layers as the other one has them."""
+    """Return the placement, with the given layers taken from the other one."""
     if not layers:
         return placement
     table, some = placement.expert_of_slot.clone(), sorted(layers)

@@ -1,4 +1,4 @@
-"""What a rebalancer tells of itself: events to whoever listens, trace and log in a folder, warnings to the loop."""
+"""What a rebalancer reports: events for callbacks, a trace and a log in a folder, and warnings."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ _LOGGER = logging.getLogger("distplb")
 
 @dataclass(frozen=True)
 class Unfinished:
-    """An event that waits for the next window to tell how the plan fared.
+    """An event that the next window will complete, once it shows how well the plan worked.
 
     Args:
-        event: makes it.
-        slots_moved: by that rebalance.
-        placement: that the next window ran under.
-        pace: of the iterations before.
-        seconds: that the rebalance took.
+        event: builds the event.
+        slots_moved: how many slots the rebalance moved.
+        placement: the placement that the next window runs under.
+        pace: the pace of the iterations before the rebalance.
+        seconds: how long the rebalance took.
     """
 
     event: Callable[[], RebalanceEvent]
@@ -47,20 +47,20 @@ class Unfinished:
 
 
 class Journal:
-    """Tells of rebalances, on this rank alone.
+    """Reports rebalances, on this rank only.
 
     Args:
-        agreed: what the rebalancer was built from.
+        agreed: the rebalancer's options.
 
     Attributes:
-        trace: that is written, if any.
-        log: that is written, if any.
+        trace: the trace that this rank writes, if any.
+        log: the event log that this rank writes, if any.
     """
 
     def __init__(self, agreed: Agreed) -> None:
         self._names, self._record = agreed.layer_names, agreed.record
         self._unfinished: Unfinished | None = None
-        self._staying = set[int]()  # layers that could not be moved when last looked at
+        self._staying = set[int]()  # layers that could not be moved at the last check
         self._last_refusal = ""
         self.trace: TraceWriter | None = None
         self.log: EventLog | None = None
@@ -73,24 +73,24 @@ class Journal:
 
     @property
     def last_seconds(self) -> float:
-        """That the last rebalance took, unless that has been forgotten."""
+        """Seconds that the last rebalance took; 0 if its event has been dropped."""
         return 0.0 if self._unfinished is None else self._unfinished.seconds
 
     def tell(self, event: Callable[[], RebalanceEvent]) -> None:
-        """Whoever listens on this rank. Making the record takes longer than all else here; the log does it beside."""
+        """Pass an event to `on_event` and the log. Building it is slow; the log does so in the background."""
         if self._record.on_event is not None:
             where = ""
             try:
                 record = event()
                 where = f" at iteration {record.iteration}"
                 self._record.on_event(record)
-            except Exception:  # nobody's training ends because of a figure
-                _LOGGER.exception("on_event failed%s; training goes on", where)
+            except Exception:  # a failing callback must not end the training
+                _LOGGER.exception("on_event failed%s; training continues", where)
         if self.log is not None:
             self.log.take(event)
 
     def tell_of_skipping(self, iteration: int, reason: str, last_applied: int, seconds: dict[str, float]) -> None:
-        """A rebalance that was refused or skipped before there was a plan."""
+        """Report a rebalance that was refused or skipped before there was a plan."""
         event = RebalanceEvent(
             iteration=iteration,
             layers=self._names,
@@ -102,12 +102,12 @@ class Journal:
         self.tell(lambda: event)
 
     def begin(self, unfinished: Unfinished) -> None:
-        """Tell of a rebalance that has ended, and wait for the next window."""
+        """Report a rebalance that has ended, and keep its event until the next window completes it."""
         self._unfinished = unfinished
         self.tell(unfinished.event)
 
     def finish(self, load: Tensor, measured: Measured, stop_loss: StopLoss) -> None:
-        """The last rebalance's event, now that a window has told how it fared; whether it repaid itself counts."""
+        """Complete and report the last rebalance's event, and tell the stop-loss whether the rebalance paid off."""
         if self._unfinished is None:
             return
         last, repaid, self._unfinished = self._unfinished, None, None
@@ -116,11 +116,11 @@ class Journal:
         self.tell(lambda: completed(last.event(), load, last.placement, measured.pace, repaid))
 
     def forget(self) -> None:
-        """How the last plan fared: the next window does not tell of it."""
+        """Drop the open event of the last plan, because the next window does not show how well it worked."""
         self._unfinished = None
 
     def close(self) -> None:
-        """Wait until all is written."""
+        """Wait until trace and log are written."""
         for writer in (self.trace, self.log):
             if writer is not None:
                 writer.close()
@@ -128,23 +128,23 @@ class Journal:
     # --- warnings --------------------------------------------------------------------------------------------
 
     def warn_of_refusal(self, reason: str) -> None:
-        """What is told again and again is warned of once."""
+        """Warn of a refused rebalance, unless the last one was refused for the same reason."""
         if reason != self._last_refusal:
             warn(f"distplb has skipped a rebalance: {reason}")
         self._last_refusal = reason
 
     def warn_of_skipping(self, differing: DisagreementError | UntrainedError) -> None:
-        """Ranks that counted or planned differently keep training; where they differ in more, they must not.
+        """Warn that ranks counted or planned differently; training continues.
 
         Raises:
-            DisagreementError: that one, in this case.
+            DisagreementError: the error itself, if ranks differ in anything else; training must stop then.
         """
         if isinstance(differing, DisagreementError) and not differing.field.endswith("(digest)"):
             raise differing
         warn(f"distplb has skipped a rebalance: {differing}")
 
     def warn_of_staying(self, staying: Mapping[int, str]) -> None:
-        """Once for each layer, when it begins to stay."""
+        """Warn of layers that cannot be moved, unless that was so at the last check."""
         newly = {layer: why for layer, why in staying.items() if layer not in self._staying}
         self._staying = set(staying)
         if newly:
@@ -152,7 +152,7 @@ class Journal:
 
 
 def warn(text: str) -> None:
-    """As of the line of the user's that called distplb."""
+    """Warn at the line of the user's code that called distplb."""
     level = 1
     frame: FrameType | None = sys._getframe(0)
     while frame is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("distplb", "contextlib"):

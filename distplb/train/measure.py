@@ -1,6 +1,6 @@
-"""What a plan weighs, measured on the job's own machine: the time of an expert, and the bandwidth of its links.
+"""Measures, on the job's own machines, the time of an expert and the bandwidth of the links.
 
-All ranks measure at once, as they work at once; what rank 0 measured counts, and is the same number on all.
+All ranks measure at the same time, as they do when training; all use the result of rank 0.
 Shapes: M GPUs of an EP group.
 """
 
@@ -23,33 +23,34 @@ from distplb.errors import DistplbError, in_stage
 __all__ = ["measured_bandwidths", "measured_curve"]
 
 _REPEATS = 7
-_LEAST_BYTES, _MOST_BYTES = 1 << 16, 1 << 26  # of one message; on a GPU four times as many
-_LEAST_SECONDS, _MOST_SECONDS = 0.05, 0.5  # of one message, so that a burst does not count; of all that are timed
-_LATENCIES = 20  # of the library's calls, that a message should take
-_NO_LINK = 1 << 60  # bytes per second where nothing has to be sent
+_LEAST_BYTES, _MOST_BYTES = 1 << 16, 1 << 26  # of one message; the most is four times as much on a GPU
+_LEAST_SECONDS, _MOST_SECONDS = 0.05, 0.5  # least of one message, so that bursts do not count; most of all timed
+_LATENCIES = 20  # a message should take this many times the latency of the library's calls
+_NO_LINK = 1 << 60  # bytes per second if nothing is ever sent
 
 
 def measured_curve(run: Callable[[int], object], tokens: Sequence[int], *, comm: Comm | None = None) -> TimeCurve:
-    """The time curve of an expert, from a micro-benchmark: medians of 7 rounds, after one that is not timed.
+    """Measure the time curve of an expert: medians of 7 rounds, after one that is not timed.
 
-    Collective with a `comm`. For a grouped matrix product, `run` may run several experts of as many tokens each
-    and the seconds of all count; the planner needs proportions only, but the price of moves needs seconds of one.
+    Collective with a `comm`. For a grouped matrix product, `run` may run several experts with the given number of
+    tokens each; the curve is then the time of all of them. That is enough for the planner, which only needs
+    proportions, but the price of moves needs the seconds of one expert.
 
     Args:
-        run: runs one expert forward and backward with so many tokens; what it leaves running on a GPU is waited
-            for.
-        tokens: numbers of tokens, each at least 1, up to what a hot expert receives in a step.
-        comm: the ranks that measure at once.
+        run: runs one expert forward and backward with the given number of tokens. GPU work that it leaves running is
+            timed too.
+        tokens: token counts to time, each at least 1, up to what a hot expert receives in a step.
+        comm: the ranks that measure at the same time.
 
     Raises:
-        DistplbError: on every rank, with what `run` raised on one of them; or if they differ in `tokens`.
+        DistplbError: on every rank, if `run` raises on any rank, or `tokens` differs between ranks.
     """
     refuse_other_comm(comm, moves=False)
     comm = WorldOfOne() if comm is None else comm
     nanoseconds: list[int] = []
     error: Exception | None = None
     try:
-        refuse_wrong_types({"run": (run, (Callable,), "a function of a number of tokens")})
+        refuse_wrong_types({"run": (run, (Callable,), "a function that takes a number of tokens")})
         tokens = _numbers(tokens)
         nanoseconds = [round(1e9 * seconds) for seconds in _timed(run, tokens)]
     except Exception as caught:
@@ -60,8 +61,8 @@ def measured_curve(run: Callable[[int], object], tokens: Sequence[int], *, comm:
 
 
 def _numbers(tokens: Sequence[int]) -> list[int]:
-    """Plain ones, at least 1."""
-    wanted = "numbers of tokens, each a whole one of at least 1, such as (1024, 4096)"
+    """The token counts as Python integers of at least 1."""
+    wanted = "integers of at least 1, such as (1024, 4096)"
     try:
         found = list(tokens)
     except TypeError:
@@ -72,7 +73,7 @@ def _numbers(tokens: Sequence[int]) -> list[int]:
 
 
 def _timed(run: Callable[[int], object], tokens: Sequence[int]) -> list[float]:
-    """Medians. The points take turns, so that a slow moment of the machine hits all of them."""
+    """Median seconds of each point. The points take turns, so that a slow moment of the machine affects all of them."""
     seconds: list[list[float]] = [[] for _ in tokens]
     for turn in range(_REPEATS + 1):
         for point, number in zip(seconds, tokens, strict=True):
@@ -84,33 +85,34 @@ def _timed(run: Callable[[int], object], tokens: Sequence[int]) -> list[float]:
 
 
 def _now() -> float:
-    """The time, once what runs on the current GPU has ended."""
-    # Where nothing was ever run on one, to wait would begin to use it, and take of its memory.
+    """The time after all work on the current GPU has ended."""
+    # If CUDA was never used, synchronising would initialise it and take GPU memory.
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def measured_bandwidths(comm: Comm, topology: Topology, peers: Sequence[int], gpu: int) -> tuple[int, int]:
-    """Bytes per second of a whole EP group inside its nodes and between them, all GPUs exchanging at once.
+    """Measure bytes per second of a whole EP group inside nodes and between them, with all GPUs exchanging at once.
 
-    Each GPU sends to a neighbour, twice. What counts is the time of a message, less that of a message of one byte: the
-    library's calls, meetings and kernels are paid once for all messages of a move. Messages grow until their transfer
-    takes most of the time, up to 64 MiB (256 MiB on a GPU) and an eighth of a GPU's free memory. Where there is no
-    such link, the other one's number; with a single GPU nothing is ever sent, and both are huge.
+    Each GPU sends to a neighbour, inside its node and then in another node. The time of a one-byte message is
+    subtracted, because a move pays for library calls, synchronisation and kernels only once for all its messages.
+    Messages grow until the transfer takes most of the time, up to 64 MiB (on a GPU 256 MiB, or a sixteenth of its free
+    memory if that is less). If the topology has only one of the two kinds of link, both results are those of this link.
+    With a single GPU nothing is ever sent, and both are huge.
 
     Args:
         comm: all its ranks call this together.
-        topology: of one EP group.
+        topology: the nodes and GPUs of one EP group.
         peers: `[M]`, the ranks of this rank's EP group, by GPU.
-        gpu: this rank's.
+        gpu: the GPU of this rank in its EP group.
     """
     refuse_other_comm(comm, moves=True)
     refuse_wrong_types(
         {
             "topology": (topology, (Topology,), "a Topology"),
             "peers": (peers, (Sequence,), "the ranks of this rank's EP group, by GPU"),
-            "gpu": (gpu, (int,), "this rank's number in its EP group"),
+            "gpu": (gpu, (int,), "this rank's index in its EP group"),
         }
     )
     peers = [whole_number(f"peers[{nth}]", peer) for nth, peer in enumerate(peers)]
@@ -129,7 +131,7 @@ def _ring(topology: Topology, *, inside: bool) -> list[int]:
 
 
 def _bandwidth(comm: Comm, peers: Sequence[int], gpu: int, target: Sequence[int]) -> int:
-    """Of all GPUs together, as this rank sees it; the sizes of messages are rank 0's word."""
+    """Bytes per second of all GPUs together, by this rank's clock; rank 0 decides the sizes of messages."""
     to, source = peers[target[gpu]], peers[list(target).index(gpu)]
 
     def seconds(size: int, times: int) -> float:
@@ -142,7 +144,7 @@ def _bandwidth(comm: Comm, peers: Sequence[int], gpu: int, target: Sequence[int]
         return statistics.median(found)
 
     most = _most_bytes(comm)
-    seconds(1, 1)  # whatever is done at the first message
+    seconds(1, 1)  # not timed: the first message also sets up connections
     latency = seconds(1, _REPEATS)
     size, enough = _LEAST_BYTES, 0
     while not enough:
@@ -151,16 +153,16 @@ def _bandwidth(comm: Comm, peers: Sequence[int], gpu: int, target: Sequence[int]
         size *= 1 if enough else 2
     (times,) = root_values(comm, [max(1, min(_REPEATS, int(_MOST_SECONDS / max(took, 1e-9))))])
     took = seconds(size, times)
-    # Where latency is most of it all the same, more than half of it cannot be told from noise.
+    # If latency still dominates, subtract at most half: beyond that the difference is noise.
     return max(1, round(len(target) * size / max(took - min(latency, took / 2), 1e-9)))
 
 
 def _buffers(comm: Comm, size: int) -> tuple[Tensor, Tensor]:
-    """What is sent, and where something arrives; on all ranks or on none."""
+    """Allocate a send and a receive buffer, on all ranks or on none."""
     data = room = torch.empty(0, dtype=torch.uint8, device=comm.device)
     error: Exception | None = None
     try:
-        data = torch.ones(size, dtype=torch.uint8, device=comm.device)  # written once, so that no page is missing
+        data = torch.ones(size, dtype=torch.uint8, device=comm.device)  # written once, so that all pages are mapped
         room = torch.ones_like(data)
     except Exception as caught:
         error = in_stage("count", caught)
@@ -169,7 +171,7 @@ def _buffers(comm: Comm, size: int) -> tuple[Tensor, Tensor]:
 
 
 def _most_bytes(comm: Comm) -> int:
-    """Of one message, so that all ranks have room for two."""
+    """Most bytes of one message, so that all ranks have room for two."""
     if comm.device.type != "cuda":
         return _MOST_BYTES
     free, _ = torch.cuda.mem_get_info(comm.device)

@@ -1,4 +1,4 @@
-"""What a job shows of itself between two rebalances: the load of its steps, and how long its iterations take.
+"""Observes a job between two rebalances: the load of its steps, and how long its iterations take.
 
 Shapes: T steps, L layers, E experts, P slots, M GPUs.
 """
@@ -22,29 +22,29 @@ from distplb.train.window import LoadWindow, group_of_steps
 
 __all__ = ["Observer", "steps_digest"]
 
-_MOST_ITERATIONS = 10_000  # whose seconds are kept, also where nobody asks for them because rebalancing is off
+_MOST_ITERATIONS = 10_000  # keep the seconds of this many: they are not read while rebalancing is off
 
 
 class Observer:
-    """This rank's window and clock. Making one is collective: the ranks tell each other which GPU they are.
+    """This rank's window and clock. Construction is collective: the ranks exchange which GPU they are.
 
-    Where EP groups stand side by side, each step's counts are those of one of them, each as often as the others:
-    every group waits for the busiest GPU of its own step, not of a sum over groups.
+    If several EP groups hold copies of the same experts, the load of each step is that of one group, and each group is
+    chosen equally often: a group waits for the busiest GPU of its own step, not of a sum over groups.
 
     Args:
-        window: that the layers' forwards fill.
+        window: the window that the layers' forwards fill.
         comm: the ranks that hold the layers.
-        topology: of one EP group.
-        gpu: this rank's number in its EP group.
-        seed: of the choice of groups.
+        topology: the nodes and GPUs of one EP group.
+        gpu: this rank's index in its EP group.
+        seed: seed of the choice of groups.
 
     Attributes:
         peers: `[M]`, the ranks of this rank's EP group, by GPU.
-        node_of_rank: within its EP group, the node that each rank lies on.
-        iterations: that have ended since the last clear.
+        node_of_rank: the node of each rank within its EP group.
+        iterations: iterations that have ended since the last clear.
 
     Raises:
-        DistplbError: on every rank, if the ranks' GPUs make no whole groups.
+        DistplbError: on every rank, if the ranks' GPUs do not form whole EP groups.
     """
 
     def __init__(self, window: LoadWindow, comm: Comm, topology: Topology, gpu: int, seed: int) -> None:
@@ -55,7 +55,7 @@ class Observer:
         comm.all_reduce_sum(gpus)
         gpu_of_rank = gpus.tolist()
         self.node_of_rank = [gpu // topology.gpus_per_node for gpu in gpu_of_rank]
-        # Ranks that are the same GPU of their groups tell the groups apart, in the order of ranks.
+        # Of the ranks with the same GPU index, the first belongs to group 0, the next to group 1, and so on.
         group = [gpu_of_rank[:rank].count(own) for rank, own in enumerate(gpu_of_rank)]
         self._group = group[comm.rank]
         self.peers = _ranks_of_groups(gpu_of_rank, group, topology.num_gpus)[self._group]
@@ -66,30 +66,30 @@ class Observer:
     # --- the clock -------------------------------------------------------------------------------------------
 
     def iteration_ends(self) -> None:
-        """Take the time since the training loop went on."""
+        """Record the time since the training loop continued."""
         self.iterations += 1
         if self._resumed is not None:
             self._seconds.append(time.perf_counter() - self._resumed)
 
     def loop_goes_on(self) -> None:
-        """From here on it is the training loop's time."""
+        """Start the clock: from here on the time belongs to the training loop."""
         self._resumed = time.perf_counter()
 
     def pace(self) -> Pace:
-        """Of the iterations since the last one was taken, which are forgotten; of none at first."""
+        """Return the pace of the iterations since the last call, and drop their times."""
         seconds = list(self._seconds)
         self._seconds.clear()
         return Pace.of(seconds) if seconds else Pace(0.0, 0.0, 0)
 
     def restart_clock(self) -> None:
-        """Forget the time of the iterations so far, and of what goes on until the loop does."""
+        """Drop the times so far, and stop the clock until the training loop continues."""
         self._resumed = None
         self._seconds.clear()
 
     # --- the load --------------------------------------------------------------------------------------------
 
     def steps(self) -> Tensor:
-        """`[T]`: the numbers of the steps that are kept, since the last clear. Waits for the device."""
+        """`[T]`: the numbers of the kept steps, counted from the last clear. Waits for the device."""
         return self._window.steps().cpu()
 
     @property
@@ -99,29 +99,26 @@ class Observer:
 
     @property
     def tokens(self) -> int:
-        """That this rank has routed in the steps that are kept, on average in a layer that has any.
-
-        Waits for the device.
-        """
+        """Tokens that this rank routed in the kept steps, per layer that has any. Waits for the device."""
         try:
             counts = self._window.load()
         except DistplbError:
-            return 0  # `load` raises it again, where all ranks hear of it
+            return 0  # `load` raises it again, where the error reaches all ranks
         return int(counts.sum()) // max(1, int(counts.any(2).any(0).sum()))
 
     def load(self, placement: Placement | None) -> Tensor:
-        """`[T, L, E]`: this rank's part, by expert; 0 in steps that are other groups'. Waits for the device.
+        """`[T, L, E]`: this rank's load by expert; 0 in steps that belong to other groups. Waits for the device.
 
         Args:
-            placement: in force, where the router's outputs are slots; None where they are experts.
+            placement: the placement in force if the router's outputs are slots; None if they are experts.
 
         Raises:
-            DistplbError: if some layer has not counted.
+            DistplbError: if some layer has counted no step.
         """
         load = self._window.load()  # [T, L, P], by the router's outputs
         if not len(load):
             raise DistplbError(
-                "the window has no steps of some layer; have each layer's forward call "
+                "the window has no step that all layers have counted; have each layer's forward call "
                 "window.add(index, counts) in training"
             )
         if placement is not None:
@@ -133,11 +130,11 @@ class Observer:
         return load * mine[:, None, None]
 
     def iterations_of_steps(self, last: int, seen: int) -> Tensor:
-        """`[T]`: the iteration of each step that is kept, where the window has `seen` up to iteration `last`."""
+        """`[T]`: the iteration of each kept step, if the window has seen `seen` steps up to iteration `last`."""
         return last + 1 - self.iterations + self.steps() * self.iterations // max(1, seen)
 
     def follow(self, old: Placement, new: Placement) -> None:
-        """Experts have changed slots, and the router's outputs are slots: counts go with their expert."""
+        """Move counts along with experts that have changed slots, because the router's outputs are slots."""
         self._window.rename(old.inverse[..., 0].gather(1, new.expert_of_slot))
 
     def clear(self) -> None:
@@ -148,17 +145,17 @@ class Observer:
 
 
 def steps_digest(steps: Tensor) -> int:
-    """Which steps are kept, as one number: the ranks' counts of a step go together only if they are of the same."""
+    """Digest of the kept steps: counts of different ranks can only be combined if they belong to the same steps."""
     return digest(steps.tolist())
 
 
 def _ranks_of_groups(gpu_of_rank: Sequence[int], group: Sequence[int], num_gpus: int) -> list[list[int]]:
-    """`[groups][M]`: the ranks of each group, by GPU. All ranks look at all groups, so that all refuse."""
+    """`[groups][M]`: the ranks of each group, by GPU. Every rank checks all groups, so that all refuse together."""
     gpus = list(range(num_gpus))
     members = [[rank for rank in range(len(group)) if group[rank] == number] for number in range(max(group) + 1)]
     if any(sorted(gpu_of_rank[rank] for rank in ranks) != gpus for ranks in members):
         raise DistplbError(
-            f"the ranks are GPUs {list(gpu_of_rank)} of their EP groups, which makes no whole groups of {num_gpus}; "
-            "pass gpu=, this rank's number in its EP group"
+            f"the ranks are GPUs {list(gpu_of_rank)} of their EP groups, which do not form whole groups of {num_gpus}; "
+            "pass gpu=, this rank's index in its EP group"
         )
     return [sorted(ranks, key=lambda rank: gpu_of_rank[rank]) for ranks in members]

@@ -1,6 +1,6 @@
 """The options of a `Rebalancer`, in three values: how plans are searched, which moves are made, what is recorded.
 
-They are checked when the rebalancer is built, so that all ranks raise what one of them refuses.
+They are checked when the rebalancer is built: if one rank refuses an option, all ranks raise.
 Shapes: P slots.
 """
 
@@ -34,13 +34,15 @@ class Search:
     0
 
     Args:
-        num_candidates: randomised starts of each layer's search, dealt to the ranks.
-        seed: of the search, and of the choice of steps that the window keeps.
-        engine: which may differ between ranks; the fastest that is there where None. `cuda`, also where it is asked
-            for, compiles its kernels when the rebalancer is built, and plans a few rows of the job's own shapes. If
-            that fails or differs, which is logged, this rank searches with `cpu`, and the plans are the same.
-        slot_class: `[P]` integers; experts then stay in slots of their class, as of `plan`.
-        time_curve: from an expert's tokens to its time, as from `measured_curve`; what is balanced then is time.
+        num_candidates: randomised starts of each layer's search, distributed over the ranks.
+        seed: seed of the search and of the choice of steps that the window keeps.
+        engine: the packing engine; may differ between ranks. None picks the fastest one available. `cuda`, even if
+            requested explicitly, is tried when the rebalancer is built: it compiles its kernels and plans a few rows
+            of the job's own shapes. If that fails or gives another plan, this rank logs it and searches with `cpu`,
+            which gives the same plans.
+        slot_class: `[P]` integers; experts then stay in slots of their class, as in `plan`.
+        time_curve: an expert's time by its tokens, such as the result of `measured_curve`. The search then balances
+            time instead of tokens.
     """
 
     num_candidates: int = 16
@@ -50,33 +52,34 @@ class Search:
     time_curve: TimeCurve | None = None
 
     def checked(self) -> Search:
-        """With Python's own numbers; what else a search takes is looked at with the model (`PlanOptions.check`).
+        """Convert the seed to a Python integer. `PlanOptions.check` checks the other fields, once the model is known.
 
         Raises:
-            DistplbError: for a seed that is no whole number.
+            DistplbError: if the seed is not an integer.
         """
         return replace(self, seed=whole_number("seed", self.seed))
 
 
 @dataclass(frozen=True)
 class Spread:
-    """A rebalance that begins at iteration k shares its best candidates and its placement some iterations later.
+    """Spreads a rebalance over several iterations; search and polishing run in the background.
 
-    At k the counts are added up, and the search begins beside the training; at k + `choose_after` the ranks choose the
-    best candidates, and the root polishes them beside the training; from k + `share_after` on, when all have the
-    placement, experts move, a few at a time. The offsets are counted, not timed, so that all ranks meet at the same
-    iterations; a rank whose search takes longer is waited for.
+    At iteration k the counts are summed, and the search begins in the background, while training continues. At
+    k + `choose_after` the ranks choose the best candidates, and the root polishes them in the background. At
+    k + `share_after` the root shares the placement, and from then on experts move, a few at a time. The offsets are
+    counted in iterations, not timed, so that all ranks meet at the same iterations; if a rank's search takes longer,
+    the others wait for it.
 
     >>> Spread(choose_after=2, share_after=4)
     Spread(choose_after=2, share_after=4, move_seconds=0.1)
 
     Args:
-        choose_after: iterations that the search has.
-        share_after: iterations that search and polishing have together; less than `Rebalancer`'s `every`.
-        move_seconds: of an iteration, that moving may take; at least one commit is made in each.
+        choose_after: iterations for the search.
+        share_after: iterations for search and polishing together; less than `Rebalancer`'s `every`.
+        move_seconds: how long moves may take per iteration; each iteration makes at least one commit.
 
     Raises:
-        DistplbError: for negative or falling numbers.
+        DistplbError: if a value is negative or `share_after` is less than `choose_after`.
     """
 
     choose_after: int
@@ -90,7 +93,7 @@ class Spread:
         refuse_wrong_types({"Spread: move_seconds": (self.move_seconds, (int, float), "seconds")})
         if not 0 <= self.choose_after <= self.share_after or not self.move_seconds >= 0:
             raise DistplbError(
-                f"{self}: pass offsets that do not fall, and seconds, none of them negative, such as "
+                f"{self}: a value is negative or share_after is less than choose_after; pass values such as "
                 "Spread(choose_after=2, share_after=4)"
             )
 
@@ -103,26 +106,26 @@ class Moves:
     3
 
     Args:
-        model: what tokens and moves cost, so that only what repays itself is moved. Where None and a time curve
-            is there, it is measured: seconds from the curve, bytes from what travels, bandwidths by a short transfer
-            before the first rebalance. Without either a moved slot has to save 2^-13 of the mean GPU's tokens, so that
-            experts do not move for next to nothing, and a layer whose GPUs are as even as chance leaves them is left
-            alone.
-        max_bytes: that the experts moved by one rebalance may have, with their state, over all ranks; the moves that
-            save most come first. No limit where None.
-        spread: over which iterations a rebalance is spread, so that none of them takes long; all in one where None.
-            Between them the placement in force is a valid one, and may be saved. Another rebalance begins when the last
-            has ended.
-        stop_loss: after so many rebalances in a row whose iterations did not become faster by what they took,
-            rebalancing turns itself off (`enabled` is then False) and says so; 0 for never.
-        dry_run: plan and report, but move nothing; also where state and gradients could not travel, which the event's
-            reason tells. Moves are free without a `model`, and `max_bytes` is of no account.
-        verify: "digest" compares a checksum of every expert before and after each move; "off" does not; "first"
-            does so for the first three rebalances of the job.
-        on_refusal: what `step` does where a rebalance is refused, as for optimizer state that cannot travel: "raise"
-            the error, or "skip" the rebalance with a warning and an event, so that training goes on as it is. Lost
-            ranks, half moved experts and ranks that are not at the same iteration are errors either way.
-        before: called on every rank before experts move, for a framework whose parameters have to be made whole first.
+        model: the cost of tokens and moves, so that only moves that pay off are made. If None and there is a time
+            curve, it is measured: seconds from the curve, bytes from the tensors that travel, bandwidths by a short
+            transfer before the first rebalance. With neither, a moved slot has to save 2^-13 of the mean GPU's
+            tokens, so that experts do not move for a negligible gain, and a layer stays as it is if its GPUs differ
+            no more than by chance.
+        max_bytes: how many bytes of experts and their state one rebalance may move, over all ranks; the moves that
+            save most come first. None for no limit.
+        spread: how a rebalance is spread over iterations, so that none of them takes long. None runs it within one
+            iteration. Between iterations the placement in force is valid and may be saved. The next rebalance begins
+            only after the last one has ended.
+        stop_loss: rebalancing turns itself off (`enabled` becomes False) with a warning after this many rebalances in
+            a row that clearly cost more time than they saved. 0 never turns it off.
+        dry_run: plan and report, but move nothing. If state and gradients could not travel, the event's reason says
+            so. Moves are free without a `model`, and `max_bytes` has no effect.
+        verify: "digest" compares a checksum of every expert before and after each move; "first" does so for the first
+            three rebalances of the job; "off" never does.
+        on_refusal: what `step` does if a rebalance is refused, for example because of optimizer state that cannot
+            travel: "raise" the error, or "skip" the rebalance with a warning and an event and continue training.
+            Lost ranks, half-moved experts and ranks at different iterations are errors either way.
+        before: called on every rank before experts move, for frameworks that must gather their parameters first.
     """
 
     model: MoveModel | None = None
@@ -135,13 +138,13 @@ class Moves:
     before: Callable[[], object] | None = None
 
     def checked(self, every: int) -> Moves:
-        """With Python's own numbers.
+        """Check all fields, and convert numbers to Python's own.
 
         Args:
             every: iterations between rebalances.
 
         Raises:
-            DistplbError: for a value that is none of those above, with what to pass instead.
+            DistplbError: if a value is not one of those above, with what to pass instead.
         """
         dry_run = plain(self.dry_run)
         refuse_wrong_types(
@@ -160,13 +163,13 @@ class Moves:
             raise DistplbError(f"Moves: on_refusal is {self.on_refusal!r}; pass 'raise' or 'skip'")
         if self.spread is not None and self.spread.share_after >= every:
             raise DistplbError(
-                f"a rebalance is spread over {self.spread.share_after} iterations and more, and one begins every "
-                f"{every}; pass a smaller share_after or rebalance less often"
+                f"Moves: spread has share_after {self.spread.share_after}, but every is {every}; pass a share_after "
+                f"below {every}, or a larger every"
             )
         return replace(self, max_bytes=max_bytes, stop_loss=stop_loss, dry_run=dry_run)
 
     def fields(self) -> dict[str, int]:
-        """What all ranks must share, as integers by name, but for model and spread."""
+        """The fields that must be equal on all ranks, as integers by name, except model and spread."""
         return {
             "verify": _VERIFY.index(self.verify),
             "on_refusal (skip is 1)": _ON_REFUSAL.index(self.on_refusal),
@@ -178,20 +181,21 @@ class Moves:
 
 @dataclass(frozen=True)
 class Record:
-    """What is recorded of a job.
+    """What a job records, and where.
 
     >>> Record("runs/7", on_event=print).summary_writer is None
     True
 
     Args:
-        folder: for a trace of all windows and a log of all events, written by rank 0 beside the training;
-            `Trace.read` and `distplb report` read it. A resumed job goes on in its folder; one that holds files of a
-            job of other layers, experts or GPUs is refused. In a pipeline each stage needs a folder of its own.
-            Nothing is written where None.
-        summary_writer: gets imbalance, bytes, seconds and so on as scalars after each rebalance, such as
-            `torch.utils.tensorboard.SummaryWriter`; that of rank 0.
-        on_event: called on each rank with a `RebalanceEvent` after each rebalance, and once more with the same record
-            when the next window has told how the plan fared. What it raises is logged, and does not reach the loop.
+        folder: where rank 0 writes a trace of all windows and a log of all events, in the background; `Trace.read` and
+            `distplb report` read them. A resumed job continues in its folder. A folder with files of a job that has
+            other layers, experts or GPUs is refused. In a pipeline each stage needs its own folder. None writes
+            nothing.
+        summary_writer: receives imbalance, bytes, seconds and other scalars after each rebalance, for example a
+            `torch.utils.tensorboard.SummaryWriter`. Only that of rank 0 is used.
+        on_event: called on each rank with a `RebalanceEvent` after each rebalance, and again with the completed event
+            once the next window shows how well the plan worked. Exceptions that it raises are logged and do not reach
+            the loop.
     """
 
     folder: str | os.PathLike[str] | None = None
@@ -200,11 +204,11 @@ class Record:
 
     @property
     def events_file(self) -> Path | None:
-        """Of the folder."""
+        """The event log in the folder; None without a folder."""
         return None if self.folder is None else Path(self.folder) / "events.jsonl"
 
     def check(self) -> None:
-        """Refuse what is none of those above.
+        """Check the types of the fields.
 
         Raises:
             DistplbError: with what to pass instead.

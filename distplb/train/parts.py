@@ -1,4 +1,4 @@
-"""The parts of a rebalancer on this rank, and how far it has come: what one rebalance works with."""
+"""The components of a rebalancer on this rank and its counters, which each rebalance works with."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ _VERIFIED_BY_DEFAULT = 3  # rebalances
 
 @dataclass(kw_only=True, eq=False)
 class Parts:
-    """What `Rebalancer` is made of.
+    """The components and counters of a `Rebalancer`.
 
     Args:
-        agreed: what it was built from.
-        observer: of window and clock.
-        pricer: of moves.
-        in_force: the placement in force, and the way to another.
-        journal: what is told.
-        background: what runs beside the training.
-        stop_loss: whether rebalancing pays.
+        agreed: the options.
+        observer: reads window and clock.
+        pricer: prices moves.
+        in_force: holds the placement in force and changes it.
+        journal: reports and records.
+        background: runs work in the background.
+        stop_loss: tracks whether rebalancing pays off.
         enabled: whether rebalances begin.
         iteration: calls of `step` so far.
-        rebalances: that have begun.
-        last_applied: iteration at which the last one began that was carried out; 0 where none was in this process.
+        rebalances: rebalances begun so far.
+        last_applied: the iteration at which the last completed rebalance began; 0 if none in this process.
     """
 
     agreed: Agreed
@@ -57,6 +57,6 @@ class Parts:
         return verify == "digest" or (verify == "first" and self.rebalances <= _VERIFIED_BY_DEFAULT)
 
     def forget_counts(self) -> None:
-        """Counts, and how the last plan fared: neither is what was planned for."""
+        """Clear the counts, and drop the open event of the last plan: neither belongs to the placement in force."""
         self.observer.clear()
         self.journal.forget()

@@ -1,4 +1,4 @@
-"""The placement in force, and the one way to another: made ready, agreed on, moved, commit by commit.
+"""The placement in force, and the only way to change it: prepare, agree, and move commit by commit.
 
 Shapes: L layers.
 """
@@ -26,24 +26,24 @@ from distplb.train.observer import Observer
 
 __all__ = ["InForce", "is_so_on_all"]
 
-_SAVE_SECONDS = 1800.0  # that `apply` waits for an asynchronous save
-_SAVE_PAUSE_SECONDS = 0.2  # of that, between two agreements on whether it has ended: far below any deadline
+_SAVE_SECONDS = 1800.0  # how long `apply` waits for an asynchronous save
+_SAVE_PAUSE_SECONDS = 0.2  # between two agreements on whether it has ended; far below any deadline
 
 
 class InForce:
-    """The placement in force on this rank, so that none is ever in force that breaks a rule.
+    """The placement in force on this rank. A placement that breaks a rule is never put into force.
 
     Args:
-        agreed: what the rebalancer was built from.
-        observer: of the window, whose counts follow the experts.
-        roster: of the communicators that hold these layers.
+        agreed: the rebalancer's options.
+        observer: reads the window, whose counts follow the experts.
+        roster: the communicators of the job that hold these layers.
         knows_rows: whether the rows are where `agreed.start` says, on all ranks.
 
     Attributes:
-        placement: in force.
-        first: that the job started from.
-        knows_rows: whether the rows are as `placement` says; if not, a state has to be loaded first.
-        saves: asynchronous ones, which nothing may move before the end of.
+        placement: the placement in force.
+        first: the placement that the job started from.
+        knows_rows: whether the rows are where `placement` says; if not, a state has to be loaded first.
+        saves: asynchronous saves; nothing may move before they end.
     """
 
     def __init__(self, agreed: Agreed, observer: Observer, roster: Roster, knows_rows: bool) -> None:
@@ -57,10 +57,10 @@ class InForce:
         self._routing.follow(None, self.placement)
 
     def load(self, placement: Placement, first: Placement) -> None:
-        """Take up where another rebalancer was: the rows are as it left them. Not collective.
+        """Continue where another rebalancer stopped, with the rows as it left them. Not collective.
 
         Raises:
-            DistplbError: if either breaks a rule, and could not be gone back to.
+            DistplbError: if either placement breaks a rule, because it could not be put into force again.
         """
         for loaded in (placement, first):
             self._agreed.check_rules(loaded)
@@ -72,14 +72,14 @@ class InForce:
     # --- moving ----------------------------------------------------------------------------------------------
 
     def collect_state(self) -> tuple[LayerStates, Exception | None]:
-        """All that goes with the experts of this rank now; or why it may not travel. Not collective."""
+        """Return all state that would travel with this rank's experts now, or why it cannot. Not collective."""
         try:
             return self._mover.collect_state(), None
         except Exception as refused:
             return [], refused
 
     def prepared(self, stages: Stages) -> AgreedState:
-        """What travels, agreed on by all ranks."""
+        """Agree with all ranks on the state that travels. Collective."""
         with stages.stage("move"):
             error: Exception | None = None
             states: LayerStates = []
@@ -102,19 +102,19 @@ class InForce:
         limits: Limits | None = None,
         error: Exception | None = None,
     ) -> MoveTotals | None:
-        """Put another placement into force, or begin with it.
+        """Put another placement into force, or make the first commits towards it.
 
         Args:
-            placement: to be in force.
-            ready: what travels, as agreed now.
+            placement: the placement to reach.
+            ready: the state that travels, as just agreed.
             verify: compare every expert's checksum before and after.
-            untrained: by layer, whether no gradient came to what this rank holds of it while its tokens were counted.
+            untrained: by layer, whether this rank's tensors of it received no gradient while its tokens were counted.
             stages: receives the seconds.
-            limits: of what is done at once.
-            error: why this rank does not go on; all ranks then raise it.
+            limits: how much to move at once.
+            error: why this rank cannot continue; all ranks then raise it.
 
         Returns:
-            None where nothing was done, because the save of some rank has not ended.
+            What was moved; None if nothing was, because the save of some rank has not ended.
         """
         may_move = True
         try:
@@ -139,10 +139,10 @@ class InForce:
         )
 
     def apply(self, placement: Placement, *, verify: bool) -> None:
-        """Put another placement into force now, whole; waits for asynchronous saves.
+        """Put another placement fully into force now. Waits for asynchronous saves.
 
         Raises:
-            DistplbError: on every rank, if it is refused: nothing has moved then.
+            DistplbError: on every rank, if it is refused. Nothing has moved then.
         """
         num_layers = self.placement.num_layers
         untrained = self._mover.watch.untrained() if self._observer.seen else [False] * num_layers
@@ -160,7 +160,7 @@ class InForce:
             )
 
     def take_up(self, placement: Placement) -> None:
-        """After each commit, so that a move that breaks off leaves the placement that is in force."""
+        """Record the placement after each commit, so that `placement` is correct even if the move breaks off."""
         self._routing.follow(self.placement, placement)
         if self._routing.mode == "permute":
             self._observer.follow(self.placement, placement)
@@ -168,16 +168,16 @@ class InForce:
         self._mover.note(placement)
 
     def may_move(self) -> bool:
-        """Whether all saves have ended, and no step may have been skipped, on any rank; all wait for it together."""
+        """Whether, on all ranks, all saves have ended and no optimizer step may have been skipped. Collective."""
         return is_so_on_all(
             self._agreed.comm, lambda: self.saves.have_ended() and not self._mover.watch.may_have_skipped()
         )
 
     def _wait_for_saves(self, placement: Placement) -> None:
-        """Until those of all ranks have ended, unless the placement is refused.
+        """Wait until the saves of all ranks have ended, unless the placement is refused.
 
-        All look again at once while a save is being written, so that nobody waits for another's at a collective, and
-        all give up when the first of them does.
+        While a save is being written, all ranks check again together, so that no rank blocks in a collective because of
+        another rank's save. All time out when the first rank does.
         """
         until = time.monotonic() + _SAVE_SECONDS
         error: Exception | None = None
@@ -189,7 +189,7 @@ class InForce:
                 if not own_ended and time.monotonic() > until:
                     error = DistplbError(
                         f"an asynchronous save has not ended in {_SAVE_SECONDS:.0f} s, and nothing may move before it "
-                        "has; look for what holds it up"
+                        "ends; check what blocks it"
                     )
             except Exception as refused:
                 own_ended, error = False, in_stage("move", refused)
@@ -198,33 +198,33 @@ class InForce:
     # --- what is refused -------------------------------------------------------------------------------------
 
     def refuse_if_half_moved(self) -> None:
-        """Nothing is saved or moved once a move has broken off in the middle.
+        """Refuse to save or move anything after a move has broken off in the middle.
 
         Raises:
-            HalfMovedError: in that case.
+            HalfMovedError: if one has.
         """
         if self._mover.broken is not None:
             raise HalfMovedError(
-                f"experts may be half moved ({self._mover.broken}); resume from the last checkpoint: "
-                "none is written from here"
+                f"experts may be half moved ({self._mover.broken}), so no checkpoint is written from here; resume from "
+                "the last checkpoint"
             )
 
     def refuse_unknown_rows(self) -> None:
-        """Nothing moves before it is known where the rows are.
+        """Refuse to move anything while it is unknown where the rows are.
 
         Raises:
             DistplbError: if another rebalancer has moved them.
         """
         if not self.knows_rows:
             raise DistplbError(
-                f"the rows of {self._agreed.layer_names[0]} were moved by another Rebalancer of this process, and may "
-                "have been put elsewhere since; pass the state that belongs to them to load_state_dict(): that one's "
-                "state_dict(), or what was saved with the weights. Its restore() and close(), before this one is made, "
-                "also do"
+                f"the rows of {self._agreed.layer_names[0]} were moved by another Rebalancer of this process and may "
+                "have changed since; call load_state_dict() with the state that belongs to them: the other "
+                "Rebalancer's state_dict(), or the state that was saved with the weights. Or call the other one's "
+                "restore() and close() before making this one"
             )
 
     def rows_as_known(self) -> Placement:
-        """The placement in force; while it has not been loaded, as the rebalancer before this one has left the rows."""
+        """The placement in force; until a state is loaded, the rows as the previous rebalancer left them."""
         if self.knows_rows:
             return self.placement
         start = self._agreed.start
@@ -235,7 +235,7 @@ class InForce:
 
 
 def is_so_on_all(comm: Comm, question: Callable[[], bool]) -> bool:
-    """Whether the answer is yes on all ranks. Collective.
+    """Whether the answer to a question is yes on all ranks. Collective.
 
     Raises:
         DistplbError: on every rank, if the question raises on any.
@@ -243,11 +243,11 @@ def is_so_on_all(comm: Comm, question: Callable[[], bool]) -> bool:
     is_so, error = False, None
     try:
         is_so = question()
-    except Exception as caught:  # such as of a future of the user's own
+    except Exception as caught:  # for example from a user's own future
         error = in_stage("move", caught)
     return bool(agree(comm, {}, error, minimum=[int(is_so)])[0])
 
 
 def _differs(old: Placement, new: Placement, layer: int) -> bool:
-    """Whether the layer is another one in a placement that may be of another model."""
+    """Whether a layer differs between two placements; the new one may belong to another model."""
     return layer >= new.num_layers or not torch.equal(old.expert_of_slot[layer], new.expert_of_slot[layer])

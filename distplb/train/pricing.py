@@ -1,4 +1,4 @@
-"""What a job has measured of itself, as rank 0 tells it, and the price of moves that follows."""
+"""What a job has measured, as reported by rank 0, and the price of moves that follows from it."""
 
 from __future__ import annotations
 
@@ -23,36 +23,38 @@ from distplb.train.stop_loss import Pace
 
 __all__ = ["Measured", "Pricer", "default_price"]
 
-# What a moved slot must save where nobody knows what moves cost: this share of the mean GPU's tokens. On DeepSeek-V3's
-# load, disturbed by a tenth, on 16 GPUs of one node, it leaves an imbalance of 1.0051 with 9 % of slots moved, where
-# moving for nothing leaves 1.0039 with 82 % (benchmarks/results/2026-11-26-default-price.md).
+# A moved slot must save this share of the mean GPU's tokens if the cost of moves is unknown. On DeepSeek-V3's load,
+# perturbed by a tenth, on 16 GPUs of one node, the imbalance is then 1.0051 with 9 % of slots moved; with free moves it
+# is 1.0039 with 82 % (benchmarks/results/2026-11-26-default-price.md).
 _LEAST_SAVING = 2.0**-13
-# Of that, what a slot must save inside a node and between nodes, where links are slower. On the same load and 2 nodes,
-# 194 slots instead of 630 cross over, and the imbalance is 1.0052 as before.
+# Factors for moves inside a node and between nodes, where links are slower. With the same load on 2 nodes, they reduce
+# the slots that change nodes from 630 to 194, and the imbalance is 1.0052 either way.
 _BY_DISTANCE = (0.5, 2.0)
 
 
 class Measured(NamedTuple):
-    """What rank 0 has measured since the last rebalance, on all ranks."""
+    """Rank 0's measurements since the last rebalance, the same on all ranks."""
 
     pace: Pace  # of the iterations since the last rebalance
-    last_seconds: float  # that that one took
+    last_seconds: float  # that the last rebalance took
     steps: int  # in the window, kept or not
-    slot_bytes: int  # of an expert with all that travels with it; 0 where nothing travels
-    tokens: int  # that rank 0 routed in the steps that are kept, in a layer: about as many as the mean GPU receives
-    ties: tuple[float | None, ...]  # by layer, the share of tokens that its routers sent by chance, in one forward
-    error: Exception | None = None  # why this rank could not measure; rank 0's figures are of no use then
+    slot_bytes: int  # of an expert with all that travels with it; 0 if nothing travels
+    tokens: int  # per layer, routed by rank 0 in the kept steps: about as many as the mean GPU receives
+    ties: tuple[float | None, ...]  # by layer, the share of tokens that tied in its router, in one forward
+    error: Exception | None = None  # why this rank could not measure; the figures above must not be used then
 
 
 class Pricer:
-    """Prices moves by a model that was given, or measured before the first rebalance. Its methods are collective.
+    """Prices moves by a given model, or by one that is measured before the first rebalance.
+
+    Its methods are collective unless they say otherwise.
 
     Args:
-        observer: of this rank's window and clock.
+        observer: reads this rank's window and clock.
         comm: the ranks that rebalance together.
-        topology: of one EP group.
-        model: what moves cost; None to measure it, where the options have a time curve and experts travel.
-        window_steps: T, the most that the window keeps.
+        topology: the nodes and GPUs of one EP group.
+        model: what moves cost; None to measure it, if the options have a time curve and experts travel.
+        window_steps: T, the most steps that the window keeps.
     """
 
     def __init__(
@@ -64,12 +66,12 @@ class Pricer:
     def measured(
         self, last_seconds: float, slot_bytes: int, ties: Callable[[], Sequence[float | None]], num_layers: int
     ) -> Measured:
-        """Rank 0's figures of what each rank measures for itself; the pace starts anew. One broadcast.
+        """Give all ranks rank 0's measurements, in one broadcast, and start a new pace.
 
         Args:
-            last_seconds: that the last rebalance took on this rank.
-            slot_bytes: of an expert on this rank.
-            ties: gives by layer the share of tokens that tied; None where nobody looked.
+            last_seconds: how long the last rebalance took on this rank.
+            slot_bytes: bytes of an expert on this rank.
+            ties: returns by layer the share of tokens that tied; None if it was not measured.
             num_layers: L.
         """
         figures, error = [0] * 7 + [-1] * num_layers, None
@@ -79,7 +81,7 @@ class Pricer:
             counts = [pace.iterations, self._observer.seen, slot_bytes, self._observer.tokens]
             shares = [-1 if share is None else round(1e9 * share) for share in ties()]
             figures = [*nanoseconds, *counts, *shares]
-        except Exception as caught:  # the others are at the broadcast
+        except Exception as caught:  # kept for later: the other ranks are already at the broadcast
             error = in_stage("count", caught)
         figures = root_values(self._comm, figures)
         median, error_of_median, last_seconds = (value * 1e-9 for value in figures[:3])
@@ -90,7 +92,7 @@ class Pricer:
     def priced(
         self, options: PlanOptions, current: Placement, measured: Measured, steps_until_next: float
     ) -> PlanOptions:
-        """The options of one rebalance: from which placement, and at what price."""
+        """Return the options of one rebalance, with the placement in force and the price of moves."""
         options = replace(options, current=current)
         if self.model is None and options.time_curve is not None and measured.slot_bytes:
             links = measured_bandwidths(self._comm, self._topology, self._observer.peers, self._observer.gpu)
@@ -104,15 +106,15 @@ class Pricer:
     def worth(
         self, planned: PlanResult, current: Placement, options: PlanOptions
     ) -> tuple[Placement, tuple[bool, ...]]:
-        """The plan, but for layers that are left alone; and which these are, by layer. Not collective.
+        """Return the plan without the layers that are left alone, and by layer whether it is. Not collective.
 
-        Where there is a model or a time curve it is the plan: what moves must save is then known. Where there is
-        neither, layers are left alone whose GPUs are as even as chance leaves them. The same on all ranks.
+        With a model or a time curve the whole plan is returned, because the price of moves is known. With neither, a
+        layer is left alone if its GPUs differ no more than by chance. The same on all ranks.
 
         Args:
-            planned: from counts of steps that ran under `current`.
+            planned: a plan from counts of steps that ran under `current`.
             current: the placement in force.
-            options: of the search.
+            options: options of the search.
         """
         if self.model is not None or options.time_curve is not None:
             return planned.placement, (False,) * current.num_layers
@@ -122,11 +124,11 @@ class Pricer:
 
 
 def default_price(tokens: int, topology: Topology) -> tuple[float, float]:
-    """Tokens of the window that a moved slot has to save, inside a node and between nodes, where nothing else is known.
+    """Tokens of the window that a moved slot has to save, inside a node and between nodes, if moves have no known cost.
 
     Args:
-        tokens: of the mean GPU, in a layer and all steps of the window.
-        topology: of one EP group.
+        tokens: tokens of the mean GPU in one layer, over all steps of the window.
+        topology: the nodes and GPUs of one EP group.
     """
     inside, between = _BY_DISTANCE if topology.num_nodes > 1 else (1.0, 1.0)
     return inside * tokens * _LEAST_SAVING, between * tokens * _LEAST_SAVING

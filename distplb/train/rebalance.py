@@ -1,4 +1,4 @@
-"""One rebalance, in the stages that the README numbers: count, search, choose, polish, share, move.
+"""One rebalance, in the stages numbered in the README: count, search, choose, polish, share, move.
 
 Shapes: T steps, L layers, E experts.
 """
@@ -36,36 +36,36 @@ __all__ = ["Rebalance"]
 
 _LOGGER = logging.getLogger("distplb")
 _AT_ONCE = Spread(0, 0)
-# Of a spread move: small commits, so that the time is looked at often, but not so small that agreeing takes longer.
+# Commits of a spread move are small, so that the time is checked often, but large enough that agreement costs little.
 _COMMIT_BYTES = 16 << 20
 
 
 class Rebalance:
-    """One rebalance under way. Collective: all ranks advance theirs at the same iterations.
+    """One rebalance under way. Collective: all ranks advance it at the same iterations.
 
     Args:
-        parts: of this rank.
+        parts: the rebalancer's components on this rank.
     """
 
     def __init__(self, parts: Parts) -> None:
         self._parts, self._moves = parts, parts.agreed.moves
         self._began = self._now = self._due = parts.iteration
-        self._seconds, self._resumed = 0.0, 0.0  # in earlier calls of `advance`; when this one began
+        self._seconds, self._resumed = 0.0, 0.0  # spent in earlier calls of `advance`; when this call began
         self._stages, self._old = Stages(), parts.in_force.placement
         self._decision, self._reason = "", ""
-        self._ready: AgreedState | None = None  # what travels, as agreed since the training went on
+        self._ready: AgreedState | None = None  # the state that travels, if agreed in this iteration
         self._staying: dict[int, str] = {}
         self._moved = MoveTotals()
         self._run = self._in_stages()
 
     def advance(self, iteration: int) -> bool:
-        """Go on as far as it may in this iteration.
+        """Advance as far as possible in this iteration.
 
         Args:
-            iteration: of the job.
+            iteration: the job's iteration.
 
         Returns:
-            Whether it has ended.
+            Whether the rebalance has ended.
         """
         self._now, self._resumed = iteration, time.perf_counter()
         while self._due <= iteration:
@@ -77,7 +77,7 @@ class Rebalance:
         return False
 
     def _in_stages(self) -> Iterator[int]:
-        """From the window to the event; each time it yields the iteration at which it goes on."""
+        """Run from the window to the event; each yield is the iteration at which to continue."""
         parts, spread = self._parts, self._moves.spread
         options, error = self._measure()
         parts.rebalances += 1
@@ -101,29 +101,30 @@ class Rebalance:
         while spread is not None and not self._moves.dry_run and not parts.in_force.may_move():
             yield self._now + 1
         target = self._decide(planned, options)
-        if self._decision in ("moved", "kept"):  # ranks agree on the placement also where nothing has to be moved
+        if self._decision in ("moved", "kept"):  # ranks agree on the placement even if nothing has to be moved
             yield from self._move(target)  # (6)
         self._tell(planned, options)
 
     # --- (1) count -------------------------------------------------------------------------------------------
 
     def _measure(self) -> tuple[PlanOptions, Exception | None]:
-        """What rank 0 has measured, and the options that follow; and what was met on this rank."""
+        """Share rank 0's measurements; return the options that follow from them, and an error of this rank if any."""
         parts = self._parts
         with self._stages.stage("count"):
-            # A dry run prices no moves: state may be of a kind that could not be moved, which is told at the end.
+            # A dry run prices no moves: its state may be of a kind that cannot move, which is reported at the end.
             states, error = ([], None) if self._moves.dry_run else parts.in_force.collect_state()
             slot_bytes = parts.agreed.mover.bytes_per_slot(states)
             self._measured = parts.pricer.measured(
                 parts.journal.last_seconds, slot_bytes, parts.agreed.routing.ties, self._old.num_layers
             )
-            # At the rate of the window, which may have more or fewer iterations: not all began with a rebalance.
+            # At the window's rate of steps. It may have more or fewer iterations than `every`: a rebalance is not the
+            # only thing that starts a window.
             self._steps_until_next = self._measured.steps * parts.agreed.every / parts.observer.iterations
             options = parts.pricer.priced(parts.agreed.plan_options, self._old, self._measured, self._steps_until_next)
         return options, error or self._measured.error
 
     def _count(self, options: PlanOptions, error: Exception | None) -> StagedPlan:
-        """The plan, begun with the counts of all ranks."""
+        """Begin a plan with the counts of all ranks."""
         parts, agreed = self._parts, self._parts.agreed
         with self._stages.stage("count"):
             load, steps = torch.zeros(1, self._old.num_layers, agreed.num_slots, dtype=torch.int64, device="cpu"), 0
@@ -136,9 +137,9 @@ class Rebalance:
         return StagedPlan(load, agreed.topology, agreed.comm, options, stages=self._stages, fields=fields, error=error)
 
     def _take_in_window(self, planning: StagedPlan) -> None:
-        """Record it, finish the last rebalance's event with it, and begin another."""
+        """Record the window, complete the last rebalance's event with it, and start a new one."""
         parts = self._parts
-        # On the host from here on: what is written down beside the training must not get into its stream.
+        # The load is on the host by now: recording it in the background adds nothing to the training stream.
         if parts.journal.trace is not None:
             iterations = parts.observer.iterations_of_steps(self._began, self._measured.steps)
             parts.journal.trace.add(planning.load, self._old, iterations)
@@ -149,7 +150,7 @@ class Rebalance:
     # --- (2) to (5) ------------------------------------------------------------------------------------------
 
     def _beside(self, run: Callable[[], None]) -> Callable[[], None]:
-        """Run it beside the training, or at once where the rebalance is not spread; what waits for its end."""
+        """Run in the background, or right away if the rebalance is not spread; return a function that waits for it."""
         if self._moves.spread is None:
             run()
             return lambda: None
@@ -162,7 +163,7 @@ class Rebalance:
         return timed
 
     def _decide(self, planned: PlanResult, options: PlanOptions) -> Target:
-        """What is done with the plan, once all ranks agree on what travels."""
+        """Decide what to do with the plan, after all ranks have agreed on the state that travels."""
         parts, agreed = self._parts, self._parts.agreed
         target = Target(planned.placement, planned.placement, (False,) * self._old.num_layers)
         why_not = ""
@@ -175,7 +176,7 @@ class Rebalance:
         except DistplbError as refused:
             if not self._moves.dry_run:
                 raise
-            why_not = f"; it would be refused: {refused}"
+            why_not = f"; a move would be refused: {refused}"
         if self._decision != "skipped":
             target = target_of(
                 planned,
@@ -203,7 +204,7 @@ class Rebalance:
         return target
 
     def _prepare(self) -> AgreedState:
-        """Agree with all ranks on what travels, and which layers stay."""
+        """Agree with all ranks on the state that travels, and on the layers that stay."""
         ready = self._parts.in_force.prepared(self._stages)
         self._staying |= ready.left_out
         self._parts.journal.warn_of_staying(ready.left_out)
@@ -216,7 +217,7 @@ class Rebalance:
     # --- (6) move --------------------------------------------------------------------------------------------
 
     def _move(self, target: Target) -> Iterator[int]:
-        """To the target, in as many iterations as that takes; where it breaks off between commits, as far as it got."""
+        """Move to the target, over as many iterations as needed; commits stay in force if the rest is skipped."""
         parts, spread = self._parts, self._moves.spread
         limits = None if spread is None else Limits(1, _COMMIT_BYTES, spread.move_seconds)
         while True:
@@ -230,18 +231,18 @@ class Rebalance:
                 if parts.in_force.placement == self._target:
                     parts.last_applied = self._began
                     return
-                assert spread is not None  # what has no limits is done at once
-                # Twice as many as there was time for: what is made ready and not done is made ready again.
+                assert spread is not None  # without limits the move is complete after one call
+                # At most twice the commits that fitted: those prepared but not made have to be prepared again.
                 limits = Limits(2 * done.commits, _COMMIT_BYTES, spread.move_seconds)
             yield self._now + 1
             while not parts.in_force.may_move():
                 yield self._now + 1
 
     def _commit(self, limits: Limits | None, error: Exception | None) -> MoveTotals | None:
-        """Some of the move; None where nothing may be moved now, or it is skipped from here on."""
+        """Make some commits of the move; None if nothing may move now, or the rest of the move is skipped."""
         parts = self._parts
         try:
-            ready, self._ready = self._ready, None  # the training goes on before there is another
+            ready, self._ready = self._ready, None  # valid for this iteration only
             if ready is None:
                 ready = self._prepare()
                 self._target = with_rows_of(parts.in_force.placement, self._target, ready.left_out)
@@ -261,12 +262,12 @@ class Rebalance:
         except DistplbError as refused:
             if self._moves.on_refusal == "raise" or not self._moved.commits:
                 raise
-            parts.journal.warn_of_refusal(str(refused))  # what has moved before is told
+            parts.journal.warn_of_refusal(str(refused))  # the event still reports what has moved before
             self._decision, self._reason = "skipped", str(refused)
         return None
 
     def _tell(self, planned: PlanResult, options: PlanOptions) -> None:
-        """The event, on this rank."""
+        """Report the event on this rank."""
         parts, agreed = self._parts, self._parts.agreed
         account = Account(
             iteration=self._began,

@@ -1,4 +1,4 @@
-"""The account of a rebalance: what it was decided from, what follows from it, and the event that tells it.
+"""The account of a rebalance: its inputs, the figures that follow from them, and the event that reports them.
 
 Shapes: T steps, L layers, M GPUs.
 """
@@ -27,33 +27,33 @@ from distplb.train.stop_loss import Pace
 
 __all__ = ["AS_EVEN", "Account", "completed"]
 
-AS_EVEN = "the GPUs are as even as chance leaves them"
-_NO_TOKENS = "it had no tokens"
+AS_EVEN = "the GPUs differ no more than by chance"
+_NO_TOKENS = "the layer had no tokens"
 
-_HOTTEST = 4  # experts of each layer that are named
-_UNEVEN = 1e-3  # of imbalance above the bound, below which there is nothing to say of a layer
+_HOTTEST = 4  # experts of each layer that are listed
+_UNEVEN = 1e-3  # a layer whose imbalance is this close to the bound needs no reason
 
 
 @dataclass(frozen=True, kw_only=True)
 class Account:
-    """One rebalance, from the window to the plan; `event` closes it.
+    """One rebalance, from the window to the plan; `event` builds its event.
 
     Args:
-        iteration: of the job.
+        iteration: the job's iteration.
         layers: the L names.
-        topology: of the EP group.
+        topology: the nodes and GPUs of one EP group.
         old: the placement in force while the window was counted.
-        planned: the plan, the load that it was made from, and the engine. All of it lies on the host, so that the
-            record can be made beside the training without a launch on the GPU, or a wait for it.
+        planned: the plan, the load that it was made from, and the engine. All tensors are on the host, so that the
+            event can be built in the background without a kernel launch or a wait for the GPU.
         target: the part of the plan that is carried out.
-        left_alone: by layer, whether it stays as it is because its GPUs are as even as chance leaves them.
-        options: of the search.
-        model: what moves cost, if they have a price.
-        pace: of the iterations before.
-        steps_until_next: as many as the price was made for.
+        left_alone: by layer, whether it stays as it is because its GPUs differ no more than by chance.
+        options: options of the search.
+        model: what moves cost, if that is known.
+        pace: the pace of the iterations before the rebalance.
+        steps_until_next: steps until the next rebalance, as assumed by the price.
         router_ties: by layer, the share of tokens that were routed by chance.
-        last_applied: the iteration of the last rebalance that was carried out.
-        stays: by layer that could not be moved, why.
+        last_applied: the iteration at which the last completed rebalance began.
+        stays: the layers that could not be moved, each with the reason.
     """
 
     iteration: int
@@ -72,7 +72,7 @@ class Account:
     stays: Mapping[int, str] = field(default_factory=dict)
 
     def event(self, moved: MoveTotals, decision: str, reason: str, seconds: dict[str, float]) -> RebalanceEvent:
-        """The record; what the next window tells is left open."""
+        """Build the event, without the fields that the next window fills in."""
         load, model, curve = steps_with_tokens(self.planned.load), self.model, self.options.time_curve
         return RebalanceEvent(
             iteration=self.iteration,
@@ -104,7 +104,7 @@ class Account:
         )
 
     def _of_load(self, load: Tensor) -> dict[str, Any]:
-        """What follows from the load of the steps that have tokens, at least one."""
+        """The fields that follow from the load; at least one step has tokens."""
         before, after = (_tokens(load, placement) for placement in (self.old, self.target))  # [T, L, M]
         saved, moving = self._modelled()
         reached = by_layer(load, self.target)
@@ -130,19 +130,19 @@ class Account:
         }
 
     def _modelled(self) -> tuple[float | None, float | None]:
-        """Seconds saved until the next rebalance, and seconds of the moves."""
+        """Modelled seconds: saved until the next rebalance, and spent on moves."""
         if self.model is None:
             return None, None
         load, curve = self.planned.load, self.options.time_curve
         second = 1e-9 if curve is not None else self.model.seconds_per_token
         before, after = (busiest_gpu(load, placement, curve)[0].sum() for placement in (self.old, self.target))
         inside, between = moved_slots(self.old, self.target, self.topology).sum(0).tolist()
-        # The price was made for all steps of the window, also those without tokens: there will be as many of them.
+        # Like the price, count all steps of the window, even those without tokens: as many will follow.
         saved = (before - after).item() * second * self.steps_until_next / len(load) * self.model.trust
         return saved, self.model.seconds(inside, between)
 
     def _left_out(self, after: Sequence[float | None], bound: Sequence[float | None]) -> tuple[str, ...]:
-        """Layer by layer, why the plan stops short of the bound, or this of the plan."""
+        """By layer, why the plan does not reach the bound, or the target not the plan."""
         over = (self.target.expert_of_slot != self.planned.placement.expert_of_slot).sum(1).tolist()
         is_priced = any(self.options.prices)
         texts = []
@@ -154,20 +154,20 @@ class Account:
             elif self.left_alone[layer]:
                 texts.append(AS_EVEN)
             elif slots:
-                texts.append(f"{slots} slots are over the budget")
+                texts.append(f"{slots} {'slot is' if slots == 1 else 'slots are'} over the budget")
             else:
                 is_uneven = reached - possible > _UNEVEN
-                texts.append("no other move was found that repays itself" if is_uneven and is_priced else "")
+                texts.append("the search found no other move that pays off" if is_uneven and is_priced else "")
         return tuple(texts)
 
 
 def completed(event: RebalanceEvent, load: Tensor, plan: Placement, pace: Pace, repaid: bool | None) -> RebalanceEvent:
-    """The record with what the next window told."""
+    """Return the event with the results of the next window."""
     return replace(event, imbalance_next=by_layer(load, plan), iteration_seconds_next=pace.median, repaid=repaid)
 
 
 def by_layer(load: Tensor, placement: Placement) -> tuple[float | None, ...]:
-    """Imbalance of each layer, the mean over the steps in which it has tokens; None where there are none."""
+    """Imbalance of each layer, the mean over the steps in which it has tokens; None if there are none."""
     return nan_to_none(mean_of_known(imbalance(load, placement), dim=0))
 
 
@@ -176,9 +176,9 @@ def _tokens(load: Tensor, placement: Placement) -> Tensor:
 
 
 def _memory(of_gpu: Tensor, when: str) -> dict[str, Any]:
-    """Peak and 99th percentile of tokens per GPU and step, all layers added up: whole tokens, which memory has to hold.
+    """Peak and 99th percentile of tokens per GPU and step, summed over layers: what memory must hold.
 
-    Shares of replicas may add up to fractions, and those are rounded up.
+    Rounded up to whole tokens, because replicas may share an expert's tokens in fractions.
     """
     tokens = of_gpu.sum(1).flatten()  # [T · M]
     p99 = torch.quantile(tokens.double(), 0.99, interpolation="higher").item()
@@ -190,7 +190,7 @@ def _table(values: Tensor) -> tuple[tuple[float, ...], ...]:
 
 
 def _hottest(load: Tensor) -> tuple[tuple[tuple[int, int], ...], ...]:
-    """By layer of `[L, E]`, the experts with most tokens, and these; of equals the lower number first."""
+    """By layer of `[L, E]`, the experts with most tokens and their tokens; ties go to the lower expert id."""
     tokens, experts = load.sort(dim=1, descending=True, stable=True)
     few = slice(0, _HOTTEST)
     pairs = zip(experts[:, few].tolist(), tokens[:, few].tolist(), strict=True)

@@ -1,7 +1,7 @@
-"""`Rebalancer`: observe, decide, plan, move. The object that a training loop holds.
+"""`Rebalancer`: the object that a training loop holds. It observes, decides, plans and moves.
 
-Of its files, `options` and `agreed_options` say what it is built from, `parts` holds what it is made of, `rebalance`
-is one rebalance, `placement_in_force` how the placement changes, and `journal` what it tells.
+Its files: `options` and `agreed_options` hold its options, `parts` its components, `rebalance` runs one rebalance,
+`placement_in_force` changes the placement, and `journal` reports what happened.
 """
 
 from __future__ import annotations
@@ -34,42 +34,42 @@ from distplb.train.window import LoadWindow
 
 __all__ = ["Rebalancer"]
 
-_LOOKS = 2  # the first one may be in an iteration whose step was skipped
+_LOOKS = 2  # two, because the optimizer step of the first iteration may have been skipped
 
 
 class Rebalancer:
     """Counts loads, plans a better placement every few iterations, and moves experts with their optimizer state.
 
-    All methods but the properties are collective: all ranks of `comm` call them, in the same order and from the
-    thread that trains. In the loop::
+    All methods are collective unless they say otherwise (properties are not): all ranks of `comm` call them, in the
+    same order and from the training thread. In the loop::
 
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()  # first, because gradients that are still held travel too
         rebalancer.step()
 
-    Experts change slots, and router rows with them, so the router's outputs stay numbers of slots, the dispatcher
-    stays as it is, and the model computes what it computed before. Where layers have a table (`slot_of_expert`) the
-    router stays as it is, and the dispatcher looks up the slot.
+    Experts change slots and take their router rows along. The router's outputs are then slot indices, the dispatcher
+    needs no change, and the model computes what it computed before. Where layers have a table (`slot_of_expert`), the
+    router does not change and the dispatcher looks up each expert's slot.
 
     Args:
-        layers: the MoE layers, the same on all ranks of `comm` and in the same order; none on a rank without any, as
-            in a stage of a pipeline, where every method then does nothing but count iterations.
-        optimizer: the one that steps on their parameters, or all of them.
-        topology: of one EP group.
+        layers: the MoE layers, the same on all ranks of `comm` and in the same order. Pass an empty list on ranks
+            without MoE layers, such as some pipeline stages; every method then only counts iterations.
+        optimizer: the optimizer that steps on the layers' parameters, or a list of all such optimizers.
+        topology: the nodes and GPUs of one EP group.
         every: iterations between rebalances.
-        comm: the ranks that hold these layers: all EP groups side by side that hold copies of the same experts, or the
-            EP group where there is but one. None for this process alone.
-        gpu: which GPU of its EP group this rank is; its rank in `comm` where `comm` is the EP group alone.
-        window: the counts; its layers in the order of `layers`, its experts the router's outputs. Each layer's forward
-            calls `window.add(index, counts)`. Or the most steps that a window keeps which the layers fill
-            (`MoELayer.counts`).
+        comm: the ranks that hold these layers: all EP groups that hold copies of the same experts, or the single EP
+            group if there is only one. None for this process alone.
+        gpu: which GPU of its EP group this rank is. Defaults to the rank in `comm`, if `comm` is a single EP group.
+        window: a `LoadWindow` whose layers are in the order of `layers` and whose experts are the router's outputs;
+            each layer's forward calls `window.add(index, counts)`. Or an integer: how many steps to keep in a window
+            that the layers fill themselves (`MoELayer.counts`).
         search: how plans are searched.
         moves: which moves of a plan are made, and how.
-        record: what is recorded, and who is told.
+        record: what is recorded, and where it goes.
 
     Raises:
-        DistplbError: on every rank, if any rank's arguments are refused or differ from the others'.
+        DistplbError: on every rank, if any rank's arguments are refused or differ from those of other ranks.
     """
 
     def __init__(
@@ -105,9 +105,9 @@ class Rebalancer:
             journal=journal,
             background=Background(comm.device),
         )
-        self._rebalance: Rebalance | None = None  # under way
-        self._is_postponed = False  # one that is due, to the next iteration
-        self._looks = _LOOKS  # at whether what is there can travel, that are left
+        self._rebalance: Rebalance | None = None  # the one under way
+        self._is_postponed = False  # a rebalance is due and waits for the next iteration
+        self._looks = _LOOKS  # how many early checks of the state are left
         self._attached: list[Attached] = []
         self._is_closed = False
 
@@ -125,40 +125,40 @@ class Rebalancer:
 
     @property
     def last_applied(self) -> int:
-        """The last iteration at which a rebalance began that was carried out, whether or not anything had to move.
+        """The iteration at which the last completed rebalance began, whether or not anything had to move.
 
-        0 where none was in this process. One that stays behind `iteration` by much more than `every` tells of a
-        rebalancer that goes on without doing anything: switched off, or skipped each time.
+        0 if this process has completed none. If it falls behind `iteration` by much more than `every`, the rebalancer
+        is not doing anything: it is switched off, or every rebalance is skipped.
         """
         return self._parts.last_applied
 
     @property
     def enabled(self) -> bool:
-        """Whether rebalances begin; may be set, to the same on all ranks."""
+        """Whether rebalances begin. May be set, to the same value on all ranks."""
         return self._parts.enabled
 
     @enabled.setter
     def enabled(self, value: bool) -> None:
-        """To the same on all ranks."""
+        """Set it to the same value on all ranks."""
         self._parts.enabled = value
 
     # --- in the loop -----------------------------------------------------------------------------------------
 
     def step(self) -> None:
-        """Call once an iteration, after `optimizer.step()`; rebalances on every `every`-th call while `enabled`.
+        """Call once per iteration, after `optimizer.step()`; rebalances on every `every`-th call while `enabled`.
 
-        A rebalance whose digests differ between ranks is skipped, with a warning and an event that say so. One that is
-        under way, spread over iterations, is dropped when `enabled` is set to False.
+        If digests differ between ranks, the rebalance is skipped, with a warning and an event. Setting `enabled` to
+        False drops a spread rebalance that is under way.
 
-        The first two calls look whether what is there can travel, so that it is not refused hours later. Where a
-        backward pass has begun and no optimizer has stepped, as where a gradient scaler has skipped the step, a
+        The first two calls check that all state can travel, so that a job does not find out hours later. If a backward
+        pass has begun but no optimizer has stepped, for example because a gradient scaler skipped the step, a
         rebalance that is due waits for the next iteration.
 
         Raises:
-            DistplbError: on every rank, if the rebalance is refused: nothing has moved then, but for what a spread one
-                had moved before. Not with `Moves.on_refusal` "skip".
-            LostRanksError: if ranks do not come, before anything was written.
-            HalfMovedError: if a move broke off in the middle, now or before.
+            DistplbError: on every rank, if the rebalance is refused. Nothing has moved then, except what a spread
+                rebalance had moved in earlier iterations. Not raised with `Moves.on_refusal` "skip".
+            LostRanksError: if ranks do not arrive, before anything was written.
+            HalfMovedError: if this move or an earlier one broke off in the middle.
         """
         self._refuse_if_unfit()
         parts = self._parts
@@ -189,46 +189,47 @@ class Rebalancer:
         parts.observer.loop_goes_on()
 
     def attach(self) -> Attached:
-        """Call `step` by itself whenever the optimizers have stepped, each once; instead of calling it in the loop.
+        """Call `step` automatically whenever every optimizer has stepped once, instead of calling it in the loop.
 
-        Gradients are still held then, and travel with the experts: a quarter more bytes with AdamW.
+        Gradients are still held at that point and travel with the experts: a quarter more bytes with AdamW.
 
         Returns:
-            What calls it; its `remove()` ends that.
+            A handle; its `remove()` ends the automatic calls.
         """
         self._attached.append(Attached(self._parts.agreed.optimizers, self.step))
         return self._attached[-1]
 
     def saving(self, response: Any, *, until: Literal["written", "staged"] = "written") -> None:
-        """Have the next move wait for the end of an asynchronous save. Not collective.
+        """Hold back moves until an asynchronous save has ended. Not collective.
 
-        A move in the meantime could mix two placements in one checkpoint. `step` does not wait: a rebalance that is due
-        moves in the first iteration in which no rank's save is under way. `apply` and the end of `in_logical_order`
-        wait, so that an upload that takes minutes is better saved as it is, or staged by a copy.
+        A move during the save could mix two placements in one checkpoint. `step` does not block: a rebalance that is
+        due moves in the first iteration in which no rank is saving. `apply` and the end of `in_logical_order` do
+        block, so if an upload takes minutes, save without `in_logical_order` or use a stager that copies.
 
         Args:
-            response: what `torch.distributed.checkpoint.async_save` returned, or a future of your own.
-            until: "staged" if the stager copies all that it is given, as torch 2.13's own does, and tells when: a
-                plain future does not. What is staged may otherwise be the tensors themselves, as with torch 2.6 on the
-                CPU. Where the copy was made before `async_save` returned, there is nothing to wait for, nor to tell.
+            response: the return value of `torch.distributed.checkpoint.async_save`, or a future of your own.
+            until: "staged" if the stager copies everything it is given, as that of torch 2.13 does, and reports when it
+                is done; a plain future does not report it. Otherwise the staged tensors may be the originals, as with
+                torch 2.6 on the CPU. If the copy is complete before `async_save` returns, there is nothing to wait
+                for and no need to call this.
 
         Raises:
-            DistplbError: for another response or end.
+            DistplbError: if `response` or `until` is anything else.
         """
         if self._parts.agreed.layer_names:
             self._parts.in_force.saves.add(response, until)
 
-    # --- placements by hand ----------------------------------------------------------------------------------
+    # --- placements set manually -----------------------------------------------------------------------------
 
     def apply(self, placement: Placement) -> None:
-        """Move every expert to the slot that `placement` gives it, now; a rebalance that is under way is dropped.
+        """Move every expert now to the slot that `placement` gives it. Drops a rebalance that is under way.
 
-        Counts so far are forgotten.
+        The counts collected so far are cleared.
 
         Raises:
-            DistplbError: on every rank, if the placement is of another model, has replicas or differs between
-                ranks, takes apart a routing group or a class of slots, or if the state of a layer is refused: nothing
-                has moved then.
+            DistplbError: on every rank, if the placement belongs to another model, has replicas, differs between
+                ranks, or splits a routing group or a slot class, or if the state of a layer is refused. Nothing has
+                moved then.
         """
         self._refuse_if_unfit()
         self._drop()
@@ -236,16 +237,16 @@ class Rebalancer:
         self._parts.forget_counts()
 
     def restore(self) -> None:
-        """Move every expert back to where the job started from."""
+        """Move every expert back to where the job started."""
         self.apply(self._parts.in_force.first)
 
     @contextmanager
     def in_logical_order(self) -> Iterator[None]:
-        """Expert e in slot e of every layer, for a checkpoint that others can read; afterwards all is as before.
+        """Put expert e in slot e of every layer for the block, so that other programs can read what it saves.
 
-        The block saves model, optimizer and, if it likes, this rebalancer. Give `saving` what an asynchronous save
-        returns. If the block raises, experts stay in logical order, and `placement` says so. A rebalance that is under
-        way goes on afterwards.
+        The block saves model, optimizer and, optionally, this rebalancer. Pass the return value of an asynchronous
+        save to `saving`. After the block the placement is restored, and a rebalance that is under way continues. If
+        the block raises, experts stay in logical order, and `placement` shows that.
         """
         self._refuse_if_unfit()
         there = self.placement
@@ -254,9 +255,9 @@ class Rebalancer:
         self._apply(there)
 
     def close(self) -> None:
-        """Let go of model and optimizers, and wait until trace and log are written, if they are recorded.
+        """Release model and optimizers, and wait until trace and log, if recorded, are written.
 
-        Not collective. Experts stay where they are, which `state_dict` still tells; nothing moves any more.
+        Not collective. Experts stay where they are, and later moves are refused; `state_dict` still works.
         """
         self._is_closed = True
         self._drop()
@@ -270,10 +271,10 @@ class Rebalancer:
     # --- checkpoints -----------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Placement in force, first placement and counters as tensors, by layer name, to be saved with the model.
+        """Return the placement in force, the first placement and counters as tensors, by layer name.
 
-        With `torch.distributed.checkpoint` the rebalancer itself is passed beside model and optimizer. It is loaded on
-        any number of GPUs, and by any stages of a pipeline.
+        Save it with the model; with `torch.distributed.checkpoint`, pass the rebalancer itself next to model and
+        optimizer. It can be loaded on any number of GPUs and with any split into pipeline stages. Not collective.
         """
         parts, in_force = self._parts, self._parts.in_force
         in_force.refuse_if_half_moved()
@@ -281,12 +282,12 @@ class Rebalancer:
         return Saved(in_force.rows_as_known(), in_force.first, counters).to_state(parts.agreed.layer_names)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up where `state_dict` was called, with the model and optimizer as they were saved. Moves nothing.
+        """Resume from a `state_dict`, with the model and optimizer saved along with it. Moves nothing.
 
-        A rebalance that was under way then is not taken up; the next one begins as if it had ended.
+        A rebalance that was under way at the save is not resumed; the next one begins as if it had ended.
 
         Raises:
-            DistplbError: if the state is of another version or model.
+            DistplbError: if the state has another version or belongs to another model.
         """
         parts, agreed = self._parts, self._parts.agreed
         parts.in_force.refuse_if_half_moved()
@@ -301,13 +302,13 @@ class Rebalancer:
     # --- the rebalance under way -----------------------------------------------------------------------------
 
     def _look(self) -> None:
-        """Whether what is there can travel, on all ranks."""
+        """Check that the state of all ranks can travel."""
         parts, agreed = self._parts, self._parts.agreed
         looks = parts.enabled and not agreed.moves.dry_run and not agreed.mover.watch.may_have_skipped()
         agree(agreed.comm, {}, parts.in_force.collect_state()[1] if looks else None)
 
     def _begin(self) -> None:
-        """A rebalance, unless some rank cannot tell whether its step has been skipped."""
+        """Begin a rebalance, or postpone it if the optimizer step of some rank may have been skipped."""
         agreed = self._parts.agreed
         self._is_postponed = not (
             agreed.moves.dry_run or is_so_on_all(agreed.comm, lambda: not agreed.mover.watch.may_have_skipped())
@@ -316,7 +317,7 @@ class Rebalancer:
             self._rebalance = Rebalance(self._parts)
 
     def _go_on(self) -> None:
-        """With the rebalance under way, as far as it may go in this iteration."""
+        """Advance the rebalance under way as far as it may go in this iteration."""
         if self._rebalance is None:
             return
         try:
@@ -328,7 +329,7 @@ class Rebalancer:
             self._rebalance = None
 
     def _drop(self) -> None:
-        """The rebalance under way, wherever it is: between two commits every placement is as good as another."""
+        """Drop the rebalance under way. Safe at any point, because the placement between two commits is a valid one."""
         self._rebalance, self._is_postponed = None, False
 
     def _apply(self, placement: Placement) -> None:
@@ -338,5 +339,5 @@ class Rebalancer:
     def _refuse_if_unfit(self) -> None:
         self._parts.in_force.refuse_if_half_moved()
         if self._is_closed:
-            raise DistplbError("this Rebalancer has been closed, and moves nothing any more; make a new one")
+            raise DistplbError("this Rebalancer has been closed; make a new one")
         self._parts.in_force.refuse_unknown_rows()

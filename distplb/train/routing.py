@@ -1,4 +1,4 @@
-"""How the layers follow a placement: by their routers' rows, or by a table after the router's choice.
+"""How the layers follow a placement: by permuting router rows, or by a table after the router's choice.
 
 Shapes: L layers, E experts, P slots.
 """
@@ -21,17 +21,18 @@ __all__ = ["Routing"]
 
 
 class Routing:
-    """What the layers have in common, and what is done to them so that tokens find the experts after a move.
+    """The layers' common properties, and the updates that let tokens find the experts after a move.
 
     Args:
-        layers: the MoE layers of this rank; there may be none.
+        layers: the MoE layers of this rank; may be empty.
 
     Attributes:
-        mode: "remap" where the layers have tables, else "permute".
-        num_groups: of group-limited routing, where the placement must keep to its blocks.
+        mode: "remap" if the layers have tables, else "permute".
+        num_groups: groups of group-limited routing, if placements must keep groups together; else None.
 
     Raises:
-        DistplbError: if layers differ in how they follow, or one has neither a router nor a table.
+        DistplbError: if layers differ in how they follow a placement, or a layer does not have exactly one of router
+            and table.
     """
 
     def __init__(self, layers: Sequence[MoELayer]) -> None:
@@ -47,16 +48,16 @@ class Routing:
         self.num_groups = None if has_tables else groups
 
     def window(self, num_steps: int, seed: int) -> LoadWindow:
-        """A window that the layers fill by themselves.
+        """Build a window that the layers fill themselves.
 
         Raises:
-            DistplbError: if a layer does not say how its counts are had, or how to end that. Nothing is subscribed to
-                then.
+            DistplbError: if a layer has no `counts`, or its `counts` returns no valid handle. All subscriptions are
+                ended then.
         """
         missing = [layer.name for layer in self._layers if layer.counts is None]
         if missing:
             raise DistplbError(
-                f"{missing[0]} has no counts; pass window=, a LoadWindow that its forward fills, or MoELayer.counts"
+                f"{missing[0]} has no counts; pass window=, a LoadWindow that its forward fills, or set MoELayer.counts"
             )
         sizes = [self._num_experts(layer) for layer in self._layers]
         num_experts = self._common("the number of experts", sizes, 1)
@@ -65,13 +66,14 @@ class Routing:
         return window
 
     def subscribe(self, takers: Sequence[Callable[..., None]] | None = None) -> None:
-        """Have each layer tell its counts, and do what else it does for a rebalancer, until `close`.
+        """Subscribe to each layer's counts, and to all else that its `counts` function sets up, until `close`.
 
         Args:
-            takers: by layer, what takes the counts; nothing does where None, as the loop fills the window.
+            takers: by layer, the function that receives the counts. None ignores them, because the loop fills the
+                window.
 
         Raises:
-            DistplbError: if a layer does not say how to end it. Nothing is subscribed to then.
+            DistplbError: if a layer's `counts` returns no valid handle. All subscriptions are ended then.
         """
         try:
             for layer, take in zip(self._layers, takers or [_ignore] * len(self._layers), strict=True):
@@ -82,30 +84,30 @@ class Routing:
             raise
 
     def start(self, logical: Placement) -> Placement:
-        """Where the experts are to begin with: as the tables say, if there are any, else in logical order.
+        """Return the initial placement: that of the tables if there are any, else logical order.
 
         Raises:
-            DistplbError: if a table does not name each slot once.
+            DistplbError: if a table does not contain each slot once.
         """
         rows = []
         for row, layer in zip(logical.expert_of_slot, self._layers, strict=True):
             table = layer.slot_of_expert
-            if table is None or not bool(table.any()):  # zeros: nobody has filled it yet
+            if table is None or not bool(table.any()):  # all zeros: not filled yet
                 rows.append(row)
                 continue
             if not torch.equal(table.cpu().sort().values, row):
                 raise DistplbError(
-                    f"{layer.name}: slot_of_expert is {table.tolist()}; it must name each of {len(row)} slots once: "
-                    f"pass torch.arange({len(row)}) for experts that have not moved"
+                    f"{layer.name}: slot_of_expert is {table.tolist()}; it must contain each of {len(row)} slots once: "
+                    f"pass torch.arange({len(row)}) if experts have not moved"
                 )
             rows.append(table.cpu().argsort())
         return Placement(torch.stack(rows), logical.num_experts, logical.num_gpus) if rows else logical
 
     def check_tables(self, placement: Placement) -> None:
-        """Refuse tables that somebody else has written since.
+        """Refuse tables that other code has written since the last move.
 
         Raises:
-            DistplbError: with the first expert that is looked up elsewhere than in its slot.
+            DistplbError: with the first expert whose table entry is not its slot.
         """
         for layer, slots in zip(self._layers, placement.inverse[..., 0], strict=False):
             if layer.slot_of_expert is None:
@@ -115,12 +117,12 @@ class Routing:
                 expert = int(wrong[0])
                 raise DistplbError(
                     f"{layer.name}: slot_of_expert has expert {expert} in slot {int(layer.slot_of_expert[expert])}, "
-                    f"and it was put into slot {int(slots[expert])}: something else has written the table, as loading "
-                    "a state of the model does; load the rebalancer's state along with it"
+                    f"but the rebalancer put it into slot {int(slots[expert])}; other code has written the table, "
+                    "probably by loading a model state: load the rebalancer's state along with the model's"
                 )
 
     def follow(self, old: Placement | None, new: Placement) -> None:
-        """Have tokens find the experts where `new` has them; `old` is None where all layers may have changed."""
+        """Route tokens to the experts as placed in `new`; `old` is None if all layers may have changed."""
         slot = new.inverse[..., 0]  # [L, E]
         for index, layer in enumerate(self._layers):
             if old is not None and torch.equal(old.expert_of_slot[index], new.expert_of_slot[index]):
@@ -135,7 +137,7 @@ class Routing:
         return [None if layer.ties is None else layer.ties.take() for layer in self._layers]
 
     def close(self) -> None:
-        """Take in no more counts: end all that was subscribed to."""
+        """End all subscriptions: no more counts are received."""
         while self._subscriptions:
             self._subscriptions.pop().remove()
 
@@ -144,7 +146,7 @@ class Routing:
             if value != values[0]:
                 raise DistplbError(
                     f"layers differ in {what}: {values[0]} in {self._layers[0].name}, {value} in {layer.name}; "
-                    "give each kind a Rebalancer of its own"
+                    "make a separate Rebalancer for each kind"
                 )
         return values[0] if values else default
 
@@ -154,7 +156,7 @@ class Routing:
         return int(next(iter(layer.router.values())).shape[0])
 
     def _device(self) -> torch.device:
-        """Of the experts."""
+        """The device of the experts."""
         for layer in self._layers:
             for declared in layer.experts.values():
                 tensor = declared if isinstance(declared, Tensor) else _first(declared)
@@ -163,7 +165,7 @@ class Routing:
 
 
 def _ignore(*_: Any, **__: Any) -> None:
-    """Counts that somebody else takes."""
+    """Ignore counts, because the loop fills the window."""
 
 
 def _first(declared: Rows | Sequence[Tensor]) -> Tensor:
@@ -171,13 +173,13 @@ def _first(declared: Rows | Sequence[Tensor]) -> Tensor:
 
 
 def _handles(name: str, subscription: Any) -> list[Removable]:
-    """What ends a layer's subscription, piece by piece: a sequence has a `remove`, too, but of another meaning."""
+    """List the handles of a layer's subscription. A list is unpacked, because its `remove` means something else."""
     if subscription is None:
         return []
     handles = list(subscription) if isinstance(subscription, Sequence) else [subscription]
     if not all(callable(getattr(handle, "remove", None)) for handle in handles):
         raise DistplbError(
-            f"{name}: counts returned {subscription!r}; return a handle with remove(), a sequence of handles, or None"
+            f"{name}: counts returned {subscription!r}; return a handle with remove(), a sequence of them, or None"
         )
     return handles
 
@@ -185,13 +187,14 @@ def _handles(name: str, subscription: Any) -> list[Removable]:
 def _check(layer: MoELayer) -> None:
     if not layer.experts or bool(layer.router) == (layer.slot_of_expert is not None):
         raise DistplbError(
-            f"{layer.name} has {len(layer.experts)} expert tensors, {len(layer.router)} router tensors and "
+            f"{layer.name} has {len(layer.experts)} expert tensor{'s' * (len(layer.experts) != 1)}, "
+            f"{len(layer.router)} router tensor{'s' * (len(layer.router) != 1)} and "
             f"{'a' if layer.slot_of_expert is not None else 'no'} table; declare all expert tensors, and either all "
-            "router tensors or a table slot_of_expert: what is not declared does not travel"
+            "router tensors or a table slot_of_expert: tensors that are not declared do not travel"
         )
     table = layer.slot_of_expert
     if table is not None and (table.dim() != 1 or table.dtype != torch.int64):
         raise DistplbError(
-            f"{layer.name}: slot_of_expert is {table.dtype} of shape {tuple(table.shape)}; pass an int64 for each "
-            "expert"
+            f"{layer.name}: slot_of_expert is {table.dtype} of shape {tuple(table.shape)}; pass int64 of shape "
+            "[E], the slot of each expert"
         )

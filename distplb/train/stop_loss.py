@@ -1,4 +1,4 @@
-"""Does rebalancing pay? Iteration seconds before and after each rebalance, against what it took."""
+"""Stop-loss: compares iteration seconds before and after each rebalance with the seconds that it took."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 __all__ = ["Pace", "StopLoss"]
 
-_SIGMAS = 2.0  # by how many standard errors a rebalance must have failed to repay itself
+_SIGMAS = 2.0  # a rebalance counts as a loss only if it misses break-even by more standard errors than this
 
 
 @dataclass(frozen=True)
@@ -20,9 +20,9 @@ class Pace:
     Pace(median=1.0, error=0.0, iterations=5)
 
     Args:
-        median: seconds.
-        error: of the median, one standard deviation, from the median absolute deviation of the iterations.
-        iterations: how many.
+        median: median seconds per iteration.
+        error: standard error of the median, from the median absolute deviation of the iterations.
+        iterations: how many iterations were timed.
     """
 
     median: float
@@ -31,17 +31,17 @@ class Pace:
 
     @classmethod
     def of(cls, seconds: Sequence[float]) -> Pace:
-        """Of single iterations, at least one. One alone does not tell its error, which may be as large as itself."""
+        """Compute the pace of at least one iteration. One alone shows no spread, so its error is set to its seconds."""
         median = statistics.median(seconds)
         if len(seconds) == 1:
             return cls(median, median, 1)
-        # 1.4826 and 1.2533: from the median absolute deviation to sigma, and to the median's error, of a normal law.
+        # For a normal distribution: sigma is 1.4826 · MAD, and the error of the median 1.2533 · sigma / sqrt(n).
         deviation = 1.4826 * statistics.median(abs(value - median) for value in seconds)
         return cls(median, 1.2533 * deviation / math.sqrt(len(seconds)), len(seconds))
 
 
 class StopLoss:
-    """Counts rebalances in a row that did not repay themselves.
+    """Counts rebalances in a row that did not pay off.
 
     >>> stop_loss = StopLoss(patience=2)
     >>> fast, slow = Pace(1.0, 0.0, 100), Pace(1.1, 0.0, 100)
@@ -51,7 +51,7 @@ class StopLoss:
     ([False, False], True)
 
     Args:
-        patience: so many in a row end it; 0 for never.
+        patience: this many in a row end rebalancing; 0 for never.
     """
 
     def __init__(self, patience: int) -> None:
@@ -63,14 +63,14 @@ class StopLoss:
         return 0 < self.patience <= self.strikes
 
     def repaid(self, before: Pace, after: Pace, cost: float) -> bool:
-        """Whether iterations became faster by as much as the rebalance cost; counts it if not.
+        """Return whether iterations saved at least the time that the rebalance cost; count it as a loss if not.
 
-        In doubt it did: what is less than two standard errors away from repaying is not counted against it, because
-        a coin thrown often enough shows the same side three times in a row.
+        A rebalance less than two standard errors short of break-even is not a loss. Otherwise noise alone would turn
+        rebalancing off sooner or later: a coin thrown often enough shows the same side three times in a row.
 
         Args:
             before: the iterations before the rebalance.
-            after: those after it.
+            after: the iterations after it.
             cost: seconds of the rebalance itself.
         """
         saved = (before.median - after.median) * after.iterations

@@ -1,4 +1,4 @@
-"""`distplb doctor` alone, under torchrun, and where something is wrong."""
+"""`distplb doctor` in a single process, under torchrun, and with faults."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_alone_it_looks_at_this_process_and_says_how_to_look_at_more() -> None:
     assert not document["wrong"]
     assert document["timings"] == []
     assert lines["torch"][1].startswith(torch.__version__.split("+")[0])  # the package's has no +cu124
-    assert lines["launcher"] == ("ok", "none, this process is alone")
+    assert lines["launcher"] == ("ok", "none; single process")
     assert "torchrun --nproc-per-node 2 -m distplb doctor" in lines["ranks"][1]
     assert lines["engines"][1].startswith("reference")
     assert "gloo" in lines["backends"][1]
@@ -82,7 +82,7 @@ def test_without_numba_it_says_what_brings_it(monkeypatch: pytest.MonkeyPatch) -
     ((level, text),) = findings_of("engine cpu")
     assert level == "note"
     assert "pip install 'distplb[fast]'" in text
-    assert "reference is taken, 1 make the same plan" in findings_of("engines")[0][1]
+    assert "default: reference; plans equal to the reference: 1 of 1" in findings_of("engines")[0][1]
 
 
 def test_an_engine_that_plans_otherwise_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,12 +112,12 @@ def test_fewer_gpus_than_ranks_are_wrong(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: about)
     assert findings_of("GPU 0") == [("ok", "H100, 80 GiB")]
-    assert findings_of("GPUs") == [("WRONG", "1 for 2 ranks on this node; start --nproc-per-node 1")]
+    assert findings_of("GPUs") == [("WRONG", "1 for 2 ranks on this node; use torchrun --nproc-per-node 1")]
 
 
 def test_nodes_without_a_named_interface_are_noted(monkeypatch: pytest.MonkeyPatch) -> None:
     launched(monkeypatch, WORLD_SIZE="4", GROUP_WORLD_SIZE="2")
-    assert findings_of("launcher") == [("ok", "2 nodes of 2 ranks")]
+    assert findings_of("launcher") == [("ok", "2 nodes × 2 ranks")]
     assert "GLOO_SOCKET_IFNAME=eth0" in findings_of("GLOO_SOCKET_IFNAME")[0][1]
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     assert not findings_of("GLOO_SOCKET_IFNAME")
@@ -156,9 +156,9 @@ def test_under_torchrun_ranks_exchange_and_move(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stderr
     document = json.loads(run.stdout)
     lines = {one["what"]: (one["level"], one["text"]) for one in document["findings"]}
-    assert lines["ranks"] == ("ok", "2 exchange and move as they should")
+    assert lines["ranks"] == ("ok", "all 2 exchange and move correctly")
     assert lines["versions"] == ("ok", "the same on 2 ranks")
-    assert lines["launcher"] == ("ok", "1 node of 2 ranks")
+    assert lines["launcher"] == ("ok", "1 node × 2 ranks")
     timed = {one["what"]: one for one in document["timings"]}
     calls = [f"{name}, {size} MiB" for size in (1, 64) for name in ("sum", "min", "broadcast", "exchange")]
     assert list(timed) == [*calls, "move of 24 MiB, with AdamW state"]
@@ -166,7 +166,7 @@ def test_under_torchrun_ranks_exchange_and_move(tmp_path: Path) -> None:
 
 
 def _examined(what: str) -> tuple[Examination, float]:
-    """On each of two ranks, of which rank 1 has something of its own."""
+    """Examine two ranks; rank 1 differs in the way that `what` names."""
     comm, own = TorchComm(deadline=2.0 if what == "late" else 60.0), Examination([ok("torch", "2.13")])
     collective_checks._SIZES = (1 << 20,)
     began = time.monotonic()
@@ -186,7 +186,7 @@ def _examined(what: str) -> tuple[Examination, float]:
 
 
 def on_both(what: str) -> list[tuple[str, str, str]]:
-    """What both ranks have found not to be as it should, which is the same."""
+    """The notes and errors, which must be the same on both ranks."""
     (first, _), (second, _) = on_ranks(2, _examined, what)
     assert first.is_wrong
     assert first.findings == second.findings
@@ -197,9 +197,9 @@ def test_what_is_different_on_another_rank_is_told_on_all() -> None:
     assert on_both("different") == [
         wrong("GPUs", "rank 1: 1 for 2 ranks"),
         note("OMP_NUM_THREADS", "rank 1: not set"),
-        wrong("numba", "rank 0 has 0.68, rank 1 has none; install the same on all nodes"),
-        wrong("torch", "rank 0 has 2.13.0, rank 1 has 2.12.0; install the same on all nodes"),
-        wrong("move", "rank 1: experts or their state did not arrive as they were sent; report it"),
+        wrong("numba", "rank 0 has 0.68, rank 1 has none; install the same version on all nodes"),
+        wrong("torch", "rank 0 has 2.13.0, rank 1 has 2.12.0; install the same version on all nodes"),
+        wrong("move", "rank 1: experts or their state arrived with wrong values; report this as a bug of distplb"),
     ]
 
 

@@ -225,5 +225,5 @@ def test_a_job_moves_what_its_budget_allows_and_says_what_was_left_out() -> None
         assert missing + event["slots_moved"] == free["slots_moved"]
     assert sum(free["imbalance_after"]) <= sum(five["imbalance_after"]) < sum(two["imbalance_after"])
     assert (one["decision"], one["slots_moved"], one["bytes_moved"]) == ("kept", 0, 0)
-    assert one["reason"] == "nothing that is worth moving fits in max_bytes"
+    assert one["reason"] == "no move that pays off fits in max_bytes"
     assert one["imbalance_after"] == one["imbalance_before"]

@@ -1,7 +1,7 @@
-"""Saving and resuming with torch.distributed.checkpoint: the run goes on as if nothing had been.
+"""Saving and resuming with torch.distributed.checkpoint: a resumed run continues as if it had not been interrupted.
 
-Real kills: one rank is sent SIGKILL in the middle of a save, or between two commits of a move. Resumed on other
-numbers of expert-parallel ranks, and on another split over pipeline stages, with moves in flight beside the saves.
+The kills are real: one rank gets SIGKILL in the middle of a save, or between two commits of a move. Runs resume on
+other numbers of expert-parallel ranks and other splits into pipeline stages, with moves under way during the saves.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ TOLERANCE = 1e-8
 
 
 class Run:
-    """What four ranks said: the iteration that they began after, the losses, and the experts in logical order."""
+    """The results of four ranks: the iteration they started from, the losses, and the experts in logical order."""
 
     def __init__(self, ranks: list[Any]) -> None:
         assert all(each[:2] == ranks[0][:2] for each in ranks)
@@ -35,7 +35,7 @@ class Run:
         self.experts = {name: torch.tensor(values) for each in ranks for name, values in each[2].items()}
 
     def is_the_rest_of(self, whole: Run) -> bool:
-        """Whether losses and experts are those of the undisturbed run."""
+        """Whether losses and experts equal those of the undisturbed run."""
         assert len(self.losses) == ITERATIONS - self.done
         assert self.experts.keys() == whole.experts.keys()
         pairs = [(self.losses, whole.losses[self.done :])]
@@ -69,7 +69,7 @@ def test_moves_beside_asynchronous_saves_change_nothing_and_other_splits_take_th
     assert whole == ["0005", "0010", "0015", "0020"]
     for name in whole[2:]:
         (tmp_path / name / ".metadata").unlink()
-    # Two stages of EP 2 become one of EP 4, whose saves two stages of EP 2 take up in turn.
+    # Two stages of EP 2 become one of EP 4, from whose saves two stages of EP 2 resume.
     second = trained(1, tmp_path, moves=True, resume=True)
     assert second.done == 10
     assert second.is_the_rest_of(quiet)
@@ -93,24 +93,24 @@ def test_a_killed_job_resumes_from_a_whole_checkpoint_on_another_split(
 
 
 def test_torchrun_restarts_a_killed_job_from_its_checkpoint(quiet: Run, tmp_path: Path) -> None:
-    """Killed between two commits: placement, weights and moments of the save before belong together."""
+    """Killed between two commits, it resumes from the earlier save, whose placement and weights belong together."""
     job = Path(restart_job.__file__)
     launcher = ["--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
     subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", *launcher, str(job), str(tmp_path), "moving 12"],
-        # Without the last one torch 2.13 gives the second life the store of the first, and gloo its old addresses.
+        # Without the last one torch 2.13 reuses the store of the killed run after the restart, and gloo its addresses.
         env=os.environ
         | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
         timeout=400,
         check=True,
     )
     resumed = Run([json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)])
-    assert resumed.done in (5, 10)  # the save at 10 goes on beside the training, and may not have been whole
+    assert resumed.done in (5, 10)  # the save at 10 is asynchronous and may not have been complete
     assert resumed.is_the_rest_of(quiet)
 
 
 def test_a_placement_that_was_not_saved_with_its_weights_is_noticed(quiet: Run, tmp_path: Path) -> None:
-    """The control: the same comparison fails where the rebalancer is left out of the checkpoint."""
+    """The control: the same comparison fails if the rebalancer is left out of the checkpoint."""
     trained(2, tmp_path, moves=True)
     for name in ("0015", "0020"):
         (tmp_path / name / ".metadata").unlink()

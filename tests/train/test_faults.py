@@ -1,7 +1,7 @@
-"""Ranks that are killed, stopped, or raise, at each of the six stages; what the others hear, and in which state.
+"""Ranks that are killed, are stopped or raise, at each of the six stages: the errors of the others, and their state.
 
-A cell of the matrix is a process group of its own: afterwards it is of no use. Cells wait most of the time, and run
-side by side.
+Each cell of the matrix has its own process group, which is unusable afterwards. Cells spend most of their time waiting,
+so several run at once.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ from distplb.planning.plan import PlanResult, StagedPlan
 STAGES = ("count", "search", "choose", "polish", "share", "move")
 FAULTS = ("kill", "stop", "raise")
 DEADLINE = 6.0
-SLACK = 20.0  # of busy cores; without a deadline they would wait for 300 s
+SLACK = 20.0  # for busy cores; without the deadline ranks would wait for 300 s
 SIDE_BY_SIDE = 4
 
 
 def victim_of(stage: str, size: int) -> int:
-    """The root where it alone works, or the others wait for it; else the last rank."""
+    """The root if it works alone or the others wait for it; else the last rank."""
     return 0 if stage in ("polish", "share") else size - 1
 
 
 def broken(stage: str, fault: str, side_group: bool) -> dict[str, Any]:
-    """What one rank met in the rebalance in which the victim's fault happens."""
-    transfer._STAGING_BYTES = 1  # a commit for each swap
+    """The outcome on one rank of the rebalance in which the victim fails."""
+    transfer._STAGING_BYTES = 1  # one commit per swap
     pids = torch.zeros(dist.get_world_size(), dtype=torch.int64)
     pids[dist.get_rank()] = os.getpid()
     dist.all_reduce(pids)
@@ -72,19 +72,19 @@ def broken(stage: str, fault: str, side_group: bool) -> dict[str, Any]:
     except HalfMovedError:
         found["poisoned"] = True
     if fault == "stop" and comm.rank == (1 if victim == 0 else 0):
-        os.kill(int(pids[victim]), signal.SIGKILL)  # one that was stopped would stay
+        os.kill(int(pids[victim]), signal.SIGKILL)  # a stopped process would stay
     return found
 
 
 def iterate(job: Job, rebalancer: Any) -> None:
-    """Counts as of one hot pair on the first GPU; weights and moments stay what `mark` made them."""
+    """One iteration with a hot pair on the first GPU; weights and moments stay as `mark` set them."""
     counts = by_slot(skewed((0, 1)), rebalancer.placement)
     for layer in range(LAYERS):
         job.window.add(layer, counts[layer], training=True)
 
 
 def mark(job: Job) -> None:
-    """Every element of an expert, and of its moments, is the expert's number, in layer l plus 100 l."""
+    """Set every element of an expert and of its moments to the expert's id, plus 100 l in layer l."""
     job.iterate()
     job.window.clear()
     job.optimizer.zero_grad(set_to_none=True)
@@ -101,7 +101,7 @@ def moments(job: Job, weight: Any) -> list[torch.Tensor]:
 
 
 def is_whole(job: Job, rebalancer: Any) -> bool:
-    """Whether all slots of this rank hold the experts that the placement in force says."""
+    """Whether all slots of this rank hold the experts of the placement in force."""
     own = len(job.weights[0])
     for layer, weight in enumerate(job.weights):
         expert = rebalancer.placement.expert_of_slot[layer, job.rank * own : (job.rank + 1) * own] + 100.0 * layer
@@ -112,7 +112,7 @@ def is_whole(job: Job, rebalancer: Any) -> bool:
 
 
 def arm(stage: str, fault: str, job: Job) -> None:
-    """Have this process meet its fault on entering the stage; in the middle of a move, with one commit written."""
+    """Make this process fail on entering the stage; in the move stage, after one commit was written."""
     if stage == "move":
         original_pack, calls = CommitStaging.pack, iter(range(100))
 
@@ -142,7 +142,7 @@ def strike(fault: str) -> None:
 
 
 def cell(stage: str, fault: str, size: int, side_group: bool = False) -> list[dict[str, Any]]:
-    """What the survivors found; the victim of a `raise` is none of them."""
+    """The results of the survivors; the victim of a `raise` is not among them."""
     outcomes = outcomes_on_ranks(size, broken, stage, fault, side_group, deadline=DEADLINE + 30)
     survivors = [outcome for rank, outcome in enumerate(outcomes) if rank != victim_of(stage, size)]
     assert all(answered for answered, _ in survivors), survivors
@@ -151,7 +151,7 @@ def cell(stage: str, fault: str, size: int, side_group: bool = False) -> list[di
 
 @pytest.fixture(scope="module", params=[4, pytest.param(2, marks=pytest.mark.long)], ids=["4 ranks", "2 ranks"])
 def matrix(request: pytest.FixtureRequest) -> dict[tuple[str, str], list[dict[str, Any]]]:
-    """All cells of a number of ranks, several at a time: they wait for their deadline."""
+    """All cells for a number of ranks, several at a time because they mostly wait for their deadline."""
     cells = [(stage, fault) for stage in STAGES for fault in FAULTS]
     with ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
         return dict(zip(cells, pool.map(lambda one: cell(*one, request.param), cells), strict=True))
@@ -166,7 +166,7 @@ def test_all_others_hear_of_it_in_time_and_none_is_left_half_moved(
     for found in matrix[stage, fault]:
         assert found["is of ours"], found
         assert found["seconds"] < DEADLINE + SLACK
-        # Others notice where they wait for it next, unless the rank could say itself what had gone wrong.
+        # Other ranks notice where they next wait for the victim, unless it could report the error itself.
         where = WAITED_FOR_IN.get(stage, stage)
         if "no room" in found["text"]:
             assert found["text"] == f"rank {victim}: in stage {stage}: MemoryError('no room')"
@@ -183,12 +183,12 @@ def test_all_others_hear_of_it_in_time_and_none_is_left_half_moved(
 WAITED_FOR_IN = {"search": "choose", "polish": "share"}
 
 
-# --- with a group beside it, late ranks, and afterwards ---------------------------------------------------------
+# --- with a side group, late ranks, and afterwards --------------------------------------------------------------
 
 
 @pytest.mark.parametrize("fault", ["kill", "stop"])
 def test_ranks_that_meet_in_a_side_group_hear_of_it_there(fault: str) -> None:
-    """As over NCCL, whose kernels cannot be called back: nobody begins one before all are there."""
+    """As over NCCL, whose kernels cannot be cancelled: no rank launches one before all ranks have arrived."""
     for found in cell("choose", fault, 2, side_group=True):
         assert found["kind"] == "LostRanksError"
         assert re.search(r"in stage choose: rank 1 did not answer", found["text"])
@@ -199,7 +199,7 @@ def late_and_lost() -> dict[str, Any]:
     comm = TorchComm(deadline=DEADLINE)
     value = torch.ones(1)
     if comm.rank == 1:
-        time.sleep(DEADLINE / 2)  # longer than a slice of waiting
+        time.sleep(DEADLINE / 2)  # longer than one polling interval
     comm.all_reduce_sum(value)
     found: dict[str, Any] = {"late": float(value)}
     if comm.rank == 2:
@@ -222,11 +222,11 @@ def test_a_late_rank_is_waited_for_and_after_a_loss_nobody_is() -> None:
         assert found["again"] < 0.5
 
 
-# --- errors that are no loss ------------------------------------------------------------------------------------
+# --- errors that are not lost ranks -----------------------------------------------------------------------------
 
 
 def of_a_call() -> tuple[str, str, float]:
-    """Rank 1 makes a call that torch refuses, while rank 0 waits for it: what each meets, then and afterwards."""
+    """Rank 1 makes a call that torch refuses while rank 0 waits for it: the errors of each, then and afterwards."""
     comm = TorchComm(deadline=50)
     found, began = [], time.monotonic()
     for root in (7 if comm.rank == 1 else 0, 0):
@@ -238,7 +238,7 @@ def of_a_call() -> tuple[str, str, float]:
 
 
 def test_an_error_of_one_rank_is_told_as_what_it_is_and_the_others_hear_of_it() -> None:
-    """It was told as the loss of all other ranks, each of which waited for its deadline."""
+    """It was reported as the loss of all other ranks, each of which waited until its deadline."""
     (waiting, waits_no_more, first), (refused, then, second) = on_ranks(2, of_a_call, deadline=60)
     assert refused == "RuntimeError: ProcessGroupGloo::broadcast: invalid root rank: 7"
     assert re.match("LostRanksError: .*rank 1 failed: RuntimeError.'ProcessGroupGloo::broadcast: invalid root", waiting)
@@ -270,7 +270,7 @@ NOT_LOST = [
 
 @pytest.mark.parametrize("error", [*LOST, *NOT_LOST], ids=lambda error: str(error)[:40])
 def test_what_a_library_says_of_lost_ranks_is_told_from_what_it_says_of_a_call(error: Exception) -> None:
-    """Texts as torch 2.13 has them."""
+    """The texts are those of torch 2.13."""
     assert is_loss(error) == any(error is lost for lost in LOST)
 
 
@@ -283,7 +283,7 @@ def differing(what: str) -> dict[str, Any]:
     rebalancer = job.rebalancer(comm=TorchComm(deadline=30), num_candidates=2, on_event=events.append)
     warned = []
     for iteration in range(1, 7):
-        job.iterate(skewed((0, 1)))  # the first two slots, whoever is in them
+        job.iterate(skewed((0, 1)))  # the first two slots, whichever experts they hold
         if iteration == 4 and job.rank == 1:
             spoil(what, job)
         with warnings.catch_warnings(record=True) as caught:
@@ -301,7 +301,7 @@ def differing(what: str) -> dict[str, Any]:
 
 
 def spoil(what: str, job: Job) -> None:
-    if what == "steps":  # one more than the others had
+    if what == "steps":  # one more than on the other ranks
         for layer in range(LAYERS):
             job.window.add(layer, torch.ones(EXPERTS, dtype=torch.int64), training=True)
         return

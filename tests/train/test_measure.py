@@ -1,4 +1,4 @@
-"""What is measured is one number on all ranks: rank 0's."""
+"""Measurements are the same on all ranks: those of rank 0."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TOKENS = [64, 16, 256]
 
 
 class Expert:
-    """In turn t takes 3 + t µs and 10 ns a token on rank 0, ten times that on rank 1; the first and last last long."""
+    """Takes 3 + t µs plus 10 ns per token in turn t, on rank 1 ten times as long; first and last turn add 5 ms."""
 
     def __init__(self, clock: Clock, rank: int = 0) -> None:
         self.clock, self.slowness, self.runs = clock, 10**rank, list[int]()
@@ -86,22 +86,20 @@ def curves() -> dict[str, Any]:
 
 
 def test_a_curve_is_rank_0s_on_all_ranks_and_so_is_an_error() -> None:
-    """Ranks that measured as many points at other numbers of tokens went on with different curves."""
+    """If ranks measured the same number of points at different token counts, they continued with different curves."""
     for found in on_ranks(2, curves, deadline=60):
         assert found["curve"] == TimeCurve((0, 16, 64, 256), (0, 7160, 7640, 9560))
         assert found["run"] == "rank 1: MemoryError('256 tokens do not fit')"
         assert "ranks disagree on the tokens of the time curve (digest)" in found["tokens"]
         assert "ranks disagree on the tokens of the time curve (digest)" in found["fewer"]
-        assert found["none"].startswith(
-            "rank 0: tokens is empty; pass numbers of tokens, each a whole one of at least 1"
-        )
+        assert found["none"].startswith("rank 0: tokens is empty; pass integers of at least 1, such as (1024, 4096)")
 
 
 # --- the links ------------------------------------------------------------------------------------------------------
 
 
 class Listening(TorchComm):
-    """Notes whom it sends to and receives from; by its clock a message takes 0.1 ms, and as long as its bytes."""
+    """Records its peers; by its clock a message takes 0.1 ms plus the time of its bytes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -118,7 +116,7 @@ class Listening(TorchComm):
 
 
 def links(layouts: list[tuple[tuple[int, int], list[int]]]) -> list[dict[str, Any]]:
-    """For each topology and each rank's GPU of its group, what was measured: really, and with a clock of a test."""
+    """The measurements for each topology and rank order, with the real clock and with the test's clock."""
     really, found = measure._now, []
     for (nodes, gpus), gpu_of_rank in layouts:
         comm, topology = Listening(), Topology(nodes, gpus)
@@ -140,7 +138,7 @@ def test_bandwidths_of_two_ranks_are_positive_and_equal_on_both() -> None:
     for found in on_ranks(2, links, [((1, 2), [0, 1]), ((2, 1), [0, 1]), ((2, 1), [1, 0])], deadline=60):
         for of_topology in found:
             inside, between = of_topology["bandwidths"]
-            assert inside == between > 0  # there is one kind of link only
+            assert inside == between > 0  # there is only one kind of link
             assert of_topology["timed"] == pytest.approx((2e9, 2e9))  # both GPUs, at rank 0's rate
     ranks = on_ranks(2, links, [((1, 2), [0, 1])], deadline=60)
     assert len({found[0]["bandwidths"] for found in ranks}) == 1
@@ -155,7 +153,7 @@ def test_bandwidths_of_four_ranks_are_of_neighbours_inside_nodes_and_between_the
     for found in ranks:
         assert found[0]["timed"] == pytest.approx((4e9, 4e9))
         assert found[2]["timed"] == pytest.approx((2e9, 2e9))  # of one EP group
-    # Of each rank: (to, from), inside and between.
+    # By rank: (to, from), inside nodes and between them.
     assert [found[0]["heard"] for found in ranks] == [
         {(1, 1), (2, 2)},
         {(0, 0), (3, 3)},
@@ -172,7 +170,7 @@ def test_bandwidths_of_four_ranks_are_of_neighbours_inside_nodes_and_between_the
 
 
 class Simulated(WorldOfOne):
-    """Rank 0 of two, on a link that is known: a message takes a latency, and as long as its bytes."""
+    """Rank 0 of two, on a simulated link: a message takes a latency plus the time of its bytes."""
 
     size = 2
 
@@ -194,7 +192,7 @@ class Simulated(WorldOfOne):
 def test_the_bandwidth_of_a_link_is_bytes_over_seconds_and_not_its_latency(
     latency: float, bytes_per_second: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """4 MiB over NVLink took 14 µs, and with all calls a hundred: moves were thought ten times too dear and more."""
+    """4 MiB over NVLink take 14 µs, with all calls a hundred: moves were priced more than ten times too high."""
     comm = Simulated(latency, bytes_per_second)
     monkeypatch.setattr(measure, "_now", comm.clock.perf_counter)
     found = measure.measured_bandwidths(comm, Topology(1, 2), [0, 1], 0)

@@ -1,4 +1,4 @@
-"""What a job shows of itself: the time between two calls, and the load of EP groups side by side, one group a step.
+"""The observer: the time between two calls, and the load of several EP groups, one group per step.
 
 Shapes: T steps, L layers, E experts, P slots, M GPUs.
 """
@@ -35,7 +35,7 @@ def test_the_pace_is_of_the_training_loop_alone(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(observer, "time", clock)
     job = alone()
     assert job.pace() == Pace(0.0, 0.0, 0)
-    for seconds in (7.0, 2.0, 1.0, 2.0):  # of the first nobody knows when it began
+    for seconds in (7.0, 2.0, 1.0, 2.0):  # the start of the first one is unknown
         clock.now += seconds
         job.iteration_ends()
         clock.now += 100.0  # a rebalance
@@ -48,7 +48,7 @@ def test_the_pace_is_of_the_training_loop_alone(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_the_time_before_a_clear_and_of_what_is_done_then_is_nobodys(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Iterations before `apply` were added to those under its placement, and what `apply` took to the next."""
+    """Iterations before `apply` were added to those under its placement, and its own time to the next iteration."""
     clock = Clock()
     monkeypatch.setattr(observer, "time", clock)
     job = alone()
@@ -66,7 +66,7 @@ def test_the_time_before_a_clear_and_of_what_is_done_then_is_nobodys(monkeypatch
 
 
 def test_the_tokens_of_a_layer_are_of_layers_that_have_any() -> None:
-    """From them the price of a move is made where nothing is measured: dense layers made moves cheaper."""
+    """Without measurements they set the price of a move: layers without tokens made moves cheaper."""
     window = LoadWindow(3, 2, 4)
     for _ in range(2):
         for layer, counts in enumerate(([10, 20], [0, 0], [30, 0])):
@@ -104,7 +104,7 @@ def test_of_a_sample_of_the_steps_each_is_told_its_own_iteration() -> None:
 def test_a_load_is_by_expert_and_a_window_that_has_not_counted_is_refused() -> None:
     window = LoadWindow(1, 4, 2)
     job = alone(window)
-    with pytest.raises(DistplbError, match=r"the window has no steps of some layer; have each layer's forward call"):
+    with pytest.raises(DistplbError, match=r"the window has no step that all layers have counted; have each layer's"):
         job.load(Placement.contiguous(1, 4, 1))
     window.add(0, torch.tensor([10, 11, 12, 13]), training=True)
     table = torch.tensor([[2, 0, 3, 1]])
@@ -119,7 +119,7 @@ def test_windows_of_the_same_steps_have_the_same_digest() -> None:
     assert all(0 <= digest < 1 << 62 for digest in digests)
 
 
-# --- groups side by side --------------------------------------------------------------------------------------------
+# --- several EP groups ----------------------------------------------------------------------------------------------
 
 LAYOUTS = {"blocks": [0, 1, 0, 1], "strided": [0, 0, 1, 1], "mixed": [1, 0, 0, 1]}
 GROUPS = {"blocks": [0, 0, 1, 1], "strided": [0, 1, 0, 1], "mixed": [0, 0, 1, 1]}  # by rank
@@ -127,7 +127,7 @@ STEPS = 8
 
 
 def counts_of(group: int, gpu: int, step: int) -> Tensor:
-    """`[L, P]`: no two groups, GPUs or steps have the same."""
+    """`[L, P]`: different for every group, GPU and step."""
     first = 1 + torch.arange(LAYERS * EXPERTS).reshape(LAYERS, EXPERTS)
     return first * (1000 if group else 1) + 100_000 * gpu + 1_000_000 * step
 
@@ -171,7 +171,7 @@ def test_each_step_is_of_exactly_one_group_and_each_group_has_half_of_them() -> 
             order = tuple(groups[0] for groups in of_group)
             assert sum(order) == STEPS // 2
             orders.add(order)
-        assert len(orders) > 1  # not always the same group first
+        assert len(orders) > 1  # the first group varies
 
 
 def job_of_groups(gpu_of_rank: list[int], **options: Any) -> tuple[Job, Any]:
@@ -203,12 +203,12 @@ def refused_groups() -> dict[str, str]:
 
 
 def test_ranks_that_make_no_whole_groups_are_refused_on_all_of_them() -> None:
-    """A rank looked at its own group only: the others went on alone, and waited for it."""
+    """Each rank checked only its own group: the ranks of other groups continued, and waited for it."""
     ranks = on_ranks(4, refused_groups, deadline=60)
     for found in ranks:
         assert found["three of one"] == (
-            "the ranks are GPUs [0, 0, 0, 1] of their EP groups, which makes no whole groups of 2; "
-            "pass gpu=, this rank's number in its EP group"
+            "the ranks are GPUs [0, 0, 0, 1] of their EP groups, which do not form whole groups of 2; "
+            "pass gpu=, this rank's index in its EP group"
         )
         assert "is held by no rank" in found["all of one"]
         assert "check `gpu`" in found["all of one"]
@@ -237,7 +237,7 @@ def both_budgets() -> list[dict[str, Any]]:
 
 
 def test_a_budget_is_over_all_ranks_and_copies_count() -> None:
-    """It was divided by the bytes of one group's copy, so that D groups moved D times as much as was allowed."""
+    """It was divided by the bytes of one group's copy, so that D groups moved D times as much as allowed."""
     first, *others = on_ranks(4, both_budgets, deadline=60)
     assert all(other == first for other in others)
     free, limited = first
@@ -245,7 +245,7 @@ def test_a_budget_is_over_all_ranks_and_copies_count() -> None:
     assert free["slots_moved"] > 2
     assert limited["slots_moved"] == 2
     assert limited["bytes_moved"] == 2 * 2 * SLOT_BYTES
-    # Of each step one group: GPU 0 has the tokens of its own group's two ranks, in both layers.
+    # Each step is that of one group: GPU 0 has the tokens of its own group's two ranks, in both layers.
     assert free["tokens_peak_before"] == 2 * LAYERS * (90 + 90 + 70 + 10)
     assert free["steps"] == 2
     both = [(2 * (180 + third + 10)) / (180 + third + 50) for third in (30, 70)]

@@ -1,4 +1,4 @@
-"""What an event says of memory, of seconds and of what was left out, against plain Python.
+"""Compares an event's memory, seconds and `left_out` with plain Python.
 
 Shapes: T steps, L layers, E experts, P slots, M GPUs.
 """
@@ -63,7 +63,7 @@ def plain_busiest(load: Tensor, placement: Placement, curve: TimeCurve | None = 
 
 
 def plain_tokens(load: Tensor, placement: Placement) -> list[int]:
-    """Of every GPU and step, all layers added up, ascending."""
+    """Tokens of every GPU and step, summed over layers, ascending."""
     size, found = placement.slots_per_gpu, []
     for step in load.tolist():
         for gpu in range(placement.num_gpus):
@@ -128,7 +128,7 @@ def test_balancedness_of_others_and_maxvio_against_plain_python() -> None:
 
 
 def test_of_a_window_without_tokens_nothing_is_known() -> None:
-    """It was told to be even, with a bound of 1."""
+    """It was reported as perfectly even, with a bound of 1."""
     load, old, new = random_case(1, 2, 2)
     event = account(load * 0, old, new, model=MODEL).event(MoveTotals(), "kept", "why", {"count": 1.0})
     unknown = RebalanceEvent(
@@ -140,7 +140,7 @@ def test_of_a_window_without_tokens_nothing_is_known() -> None:
     assert [getattr(event, name) for name in names] == [getattr(unknown, name) for name in names]
     assert (event.decision, event.reason, event.num_experts, event.bytes_per_slot) == ("kept", "why", 4, 600)
     told = completed(event, load * 0, new, Pace(2.5, 0.1, 3), repaid=None)
-    assert told.imbalance_next == (None, None)  # and not None, which says that the next window is not counted yet
+    assert told.imbalance_next == (None, None)  # not None, which means that the next window has not been counted yet
     assert RebalanceEvent.from_json(told.to_json()) == told
 
 
@@ -156,14 +156,14 @@ def test_steps_and_layers_without_tokens_are_none() -> None:
         assert [level is None for level in levels] == [False, True, False]
     only = account(load[[0, 1, 3, 4, 5], :1], *(Placement(one.expert_of_slot[:1], 4, 2) for one in (old, new)))
     assert event.imbalance_before[0] == only.event(MoveTotals(), "", "", {}).imbalance_before[0]
-    assert event.left_out[1] == "it had no tokens"
+    assert event.left_out[1] == "the layer had no tokens"
     assert RebalanceEvent.from_json(event.to_json()) == event
     assert "[null, null]" not in event.to_json()
     assert ", null, " in event.to_json()
 
 
 def test_what_moves_save_does_not_depend_on_steps_without_tokens() -> None:
-    """As many of them are to come as there were in the window."""
+    """As many of them are expected until the next rebalance as the window had."""
     load, old, new = random_case(9, 5, 3)
     padded = torch.cat([load, torch.zeros_like(load)])
     event, without = (
@@ -174,7 +174,7 @@ def test_what_moves_save_does_not_depend_on_steps_without_tokens() -> None:
 
 
 def test_shares_of_replicas_are_exact() -> None:
-    """They were integer divisions: a token of an expert with two replicas was on no GPU."""
+    """They were integer divisions: one token of an expert with two replicas was on no GPU."""
     load = torch.ones(2, 1, 8, dtype=torch.int64)
     old = Placement.contiguous(1, 8, 4)
     halves = Placement(torch.tensor([[0, 1, 2, 3, 4, 5, 6, 7] * 2]), 8, 4)
@@ -195,7 +195,7 @@ def test_shares_of_replicas_are_exact() -> None:
     assert RebalanceEvent.from_json(event.to_json()) == event
     saved = account(load, thirds, halves, model=MODEL, steps_until_next=2, options=options)
     assert saved.event(MoveTotals(), "", "", {}).saved_seconds == pytest.approx(2 * (3 - 2) * 0.25 * 0.8)
-    curved = replace(options, time_curve=TimeCurve((0, 1, 2), (0, 100, 400)))  # a half takes 50 ns
+    curved = replace(options, time_curve=TimeCurve((0, 1, 2), (0, 100, 400)))  # half a token takes 50 ns
     saved = account(load, thirds, halves, model=MODEL, steps_until_next=2, options=curved)
     assert saved.event(MoveTotals(), "", "", {}).saved_seconds == pytest.approx(2 * (300 - 200) * 1e-9 * 0.8)
 
@@ -208,7 +208,7 @@ def test_modelled_seconds_by_hand() -> None:
     old = Placement.contiguous(1, 4, 2)
     new = Placement(torch.tensor([[0, 2, 1, 3]]), 4, 2)
     event = account(load, old, new, model=MODEL, steps_until_next=20).event(MoveTotals(), "moved", "", {})
-    # 14 + 14 tokens become 9 + 9; ten such windows until the next one. Two slots of 600 bytes at 300 a second.
+    # 14 + 14 tokens become 9 + 9; ten such windows until the next rebalance. Two slots of 600 bytes at 300 B/s.
     assert event.saved_seconds == pytest.approx(10 * 10 * 0.25 * 0.8)
     assert event.move_seconds == pytest.approx(4.0)
     between = account(load, old, new, model=MODEL, topology=Topology(2, 1)).event(MoveTotals(), "moved", "", {})
@@ -250,7 +250,7 @@ def test_what_was_left_out_is_told_layer_by_layer() -> None:
     load = torch.tensor([[[8, 8, 1, 1], [8, 8, 1, 1], [2, 2, 2, 2]]])
     old = Placement.contiguous(3, 4, 2)
     plan = Placement(torch.tensor([[0, 2, 1, 3], [0, 1, 2, 3], [0, 1, 2, 3]]), 4, 2)
-    unmoved, repaying = "2 slots are over the budget", "no other move was found that repays itself"
+    unmoved, repaying = "2 slots are over the budget", "the search found no other move that pays off"
     assert account(load, old, plan, target=old).event(MoveTotals(), "", "", {}).left_out == (unmoved, repaying, "")
     assert account(load, old, plan).event(MoveTotals(), "", "", {}).left_out == ("", repaying, "")
     free = PlanOptions(current=old)

@@ -1,4 +1,4 @@
-"""The object that a training loop holds: when it acts, what it tells, what it refuses.
+"""The object that a training loop holds: when it acts, what it reports, what it refuses.
 
 Shapes: L layers, E experts, G slots on each GPU.
 """
@@ -31,7 +31,7 @@ from distplb.train import observer, pricing
 
 
 class Blockwise8bit(torch.optim.Optimizer):
-    """Keeps its moment in 8 bits with a scale for each block of 16 elements, as 8-bit optimizers do."""
+    """Keeps its moment in 8 bits, with one scale per block of 16 elements, as 8-bit optimizers do."""
 
     def __init__(self, parameters: Any) -> None:
         super().__init__(parameters, {})
@@ -47,14 +47,14 @@ class Blockwise8bit(torch.optim.Optimizer):
 CURVE = TimeCurve((0, 20, 180, 2000), (0, 20, 140, 1240))
 CHEAP, DEAR = MoveModel(1.0, 1, 1e12, 1e12), MoveModel(1e-9, 10**9, 1.0, 1.0)
 BY_HAND = MoveModel(2.0, bytes_per_slot=1000, bandwidth_inside=100, bandwidth_between=50, trust=0.8)
-HOT_SLOTS = torch.tensor([[90, 90, 10, 10, 10, 10, 10, 10]] * LAYERS)  # [L, P], whoever is in them
+HOT_SLOTS = torch.tensor([[90, 90, 10, 10, 10, 10, 10, 10]] * LAYERS)  # [L, P], whichever experts they hold
 
 
 # --- what it refuses -------------------------------------------------------------------------------------------------
 
 
 def refused(case: str) -> str:
-    """The error of one case, on every rank; whatever was tried, nothing may have moved."""
+    """The error of one case, on every rank; nothing may have moved in any case."""
     odd = dist.get_rank() == 1
     kinds = {"adafactor": torch.optim.Adafactor, "8-bit": Blockwise8bit}
     job = Job(kinds.get(case, torch.optim.AdamW), experts=7 if case == "experts" else EXPERTS)
@@ -86,7 +86,7 @@ def refused(case: str) -> str:
     try:
         rebalancer = job.rebalancer(layers, **options)
         if case == "no counts":
-            job.window = LoadWindow(LAYERS, EXPERTS, 1)  # not the one that the rebalancer reads
+            job.window = LoadWindow(LAYERS, EXPERTS, 1)  # not the window that the rebalancer reads
         job.iterate()
         before = job.values()
         if odd and case == "backward":
@@ -94,7 +94,7 @@ def refused(case: str) -> str:
         if odd and case == "counts":
             for layer in range(LAYERS):
                 job.window.add(layer, torch.zeros(EXPERTS))
-            # As on an accelerator, where `add` does not wait to look at them.
+            # As on an accelerator, where `add` does not wait to check them.
             job.window._counts[job.window._numbers == 1] = marked(torch.full((EXPERTS,), 0.5))
         if odd and case == "placement":
             rebalancer.apply(scattered(1))
@@ -123,7 +123,7 @@ CASES = {
     "experts": "7 slots cannot be spread evenly over 2 GPUs (1 nodes × 2); pass num_nodes and gpus_per_node",
     "every": "ranks disagree on every: 2 on one, 3 on another",
     "candidates": "ranks disagree on num_candidates: 5 on one, 16 on another",
-    "curve": "ranks disagree on time_curve (digest)",  # one would have measured links, the other planned: for ever
+    "curve": "ranks disagree on time_curve (digest)",  # one rank would measure links while the other plans: a deadlock
     "model": "ranks disagree on Moves: model (digest)",
     "names": "ranks disagree on the model (digest)",
     "shapes": "ranks disagree on the model (digest)",
@@ -131,8 +131,8 @@ CASES = {
     "rows": "rank 1: moe.0.experts.w has shape (3, 6); its first dim must be 4, this GPU's slots",
     "strides": "rank 1: moe.0.experts.w has strides (1, 4) and is not contiguous; store it contiguously",
     "gpus": "the topology has 4 GPUs, the communicator 2 ranks; pass a topology whose GPUs are the ranks",
-    "undeclared": "moe.0 has 1 expert tensors, 0 router tensors and no table; declare all expert tensors, and either",
-    "no counts": "the window has no steps of some layer; have each layer's forward call window.add(index, counts)",
+    "undeclared": "moe.0 has 1 expert tensor, 0 router tensors and no table; declare all expert tensors, and either",
+    "no counts": "the window has no step that all layers have counted; have each layer's forward call window.add(index",
     "counts": (
         "rank 1: LoadWindow: layer 'moe.0' has a number of torch.float32 that is no whole one from 0 to 16777216 for "
         "expert 0 in step 1 (16 such); counts must be whole tokens, and torch.float32 counts to 16777216 only"
@@ -141,9 +141,9 @@ CASES = {
     "8-bit": "moe.0.experts.w:absmax1 of Blockwise8bit is torch.float32 of shape (18,), the parameter (4, 6, 12)",
     "backward": "rank 1: a backward pass has begun since the optimizer's last step; call rebalancer.step() right after",
     "placement": "ranks disagree on the placement (digest)",
-    "replicas": "the placement has 10 slots for 8 experts; replicas cannot be trained yet",
-    "other model": "the placement has num_layers 3, the model 2; pass one of this model",
-    "loaded": "state has version 2; this distplb reads 3",
+    "replicas": "the placement has 10 slots for 8 experts, and replicas cannot be trained yet",
+    "other model": "the placement has num_layers 3, the model 2; pass a placement of this model",
+    "loaded": "state has version 2; this distplb reads version 3",
     "iteration": "ranks disagree on the rebalancer's iteration: 2 on one, 4 on another",
 }
 
@@ -169,7 +169,7 @@ def test_state_of_an_optimizer_with_nested_tensors_is_refused_by_name() -> None:
 
 
 def test_state_of_a_whole_tensor_travels_even_where_a_shard_of_it_is_declared() -> None:
-    """Such state was not looked for once a shard was declared, and would have stayed behind."""
+    """Such state was not searched for once a shard was declared, and would have stayed behind."""
     job = Job(torch.optim.SGD, ranks=1)
     shard = distplb.FlatShard(nn.Parameter(job.weights[0].detach().flatten().clone()), 0)
     job.optimizer.add_param_group({"params": [shard.values]})
@@ -184,7 +184,7 @@ def test_state_of_a_whole_tensor_travels_even_where_a_shard_of_it_is_declared() 
     assert torch.equal(job.optimizer.state[job.weights[0]]["momentum_buffer"], momentum[table[0]])
 
 
-# --- what it does and tells ------------------------------------------------------------------------------------------
+# --- what it does and reports ----------------------------------------------------------------------------------------
 
 
 def eventful(dry_run: bool) -> tuple[list[RebalanceEvent], list[list[int]], bool]:
@@ -213,12 +213,12 @@ def test_events_tell_before_after_bound_and_how_the_plan_fared_on_the_next_windo
         assert first.imbalance_after == first.imbalance_bound == pytest.approx((1.0,) * 2)
         assert first.imbalance_next is None
         assert 2 * LAYERS <= first.slots_moved <= EXPERTS * LAYERS
-        # Who moves crosses to the other rank: weight, gradient, two moments. Router rows are there already.
+        # A moved expert crosses to the other rank: weight, gradient, two moments. Router rows are on all ranks.
         assert first.bytes_inside == first.slots_moved * 4 * (2 * DIM * DIM) * 4
         assert first.bytes_between == 0
         assert set(first.seconds) == {"count", "search", "choose", "polish", "share", "move", "verify"}
         assert first.engine == "cpu"
-        # Experts 0 and 1 were parted; 0 and 2 need not have been.
+        # Experts 0 and 1 were separated; 0 and 2 need not have been.
         assert completed.imbalance_next == second.imbalance_before
         assert completed.placement_digest == first.placement_digest
 
@@ -231,7 +231,7 @@ def test_a_dry_run_reports_what_it_would_have_gained_and_moves_nothing() -> None
         assert first.dry_run
         assert first.slots_moved == first.bytes_moved == 0
         assert first.imbalance_after == pytest.approx((1.0,) * 2)
-        assert second.imbalance_before == pytest.approx((200 / 120,) * 2)  # still contiguous, and 0 and 2 are hot
+        assert second.imbalance_before == pytest.approx((200 / 120,) * 2)  # still contiguous; 0 and 2 are hot
         assert completed.imbalance_next is not None
 
 
@@ -243,7 +243,7 @@ def test_a_dry_run_needs_no_optimizer_whose_state_could_be_moved() -> None:
     rebalancer.step()
     (event,) = told
     assert event.decision == "dry run"
-    assert "it would be refused: moe.0.experts.w:col_var of Adafactor" in event.reason
+    assert "a move would be refused: moe.0.experts.w:col_var of Adafactor" in event.reason
 
 
 def test_each_stage_is_a_range_in_a_profile() -> None:
@@ -257,7 +257,7 @@ def test_each_stage_is_a_range_in_a_profile() -> None:
 
 
 class Counting(TorchComm):
-    """Notes its calls."""
+    """Records its calls."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -289,9 +289,9 @@ def quiet_steps() -> tuple[list[str], int]:
     rebalancer = job.rebalancer(every=8, comm=comm, time_curve=CURVE, folder="never written")
     for _ in range(2):
         job.iterate()
-        rebalancer.step()  # these look whether all can travel
+        rebalancer.step()  # the first two check that all state can travel
     comm.calls.clear()
-    # None of what waits for the device, of the window or in general.
+    # Nothing that waits for the device may be called, of the window or of torch.
     job.window.load = job.window.steps = torch.cuda.synchronize = looked_at
     LoadWindow.seen = property(looked_at)
     for _ in range(5):
@@ -321,10 +321,10 @@ def calls_of_a_rebalance() -> list[list[str]]:
 
 def test_a_rebalance_costs_one_broadcast_more_than_a_plan_and_the_agreements_of_its_moves() -> None:
     told, plan_ = ["broadcast"], ["min", "sum", "min", "broadcast"]
-    kept = [*told, *plan_, "min", "min"]  # on what travels, and on the placement
+    kept = [*told, *plan_, "min", "min"]  # agreement on the state, and on the placement
     moved = [*kept, "exchange", "min", "min"]  # one commit
     for calls in on_ranks(2, calls_of_a_rebalance):
-        assert calls[0::4] == [["min"]] * 4  # the first two steps look whether all can travel
+        assert calls[0::4] == [["min"]] * 4  # the first two steps check that all state can travel
         assert calls[2::4] == [[]] * 4
         free, again, dry, dry_again, dear, dear_again, measured, priced = calls[1::2]
         for first in (free, dry, dear, measured):
@@ -332,12 +332,12 @@ def test_a_rebalance_costs_one_broadcast_more_than_a_plan_and_the_agreements_of_
         for moving in (free, again, dear, dear_again, measured, priced):
             assert moving.pop(0) == "min"  # whether a step was skipped
         assert free == again == priced == moved
-        assert dry == dry_again == [*told, *plan_, "min"]  # whether it could have moved
+        assert dry == dry_again == [*told, *plan_, "min"]  # whether the state could have moved
         assert dear == dear_again == kept
-        # Bandwidths, once: messages as long as the link is fast, rank 0's word for it, and for what it found.
+        # Bandwidths, once: messages sized by the link, and broadcasts of rank 0's decisions and result.
         length = len(measured) - len(moved[1:])
         assert [*measured[:1], *measured[length - 1 :]] == [*told, "broadcast", *moved[1:]]
-        assert set(measured[1:length]) == {"exchange", "broadcast", "min"}  # and whether all have memory for them
+        assert set(measured[1:length]) == {"exchange", "broadcast", "min"}  # "min": whether all ranks have memory
 
 
 def disabled_and_enabled() -> list[int]:
@@ -392,7 +392,7 @@ def test_state_is_tensors_by_layer_and_of_other_layers_takes_only_its_own() -> N
         assert layer["expert_of_slot"].tolist() == layer["first"].tolist() == list(range(EXPERTS))
         assert layer["counters"].tolist() == [0, 0, 1, 0]
     table = torch.arange(EXPERTS).flip(0)
-    # As if another stage of the pipeline had been further, and had stopped.
+    # As if another pipeline stage had been further ahead, and its rebalancing off.
     state["layers"]["moe.1"] = {"expert_of_slot": table, "first": table, "counters": torch.tensor([9, 2, 0, 1])}
     again = Job(ranks=1).rebalancer(every=1)
     again.load_state_dict(state | {"layers": state["layers"] | {"moe.7": {}}})
@@ -401,10 +401,10 @@ def test_state_is_tensors_by_layer_and_of_other_layers_takes_only_its_own() -> N
     found = again.state_dict()["layers"]["moe.0"]["counters"]
     assert found.tolist() == [9, 2, 0, 1]
     del state["layers"]["moe.0"]
-    with pytest.raises(DistplbError, match=r"state has no layer 'moe\.0'; it has moe\.1: load the state of this model"):
+    with pytest.raises(DistplbError, match=r"state has no layer 'moe\.0' \(its layers: moe\.1\); load the state of"):
         Job(ranks=1).rebalancer(every=1).load_state_dict(state)
     state["layers"]["moe.0"] = {key: torch.arange(4) for key in ("expert_of_slot", "first", "counters")}
-    with pytest.raises(DistplbError, match=r"state has 4 slots in layer 'moe\.0', the model 8"):
+    with pytest.raises(DistplbError, match=r"state has 4 slots in layer 'moe\.0' where the model has 8"):
         Job(ranks=1).rebalancer(every=1).load_state_dict(state)
 
 
@@ -450,18 +450,18 @@ def test_what_is_worth_its_price_is_moved_and_nothing_else(
         assert free.imbalance_after == cheap.imbalance_after == cheap.imbalance_bound == pytest.approx((1.0,) * LAYERS)
         assert dear.decision == "kept"
         assert dear.reason == "no layer has a placement that is worth its moves"
-        assert dear.left_out == ("no other move was found that repays itself",) * LAYERS
+        assert dear.left_out == ("the search found no other move that pays off",) * LAYERS
         assert dear.slots_moved == dear.bytes_moved == dear.saved_seconds == dear.move_seconds == 0
         assert dear.imbalance_after == dear.imbalance_before
         assert dear.placement_digest == Placement.contiguous(LAYERS, EXPERTS, 2).digest()
-        least = 4 * int(HOT_SLOTS.sum()) / LAYERS * 2**-13  # of what rank 0 counts in the four steps that are kept
+        least = 4 * int(HOT_SLOTS.sum()) / LAYERS * 2**-13  # of what rank 0 counts in the four kept steps
         assert free.move_price == pytest.approx((least, least))
         assert free.saved_seconds is free.move_seconds is None
         assert free.left_out == cheap.left_out == ("",) * LAYERS
 
 
 def nearly_even() -> list[tuple[str, int]]:
-    """What is done, at no known price, where a swap takes so many of five billion tokens from GPU 0, by no chance."""
+    """Decisions without a known price, if a swap takes `excess` of five billion tokens from GPU 0, beyond chance."""
     found = []
     for excess in (1_000_000, 10_000_000):
         told: list[RebalanceEvent] = []
@@ -476,7 +476,7 @@ def nearly_even() -> list[tuple[str, int]]:
 
 
 def test_experts_do_not_move_for_next_to_nothing_where_moves_have_no_known_price() -> None:
-    """They did: four fifths of them, for a thousandth of the imbalance."""
+    """They did: four fifths of them moved to reduce the imbalance by a thousandth."""
     for (little, none), (more, some) in on_ranks(2, nearly_even):
         assert (little, none) == ("kept", 0)
         assert more == "moved"
@@ -488,7 +488,7 @@ def test_seconds_of_an_event_by_hand(events_of_prices: list[dict[str, RebalanceE
     assert event.steps == 4
     # A slot is 1000 bytes, at 100 a second in a node and at 50 between two. A token is 2 s, but of 6 steps there are 4.
     assert event.move_price == pytest.approx((10 / 2 * 4 / 6 / 0.8, 20 / 2 * 4 / 6 / 0.8))
-    assert event.move_seconds == pytest.approx(event.slots_moved * 20)  # on each node is one GPU
+    assert event.move_seconds == pytest.approx(event.slots_moved * 20)  # each node has one GPU
     # Both ranks count 2 × 90 + 2 × 10 tokens of 240 on GPU 0, and 120 after; in 4 steps of 2 layers.
     assert event.saved_seconds == pytest.approx(2 * (200 - 120) * 4 * LAYERS * 2.0 * 6 / 4 * 0.8)
     assert (event.seconds_per_token, event.bytes_per_slot) == (2.0, 1000)
@@ -565,7 +565,7 @@ def counts_at(iteration: int, rank: int) -> Tensor:
 
 
 def recorded(folder: str) -> tuple[list[RebalanceEvent], list[list[list[int]]]]:
-    """All events, and the table in force in each iteration; in the middle of the last window it is changed by hand."""
+    """All events, and the placement of each iteration; it is changed manually in the middle of the last window."""
     told: list[RebalanceEvent] = []
     job, rank, tables = Job(), dist.get_rank(), []
     rebalancer = job.rebalancer(
@@ -589,7 +589,7 @@ def recorded(folder: str) -> tuple[list[RebalanceEvent], list[list[list[int]]]]:
 
 @pytest.fixture(scope="module")
 def record(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, list[RebalanceEvent], list[list[list[int]]]]:
-    """What rank 0 wrote, told and had in force; written is all when its process has ended."""
+    """Rank 0's folder, events and placements; the folder is complete once the process has ended."""
     folder = tmp_path_factory.mktemp("record")
     (events, tables), (_, others) = on_ranks(2, recorded, str(folder))
     assert tables == others
@@ -598,10 +598,10 @@ def record(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, list[Rebalanc
 
 def test_a_record_is_all_windows_with_the_placement_that_was_in_force(record: Any) -> None:
     folder, events, tables = record
-    assert [path.name for path in folder.iterdir()] == ["of rank 0"]  # nobody else writes
+    assert [path.name for path in folder.iterdir()] == ["of rank 0"]  # no other rank writes
     trace = distplb.Trace.read(folder / "of rank 0")
     assert trace.layers == ("moe.0", "moe.1")
-    # What was counted before the change by hand is forgotten with it.
+    # The manual change drops the counts of the iterations before it.
     wanted = [iteration for iteration in range(1, ITERATIONS + 1) if iteration not in (APPLIED - 1, APPLIED)]
     assert trace.iteration.tolist() == wanted
     for nth, iteration in enumerate(wanted):
@@ -635,10 +635,10 @@ def test_an_events_options_plan_its_plan_again(record: Any) -> None:
 
 
 def test_a_window_that_was_cut_short_is_priced_for_all_iterations_until_the_next_rebalance(record: Any) -> None:
-    """The steps seen since the change by hand were taken for those until the next rebalance: half as many."""
+    """The steps since the manual change were used as those until the next rebalance: half as many."""
     _, events, _ = record
     prices = [event.move_price[0] for event in events]
-    # A slot is 50 ns; a token, at the curve's last point, is counted as 1 ns here; half of what is saved is trusted.
+    # A slot costs 50 ns, a token 1 ns by the curve's last point; `trust` is a half.
     assert prices == pytest.approx([100.0, 100.0, 100.0, 50.0])
 
 
@@ -669,9 +669,9 @@ def test_a_folder_that_cannot_be_written_is_warned_of_once_and_stops_nobody(tmp_
 
 
 def broken(where: str) -> tuple[str, str, bool, bool]:
-    """What is raised or warned of; whether the rebalancer is poisoned, and whether nothing has moved."""
+    """The error or warning, whether the rebalancer is poisoned, and whether nothing has moved."""
     job, kind, text = Job(), "", ""
-    rebalancer = job.rebalancer(every=1, verify="digest", comm=TorchComm(deadline=300))  # nobody waits for it
+    rebalancer = job.rebalancer(every=1, verify="digest", comm=TorchComm(deadline=300))  # the test must not wait for it
     job.iterate()
     before = job.values()
     transfer._STAGING_BYTES = 0  # several commits
@@ -694,7 +694,7 @@ def broken(where: str) -> tuple[str, str, bool, bool]:
 
 
 def break_down(where: str) -> None:
-    """From now on this rank fails, at one place of a move."""
+    """Make this rank fail from now on, at one point of a move."""
     staged, view = staging.CommitStaging._staged, staging.CommitStaging._bytes
 
     def no_memory(*_: Any) -> Any:
@@ -707,7 +707,7 @@ def break_down(where: str) -> None:
 
     def garbled(move: staging.CommitStaging, tensor: int, *place: int) -> Tensor:
         there = view(move, tensor, *place)
-        return there.clone() if tensor == 0 else there  # what is written to the first tensor goes nowhere
+        return there.clone() if tensor == 0 else there  # writes to the first tensor are lost
 
     sums, calls = checksum._sums, iter(range(2))
 
@@ -727,7 +727,7 @@ def break_down(where: str) -> None:
 
 
 def unmeasured(what: str) -> str:
-    """The error of a rebalance for which rank 1 cannot measure what rank 0 will tell."""
+    """The error of a rebalance in which a measurement fails on rank 1."""
 
     def no_memory(*_: Any, **__: Any) -> Any:
         raise MemoryError("no room")
@@ -772,7 +772,7 @@ def test_a_rank_without_memory_for_the_first_checksum_is_known_to_all_at_once() 
 
 
 def test_experts_that_could_not_be_compared_are_warned_of_and_the_model_is_whole() -> None:
-    """It was poisoned, on one rank alone."""
+    """It was poisoned, and on one rank only."""
     for kind, text, poisoned, unmoved in on_ranks(2, broken, "second checksum", deadline=60):
         assert kind == "RuntimeWarning"
         assert text.endswith("could not verify them: rank 1: in stage verify: MemoryError('no room')")
@@ -806,7 +806,7 @@ def test_what_is_to_run_before_moves_runs_before_their_state_is_collected(option
     job, weights = Job(ranks=1), []
 
     def gather() -> None:
-        """As of a framework that has a part of the weights elsewhere until then."""
+        """Stand in for a framework that keeps a part of the weights elsewhere until then."""
         job.weights[0].data.add_(1.0)
         weights.append(job.weights[0].detach().clone())
 
@@ -818,7 +818,7 @@ def test_what_is_to_run_before_moves_runs_before_their_state_is_collected(option
     number = len(weights)
     rebalancer.apply(Placement(torch.arange(EXPERTS).flip(0).expand(LAYERS, -1), EXPERTS, 1))
     assert len(weights) == number + 1
-    assert torch.equal(job.weights[0], weights[-1].flip(0))  # what was gathered has moved
+    assert torch.equal(job.weights[0], weights[-1].flip(0))  # the gathered weights have moved
 
 
 def test_what_fails_before_a_move_is_told_and_nothing_moves() -> None:

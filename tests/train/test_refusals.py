@@ -1,4 +1,4 @@
-"""What is refused is refused early: wrong arguments when built, state that cannot travel at the first step."""
+"""Refusals come early: for wrong arguments on construction, for state that cannot travel at the first step."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from distplb.records.events import RebalanceEvent
 
 
 def at_first(case: str) -> str:
-    """The error of the first of a thousand steps before a rebalance."""
+    """The error of the first step, a thousand steps before a rebalance."""
     job = Job(torch.optim.Adafactor if case == "adafactor" else torch.optim.AdamW)
     rebalancer = job.rebalancer(every=1000)
     job.iterate()
@@ -69,13 +69,13 @@ AT_FIRST = {
 
 @pytest.mark.parametrize("case", AT_FIRST)
 def test_what_cannot_travel_is_refused_at_the_first_step(case: str) -> None:
-    """A thousand iterations later it ended the job."""
+    """It ended the job a thousand iterations later."""
     for text in errors_on_ranks(2, at_first, case, deadline=60):
         assert text.startswith(AT_FIRST[case])
 
 
 def skipping_steps() -> list[tuple[int, bool]]:
-    """Iterations 1, 2 and 4 are skipped, as a gradient scaler does on overflow: whether experts have moved since."""
+    """By iteration, whether experts have moved; the optimizer skips 1, 2 and 4, as gradient scalers do on overflow."""
     weight = nn.Parameter(torch.randn(EXPERTS, DIM))
     shard = nn.Parameter(weight.detach().flatten().clone())
     router = nn.Parameter(torch.randn(EXPERTS, DIM))
@@ -107,7 +107,7 @@ def skipping_steps() -> list[tuple[int, bool]]:
 
 
 def test_a_step_that_a_scaler_skips_puts_a_rebalance_off_and_ends_nothing() -> None:
-    """Scalers begin with such steps: the first look would have ended every job whose optimizer steps on shards."""
+    """Scalers begin with such steps: the first check would have ended every job whose optimizer steps on shards."""
     assert skipping_steps() == [(3, True), (5, True), (6, True)]
 
 
@@ -115,7 +115,7 @@ def test_a_step_that_a_scaler_skips_puts_a_rebalance_off_and_ends_nothing() -> N
 
 
 def skipping(at: int) -> dict[str, Any]:
-    """Six iterations, from one of which on rank 1 has a backward pass under way where the rebalancer is called."""
+    """Six iterations; from one on, rank 1 has a backward pass under way when it calls the rebalancer."""
     job = Job()
     told: list[RebalanceEvent] = []
     rebalancer = job.rebalancer(on_refusal="skip", on_event=told.append, stop_loss=0, comm=TorchComm(deadline=60))
@@ -160,8 +160,8 @@ WRONG: dict[str, tuple[Any, str]] = {
     "engine": (1, "engine is 1; pass the name of an engine, or None for the fastest"),
     "time_curve": (2.5, "time_curve is 2.5; pass a TimeCurve, such as measured_curve returns"),
     "spread": ((2, 4), "Moves: spread is a tuple; pass a Spread"),
-    "window": (1.5, "window is 1.5; pass a LoadWindow, or the most steps that one keeps"),
-    "gpu": ("0", "gpu is '0'; pass this rank's number in its EP group"),
+    "window": (1.5, "window is 1.5; pass a LoadWindow, or how many steps to keep"),
+    "gpu": ("0", "gpu is '0'; pass this rank's index in its EP group"),
     "topology": ((1, 1), "topology is a tuple; pass a Topology, such as Topology.from_env()"),
     "folder": (7, "Record: folder is 7; pass the path of a folder"),
     "dry_run": ("no", "Moves: dry_run is 'no'; pass True or False"),
@@ -214,14 +214,14 @@ def refused(job: Job, **options: Any) -> str:
 
 
 def wrong_on_one(folder: Path) -> list[str]:
-    """Refused by one rank: an argument of rank 1; a folder that rank 0 is to write to. And what follows is built."""
+    """Errors if one rank refuses an argument (rank 1) or the folder to write (rank 0); a valid build succeeds after."""
     job = Job()
     wrong = refused(job, spread=(1, 2) if dist.get_rank() == 1 else Spread(0, 1))
     return [wrong, refused(job, folder=folder), refused(job, folder=folder / "own")]
 
 
 def test_what_one_rank_refuses_is_known_to_all(tmp_path: Path) -> None:
-    """A record beside that of another job was found out when the trace was read, after training."""
+    """A folder that held another job's record was noticed only after training, when the trace was read."""
     with TraceWriter(tmp_path) as writer:
         writer.add(torch.ones(1, 1, 2, dtype=torch.int64), Placement.contiguous(1, 2, 2), [5])
     for wrong, record, own in on_ranks(2, wrong_on_one, tmp_path, deadline=60):
@@ -231,7 +231,7 @@ def test_what_one_rank_refuses_is_known_to_all(tmp_path: Path) -> None:
 
 
 def trained(record: Path, iterations: int, state: dict[str, Any] | None = None) -> dict[str, Any]:
-    """A job of one process, from its beginning or resumed; the state that it would save."""
+    """Train a job of one process, from the beginning or resumed; return the state that it would save."""
     job = Job(ranks=1)
     rebalancer = job.rebalancer(folder=record)
     if state is not None:
@@ -244,14 +244,14 @@ def trained(record: Path, iterations: int, state: dict[str, Any] | None = None) 
 
 
 def test_a_resumed_job_goes_on_in_its_folder(tmp_path: Path) -> None:
-    """From iteration 4, after the first life went on to 8; what that recorded after 4 is of no account any more."""
+    """It resumes from iteration 4 after the first run reached 8; the first run's record after 4 is dropped."""
     state = trained(tmp_path, 4)
     trained(tmp_path, 4, state)
     assert Trace.read(tmp_path).iteration.tolist() == list(range(1, 9))
     trained(tmp_path, 2, state)
     assert Trace.read(tmp_path).iteration.tolist() == list(range(1, 7))
     assert [event.iteration for event in read_events(tmp_path / "events.jsonl")] == [2, 4, 6]
-    trained(tmp_path, 2)  # and from its beginning
+    trained(tmp_path, 2)  # from the beginning
     assert Trace.read(tmp_path).iteration.tolist() == [1, 2]
     assert [event.iteration for event in read_events(tmp_path / "events.jsonl")] == [2]
 
@@ -269,7 +269,7 @@ def test_a_folder_of_another_job_is_refused_when_built(tmp_path: Path) -> None:
         assert refused(job, layers=layers, folder=path.parent).startswith(begin)
         assert refused(job, folder=path.parent) == "no error"
     assert refused(Job(ranks=1), folder=tmp_path / "events.jsonl") == (
-        f"record: {tmp_path / 'events.jsonl'} is a file; pass a folder"
+        f"record: {tmp_path / 'events.jsonl'} is a file; pass the path of a folder"
     )
     (tmp_path / "mine").mkdir()
     for text in ("a,b\n", "[]\n", '{"format": "other"}\n'):
@@ -287,7 +287,7 @@ def test_a_folder_of_another_job_is_refused_when_built(tmp_path: Path) -> None:
 
 
 def without_layers(has_some: bool) -> list[str]:
-    """What is warned of in two steps of a job in which rank 0 has no layers, and rank 1 has some or has not."""
+    """Warnings in two steps of a job in which rank 0 has no layers and rank 1 may have some."""
     router, weights = nn.Parameter(torch.zeros(EXPERTS, DIM)), nn.Parameter(torch.zeros(EXPERTS, DIM))
     layers = [MoELayer(name="moe", experts={"w": weights}, router={"weight": router})]
     optimizer = torch.optim.SGD([router, weights], lr=0.1)
@@ -303,7 +303,7 @@ def without_layers(has_some: bool) -> list[str]:
             window=LoadWindow(LAYERS - 1, EXPERTS, 1),
             comm=TorchComm(alone) if has_layers else TorchComm(),
         )
-        dist.barrier()  # as in a pipeline, in which no stage steps before all are there
+        dist.barrier()  # as in a pipeline, where no stage steps before all have arrived
         rebalancer.step()
         rebalancer.step()
     dist.barrier()

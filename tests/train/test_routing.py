@@ -52,7 +52,7 @@ def test_a_rebalance_keeps_to_groups_and_to_classes_of_slots() -> None:
             job.layers(**layer), every=1, topology=Topology(1, 1), slot_class=slot_class, num_candidates=4
         )
         job.iterate(counts)
-        rebalancer.step()  # one GPU: nothing is worth moving, and the options pass
+        rebalancer.step()  # with one GPU nothing is worth moving; the options are accepted
         assert rebalancer.placement == Placement.contiguous(LAYERS, EXPERTS, 1)
 
 
@@ -101,7 +101,7 @@ def remapped() -> dict[str, Any]:
             name=f"moe.{index}",
             experts={"w": weight},
             slot_of_expert=tables[index],
-            num_groups=4,  # of no account where the router's rows stay
+            num_groups=4,  # no effect if the router's rows stay
             invalidate=lambda index=index: told.append(index),
         )
         for index, weight in enumerate(job.weights)
@@ -115,7 +115,7 @@ def remapped() -> dict[str, Any]:
     changed = told[:]
     same = torch.equal(whole, _gathered(job.weights[0]))  # layer 0 stays as it is
     moved = torch.equal(second[MIXED], _gathered(job.weights[1]))
-    job.iterate(skewed((0, 1)))  # by expert, whatever the slots
+    job.iterate(skewed((0, 1)))  # by expert, not by slot
     rebalancer.step()
     placement = rebalancer.placement
     return {
@@ -138,7 +138,7 @@ def _gathered(weight: Tensor) -> Tensor:
 def test_tables_follow_the_experts_and_counts_are_of_experts() -> None:
     for found in on_ranks(2, remapped, deadline=60):
         assert found["at first"] == [list(range(EXPERTS))] * LAYERS
-        assert found["changed"] == [1]  # layer 0 did not change, and was not told
+        assert found["changed"] == [1]  # layer 0 did not change and was not invalidated
         assert found["same"]
         assert found["moved"]
         assert found["tables"]
@@ -151,7 +151,7 @@ def test_tables_follow_the_experts_and_counts_are_of_experts() -> None:
 
 
 class Router(nn.Linear):
-    """A forward, from which counts come."""
+    """A module whose forward gives counts."""
 
 
 def by_itself() -> tuple[Rebalancer, Router, torch.optim.Optimizer, list[RebalanceEvent]]:
@@ -181,11 +181,11 @@ def test_layers_fill_the_window_by_themselves_until_it_is_closed() -> None:
     router(torch.randn(7, DIM))
     rebalancer.step()
     rebalancer.step()
-    assert events[0].steps == 2  # the evaluation is none
+    assert events[0].steps == 2  # the evaluation is not counted
     rebalancer.close()
     router(torch.randn(5, DIM))
     assert not len(rebalancer._parts.agreed.window.load())
-    with pytest.raises(DistplbError, match="this Rebalancer has been closed, and moves nothing any more"):
+    with pytest.raises(DistplbError, match="this Rebalancer has been closed; make a new one"):
         rebalancer.step()
 
 
@@ -195,7 +195,7 @@ def test_the_event_tells_how_many_tokens_were_routed_by_chance() -> None:
         router.weight.zero_()
         router.weight[0, 0] = 1.0
     tokens = torch.zeros(8, DIM)
-    tokens[:6, 0] = 1.0  # these choose expert 0, the others among equals
+    tokens[:6, 0] = 1.0  # these choose expert 0; for the others all experts tie
     router(tokens)
     rebalancer.step()
     rebalancer.step()
@@ -210,7 +210,7 @@ def test_ties_of_experts_that_were_masked_out_are_none() -> None:
     ties = RouterTies(top_k=2)
     assert ties.take() is None
     ties.add(torch.tensor([[0.5, 0.4, float("-inf"), float("-inf")], [0.5, 0.5, 0.5, 0.1]]))
-    ties.add(torch.zeros(9, 4))  # only the first forward is looked at
+    ties.add(torch.zeros(9, 4))  # only the first forward counts
     assert ties.take() == 0.5
     ties.add(torch.zeros(3, 2))  # all are chosen
     assert ties.take() is None
@@ -280,9 +280,9 @@ def test_a_stage_without_layers_takes_part_without_any() -> None:
     "is_staged", [pytest.param(False, marks=needs_stagers), pytest.param(True, marks=needs_stagers), None]
 )
 def test_applying_waits_until_what_is_being_saved_is_written(is_staged: bool | None) -> None:
-    """Also where it has been staged, and where there is no word of that: what was staged may be the tensors themselves.
+    """Even if it has been staged, or staging is not reported: the staged tensors may be the originals.
 
-    torch 2.6 hands on those that are on the CPU: a checkpoint then told one placement and held the rows of another.
+    torch 2.6 passes on tensors that are on the CPU: a checkpoint then had one placement and the rows of another.
     """
     job = Job(ranks=1)
     rebalancer = job.rebalancer(every=1)
@@ -297,7 +297,7 @@ def test_applying_waits_until_what_is_being_saved_is_written(is_staged: bool | N
         seen.append(all(torch.equal(a, b) for a, b in zip(before, job.values(), strict=True)))
         if not staged.done():
             staged.set_result(None)
-        written.set_exception(RuntimeError("no space left"))  # not for the rebalancer to say
+        written.set_exception(RuntimeError("no space left"))  # not the rebalancer's to report
 
     thread = threading.Thread(target=stage)
     thread.start()
@@ -318,7 +318,7 @@ def test_a_save_that_is_never_written_is_an_error_and_not_a_hang(monkeypatch: py
 
 
 def postponed() -> tuple[list[bool], list[int]]:
-    """A rebalance that is due while rank 1 alone still writes: by iteration, whether experts have moved."""
+    """By iteration, whether experts have moved; a rebalance is due while only rank 1 is still writing."""
     job = Job()
     events: list[Any] = []
     rebalancer = job.rebalancer(every=2, on_event=events.append)
@@ -347,7 +347,7 @@ def test_the_end_of_a_save_is_one_of_two() -> None:
 
 
 def late_on_one_rank() -> str:
-    """The error of a save that does not end, where the ranks' clocks began two seconds apart."""
+    """The error of a save that does not end, if one rank starts to wait a second later."""
     import distplb.train.placement_in_force as module
 
     module._SAVE_SECONDS, module._SAVE_PAUSE_SECONDS = 1.0, 0.2
@@ -368,7 +368,7 @@ def test_all_ranks_give_up_waiting_for_a_save_when_the_first_one_does() -> None:
 
 
 def waited_for() -> bool:
-    """A save of one rank takes longer than the others' deadline."""
+    """Whether a placement is applied if a save of one rank takes longer than the communicator's deadline."""
     rebalancer = Job().rebalancer(every=1, comm=TorchComm(deadline=8))
     written = Future[None]()
     if dist.get_rank() == 1:
@@ -398,7 +398,7 @@ def test_what_nobody_foresaw_on_one_rank_is_an_error_on_all() -> None:
 
 @pytest.mark.parametrize("response", [None, "a folder", {"writes": "at once"}])
 def test_what_is_no_save_is_not_taken_for_one_that_has_ended(response: Any) -> None:
-    with pytest.raises(DistplbError, match=r"saving got a (NoneType|str|dict); pass what .*async_save returned"):
+    with pytest.raises(DistplbError, match=r"saving got a (NoneType|str|dict); pass the return value of .*async_save"):
         Job(ranks=1).rebalancer(every=1).saving(response)
 
 
@@ -430,9 +430,9 @@ def test_layers_that_follow_in_different_ways_are_refused() -> None:
     with pytest.raises(DistplbError, match=r"layers differ in num_groups: None in a, 2 in c"):
         Routing([rows, grouped])
     both = MoELayer(name="d", experts={"w": weight}, router={"weight": router}, slot_of_expert=table)
-    with pytest.raises(DistplbError, match=r"d has 1 expert tensors, 1 router tensors and a table; declare all"):
+    with pytest.raises(DistplbError, match=r"d has 1 expert tensor, 1 router tensor and a table; declare all"):
         Routing([both])
     with pytest.raises(DistplbError, match=r"a has no counts; pass window=, a LoadWindow that its forward fills"):
         Routing([rows]).window(4, 0)
-    with pytest.raises(DistplbError, match=r"slot_of_expert is torch.float32 of shape \(4,\); pass an int64"):
+    with pytest.raises(DistplbError, match=r"slot_of_expert is torch.float32 of shape \(4,\); pass int64"):
         Routing([MoELayer(name="e", experts={"w": weight}, slot_of_expert=weight[:, 0])])

@@ -1,4 +1,4 @@
-"""Real asynchronous saves of torch.distributed.checkpoint, written while rebalances are due.
+"""Real asynchronous saves of torch.distributed.checkpoint while rebalances are due.
 
 Shapes: L layers, E experts.
 """
@@ -24,7 +24,7 @@ pytestmark = needs_stagers
 
 
 class LiveStager:
-    """Hands on the tensors themselves, as torch 2.6 does with those that are on the CPU; at once, or by a future."""
+    """Passes on the original tensors, as torch 2.6 does on the CPU; directly, or by a future."""
 
     should_synchronize_after_execute = False
 
@@ -41,14 +41,14 @@ class LiveStager:
         return staged
 
     def synchronize_staging(self) -> None:
-        """Nothing is under way."""
+        """Do nothing: no staging is under way."""
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Do nothing: there are no resources."""
 
 
 class SlowWriter(dcp.FileSystemWriter):
-    """Reads what it writes a little later."""
+    """Waits before it reads the tensors that it writes."""
 
     def write_data(self, plan: Any, planner: Any) -> Any:
         time.sleep(0.2)
@@ -56,9 +56,9 @@ class SlowWriter(dcp.FileSystemWriter):
 
 
 def saved_beside(folder: str, stager: str, until: Any) -> tuple[bool, bool, bool, bool]:
-    """Whether what was saved are the rows of the placement that it tells, whether experts moved, and before it ended.
+    """Whether the saved rows fit the saved placement, whether experts moved, and whether before the save ended.
 
-    And a control.
+    The last value is a control: whether the saved rows fit the placement after the move.
     """
     rank, job = dist.get_rank(), Job()
     rebalancer = job.rebalancer(every=1, stop_loss=0)
@@ -79,7 +79,7 @@ def saved_beside(folder: str, stager: str, until: Any) -> tuple[bool, bool, bool
     response = dcp.async_save(state, storage_writer=writer, process_group=dist.new_group(), async_stager=staging)
     rebalancer.saving(response, until=until)
     written, early = getattr(response, "upload_completion", response), False
-    # Nothing is trained: an optimizer step would change what is still read, which trainers know to avoid.
+    # No optimizer step, which would change tensors that are still being read; trainers avoid that themselves.
     for iteration in range(40):
         if iteration == 30:
             written.result(timeout=30)
@@ -110,11 +110,11 @@ def saved_beside(folder: str, stager: str, until: Any) -> tuple[bool, bool, bool
         ("live, by a future", "written"),
         ("copied, by a future", "written"),
         ("copied, by a future", "staged"),
-        ("copied, at once", "staged"),  # a plain future, which does not tell of that
+        ("copied, at once", "staged"),  # a plain future, which does not report staging
     ],
 )
 def test_a_checkpoint_tells_the_placement_whose_rows_it_holds(stager: str, until: str, tmp_path: Path) -> None:
-    """It told one placement and held the rows of another, where what was staged was the tensors themselves."""
+    """It had one placement and the rows of another if the staged tensors were the originals."""
     for right, moved, early, elsewhere in on_ranks(2, saved_beside, str(tmp_path), stager, until, deadline=90):
         assert right
         assert moved

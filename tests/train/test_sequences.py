@@ -1,10 +1,10 @@
-"""Whatever is done to a job, and in whichever order: the placement is legal, every expert's rows and state are its own.
+"""After any sequence of actions the placement is legal, and every expert has its own rows and state.
 
-Sequences of training steps with rebalances (at once, spread, within a budget), plans, placements of one's own, saves
-that are written late, killed and resumed jobs, evaluations; over every rule, way to follow, layout and number of ranks.
-The actions run on real ranks, which are kept from one sequence to the next (`sequence_world`).
+The sequences mix training steps with rebalances (at once, spread, within a budget), plans, placements set manually,
+saves that are written late, killed and resumed jobs, and evaluations, over all rules, modes (permute, remap), layouts
+and numbers of ranks. The actions run on real ranks, which are kept from one sequence to the next (`sequence_world`).
 
-The suite runs 56 of them. More, of another seed:
+The suite runs 56 sequences. To run more, with another seed:
 DISTPLB_SEQUENCES=2000 DISTPLB_SEED=1 pytest tests/train/test_sequences.py
 """
 
@@ -27,7 +27,7 @@ from sequence_world import Setup
 
 RULES = list(product(("groups", "blocks", "classes", "plain"), ("permute", "remap")))
 SEQUENCES, SEED = int(os.environ.get("DISTPLB_SEQUENCES", "56")) // len(RULES), int(os.environ.get("DISTPLB_SEED", "0"))
-# Number of ranks and layout, spread or not, and bytes of a rebalance; more often what has more to move.
+# Number of ranks and layout, spread or not, and max_bytes; cases with more to move come up more often.
 LAYOUTS = ("plain", *(("dim 0", "dim 1") if fsdp2.RUNS else ()), "flat", "own")
 PLACES = [*product((4, 2, 1), LAYOUTS), (2, "plain"), (4, "plain"), (4, "own")]
 SETUPS = list(product(PLACES, (True, False), (1600, 800, None, 3200)))
@@ -41,19 +41,19 @@ SEEDS = st.integers(0, 2**16 - 1)
 
 @pytest.fixture(scope="module")
 def pool() -> Iterator[Pool]:
-    """Four ranks."""
+    """A pool of four ranks."""
     made = Pool(4)
     yield made
     made.close()
 
 
 class Job:
-    """What a sequence acts on.
+    """The job that a sequence acts on.
 
     Args:
-        pool: of ranks.
-        setup: to begin with.
-        met: counts what was done and seen.
+        pool: the pool of ranks.
+        setup: the initial setup.
+        met: counts actions and events.
     """
 
     def __init__(self, pool: Pool, setup: Setup, met: Counter[str]) -> None:
@@ -61,7 +61,7 @@ class Job:
         self._build(setup, None)
 
     def do(self, action: str, number: int) -> None:
-        """One action; the number chooses among its kinds."""
+        """Run one action; the number chooses among its variants."""
         self.met[action] += 1
         if action == "train":
             self._act("train", 1 + number % 2)
@@ -83,14 +83,14 @@ class Job:
             self._act(action.replace(" ", "_"))
 
     def _resume(self, place: tuple[int, str] | None) -> None:
-        """Killed, and resumed from the last save; elsewhere unless its classes of slots would be others there."""
+        """Kill the job and resume from its last save; at another place unless slot classes would differ there."""
         if not self.saves:
             return
         saved = self._act("end_saves")
         assert saved is not None
         setup = self.setup
         if place is not None and setup.rule != "classes":
-            # A tensor of several experts has one number of steps for all; those of experts apart may differ.
+            # A tensor of several experts has one step count for all; with one tensor per expert they may differ.
             layout = "own" if setup.layout == "own" else place[1]
             setup = replace(setup, ranks=place[0], layout=layout)
         self._build(setup, saved)
@@ -98,7 +98,7 @@ class Job:
         self.met["resumed"] += 1
 
     def _build(self, setup: Setup, saved: dict[str, Any] | None) -> None:
-        if setup.rule == "classes" and setup.ep == 1:  # then each expert has a class of its own
+        if setup.rule == "classes" and setup.ep == 1:  # each expert would have its own class
             setup = replace(setup, ranks=4)
         self.setup = setup
         self.pool.call(ranks.build, setup, saved)
@@ -116,7 +116,7 @@ def test_no_sequence_of_actions_makes_another_model_of_it(pool: Pool, rule: str,
     def sequence(place: Any, actions: list[tuple[str, int]]) -> None:
         (number, layout), spread, max_bytes = place
         job = Job(pool, Setup(number, layout, rule, mode, spread, max_bytes), met)
-        # The end: whatever came before can be saved, and goes on elsewhere.
+        # At the end, any job can be saved and can resume at another place.
         for action, which in [*actions, ("save late", 0), ("resume elsewhere", actions[0][1]), ("rebalance", 0)]:
             job.do(action, which)
 
@@ -133,7 +133,7 @@ def test_no_sequence_of_actions_makes_another_model_of_it(pool: Pool, rule: str,
     seed(SEED * len(RULES) + RULES.index((rule, mode)))(drawn)()
     print(f"{SEQUENCES} sequences, {rule}, {mode}, seed {SEED}: {dict(met)}")
     assert not met["layer that stays"], met
-    # The sequences were not of things that change nothing.
+    # Enough actions have changed something.
     for what in ("commits", "rebalance", "apply", "resumed", "save late"):
         assert met[what] >= SEQUENCES // 4, (what, met)
 

@@ -1,7 +1,7 @@
 """Expert-parallel size 2 × expert-data-parallel size 2, with the experts' optimizer state sharded over the latter.
 
-A run with moves is the run without them, to a relative 1e-8 in float64, as in `test_training`, whose batches and
-comparison serve here. Ranks 0 and 1 are one EP group, 2 and 3 the other; ranks 0 and 2 hold the same experts.
+A run with moves equals the run without them, to a relative 1e-8 in float64, as in `test_training`, whose batches and
+comparison are used here. Ranks 0 and 1 are one EP group, 2 and 3 the other; ranks 0 and 2 hold the same experts.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ GPUS, ITERATIONS, EVERY, RANDOM_EVERY = 2, 36, 5, 7
 
 
 class ShardedExperts:
-    """The optimizer of one expert tensor: each of its two holders steps on half of its elements and shares them.
+    """The optimizer of one expert tensor: each of its two holders steps on half of the elements and broadcasts them.
 
-    What ZeRO stage 1 and Megatron-Core's distributed optimizer do, for one tensor, as plainly as it can be.
+    A minimal version of ZeRO stage 1 and Megatron-Core's distributed optimizer, for one tensor.
     """
 
     def __init__(self, weight: torch.nn.Parameter, copies: dist.ProcessGroup) -> None:
@@ -55,7 +55,7 @@ def trained(moves: bool, leave_behind: bool = False) -> dict[str, Tensor]:
 
     rank = dist.get_rank()
     groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]  # EP groups
-    copies = [dist.new_group([0, 2]), dist.new_group([1, 3])]  # who holds the same experts
+    copies = [dist.new_group([0, 2]), dist.new_group([1, 3])]  # ranks with the same experts
     sizes = {"layers": 2, "experts": EXPERTS, "dim": 32, "ffn": 48, "heads": 2, "max_sequence": 24}
     model = Transformer(Config(**sizes), groups[rank // GPUS], seed=0, dtype=torch.float64)
     experts = [

@@ -1,4 +1,4 @@
-"""Rebalances spread over iterations: the same plan, collectives where they were agreed, a valid job in between."""
+"""Spread rebalances: the same plan, collectives at the agreed iterations, and a valid job in between."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ EVERY, CHOOSE, SHARE = 10, 2, 4
 
 
 class Heard(TorchComm):
-    """Notes in which iteration, and in which thread, each collective was called."""
+    """Records the iteration and thread of each collective call."""
 
     def __init__(self) -> None:
         super().__init__(deadline=60)
@@ -50,7 +50,7 @@ class Heard(TorchComm):
 
 
 class Marked(Job):
-    """Every expert's elements and moments are its number, and stay so: the optimizer steps by nothing."""
+    """A job in which every expert's elements and moments equal its id; the learning rate is 0, so they stay so."""
 
     def __init__(self) -> None:
         super().__init__(optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=0.0))
@@ -80,8 +80,8 @@ class Marked(Job):
 
 
 def one_rebalance(spread: Spread | None) -> dict[str, Any]:
-    """Twelve more iterations than one rebalance begins at: what happened in each."""
-    distplb.train.rebalance._COMMIT_BYTES = 1  # a swap in each commit
+    """Run one rebalance and the iterations after it; record each iteration."""
+    distplb.train.rebalance._COMMIT_BYTES = 1  # one swap per commit
     comm, job = Heard(), Marked()
     told: list[RebalanceEvent] = []
     rebalancer = job.rebalancer(comm=comm, every=EVERY, spread=spread, on_event=told.append, num_candidates=4)
@@ -117,22 +117,22 @@ def test_a_spread_rebalance_makes_the_same_plan_a_few_commits_an_iteration() -> 
         assert found["valid"]
         assert found["main thread alone"]
         assert set(found["stages"]) == {*at_once["stages"], "wait"}
-        # Counts of iterations after the one that it began at are kept through the moves.
+        # Counts of iterations after the beginning of the rebalance survive its moves.
         assert found["counted"] == EVERY - 1
         before, after = found["digests"][: EVERY + SHARE - 1], found["digests"][EVERY + SHARE - 1 :]
         assert len(set(before)) == 1
         changes = [old != new for old, new in zip([before[-1], *after], after, strict=False)]
         commits = sum(changes)
         assert commits >= 2
-        assert changes == [True] * commits + [False] * (len(changes) - commits)  # one in each iteration, then none
+        assert changes == [True] * commits + [False] * (len(changes) - commits)  # one per iteration, then none
     assert len(set(at_once["digests"])) == 2
 
 
 def test_collectives_are_called_at_the_iterations_that_were_agreed() -> None:
     for found in on_ranks(2, one_rebalance, Spread(CHOOSE, SHARE, move_seconds=0)):
         calls = found["calls"]
-        assert calls.pop(1) == calls.pop(2) == ["min"]  # the first steps look whether all can travel
-        # Whether a step was skipped, what rank 0 measured, the header, the counts; then the keys; then the placement,
+        assert calls.pop(1) == calls.pop(2) == ["min"]  # the first steps check that all state can travel
+        # Whether a step was skipped, rank 0's measurements, the header, the counts; then the keys; then the placement
         # and the first commit.
         assert calls[EVERY] == ["min", "broadcast", "min", "sum"]
         assert calls[EVERY + CHOOSE] == ["min"]
@@ -143,7 +143,7 @@ def test_collectives_are_called_at_the_iterations_that_were_agreed() -> None:
 
 
 def what_the_next_window_tells() -> list[tuple[float, ...] | None]:
-    """Logical experts 2 and 3 are hot in every iteration, also while they move."""
+    """Imbalances if experts 2 and 3 are hot in every iteration, even while they move."""
     distplb.train.rebalance._COMMIT_BYTES = 1
     job, told = Marked(), list[RebalanceEvent]()
     spread = Spread(1, 2, move_seconds=0)
@@ -161,7 +161,7 @@ def test_counts_go_with_their_experts_while_these_move() -> None:
 
 
 def interrupted() -> dict[str, Any]:
-    """A rebalance in the middle of its moves, and then something else."""
+    """Interrupt a rebalance in the middle of its moves."""
     distplb.train.rebalance._COMMIT_BYTES = 1
     found: dict[str, Any] = {}
     for what in ("checkpoint", "apply", "disabled", "loaded"):
@@ -247,11 +247,11 @@ def refused() -> list[str]:
 
 def test_offsets_that_do_not_fit_or_differ_are_refused() -> None:
     for texts in on_ranks(2, refused):
-        assert "spread over 2 iterations and more, and one begins every 2; pass a smaller share_after" in texts[0]
+        assert "spread has share_after 2, but every is 2; pass a share_after below 2, or a larger every" in texts[0]
         assert texts[1].startswith("ranks disagree on spread (digest)")
         assert texts[2].startswith("ranks disagree on spread (digest)")
     for wrong in ((2, 1, 0.1), (-1, 1, 0.1), (0, 0, -1.0)):
-        with pytest.raises(DistplbError, match="pass offsets that do not fall"):
+        with pytest.raises(DistplbError, match="pass values such as"):
             Spread(*wrong)
 
 

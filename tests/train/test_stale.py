@@ -1,6 +1,6 @@
-"""References that went stale: what the rebalancer was built with is not what is trained, or is moved by another.
+"""Stale references: the rebalancer's tensors or optimizers are no longer those trained, or another one moves them.
 
-Each was a model that became another without a word.
+In each case the model silently became a different one.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ REVERSED = Placement(torch.arange(EXPERTS).flip(0).expand(LAYERS, -1), EXPERTS, 
 
 
 def iterated(job: Job, optimizer: torch.optim.Optimizer | None = None) -> None:
-    """One iteration, stepped by another optimizer than the job's if one is given."""
+    """Run one iteration, with another optimizer than the job's if one is given."""
     for layer in range(LAYERS):
         job.window.add(layer, skewed((0, 1))[layer], training=True)
     job.backward()
@@ -33,13 +33,13 @@ def iterated(job: Job, optimizer: torch.optim.Optimizer | None = None) -> None:
 
 
 def test_a_new_optimizer_that_the_rebalancer_does_not_know_is_refused() -> None:
-    """Its moments stayed in their slots, and those of the former one, which nobody uses any more, travelled."""
+    """Its moments stayed in their slots, while the unused moments of the former optimizer travelled."""
     job = Job(ranks=1)
     rebalancer = job.rebalancer(every=1)
     iterated(job)
     rebalancer.apply(REVERSED)
     newer = torch.optim.AdamW([*job.weights, *job.routers], lr=1e-4)
-    rebalancer.restore()  # it has no state yet that could stay behind
+    rebalancer.restore()  # the new optimizer has no state yet that could stay behind
     iterated(job, newer)
     text = (
         r"moe.0.experts.w is stepped on by an optimizer \(AdamW\) that the rebalancer was not given, .* make a new Reb"
@@ -55,7 +55,7 @@ def test_a_new_optimizer_that_the_rebalancer_does_not_know_is_refused() -> None:
 
 
 class Wrapper(torch.optim.Optimizer):
-    """An optimizer of optimizers, as trainers have them: it knows the parameters, and holds no state of its own."""
+    """An optimizer around another one, as in trainers: it has the parameters but no state of its own."""
 
     def __init__(self, inner: torch.optim.Optimizer) -> None:
         self.inner = inner
@@ -100,7 +100,6 @@ class Model(nn.Module):
 
     def rebalancer(self, optimizer: torch.optim.Optimizer, **options: Any) -> Rebalancer:
         layer = MoELayer(name="moe", experts={"w": self.w}, router={"gate": self.gate})
-        # Two GPUs' worth of slots on one process: a plan has something to move.
         options = {"topology": Topology(1, 1), "window": self.window, "every": 3} | options
         return Rebalancer([layer], optimizer, **in_values(options))
 
@@ -111,7 +110,7 @@ REPLACED = r"no gradient comes any more to experts or router of moe as they were
 @pytest.mark.parametrize("what", ["all", "experts alone", "all, in the middle of a window"])
 @pytest.mark.parametrize("to_none", [True, False])
 def test_a_model_whose_parameters_were_replaced_is_noticed_before_anything_moves(what: str, to_none: bool) -> None:
-    """load_state_dict(assign=True): the rows that moved were no one's, and the placement told of others."""
+    """After load_state_dict(assign=True), the rows that moved no longer belonged to the model."""
     model = Model()
     optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(model.parameters())]
     events: list[Any] = []
@@ -135,7 +134,7 @@ def test_a_model_whose_parameters_were_replaced_is_noticed_before_anything_moves
     )
     for _ in range(3):
         iterate()
-    with pytest.raises(DistplbError, match=REPLACED), rebalancer.in_logical_order():  # a checkpoint of other rows
+    with pytest.raises(DistplbError, match=REPLACED), rebalancer.in_logical_order():  # it would save other rows
         raise AssertionError("in logical order")
     iterate()
     iterate() if what == "all" else None
@@ -146,7 +145,7 @@ def test_a_model_whose_parameters_were_replaced_is_noticed_before_anything_moves
 
 
 def test_zeros_that_a_skipped_step_leaves_are_no_gradients() -> None:
-    """As of a gradient scaler, where zero_grad() keeps the tensors."""
+    """As with a gradient scaler, if zero_grad() keeps the tensors."""
     job = Job(ranks=1)
     rebalancer = job.rebalancer(every=1)
     iterated(job)
@@ -159,7 +158,7 @@ def test_zeros_that_a_skipped_step_leaves_are_no_gradients() -> None:
 
 
 def test_gradients_that_add_up_beside_grad_are_a_backward_pass_that_has_begun() -> None:
-    """Megatron-Core's without a distributed optimizer: they stayed in their slots, and went to the experts there."""
+    """As in Megatron-Core without a distributed optimizer: they stayed in their slots, so other experts got them."""
     job = Job(ranks=1)
     rebalancer = job.rebalancer(every=1)
     iterated(job)
@@ -171,7 +170,7 @@ def test_gradients_that_add_up_beside_grad_are_a_backward_pass_that_has_begun() 
 
 
 def test_experts_without_a_gradient_of_their_own_are_not_taken_for_replaced_ones() -> None:
-    """Frozen ones, gradients set by hand, and a window in which no optimizer has stepped."""
+    """Frozen experts, gradients set manually, and a window in which no optimizer has stepped."""
     for case in ("frozen", "by hand", "not stepped"):
         model = Model()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -202,15 +201,15 @@ def test_two_rebalancers_of_one_model_are_refused() -> None:
         job.rebalancer(job.layers()[1:], every=1, window=LoadWindow(1, EXPERTS, 4))
     first.close()
     second = job.rebalancer(every=1)
-    with pytest.raises(DistplbError, match="this Rebalancer has been closed, and moves nothing any more"):
+    with pytest.raises(DistplbError, match="this Rebalancer has been closed; make a new one"):
         first.apply(REVERSED)
-    del second  # forgotten, not closed
+    del second  # not closed
     gc.collect()
     job.rebalancer(every=1).apply(REVERSED)
 
 
 def test_rows_that_another_rebalancer_has_moved_are_not_taken_for_logical_ones() -> None:
-    """A second one began with expert e in slot e, whatever the first had done."""
+    """A second rebalancer began with expert e in slot e, whatever the first had done."""
     job = Job(ranks=1)
     logical = job.values()
     first = job.rebalancer(every=1)
@@ -221,7 +220,7 @@ def test_rows_that_another_rebalancer_has_moved_are_not_taken_for_logical_ones()
     for refused in (second.step, second.restore, lambda: second.apply(REVERSED)):
         with pytest.raises(DistplbError, match=r"rows of moe.0 were moved by another Rebalancer .* load_state_dict"):
             refused()
-    # Checkpoints ask for a state before they load one: it is that of the rows as they were left.
+    # Checkpoints request a state before they load one; it describes the rows as the first rebalancer left them.
     assert Placement(second.state_dict()["layers"]["moe.0"]["expert_of_slot"][None], EXPERTS, 1) == Placement(
         REVERSED.expert_of_slot[:1], EXPERTS, 1
     )
@@ -230,7 +229,7 @@ def test_rows_that_another_rebalancer_has_moved_are_not_taken_for_logical_ones()
     second.restore()
     assert all(torch.equal(a, b) for a, b in zip(logical, job.values(), strict=True))
     second.close()
-    assert job.rebalancer(every=1).placement == Placement.contiguous(LAYERS, EXPERTS, 1)  # put back, so nothing to tell
+    assert job.rebalancer(every=1).placement == Placement.contiguous(LAYERS, EXPERTS, 1)  # moved back, so no error
 
 
 def test_a_layer_of_which_only_some_tensors_were_moved_is_refused() -> None:
@@ -247,7 +246,7 @@ def test_a_layer_of_which_only_some_tensors_were_moved_is_refused() -> None:
 
 
 def test_tensors_that_were_put_back_lie_like_those_that_nobody_has_moved() -> None:
-    """A table first, then rows: the router's own rows were of no concern to the first rebalancer."""
+    """First with a table, then with rows: the first rebalancer did not move the router's rows."""
     w, router = nn.Parameter(torch.randn(EXPERTS, DIM)), nn.Parameter(torch.randn(EXPERTS, DIM))
     optimizer = torch.optim.AdamW([w, router])
     options: dict[str, Any] = {"topology": Topology(1, 1), "every": 1, "window": LoadWindow(1, EXPERTS, 4)}
@@ -260,7 +259,7 @@ def test_tensors_that_were_put_back_lie_like_those_that_nobody_has_moved() -> No
 
 
 def on_every_rank() -> tuple[str, str]:
-    """The second one is refused on all ranks, the third one told on all that rows have moved."""
+    """The errors of a second rebalancer, refused on all ranks, and of a third, whose rows have moved."""
     job = Job()
     first = job.rebalancer(every=1)
     first.apply(Placement(torch.arange(EXPERTS).flip(0).expand(LAYERS, -1), EXPERTS, 2))
@@ -282,7 +281,7 @@ def test_ranks_refuse_together() -> None:
 
 @pytest.mark.parametrize("where", ["in two layers", "under two names", "as a view"])
 def test_tensors_that_share_memory_are_refused(where: str) -> None:
-    """Moving one layer's experts would move the other's, too: layers tied to each other, or a tensor declared twice."""
+    """Moving one would move the other: tied layers, or a tensor declared twice."""
     weight, router = nn.Parameter(torch.randn(EXPERTS, DIM)), nn.Parameter(torch.randn(EXPERTS, DIM))
     other = nn.Parameter(torch.randn(EXPERTS, DIM))
     layers = [MoELayer(name="a", experts={"w": weight}, router={"r": router})]
@@ -301,7 +300,7 @@ def test_tensors_that_share_memory_are_refused(where: str) -> None:
 
 
 class Tabled:
-    """One layer whose dispatcher looks experts up in a table."""
+    """One layer whose dispatcher looks up experts in a table."""
 
     def __init__(self) -> None:
         self.w, self.table = nn.Parameter(torch.randn(EXPERTS, DIM)), torch.arange(EXPERTS)
@@ -331,22 +330,22 @@ def test_a_table_that_tells_where_the_experts_are_is_gone_on_from() -> None:
     assert torch.equal(job.of_experts(), first)
     two.apply(Placement.contiguous(1, EXPERTS, 1))
     assert torch.equal(job.of_experts(), first)
-    two.restore()  # to where this one has begun
+    two.restore()  # to where the second one began
     assert two.placement == TURNED
     two.close()
-    job.table = torch.arange(EXPERTS)  # a table that does not say so
+    job.table = torch.arange(EXPERTS)  # a table that does not show the moves
     with pytest.raises(DistplbError, match="rows of moe were moved by another Rebalancer"):
         job.rebalancer().step()
 
 
 def test_a_table_that_somebody_else_has_written_is_refused_before_anything_moves() -> None:
-    """As by loading a state of the model alone, where the table is one of its buffers."""
+    """As by loading only the model's state, if the table is one of its buffers."""
     job = Tabled()
     rebalancer = job.rebalancer()
     rebalancer.apply(TURNED)
     job.table.copy_(torch.arange(EXPERTS))
     rows = job.w.detach().clone()
-    text = r"slot_of_expert has expert 0 in slot 0, and it was put into slot 6: something else has written the table"
+    text = r"slot_of_expert has expert 0 in slot 0, but the rebalancer put it into slot 6; other code has written the"
     with pytest.raises(DistplbError, match=text):
         rebalancer.restore()
     assert torch.equal(job.w.detach(), rows)
@@ -355,9 +354,9 @@ def test_a_table_that_somebody_else_has_written_is_refused_before_anything_moves
 def test_a_table_that_is_none_is_refused() -> None:
     job = Tabled()
     job.table[0] = 5
-    with pytest.raises(DistplbError, match=r"slot_of_expert is \[5, 1, 2, 3, 4, 5, 6, 7\]; it must name each of 8"):
+    with pytest.raises(DistplbError, match=r"slot_of_expert is \[5, 1, 2, 3, 4, 5, 6, 7\]; it must contain each of 8"):
         job.rebalancer()
-    job.table.zero_()  # nobody has filled it yet
+    job.table.zero_()  # not filled yet
     job.rebalancer()
     assert job.table.tolist() == list(range(EXPERTS))
 
@@ -366,7 +365,7 @@ def test_a_table_that_is_none_is_refused() -> None:
 
 
 def test_a_rebalancer_that_is_collected_during_a_step_does_not_break_it() -> None:
-    """Its hook was taken away while torch went over all hooks: the step ended in an error."""
+    """Its hook was removed while torch iterated over all hooks, which made the step fail."""
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
     job, others = Job(ranks=1), [Job(ranks=1) for _ in range(2)]
@@ -386,14 +385,14 @@ def test_a_rebalancer_that_is_collected_during_a_step_does_not_break_it() -> Non
 def hooks_of(job: Job) -> int:
     from torch.optim.optimizer import _global_optimizer_post_hooks
 
-    gc.collect()  # those of other tests, which nobody refers to any more
+    gc.collect()  # hooks of other tests, whose owners are unreachable
     on_tensors = sum(len(p._post_accumulate_grad_hooks or ()) for p in (*job.weights, *job.routers))
     own = job.optimizer._optimizer_step_post_hooks, job.optimizer._optimizer_step_pre_hooks
     return on_tensors + sum(map(len, own)) + len(_global_optimizer_post_hooks)
 
 
 def test_a_rebalancer_that_is_refused_leaves_no_hook_behind() -> None:
-    """Whatever refuses it, and also what its layers have subscribed with."""
+    """Whatever the reason, its own hooks and its layers' subscriptions are removed."""
     job, removed = Job(ranks=1), []
 
     class Handle:
@@ -421,7 +420,7 @@ def test_a_rebalancer_that_is_refused_leaves_no_hook_behind() -> None:
 
 @pytest.mark.parametrize("closed", [True, False])
 def test_a_rebalancer_keeps_no_model_alive(closed: bool) -> None:
-    """Hooks that lead from a tensor to what holds it would: Python's collector does not see through all of them."""
+    """Hooks that refer from a tensor back to its owner would: Python's collector cannot follow all of them."""
     job = Job(ranks=1)
     rebalancer = job.rebalancer(every=1)
     iterated(job)
@@ -435,7 +434,7 @@ def test_a_rebalancer_keeps_no_model_alive(closed: bool) -> None:
 
 
 def test_closing_leaves_no_hook_behind() -> None:
-    """Each Rebalancer of a process left some on tensors and optimizers, and a closed one was still called by attach."""
+    """Each Rebalancer left hooks on tensors and optimizers, and `attach` still called a closed one."""
     job = Job(ranks=1)
     before = hooks_of(job)
     for _ in range(3):

@@ -1,7 +1,7 @@
-"""Experts without tokens: no gradient, and a step less than the others. Each expert's own history goes where it goes.
+"""Experts without tokens get no gradient and fall a step behind. Each expert's history must travel with it.
 
-Beside the job runs its twin, in which every expert is trained by the same gradients where it began: what the job holds
-for an expert must be what the twin holds for it, to the bit. Shapes: L layers, E = P experts, G slots on each GPU.
+The job runs along with a twin, in which every expert gets the same gradients but never moves. The job's state of each
+expert must equal the twin's to the bit. Shapes: L layers, E = P experts, G slots on each GPU.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "AdamW": lambda params: torch.optim.AdamW(params, lr=0.1),
     "AdamW, one at a time": lambda params: torch.optim.AdamW(params, lr=0.1, foreach=False, amsgrad=True),
     "SGD": lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9, dampening=0.3),
-    "NAdam": lambda params: torch.optim.NAdam(params, lr=0.1),  # has two scalars
+    "NAdam": lambda params: torch.optim.NAdam(params, lr=0.1),  # two scalars in its state
     "Adagrad": lambda params: torch.optim.Adagrad(params, lr=0.1),
 }
 
@@ -45,7 +45,7 @@ def gradient(iteration: int, layer: int, expert: int) -> Tensor:
 
 
 def starved(iteration: int, layer: int, expert: int, gpu: int) -> bool:
-    """One expert for twenty iterations, one from the beginning; a whole rank once, and one from the beginning."""
+    """Starve one expert for twenty iterations, one at first, a whole rank once and at first, others now and then."""
     if (expert == 3 and 5 <= iteration < 25) or (expert == 6 and iteration < 12):
         return True
     if gpu == 1 and ((layer == 0 and iteration == 14) or (layer == 1 and iteration <= EVERY)):
@@ -54,13 +54,13 @@ def starved(iteration: int, layer: int, expert: int, gpu: int) -> bool:
 
 
 class Job:
-    """Some layers on this rank, and the twin of all their experts.
+    """Layers on this rank, and a twin of all their experts.
 
     Args:
-        optimizer: makes one.
-        is_starved: which experts have no token, and so no gradient.
-        own: whether each expert is in a tensor of its own; else all of a GPU are in one.
-        options: of the rebalancer.
+        optimizer: builds an optimizer.
+        is_starved: whether an expert has no token, and so no gradient.
+        own: whether each expert has its own tensor; else all experts of a GPU share one.
+        options: options of the rebalancer.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class Job:
         self.iteration = 0
 
     def train(self, hold: bool = False) -> None:
-        """One iteration; gradients are held until the rebalancer has been called, or not."""
+        """Run one iteration; `hold` keeps gradients until the rebalancer has been called."""
         self.iteration += 1
         placement = self.rebalancer.placement
         for layer in range(LAYERS):
@@ -142,7 +142,7 @@ class Job:
         return placement.expert_of_slot[layer, self.gpu * self.size : (self.gpu + 1) * self.size].tolist()
 
     def check(self) -> None:
-        """Weights, gradients and state of each expert are those of its twin."""
+        """Check that weights, gradients and state of each expert equal those of its twin."""
         placement = self.rebalancer.placement
         for layer in range(LAYERS):
             for slot, expert in enumerate(self.held_by(placement, layer)):
@@ -158,7 +158,7 @@ class Job:
                 assert all(same(state[key], wanted[key]) for key in wanted), where
 
     def steps(self) -> set[float]:
-        """Of the experts of this rank's first layer; 0 for those that were never stepped on."""
+        """Step counts of the experts in this rank's first layer; 0 if the optimizer never stepped on one."""
         return {float(self.optimizer.state.get(param, {}).get("step", 0.0)) for param in self.params[0]}
 
 
@@ -185,7 +185,7 @@ def starving(names: list[str], hold: bool) -> list[tuple[int, int, list[str]]]:
 
 @pytest.mark.parametrize("hold", [False, True], ids=["zero_grad first", "gradients held"])
 def test_each_experts_own_history_goes_where_it_goes(hold: bool) -> None:
-    """One starved expert ended the job at the first rebalance, with its moments about to be another's."""
+    """One starved expert ended the job at the first rebalance, because its moments would have gone to another."""
     for rank in on_ranks(2, starving, list(OPTIMIZERS), hold):
         for (moved, steps, left_out), name in zip(rank, OPTIMIZERS, strict=True):
             assert moved >= 6, name
@@ -233,7 +233,7 @@ WHY = "moe.0.experts.w: step {} on rank 0; step {} on rank 1. A tensor of severa
 
 
 def test_a_rank_that_was_not_stepped_on_once_keeps_its_layer_alone_from_moving() -> None:
-    """All layers were skipped for ever, with a digest as the reason."""
+    """All layers were skipped from then on, with a digest as the reason."""
     for events, told, refused in on_ranks(2, left_out, False, (0.9, 0.999)):
         for nth, event in enumerate(events, start=1):
             why = WHY.format(nth * EVERY, nth * EVERY - 1)
@@ -244,7 +244,7 @@ def test_a_rank_that_was_not_stepped_on_once_keeps_its_layer_alone_from_moving()
             assert event.imbalance_after[0] == event.imbalance_before[0]
             assert event.imbalance_after[1] < event.imbalance_before[1]
         assert len(events) == 3
-        (warning,) = told  # once, not at every rebalance
+        (warning,) = told  # only once, not at every rebalance
         assert warning.startswith("distplb: moe.0 could not be moved: " + WHY.format(3, 2))
         assert refused.startswith("rank 0: moe.0 could not be moved: " + WHY.format(9, 8))
 
@@ -258,7 +258,7 @@ def test_a_dry_run_tells_it_too() -> None:
 
 
 def test_it_moves_again_once_the_number_of_the_step_enters_no_update() -> None:
-    """A bias correction that is 1 is 1 for any number: after 37,000 steps with a beta of 0.999, or 731 with 0.95."""
+    """Once the bias correction rounds to 1 it stays 1: after 37,000 steps with a beta of 0.999, or 731 with 0.95."""
     for events, _, refused in on_ranks(2, left_out, False, (0.4, 0.5)):
         stay = ["step" in event.left_out[0] for event in events]
         assert stay == [nth * EVERY - 1 < 55 for nth in range(1, len(events) + 1)]
@@ -266,7 +266,7 @@ def test_it_moves_again_once_the_number_of_the_step_enters_no_update() -> None:
 
 
 def test_the_betas_are_those_of_the_one_optimizer_that_steps() -> None:
-    """Where two do, with betas of their own, every step counts for one of them."""
+    """If two optimizers with different betas step, the step still matters for one of them."""
     param = nn.Parameter(torch.zeros(DIM))
     quick, slow = (torch.optim.AdamW([param], betas=(0.4, beta)) for beta in (0.5, 0.999))
     for _ in range(60):
@@ -282,7 +282,7 @@ def test_the_betas_are_those_of_the_one_optimizer_that_steps() -> None:
 
 
 class ManyMoments(torch.optim.Optimizer):
-    """Keeps more tensors for each parameter than can be told of."""
+    """Keeps more tensors for each parameter than ranks can agree on."""
 
     def __init__(self, params: Any) -> None:
         super().__init__(params, {})
@@ -302,7 +302,7 @@ def test_state_of_too_many_tensors_is_refused_by_name() -> None:
 
 
 def unknown() -> tuple[str, str]:
-    """Ranks with copies of the same experts, of which one has missed a step; and a rank that never saw any state."""
+    """The errors if a rank with a copy of an expert has missed a step, and if a rank has never had any state."""
     texts = []
     for gpus in (1, 2):
         params = [nn.Parameter(torch.zeros(DIM)) for _ in range(EXPERTS // gpus)]

@@ -1,4 +1,4 @@
-"""Rebalancing that does not pay turns itself off, on all ranks at once; what may be chance is not held against it."""
+"""Rebalancing that does not pay off turns itself off, on all ranks at once; losses that may be chance do not count."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_a_single_slow_iteration_does_not_slow_the_pace() -> None:
 
 
 def test_one_iteration_alone_is_in_doubt() -> None:
-    """Its error was 0: of every=1, what was chance three times in a row ended rebalancing."""
+    """Its error was 0, so that with every=1 chance alone, three times in a row, ended rebalancing."""
     assert Pace.of([2.0]) == Pace(2.0, 2.0, 1)
     stop_loss = StopLoss(1)
     assert stop_loss.repaid(Pace.of([2.0]), Pace.of([2.5]), cost=3.0)
@@ -76,7 +76,7 @@ def test_patience_0_never_ends() -> None:
 
 
 def test_noise_alone_rarely_strikes() -> None:
-    """Rebalances that cost next to nothing and change nothing: one in forty is beyond two sigmas on the bad side."""
+    """If rebalances cost and change nothing, one in forty is more than two sigmas on the bad side."""
     random_ = random.Random(1)
     struck = 0
     for _ in range(2000):
@@ -91,11 +91,11 @@ EVERY, TOOK = 3, 5.0  # iterations, seconds of a rebalance
 
 
 class TimedJob:
-    """A job whose GPU 0 is always the busiest, so that each rebalance moves; its seconds are what the test says."""
+    """A job whose GPU 0 is always the busiest, so that each rebalance moves; the test sets its iteration seconds."""
 
     def __init__(self, **options: Any) -> None:
         self.clock = observer.time = Clock()
-        rebalance.time = Clock(tick=TOOK)  # looked at when a rebalance begins and when it ends
+        rebalance.time = Clock(tick=TOOK)  # read when a rebalance begins and when it ends
         self.events: list[RebalanceEvent] = []
         self.job, self.options = (
             Job(),
@@ -103,10 +103,10 @@ class TimedJob:
         )
         self.rebalancer = self.job.rebalancer(**self.options)
         self.counts = torch.full((LAYERS, EXPERTS), 10)
-        self.counts[:, :2] = 90  # whoever is in these slots
+        self.counts[:, :2] = 90  # whichever experts these slots hold
 
     def run(self, *seconds: float) -> None:
-        """Iterations of so many seconds; on other ranks of others, which must not matter."""
+        """Run iterations of the given seconds; those of other ranks differ, which must not matter."""
         for own in seconds:
             self.job.iterate(self.counts)
             self.clock.now += own if TorchComm().rank == 0 else 100.0 / (1.0 + self.clock.now)
@@ -131,7 +131,7 @@ def never_paying() -> dict[str, Any]:
 
 
 def test_a_job_whose_moves_never_pay_turns_itself_off_after_three_on_all_ranks() -> None:
-    reason = "3 rebalances in a row did not repay themselves; set enabled to go on, or rebalance less often"
+    reason = "3 rebalances in a row did not pay off; set enabled = True to continue, or rebalance less often"
     for found in on_ranks(2, never_paying, deadline=60):
         assert found["told"] == [
             (3, "moved", None),
@@ -146,7 +146,7 @@ def test_a_job_whose_moves_never_pay_turns_itself_off_after_three_on_all_ranks()
         assert found["moved"] == 0
         assert found["reason"] == reason
         assert found["warned"] == [f"distplb has turned rebalancing off: {reason}"]
-        # Nothing had moved at 12, so nothing is held against it at 18; counting begins anew.
+        # Nothing moved at 12, so 18 counts no strike for it; counting starts at zero.
         assert found["after"] == [(12, "stopped", None), (18, "moved", None), (18, "moved", False), (21, "moved", None)]
 
 
@@ -168,7 +168,7 @@ def resumed_between_strikes() -> dict[str, Any]:
 
 def test_strikes_and_being_off_are_kept_in_a_checkpoint() -> None:
     for found in on_ranks(2, resumed_between_strikes, deadline=60):
-        # What went before the checkpoint is not known any more at 12; the third strike is that of 12, found at 15.
+        # The pace before the checkpoint is unknown at 12; the third strike is that of 12, counted at 15.
         assert found["told"] == [(12, "moved", None), (12, "moved", False), (15, "stopped", None)]
         # Iteration, rebalances, enabled, strikes.
         assert found["counters"] == [[9, 3, 1, 2], [15, 5, 0, 0]]
@@ -177,7 +177,7 @@ def test_strikes_and_being_off_are_kept_in_a_checkpoint() -> None:
 def paying_or_in_doubt() -> list[list[bool | None]]:
     found = []
     falling = [100.0 - 10 * (iteration // EVERY) for iteration in range(18)]  # 30 seconds less each time, for 5
-    noisy = [3.0, 1.0, 9.0, 2.0, 8.0, 4.0] * 3  # no faster, but nobody can tell
+    noisy = [3.0, 1.0, 9.0, 2.0, 8.0, 4.0] * 3  # no faster, but too noisy to tell
     for seconds, options in ((falling, {}), (noisy, {}), ([1.0] * 18, {"stop_loss": 0})):
         timed = TimedJob(**options)
         timed.run(*seconds)
@@ -193,11 +193,11 @@ def test_a_job_whose_moves_pay_or_may_pay_goes_on() -> None:
     for paying, noisy, patient, first in on_ranks(2, paying_or_in_doubt, deadline=60):
         assert paying == noisy == [True] * 5
         assert patient == [False] * 5
-        assert first[0] is None  # the first iteration was not timed: there is nothing to compare with
+        assert first[0] is None  # the first iteration was not timed, so there is nothing to compare with
 
 
 def even_and_then_skewed() -> dict[str, Any]:
-    """Twelve windows of equally likely experts, and then two in which some are hot."""
+    """Run twelve windows of equally likely experts, then two in which some are hot."""
     timed, generator = TimedJob(), torch.Generator().manual_seed(TorchComm().rank)
     planned = []
     for iteration in range(12 * EVERY):
@@ -214,13 +214,13 @@ def even_and_then_skewed() -> dict[str, Any]:
 
 
 def test_an_even_load_is_left_alone_and_rebalancing_stays_on() -> None:
-    """Experts moved for what chance had made of a window, gained nothing, and the third time ended it for good."""
+    """Experts moved because of chance differences in a window and gained nothing; the third time rebalancing ended."""
     for found in on_ranks(2, even_and_then_skewed, deadline=60):
         assert found["enabled"]
         assert {(decision, repaid) for _, decision, repaid in found["told"]} == {("kept", None)}
-        assert sum(found["planned"]) < 3  # nearly every time the search had found some moves
-        assert "the GPUs are as even as chance leaves them, in every layer that would have moved" in found["reasons"]
-        assert found["left_out"] == ("the GPUs are as even as chance leaves them",) * LAYERS
+        assert sum(found["planned"]) < 3  # the search found moves nearly every time
+        assert "the GPUs differ no more than by chance, in every layer that would have moved" in found["reasons"]
+        assert found["left_out"] == ("the GPUs differ no more than by chance",) * LAYERS
         assert [(iteration, decision) for iteration, decision, _ in found["then"] if iteration > 36] == [
             (39, "moved"),
             (39, "moved"),

@@ -1,7 +1,7 @@
-"""Moving experts is not a change of the model: a run with moves is the run without them.
+"""Moving experts does not change the model: a run with moves equals the run without them.
 
-The model is the example's, trained for 60 iterations; every 5 of them it is rebalanced and every 7 it is given a
-random placement. Compared in logical order: losses, parameters, moments, router bias.
+The example's model is trained for 60 iterations, rebalanced every 5 and given a random placement every 7. Losses,
+parameters, moments and router bias are compared in logical order.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ OPTIMIZERS = {
 
 
 def trained(optimizer_name: str, dtype: torch.dtype, moves: str) -> dict[str, Tensor]:
-    """The losses of a run, and all its tensors at the end in logical order, on every rank.
+    """The losses of a run and all its final tensors in logical order, on every rank.
 
     moves: "none", "all", "remap" (all, applied by tables), "spread" (all, each rebalance over several iterations, one
-        commit in each; the random placements drop some of them), or "left behind": as all, but the first slot keeps its
-        first moment of one tensor.
+        commit in each; the random placements drop some of them), or "left behind": like "all", but the first slot
+        keeps its first moment of one tensor.
     """
     sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
     from moe_model import Config, Transformer
@@ -104,7 +104,7 @@ def in_logical_order(
     model: Any, optimizer: Any, placement: distplb.Placement, remapped: bool = False
 ) -> dict[str, Tensor]:
     found = {}
-    same = torch.arange(EXPERTS)  # where a table is looked up, router rows stay
+    same = torch.arange(EXPERTS)  # with a table, router rows stay
     slot = placement.inverse[..., 0]  # [L, E]
     for layer, moe in enumerate(model.moes):
         by_slot = {"router": (moe.router.weight, False), "in": (moe.w_in, True), "out": (moe.w_out, True)}
@@ -129,7 +129,7 @@ def gathered(tensor: Tensor) -> Tensor:
 
 def compared() -> dict[str, tuple[float, str]]:
     found = {}
-    # All on two ranks, where every kind of move happens; the others take too long on shared cores.
+    # All cases on two ranks, where every kind of move happens; more ranks take too long on shared cores.
     everything = dist.get_world_size() == 2
     for optimizer in OPTIMIZERS if everything else ["adamw"]:
         for dtype in TOLERANCE if everything else [torch.float64]:
