@@ -80,11 +80,11 @@ def test_the_host_does_not_wait(name: str) -> None:
 @pytest.mark.skipif(cuda.is_there(), reason="there is a GPU, or Triton interprets")
 def test_an_engine_that_is_not_there_says_why_and_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "find_spec", lambda name: None)
-    with pytest.raises(DistplbError, match="engine 'cuda' is not there: Triton is not installed; install triton"):
+    with pytest.raises(DistplbError, match="engine 'cuda' is not available: Triton is not installed; install triton"):
         cuda.pack(torch.tensor([[1, 2]]), 1, layer=ZERO, candidate=ZERO)
     monkeypatch.undo()
     pytest.importorskip("triton", reason="Triton is not installed")
-    with pytest.raises(DistplbError, match=r"cuda.is_available\(\) is False; run where there is a GPU, or set TRITON_"):
+    with pytest.raises(DistplbError, match=r"cuda.is_available\(\) is False; run on a machine with a GPU, or set "):
         cuda.finish(torch.tensor([[1, 2]]), torch.tensor([[0, 1]]), 1)
 
 
@@ -133,7 +133,7 @@ def test_a_layer_or_candidate_of_another_shape_is_refused() -> None:
     ("num_packs", "num_slots", "wording"),
     [
         (2, 5, "5 items cannot be packed evenly into 2 packs; pass a divisor of 5"),
-        (2, 2, "3 experts cannot have 2 slots; pass 3 or more"),
+        (2, 2, "3 experts cannot fit into 2 slots; pass 3 slots or more"),
         (2, 4098, "a row has 4098 items and engine 'cuda' packs at most 4096; pass engine='reference'"),
     ],
 )
@@ -161,8 +161,8 @@ def test_a_table_of_another_shape_is_refused() -> None:
             torch.zeros(1, 4, 2),
             r"distance is torch.float32 of shape \(1, 4, 2\); pass int8 of shape \(1, 4",
         ),
-        ("distance", None, "distance is None alone; pass distance and price, or neither"),
-        ("price", None, "price is None alone; pass distance and price, or neither"),
+        ("distance", None, "only distance is None; pass both distance and price, or neither"),
+        ("price", None, "only price is None; pass both distance and price, or neither"),
         ("price", ZERO, r"price is torch.int64 of shape \(1,\); pass int64 of shape \(1, 3\)"),
         ("table", ZERO, r"table is torch.int64 of shape \(1,\); pass int64 of shape \[rows, slots\]"),
         ("layer", ZERO.int(), r"layer is torch.int32 of shape \(1,\); pass int64 of shape \(1,\)"),

@@ -76,9 +76,9 @@ def test_an_engine_that_agrees_answers_as_it_does() -> None:
 @pytest.mark.parametrize(
     ("wrong", "wording"),
     [
-        (last_row_swapped, "{} gives another table in 1 of 3 rows"),
-        (lambda table: table.int(), "{} gives torch.int32 of shape"),
-        (lambda table: table[:-1], "{} gives torch.int64 of shape"),
+        (last_row_swapped, "{} returns a different table in 1 of 3 rows"),
+        (lambda table: table.int(), "{} returns torch.int32 of shape"),
+        (lambda table: table[:-1], "{} returns torch.int64 of shape"),
     ],
 )
 def test_a_call_that_answers_otherwise_is_named(call: str, wrong: Callable[[Tensor], Tensor], wording: str) -> None:
@@ -282,7 +282,7 @@ def test_an_engine_that_passes_its_trial_plans(name: str) -> None:
 @pytest.mark.parametrize(
     ("how", "cause"),
     [
-        ("table", "DistplbError: settle gives another table in "),
+        ("table", "DistplbError: settle returns a different table in "),
         ("compiler", "RuntimeError: Failed to find C compiler"),
         ("memory", "OutOfMemoryError: out of memory"),
     ],
@@ -294,7 +294,7 @@ def test_one_that_fails_is_logged_once_and_the_plan_is_the_same(answers: dict[st
     assert first[0] == "cpu"
     assert len(messages) == 1
     assert messages[0].startswith(f"WARNING engine 'cuda' failed its trial ({cause}")
-    assert messages[0].endswith("plans are made by 'cpu', and are the same; pass engine='cpu' to go without the trial")
+    assert messages[0].endswith("engine 'cpu' makes the same plans instead; pass engine='cpu' to skip the trial")
 
 
 def test_packing_alone_has_a_trial_too(answers: dict[str, Any]) -> None:

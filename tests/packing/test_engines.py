@@ -172,18 +172,18 @@ def test_the_fastest_engine_that_is_there_is_taken() -> None:
 def test_without_numba_the_reference_serves_and_an_engine_asked_for_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "is_there", lambda: False)
     assert engine_named(None)[0] == "reference"
-    with pytest.raises(DistplbError, match=r"engine 'cpu' is not there: Numba is not installed; pip install 'distplb"):
+    with pytest.raises(DistplbError, match=r"engine 'cpu' is not available: Numba is not installed; pip install 'dist"):
         engine_named("cpu")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_cuda_without_a_device_is_refused() -> None:
-    with pytest.raises(DistplbError, match="engine 'cuda' is not there: it takes Triton and a CUDA device"):
+    with pytest.raises(DistplbError, match="engine 'cuda' is not available: it needs Triton and a CUDA device"):
         engine_named("cuda")
 
 
 def test_an_engine_that_is_not_there_is_refused_and_none_takes_one_that_is() -> None:
-    with pytest.raises(DistplbError, match="engine 'warp' is not there; pass one of reference"):
+    with pytest.raises(DistplbError, match="engine 'warp' is unknown; pass one of reference"):
         engine_named("warp")
     name, engine = engine_named(None)
     assert engine_named(name) == (name, engine)
