@@ -96,7 +96,7 @@ def _in_place(kernel: str, weight: Tensor, table: Tensor, num_packs: int) -> Ten
 
 
 def _run(kernel: str, tables: Tensor, *arguments: Any, amount: int | None = None) -> None:
-    """Call a kernel that writes all rows of `tables`; `amount` is the number of elements it works on, default slots."""
+    """Call a kernel that writes all rows of `tables`; it works on `amount` elements, by default one per slot."""
     rows, table = getattr(compiled_module(_KERNELS), kernel), tables.numpy()
     amount = tables.numel() if amount is None else amount
     in_threads(lambda begin, end: rows(*arguments, begin, end, table), len(tables), amount)

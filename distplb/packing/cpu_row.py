@@ -29,7 +29,7 @@ __all__ = [
 
 NEVER = np.int64(2**63 - 1)
 NONE = np.int64(-1)
-# Numba would compile a separate version for each literal argument, but not for each of these.
+# Numba would compile a separate version for each literal argument, but not for these.
 FREE, APART = np.bool_(False), np.bool_(True)
 MAX_ROUNDS, PAIR_ROUNDS, ONE, LIGHTEST = np.int64(50), np.int64(20), np.int64(1), np.int64(0)
 compiled = njit(cache=True, nogil=True, error_model="numpy")

@@ -2,8 +2,8 @@
 
 Shapes: X rows, E experts, P slots, M packs, G = P / M slots in each. A packing is `table [X, P]`: the expert at each
 flat (pack, position); `share [X, E]` is the weight of one replica of an expert. Without replicas P = E, and `table` and
-`share` are the items and the weights of `balanced_packing`. Greedy fills the positions of a pack in order, and swaps
-exchange in place. Every argmin and argmax takes the first in flat order, so every engine makes the same choice.
+`share` are the items and the weights of `balanced_packing`. Greedy fills the positions of a pack in order; swaps
+exchange experts in place. Every argmin and argmax takes the first in flat order, so every engine makes the same choice.
 
 With `apart`, no step brings two replicas of one expert into one pack.
 """

@@ -1,4 +1,4 @@
-"""What the engine `cuda` alone has: kernels to compile, launches without a wait, and inputs that it refuses.
+"""What only the engine `cuda` has: kernels to compile, launches without waiting, and inputs that it refuses.
 
 Shapes: X rows, E experts, P slots, M packs, G = P / M slots in each; T steps.
 """
@@ -36,7 +36,7 @@ ZERO = torch.zeros(1, dtype=torch.int64)
 def test_the_kernels_compile_for_a_gpu_that_is_not_here(
     kernel: str, blocks: dict[str, int | None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """The interpreter runs what the compiler refuses, such as a variable that changes its type in a loop."""
+    """The interpreter accepts code that the compiler refuses, such as a variable that changes its type in a loop."""
     triton = pytest.importorskip("triton", reason="Triton is not installed")
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
@@ -96,7 +96,7 @@ def test_an_engine_without_triton_is_not_there(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize("rows", [1, 7, 40])
 @pytest.mark.parametrize("at_once", [1, 2, 3, 6, 100])
 def test_slices_hold_all_rows_and_begin_at_16_bytes(rows: int, at_once: int) -> None:
-    """Of int64; a kernel is compiled once more for what does not, in the middle of a rebalance."""
+    """Slices of int64. For others a kernel would be compiled again, in the middle of a rebalance."""
     slices = list(cuda._slices(rows, cuda._SCRATCH_BYTES // at_once))
     assert [row for part in slices for row in range(part.start, part.stop)] == list(range(rows))
     assert at_once == 1 or not any(part.start % 2 for part in slices)
