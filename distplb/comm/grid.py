@@ -88,7 +88,7 @@ class GridComm:
                 )
 
     def _check(self) -> None:
-        """Check that rows and columns form one grid; rows come last again, to share a refusal by a single column."""
+        """Check that rows and columns form one grid; rows agree again last, on what only one column has found."""
         inner, outer, refusal = self._inner, self._outer, None
         for line, fields in (
             (inner, {"the row in the grid (outer.rank)": outer.rank, "the number of rows (outer.size)": outer.size}),

@@ -50,6 +50,6 @@ def process_group(deadline: float) -> Iterator[TorchComm]:
     try:
         yield TorchComm(deadline=deadline)
     finally:
-        # A live reference to the group keeps its threads alive; one that needs the interpreter after its end aborts.
+        # A live reference to the group keeps its threads; a thread that needs the interpreter after its end aborts.
         gc.collect()
         dist.destroy_process_group()

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["MpiComm"]
 
 _CHECK_IN_TAG = 0x6470  # tag of the only point-to-point messages
-_MOST_GRACE_SECONDS = 5.0  # that the other ranks have to check in
+_MOST_GRACE_SECONDS = 5.0  # for the other ranks to check in
 # Between two tests of a request: short at first, because a plan's collectives are short, then long enough to free the
 # core for the ranks that this one waits for, if ranks outnumber cores.
 _LEAST_PAUSE_SECONDS, _MOST_PAUSE_SECONDS = 2e-5, 1e-3
@@ -78,7 +78,7 @@ class MpiComm:
         """Nothing to set up: no experts will be exchanged."""
 
     def exchange(self, rounds: Sequence[Round]) -> None:
-        """Refuse: torch.distributed moves the experts that it trains."""
+        """Refuse: only torch.distributed moves experts."""
         raise DistplbError("MpiComm only plans and cannot move experts; pass a TorchComm to move them")
 
     def _all_reduce(self, tensor: Tensor, operation: MPI.Op) -> None:

@@ -1,6 +1,6 @@
 """Which communicators of the job move which layers, by name: no two may move the same layers.
 
-EP groups that hold copies of the same experts average the gradients of these. If each group planned and moved on its
+EP groups that hold copies of the same experts average their gradients. If each group planned and moved on its
 own, they would average different experts.
 """
 
@@ -20,7 +20,7 @@ from distplb.errors import DistplbError
 __all__ = ["Roster"]
 
 _ANY = "any"  # exists once some rank has layers
-_SECONDS = 30.0  # that the job's store has to answer
+_SECONDS = 30.0  # for the job's store to answer
 
 
 class Roster:
@@ -115,7 +115,7 @@ class Roster:
         return f"{self._prefix}/{number}"
 
     def _look(self, store: Store, others: list[list[int]]) -> None:
-        """Read the others' entries. Each is written before reading: of two at once, at least one sees the other."""
+        """Read the others' entries; each writes its own first, so of two at once at least one sees the other."""
         for number in range(1, store.add(f"{self._prefix}/count", 0) + 1):
             entry = self._entry(number)
             if number == self._number or not store.check([f"{entry}/ranks"]):

@@ -13,7 +13,7 @@ from distplb.comm.private_names import default_store
 
 __all__ = ["Store", "StoreClient", "job_store"]
 
-_EXIT_SECONDS = 5.0  # that the process waits at exit for a call that has not returned
+_EXIT_SECONDS = 5.0  # how long the process waits at exit for a call that has not returned
 
 
 class Store(Protocol):
@@ -56,7 +56,7 @@ class StoreClient:
         self._thread: threading.Thread | None = None
 
     def ask(self, seconds: float, call: Callable[[Store], None]) -> bool:
-        """Make a call and wait this many seconds for it to end; makes none while an earlier one has not returned.
+        """Make a call and wait at most this many seconds for it; none is made while an earlier one has not returned.
 
         Returns:
             Whether the store answered in time.

@@ -2,8 +2,8 @@
 
 The only file that translates ranks of a group into global ones.
 
-No call waits longer than its deadline. gloo: a rank waits for a collective in slices, and between them checks in the
-store whether another rank has lost others; a rank that times out checks in there. NCCL: an unfinished kernel cannot be
+No call waits longer than its deadline. gloo: a rank waits for a collective in slices, and asks the job's store between
+them whether another rank has lost others; a rank that times out checks in there. NCCL: an unfinished kernel cannot be
 cancelled, so before each collective the ranks meet in a gloo side group, where waiting can end in an error; if a kernel
 hangs nevertheless, the process ends.
 """
@@ -39,7 +39,7 @@ _NCCL_PAUSE_SECONDS = 2e-5  # between two checks of a kernel
 _LEAST_SECONDS = 1e-3  # 0 would mean the group's own timeout
 _CONNECTED_AT_ONCE = 16  # peers in each direction
 _EXIT_STATUS = 75  # "temporary failure" of sysexits.h: the launcher may try again
-_SOURCE_LINE = re.compile(r"^\[[^\]]*\] ")  # gloo's messages begin with a line of its source
+_SOURCE_LINE = re.compile(r"^\[[^\]]*\] ")  # gloo's messages begin with a location in its source
 
 # Messages of gloo and torch if another rank does not answer, and of NCCL if a call could not be made.
 _LOSS = re.compile(r"time[d ]*out|connect|socket|peer|closed|abort|broken pipe|unreachable|end of file", re.IGNORECASE)
@@ -47,7 +47,7 @@ _OF_A_CALL = re.compile(r"ncclInvalid|out of memory|can't allocate memory", re.I
 _ERROR_CHARACTERS = 500  # at most, of an error that other ranks read
 
 _log = logging.getLogger("distplb")
-_instances: Counter[tuple[int, ...]] = Counter()  # communicators by ranks, which all create them in the same order
+_instances: Counter[tuple[int, ...]] = Counter()  # communicators per list of ranks, created in the same order on all
 
 
 class TorchComm:

@@ -2,7 +2,7 @@
 
 Shapes: X rows, T steps, L layers, E experts, P slots, M packs, G = P / M slots in each; N ≥ P and the constexpr M are
 the powers of two that a row is padded to. A tile is S steps of all packs, or K exchanges. An exchange has the index
-`slot of the pack × P + place`, as in the reference, and each thread adds up the steps of its own exchanges.
+`slot in the pack × P + place`, as in the reference, and each thread adds up the steps of its own exchanges.
 
 Tokens are int32, because their sum over all steps and packs is at most 2^30; scores and tolls are int64. A row's state
 in memory, and the functions that write it, are in `cuda_settle_state`.

@@ -69,7 +69,7 @@ def divide(key, expert, num_experts, num_slots, most, B: tl.constexpr):
 
 @triton.jit
 def order_slots(key, replicas, expert, num_experts, order, B: tl.constexpr, A: tl.constexpr):
-    """Write to `order [P]` the expert of each slot in descending order of key / replicas; ties by expert."""
+    """Write to `order [P]` the expert of each slot in descending order of key / replicas; ties in order of experts."""
     share = key // tl.maximum(replicas, 1)
     packed = tl.where(expert < num_experts, share * B + (B - 1 - expert), -1)  # [B], no two the same except padding
     start = expert.to(tl.int64) * 0  # [B], number of slots before the expert's
@@ -261,7 +261,7 @@ def _held_pairs(holds, item, position, source, target, in_pair, size, num_packs,
 
 @triton.jit
 def _nth_lightest(load, begin, nth):
-    """Load and first position of the `nth` lightest pack, counted from 0; ties by position."""
+    """Load and first position of the `nth` lightest pack, counted from 0; ties in order of positions."""
     low = tl.min(load, 0)
     light = first_of(load == low, begin)
     for _ in range(nth):

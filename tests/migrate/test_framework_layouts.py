@@ -338,13 +338,13 @@ def refused() -> list[str]:
 
 REFUSED = {
     "columns of columns": "pass one that is replicated, or sharded along dim 0 (experts) or dim 1, because",
-    "partial": "only replicated ones and those sharded",
+    "partial": "pass one that is replicated, or sharded",
     "other gpu": "this rank is GPU 1 of its EP group, and holds experts of GPUs [0]; pass gpu= as the coordinate",
     "few": "moe.experts.w is 3 tensors; pass one for each of this GPU's 4 slots",
     "unlike": "experts that change places must be alike",
     "rows": "moe.experts.w: 7 elements are not 4 equal rows",
     "global": "moe.experts.w has shape (6, 4); its first dim must be 8, the slots of all GPUs, for a DTensor",
-    "state elsewhere": "nothing is moved, because it is not known which elements belong to which expert",
+    "state elsewhere": "which elements belong to which expert is not known, so nothing is moved",
     "other steps": "moe could not be moved: moe.experts.w: step 1 on ranks 0, 2, 3; step 2 on rank 1",
 }
 
