@@ -1,10 +1,10 @@
-"""Whether distplb is right on the GPUs of this job: collectives, plans to the bit, a move with its optimizer state.
+"""Check distplb on the GPUs of this job: collectives, plans to the bit, and moves with optimizer state.
 
     launch/nccl.sh                                                                 # all GPUs of this host
     torchrun --nproc-per-node 2 -m benchmarks.comm.check_nccl --backend gloo       # the same code without any
 
-Every rank checks for itself and the verdict is taken over a gloo group, so that a collective that lies cannot hide it.
-Exits with 1 where anything is wrong. Shapes: T steps, L layers, E experts, P slots, G slots on each GPU, M GPUs.
+Every rank checks for itself and the results are collected over a gloo group, so that a faulty collective cannot hide a
+fault. Exits with 1 if anything is wrong. Shapes: T steps, L layers, E experts, P slots, G slots on each GPU, M GPUs.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ MIB = 1 << 20
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of rank 0: the median of the repeats, and the least and the largest."""
+    """Seconds on rank 0: the median, minimum and maximum of the repeats."""
 
     what: str
     bytes: int
@@ -48,7 +48,7 @@ class Timing:
 
 
 def main() -> int:
-    """Check, time, print, write; the exit status."""
+    """Check, time, print and write; returns the exit status."""
     options = parsed_options()
     device = started(options.backend)
     comm, verdicts = TorchComm(deadline=DEADLINE_SECONDS), dist.new_group(backend="gloo")
@@ -61,23 +61,23 @@ def main() -> int:
 
 
 def parsed_options() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description="Check distplb on several GPUs.")
     parser.add_argument("--backend", choices=["nccl", "gloo"], default="nccl")
-    parser.add_argument("--dim", type=int, default=1024, help="of the experts that are moved: rows of dim × 4 dim")
-    parser.add_argument("--repeats", type=int, default=REPEATS, metavar="R", help="timed calls")
+    parser.add_argument("--dim", type=int, default=1024, help="size of a moved expert: dim × 4 dim elements")
+    parser.add_argument("--repeats", type=int, default=REPEATS, metavar="R", help="number of timed calls")
     parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "results", metavar="DIR")
     return parser.parse_args()
 
 
 def started(backend: str) -> torch.device:
-    """This rank's device, once the process group is up."""
+    """Initialise the process group; returns this rank's device."""
     if backend == "gloo":
         dist.init_process_group("gloo")
         return torch.device("cpu")
     local = int(os.environ["LOCAL_RANK"])
     if torch.cuda.device_count() <= local:
-        raise SystemExit(f"rank {local} of this host has no GPU; there are {torch.cuda.device_count()}")
+        raise SystemExit(f"local rank {local} has no GPU; GPUs on this host: {torch.cuda.device_count()}")
     torch.cuda.set_device(local)
     device = torch.device("cuda", local)
     dist.init_process_group("nccl", device_id=device)
@@ -85,10 +85,10 @@ def started(backend: str) -> torch.device:
 
 
 def agreed(check: Callable[..., Iterator[str]], comm: Comm, device: torch.device, dim: int, verdicts: Any) -> list[str]:
-    """The errors of all ranks, the same list on each."""
+    """Collect the errors of all ranks, the same list on each."""
     try:
         errors = [f"rank {comm.rank}: {error}" for error in check(comm, device, dim)]
-    except Exception as error:  # the others have to learn of it; those that wait for this rank do at their deadline
+    except Exception as error:  # the others must learn of it; those that wait for this rank time out first
         errors = [f"rank {comm.rank}: {error!r}"]
     text = json.dumps(errors).encode()
     sizes = torch.zeros(comm.size, dtype=torch.int64)
@@ -106,28 +106,28 @@ def agreed(check: Callable[..., Iterator[str]], comm: Comm, device: torch.device
 
 
 def collectives(comm: Comm, device: torch.device, dim: int) -> Iterator[str]:
-    """Sums and minima near int64's ends, broadcasts of every root, messages round the ring, small and large."""
+    """Sums and minima near the ends of int64, broadcasts from every root, messages around the ring; small and large."""
     ranks = range(comm.size)
     for length in (1, 1000, MIB):
         at = torch.arange(length, device=comm.device)
         summed = at + 10**12 * comm.rank
         comm.all_reduce_sum(summed)
         if not torch.equal(summed, at * comm.size + 10**12 * sum(ranks)):
-            yield f"the sum of {length} int64 is not that of the ranks"
+            yield f"the sum over ranks of {length} int64 is wrong"
         minimum = (2**62 + at) * (1 if comm.rank % 2 else -1) + comm.rank
         comm.all_reduce_min(minimum)
         if not torch.equal(minimum, -(2**62 + at)):
-            yield f"the least of {length} int64 is not that of the ranks"
+            yield f"the minimum over ranks of {length} int64 is wrong"
         for root in ranks:
             sent = torch.full((length,), 100 + comm.rank, dtype=torch.uint8, device=comm.device)
             comm.broadcast(sent, root)
             if not bool((sent == 100 + root).all()):
-                yield f"{length} bytes of root {root} did not arrive"
+                yield f"{length} byte{'s' * (length > 1)} from root {root} did not arrive"
         following, before = (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
         room = torch.zeros(length, dtype=torch.uint8, device=comm.device)
         comm.exchange([([(torch.full_like(room, 1 + comm.rank), following)], [(room, before)])])
         if not bool((room == 1 + before).all()):
-            yield f"{length} bytes of rank {before} did not arrive"
+            yield f"{length} byte{'s' * (length > 1)} from rank {before} did not arrive"
 
 
 def skewed_load(num_experts: int) -> Tensor:
@@ -138,7 +138,7 @@ def skewed_load(num_experts: int) -> Tensor:
 
 
 def plans(comm: Comm, device: torch.device, dim: int) -> Iterator[str]:
-    """Plans of all ranks on their GPUs are those of the reference on this rank's CPU alone, to the bit."""
+    """Plans of all ranks on their GPUs equal those of the reference on this rank's CPU, to the bit."""
     num_experts, topology = EXPERTS_PER_GPU * comm.size, Topology(1, comm.size)
     whole = skewed_load(num_experts)
     mine = whole // comm.size if comm.rank else whole - (comm.size - 1) * (whole // comm.size)
@@ -152,11 +152,11 @@ def plans(comm: Comm, device: torch.device, dim: int) -> Iterator[str]:
     for name, variant in variants.items():
         together = plan(mine.to(device), topology, comm=comm, seed=3, **variant)
         if together != plan(whole, topology, seed=3, engine="reference", **variant):
-            yield f"the plan {name!r} is not the reference's"
+            yield f"the plan {name!r} differs from the reference's"
 
 
 class Experts:
-    """Two layers of experts on this rank, each expert with weights of its own, and AdamW."""
+    """Two layers of experts on this rank, each expert with its own weights, and AdamW."""
 
     def __init__(self, comm: Comm, device: torch.device, dim: int, verify: str) -> None:
         self.comm, self.num_experts = comm, EXPERTS_PER_GPU * comm.size
@@ -184,25 +184,25 @@ class Experts:
         self.routers = routers
 
     def train(self) -> None:
-        """One step, in which every expert goes its own way."""
+        """Train one step, in which every expert changes differently."""
         self.optimizer.zero_grad()
         sum((weight**2).sum() for weight in self.weights).backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
 
     def shuffle(self, seed: int) -> None:
-        """Every expert to a slot by chance."""
+        """Move every expert to a random slot."""
         generator = torch.Generator().manual_seed(seed)
         tables = [torch.randperm(self.num_experts, generator=generator) for _ in range(2)]
         self.rebalancer.apply(Placement(torch.stack(tables), self.num_experts, self.comm.size))
 
     def bytes_of_move(self) -> int:
-        """Of this rank's experts with both moments."""
+        """Bytes of this rank's experts with both moments."""
         return 3 * sum(weight.nbytes for weight in self.weights)
 
 
 def moves(comm: Comm, device: torch.device, dim: int) -> Iterator[str]:
-    """Experts that are moved after every step are trained to what they are trained to where they stay."""
+    """Experts that move after every step end with the same weights and moments as experts that stay."""
     still, moved = (Experts(comm, device, dim, "digest") for _ in range(2))
     for iteration in range(4):
         still.train()
@@ -210,13 +210,13 @@ def moves(comm: Comm, device: torch.device, dim: int) -> Iterator[str]:
         moved.shuffle(iteration)
     for layer, router in enumerate(moved.routers):
         if router[:, 0].tolist() != moved.rebalancer.placement.expert_of_slot[layer].tolist():
-            yield f"the router's rows of layer {layer} are not where the experts are"
+            yield f"the router's rows of layer {layer} do not match the experts' slots"
     moved.rebalancer.restore()
     for layer, (one, other) in enumerate(zip(still.weights, moved.weights, strict=True)):
         for name in ("weight", "exp_avg", "exp_avg_sq"):
             a, b = (w if name == "weight" else e.optimizer.state[w][name] for e, w in ((still, one), (moved, other)))
             if not torch.equal(a, b):
-                yield f"{name} of layer {layer} is not what it is without moves"
+                yield f"{name} of layer {layer} differs from that without moves"
 
 
 CHECKS: dict[str, Callable[..., Iterator[str]]] = {"collectives": collectives, "plans": plans, "moves": moves}
@@ -226,10 +226,10 @@ CHECKS: dict[str, Callable[..., Iterator[str]]] = {"collectives": collectives, "
 
 
 def timed(comm: Comm, device: torch.device, options: argparse.Namespace) -> list[Timing]:
-    """The calls of one rebalance, each between two moments at which all ranks are there."""
+    """Time the calls of one rebalance; all ranks meet before each."""
     num_experts = EXPERTS_PER_GPU * comm.size
     load = skewed_load(num_experts).to(comm.device)
-    counts = torch.zeros_like(load)  # whose sum, over and over, stays what it is
+    counts = torch.zeros_like(load)  # zeros, which repeated sums do not change
     keys = torch.zeros(LAYERS, dtype=torch.int64, device=comm.device)
     table = torch.zeros(LAYERS, num_experts, dtype=torch.int64, device=comm.device)
     experts = Experts(comm, device, options.dim, "off")
@@ -246,7 +246,7 @@ def timed(comm: Comm, device: torch.device, options: argparse.Namespace) -> list
 
 
 def timing(what: str, size: int, call: Callable[[], object], comm: Comm, repeats: int) -> Timing:
-    """After one call that is not timed."""
+    """Time a call, after one that is not timed."""
     seconds, ready = [], torch.zeros(1, dtype=torch.int64, device=comm.device)
     for turn in range(repeats + 1):
         comm.all_reduce_min(ready)
@@ -258,22 +258,22 @@ def timing(what: str, size: int, call: Callable[[], object], comm: Comm, repeats
 
 
 def now() -> float:
-    """Seconds on the clock, once the GPU has finished all work."""
+    """Seconds on the clock, after the GPU has finished all work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def report(options: argparse.Namespace, comm: Comm, errors: dict[str, list[str]], timings: list[Timing]) -> None:
-    """Print it, and write it as markdown and JSON."""
+    """Print the report, and write it as markdown and JSON."""
     is_nccl = options.backend == "nccl"
     arguments = {"--backend": options.backend, "--dim": options.dim, "--repeats": options.repeats}
     parts = [
         header(
-            f"{options.backend} on {comm.size} {'GPUs' if is_nccl else 'CPU processes'}",
-            f"Checks of all ranks, and times of rank 0: median of {options.repeats}, least and largest. The load is "
-            f"[{STEPS}, {LAYERS}, {EXPERTS_PER_GPU * comm.size}]. Bytes are those of one rank; of a move, its experts "
-            "with both moments, of which one in as many as there are ranks stays.",
+            f"{options.backend} on {comm.size} {'GPU' if is_nccl else 'CPU rank'}{'s' * (comm.size > 1)}",
+            f"Checks of all ranks, and times on rank 0: median of {options.repeats}, least and largest. The load is "
+            f"[{STEPS}, {LAYERS}, {EXPERTS_PER_GPU * comm.size}]. Bytes are those of one rank; for a move, those of "
+            f"its experts with both moments, of which 1 in {comm.size} stays.",
             command_line("comm.check_nccl", arguments, ranks=comm.size),
             "cuda" if is_nccl else "cpu",
         ),

@@ -1,10 +1,10 @@
-"""What each step of the packing core is worth: an ablation table, on random loads and on real ones.
+"""What each step of the packing core contributes: an ablation table on random and real loads.
 
     python -m benchmarks.packing.bench_packing --loads DIR --output benchmarks/results/DATE-packing-ablation.md
 
-Every cell is the mean over rows of the imbalance (heaviest pack / mean pack, 1 is perfect) that is left when the
-core stops after the step of that line. With K candidates, steps 1 to 4 show the lightest candidate of each row after
-that step, and the lightest after step 4 goes on to the pair swap and the clean-up. Quality only: no times are taken.
+Every cell is the mean over rows of the imbalance (heaviest pack / mean pack, 1 is perfect) that remains when the core
+stops after the step of that line. With K candidates, steps 1 to 4 show the lightest candidate of each row after that
+step; the lightest after step 4 continues to the pair swap and the clean-up. Quality only: nothing is timed.
 Shapes: X rows, n items (experts), M packs (GPUs), K candidates, S steps of the core.
 """
 
@@ -25,19 +25,19 @@ from distplb.packing import steps
 from distplb.packing.balanced_packing import pack_loads
 from distplb.packing.noise import noisy_keys
 
-# The lines of the table; the steps are those of `distplb.balanced_packing`.
+# The lines of the table, with the step numbers of `distplb.balanced_packing`.
 SEARCHED = ("greedy (1, 2)", "+ variance (3)", "+ min-max (4)")
 FINISHED = ("+ pair swap (6)", "+ clean-up (7)")
 TEXT = (
     "Mean over rows of the imbalance (heaviest pack / mean pack, 1 is perfect) after each step. With K candidates, "
-    "steps 1 to 4 show the lightest candidate of each row after that step, and the lightest after step 4 goes on to "
-    "the pair swap and the clean-up. The random loads have fixed seeds and the packing is exact: the figures are the "
-    "same on any machine, and there is no noise."
+    "steps 1 to 4 show the lightest candidate of each row after that step; the lightest after step 4 continues to "
+    "the pair swap and the clean-up. The random loads have fixed seeds and the packing is deterministic: the figures "
+    "are the same on any machine, without noise."
 )
 
 
 def main() -> None:
-    """Measure, print, and write where that is asked for."""
+    """Measure and print, and write a file if one is given."""
     options = parsed_options()
     data = random_loads(options.rows, options.experts)
     if options.loads:
@@ -49,14 +49,14 @@ def main() -> None:
 
 
 def parsed_options() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description="Ablation of the packing core's steps.")
     parser.add_argument("--loads", type=Path, metavar="DIR", help="folder of .npy files, [L, E] or [T, L, E]")
     parser.add_argument("--experts-per-gpu", type=int, default=8, metavar="G")
-    parser.add_argument("--experts", type=int, default=256, metavar="E", help="of the random loads")
-    parser.add_argument("--rows", type=int, default=64, metavar="X", help="of each random load")
+    parser.add_argument("--experts", type=int, default=256, metavar="E", help="experts in each random load")
+    parser.add_argument("--rows", type=int, default=64, metavar="X", help="rows of each random load")
     parser.add_argument("--candidates", type=int, nargs="+", default=[1, 8, 64], metavar="K")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write the result there, as markdown")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write the result to this file, as markdown")
     return parser.parse_args()
 
 
@@ -64,10 +64,10 @@ def parsed_options() -> argparse.Namespace:
 
 
 def random_loads(rows: int, experts: int) -> dict[str, list[Tensor]]:
-    """By name, `[X, n]` int64 of three shapes of skew, always the same."""
+    """Three kinds of skew by name, each `[X, n]` int64, the same on every run."""
     generator = np.random.default_rng(0)
     spread = generator.uniform(0.8, 1.2, (rows, experts))
-    popularity = 1 / (np.arange(experts) + experts / 16)  # Zipf and Mandelbrot's law: few hot, many cold
+    popularity = 1 / (np.arange(experts) + experts / 16)  # Zipf-Mandelbrot law: few hot experts, many cold ones
     shapes = {
         "uniform": generator.uniform(0, 1, (rows, experts)),
         "lognormal": generator.lognormal(0, 0.7, (rows, experts)),
@@ -82,7 +82,7 @@ def random_loads(rows: int, experts: int) -> dict[str, list[Tensor]]:
 def step_imbalances(weight: Tensor, num_packs: int, candidates: list[int]) -> dict[int, Tensor]:
     """By K, `[S, X]` float64: the imbalance after each step of the core, with the first K candidates."""
     rows, layer = len(weight), torch.arange(len(weight))
-    lightest: list[Tensor | None] = [None] * len(SEARCHED)  # [X] each, of the candidates so far
+    lightest: list[Tensor | None] = [None] * len(SEARCHED)  # [X] each, over the candidates so far
     best = torch.empty_like(weight)  # [X, n], of the last searched step
     imbalances = {}
     for candidate in range(max(candidates)):
@@ -104,7 +104,7 @@ def step_imbalances(weight: Tensor, num_packs: int, candidates: list[int]) -> di
 
 
 def unchanged(_weight: Tensor, items: Tensor, _num_packs: int) -> Tensor:
-    """What greedy leaves."""
+    """Return the packing as greedy left it."""
     return items
 
 
@@ -115,13 +115,13 @@ def over_mean(heaviest: Tensor, weight: Tensor, num_packs: int) -> Tensor:
 
 
 def contiguous(weight: Tensor, num_packs: int) -> Tensor:
-    """`[X]`: the imbalance where nothing is done."""
+    """`[X]`: the imbalance without packing."""
     items = torch.arange(weight.shape[1]).expand_as(weight)
     return over_mean(pack_loads(weight, items, num_packs).amax(1), weight, num_packs)
 
 
 def bound(weight: Tensor, num_packs: int) -> Tensor:
-    """`[X]`: what no packing can beat."""
+    """`[X]`: the lower bound of the imbalance, which no packing can beat."""
     return lower_bound(weight, Topology(1, num_packs), weight.shape[1])
 
 
@@ -171,7 +171,7 @@ def settings(data: dict[str, list[Tensor]], gpus: dict[str, list[int]]) -> str:
 
 
 def command(options: argparse.Namespace) -> str:
-    """The command line without the reader's own paths."""
+    """The command line without local paths."""
     arguments = {"--loads": options.loads and "DIR", "--experts-per-gpu": options.experts_per_gpu}
     arguments |= {"--experts": options.experts, "--rows": options.rows, "--candidates": options.candidates}
     return command_line("packing.bench_packing", arguments)

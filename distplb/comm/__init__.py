@@ -1,4 +1,4 @@
-"""How ranks exchange: communicators, agreement, the job's store, and what torch keeps distributed of a tensor.
+"""Communication between ranks: communicators, agreement, the job's store, and each rank's part of distributed tensors.
 
-The only room that knows a communication library. May import `core`.
+The only room that uses a communication library. May import `core`.
 """

@@ -1,6 +1,6 @@
-"""Ranks agree that all is well, and with each other, before any of them goes on.
+"""Ranks agree that none has failed and that their values match before any of them continues.
 
-An error on one rank becomes the same error on all, with nobody left waiting in a larger call.
+An error on one rank is raised on all of them, and no rank is left waiting in a larger collective.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ __all__ = [
     "with_negatives",
 ]
 
-ABSENT = (1 << 63) - 1  # in place of a value, of a rank that has none; larger than any digest
+ABSENT = (1 << 63) - 1  # stands for the value of a rank that has none; larger than any digest
 _TEXT_BYTES = 2048
 
 
@@ -40,18 +40,17 @@ def agree(
     It reduces each field and its negative, whether the rank has failed, and whether its experts are whole.
 
     Args:
-        comm: all its ranks call this together, with the same names of fields.
+        comm: all its ranks call this together, with the same field names.
         fields: integers (below 2^63 in magnitude) that must be equal on all ranks.
-        error: what went wrong on this rank, if anything did; the fields are then ignored.
-        minimum: integers that may differ, as many on all ranks.
+        error: the error of this rank, if it has failed; its fields are then ignored.
+        minimum: integers that may differ; the same number of them on all ranks.
 
     Returns:
-        The minimum over ranks of each of `minimum`.
+        The minimum over ranks of each integer in `minimum`.
 
     Raises:
-        DistplbError: on every rank, with the text of the lowest failed rank. A HalfMovedError of one rank is one on
-            all.
-        DisagreementError: on every rank, where a field differs, with its name, the minimum and the maximum.
+        DistplbError: on every rank, with the text of the lowest failed rank; a HalfMovedError if any rank has one.
+        DisagreementError: on every rank, if a field differs, with its name, minimum and maximum.
     """
     values = [0] * len(fields) if error else list(fields.values())
     failed_rank = comm.rank if error else comm.size  # the lowest one reports
@@ -66,30 +65,30 @@ def agree(
         if low != (high := -negative):
             raise DisagreementError(
                 f"ranks disagree on {name}: {low} on one, {high} on another, {fields[name]} on rank {comm.rank}; "
-                "pass the same on every rank",
+                "pass the same value on every rank",
                 name,
             )
     return reduced[2 * number :]
 
 
 def digest(value: object) -> int:
-    """A value as one field for `agree`: below 2^62, and different where the value's `repr` differs."""
+    """A value as one field for `agree`: below 2^62, and different if the value's `repr` differs."""
     return hashing.digest(repr(value).encode())
 
 
 def raise_everywhere(
     comm: Comm, rank: int, error: Exception | None, kind: type[DistplbError] = DistplbError
 ) -> NoReturn:
-    """Every rank raises what went wrong on `rank`, which passes its `error`. All ranks know the rank by now."""
+    """Raise the error of `rank`, which passes it, on every rank. All ranks already know which rank has failed."""
     text = torch.zeros(_TEXT_BYTES, dtype=torch.uint8, device="cpu")
     if comm.rank == rank:
         message = str(error) if isinstance(error, DistplbError) else repr(error)
-        encoded = message.encode(errors="backslashreplace")[:_TEXT_BYTES]  # names of files may be no UTF-8
+        encoded = message.encode(errors="backslashreplace")[:_TEXT_BYTES]  # file names need not be UTF-8
         text[: len(encoded)] = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
     text = text.to(comm.device)
     comm.broadcast(text, rank)
     if comm.size == 1 and isinstance(error, kind):
-        raise error  # which knows more than its text
+        raise error  # it carries more than its text
     message = bytes(text.tolist()).rstrip(b"\0").decode(errors="replace")
     raise kind(message if comm.size == 1 else f"rank {rank}: {message}") from error
 
@@ -109,7 +108,7 @@ def float_of_bits(bits: int) -> float:
 def with_negatives(values: Tensor) -> Tensor:
     """`[2, ...]`: int64 values and their negatives, whose minima over ranks are the minimum and minus the maximum.
 
-    A value that is `ABSENT` is so in both, and leaves these to the ranks that have one.
+    A value that is `ABSENT` is so in both, and does not affect the minima of the ranks that have one.
     """
     return torch.stack([values, torch.where(values == ABSENT, values, -values)])
 
@@ -119,8 +118,8 @@ def min_and_max(comm: Comm, values: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         comm: all its ranks call this together.
-        values: `[...]` int64 on the host, `ABSENT` where this rank has none. Where no rank has one the minimum is
-            `ABSENT`, and the maximum its negative.
+        values: `[...]` int64 on the host, `ABSENT` where this rank has none. Where no rank has a value, the minimum is
+            `ABSENT` and the maximum its negative.
     """
     both = with_negatives(values).to(comm.device)
     comm.all_reduce_min(both)
@@ -129,7 +128,7 @@ def min_and_max(comm: Comm, values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def root_values(comm: Comm, values: Sequence[int]) -> list[int]:
-    """Rank 0's integers, on all ranks: what a rank has measured must be one number everywhere. One broadcast."""
+    """Rank 0's integers on all ranks, for measurements that must be the same everywhere. One broadcast."""
     shared = torch.tensor(list(values), dtype=torch.int64, device=comm.device)
     comm.broadcast(shared, 0)
     return shared.tolist()

@@ -1,4 +1,4 @@
-"""`Comm`: what distplb needs of a communicator; `WorldOfOne`, for a single process, needs no library."""
+"""`Comm`, the protocol of a communicator; and `WorldOfOne`, for a single process, which needs no library."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ __all__ = ["Comm", "Message", "Round", "WorldOfOne", "refuse_other_comm"]
 
 # One point-to-point operation: the buffer, and the rank at the other end.
 Message = tuple[Tensor, int]
-Round = tuple[Sequence[Message], Sequence[Message]]  # what is sent, and what is received
+Round = tuple[Sequence[Message], Sequence[Message]]  # messages to send, messages to receive
 
 
 class Comm(Protocol):
     """Ranks 0 to `size` − 1 that call the same methods in the same order.
 
-    All tensors are contiguous and lie on `device`; collectives work in place. No call waits for ever: where ranks do
-    not come in time, or the connection to them breaks, it raises a `LostRanksError`, and so does every call after it.
+    All tensors are contiguous and on `device`; collectives work in place. No call waits for ever: if ranks do not
+    arrive in time, or the connection to them breaks, it raises a `LostRanksError`, and so does every later call.
     """
 
     @property
     def rank(self) -> int:
-        """This process, counted inside the communicator."""
+        """The rank of this process in the communicator."""
 
     @property
     def size(self) -> int:
@@ -35,31 +35,31 @@ class Comm(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where the library wants its buffers."""
+        """The device that buffers must be on."""
 
     def all_reduce_sum(self, tensor: Tensor) -> None:
-        """Add up over ranks, element by element."""
+        """Sum over ranks, element by element."""
 
     def all_reduce_min(self, tensor: Tensor) -> None:
-        """The minimum over ranks, element by element."""
+        """Take the minimum over ranks, element by element."""
 
     def broadcast(self, tensor: Tensor, root: int) -> None:
-        """The root's values, everywhere."""
+        """Copy the root's values to all ranks."""
 
     def connect(self, peers: Sequence[int]) -> None:
-        """Let the library make now what it else makes at the first message between two ranks, such as buffers on a GPU.
+        """Set up now what the library would set up at the first message between two ranks, such as GPU buffers.
 
-        All ranks call this together. Where messages cannot go that way, `exchange` refuses them.
+        All ranks call this together. Peers that messages cannot reach are refused only by `exchange`.
 
         Args:
-            peers: the ranks that this one will exchange with; it is one of theirs.
+            peers: the ranks that this one will exchange messages with; each of them passes this one.
         """
 
     def exchange(self, rounds: Sequence[Round]) -> None:
-        """Point-to-point messages, round after round; returns when all of this rank's are done.
+        """Send and receive point-to-point messages, round by round; returns when all of this rank's are done.
 
-        All ranks call this together, also those without messages. Rounds limit how much is in flight at once: both
-        ends of a message number their rounds alike, and may leave out those that they have none in.
+        All ranks call this together, including those without messages. Rounds limit how much is in flight at once: all
+        ranks order their rounds alike, but each may leave out rounds in which it has no messages.
         """
 
 
@@ -85,7 +85,7 @@ class WorldOfOne:
         """No other rank to connect to."""
 
     def exchange(self, rounds: Sequence[Round]) -> None:
-        """No other rank to exchange with; messages to oneself are never made."""
+        """No other rank to exchange with; no rank sends messages to itself."""
 
 
 _FOR_PLANNING = ("rank", "size", "device", "all_reduce_sum", "all_reduce_min", "broadcast")
@@ -93,19 +93,19 @@ _FOR_MOVING = (*_FOR_PLANNING, "connect", "exchange")
 
 
 def refuse_other_comm(comm: object, *, moves: bool) -> None:
-    """Refuse an argument that is no communicator, before its methods are called; None passes.
+    """Refuse an argument that is not a communicator before its methods are called; None is accepted.
 
     Args:
-        comm: an argument of the user's.
-        moves: whether experts will be exchanged over it, too; planning alone needs no method for that.
+        comm: the argument that the user passed.
+        moves: whether experts will be exchanged over it too; planning alone needs neither `connect` nor `exchange`.
 
     Raises:
-        DistplbError: with what to pass.
+        DistplbError: if it is not a communicator.
     """
     names = _FOR_MOVING if moves else _FOR_PLANNING
     if comm is None or (not isinstance(comm, type) and all(hasattr(comm, name) for name in names)):
         return
     raise DistplbError(
-        f"comm is {shown(comm)}; pass a communicator, such as TorchComm(group) of distplb.comm.torchdist, or None for "
-        "this process alone"
+        f"comm is {shown(comm)}; pass a communicator, such as TorchComm(group) from distplb.comm.torchdist, or None "
+        "for this process alone"
     )

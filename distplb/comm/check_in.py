@@ -1,4 +1,4 @@
-"""Which ranks still answer when a collective has not ended. Asked through the job's key-value store."""
+"""Check-in through the job's key-value store: which ranks still answer when a collective has not ended."""
 
 from __future__ import annotations
 
@@ -10,46 +10,46 @@ from distplb.comm.store import Store, StoreClient
 __all__ = ["CheckIn"]
 
 _NO_ERROR = "-"
-_PAUSE_SECONDS = 0.05  # between two looks at which ranks have answered
+_PAUSE_SECONDS = 0.05  # between two checks of which ranks have answered
 
 
 class CheckIn:
-    """A rank that has lost others writes this, and that it is there itself; ranks that write nothing are missing.
+    """Ranks that have lost others check in through the job's store; ranks that do not check in are missing.
 
     Args:
-        connect: as of `StoreClient`; opens a store that the ranks of this communicator share with nobody else.
-        rank: of this process.
+        connect: as for `StoreClient`; opens a store that only the ranks of this communicator use.
+        rank: the rank of this process.
         size: the number of ranks.
     """
 
     def __init__(self, connect: Callable[[], Store], rank: int, size: int) -> None:
         self._client, self._rank, self._size = StoreClient(connect), rank, size
-        self._silent: list[int] | None = None  # ranks that had not answered when last looked at
+        self._silent: list[int] | None = None  # ranks that had not answered at the last check
         self._errors: dict[int, str] = {}
 
     def was_called(self, seconds: float) -> bool:
-        """Whether some rank has lost others; False where the store does not answer in so many seconds."""
+        """Whether some rank has lost others; False if the store does not answer in this many seconds."""
         answers: list[bool] = []
         self._client.ask(seconds, lambda store: answers.append(store.check(["lost"])))
         return any(answers)
 
     @property
     def errors(self) -> dict[int, str]:
-        """What went wrong, by rank that has answered so."""
+        """The errors that ranks have reported, by rank."""
         return dict(self._errors)
 
     def report(self, seconds: float, error: str) -> None:
-        """Write that this rank has failed and waits for no other; returns after so many seconds at the latest."""
+        """Report that this rank has failed and does not wait for others; returns after at most this many seconds."""
         self._client.ask(seconds, lambda store: self._write(store, error))
 
     def missing(self, seconds: float) -> list[int] | None:
-        """Write that this rank has lost others, and wait for all to do so too; the ranks that do not.
+        """Check in because this rank has lost others, and wait for all ranks to check in.
 
         Args:
-            seconds: to wait; fewer if all answer.
+            seconds: how long to wait; returns earlier if all ranks answer.
 
         Returns:
-            None where the store does not answer.
+            The ranks that do not check in; None if the store does not answer.
         """
         self._silent = None
         until = time.monotonic() + seconds

@@ -1,9 +1,9 @@
-"""What FSDP2 keeps beside the sharded parameters: weights gathered for a forward, gradients not yet reduced.
+"""What FSDP2 keeps besides the sharded parameters: weights gathered for a forward, and gradients not yet reduced.
 
-The only file that knows FSDP2's private names: `_module_state_mapping` of torch.distributed._composable_state;
+The only file that uses FSDP2's private names: `_module_state_mapping` of torch.distributed._composable_state;
 `_fsdp_param_groups` (`_fsdp_param_group` in torch 2.6) of FSDPState; `fsdp_params`, `wait_for_unshard`, `reshard`,
 `_all_gather_result` and `_partial_reduce_output` of FSDPParamGroup; `sharded_param`, `_unsharded_param` and
-`unsharded_accumulated_grad` of FSDPParam. Present in torch 2.6 and 2.13; a test fails where one is gone.
+`unsharded_accumulated_grad` of FSDPParam. All exist in torch 2.6 and 2.13; a test fails if one is gone.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ __all__ = ["gathered_ids", "has_pending_gradients", "param_groups", "reshard", "
 
 
 def param_groups(tensors: Iterable[Tensor]) -> list[Any]:
-    """FSDP2's parameter groups, of any module of this process, that shard one of these tensors."""
-    if "torch.distributed.fsdp" not in sys.modules:  # then no module is FSDP2's
+    """FSDP2's parameter groups that shard one of these tensors, from all modules of this process."""
+    if "torch.distributed.fsdp" not in sys.modules:  # then no module uses FSDP2
         return []
     ids = {id(tensor) for tensor in tensors}
     return [group for group in _all_groups() if any(id(param.sharded_param) in ids for param in group.fsdp_params)]
 
 
 def sharded_ids(tensors: Iterable[Tensor]) -> set[int]:
-    """The `id` of each of the tensors that is a parameter of an FSDP2 module now."""
+    """The `id` of each tensor that is currently a parameter of an FSDP2 module."""
     if "torch.distributed.fsdp" not in sys.modules:
         return set()
     return {id(tensor) for tensor in tensors} & {
@@ -35,7 +35,7 @@ def sharded_ids(tensors: Iterable[Tensor]) -> set[int]:
 
 
 def gathered_ids(tensors: Iterable[Tensor]) -> set[int]:
-    """The `id` of each of the tensors that is a whole weight, in place of a sharded parameter for one forward."""
+    """The `id` of each tensor that is a whole weight, which replaces a sharded parameter for one forward."""
     if "torch.distributed.fsdp" not in sys.modules:
         return set()
     gathered = {id(getattr(param, "_unsharded_param", None)) for group in _all_groups() for param in group.fsdp_params}
@@ -43,10 +43,10 @@ def gathered_ids(tensors: Iterable[Tensor]) -> set[int]:
 
 
 def reshard(groups: Iterable[Any]) -> None:
-    """Drop weights that a forward has left gathered or a prefetch has begun to gather; the next forward gathers anew.
+    """Drop weights that a forward left gathered or a prefetch began to gather; the next forward gathers them again.
 
     After an evaluation with `reshard_after_forward=False`, or of the root module, the next forward would otherwise
-    compute with the rows as they were before a move.
+    compute with the rows from before a move.
     """
     for group in groups:
         if group._all_gather_result is not None:
@@ -65,7 +65,7 @@ def has_pending_gradients(groups: Iterable[Any]) -> bool:
 
 
 def _all_groups() -> list[Any]:
-    """Of all modules of this process."""
+    """FSDP2's parameter groups of all modules of this process."""
     from torch.distributed._composable_state import _module_state_mapping
 
     by_id: dict[int, Any] = {}

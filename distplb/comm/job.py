@@ -1,4 +1,4 @@
-"""The job that torchrun has started: this process's place in it, and a process group of all its ranks."""
+"""The job that torchrun has started: the rank of this process in it, and a process group of all its ranks."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ __all__ = ["backends", "job_rank_and_size", "process_group"]
 
 
 def job_rank_and_size() -> tuple[int, int] | None:
-    """This process among all of the job, and their number; None where torch.distributed is not initialised."""
+    """The rank of this process in the job, and the job's size; None if torch.distributed is not initialised."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else None
 
 
 def backends() -> dict[str, bool]:
-    """Which libraries this torch was built with."""
+    """Which communication libraries this torch was built with."""
     if not dist.is_available():
         return {"gloo": False, "nccl": False}
     return {"gloo": dist.is_gloo_available(), "nccl": dist.is_nccl_available()}
@@ -31,13 +31,13 @@ def backends() -> dict[str, bool]:
 
 @contextmanager
 def process_group(deadline: float) -> Iterator[TorchComm]:
-    """All ranks that torchrun has started, over NCCL where each has a GPU of its own, else over gloo.
+    """A communicator of all ranks that torchrun has started: over NCCL if each has its own GPU, else over gloo.
 
     Args:
         deadline: seconds that a call may wait for the other ranks.
 
     Raises:
-        DistplbError: if the ranks do not find each other.
+        DistplbError: if the ranks cannot connect to each other.
     """
     local, on_node = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     with_gpus = backends()["nccl"] and torch.cuda.device_count() >= on_node
@@ -46,10 +46,10 @@ def process_group(deadline: float) -> Iterator[TorchComm]:
     try:
         dist.init_process_group("nccl" if with_gpus else "gloo", timeout=timedelta(seconds=2 * deadline))
     except (RuntimeError, ValueError) as error:
-        raise DistplbError(f"the ranks did not find each other ({error}); start them all by torchrun") from error
+        raise DistplbError(f"the ranks cannot connect to each other ({error}); start all with torchrun") from error
     try:
         yield TorchComm(deadline=deadline)
     finally:
-        # Whoever still holds the group keeps its threads; one that wants the interpreter after its end aborts.
+        # A live reference to the group keeps its threads; a thread that needs the interpreter after its end aborts.
         gc.collect()
         dist.destroy_process_group()

@@ -1,6 +1,6 @@
 """A communicator over MPI, for planning: host buffers, no pickles.
 
-The only file that knows mpi4py, which is imported when an `MpiComm` is made.
+The only file that uses mpi4py, which is imported when an `MpiComm` is created.
 """
 
 from __future__ import annotations
@@ -20,27 +20,27 @@ if TYPE_CHECKING:
 
 __all__ = ["MpiComm"]
 
-_CHECK_IN_TAG = 0x6470  # of the only point-to-point messages
-_MOST_GRACE_SECONDS = 5.0  # for the others to answer a roll call
-# Between two looks at a request: short at first, because a plan's collectives are, then long enough to leave the core
-# to the ranks that are waited for, where ranks outnumber cores.
+_CHECK_IN_TAG = 0x6470  # tag of the only point-to-point messages
+_MOST_GRACE_SECONDS = 5.0  # for the other ranks to check in
+# Between two tests of a request: short at first, because a plan's collectives are short, then long enough to free the
+# core for the ranks that this one waits for, if ranks outnumber cores.
 _LEAST_PAUSE_SECONDS, _MOST_PAUSE_SECONDS = 2e-5, 1e-3
 
 
 class MpiComm:
     """The ranks of an MPI communicator, which plan together; experts travel over a `TorchComm`.
 
-    No call waits longer than its deadline. A rank that gives up calls the roll, which ends the others' waiting as well;
-    a rank that comes later learns of it in the first call in which it has to wait.
-    Start scripts by `mpiexec python -m mpi4py script.py`: an error then ends all ranks, where MPI_Finalize would wait
-    for those that are lost.
+    No call waits longer than its deadline. A rank that times out checks in with all others, which stop waiting too; a
+    rank that arrives later learns of it in the first call in which it has to wait.
+    Start scripts with `mpiexec python -m mpi4py script.py`: an error then ends all ranks, whereas MPI_Finalize would
+    wait for those that are lost.
 
     Args:
-        comm: an intracommunicator of mpi4py that nothing else uses meanwhile; COMM_WORLD where None.
+        comm: an mpi4py intracommunicator that nothing else uses meanwhile; None for COMM_WORLD.
         deadline: seconds that a call may wait for the other ranks.
 
     Raises:
-        DistplbError: if mpi4py is not installed, or `comm` is no intracommunicator that this process belongs to.
+        DistplbError: if mpi4py is not installed, or `comm` is not an intracommunicator that this process belongs to.
     """
 
     device = torch.device("cpu")
@@ -49,9 +49,11 @@ class MpiComm:
         try:
             from mpi4py import MPI
         except ImportError as missing:
-            raise DistplbError(f"MpiComm takes mpi4py ({missing}); pip install 'distplb[mpi]', and an MPI") from missing
+            raise DistplbError(
+                f"MpiComm needs mpi4py ({missing}); pip install 'distplb[mpi]', and install an MPI library"
+            ) from missing
         if not deadline > 0:
-            raise DistplbError(f"deadline is {deadline!r}; pass seconds, more than 0")
+            raise DistplbError(f"deadline is {deadline!r}; pass a positive number of seconds")
         comm = MPI.COMM_WORLD if comm is None else comm
         if not isinstance(comm, MPI.Intracomm) or comm == MPI.COMM_NULL:
             raise DistplbError(f"comm is {comm!r}; pass an mpi4py Intracomm that this process belongs to, or None")
@@ -61,23 +63,23 @@ class MpiComm:
         self._abandoned: list[MPI.Request] = []  # kept: MPI may still write into their buffers
 
     def all_reduce_sum(self, tensor: Tensor) -> None:
-        """Add up over ranks, in place."""
+        """Sum over ranks, in place."""
         self._all_reduce(tensor, self._mpi.SUM)
 
     def all_reduce_min(self, tensor: Tensor) -> None:
-        """The minimum over ranks, in place."""
+        """Take the minimum over ranks, in place."""
         self._all_reduce(tensor, self._mpi.MIN)
 
     def broadcast(self, tensor: Tensor, root: int) -> None:
-        """The root's values, in place."""
+        """Copy the root's values to all ranks, in place."""
         self._finish(lambda: self._comm.Ibcast(tensor.numpy(), root))
 
     def connect(self, peers: Sequence[int]) -> None:
-        """Nothing to make: no experts will be exchanged."""
+        """Nothing to set up: no experts will be exchanged."""
 
     def exchange(self, rounds: Sequence[Round]) -> None:
-        """Refused: experts are moved where they are trained, by torch.distributed."""
-        raise DistplbError("MpiComm only plans, it moves no experts; pass a TorchComm to what moves them")
+        """Refuse: only torch.distributed moves experts."""
+        raise DistplbError("MpiComm only plans and cannot move experts; pass a TorchComm to move them")
 
     def _all_reduce(self, tensor: Tensor, operation: MPI.Op) -> None:
         self._finish(lambda: self._comm.Iallreduce(self._mpi.IN_PLACE, tensor.numpy(), operation))
@@ -85,7 +87,7 @@ class MpiComm:
     # --- waiting, and for how long ---------------------------------------------------------------------------
 
     def _finish(self, start: Callable[[], MPI.Request]) -> None:
-        """Start a collective and wait until it is done here."""
+        """Start a collective and wait until it is done on this rank."""
         if self._lost is not None:
             raise self._lost
         began = time.monotonic()
@@ -97,14 +99,14 @@ class MpiComm:
             waited = time.monotonic() - began
             why = f"waited {waited:.1f} s, deadline {self._deadline:g} s"
             if waited < self._deadline:
-                why += ", when others had given up"
+                why += "; other ranks had timed out"
             self._lost = LostRanksError(self._silent(), why)
         except self._mpi.Exception as broken:
-            self._lost = LostRanksError((), f"MPI says: {broken}")
+            self._lost = LostRanksError((), f"MPI reports: {broken}")
         raise self._lost
 
     def _wait(self, is_done: Callable[[], bool], until: float, is_over: Callable[[], bool] = lambda: False) -> bool:
-        """Whether it is done, before the time is up or `is_over`."""
+        """Wait until it is done, the time is up, or `is_over`; returns whether it is done."""
         pause = _LEAST_PAUSE_SECONDS
         while not is_done():
             if time.monotonic() >= until or is_over():
@@ -117,7 +119,7 @@ class MpiComm:
         return self._comm.Iprobe(self._mpi.ANY_SOURCE, _CHECK_IN_TAG)
 
     def _silent(self) -> list[int]:
-        """Tell all others that this rank has given up waiting; the ranks that do not answer likewise."""
+        """Check in with all other ranks because this one has timed out; returns those that do not check in."""
         others = [rank for rank in range(self.size) if rank != self.rank]
         nothing = torch.empty(0, dtype=torch.uint8, device="cpu").numpy()
         self._abandoned += [self._comm.Isend(nothing, other, _CHECK_IN_TAG) for other in others]

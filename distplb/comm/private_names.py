@@ -1,7 +1,7 @@
-"""Private names of torch.distributed: what has no public name is read here.
+"""Private names of torch.distributed, for what has no public name.
 
-Each function is one name. Those of FSDP2 are in `comm.fsdp2`, those of torch itself in `core.private_names`. What
-is not imported with torch is imported when it is used.
+Each function is one name. Those of FSDP2 are in `comm.fsdp2`, those of torch itself in `core.private_names`. Modules
+that importing torch does not import are imported on use.
 """
 
 from __future__ import annotations
@@ -18,19 +18,22 @@ __all__ = ["default_store", "flattened", "local_shape_and_offset"]
 
 
 def default_store() -> Store:
-    """The store in which the ranks of the job have met: `torch.distributed.distributed_c10d._get_default_store`."""
+    """The store that the job's ranks rendezvoused in: `torch.distributed.distributed_c10d._get_default_store`."""
     from torch.distributed.distributed_c10d import _get_default_store
 
     return _get_default_store()
 
 
 def flattened(mesh: DeviceMesh, name: str) -> DeviceMesh:
-    """A mesh with all its axes as a single one of this name: `DeviceMesh._flatten`."""
+    """The mesh with its axes flattened into a single one of this name: `DeviceMesh._flatten`."""
     return mesh._flatten(name)
 
 
 def local_shape_and_offset(tensor: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Of this rank's part of a DTensor: `torch.distributed.tensor._utils.compute_local_shape_and_global_offset`."""
+    """Shape and offset of this rank's part of a DTensor.
+
+    `torch.distributed.tensor._utils.compute_local_shape_and_global_offset`.
+    """
     from torch.distributed.tensor import DTensor
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 

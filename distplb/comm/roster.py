@@ -1,7 +1,7 @@
-"""Which communicators of the job move layers of which names: no two may move the same layers.
+"""Which communicators of the job move which layers, by name: no two may move the same layers.
 
-EP groups side by side hold copies of the same experts, whose gradients are averaged between them. If each group planned
-and moved for itself, they would average different experts.
+EP groups that hold copies of the same experts average their gradients. If each group planned and moved on its
+own, they would average different experts.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from distplb.errors import DistplbError
 __all__ = ["Roster"]
 
 _ANY = "any"  # exists once some rank has layers
-_SECONDS = 30.0  # that the job's store may take to answer
+_SECONDS = 30.0  # for the job's store to answer
 
 
 class Roster:
-    """The entry of one communicator for its layers. Making one is collective; its rank 0 writes and reads.
+    """The entry of one communicator for its layers. Creating it is collective; rank 0 writes and reads.
 
     Args:
         comm: the ranks that move these layers together.
-        names: of the layers, unique in the model.
+        names: names of the layers, unique in the model.
     """
 
     def __init__(self, comm: Comm, names: Sequence[str]) -> None:
         self._client: StoreClient | None = None
         self._names, self._is_root = sorted(names), comm.rank == 0
-        self._prefix = digest(self._names)  # of the keys of all communicators with layers of these names
+        self._prefix = digest(self._names)  # of the keys of every communicator with layers of these names
         self._number, self._ranks = 0, list[int]()
         job = _job_rank_and_size()
-        if job is None or comm.size == job[1] or not names:  # there are no others
+        if job is None or comm.size == job[1] or not names:  # no other communicator has these layers
             return
         ranks = torch.zeros(comm.size, dtype=torch.int64, device=comm.device)
         ranks[comm.rank] = job[0]
@@ -45,43 +45,43 @@ class Roster:
         self._ranks = ranks.tolist()
 
     def enter(self) -> None:
-        """Write the entry, and read the others'; on rank 0.
+        """On rank 0, write the entry and read the others'.
 
         Raises:
-            DistplbError: where the store does not answer, or as `refuse_others`.
+            DistplbError: if the store does not answer, or as for `refuse_others`.
         """
         if not self._is_root or not self._ranks:
             return
         self._client = StoreClient(job_store("layers"))
         if not self._client.ask(_SECONDS, self._write):
-            raise DistplbError(f"the job's store has not answered in {_SECONDS:g} s; look whether its host is there")
+            raise DistplbError(f"the job's store did not answer in {_SECONDS:g} s; check that its host is up")
         self.refuse_others()
 
     def refuse_others(self) -> None:
-        """Look for other ranks that hold layers of the same names, and move them by themselves; on rank 0.
+        """On rank 0, refuse other ranks that hold layers of the same names and move them on their own.
 
         Raises:
-            DistplbError: with their ranks and what to pass.
+            DistplbError: if there are any; names them and says what to pass.
         """
         others: list[list[int]] = []
-        # Where the store does not answer any more, its host is lost, which the next collective reports better.
+        # If the store no longer answers, its host is lost, which the next collective reports better.
         if self._client is None or not self._client.ask(_SECONDS, lambda store: self._look(store, others)):
             return
         for ranks in others:
-            if not set(ranks) & set(self._ranks):  # else it is one of these ranks' own, from before
+            if not set(ranks) & set(self._ranks):  # else it is an earlier entry of these ranks
                 raise DistplbError(
-                    f"ranks {self._ranks} and ranks {ranks} each have a communicator of their own for layers of the "
-                    f"same names ({self._names[0]}, ...). If they hold copies of the same experts, these would be "
-                    "placed differently and then averaged: pass one communicator of all of them, such as "
+                    f"ranks {self._ranks} and ranks {ranks} each have their own communicator for layers of the same "
+                    f"names ({self._names[0]}, ...). If they hold copies of the same experts, these would be placed "
+                    "differently and then averaged: pass one communicator of all these ranks, such as "
                     "comm=TorchComm(group_of_all) or GridComm(TorchComm(mesh['ep']), TorchComm(mesh['edp'])), and "
-                    "gpu=, this rank's number in its EP group. If they are different layers, as of two stages of a "
+                    "gpu=, this rank's index in its EP group. If the layers are different, as in two stages of a "
                     "pipeline, give them the names that they have in the whole model"
                 )
 
     def warn_if_nobody_has_layers(self) -> None:
-        """On the job's first rank, which has no layers: the loop calls a rebalancer that will never do anything.
+        """Warn on the job's rank 0, which has no layers, that no rank has any: the rebalancer will never do anything.
 
-        Called once all ranks train. Stages of a pipeline without MoE layers have none either, while others have.
+        Called once all ranks train. A pipeline stage without MoE layers has none either, while other stages do.
         """
         job = _job_rank_and_size()
         have_layers: list[bool] = []
@@ -93,14 +93,14 @@ class Roster:
                 return
         if not any(have_layers):
             warnings.warn(
-                "distplb: the Rebalancer was given no layers on any rank, and moves nothing; pass the MoE layers of "
-                "the model, as integrations or the README's first snippet describe them",
+                "distplb: the Rebalancer was given no layers on any rank and moves nothing; pass the model's MoE "
+                "layers, as the integrations or the README's first snippet describe them",
                 RuntimeWarning,
                 stacklevel=4,
             )
 
     def withdraw(self) -> None:
-        """Mark the entry: these ranks move the layers no more."""
+        """Mark the entry as withdrawn: these ranks no longer move the layers."""
         if self._client is not None:
             self._client.ask(_SECONDS, lambda store: store.set(f"{self._entry(self._number)}/withdrawn", "1"))
             self._client = None
@@ -115,7 +115,7 @@ class Roster:
         return f"{self._prefix}/{number}"
 
     def _look(self, store: Store, others: list[list[int]]) -> None:
-        """Each writes its entry before it reads the others': of two that come at once, at least one sees the other."""
+        """Read the others' entries; each writes its own first, so of two at once at least one sees the other."""
         for number in range(1, store.add(f"{self._prefix}/count", 0) + 1):
             entry = self._entry(number)
             if number == self._number or not store.check([f"{entry}/ranks"]):

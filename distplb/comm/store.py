@@ -1,4 +1,4 @@
-"""The job's key-value store, and calls on it that end in time although its host may be gone."""
+"""The job's key-value store, and calls to it that end in time even if its host is gone."""
 
 from __future__ import annotations
 
@@ -13,41 +13,41 @@ from distplb.comm.private_names import default_store
 
 __all__ = ["Store", "StoreClient", "job_store"]
 
-_EXIT_SECONDS = 5.0  # that the end of the process waits for a call that has not returned
+_EXIT_SECONDS = 5.0  # how long the process waits at exit for a call that has not returned
 
 
 class Store(Protocol):
-    """The methods that are needed of a store; all of torch.distributed's have them."""
+    """The store methods that distplb needs; every store of torch.distributed has them."""
 
     def set(self, key: str, value: str) -> None:
-        """Write a key, for all ranks to see."""
+        """Write a key that all ranks can read."""
 
     def get(self, key: str) -> bytes:
         """Read a key that has been written."""
 
     def add(self, key: str, amount: int) -> int:
-        """Add to a counter that begins at 0; its value afterwards."""
+        """Add to a counter that begins at 0; returns its new value."""
 
     def check(self, keys: list[str]) -> bool:
-        """Whether all of them have been written. Does not wait."""
+        """Whether all these keys have been written. Does not wait."""
 
 
 def job_store(name: str) -> Callable[[], Store]:
-    """Opens a connection of our own to the store that the job has now, under a name of ours."""
+    """A function that opens a separate connection to the job's current store, under distplb's own prefix."""
     from torch.distributed.distributed_c10d import PrefixStore
 
-    # torchrun may hand the store of a job's former life to the next one, with all that was written there.
+    # After a restart, torchrun may hand the job the same store, with everything that the last run wrote.
     life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store = PrefixStore(f"distplb/{life}/{name}", default_store())
-    return getattr(store, "clone", lambda: store)  # torch before 2.7 has one connection for all
+    return getattr(store, "clone", lambda: store)  # torch before 2.7 has one connection for everything
 
 
 class StoreClient:
-    """Calls a store, each time in a thread of its own: its host may be gone, and the call never return.
+    """Calls a store, each time in a separate thread: if its host is gone, the call may never return.
 
     Args:
-        connect: opens a connection of our own, because calls on the job's wait behind all others of the process. Called
-            by the first `ask`.
+        connect: opens a separate connection, because calls on the job's own wait behind all others of the process. The
+            first `ask` calls it.
     """
 
     def __init__(self, connect: Callable[[], Store]) -> None:
@@ -56,7 +56,7 @@ class StoreClient:
         self._thread: threading.Thread | None = None
 
     def ask(self, seconds: float, call: Callable[[Store], None]) -> bool:
-        """Make a call, and wait so many seconds for its end; none is made while an earlier one has not returned.
+        """Make a call and wait at most this many seconds for it; none is made while an earlier one has not returned.
 
         Returns:
             Whether the store answered in time.
@@ -68,7 +68,7 @@ class StoreClient:
         answers: list[bool] = []
 
         def run() -> None:
-            with suppress(Exception):  # the store's host may be what was lost
+            with suppress(Exception):  # the lost rank may be the store's host
                 if self._store is None:
                     self._store = self._connect()
                 call(self._store)
@@ -78,6 +78,6 @@ class StoreClient:
         self._thread.start()
         self._thread.join(seconds)
         if self._thread.is_alive():
-            # A thread that is inside the library when the interpreter ends would take the process down with it.
+            # A thread that is inside the library when the interpreter ends would crash the process.
             atexit.register(self._thread.join, _EXIT_SECONDS)
         return bool(answers)

@@ -2,10 +2,10 @@
 
 The only file that translates ranks of a group into global ones.
 
-No call waits longer than its deadline. gloo: collectives are waited for in slices, so that a rank hears from the store
-when another has lost somebody; whoever gives up calls the roll there. NCCL: an unfinished kernel cannot be called
-back, so before each collective the ranks meet in a gloo group beside it, where waiting can end in an error; a kernel
-that hangs all the same ends the process.
+No call waits longer than its deadline. gloo: a rank waits for a collective in slices, and asks the job's store between
+them whether another rank has lost others; a rank that times out checks in there. NCCL: an unfinished kernel cannot be
+cancelled, so before each collective the ranks meet in a gloo side group, where waiting can end in an error; if a kernel
+hangs nevertheless, the process ends.
 """
 
 from __future__ import annotations
@@ -33,37 +33,37 @@ from distplb.errors import DistplbError, LostRanksError
 
 __all__ = ["TorchComm", "device_type", "is_loss"]
 
-_SLICE_SECONDS = 1.0  # of waiting, between two calls on the store
-_MOST_GRACE_SECONDS = 10.0  # of a deadline, kept for the roll call
-_NCCL_PAUSE_SECONDS = 2e-5  # between two looks at a kernel
+_SLICE_SECONDS = 1.0  # of waiting, between two calls to the store
+_MOST_GRACE_SECONDS = 10.0  # of a deadline, kept for the check-in
+_NCCL_PAUSE_SECONDS = 2e-5  # between two checks of a kernel
 _LEAST_SECONDS = 1e-3  # 0 would mean the group's own timeout
 _CONNECTED_AT_ONCE = 16  # peers in each direction
 _EXIT_STATUS = 75  # "temporary failure" of sysexits.h: the launcher may try again
-_SOURCE_LINE = re.compile(r"^\[[^\]]*\] ")  # gloo begins with a place in its sources
+_SOURCE_LINE = re.compile(r"^\[[^\]]*\] ")  # gloo's messages begin with a location in its source
 
-# What gloo and torch say where another rank does not answer, and NCCL of a call that could not be made.
+# Messages of gloo and torch if another rank does not answer, and of NCCL if a call could not be made.
 _LOSS = re.compile(r"time[d ]*out|connect|socket|peer|closed|abort|broken pipe|unreachable|end of file", re.IGNORECASE)
 _OF_A_CALL = re.compile(r"ncclInvalid|out of memory|can't allocate memory", re.IGNORECASE)
-_ERROR_CHARACTERS = 500  # at most, of an error that the other ranks read
+_ERROR_CHARACTERS = 500  # at most, of an error that other ranks read
 
 _log = logging.getLogger("distplb")
-_instances: Counter[tuple[int, ...]] = Counter()  # communicators of the same ranks, in the same order on all of them
+_instances: Counter[tuple[int, ...]] = Counter()  # communicators per list of ranks, created in the same order on all
 
 
 class TorchComm:
     """The ranks of a process group, or of a one-dimensional device mesh.
 
-    All of them make it, and where they make several, in the same order.
+    All its ranks create it, and if they create several, in the same order.
 
     Args:
-        group_or_mesh: a ProcessGroup that this process belongs to, a DeviceMesh of one axis, or None for the
-            default group. The group is the user's own; it is neither created nor destroyed here. Where it has NCCL for
-            GPUs and another backend for the CPU, NCCL is used, on the device that the group is bound to, if it is
-            bound to one, else on the current device.
-        deadline: seconds that a call may wait for the other ranks. Longer than the ranks ever drift apart, such as by
-            a slow checkpoint on one of them, and shorter than the group's own timeout.
-        side_group: whether to make a gloo group of the same ranks, in which they meet before each call on the group
-            itself; making it is collective. None for NCCL only, which needs it.
+        group_or_mesh: a ProcessGroup that this process belongs to, a DeviceMesh with one axis, or None for the default
+            group. The group belongs to the user; it is neither created nor destroyed here. If it has NCCL for GPUs and
+            another backend for the CPU, NCCL is used, on the device that the group is bound to, or else on the current
+            device.
+        deadline: seconds that a call may wait for the other ranks. Choose it longer than ranks ever drift apart, for
+            example through a slow checkpoint on one of them, and shorter than the group's own timeout.
+        side_group: whether to create a gloo group of the same ranks, in which they meet before each call on the group
+            itself; creating it is collective. None creates it for NCCL only, which needs it.
 
     Raises:
         DistplbError: if torch.distributed is not initialised, this process is not in the group, a mesh has more than
@@ -83,21 +83,21 @@ class TorchComm:
                 "or pass comm=None to run on one rank alone"
             )
         if not deadline > 0:
-            raise DistplbError(f"deadline is {deadline!r}; pass seconds, more than 0")
+            raise DistplbError(f"deadline is {deadline!r}; pass a positive number of seconds")
         if isinstance(group_or_mesh, DeviceMesh):
             if group_or_mesh.ndim != 1:
                 raise DistplbError(
                     f"the mesh has {group_or_mesh.ndim} axes {group_or_mesh.mesh_dim_names}; "
-                    "pass one of them, as in mesh['ep'], or both, as in "
+                    "pass one of them, as in mesh['ep'], or two, as in "
                     "GridComm(TorchComm(mesh['ep']), TorchComm(mesh['edp']))"
                 )
             group_or_mesh = group_or_mesh.get_group()
         group = group_or_mesh or dist.group.WORLD
-        assert group is not None, "is_initialized said that there is one"
+        assert group is not None, "is_initialized() was True"
         self._group: dist.ProcessGroup = group
         self.rank = dist.get_rank(self._group)
         if self.rank < 0:
-            raise DistplbError(f"global rank {dist.get_rank()} is not in the group; pass a group of its own")
+            raise DistplbError(f"global rank {dist.get_rank()} is not in the group; pass a group that contains it")
         self.size = dist.get_world_size(self._group)
         self.device = _device_of(self._group)
         self._is_nccl = self.device.type == "cuda"
@@ -107,7 +107,7 @@ class TorchComm:
         self._check_in = CheckIn(self._connection(), self.rank, self.size)
         self._side: dist.ProcessGroup | None = None
         if self.size > 1 and (self._is_nccl if side_group is None else side_group):
-            # Only the ranks of the group need to be here, as of everything that this class does.
+            # Only the ranks of the group take part, as in everything that this class does.
             self._side = dist.new_group(
                 self.global_ranks,
                 backend="gloo",
@@ -117,19 +117,19 @@ class TorchComm:
 
     @property
     def global_ranks(self) -> list[int]:
-        """The global rank of each of this group's ranks, in its order."""
+        """The global rank of each rank of this group, in its order."""
         return [self._global(rank) for rank in range(self.size)]
 
     def all_reduce_sum(self, tensor: Tensor) -> None:
-        """Add up over ranks, in place."""
+        """Sum over ranks, in place."""
         self._all_reduce(tensor, dist.ReduceOp.SUM)
 
     def all_reduce_min(self, tensor: Tensor) -> None:
-        """The minimum over ranks, in place."""
+        """Take the minimum over ranks, in place."""
         self._all_reduce(tensor, dist.ReduceOp.MIN)
 
     def broadcast(self, tensor: Tensor, root: int) -> None:
-        """The root's values, in place."""
+        """Copy the root's values to all ranks, in place."""
         self._meet()
         options = dist.BroadcastOptions()
         options.rootRank, options.timeout = root, timedelta(seconds=self._patience)
@@ -137,11 +137,11 @@ class TorchComm:
             self._wait(self._group.broadcast([tensor], options), started, self._is_nccl)
 
     def connect(self, peers: Sequence[int]) -> None:
-        """A byte to and from each peer: NCCL makes buffers and connections at the first message between two ranks."""
+        """Exchange a byte with each peer: NCCL sets up buffers and connections at the first message of two ranks."""
         byte = torch.zeros(1, dtype=torch.uint8, device=self.device)
         rounds: list[Round] = []
         for start in range(1, self.size, _CONNECTED_AT_ONCE):
-            # Messages of a round go equally far, so that both ends of each find it in the same one.
+            # Rounds are ordered by distance between ranks, so that both ends have a message in the same round.
             far = range(start, min(start + _CONNECTED_AT_ONCE, self.size))
             ways = [[(self.rank + sign * steps) % self.size for steps in far] for sign in (1, -1)]
             to, source = ([peer for peer in way if peer in peers] for way in ways)
@@ -150,7 +150,7 @@ class TorchComm:
         self.exchange(rounds)
 
     def exchange(self, rounds: Sequence[Round]) -> None:
-        """Each round is one batch of sends and receives. Where there is a side group, all meet there once, before."""
+        """Exchange each round as one batch. All ranks first meet once in the side group, if there is one."""
         self._meet()
         kernels: list[dist.Work] = []
         for sends, receives in rounds:
@@ -166,7 +166,7 @@ class TorchComm:
                     if self._is_nccl:
                         kernels.append(work)  # its stream runs them one after the other
                     else:
-                        # Gloo breaks the connection of a message whose wait has ended: no slices here.
+                        # No slices here: gloo breaks the connection of a message when waiting for it times out.
                         work.wait(timedelta(seconds=max(_LEAST_SECONDS, started + self._patience - time.monotonic())))
         for work in kernels:
             with self._in_time() as started:
@@ -191,13 +191,13 @@ class TorchComm:
 
     def _options(self, operation: dist.ReduceOp.RedOpType) -> dist.AllreduceOptions:
         options = dist.AllreduceOptions()
-        # Gloo's own end of the operation: its threads are not left waiting behind ours.
+        # gloo's own timeout, so that its threads do not wait longer than ours.
         options.reduceOp, options.timeout = dist.ReduceOp(operation), timedelta(seconds=self._patience)
         return options
 
     @contextmanager
     def _in_time(self) -> Iterator[float]:
-        """A call on the library, which begins now. No other follows one that has ended in an error."""
+        """Time a library call that begins now. After a call that ended in an error, no other is made."""
         if self._lost is not None:
             raise self._lost
         started = time.monotonic()
@@ -207,8 +207,8 @@ class TorchComm:
             if is_loss(error):
                 self._lost = self._loss(started, error)
                 raise self._lost from error
-            # Of this rank alone: the others wait, and read of it in the store.
-            self._lost = LostRanksError((), f"an earlier call has failed on this rank: {error!r}")
+            # Only this rank has failed: the others wait, and read about it in the store.
+            self._lost = LostRanksError((), f"an earlier call failed on this rank: {error!r}")
             self._check_in.report(self._grace, repr(error)[:_ERROR_CHARACTERS])
             raise
 
@@ -222,7 +222,7 @@ class TorchComm:
                 work.wait(timedelta(seconds=max(_LEAST_SECONDS, min(part, until - time.monotonic()))))
             except RuntimeError:
                 if work.is_completed():
-                    work.wait()  # has ended since, or raises its error
+                    work.wait()  # it has ended since, or raises its own error
                 elif time.monotonic() >= until or self._check_in.was_called(part):
                     raise
                 else:
@@ -230,7 +230,7 @@ class TorchComm:
             return
 
     def _wait_for_kernel(self, work: dist.Work, started: float) -> None:
-        """All ranks have met, and issued the kernel. One that hangs cannot be recalled: the process ends."""
+        """Wait for a kernel that all ranks have issued. One that hangs cannot be cancelled: the process ends."""
         while not work.is_completed():
             if time.monotonic() > started + self._deadline:
                 missing = self._check_in.missing(self._grace)
@@ -250,12 +250,12 @@ class TorchComm:
             f"waited {waited:.1f} s, deadline {self._deadline:g} s; {_SOURCE_LINE.sub('', str(error)).splitlines()[0]}"
         )
         if missing is None:
-            why += "; the store that ranks could be called in does not answer either"
+            why += "; the store that ranks check in through does not answer either"
         why += "".join(f"; rank {rank} failed: {text}" for rank, text in sorted(self._check_in.errors.items()))
         return LostRanksError(missing or (), why)
 
     def _connection(self) -> Callable[[], Store]:
-        """Opens a connection to the job's store, under a name that is the same on all ranks of this communicator."""
+        """A function that connects to the job's store, under a name that all ranks of this communicator share."""
         ranks = tuple(self.global_ranks)
         _instances[ranks] += 1
         name = hashlib.sha256(repr(ranks).encode()).hexdigest()[:16]
@@ -263,33 +263,32 @@ class TorchComm:
 
 
 def is_loss(error: Exception) -> bool:
-    """Whether an error of the library means that other ranks are lost, not that a call or this rank has failed."""
+    """Whether an error of the library means that other ranks are lost, not that a call or this rank failed."""
     if not isinstance(error, RuntimeError) or isinstance(error, NotImplementedError) or _OF_A_CALL.search(str(error)):
         return False
     return isinstance(error, dist.DistError) or _LOSS.search(str(error)) is not None
 
 
 def _device_of(group: dist.ProcessGroup) -> torch.device:
-    """Where the messages of a group lie."""
+    """The device of a group's messages."""
     if device_type(dist.get_backend_config(group), torch.cuda.is_available()) == "cpu":
         return torch.device("cpu")
     return group.bound_device_id or torch.device("cuda", torch.cuda.current_device())
 
 
 def device_type(backends: str, has_gpu: bool) -> str:
-    """Where the messages of a group must lie: "cuda" with NCCL, else "cpu".
+    """The device type that a group's messages need: "cuda" with NCCL, else "cpu".
 
     >>> device_type("cpu:gloo,cuda:nccl", has_gpu=True), device_type("cpu:gloo,cuda:gloo", has_gpu=True)
     ('cuda', 'cpu')
 
     Args:
-        backends: of the group, by device, as `torch.distributed.get_backend_config` returns them. The name of its one
-            backend, `get_backend`, is "undefined" for a group that was made without one, and for one with several it is
-            that of all of them.
-        has_gpu: whether this process sees one.
+        backends: the group's backends by device, as `torch.distributed.get_backend_config` returns them. `get_backend`
+            would return "undefined" for a group created without a backend, and all of them for a group with several.
+        has_gpu: whether this process sees a GPU.
 
     Raises:
-        DistplbError: if there is no backend for either.
+        DistplbError: if there is neither NCCL with a GPU nor a backend for the CPU.
     """
     by_device = dict(pair.split(":") for pair in backends.split(","))
     if by_device.get("cuda") == "nccl" and has_gpu:
@@ -298,6 +297,6 @@ def device_type(backends: str, has_gpu: bool) -> str:
         return "cpu"
     also = "" if by_device.get("cuda") != "nccl" else ", and torch sees no GPU here"
     raise DistplbError(
-        f"the group's backends are {backends}{also}; ranks exchange over NCCL between GPUs, or through the CPU's "
-        "memory: pass a group with a backend for the CPU, as of torch.distributed.new_group(backend='gloo')"
+        f"the group's backends are {backends}{also}; ranks exchange over NCCL between GPUs, or through host memory: "
+        "pass a group with a backend for the CPU, such as torch.distributed.new_group(backend='gloo')"
     )

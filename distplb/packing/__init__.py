@@ -1,4 +1,4 @@
-"""Items into packs of equal count, which is how the planner places experts; in three engines. Pure; knows no ranks.
+"""Pack items into packs of equal count, as the planner places experts; three engines. Pure; no process group.
 
 May import `core`.
 """

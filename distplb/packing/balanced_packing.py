@@ -1,4 +1,4 @@
-"""`balanced_packing`: items into packs of equal count, the heaviest pack as light as possible.
+"""`balanced_packing`: pack items into packs of equal count so that the heaviest pack is as light as possible.
 
 Shapes: X rows, n items, M packs, K candidates.
 """
@@ -25,36 +25,38 @@ __all__ = ["as_whole", "balanced_packing"]
 
 _MAX_TOTAL = 2.0**62
 _TRIED_ROWS = 12
-_BATCH = 1 << 20  # weights packed at a time, which bounds the memory
+_BATCH = 1 << 20  # weights packed at a time; bounds the memory
 
 
 def balanced_packing(weight: Counts, num_packs: int, num_candidates: int = 64) -> tuple[Tensor, Tensor]:
     """Pack n weighted items into packs of exactly n / `num_packs` items; rows are independent.
 
     Seven steps: (1) noisy keys, (2) greedy, (3) variance refinement, (4) min-max refinement, (5) choose the best
-    candidate of each row, (6) pair swaps on it, (7) min-max refinement once more.
+    candidate of each row, (6) pair swaps on it, (7) min-max refinement again.
 
     >>> pack_index, rank_in_pack = balanced_packing(torch.tensor([[9, 1, 5, 5]]), num_packs=2)
     >>> pack_index, rank_in_pack
     (tensor([[0, 0, 1, 1]]), tensor([[0, 1, 0, 1]]))
 
     Args:
-        weight: `[X, n]`, non-negative numbers of any type and device.
+        weight: `[X, n]` non-negative numbers, of any type and on any device.
         num_packs: M; divides n.
-        num_candidates: K randomised starts for each row; the first is plain longest-first.
+        num_candidates: K, the randomised starts for each row; the first is plain longest-first.
 
     Returns:
-        pack_index `[X, n]` int64, the pack of each item, and rank_in_pack `[X, n]` int64, its position there.
+        pack_index `[X, n]` int64, the pack of each item, and rank_in_pack `[X, n]` int64, its position in that pack.
 
     Raises:
-        DistplbError: for another shape, NaN, infinite or negative weights, or n not a multiple of `num_packs`.
+        DistplbError: if `weight` has another shape, NaN, infinite or negative values, or too large a row total, or if
+            `num_packs` or `num_candidates` is out of range.
     """
     whole = as_whole(weight)
     rows, num_items = whole.shape
     num_packs, num_candidates = whole_number("num_packs", num_packs), whole_number("num_candidates", num_candidates)
     if num_packs < 1 or num_items % num_packs:
         raise DistplbError(
-            f"{num_items} items cannot be packed evenly into {num_packs} packs; pass a divisor of {num_items}"
+            f"{num_items} item{'s' * (num_items != 1)} cannot be packed evenly into {num_packs} packs; "
+            f"pass a divisor of {num_items}"
         )
     if not 1 <= num_candidates <= 1 << CANDIDATE_BITS:
         raise DistplbError(f"num_candidates is {num_candidates}; pass 1 to 2^{CANDIDATE_BITS}")
@@ -78,11 +80,11 @@ def balanced_packing(weight: Counts, num_packs: int, num_candidates: int = 64) -
 
 
 def as_whole(weight: Counts, dims: tuple[str, str] = ("row", "item")) -> Tensor:
-    """`[X, n]` int64 with each row's total at most 2^40, whatever the type and size of the weights.
+    """Convert weights of any type and size to `[X, n]` int64 with row totals of at most 2^40.
 
     Args:
-        weight: `[X, n]`.
-        dims: what its rows and items are.
+        weight: `[X, n]` non-negative numbers.
+        dims: what messages call its rows and items.
     """
     weights = as_weights("weight", weight, dims)
     total = weights.double().sum(1)  # [X]

@@ -1,4 +1,4 @@
-"""The `cpu` engine: the steps compiled by Numba, on a few threads without the GIL.
+"""The `cpu` engine: the steps compiled by Numba, run on a few threads without the GIL.
 
 Shapes: X rows, n items, E experts, P slots, M packs.
 """
@@ -22,7 +22,7 @@ _KERNELS = "distplb.packing.cpu_kernels"
 
 
 def pack(weight: Tensor, num_packs: int, *, layer: Tensor, candidate: Tensor, seed: int = 0) -> Tensor:
-    """As `reference.pack`."""
+    """Same as `reference.pack`."""
     if weight.shape[1] == num_packs:
         return one_item_a_pack(weight)
     tables = torch.empty(weight.shape, dtype=torch.int64, device="cpu")
@@ -31,7 +31,7 @@ def pack(weight: Tensor, num_packs: int, *, layer: Tensor, candidate: Tensor, se
 
 
 def finish(weight: Tensor, items: Tensor, num_packs: int) -> Tensor:
-    """As `reference.finish`."""
+    """Same as `reference.finish`."""
     return _in_place("finish_rows", weight, items, num_packs)
 
 
@@ -45,7 +45,7 @@ def refine(
     seed: int = 0,
     shared: bool = True,
 ) -> Tensor:
-    """As `reference.refine`."""
+    """Same as `reference.refine`."""
     if num_slots == weight.shape[1] == num_packs:
         return one_item_a_pack(weight)
     tables = torch.empty(len(weight), num_slots, dtype=torch.int64, device="cpu")
@@ -54,12 +54,12 @@ def refine(
 
 
 def polish(weight: Tensor, table: Tensor, num_packs: int) -> Tensor:
-    """As `reference.polish`."""
+    """Same as `reference.polish`."""
     return _in_place("polish_rows", weight, table, num_packs)
 
 
 def settle(terms: Terms, table: Tensor, num_packs: int, *, layer: Tensor, ceiling: Tensor) -> Tensor:
-    """As `reference.settle`."""
+    """Same as `reference.settle`."""
     tables = table.to("cpu", torch.int64, copy=True).contiguous()
     num_layers = len(terms.load)
     free = (
@@ -76,7 +76,10 @@ def settle(terms: Terms, table: Tensor, num_packs: int, *, layer: Tensor, ceilin
 
 @cache
 def warm_up() -> None:
-    """Compile, or load what another process of this node compiled: once, a minute at most, before the training."""
+    """Compile the kernels, or load what another process on this node compiled.
+
+    Once per process, before training starts; takes a minute at most.
+    """
     weight, number = torch.arange(24, device="cpu").view(2, 12), torch.arange(2, device="cpu")
     with compile_lock(_KERNELS):
         items = pack(weight, 3, layer=number, candidate=number)
@@ -93,7 +96,7 @@ def _in_place(kernel: str, weight: Tensor, table: Tensor, num_packs: int) -> Ten
 
 
 def _run(kernel: str, tables: Tensor, *arguments: Any, amount: int | None = None) -> None:
-    """Call a kernel on all rows of `tables`, which it writes; `amount` is what it works on, the slots unless given."""
+    """Call a kernel that writes all rows of `tables`; it works on `amount` elements, by default one per slot."""
     rows, table = getattr(compiled_module(_KERNELS), kernel), tables.numpy()
     amount = tables.numel() if amount is None else amount
     in_threads(lambda begin, end: rows(*arguments, begin, end, table), len(tables), amount)

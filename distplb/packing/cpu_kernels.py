@@ -1,7 +1,7 @@
-"""Packing for Numba, row after row, without the GIL: what `packing.cpu` calls, which alone imports it.
+"""Numba kernels that pack row by row without the GIL. Only `packing.cpu` imports them.
 
-Shapes: X rows, n items, E experts, P slots, M packs; `weight [X, E]`, `tables [X, P]`, of which the rows from `begin`
-to `end` are written.
+Shapes: X rows, n items, E experts, P slots, M packs; `weight [X, E]`, `tables [X, P]`. A kernel writes the rows of
+`tables` from `begin` to `end`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ __all__ = ["finish_rows", "pack_rows", "polish_rows", "refine_rows", "settle_row
 
 @compiled
 def _weigh(row, apart):
-    """What follows from table and share."""
+    """Recompute everything that follows from `table` and `share`."""
     size = len(row.table) // len(row.load)
     if apart:
         row.holds[:] = False
@@ -46,7 +46,7 @@ def _weigh(row, apart):
 
 @compiled
 def _pack_once(weight, row, apart):
-    """Steps 2 to 7, as `reference._pack_once`; what step 2 answers."""
+    """Steps 2 to 7, as in `reference._pack_once`; returns the result of `greedy`."""
     for expert in range(len(weight)):
         row.share[expert] = parted(weight[expert], row.replicas[expert])
     kept = greedy(row, apart)
@@ -60,9 +60,9 @@ def _pack_once(weight, row, apart):
 
 @compiled
 def _search(weight, row, best, apart):
-    """Steps 0 to 8, as `reference._search`: the heaviest pack, and whether `apart` came into it at the start.
+    """Steps 0 to 8, as in `reference._search`; the packing is in the table of `best`.
 
-    The packing is left in the table of `best`.
+    Returns the load of its heaviest pack, and whether `apart` affected the first packing.
     """
     num_slots, num_packs = len(row.table), len(row.load)
     size = num_slots // num_packs
@@ -100,7 +100,7 @@ def _search(weight, row, best, apart):
 
 @compiled
 def _nth_giver(weight, replicas, nth):
-    """The expert whose replicas would weigh the nth least with one fewer; -1 where there is none or it is too far."""
+    """The expert whose replicas would weigh the nth least after losing one; -1 if there is none, or nth is above 7."""
     if nth >= 8:
         return -1
     share_before, giver = np.int64(-1), -1
@@ -119,7 +119,7 @@ def _nth_giver(weight, replicas, nth):
 
 @compiled
 def _starts_crowded(weight, row):
-    """Whether steps 0 and 2, left free, bring replicas of an expert together."""
+    """Whether steps 0 and 2 without `apart` put two replicas of an expert into one pack."""
     divide(row, len(row.table))
     for expert in range(len(weight)):
         row.share[expert] = parted(weight[expert], row.replicas[expert])
@@ -138,7 +138,7 @@ def _crowded(row):
     return False
 
 
-# --- calls ------------------------------------------------------------------------------------------------------
+# --- entry points -----------------------------------------------------------------------------------------------
 
 
 @compiled
@@ -219,7 +219,7 @@ def polish_rows(weight, num_packs, begin, end, tables):
 
 @compiled
 def settle_rows(load, region, apart, distance, price, num_packs, layer, ceiling, begin, end, tables):
-    """Steps 10 and 11, in place; `load [L, T, E]`, `distance [L, E, M]`, which is [L, 1, 1] where moving is free."""
+    """Steps 10 and 11, in place; `load [L, T, E]`; `distance [L, E, M]`, or `[L, 1, 1]` if moving is free."""
     is_priced = distance.shape[1] == load.shape[2]
     state = new_state(load.shape[1], load.shape[2], tables.shape[1], num_packs, apart, is_priced)
     for x in range(begin, end):

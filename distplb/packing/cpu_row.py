@@ -1,4 +1,4 @@
-"""The state of one row for Numba, and what its steps share. Imported by the `cpu_*` modules alone.
+"""The state of one row in Numba, and what the steps share. Only the `cpu_*` modules import this.
 
 Shapes of one row: E experts, P slots, M packs, G = P / M slots in each, Q pairs of slots in a pack.
 """
@@ -29,35 +29,35 @@ __all__ = [
 
 NEVER = np.int64(2**63 - 1)
 NONE = np.int64(-1)
-# Literals among the arguments would each get a compiled version of their own; these do not.
+# Numba would compile a separate version for each literal argument, but not for these.
 FREE, APART = np.bool_(False), np.bool_(True)
 MAX_ROUNDS, PAIR_ROUNDS, ONE, LIGHTEST = np.int64(50), np.int64(20), np.int64(1), np.int64(0)
 compiled = njit(cache=True, nogil=True, error_model="numpy")
 
 
 class Row(NamedTuple):
-    """The state of the row at work, and room to work in."""
+    """State of the current row, and scratch space."""
 
     key: NDArray[np.int64]  # [E]
     replicas: NDArray[np.int64]  # [E]
     share: NDArray[np.int64]  # [E], weight / replicas
     table: NDArray[np.int64]  # [P], the expert of each slot
-    own: NDArray[np.int64]  # [P], what it weighs there
+    own: NDArray[np.int64]  # [P], the share of each slot's expert
     around: NDArray[np.int64]  # [P], the load of the slot's pack
     load: NDArray[np.int64]  # [M]
-    holds: NDArray[np.bool_]  # [E, M], whether a pack holds an expert; kept and looked at only with `apart`
-    order: NDArray[np.int64]  # [P], room
-    packed: NDArray[np.int64]  # [P], room: (value, index) as one number
-    filled: NDArray[np.int64]  # [M], room
-    small: NDArray[np.int64]  # [P], room: `own` shifted right, in step 3
-    small_load: NDArray[np.int64]  # [M], room
-    sums: NDArray[np.int64]  # [Q], room, in step 6
-    pairs: NDArray[np.int64]  # [Q], room, in step 6
+    holds: NDArray[np.bool_]  # [E, M], whether a pack holds an expert; maintained and read only with `apart`
+    order: NDArray[np.int64]  # [P], scratch
+    packed: NDArray[np.int64]  # [P], scratch: (value, index) packed into one integer
+    filled: NDArray[np.int64]  # [M], scratch
+    small: NDArray[np.int64]  # [P], scratch of step 3: `own` shifted right
+    small_load: NDArray[np.int64]  # [M], scratch of step 3
+    sums: NDArray[np.int64]  # [Q], scratch of step 6
+    pairs: NDArray[np.int64]  # [Q], scratch of step 6
 
 
 @compiled
 def new_row(num_experts, num_slots, num_packs, replicated):
-    """Room for a row of these sizes; without `replicated`, none for `holds`."""
+    """Allocate a row of these sizes; `holds` only if `replicated`."""
     pairs = min(num_slots // num_packs, 16) ** 2
     held = (num_experts, num_packs) if replicated else (1, 1)
     return Row(
@@ -81,12 +81,12 @@ def new_row(num_experts, num_slots, num_packs, replicated):
 
 @compiled
 def copy(source, to):
-    """Element by element: Numba's assignment to slices takes seconds to compile."""
+    """Copy element by element, because Numba takes seconds to compile an assignment to a slice."""
     for place in range(len(to)):
         to[place] = source[place]
 
 
 @compiled
 def parted(value, replicas):
-    """A replica's part; most experts have one, and a division takes longer than to ask."""
+    """Share of one replica; most experts have only one, and a comparison is cheaper than a division."""
     return value if replicas == 1 else value // replicas

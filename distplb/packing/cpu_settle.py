@@ -1,7 +1,7 @@
-"""Steps 10 and 11 for Numba, on one row, as `settle` has them. Imported by `cpu_kernels` alone.
+"""Steps 10 and 11 in Numba, on one row, as in `settle`. Only `cpu_kernels` imports this.
 
-Tokens are held in 32 bits, which the vector units take twice as many of: the sum over all steps and packs is at most
-2^30. Every sum is cast back, because Numba widens what it adds.
+Tokens are int32, so that vector units process twice as many at once; their sum over all steps and packs is at most
+2^30. Every sum is cast back, because Numba widens the operands.
 Shapes of one row: T steps, E experts, P slots, M packs, G = P / M slots in each.
 """
 
@@ -21,28 +21,28 @@ _SCORE_BITS, _CEILING_BITS = np.int64(30), np.int64(16)
 
 
 class State(NamedTuple):
-    """The state of the row at work, and room to work in."""
+    """State of the current row, and scratch space."""
 
     table: NDArray[np.int64]  # [P]
     best: NDArray[np.int64]  # [P], the cheapest table of step 10
-    share: NDArray[np.int32]  # [E, T], a replica's
+    share: NDArray[np.int32]  # [E, T], of one replica
     load: NDArray[np.int32]  # [M, T]
-    top: NDArray[np.int32]  # [3, T], the heaviest packs of each step
-    top_pack: NDArray[np.int64]  # [3, T], which they are; -1 where there are no more
+    top: NDArray[np.int32]  # [3, T], loads of the three heaviest packs of each step
+    top_pack: NDArray[np.int64]  # [3, T], their indices; -1 if there are fewer packs
     limit: NDArray[np.int32]  # [T]
     mean: NDArray[np.int32]  # [T]
     height: NDArray[np.int64]  # [T]
-    rest: NDArray[np.int32]  # [M, T], the heaviest pack but for the one at work and this one
-    above: NDArray[np.int64]  # [M], how much a pack stands out
-    tired: NDArray[np.bool_]  # [M], found nothing since the last exchange
+    rest: NDArray[np.int32]  # [M, T], load of the heaviest pack other than the current one and this one
+    above: NDArray[np.int64]  # [M], tokens above the limits in step 10, lead over the second-heaviest pack in step 11
+    tired: NDArray[np.bool_]  # [M], has no useful exchange, and is skipped until the packing changes
     replicas: NDArray[np.int64]  # [E]
-    holds: NDArray[np.int64]  # [E, M], slots of an expert in a pack; only where replicas stay apart
-    toll: NDArray[np.int64]  # [E, M]; where moving has a price only
+    holds: NDArray[np.int64]  # [E, M], number of an expert's slots in a pack; only if replicas stay apart
+    toll: NDArray[np.int64]  # [E, M]; only if moving has a price
 
 
 @compiled
 def new_state(num_steps, num_experts, num_slots, num_packs, apart, is_priced):
-    """Room for a row of these sizes."""
+    """Allocate a row of these sizes."""
     apart = apart and num_slots > num_experts
     return State(
         np.empty(num_slots, np.int64),
@@ -65,7 +65,7 @@ def new_state(num_steps, num_experts, num_slots, num_packs, apart, is_priced):
 
 @compiled
 def settle_row(state, load, distance, price, region, ceiling):
-    """Steps 10 and 11 on `state.table`; `load [T, E]`, `distance [E, M]`, or [1, 1] where moving is free."""
+    """Steps 10 and 11 on `state.table`; `load [T, E]`; `distance [E, M]`, or `[1, 1]` if moving is free."""
     is_priced = len(distance) == load.shape[1]
     if is_priced:
         for expert in range(len(distance)):
@@ -80,7 +80,7 @@ def settle_row(state, load, distance, price, region, ceiling):
 
 @compiled
 def _share_out(state, load):
-    """What a replica of each expert weighs in each step."""
+    """Compute the share of one replica of each expert in each step."""
     state.replicas[:] = 0
     for expert in state.table:
         state.replicas[expert] += 1
@@ -92,7 +92,7 @@ def _share_out(state, load):
 
 @compiled
 def _gather(state, table):
-    """The load of each pack, and what it holds."""
+    """Compute the load of each pack, and which experts it holds."""
     size, apart = len(table) // len(state.load), len(state.holds) == len(state.share)
     state.load[:] = 0
     state.holds[:] = 0
@@ -106,7 +106,7 @@ def _gather(state, table):
 
 @compiled
 def _paid(state, is_priced):
-    """The tolls of all slots."""
+    """Sum of the tolls of all slots."""
     paid = np.int64(0)
     if is_priced:
         size = len(state.table) // len(state.load)
@@ -117,7 +117,7 @@ def _paid(state, is_priced):
 
 @compiled
 def _busiest(load, into):
-    """`[T]`: of each step; their sum."""
+    """Write the load of each step's heaviest pack to `into [T]`; returns their sum."""
     copy(load[0], into)
     for pack in range(1, len(load)):
         for step in range(len(into)):
@@ -130,7 +130,7 @@ def _busiest(load, into):
 
 @compiled
 def _rank_packs(state):
-    """The three heaviest packs of each step, the first of equals first."""
+    """Find the three heaviest packs of each step; of equal packs, the first comes first."""
     load, top, top_pack = state.load, state.top, state.top_pack
     for step in range(load.shape[1]):
         one, two, three = np.int32(-1), np.int32(-1), np.int32(-1)
@@ -161,7 +161,7 @@ def _is_allowed(state, region, one, other):
 
 @compiled
 def _added_toll(state, one, other):
-    """By an exchange of two slots."""
+    """Toll that an exchange of two slots adds."""
     size = len(state.table) // len(state.load)
     here, there, pack, partner = state.table[one], state.table[other], one // size, other // size
     toll = state.toll
@@ -170,7 +170,7 @@ def _added_toll(state, one, other):
 
 @compiled
 def _exchange(state, one, other):
-    """Two slots of different packs exchange their experts."""
+    """Exchange the experts of two slots of different packs."""
     size = len(state.table) // len(state.load)
     here, there, pack, partner = state.table[one], state.table[other], one // size, other // size
     for step in range(state.load.shape[1]):
@@ -189,7 +189,7 @@ def _exchange(state, one, other):
 
 @compiled
 def _next_pack(state):
-    """The first pack that stands out most and is not tired; -1 where there is none."""
+    """The pack with the largest `above` that is not tired, the first of equals; -1 if there is none."""
     furthest, most = -1, np.int64(0)
     for pack in range(len(state.above)):
         if state.above[pack] > most and not state.tired[pack]:
@@ -202,7 +202,7 @@ def _next_pack(state):
 
 @compiled
 def _under_ceilings(state, region, is_priced, ceiling):
-    """Step 10; leaves the cheapest table that it met."""
+    """Step 10; ends with the cheapest table that it has met."""
     load, num_packs = state.load, len(state.load)
     lowest_cost = _busiest(load, state.limit) + _paid(state, is_priced)
     copy(state.table, state.best)
@@ -246,7 +246,7 @@ def _over(load, pack, limit):
 
 @compiled
 def _best_for_its_toll(state, region, is_priced, here):
-    """The exchange of pack `here` that takes away most above the limits for its toll: two slots, or -1."""
+    """The exchange of pack `here` that removes most tokens above the limits for its toll: two slots, or -1."""
     table, share, load, limit, room = state.table, state.share, state.load, state.limit, state.top[0]
     size, num_steps = len(table) // len(load), len(limit)
     best, one, other = np.int64(0), NONE, NONE
@@ -256,7 +256,7 @@ def _best_for_its_toll(state, region, is_priced, here):
             room[step] = np.int32(np.int32(load[here, step] - limit[step]) - share[own, step])
         for place in range(len(table)):
             pack = place // size
-            # No exchange takes away more than what both stand out by.
+            # An exchange removes at most what both packs have above the limits.
             most = state.above[here] + state.above[pack]
             if pack == here or (most << _SCORE_BITS) <= best:
                 continue

@@ -1,7 +1,7 @@
-"""Steps 0 to 7 of packing for Numba, on one row. Each equals its namesake in `steps`.
+"""Steps 0 to 7 of packing in Numba, on one row. Each equals its namesake in `steps`.
 
-Imported by `cpu_kernels` alone. Scans that LLVM turns into vector code come first, and what they find is looked up
-afterwards.
+Only `cpu_kernels` imports this. A first scan, which LLVM can vectorise, computes the best value; a second one finds
+where it is.
 Shapes of one row: E experts, P slots, M packs, G = P / M slots in each.
 """
 
@@ -13,7 +13,7 @@ from distplb.packing.cpu_row import FREE, NEVER, NONE, compiled, copy, parted
 
 __all__ = ["divide", "greedy", "lower_max", "lower_variance", "noisy_keys", "swap_pairs"]
 
-_INDEX_BITS = 22  # of a packed (value, index); a value is below 2^41
+_INDEX_BITS = 22  # of the index in a packed (value, index); values are below 2^41
 _INDEX = np.int64(2**_INDEX_BITS - 1)
 _MASK = np.int64(2**32 - 1)
 
@@ -30,7 +30,7 @@ def _mix(state):
 
 @compiled
 def noisy_keys(weight, layer, candidate, seed, key):
-    """Step 1, as `noise.noisy_keys`."""
+    """Step 1, as in `noise.noisy_keys`."""
     if candidate == 0:
         copy(weight, key)
         return
@@ -61,7 +61,7 @@ def divide(row, most):
 
 @compiled
 def greedy(row, apart):
-    """Step 2; whether `apart` kept a slot from the lightest pack."""
+    """Step 2; returns whether `apart` kept a slot out of the lightest pack."""
     table, own, load, packed, filled = row.table, row.own, row.load, row.packed, row.filled
     num_packs, at, kept = len(load), 0, False
     size = len(table) // num_packs
@@ -108,7 +108,7 @@ def greedy(row, apart):
 
 @compiled
 def _displace(row, expert, to):
-    """Put `expert` in another's place, as `steps._displace`; the other one."""
+    """Put `expert` in the place of another, as in `steps._displace`; returns the other."""
     table, share, holds = row.table, row.share, row.holds
     size = len(table) // len(row.load)
     minimum, place = NEVER, NONE
@@ -135,7 +135,7 @@ def _displace(row, expert, to):
 
 @compiled
 def _exchange(row, one, other, apart):
-    """Two slots of different packs change their contents."""
+    """Exchange the contents of two slots of different packs."""
     table, own, load = row.table, row.own, row.load
     size = len(table) // len(load)
     here, there = one // size, other // size
@@ -159,7 +159,7 @@ def lower_variance(row):
     """Step 3.
 
     A swap between two packs whose loads differ by D changes the reference's measure by -D^2 / 4 at best, so pairs of
-    packs that cannot reach the best swap so far are passed over. The heaviest and the lightest go first.
+    packs that cannot reach the best swap so far are skipped. The heaviest and the lightest pack are tried first.
     """
     small, small_load = row.small, row.small_load
     num_packs = len(small_load)
@@ -199,7 +199,7 @@ def lower_variance(row):
 
 @compiled
 def _best_between(row, first, second, swap):
-    """The (change, slot, slot) between two packs that is better than `swap`, or equal and earlier; else `swap`."""
+    """The best (change, slot, slot) between two packs if better than `swap`, or equal and earlier; else `swap`."""
     small = row.small
     size = len(small) // len(row.load)
     gap = row.small_load[first] - row.small_load[second]
@@ -249,7 +249,7 @@ def lower_max(row, rounds, apart):
 
 @compiled
 def _best_apart(row, heavy, peak):
-    """What `lower_max` looks for, where the best exchange of all would bring replicas together."""
+    """The exchange for `lower_max` if the best one overall would bring replicas together."""
     table, own, load = row.table, row.own, row.load
     size = len(table) // len(load)
     best, one, other = peak, NONE, NONE
@@ -267,7 +267,7 @@ def _best_apart(row, heavy, peak):
 
 @compiled
 def swap_pairs(row, rounds, partner, apart):
-    """Step 6; the number of exchanges."""
+    """Step 6; returns the number of pair swaps."""
     num_packs, num_slots = len(row.load), len(row.table)
     size = num_slots // num_packs
     if size < 2 or size > 16 or num_packs <= partner + 1:
@@ -284,7 +284,7 @@ def swap_pairs(row, rounds, partner, apart):
 
 @compiled
 def _best_pair(row, heavy, light, apart):
-    """Two slots of the heavy pack, and two of the light one as one number; -1 where none helps."""
+    """Two slots of the heavy pack, and two of the light one packed into one integer; -1 if no exchange helps."""
     own, table, sums = row.own, row.table, row.sums
     size = len(table) // len(row.load)
     gap = row.load[heavy] - row.load[light]
@@ -314,7 +314,7 @@ def _best_pair(row, heavy, light, apart):
 
 @compiled
 def _nth_lightest(load, nth):
-    """From 0, in the order of a stable sort."""
+    """The `nth` lightest pack, counted from 0 in the order of a stable sort."""
     load_before, nth_pack = np.int64(-1), -1
     for _ in range(nth + 1):
         after, after_pack = NEVER, -1

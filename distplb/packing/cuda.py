@@ -1,8 +1,8 @@
-"""The engine for GPUs: the packing core in Triton, a program a row, without a wait between launch and result.
+"""The `cuda` engine: the packing core in Triton, one program per row, without waiting between launch and result.
 
 Shapes: X rows, n items, M packs, g = n / M items in each, q pairs of two positions in a pack; with replicas E experts,
-P slots, G = P / M slots in each pack; steps 10 and 11 see T steps and L layers. What the entry points mean is
-`packing.reference`'s, and so is every choice they make. Triton itself is imported when they are called.
+P slots, G = P / M slots in each pack; steps 10 and 11 see T steps and L layers. Entry points mean the same as their
+namesakes in `packing.reference`, and make the same choices. Triton itself is imported when they are called.
 """
 
 from __future__ import annotations
@@ -44,33 +44,33 @@ __all__ = [
     "swap_pairs",
 ]
 
-_MIN_BLOCK = 32  # a smaller block would save nothing and compile once more
-_CELLS = 16  # of a tile, for each thread
-_STEPS_AT_ONCE = 4  # of steps 10 and 11
-_SCRATCH_BYTES = 1 << 28  # at most, of what the rows of one launch work in
+_MIN_BLOCK = 32  # a smaller block would save nothing and need another compilation
+_CELLS = 16  # of a tile, per thread
+_STEPS_AT_ONCE = 4  # of the load, in steps 10 and 11
+_SCRATCH_BYTES = 1 << 28  # at most, for all rows of one launch
 
 
 def is_there() -> bool:
-    """Whether this engine can run: Triton is installed, and there is a GPU or Triton interprets.
+    """Whether this engine can run: Triton is installed, and there is a GPU or Triton's interpreter is on.
 
-    Triton interprets, on the CPU and slowly, where TRITON_INTERPRET=1 is set before Python starts.
+    The interpreter is on if TRITON_INTERPRET=1 is set before Python starts. It runs on the CPU and is slow.
     """
     return _missing() is None
 
 
 def pack(weight: Tensor, num_packs: int, *, layer: Tensor, candidate: Tensor, seed: int = 0) -> Tensor:
-    """Steps 1 to 4 for one candidate a row: `items [X, n]`, on the device of `weight`.
+    """Steps 1 to 4 for one candidate per row: `items [X, n]`, on the device of `weight`.
 
     Args:
-        weight: `[X, n]` int64, each row's total at most 2^40; n a multiple of `num_packs`, up to 4,096. Of another
-            device than a GPU it is copied to the current one.
+        weight: `[X, n]` int64, each row's total at most 2^40; n a multiple of `num_packs`, up to 4,096. If it is not
+            on a GPU, it is copied to the current one.
         num_packs: M.
         layer: `[X]` int64, the row's layer.
         candidate: `[X]` int64, the row's candidate.
-        seed: of the whole plan.
+        seed: seed of the whole plan.
 
     Raises:
-        DistplbError: for other shapes or types, or if the engine is not there.
+        DistplbError: if a shape or type is wrong, or the engine is not available.
     """
     check(weight, num_packs, {"layer": layer, "candidate": candidate}, weight.shape[:1])
     if weight.shape[1] == num_packs:
@@ -83,7 +83,7 @@ def pack(weight: Tensor, num_packs: int, *, layer: Tensor, candidate: Tensor, se
 
 
 def finish(weight: Tensor, items: Tensor, num_packs: int) -> Tensor:
-    """Steps 6 and 7 on the chosen packings `items [X, n]`; the rest as for `pack`."""
+    """Steps 6 and 7 on the chosen packings `items [X, n]`; other arguments as for `pack`."""
     check(weight, num_packs, {"items": items}, weight.shape)
     home, weight = weight.device, _to_gpu(weight)
     items = items.to(weight.device)
@@ -100,10 +100,10 @@ def refine(
     seed: int = 0,
     shared: bool = True,
 ) -> Tensor:
-    """The planner's own search for one candidate a row: `table [X, P]`, the expert of each slot.
+    """The planner's own search for one candidate per row: `table [X, P]`, the expert of each slot.
 
     Args:
-        weight: `[X, E]` int64, each row's total at most 2^40; moved as for `pack`.
+        weight: `[X, E]` int64, each row's total at most 2^40; copied to a GPU as for `pack`.
         num_packs: M.
         num_slots: P, at least E and up to 4,096; a multiple of `num_packs`.
         layer, candidate, seed: as for `pack`.
@@ -148,10 +148,10 @@ def polish(weight: Tensor, table: Tensor, num_packs: int) -> Tensor:
 
 
 def settle(terms: Terms, table: Tensor, num_packs: int, *, layer: Tensor, ceiling: Tensor) -> Tensor:
-    """Steps 10 and 11 on the packings `table [X, P]`, which are moved as the weight is for `pack`.
+    """Steps 10 and 11 on the packings `table [X, P]`, which are copied to a GPU as for `pack`.
 
     Args:
-        terms: what is minimised; a layer's total and its prices are at most 2^30, which is not looked at.
+        terms: the terms of the cost; a layer's total and its prices must be at most 2^30, which is not checked.
         table: `[X, P]` int64, P up to 4,096.
         num_packs: M.
         layer: `[X]` int64, the row's layer in `terms`.
@@ -175,7 +175,7 @@ def settle(terms: Terms, table: Tensor, num_packs: int, *, layer: Tensor, ceilin
     (_, num_steps, num_experts), num_slots, warps = tokens.shape, table.shape[1], 4
     packs, slots = _power_of_two(num_packs), _block(num_slots)
     blocks = {"N": slots, "M": packs, "S": _height(packs, num_steps, warps), "U": at_once}
-    # Each exchange has a score, an index and its operands.
+    # Each exchange needs cells for its score, its index and its operands.
     blocks |= {"K": _height(4, num_slots // num_packs * num_slots, warps), "A": _height(slots, num_slots, warps)}
     shapes = _scratch_shapes(num_steps, num_experts, num_slots, num_packs)
     for rows in _slices(len(table), sum(math.prod(shape) * dtype.itemsize for shape, dtype in shapes)):
@@ -190,7 +190,7 @@ def settle(terms: Terms, table: Tensor, num_packs: int, *, layer: Tensor, ceilin
 def _scratch_shapes(
     num_steps: int, num_experts: int, num_slots: int, num_packs: int
 ) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    """Shapes and types of what `settle_kernel` works in, for each row, in its order."""
+    """Shapes and types of the scratch tensors of `settle_kernel` for one row, in the order of its arguments."""
     return [
         ((num_slots,), torch.int64),
         ((num_steps, _block(num_slots)), torch.int32),
@@ -203,10 +203,10 @@ def _scratch_shapes(
 
 
 def _search(weight: Tensor, key: Tensor, num_packs: int, num_slots: int, shared: bool) -> Tensor:
-    """Steps 0 to 8 where there are replicas."""
+    """Steps 0 to 8 with replicas."""
     num_rows, num_experts = weight.shape
     size = num_slots // num_packs
-    is_roomy = num_slots <= num_packs * num_experts  # for replicas that are apart
+    is_roomy = num_slots <= num_packs * num_experts  # there is room to keep replicas apart
     weight, key = weight.contiguous(), key.contiguous()
     result, table, best, order = (weight.new_empty(num_rows, num_slots) for _ in range(4))
     share = torch.empty_like(weight)
@@ -226,7 +226,7 @@ def _search(weight: Tensor, key: Tensor, num_packs: int, num_slots: int, shared:
 
 
 def _parts(weight: Tensor, num_packs: int) -> Iterator[tuple[slice, Tensor]]:
-    """Rows for one launch, and what its packs hold at the beginning, nothing: `[x, E, M]` int8, too much for all."""
+    """Yield the rows of each launch with a zeroed `holds [x, E, M]` int8, which would be too large for all rows."""
     num_rows, num_experts = weight.shape
     for rows in _slices(num_rows, num_experts * num_packs):
         shape = rows.stop - rows.start, num_experts, num_packs
@@ -234,18 +234,18 @@ def _parts(weight: Tensor, num_packs: int) -> Iterator[tuple[slice, Tensor]]:
 
 
 def _slices(num_rows: int, each: int) -> Iterator[slice]:
-    """All rows, as many at a time as memory is for where a row takes `each` bytes."""
+    """Yield all rows in slices that fit the scratch memory, where a row takes `each` bytes."""
     at_once = max(1, _SCRATCH_BYTES // each)
-    at_once -= at_once % 2 if at_once > 1 else 0  # a slice not at 16 bytes would be compiled for once more
+    at_once -= at_once % 2 if at_once > 1 else 0  # Triton would compile again for slices not aligned to 16 bytes
     for first in range(0, num_rows, at_once):
         yield slice(first, min(first + at_once, num_rows))
 
 
-# The steps. Their tensors are where the kernels run.
+# The steps. Their tensors are on the device where the kernels run.
 
 
 def greedy(weight: Tensor, key: Tensor, num_packs: int) -> Tensor:
-    """Step 2: in descending order of key, each item to the lightest pack that is not full."""
+    """Step 2: in descending order of key, put each item into the lightest pack that is not full."""
     num_items = weight.shape[1]
     order = key.sort(dim=1, descending=True, stable=True).indices.contiguous()  # [X, n]
     items = torch.empty_like(order)
@@ -259,19 +259,19 @@ def greedy(weight: Tensor, key: Tensor, num_packs: int) -> Tensor:
 
 
 def lower_variance(weight: Tensor, items: Tensor, num_packs: int) -> Tensor:
-    """Step 3: the swap that lowers the sum of squared pack loads most, while there is one."""
+    """Step 3: make the swap that lowers the sum of squared pack loads most, as long as there is one."""
     return _launch_refinement(_kernels().variance_kernel, weight, items, num_packs, tried=weight.shape[1])
 
 
 def lower_max(weight: Tensor, items: Tensor, num_packs: int, rounds: int = MAX_ROUNDS) -> Tensor:
-    """Steps 4 and 7: the swap with the heaviest pack that leaves the smaller maximum of its two packs."""
+    """Steps 4 and 7: make the swap with the heaviest pack that minimises the heavier of the two packs."""
     return _launch_refinement(
         _kernels().max_kernel, weight, items, num_packs, rounds, tried=weight.shape[1] // num_packs
     )
 
 
 def swap_pairs(weight: Tensor, items: Tensor, num_packs: int) -> Tensor:
-    """Step 6: two items of the heaviest pack for two of the lightest, the smallest difference that remains."""
+    """Step 6: swap two items of the heaviest pack for the two of the lightest that leave the smallest difference."""
     num_items = weight.shape[1]
     size = num_items // num_packs
     if not _pair_rounds(size, num_packs):
@@ -289,12 +289,12 @@ def swap_pairs(weight: Tensor, items: Tensor, num_packs: int) -> Tensor:
 
 
 def _pair_rounds(size: int, num_packs: int) -> int:
-    """Rounds of step 6: none for packs that have no pairs, too many or no partner."""
+    """Rounds of step 6; 0 if packs have no pairs, too many pairs, or no partner."""
     return PAIR_ROUNDS if size in PAIR_SLOTS and num_packs > 1 else 0
 
 
 def _pairs(size: int, device: torch.device, warps: int) -> tuple[Tensor, dict[str, int]]:
-    """`[2, q]`: two positions in a pack, in lexicographic order, and the blocks for them."""
+    """`[2, q]`: pairs of positions in a pack, in lexicographic order; and the block sizes for them."""
     pairs = (
         torch.triu_indices(size, size, 1, device=device)
         if size in PAIR_SLOTS
@@ -305,7 +305,7 @@ def _pairs(size: int, device: torch.device, warps: int) -> tuple[Tensor, dict[st
 
 
 def _launch_refinement(kernel: Any, weight: Tensor, items: Tensor, num_packs: int, *numbers: int, tried: int) -> Tensor:
-    """`[X, n]`: the result of a refinement that tries `tried` positions of a row against all of them."""
+    """Run a refinement that tries `tried` positions of a row against all of them; returns `[X, n]`."""
     num_items = weight.shape[1]
     weight, items = weight.contiguous(), items.contiguous()
     result = torch.empty_like(items)
@@ -319,16 +319,16 @@ def _launch_refinement(kernel: Any, weight: Tensor, items: Tensor, num_packs: in
 
 
 def _launch(kernel: Any, arguments: tuple[Any, ...], options: dict[str, int]) -> None:
-    """Run a kernel, a program for each row of the first argument; its tensors are contiguous and on one device."""
+    """Run a kernel, one program per row of the first argument; tensors must be contiguous and on one device."""
     first = arguments[0]
     if len(first):
         with torch.cuda.device_of(first):  # Triton launches on the current device, which may be another one
-            # No kernel has floats, but Triton 3.9 warns where this is left open.
+            # No kernel uses floats, but Triton 3.9 warns if this is not set.
             kernel[(len(first),)](*arguments, **options, enable_fp_fusion=False)
 
 
 def _power_of_two(number: int) -> int:
-    """The smallest one that is not below `number`."""
+    """The smallest power of two that is at least `number`."""
     return 1 << (number - 1).bit_length()
 
 
@@ -341,27 +341,27 @@ def _warps(num_items: int) -> int:
 
 
 def _height(block: int, tried: int, warps: int) -> int:
-    """A of a tile `[A, block]`: as high as the threads' share allows, no higher than what is tried."""
+    """Height A of a tile `[A, block]`: as many rows as the threads have cells for, but no more than are tried."""
     return min(_power_of_two(tried), max(1, _CELLS * 32 * warps // block))
 
 
-# Whether it can run.
+# Whether the engine can run.
 
 
 def _missing() -> str | None:
-    """What keeps this engine from running, with the remedy; None if nothing does."""
+    """Why this engine cannot run, with the remedy; None if it can."""
     if find_spec("triton") is None:
-        return "Triton is not installed; install triton, which comes with torch on CUDA"
+        return "Triton is not installed; install triton, which comes with CUDA builds of torch"
     if not torch.cuda.is_available() and not _imported().INTERPRETED:
-        return "torch.cuda.is_available() is False; run where there is a GPU, or set TRITON_INTERPRET=1 to interpret"
+        return "torch.cuda.is_available() is False; run on a machine with a GPU, or set TRITON_INTERPRET=1 to interpret"
     return None
 
 
-@cache  # the question takes longer than a launch
+@cache  # the check takes longer than a launch
 def _kernels() -> ModuleType:
     missing = _missing()
     if missing is not None:
-        raise DistplbError(f"engine 'cuda' is not there: {missing}, or pass another engine")
+        raise DistplbError(f"engine 'cuda' is not available: {missing}, or pass another engine")
     return _imported()
 
 

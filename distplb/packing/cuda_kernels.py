@@ -1,9 +1,10 @@
-"""The packing core's kernels in Triton: one program packs one row. Imported only where the engine `cuda` is used.
+"""The packing core's kernels in Triton: one program packs one row. Imported only if the engine `cuda` is used.
 
 Shapes: X rows, n items, M packs, g = n / M items in each; with replicas E experts, P slots, G = P / M slots in each.
-N ≥ n or P and B ≥ E are the powers of two that a row is padded to, A a tile's height: that many positions are tried
-against all N at once. A row's packing stays in registers from its load to its store; what it takes to change it is in
-`cuda_steps`. Steps and choices are `packing.reference`'s, to the bit. Steps 10 and 11 are in `cuda_settle`.
+N ≥ n or P and B ≥ E are the powers of two that a row is padded to; A is the height of a tile: this many positions are
+tried against all N at once. A row's packing stays in registers from its load to its store; the functions that change
+it are in `cuda_steps`. The steps make the same choices as `packing.reference`, to the bit. Steps 10 and 11 are in
+`cuda_settle`.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
@@ -49,29 +50,29 @@ __all__ = [
 
 _VARIANCE_ROUNDS = tl.constexpr(10)
 _VARIANCE_TOTAL = tl.constexpr(1 << 30)
-_PARTNERS = tl.constexpr(4)  # packs, the lightest first, that step 9 tries pair swaps with
-# Step 8 looks at rows whose heaviest pack is more than 2^-8 above the mean.
+_PARTNERS = tl.constexpr(4)  # number of packs, lightest first, with which step 9 tries pair swaps
+# Step 8 works on rows whose heaviest pack is more than 2^-8 above the mean.
 _WORTH_BITS, _GIVERS = tl.constexpr(8), tl.constexpr(8)
 
 
 @triton.jit
 def greedy_kernel(weight, order, items, num_items, size, N: tl.constexpr, M: tl.constexpr):
-    """Step 2: each item to the lightest pack that is not full.
+    """Step 2: put each item into the lightest pack that is not full.
 
     Args:
         weight: `[X, n]` int64, in descending order of key.
-        order: `[X, n]` int64, the item of each of them.
+        order: `[X, n]` int64, the item that each weight belongs to.
         items: `[X, n]` int64, written only.
         num_items: n.
         size: g.
-        N: power of two from n up.
-        M: power of two from the number of packs up.
+        N: a power of two, at least n.
+        M: a power of two, at least the number of packs.
     """
     row = tl.program_id(0).to(tl.int64) * num_items
     begin = tl.arange(0, M).to(tl.int64) * size  # [M], each pack's first position
     end = begin + size
-    # A pack's load and, in the low bits, its next free position: the least of these numbers is the first lightest
-    # pack, with the place in it, by one reduction. 40 bits of load and 12 of position.
+    # A pack's load and, in the low bits, its next free position: one reduction finds the first lightest pack and the
+    # place in it. 40 bits of load, 12 bits of position.
     key = tl.where(begin < num_items, begin, HUGE)  # [M]
     for step in range(num_items):
         item = tl.load(order + row + step)
@@ -85,25 +86,25 @@ def greedy_kernel(weight, order, items, num_items, size, N: tl.constexpr, M: tl.
 
 @triton.jit
 def variance_kernel(weight, items, result, num_items, size, N: tl.constexpr, A: tl.constexpr):
-    """Step 3: the swap that lowers the sum of squared pack loads most, while there is one.
+    """Step 3: make the swap that lowers the sum of squared pack loads most, as long as there is one.
 
     Args:
         weight: `[X, n]` int64.
-        items: `[X, n]` int64, the packing to begin with.
+        items: `[X, n]` int64, the initial packing.
         result: `[X, n]` int64, written only.
         num_items: n.
         size: g.
-        N: power of two from n up.
-        A: power of two, up to N.
+        N: a power of two, at least n.
+        A: a power of two, at most N.
     """
     row, position, is_real, begin, item, own = _row(weight, items, num_items, size, N)
     shift = _variance_shift(tl.sum(own, 0))
-    # All of these are at most 2^30 in size, so int32 holds them and their differences; products take int64.
+    # All of these are at most 2^30 in magnitude, so int32 holds them and their differences; products need int64.
     load = _pack_load(weight + row, items + row, begin, size, is_real, shift).to(tl.int32)  # [N]
     own = (own >> shift).to(tl.int32)
     left = _VARIANCE_ROUNDS
     while left > 0:
-        # What padding has, own 0 and the least rest there can be, makes no change negative.
+        # Padding has own 0 and the smallest possible rest, with which no change is negative.
         rest = tl.where(is_real, own - load, -_VARIANCE_TOTAL)  # [N]
         best = tl.full([A, N], 0, tl.int64)  # each cell's best change, over all tiles
         best_at = tl.full([A, N], 0, tl.int32)  # and the first position on the other side that makes it
@@ -126,13 +127,13 @@ def variance_kernel(weight, items, result, num_items, size, N: tl.constexpr, A: 
 
 @triton.jit
 def max_kernel(weight, items, result, num_items, size, rounds, N: tl.constexpr, A: tl.constexpr):
-    """Steps 4 and 7: the swap with the heaviest pack that leaves the smaller maximum of its two packs.
+    """Steps 4 and 7: make the swap with the heaviest pack that minimises the heavier of the two packs.
 
     Arguments as for `variance_kernel`, and:
-        rounds: the most swaps.
+        rounds: maximum number of swaps.
     """
     row, position, is_real, begin, item, own = _row(weight, items, num_items, size, N)
-    load = _pack_load(weight + row, items + row, begin, size, is_real, 0)  # [N]; padding's is huge: no partner
+    load = _pack_load(weight + row, items + row, begin, size, is_real, 0)  # [N]; huge for padding: never a partner
     item, own, load = lower_max(item, own, load, position, num_items, size, rounds, None, 1, 0, N, A)
     tl.store(result + row + position, item, mask=is_real)
 
@@ -141,13 +142,13 @@ def max_kernel(weight, items, result, num_items, size, rounds, N: tl.constexpr, 
 def pairs_kernel(
     weight, items, result, pairs, num_items, size, num_pairs, N: tl.constexpr, Q: tl.constexpr, A: tl.constexpr
 ):
-    """Step 6: two items of the heaviest pack for two of the lightest, the smallest difference that remains.
+    """Step 6: swap two items of the heaviest pack for the two of the lightest that leave the smallest difference.
 
     Arguments as for `variance_kernel`, and:
-        pairs: `[2, q]` int64, two positions in a pack, first < second, in lexicographic order.
+        pairs: `[2, q]` int64, pairs of positions in a pack, first < second, in lexicographic order.
         num_pairs: q.
-        Q: power of two from q up.
-        A: power of two, up to Q.
+        Q: a power of two, at least q.
+        A: a power of two, at most Q.
     """
     row, position, is_real, begin, item, own = _row(weight, items, num_items, size, N)
     load = _pack_load(weight + row, items + row, begin, size, is_real, 0)  # [N], huge for padding
@@ -164,31 +165,32 @@ def refine_kernel(
     B: tl.constexpr, M: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, R: tl.constexpr, A: tl.constexpr,
     A2: tl.constexpr,
 ):  # fmt: skip
-    """Steps 0 to 8 with replicas: the search in which they stay apart, then the free one if it can differ.
+    """Steps 0 to 8 with replicas: the search that keeps them apart, then the free search if it can differ.
 
     Args:
         weight: `[X, E]` int64.
         key: `[X, E]` int64.
         result: `[X, P]` int64, written only.
-        table: `[X, P]` int64, scratch: what step 2 writes.
+        table: `[X, P]` int64, scratch: the packing after step 2.
         best: `[X, P]` int64, scratch: the best packing of a search.
         order: `[X, P]` int64, scratch.
-        share: `[X, E]` int64, scratch: what a replica weighs.
+        share: `[X, E]` int64, scratch: the weight of one replica.
         holds: `[X, E, M]` int8, scratch: all 0 before and after.
         pairs: as for `pairs_kernel`.
         num_experts: E.
         num_slots: P.
         num_packs: M.
         num_pairs: q.
-        pair_rounds: of step 6; 0 where the packs are too small, too large or alone for it.
-        attempts: the most tries of step 8; 0 where packs have one slot.
-        begin_with: 0, or 1 where there is no room for replicas that are apart: no first search.
-        end_with: 2, or 1 where replicas must be apart: no second one.
-        B: power of two from E up.
-        M: power of two from the number of packs up.
-        N: power of two from P up.
-        Q: power of two from q up.
-        R, A, A2: heights of tiles in the order, in step 7 and in step 6; powers of two, up to B, N and Q.
+        pair_rounds: rounds of step 6; 0 if packs are too small or too large for it, or there is only one.
+        attempts: maximum number of tries of step 8; 0 if packs have one slot.
+        begin_with: 0, or 1 to skip the first search because there is no room to keep replicas apart.
+        end_with: 2, or 1 to skip the second search because replicas must stay apart.
+        B: a power of two, at least E.
+        M: a power of two, at least the number of packs.
+        N: a power of two, at least P.
+        Q: a power of two, at least q.
+        R, A, A2: heights of tiles when ordering slots, in steps 4 and 7, and in step 6; powers of two, at most B, N
+            and Q.
     """
     row = tl.program_id(0).to(tl.int64)
     weight += row * num_experts
@@ -205,14 +207,14 @@ def refine_kernel(
     value = tl.load(weight + expert, mask=is_expert, other=0)  # [B]
     noisy = tl.load(key + expert, mask=is_expert, other=0)  # [B]
     mean = tl.sum(value, 0) // num_packs
-    lightest = tl.sum(value, 0) * 0 + HUGE  # the heaviest pack of the better search
+    lightest = tl.sum(value, 0) * 0 + HUGE  # load of the heaviest pack in the better search
     for search in range(begin_with, end_with):
         apart = 1 - search
         most = tl.where(apart > 0, num_packs, num_slots)
         replicas = divide(noisy, expert, num_experts, num_slots, most, B)  # [B], of the best packing
         tried = replicas
-        peak, heavy = lightest * 0 + HUGE, num_slots * 0  # of the best packing: load and first position
-        # Where a free start has no pack with an expert twice, the second search does not go on.
+        peak, heavy = lightest * 0 + HUGE, num_slots * 0  # of the best packing's heaviest pack: load and first position
+        # If the free start puts no expert twice into a pack, the second search ends there.
         is_needed = tl.where((search > 0) & (begin_with == 0), 0, 1)
         left, tries, is_tried = attempts, 0, 1
         while is_tried > 0:
@@ -243,12 +245,12 @@ def _pack_once(
     B: tl.constexpr, M: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, R: tl.constexpr, A: tl.constexpr,
     A2: tl.constexpr,
 ):  # fmt: skip
-    """Steps 2 to 7 with the counts `replicas [B]`: item and pack load by position, and whether step 2 was not the last.
+    """Steps 2 to 7 with the counts `replicas [B]`; returns item and pack load by position, and if it passed step 2.
 
-    Where `is_needed` is 0, only a packing that has an expert twice in a pack goes beyond step 2.
+    If `is_needed` is 0, only a packing that has an expert twice in a pack goes beyond step 2.
     """
     size = num_slots // num_packs
-    tl.debug_barrier()  # another thread may still read what is overwritten now
+    tl.debug_barrier()  # another thread may still be reading what is overwritten now
     tl.store(share + expert, value // tl.maximum(replicas, 1), mask=expert < num_experts)
     order_slots(noisy, replicas, expert, num_experts, order, B, R)
     tl.store(table + position, -1, mask=position < num_slots)
@@ -271,10 +273,10 @@ def _pack_once(
 
 @triton.jit
 def _next_try(value, expert, replicas, heaviest, peak, mean, most, size, left, tries, B: tl.constexpr):
-    """Step 8: replica counts to try next, whether there are any, and how many attempts are left and tries were made.
+    """Step 8: the replica counts to try next, whether there are any, the attempts left and the tries made.
 
-    Try j takes the expert at position j mod G of the heaviest pack, which begins at `heaviest`, and from the giver
-    j div G.
+    Try j gives a replica to the expert at position j mod G of the heaviest pack, which begins at `heaviest`, and takes
+    it from giver j div G.
     """
     givers = tl.minimum(tl.sum((replicas > 1).to(tl.int32), 0), _GIVERS)
     tried, is_tried = replicas, 0
@@ -298,15 +300,15 @@ def polish_kernel(
     weight, items, result, share, holds, pairs, num_experts, num_slots, num_packs, num_pairs, pair_rounds,
     N: tl.constexpr, Q: tl.constexpr, A: tl.constexpr, A2: tl.constexpr,
 ):  # fmt: skip
-    """Step 9: pair swaps with each of the lightest packs, step 7 after each, while that helps.
+    """Step 9: swap pairs with each of the lightest packs, with step 7 after each swap, as long as that helps.
 
     Args:
         weight: `[X, E]` int64.
-        items: `[X, P]` int64, the packing to begin with.
+        items: `[X, P]` int64, the initial packing.
         result: `[X, P]` int64, written only.
-        share: `[X, E]` int64, scratch: what a replica weighs, of the experts in the packing.
+        share: `[X, E]` int64, scratch: the weight of one replica, for the experts in the packing.
         holds: `[X, E, M]` int8, all 0.
-        pair_rounds: 0 where the packs are too small, too large or alone for pair swaps.
+        pair_rounds: 0 if packs are too small or too large for pair swaps, or there is only one.
         others: as for `refine_kernel`.
     """
     row = tl.program_id(0).to(tl.int64)
@@ -324,7 +326,7 @@ def polish_kernel(
     tl.store(share + item, value // tl.maximum(replicas, 1), mask=is_real)
     tl.debug_barrier()
     item, own, load, is_crowded = loads_of(items, share, position, num_slots, size)
-    # The rule is for rows with replicas that are apart.
+    # The rule applies to rows that have replicas, all of them apart.
     apart = tl.where((is_crowded == 0) & (tl.max(tl.where(is_real, replicas, 0), 0) > 1), 1, 0)
     mark(holds, item, position, num_slots, size, num_packs, apart, 1)
     partners = tl.minimum(_PARTNERS, num_packs - 1)
@@ -349,8 +351,8 @@ def polish_kernel(
 
 @triton.jit
 def _row(weight, items, num_items, size, N: tl.constexpr):
-    """Where this program's row begins, and by position `[N]`: itself, whether it is no padding, its pack's first
-    position, its item and that one's weight.
+    """The start of this program's row; and by position `[N]`: the position, whether it is real, the first position of
+    its pack, its item and the item's weight.
     """
     row = tl.program_id(0).to(tl.int64) * num_items
     position = tl.arange(0, N)
@@ -362,7 +364,7 @@ def _row(weight, items, num_items, size, N: tl.constexpr):
 
 @triton.jit
 def _pack_load(weight, items, begin, size, is_real, shift):
-    """`[N]` int64, by position the load of its pack, of weights shifted right; huge for padding."""
+    """`[N]` int64: the load of each position's pack, with weights shifted right; huge for padding."""
     load = begin.to(tl.int64) * 0
     for index in range(size):
         item = tl.load(items + begin + index, mask=is_real, other=0)

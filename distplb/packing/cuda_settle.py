@@ -1,11 +1,11 @@
-"""Steps 10 and 11 in Triton, on one row, as `settle` has them. Imported by `cuda_kernels` alone.
+"""Steps 10 and 11 in Triton, on one row, as in `settle`. Only `cuda_kernels` imports this.
 
 Shapes: X rows, T steps, L layers, E experts, P slots, M packs, G = P / M slots in each; N ≥ P and the constexpr M are
-the powers of two that a row is padded to. S steps of all packs are a tile, and so are K exchanges: an exchange has the
-index `slot of the pack × P + place`, as in the reference, and a thread adds up its own exchanges' steps alone.
+the powers of two that a row is padded to. A tile is S steps of all packs, or K exchanges. An exchange has the index
+`slot in the pack × P + place`, as in the reference, and each thread adds up the steps of its own exchanges.
 
-Tokens are int32, because their sum over all steps and packs is at most 2^30; scores and tolls are int64. What is
-in memory about a row, and the functions that write it, are in `cuda_settle_state`.
+Tokens are int32, because their sum over all steps and packs is at most 2^30; scores and tolls are int64. A row's state
+in memory, and the functions that write it, are in `cuda_settle_state`.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
@@ -44,30 +44,30 @@ def settle_kernel(
     """Steps 10 and 11 on rows of two packs or more.
 
     Args:
-        items: `[X, P]` int64, the packing to begin with.
-        table: `[X, P]` int64, written first: the packing at work, and at the end the result.
+        items: `[X, P]` int64, the initial packing.
+        table: `[X, P]` int64, written before it is read: the current packing, and at the end the result.
         best: `[X, P]` int64, scratch: the cheapest packing of step 10.
-        share: `[X, T, N]` int32, scratch: what the replica in a slot weighs.
-        load: `[X, T, M]` int32, scratch: what a pack weighs, in step 10 less the ceiling.
-        rest: `[X, T, M]` int32, scratch: the heaviest pack but for the one at work and this one.
-        lower: `[X, T]` int32, scratch: how far the second ceiling lies below the first.
-        above: `[X, M]` int32, scratch: how much a pack stands out.
-        holds: `[X, E, M]` int8, scratch: whether a pack holds an expert; only where replicas stay apart.
+        share: `[X, T, N]` int32, scratch: the weight of the replica in a slot.
+        load: `[X, T, M]` int32, scratch: the load of a pack, in step 10 minus the ceiling.
+        rest: `[X, T, M]` int32, scratch: load of the heaviest pack other than the current one and this one.
+        lower: `[X, T]` int32, scratch: how far the second ceiling is below the first.
+        above: `[X, M]` int32, scratch: tokens of a pack above the ceilings of step 10.
+        holds: `[X, E, M]` int8, scratch: whether a pack holds an expert; only if replicas stay apart.
         tokens: `[L, T, E]` int64.
         region: `[P]` int64.
-        distance: `[L, E, M]` int8, or None where moving is free.
-        price: `[L, 3]` int64, or None as well.
+        distance: `[L, E, M]` int8, or None if moving is free.
+        price: `[L, 3]` int64, or None if moving is free.
         layer: `[X]` int64.
         ceiling: `[X]` int64.
         num_steps, num_experts, num_slots, num_packs: T, E, P, M.
-        num_scans: how often a pack looks for an exchange under each ceiling, and in step 11, at most.
-        apart: 1 where no exchange may bring two replicas of an expert into one pack, else 0.
-        N: power of two from P up.
-        M: power of two from the number of packs up.
+        num_scans: maximum number of searches for an exchange under each ceiling, and in step 11.
+        apart: 1 if no exchange may bring two replicas of an expert into one pack, else 0.
+        N: a power of two, at least P.
+        M: a power of two, at least the number of packs.
         S: steps in a tile; a power of two.
         K: exchanges in a tile; a power of two.
-        U: steps that are added up in a row; T is a multiple of it.
-        A: height of a tile of slots; a power of two, up to N.
+        U: steps that are added up at a time; divides T.
+        A: height of a tile of slots; a power of two, at most N.
     """
     row = tl.program_id(0).to(tl.int64)
     items += row * num_slots
@@ -87,11 +87,11 @@ def settle_kernel(
     position = tl.arange(0, N)
     copy(items, table, position, num_slots)
     copy(items, best, position, num_slots)
-    # An exchange leaves replica counts as they are, so whether there are any is found out once.
+    # An exchange does not change replica counts, so whether any expert has replicas is computed only once.
     apart *= write_loads(table, tokens, share, load, num_steps, num_experts, num_slots, num_packs, N, M, S, A)
     write_holds(table, holds, position, num_slots, num_packs, apart)
 
-    # Step 10. Tolls count from the start.
+    # Step 10. Tolls are relative to the initial packing.
     part = tl.load(ceiling + row)
     lowest_cost, first, second = set_ceilings(load, lower, part, num_steps, num_packs, M, S)
     paid, limits = lowest_cost * 0, first
@@ -120,15 +120,15 @@ def _exchange_while_better(
     num_steps, num_slots, num_packs, num_scans,
     N: tl.constexpr, M: tl.constexpr, S: tl.constexpr, K: tl.constexpr, U: tl.constexpr,
 ):  # fmt: skip
-    """The exchanges of step 10 under one ceiling, where `rest` is None, or those of step 11.
+    """Make the exchanges of step 10 under one ceiling if `rest` is None, else those of step 11.
 
-    Step 10 writes the cheapest packing to `best [P]` and answers what it costs and what the last one's moves do.
+    Step 10 writes the cheapest packing to `best [P]` and returns its cost, and `paid` for the last packing.
 
     Args:
-        limits: the ceilings, added up over the steps.
+        limits: the ceilings, summed over the steps.
         lowest_cost: cost of the packing in `best`.
-        paid: tolls of the packing in `table` above those of the first.
-        apart: 1 where there are replicas and no exchange may bring two of an expert into one pack, else 0.
+        paid: tolls of the packing in `table` minus those of the initial packing.
+        apart: 1 if there are replicas and no exchange may bring two of an expert into one pack, else 0.
     """
     size = num_slots // num_packs
     position, pack = tl.arange(0, N), tl.arange(0, M)
@@ -178,18 +178,20 @@ def _best_exchange(
     table, share, load, rest, above, holds, region, distance, price, here, at_stake, apart,
     num_steps, num_slots, num_packs, N: tl.constexpr, M: tl.constexpr, K: tl.constexpr, U: tl.constexpr,
 ):  # fmt: skip
-    """The exchange of pack `here` with the highest score, the first of equals: score, not positive for none; index.
+    """The best exchange of pack `here`, the first of equals: its score, 0 if there is none, and its index.
 
     Args:
-        rest: `[T, M]`, and the score is by how much the cost falls; or None, and it is what is taken away for its toll.
-        at_stake: the heaviest packs, added up over the steps; or how much pack `here` stands out.
+        rest: `[T, M]`, and the score is how much the cost falls; or None, and it is the tokens removed above the
+            ceilings for the toll.
+        at_stake: the loads of the heaviest packs, summed over the steps; or the tokens of pack `here` above the
+            ceilings.
     """
     size = num_slots // num_packs
     best = tl.full([K], 0, tl.int64)  # each cell's best score, over all tiles
     best_at = tl.full([K], 0, tl.int32)  # and the first exchange that has it
     for start in range(0, size * num_slots, K):
         nth = start + tl.arange(0, K)
-        flat = tl.minimum(nth, size * num_slots - 1)  # padding looks at the last one, so that no load needs a mask
+        flat = tl.minimum(nth, size * num_slots - 1)  # padding reads the last one, so that no load needs a mask
         slot, place = here * size + flat // num_slots, flat % num_slots
         there = place // size
         leaving, coming = tl.load(table + slot), tl.load(table + place)
@@ -199,7 +201,8 @@ def _best_exchange(
         goes = tl.load(holds + leaving * num_packs + there, mask=is_bound, other=0)
         comes = tl.load(holds + coming * num_packs + here, mask=is_bound, other=0)
         is_allowed = is_allowed & ((goes | comes) == 0)
-        after = tl.full([K], 0, tl.int32)  # the two packs above the ceiling, or the heaviest pack; over all steps
+        # Over all steps: tokens of the two packs above the ceiling, or the heaviest pack.
+        after = tl.full([K], 0, tl.int32)
         for first in range(0, num_steps, U):
             shares, loads = share + first * N, load + first * M
             own, other, beside = shares + slot, shares + place, loads + there

@@ -1,9 +1,9 @@
-"""What is in memory about a row in steps 10 and 11, in Triton. Imported by `cuda_settle` alone; shapes as there.
+"""A row's state in memory in steps 10 and 11, in Triton. Only `cuda_settle` imports this; shapes as there.
 
-By step: `share [T, N]`, what is in a slot, and `load [T, M]`, what is in a pack, in step 10 less the ceiling. These are
-padded, so that a few steps in a row are constant distances apart. Threads read what other threads wrote, so each
-function that writes has a barrier before its first store, since another thread may still read the old value, and one
-after its last.
+By step: `share [T, N]`, the weight in a slot, and `load [T, M]`, the load of a pack, in step 10 minus the ceiling. Both
+are padded, so that consecutive steps are a constant distance apart. Threads read what other threads wrote, so each
+function that writes has a barrier before its first store, because another thread may still be reading the old value,
+and one after its last.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
@@ -30,13 +30,13 @@ __all__ = [
 ]
 
 _CEILING_BITS = tl.constexpr(16)
-_PADDING = tl.constexpr(-(1 << 30))  # below every load less a ceiling: what padding has
-_NO_PACK = tl.constexpr((1 << 31) - 1)  # above every pack
+_PADDING = tl.constexpr(-(1 << 30))  # value of padding, below every load minus a ceiling
+_NO_PACK = tl.constexpr((1 << 31) - 1)  # above every index of a pack
 
 
 @triton.jit
 def added_toll(distance, price, leaving, coming, here, there, num_packs):
-    """Tolls after less tolls before, where expert `leaving` of pack `here` and `coming` of `there` exchange; int64."""
+    """Toll added when expert `leaving` of pack `here` and `coming` of `there` are exchanged; int64."""
     mine, other = distance + leaving * num_packs, distance + coming * num_packs
     after = tl.load(price + tl.load(mine + there)) + tl.load(price + tl.load(other + here))
     return after - tl.load(price + tl.load(mine + here)) - tl.load(price + tl.load(other + there))
@@ -47,7 +47,7 @@ def write_exchange(
     table, share, load, holds, distance, price, here, flat, apart, num_steps, num_slots, num_packs,
     N: tl.constexpr, M: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
-    """Make the exchange `flat` of pack `here`, in all that is written about the row; the toll that it adds."""
+    """Make the exchange `flat` of pack `here` in all of the row's state; returns the toll that it adds."""
     size = num_slots // num_packs
     one, other = here * size + flat // num_slots, flat % num_slots
     there = other // size
@@ -71,7 +71,7 @@ def write_exchange(
         tl.store(loads + there, theirs + goes - comes, mask=is_step)
     tl.debug_barrier()
     if apart > 0:
-        # Of two replicas that were in one pack, the other is there still.
+        # If a pack had two replicas of an expert, one is still there.
         position = tl.arange(0, N)
         item = tl.load(table + position, mask=position < num_slots, other=-1)
         stays = tl.max(((item == leaving) & (position // size == here)).to(tl.int32), 0)
@@ -84,7 +84,7 @@ def write_exchange(
     return paid
 
 
-# --- what a row weighs ------------------------------------------------------------------------------------------
+# --- loads of a row ---------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -92,7 +92,7 @@ def write_loads(
     table, tokens, share, load, num_steps, num_experts, num_slots, num_packs,
     N: tl.constexpr, M: tl.constexpr, S: tl.constexpr, A: tl.constexpr,
 ):  # fmt: skip
-    """Write `share [T, N]` and `load [T, M]` for the packing in `table [P]`; 1 if an expert has replicas, else 0."""
+    """Write `share [T, N]` and `load [T, M]` of the packing in `table [P]`; returns 1 if there are replicas, else 0."""
     position, pack = tl.arange(0, N), tl.arange(0, M)
     is_real = position < num_slots
     item = tl.load(table + position, mask=is_real, other=-1)
@@ -116,7 +116,7 @@ def write_loads(
 
 @triton.jit
 def write_holds(table, holds, position, num_slots, num_packs, apart):
-    """Write to `holds [E, M]`, if `apart`, what the packing in `table [P]` holds, of its own experts."""
+    """If `apart`, write to `holds [E, M]` which packs hold each of the experts in `table [P]`."""
     size = num_slots // num_packs
     is_bound = position < apart * num_slots
     item = tl.load(table + position, mask=is_bound, other=0)
@@ -130,9 +130,9 @@ def write_holds(table, holds, position, num_slots, num_packs, apart):
 
 @triton.jit
 def set_ceilings(load, lower, ceiling, num_steps, num_packs, M: tl.constexpr, S: tl.constexpr):
-    """Take the first ceiling off `load [T, M]`, and write to `lower [T]` how far the second lies below it.
+    """Subtract the first ceiling from `load [T, M]`, and write to `lower [T]` how far below it the second is.
 
-    Answers the heaviest packs, the first ceilings and the second ones, each added up over the steps.
+    Returns the loads of the heaviest packs, the first ceilings and the second ones, each summed over the steps.
     """
     busiest, highs, lows = ceiling * 0, ceiling * 0, ceiling * 0
     for first in range(0, num_steps, S):
@@ -154,7 +154,7 @@ def set_ceilings(load, lower, ceiling, num_steps, num_packs, M: tl.constexpr, S:
 
 @triton.jit
 def lower_ceilings(load, lower, num_steps, num_packs, M: tl.constexpr, S: tl.constexpr):
-    """Take the second ceiling off `load [T, M]`, where the first was."""
+    """Subtract the second ceiling from `load [T, M]` instead of the first."""
     for first in range(0, num_steps, S):
         step, cell, is_cell = _tile(first, num_steps, num_packs, M, S)
         value = tl.load(load + cell, mask=is_cell, other=0)
@@ -166,7 +166,9 @@ def lower_ceilings(load, lower, num_steps, num_packs, M: tl.constexpr, S: tl.con
 
 @triton.jit
 def excess_of(load, above, num_steps, num_packs, M: tl.constexpr, S: tl.constexpr):
-    """How much each pack stands out, `[M]`, also written to `above [M]`; and the heaviest packs less the ceilings."""
+    """Tokens of each pack above the ceilings, `[M]`, also written to `above [M]`; and the heaviest packs minus the
+    ceilings. Both are summed over the steps.
+    """
     over, busiest = tl.full([M], 0, tl.int32), num_steps * 0
     for first in range(0, num_steps, S):
         step, cell, is_cell = _tile(first, num_steps, num_packs, M, S)
@@ -182,7 +184,7 @@ def excess_of(load, above, num_steps, num_packs, M: tl.constexpr, S: tl.constexp
 
 @triton.jit
 def lead_of(load, num_steps, num_packs, M: tl.constexpr, S: tl.constexpr):
-    """`[M]`, by how much each pack is alone in being the busiest; and the heaviest packs, added up over the steps."""
+    """`[M]`: how far each pack leads the second-heaviest; and the heaviest packs' loads. Both summed over the steps."""
     over, busiest = tl.full([M], 0, tl.int32), num_steps * 0
     pack = tl.arange(0, M)[None, :]
     for first in range(0, num_steps, S):
@@ -198,7 +200,7 @@ def lead_of(load, num_steps, num_packs, M: tl.constexpr, S: tl.constexpr):
 
 @triton.jit
 def write_rest(load, rest, here, num_steps, num_packs, M: tl.constexpr, S: tl.constexpr):
-    """Write to `rest [T, M]` the heaviest pack but for `here` and each one; 0 where there is none."""
+    """Write to `rest [T, M]`, for each pack, the heaviest load of all but it and `here`; 0 if there is none."""
     pack = tl.arange(0, M)[None, :]
     tl.debug_barrier()
     for first in range(0, num_steps, S):
@@ -216,7 +218,7 @@ def write_rest(load, rest, here, num_steps, num_packs, M: tl.constexpr, S: tl.co
 
 @triton.jit
 def _tile(first, num_steps, num_packs, M: tl.constexpr, S: tl.constexpr):
-    """Of S steps and all packs: the steps `[S]`, where the cells are in a tensor `[T, M]`, and which are no padding."""
+    """A tile of S steps and all packs: the steps `[S]`, the cells' offsets in `[T, M]`, and which are not padding."""
     step, pack = first + tl.arange(0, S), tl.arange(0, M)
     is_cell = (step < num_steps)[:, None] & (pack < num_packs)[None, :]
     return step, step[:, None] * M + pack[None, :], is_cell
@@ -224,7 +226,7 @@ def _tile(first, num_steps, num_packs, M: tl.constexpr, S: tl.constexpr):
 
 @triton.jit
 def _busiest(value, pack):
-    """`[S]` the largest of each row of `value [S, M]`, and which pack that is, the first of equals."""
+    """`[S]`: the largest value in each row of `value [S, M]`; and its pack, the first of equals."""
     top = tl.max(value, 1)
     return top, tl.min(tl.where(value == top[:, None], pack, _NO_PACK), 1)
 

@@ -1,13 +1,13 @@
-"""The packing core's steps in Triton, on one row, for the kernels in `cuda_kernels`, which alone imports this.
+"""The packing core's steps in Triton, on one row. Only the `cuda_*` modules import this.
 
-Shapes: E experts, P slots, M packs, G = P / M slots in each, N ≥ P and B ≥ E powers of two that a row is padded to, A
-a tile's height: that many positions are tried against all N at once. Without replicas slots are items, and P = n,
-G = g. A row's packing is in registers, by position: `item`, what is there; `own`, its weight; `load`, that of its
-pack, huge for padding. Swaps are masks, and single elements are picked by masked sums, so that hardly any thread
-waits for what another one wrote to memory; where one does, a barrier says so.
+Shapes: E experts, P slots, M packs, G = P / M slots in each; N ≥ P and B ≥ E are the powers of two that a row is padded
+to; A is the height of a tile: this many positions are tried against all N at once. Without replicas slots are items,
+and P = n, G = g. A row's packing is in registers, by position: `item`; `own`, its weight; `load`, the load of its
+pack, huge for padding. Swaps are masks, and single elements are picked by masked sums, so that threads hardly ever
+read what another one wrote to memory; where they do, there is a barrier.
 
-The rule that replicas of an expert stay apart takes `holds [E, M]` int8 in memory, whether a pack holds an expert.
-It is None where there are no replicas, and not looked at where `apart`, 0 or 1, is 0.
+The rule that replicas of an expert stay apart needs `holds [E, M]` int8 in memory: whether a pack holds an expert. It
+is None if there are no replicas, and is not read if `apart` (0 or 1) is 0.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
@@ -40,9 +40,9 @@ __all__ = [
 
 MAX_ROUNDS = tl.constexpr(50)
 PAIR_ROUNDS = tl.constexpr(20)
-HUGE = tl.constexpr(1 << 62)  # above every load and every packed key: what padding and full packs have
-_NONE = tl.constexpr((1 << 31) - 1)  # above every flat index, which stay in int32
-# Numbers that change from call to call, which would each get a compiled version of their own where they are 1.
+HUGE = tl.constexpr(1 << 62)  # above every load and every packed key; the value of padding and full packs
+_NONE = tl.constexpr((1 << 31) - 1)  # above every flat index, all of which fit into int32
+# Integers that change from call to call; Triton would compile a separate version for each that is 1.
 NUMBERS = ["num_experts", "num_slots", "num_packs", "num_pairs", "pair_rounds", "attempts", "begin_with", "end_with"]
 NUMBERS += ["num_steps", "num_scans", "apart"]
 
@@ -57,7 +57,7 @@ def divide(key, expert, num_experts, num_slots, most, B: tl.constexpr):
     `key [B]` int64, `expert [B]` counts from 0; no expert gets more than `most`.
     """
     replicas = (expert < num_experts).to(tl.int64)
-    # Share and, in the low bits, the expert from behind: the largest of these numbers is the first of the largest.
+    # Share and, in the low bits, the expert counted from the end: the largest of these is the first largest share.
     packed = tl.where((replicas > 0) & (most > 1), key * B + (B - 1 - expert), -1)
     for _ in range(num_slots - num_experts):
         is_largest = packed == tl.max(packed, 0)
@@ -69,10 +69,10 @@ def divide(key, expert, num_experts, num_slots, most, B: tl.constexpr):
 
 @triton.jit
 def order_slots(key, replicas, expert, num_experts, order, B: tl.constexpr, A: tl.constexpr):
-    """Write to `order [P]` the expert of each slot in descending order of key / replicas, first experts first."""
+    """Write to `order [P]` the expert of each slot in descending order of key / replicas; ties in order of experts."""
     share = key // tl.maximum(replicas, 1)
-    packed = tl.where(expert < num_experts, share * B + (B - 1 - expert), -1)  # [B], no two the same but padding
-    start = expert.to(tl.int64) * 0  # [B], slots that come before the expert's
+    packed = tl.where(expert < num_experts, share * B + (B - 1 - expert), -1)  # [B], no two the same except padding
+    start = expert.to(tl.int64) * 0  # [B], number of slots before the expert's
     for first in range(0, num_experts, A):
         is_before = block_of(packed, first, B, A)[:, None] > packed[None, :]  # [A, B]
         start += tl.sum(tl.where(is_before, block_of(replicas, first, B, A)[:, None], 0), 0)
@@ -82,15 +82,15 @@ def order_slots(key, replicas, expert, num_experts, order, B: tl.constexpr, A: t
 
 @triton.jit
 def greedy(table, order, share, position, num_slots, size, apart, N: tl.constexpr, M: tl.constexpr):
-    """Step 2: each slot to the lightest pack that is not full and, with `apart`, does not hold the expert.
+    """Step 2: put each slot into the lightest pack that is not full and, with `apart`, does not hold the expert.
 
-    Writes `table [P]`; reads `order [P]` and `share [E]`. Another thread may have written those; barriers before and
-    after are the caller's. M is a power of two from the number of packs up.
+    Writes `table [P]`; reads `order [P]` and `share [E]`, which other threads may have written: the caller places a
+    barrier before and after. M is a power of two, at least the number of packs.
     """
     begin = tl.arange(0, M).to(tl.int64) * size  # [M], each pack's first position
     end = begin + size
     key = tl.where(begin < num_slots, begin, HUGE)  # [M], load and next free position, as in `greedy_kernel`
-    # An expert's replicas come one after the other, so one mask tells which packs hold the expert.
+    # An expert's replicas come one after the other, so one mask records which packs hold the expert.
     held, last = begin < 0, tl.load(order) * 0 - 1
     for step in range(num_slots):
         expert = tl.load(order + step)
@@ -113,14 +113,14 @@ def greedy(table, order, share, position, num_slots, size, apart, N: tl.constexp
 
 @triton.jit
 def _displace(table, share, expert, to, position, num_slots, size):
-    """Put `expert`, which the pack that begins at `to` holds already, in another's place: the place, and that other.
+    """Put `expert`, which the pack that begins at `to` already holds, in the place of another; returns place and other.
 
-    As `steps._displace`. The pack that is changed is full, or it would have had room: its load is not needed again.
+    As in `steps._displace`. The pack that changes is full, or it would have had room, so its load is not needed again.
     """
-    tl.debug_barrier()  # the slots were written by one thread
+    tl.debug_barrier()  # a single thread wrote the slots
     is_real = position < num_slots
     begin = position // size * size
-    other = tl.load(table + position, mask=is_real, other=-1)  # [N], -1 where nothing is yet
+    other = tl.load(table + position, mask=is_real, other=-1)  # [N], -1 where a slot is still empty
     is_barred = other < 0
     for index in range(size):
         beside = tl.load(table + begin + index, mask=is_real, other=-1)
@@ -129,7 +129,7 @@ def _displace(table, share, expert, to, position, num_slots, size):
     distance = tl.where(is_barred, HUGE, distance)
     place = first_of(distance == tl.min(distance, 0), position)
     leaves = tl.sum(tl.where(position == place, other, 0), 0)
-    tl.debug_barrier()  # another thread may still read what is overwritten now
+    tl.debug_barrier()  # another thread may still be reading what is overwritten now
     tl.store(table + place, expert)
     return place, leaves
 
@@ -145,7 +145,7 @@ def loads_of(table, share, position, num_slots, size):
     for index in range(size):
         beside = tl.load(table + begin + index, mask=is_real, other=0)
         load += tl.load(share + beside, mask=is_real, other=0)
-        equal += (beside == item).to(tl.int64)  # once it is itself
+        equal += (beside == item).to(tl.int64)  # counts itself once
     return item, own, tl.where(is_real, load, HUGE), tl.max(tl.where(is_real, equal, 0), 0) > 1
 
 
@@ -156,7 +156,7 @@ def loads_of(table, share, position, num_slots, size):
 def lower_max(
     item, own, load, position, num_slots, size, rounds, holds, num_packs, apart, N: tl.constexpr, A: tl.constexpr
 ):
-    """Steps 4 and 7: the swap with the heaviest pack that leaves the smaller maximum of its two packs."""
+    """Steps 4 and 7: make the swap with the heaviest pack that minimises the heavier of the two packs."""
     begin = position // size * size
     left = rounds
     while left > 0:
@@ -164,11 +164,11 @@ def lower_max(
         heavy = first_of(load == peak, position)  # the heaviest pack's first position
         best = tl.full([A, N], 0, tl.int64) + peak
         best_at = tl.full([A, N], 0, tl.int32)
-        if holds is not None:  # [N], whether the heaviest pack holds what is at a position
+        if holds is not None:  # [N], whether the heaviest pack holds the item of a position
             comes = tl.load(holds + item * num_packs + heavy // size, mask=position < apart * num_slots, other=0)
         for first in range(0, size, A):
             at = first + tl.arange(0, A)  # [A], in the heaviest pack
-            # Past the pack's last item it would give weight 0, which never makes it lighter.
+            # Positions past the pack's last item have weight 0, and giving up 0 never makes the pack lighter.
             own_at = tl.where(at < size, _pick(own, position, heavy + at), 0)
             lost = own_at[:, None] - own[None, :]  # [A, N], what the heaviest pack would lose
             worst = tl.maximum(load[None, :] + lost, peak - lost)
@@ -196,15 +196,15 @@ def swap_pairs(
     item, own, load, position, num_slots, size, rounds, partner, pairs, num_pairs, holds, num_packs, apart,
     Q: tl.constexpr, A: tl.constexpr,
 ):  # fmt: skip
-    """Step 6: two items of the heaviest pack for two of the lightest, the smallest difference that remains.
+    """Step 6: swap two items of the heaviest pack for the two of the lightest that leave the smallest difference.
 
-    The lightest is the `partner`-th, from 0. Answers item, own, load, and how often it did so.
+    The lightest here is the `partner`-th lightest, counted from 0. Returns item, own, load and the number of swaps.
 
     Args:
-        pairs: `[2, q]` int64, two positions in a pack, first < second, in lexicographic order.
+        pairs: `[2, q]` int64, pairs of positions in a pack, first < second, in lexicographic order.
         num_pairs: q.
-        Q: power of two from q up.
-        A: power of two, up to Q.
+        Q: a power of two, at least q.
+        A: a power of two, at most Q.
     """
     begin = position // size * size
     inside, pair = tl.arange(0, 16), tl.arange(0, Q)
@@ -221,7 +221,7 @@ def swap_pairs(
         of_heavy, of_light = _pick(own, position, heavy + inside), _pick(own, position, light + inside)  # [16]
         from_heavy = tl.sum(tl.where(in_pair, of_heavy[None, :], 0), 1)  # [Q]
         from_light = tl.sum(tl.where(in_pair, of_light[None, :], 0), 1)
-        if holds is not None:  # [Q], whether one of the two is where they would go
+        if holds is not None:  # [Q], whether the other pack already holds one of the two
             goes = _held_pairs(holds, item, position, heavy, light, in_pair, size, num_packs, apart)
             comes = _held_pairs(holds, item, position, light, heavy, in_pair, size, num_packs, apart)
         best = tl.full([A, Q], 0, tl.int64) + gap
@@ -252,7 +252,7 @@ def swap_pairs(
 
 @triton.jit
 def _held_pairs(holds, item, position, source, target, in_pair, size, num_packs, apart):
-    """`[Q]`, of the pairs in the pack at `source`: not 0 where the pack at `target` holds one of the two."""
+    """`[Q]`: nonzero for each pair in the pack at `source` of which the pack at `target` holds one."""
     inside = tl.arange(0, 16)
     held = holds + _pick(item, position, source + inside) * num_packs + target // size  # [16]
     is_held = tl.load(held, mask=inside < apart * size, other=0).to(tl.int32)
@@ -261,7 +261,7 @@ def _held_pairs(holds, item, position, source, target, in_pair, size, num_packs,
 
 @triton.jit
 def _nth_lightest(load, begin, nth):
-    """Load and first position of the pack that comes `nth`, from 0, from the lightest up, first packs first."""
+    """Load and first position of the `nth` lightest pack, counted from 0; ties in order of positions."""
     low = tl.min(load, 0)
     light = first_of(load == low, begin)
     for _ in range(nth):
@@ -276,7 +276,7 @@ def _nth_lightest(load, begin, nth):
 
 @triton.jit
 def mark(holds, item, position, num_slots, size, num_packs, apart, value: tl.constexpr):
-    """Set `holds [E, M]` to `value` for what the packing holds, if `apart`; all threads see that."""
+    """If `apart`, set `holds [E, M]` to `value` for the packing's items, visible to all threads."""
     tl.debug_barrier()
     tl.store(holds + item * num_packs + position // size, value, mask=position < apart * num_slots)
     tl.debug_barrier()
@@ -284,21 +284,21 @@ def mark(holds, item, position, num_slots, size, num_packs, apart, value: tl.con
 
 @triton.jit
 def _record_exchange(holds, item, position, size, here, there, num_packs, apart):
-    """Write to `holds [E, M]`, if `apart`, that two positions of different packs exchange what is there."""
+    """If `apart`, record in `holds [E, M]` that two positions of different packs exchange their items."""
     if apart > 0:
         leaves = tl.sum(tl.where(position == here, item, 0), 0) * num_packs
         comes = tl.sum(tl.where(position == there, item, 0), 0) * num_packs
-        tl.debug_barrier()  # another thread may still read what is overwritten now
+        tl.debug_barrier()  # another thread may still be reading what is overwritten now
         tl.store(holds + leaves + here // size, 0)
         tl.store(holds + comes + there // size, 0)
         tl.store(holds + leaves + there // size, 1)
         tl.store(holds + comes + here // size, 1)
-        tl.debug_barrier()  # and all threads read it next
+        tl.debug_barrier()  # all threads read it next
 
 
 @triton.jit
 def nth_giver(weight, replicas, expert, nth, B: tl.constexpr):
-    """The expert whose replicas would weigh the `nth`-th least, from 0, with one fewer; there must be one."""
+    """The expert whose replicas would weigh the `nth` least, counted from 0, after losing one; must exist."""
     share = weight // tl.maximum(replicas - 1, 1)
     packed = tl.where(replicas > 1, share * B + expert, HUGE)  # [B]
     minimum = tl.min(packed, 0)
@@ -331,7 +331,7 @@ def _pick(value, position, at):
 
 @triton.jit
 def replicas_of(item, num_slots, N: tl.constexpr, A: tl.constexpr):
-    """`[N]` int64: how many slots have what a position has, in `item [N]`; padding has something of its own."""
+    """`[N]` int64: how many slots have the same `item [N]` as each position; padding has an item of its own."""
     replicas = item * 0
     for first in range(0, num_slots, A):
         is_same = block_of(item, first, N, A)[:, None] == item[None, :]  # [A, N]
@@ -341,13 +341,13 @@ def replicas_of(item, num_slots, N: tl.constexpr, A: tl.constexpr):
 
 @triton.jit
 def first_of(is_best, flat):
-    """The least of the int32 numbers `flat`, of any shape, where `is_best`."""
+    """The smallest of the int32 indices `flat`, of any shape, where `is_best`."""
     return tl.min(tl.where(is_best, flat, _NONE))
 
 
 @triton.jit
 def exchange(item, own, load, position, begin, size, here, there):
-    """Item, weight and pack load by position `[N]`, once two positions of different packs exchange theirs."""
+    """Item, weight and pack load by position `[N]` after two positions of different packs exchange their items."""
     is_here, is_there = position == here, position == there
     lost = tl.sum(tl.where(is_here, own, tl.where(is_there, -own, 0)), 0)
     load -= tl.where(begin == here // size * size, lost, 0)

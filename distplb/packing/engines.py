@@ -1,4 +1,4 @@
-"""Which engine packs: one contract, found by name. Engines agree to the bit, so the fastest one there is serves."""
+"""Engines behind one protocol, chosen by name. They agree to the bit, so the fastest one available is the default."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ __all__ = ["Engine", "engine_named"]
 class Engine(Protocol):
     """Packing; shapes and meaning as in `packing.reference`, which is the specification.
 
-    `pack` and `finish` are the floor, `balanced_packing`; `refine`, `polish` and `settle` are the planner's own.
+    `balanced_packing` calls `pack` and `finish`; the planner calls `refine`, `polish` and `settle`.
     """
 
     def pack(self, weight: Tensor, num_packs: int, *, layer: Tensor, candidate: Tensor, seed: int = 0) -> Tensor:
-        """Steps 1 to 4: `items [X, n]`, one candidate a row."""
+        """Steps 1 to 4: `items [X, n]`, one candidate per row."""
 
     def finish(self, weight: Tensor, items: Tensor, num_packs: int) -> Tensor:
         """Steps 6 and 7 on chosen packings."""
@@ -37,27 +37,27 @@ class Engine(Protocol):
         seed: int = 0,
         shared: bool = True,
     ) -> Tensor:
-        """Steps 0 to 8: `table [X, P]`, one candidate a row."""
+        """Steps 0 to 8: `table [X, P]`, one candidate per row."""
 
     def polish(self, weight: Tensor, table: Tensor, num_packs: int) -> Tensor:
         """Step 9 on chosen packings."""
 
     def settle(self, terms: Terms, table: Tensor, num_packs: int, *, layer: Tensor, ceiling: Tensor) -> Tensor:
-        """Steps 10 and 11, with every step of the load and the price of moves."""
+        """Steps 10 and 11 on packings, which use every step of the load and the price of moves."""
 
 
 _ENGINES = {"reference": reference, "cpu": cpu, "cuda": cuda}
 _MISSING = {
     "cpu": "Numba is not installed; pip install 'distplb[fast]'",
-    "cuda": "it takes Triton and a CUDA device; install torch's CUDA build on a machine with a GPU",
+    "cuda": "it needs Triton and a CUDA device; install torch's CUDA build on a machine with a GPU",
 }
 
 
 def engine_named(name: str | None, device: torch.device | str = "cpu") -> tuple[str, Engine]:
-    """The engine of that name, ready to run; for None, the fastest that is there for data on `device`.
+    """The engine of that name, ready to run; for None, the fastest one available for data on `device`.
 
     Raises:
-        DistplbError: if an engine is asked for by name and is not there.
+        DistplbError: if the name is unknown, or that engine is not available.
     """
     if name is None:
         name = "cpu" if cpu.is_there() else "reference"
@@ -65,12 +65,10 @@ def engine_named(name: str | None, device: torch.device | str = "cpu") -> tuple[
             name = "cuda"
     if name not in _ENGINES:
         known = ", ".join(_ENGINES)
-        raise OptionError(
-            "{engine} {name!r} is not there; pass one of {known}, or {engine:None}", name=name, known=known
-        )
+        raise OptionError("{engine} {name!r} is unknown; pass one of {known}, or {engine:None}", name=name, known=known)
     if (name == "cpu" and not cpu.is_there()) or (name == "cuda" and not cuda.is_there()):
         raise OptionError(
-            "{engine} {name!r} is not there: {missing}, or pass {engine:None}", name=name, missing=_MISSING[name]
+            "{engine} {name!r} is not available: {missing}, or pass {engine:None}", name=name, missing=_MISSING[name]
         )
     if name == "cpu":
         cpu.warm_up()

@@ -26,20 +26,20 @@ from distplb.packing.steps import (
 
 __all__ = ["finish", "pack", "polish", "refine", "settle"]
 
-# Step 8 looks at rows whose heaviest pack is more than 2^-8 above the mean.
+# Step 8 works on rows whose heaviest pack is more than 2^-8 above the mean.
 _WORTH_BITS, _GIVERS = 8, 8
-_PARTNERS = 4  # packs, the lightest first, that step 9 tries pair swaps with
+_PARTNERS = 4  # number of packs, lightest first, with which step 9 tries pair swaps
 
 
 def pack(weight: Tensor, num_packs: int, *, layer: Tensor, candidate: Tensor, seed: int = 0) -> Tensor:
-    """Steps 1 to 4 of `balanced_packing` for one candidate a row: `items [X, n]`.
+    """Steps 1 to 4 of `balanced_packing` for one candidate per row: `items [X, n]`.
 
     Args:
         weight: `[X, n]` int64, each row's total at most 2^40; n a multiple of `num_packs`.
         num_packs: M.
         layer: `[X]` int64, the row's layer.
         candidate: `[X]` int64, the row's candidate.
-        seed: of the whole plan.
+        seed: seed of the whole plan.
     """
     if weight.shape[1] == num_packs:
         return one_item_a_pack(weight)
@@ -49,7 +49,7 @@ def pack(weight: Tensor, num_packs: int, *, layer: Tensor, candidate: Tensor, se
 
 
 def finish(weight: Tensor, items: Tensor, num_packs: int) -> Tensor:
-    """Steps 6 and 7 on the chosen packings: pair swaps, then the min-max refinement once more."""
+    """Steps 6 and 7 on the chosen packings: pair swaps, then the min-max refinement again."""
     return lower_max(weight, swap_pairs(weight, items, num_packs), num_packs)
 
 
@@ -63,18 +63,18 @@ def refine(
     seed: int = 0,
     shared: bool = True,
 ) -> Tensor:
-    """The planner's own search for one candidate a row: `table [X, P]`, the expert of each slot.
+    """The planner's own search for one candidate per row: `table [X, P]`, the expert of each slot.
 
-    Step 0 gives replicas to experts, steps 1 to 7 pack them, step 8 goes on with other replica counts where the
-    heaviest pack is far above the mean. Without replicas that is `finish` of `pack`, and more rounds of step 7.
+    Step 0 gives replicas to experts, steps 1 to 7 pack them, and step 8 tries other replica counts if the heaviest
+    pack is far above the mean. Without replicas, this is `finish` of `pack` with more rounds of step 7.
 
     Args:
         weight: `[X, E]` int64, each row's total at most 2^40.
         num_packs: M.
         num_slots: P, at least E; a multiple of `num_packs`.
         layer, candidate, seed: as for `pack`.
-        shared: whether replicas of an expert may be in one pack; they are only where that makes the heaviest pack
-            lighter. If not, or if there are no replicas, a pack has at most E slots.
+        shared: whether replicas of an expert may share a pack, which they do only if that makes the heaviest pack
+            lighter. If False, or without replicas, a pack has at most E slots.
     """
     num_experts = weight.shape[1]
     if num_slots == num_experts == num_packs:
@@ -82,7 +82,7 @@ def refine(
     key = noisy_keys(weight, layer=layer, candidate=candidate, seed=seed)
     if num_slots == num_experts:
         return _pack_once(weight, key, torch.ones_like(key), num_packs, apart=False)
-    if num_slots > num_packs * num_experts:  # apart there is no room
+    if num_slots > num_packs * num_experts:  # no room to keep replicas apart
         return _search(weight, key, num_packs, num_slots, apart=False)
     table = _search(weight, key, num_packs, num_slots, apart=True)
     if not shared:
@@ -98,13 +98,13 @@ def refine(
 
 
 def polish(weight: Tensor, table: Tensor, num_packs: int) -> Tensor:
-    """Step 9, on chosen packings: pair swaps with each of the lightest packs, step 7 after each, while that helps.
+    """Step 9 on the chosen packings: swap pairs with the lightest packs, then step 7, as long as that helps.
 
     Replicas that are apart stay apart.
 
     Args:
         weight: `[X, E]` int64, as for `refine`.
-        table: `[X, P]`.
+        table: `[X, P]`, the chosen packings.
         num_packs: M.
     """
     table = table.clone()
@@ -130,16 +130,16 @@ def polish(weight: Tensor, table: Tensor, num_packs: int) -> Tensor:
 
 
 def settle(terms: Terms, table: Tensor, num_packs: int, *, layer: Tensor, ceiling: Tensor) -> Tensor:
-    """Steps 10 and 11: exchanges that lower what the planner minimises, step by step and with the price of moves.
+    """Steps 10 and 11: exchanges that lower the planner's cost, which counts each step and the price of moves.
 
-    No row costs more than it did.
+    The cost of a row never rises.
 
     Args:
-        terms: what is minimised.
-        table: `[X, P]`, the packings to begin with.
+        terms: the terms of the cost.
+        table: `[X, P]`, the initial packings.
         num_packs: M.
         layer: `[X]` int64, the row's layer in `terms`.
-        ceiling: `[X]` int64 in [0, 2^16], the height of the first ceiling of step 10, in 1 / 2^16.
+        ceiling: `[X]` int64 in [0, 2^16], the height of the first ceiling of step 10, in units of 1 / 2^16.
     """
     names = zip(table, layer.tolist(), ceiling.tolist(), strict=True)
     rows = [settle_row(terms, row, num_packs, layer=of, ceiling=height) for row, of, height in names]
@@ -147,7 +147,7 @@ def settle(terms: Terms, table: Tensor, num_packs: int, *, layer: Tensor, ceilin
 
 
 def _pack_once(weight: Tensor, key: Tensor, replicas: Tensor, num_packs: int, *, apart: bool) -> Tensor:
-    """Steps 2 to 7 with given replica counts `[X, E]`; with replicas step 3 is left out, because it did not help."""
+    """Steps 2 to 7 with given replica counts `[X, E]`; replicas skip step 3, which did not help them."""
     share = weight // replicas
     table = greedy(share, key, replicas, num_packs, apart=apart)
     if table.shape[1] == weight.shape[1]:
@@ -158,10 +158,10 @@ def _pack_once(weight: Tensor, key: Tensor, replicas: Tensor, num_packs: int, *,
 
 
 def _search(weight: Tensor, key: Tensor, num_packs: int, num_slots: int, *, apart: bool) -> Tensor:
-    """Steps 0 to 8: tries to give a replica more to an expert of the heaviest pack, and one less to another.
+    """Steps 0 to 8; each try of step 8 gives one more replica to an expert of the heaviest pack, one fewer to another.
 
-    Try j of a row takes the expert at position j mod G of its heaviest pack, and from the expert whose replicas
-    would weigh the (j div G)-th least afterwards; the first that helps starts the count anew.
+    Try j of a row gives a replica to the expert at position j mod G of the heaviest pack, and takes it from the expert
+    whose replicas would then weigh the (j div G)-th least. A try that helps restarts the count.
     """
     most = num_packs if apart else num_slots
     size = num_slots // num_packs
@@ -197,12 +197,12 @@ def _search(weight: Tensor, key: Tensor, num_packs: int, num_slots: int, *, apar
 
 
 def _replicas(table: Tensor, num_experts: int) -> Tensor:
-    """`[X, E]`: slots of each expert."""
+    """`[X, E]`: number of slots of each expert, at least 1."""
     counts = table.new_zeros(len(table), num_experts)
-    # An expert that is in none of these slots has no share here, and must not divide by 0.
+    # The share of an expert in none of these slots is not used, but must not divide by 0.
     return counts.scatter_add_(1, table, torch.ones_like(table)).clamp_(min=1)
 
 
 def _peak(weight: Tensor, table: Tensor, num_packs: int) -> Tensor:
-    """`[X]`: the heaviest pack."""
+    """`[X]`: load of the heaviest pack."""
     return pack_loads(weight // _replicas(table, weight.shape[1]), table, num_packs).amax(1)

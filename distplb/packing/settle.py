@@ -1,16 +1,16 @@
-"""Steps 10 and 11 in plain torch, row after row: slow, short, what every engine's `settle` equals to the bit.
+"""Steps 10 and 11 in plain torch, row by row: slow and short; every engine's `settle` equals it to the bit.
 
-Steps 1 to 9 pack the sum over the steps. These two look at every step, and at what it takes to bring experts there
-from where they are. Both exchange two slots of different packs at a time, and their cost is the planner's: the
-heaviest pack, added up over the steps, and the tolls of all slots.
+Steps 1 to 9 pack the load summed over its steps. These two consider each step of the load, and the price of moving
+experts from where they are. Both exchange two slots of different packs at a time. Their cost is the planner's: the
+heaviest pack of each step, summed over the steps, plus the tolls of all slots.
 
-(10) Ceilings. A ceiling is drawn in each step between the mean pack and the one that was busiest at the start. While
-     packs stand out, the one that stands out most makes the exchange that takes away most for its toll, whether or
-     not the cost falls at once: many packs may have to come down before the busiest does. A pack that finds none is
-     passed over until an exchange changes it. The cheapest packing that was met goes on. A second ceiling lies at a
-     quarter of the first one's height.
-(11) Descent. The pack that is alone in being busiest, by as much as possible over all steps, makes the exchange after
-     which the cost is least, if that lowers it. A pack that finds none is passed over until the next exchange.
+(10) Ceilings. Each step gets a ceiling between the mean pack and the pack that was heaviest at the start. While packs
+     have tokens above the ceilings, the pack that has most makes the exchange that removes most of them for its toll,
+     even if the cost does not fall at once: many packs may have to get lighter before the heaviest does. A pack
+     without such an exchange is skipped until another pack's exchange changes it. The same follows with a second
+     ceiling, at a quarter of the first one's height. The cheapest packing met on the way is kept.
+(11) Descent. The pack that leads the second-heaviest by most, summed over the steps in which it is the heaviest, makes
+     the exchange that lowers the cost most. A pack without such an exchange is skipped until the next exchange.
 
 Shapes: X rows, T steps, L layers, E experts, P slots, M packs, G = P / M slots in each.
 """
@@ -25,32 +25,32 @@ from torch import Tensor
 
 __all__ = ["MOST_BITS", "Terms", "scans", "settle_row"]
 
-MOST_BITS = 30  # of a layer's total over all steps, and of a toll: what engines hold in 32 bits
-_CEILING_BITS = 16  # a ceiling's height over the mean is in units of the heaviest pack's / 2^16
+MOST_BITS = 30  # of a layer's total over all steps, and of a toll; engines hold tokens in 32 bits
+_CEILING_BITS = 16  # a ceiling's height above the mean is in units of 1 / 2^16 of the heaviest pack's
 _SCORE_BITS = 30
 _NEVER = torch.iinfo(torch.int64).max
 
 
 class Terms(NamedTuple):
-    """What a packing is measured by. All int64 but `distance`, which is int8.
+    """The terms of a packing's cost. All are int64 except `distance`, which is int8.
 
-    `distance` and `price` are None together: then moving is free.
+    `distance` and `price` are both None if moving is free.
     """
 
     load: Tensor  # [L, T, E], each layer's total at most 2^30
-    region: Tensor  # [P]; two slots exchange only inside a region
+    region: Tensor  # [P]; two slots exchange only within a region
     distance: Tensor | None = None  # [L, E, M]: 0 where the pack held the expert before, else 1 or 2
-    price: Tensor | None = None  # [L, 3]: the toll of a slot by its expert's distance, at most 2^30; of distance 0, 0
+    price: Tensor | None = None  # [L, 3]: the toll of a slot by its expert's distance, at most 2^30; 0 for distance 0
     apart: bool = True  # whether no exchange may bring two replicas of an expert into one pack
 
 
 def scans(num_packs: int) -> int:
-    """How often a pack looks for an exchange under each ceiling, and in the descent, at most."""
+    """Maximum number of searches for an exchange under each ceiling, and in the descent."""
     return 64 + 16 * num_packs
 
 
 def settle_row(terms: Terms, table: Tensor, num_packs: int, *, layer: int, ceiling: int) -> Tensor:
-    """One row: `table [P]` after steps 10 and 11, whose cost is not higher."""
+    """Settle one row: `table [P]` after steps 10 and 11; its cost is not higher than before."""
     row = _State.of(terms, table, num_packs, layer)
     row = _under_ceilings(row, ceiling)
     return _descend(row).table
@@ -58,11 +58,11 @@ def settle_row(terms: Terms, table: Tensor, num_packs: int, *, layer: int, ceili
 
 @dataclass
 class _State:
-    """A packing at work; `load` follows `table`."""
+    """The current packing of a row; `load` always matches `table`."""
 
     table: Tensor  # [P]
     load: Tensor  # [M, T]
-    share: Tensor  # [E, T], a replica's
+    share: Tensor  # [E, T], of one replica
     toll: Tensor  # [E, M]
     region: Tensor  # [P]
     apart: bool
@@ -81,16 +81,16 @@ class _State:
 
     @property
     def pack(self) -> Tensor:
-        """`[P]`: of each slot."""
+        """`[P]`: the pack of each slot."""
         return torch.arange(len(self.table), device=self.table.device) // (len(self.table) // len(self.load))
 
     def cost(self) -> int:
         return int(self.load.amax(0).sum() + self.toll[self.table, self.pack].sum())
 
     def evaluate(self, here: int) -> tuple[Tensor, Tensor, Tensor]:
-        """What each exchange of a slot of pack `here` with any slot does.
+        """Evaluate each exchange of a slot of pack `here` with any slot.
 
-        The tokens that the pack loses `[G, P, T]`, the toll that is added `[G, P]`, and whether it may be.
+        Returns the tokens that the pack loses `[G, P, T]`, the toll added `[G, P]`, and whether it is allowed `[G, P]`.
         """
         size, pack = len(self.table) // len(self.load), self.pack
         leaving, coming = self.table[here * size : (here + 1) * size, None], self.table[None, :]  # [G, 1], [1, P]
@@ -105,7 +105,7 @@ class _State:
         return lost, paid, is_allowed & (region == self.region)
 
     def exchange(self, here: int, flat: int, lost: Tensor) -> None:
-        """Make the exchange at index `flat` of those of pack `here`."""
+        """Make the exchange of pack `here` that has the index `flat` in `[G, P]`."""
         size, num_slots = len(self.table) // len(self.load), len(self.table)
         one, other = here * size + flat // num_slots, flat % num_slots
         change = lost.view(-1, lost.shape[-1])[flat]
@@ -161,7 +161,7 @@ def _descend(row: _State) -> _State:
         pack = torch.arange(num_packs, device=row.load.device)
         others[pack, pack] = 0
         others[:, here] = 0
-        rest = others.amax(1)  # [M, T], the busiest but for `here` and the other pack
+        rest = others.amax(1)  # [M, T], the heaviest pack other than `here` and this one
         busiest = torch.maximum(row.load[here] - lost, row.load[row.pack] + lost)
         after = torch.maximum(busiest, rest[row.pack]).sum(-1) + paid  # [G, P]
         after = after.masked_fill(~is_allowed, _NEVER).flatten()

@@ -1,9 +1,9 @@
-"""The steps of packing in plain torch, many rows at a time: slow, short, and what every engine equals to the bit.
+"""The steps of packing in plain torch, many rows at a time: slow and short; every engine equals them to the bit.
 
 Shapes: X rows, E experts, P slots, M packs, G = P / M slots in each. A packing is `table [X, P]`: the expert at each
-flat (pack, position); `share [X, E]` is what one replica of an expert weighs. Without replicas P = E, and `table` and
-`share` are the items and the weights of `balanced_packing`. Positions keep greedy's filling order and swaps exchange
-in place. Every argmin and argmax takes the first in flat order, so every engine makes the same choice.
+flat (pack, position); `share [X, E]` is the weight of one replica of an expert. Without replicas P = E, and `table` and
+`share` are the items and the weights of `balanced_packing`. Greedy fills the positions of a pack in order; swaps
+exchange experts in place. Every argmin and argmax takes the first in flat order, so every engine makes the same choice.
 
 With `apart`, no step brings two replicas of one expert into one pack.
 """
@@ -34,37 +34,37 @@ __all__ = [
 
 MAX_ROUNDS = 50
 PAIR_ROUNDS = 20
-PAIR_SLOTS = range(2, 17)  # packs of this many slots try pair swaps
+PAIR_SLOTS = range(2, 17)  # slots in a pack for which pair swaps are tried
 _VARIANCE_ROUNDS = 10
-_VARIANCE_BITS = 30  # loads are squared there: 2 × 30 bits and sign stay inside an int64
+_VARIANCE_BITS = 30  # step 3 squares loads: 2 × 30 bits and a sign fit into an int64
 _NEVER = torch.iinfo(torch.int64).max
-_CHUNK = 1 << 20  # elements of the largest temporary: bounds the memory and stays near the cache
-_TRIES, _TRIED_SLOTS = 64, 1 << 14  # of step 8, which has fewer tries where there are more slots
+_CHUNK = 1 << 20  # elements of the largest temporary: bounds the memory and stays close to the cache's size
+_TRIES, _TRIED_SLOTS = 64, 1 << 14  # of step 8, which makes fewer tries if there are more slots
 BestSwap = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
 def one_item_a_pack(weight: Tensor) -> Tensor:
-    """`[X, M]`: the packing of as many items as there are packs, which needs no step."""
+    """`[X, M]`: the packing of as many items as there are packs, which needs no steps."""
     return torch.arange(weight.shape[1], device=weight.device).expand_as(weight).clone()
 
 
 def rounds_of_step_7(num_packs: int) -> int:
-    """Enough for every pack to be the heaviest a few times."""
+    """Rounds of step 7: enough for every pack to be the heaviest a few times."""
     return MAX_ROUNDS + 4 * num_packs
 
 
 def tries_of_step_8(num_slots: int, num_packs: int) -> int:
-    """None for packs of one slot, which no other replica counts would make lighter."""
+    """Tries of step 8: 0 for packs of one slot, which no other replica counts would make lighter."""
     return max(4, min(_TRIES, _TRIED_SLOTS // num_slots)) if num_slots > num_packs else 0
 
 
 def divide(key: Tensor, num_slots: int, most: int) -> Tensor:
-    """Step 0: `[X, E]` replicas of each expert; each next one goes to the largest key / replicas.
+    """Step 0: `[X, E]` replicas of each expert; each further one goes to the largest key / replicas.
 
     Args:
         key: `[X, E]` int64.
         num_slots: P, from E to E × `most`.
-        most: replicas that one expert may have.
+        most: maximum number of replicas of one expert.
     """
     replicas = torch.ones_like(key)
     share = key if most > 1 else torch.full_like(key, -1)
@@ -79,10 +79,10 @@ def divide(key: Tensor, num_slots: int, most: int) -> Tensor:
 
 
 def greedy(share: Tensor, key: Tensor, replicas: Tensor, num_packs: int, *, apart: bool) -> Tensor:
-    """Step 2: in descending order of key / replicas, each slot to the lightest pack that is not full.
+    """Step 2: in descending order of key / replicas, put each slot into the lightest pack that is not full.
 
-    With `apart`, to the lightest of those that do not hold the expert; where there is none, to the lightest after
-    an exchange that makes it room.
+    With `apart`, into the lightest of those that do not hold the expert. If all of them hold it, it takes the place of
+    another expert, which goes into the lightest pack instead.
     """
     rows, num_experts = share.shape
     row = torch.arange(rows, device=share.device)
@@ -109,11 +109,11 @@ def greedy(share: Tensor, key: Tensor, replicas: Tensor, num_packs: int, *, apar
 
 
 def _displace(table: Tensor, share: Tensor, load: Tensor, holds: Tensor, expert: int, to: int) -> int:
-    """Put `expert`, which pack `to` holds already, in another's place; that other one, which `to` does not hold.
+    """Put `expert`, which pack `to` already holds, in the place of another; returns the other, which `to` lacks.
 
-    The other is the one whose share is nearest, the first of equals. There always is one: a pack that lacks `expert`
-    is full, and pack `to` cannot hold all of its experts. For one row: `table [P]`, `share [E]`, `load [M]`,
-    `holds [E, M]`, all changed in place.
+    The other is the one with the nearest share, the first of equals. There always is one: a pack that lacks `expert`
+    is full, and pack `to` cannot hold all of its experts. For one row: `share [E]`; `table [P]`, `load [M]` and
+    `holds [E, M]` are changed in place.
     """
     pack = torch.arange(len(table), device=table.device) // (len(table) // len(load))  # [P]
     other = table.clamp(min=0)
@@ -127,14 +127,14 @@ def _displace(table: Tensor, share: Tensor, load: Tensor, holds: Tensor, expert:
 
 
 def lower_variance(share: Tensor, table: Tensor, num_packs: int) -> Tensor:
-    """Step 3: the swap that lowers the sum of squared pack loads most, while there is one."""
+    """Step 3: make the swap that lowers the sum of squared pack loads most, as long as there is one."""
     num_slots = table.shape[1]
     small = share >> _variance_shift(share, table)[:, None]
 
     def best_swap(rows: Tensor, placed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         own = small[rows].gather(1, placed)  # [x, P], weight at each (pack, position)
         rest = own - _per_pack(own, num_packs).repeat_interleave(num_slots // num_packs, 1)
-        # Swapping a and b changes the sum of squares by 2 (a - b) (rest_a - rest_b): never negative in one pack.
+        # Swapping a and b changes the sum of squares by 2 (a - b) (rest_a - rest_b): never negative within a pack.
         change = (own[:, :, None] - own[:, None, :]).mul_(rest[:, :, None] - rest[:, None, :]).flatten(1)
         value, best = _first_min(change)
         return value < 0, (best // num_slots)[:, None], (best % num_slots)[:, None]
@@ -143,7 +143,7 @@ def lower_variance(share: Tensor, table: Tensor, num_packs: int) -> Tensor:
 
 
 def lower_max(share: Tensor, table: Tensor, num_packs: int, *, apart: bool = False, rounds: int = MAX_ROUNDS) -> Tensor:
-    """Steps 4 and 7: the swap with the heaviest pack that leaves the smaller maximum of its two packs."""
+    """Steps 4 and 7: make the swap with the heaviest pack that minimises the heavier of the two packs."""
     num_slots = table.shape[1]
     size = num_slots // num_packs
     position = torch.arange(size, device=table.device)
@@ -153,14 +153,14 @@ def lower_max(share: Tensor, table: Tensor, num_packs: int, *, apart: bool = Fal
         load = _per_pack(own, num_packs)  # [x, M]
         heavy = load.argmax(1, keepdim=True)  # [x, 1]
         peak = load.gather(1, heavy)
-        slots = heavy * size + position  # [x, G], the heaviest pack's
+        slots = heavy * size + position  # [x, G], of the heaviest pack
         lost = own.gather(1, slots)[:, :, None] - own[:, None, :]  # [x, G, P], what it would lose
         other = load.repeat_interleave(size, 1)[:, None, :] + lost
         worst = torch.maximum(other, peak[:, :, None] - lost)
         if apart:
             worst.masked_fill_(_clashes(placed, slots, heavy, num_packs, share.shape[1]), _NEVER)
         value, best = _first_min(worst.flatten(1))
-        # Inside the heaviest pack no exchange makes it lighter, so those pairs need no mask.
+        # An exchange within the heaviest pack does not make it lighter, so those pairs need no mask.
         return value < peak[:, 0], slots.gather(1, (best // num_slots)[:, None]), (best % num_slots)[:, None]
 
     return _while_better(table, best_swap, rounds, num_slots * size)
@@ -169,9 +169,9 @@ def lower_max(share: Tensor, table: Tensor, num_packs: int, *, apart: bool = Fal
 def swap_pairs(
     share: Tensor, table: Tensor, num_packs: int, *, apart: bool = False, rounds: int = PAIR_ROUNDS, partner: int = 0
 ) -> Tensor:
-    """Step 6: two of the heaviest pack for two of the lightest (of the `partner`-th lightest, from 0).
+    """Step 6: swap two items of the heaviest pack for the two of the lightest that leave the smallest difference.
 
-    The exchange after which the two packs differ least.
+    The lightest here is the `partner`-th lightest, counted from 0.
     """
     size = table.shape[1] // num_packs
     if size not in PAIR_SLOTS or num_packs <= partner + 1:
@@ -212,10 +212,10 @@ def crowded(table: Tensor, num_packs: int) -> Tensor:
 
 
 def _while_better(table: Tensor, best_swap: BestSwap, rounds: int, row_elements: int) -> Tensor:
-    """Apply each row's best swap until it does not help or the rounds are over.
+    """Apply each row's best swap until it no longer helps or the rounds are used up.
 
-    `best_swap(rows, placed)` answers for some rows, packed as `placed [x, P]`: whether the swap helps `[x]`, and
-    the flat positions `[x, 1 or 2]` on either side of the exchange.
+    For some rows, packed as `placed [x, P]`, `best_swap(rows, placed)` returns whether the swap helps `[x]`, and the
+    flat positions `[x, 1 or 2]` on either side of the exchange.
     """
     table = table.clone()
     active = torch.arange(len(table), device=table.device)
@@ -238,7 +238,7 @@ def _per_pack(own: Tensor, num_packs: int) -> Tensor:
 
 
 def _first_min(value: Tensor) -> tuple[Tensor, Tensor]:
-    best = value.argmin(1)  # argmin takes the first of equals; min's own index does not promise to
+    best = value.argmin(1)  # argmin takes the first of equals; the index that min returns need not be
     return value.gather(1, best[:, None])[:, 0], best
 
 
@@ -256,8 +256,8 @@ def _clashes(placed: Tensor, slots: Tensor, heavy: Tensor, num_packs: int, num_e
     """`[x, G, P]` bool: whether swapping `slots [x, G]` of pack `heavy [x, 1]` brings two replicas together."""
     holds = _holds(placed, num_packs, num_experts)
     row = torch.arange(len(placed), device=placed.device)[:, None]
-    there = holds[row, placed.gather(1, slots)]  # [x, G, M], packs that hold an expert of the heaviest
-    here = holds[row, placed, heavy]  # [x, P], experts that the heaviest holds
+    there = holds[row, placed.gather(1, slots)]  # [x, G, M], whether a pack holds an expert of the heaviest
+    here = holds[row, placed, heavy]  # [x, P], whether the heaviest pack holds the expert
     return there.repeat_interleave(placed.shape[1] // num_packs, 2) | here[:, None, :]
 
 

@@ -70,7 +70,7 @@ OPTIONS: dict[str, str] = {
     "--gpus-per-node 2 --candidates 0": "'--candidates': 0 is not in the range",
     "--gpus-per-node 2 --candidates 9999999": r"--candidates is 9999999; pass 1 to 2\^22",
     "--gpus-per-node 2 --seed 9223372036854775808": r"--seed is 9223372036854775808; pass a whole number",
-    "--gpus-per-node 2 --engine warp": "--engine 'warp' is not there; pass one of reference, cpu, cuda, or no --engine",
+    "--gpus-per-node 2 --engine warp": "--engine 'warp' is unknown; pass one of reference, cpu, cuda, or no --engine",
     "--gpus-per-node 2 --move-price cheap": "'cheap' is no price; pass tokens, at least 0: one number, or INSIDE,BETW",
     "--gpus-per-node 2 --move-price 1,2,3": "'1,2,3' is no price",
     "--gpus-per-node 2 --move-price nan": "'nan' is no price",

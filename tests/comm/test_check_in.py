@@ -1,4 +1,4 @@
-"""Roll calls through a real store, whose host goes on, stands still, or is gone."""
+"""Check-ins through a real store, whose host keeps running, stops, or is gone."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from distplb.comm.check_in import CheckIn
 port = int(sys.argv[1])
 roll = CheckIn(lambda: dist.TCPStore("127.0.0.1", port, is_master=False), 0, 2)
 print(roll.was_called(5), flush=True)
-sys.stdin.readline()  # until the host stands still
+sys.stdin.readline()  # until the host is stopped
 print(roll.was_called(0.2), roll.missing(0.2), flush=True)
 """
 
@@ -43,7 +43,7 @@ def host() -> Iterator[tuple[int, subprocess.Popen[str]]]:
 
 def stop(process: subprocess.Popen[str]) -> None:
     os.kill(process.pid, signal.SIGSTOP)
-    os.waitpid(process.pid, os.WUNTRACED)  # it may go on for a while where cores are busy
+    os.waitpid(process.pid, os.WUNTRACED)  # it may run on for a while if cores are busy
 
 
 def roll_of(port: int, rank: int, size: int) -> CheckIn:
@@ -71,7 +71,7 @@ def test_a_store_that_stands_still_keeps_nobody(host: tuple[int, subprocess.Pope
 
 
 def test_a_process_ends_in_order_while_a_question_waits(host: tuple[int, subprocess.Popen[str]]) -> None:
-    """A thread inside the library when the interpreter ended took the process down, or kept it for ever."""
+    """A thread inside the library when the interpreter ended crashed the process or kept it alive for ever."""
     port, process = host
     root = str(Path(__file__).parents[2])
     asker = subprocess.Popen(
@@ -88,6 +88,6 @@ def test_a_process_ends_in_order_while_a_question_waits(host: tuple[int, subproc
     asker.stdin.write("\n")
     asker.stdin.flush()
     assert asker.stdout.readline() == "False None\n"
-    time.sleep(0.5)  # it is at its end, and waits for the answer
+    time.sleep(0.5)  # it is exiting, and waits for the answer
     os.kill(process.pid, signal.SIGCONT)
     assert asker.wait(60) == 0

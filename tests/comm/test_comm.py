@@ -1,4 +1,4 @@
-"""Communicators: one conformance test for each implementation, and what they refuse."""
+"""Communicators: one conformance test for every implementation, and what they refuse."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def over_the_default_group() -> int:
 
 
 def over_groups_and_meshes() -> int:
-    """Ranks of a group are not global ranks: odd ones form a group, and a mesh's axis is strided."""
+    """Ranks of a group are not global ranks: the odd ranks form a group, and a mesh's axis is strided."""
     groups = [dist.new_group([0, 2]), dist.new_group([1, 3])]
     conforms(TorchComm(groups[dist.get_rank() % 2]))
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "expert"))
@@ -46,7 +46,7 @@ def over_the_default_group_and_one_beside_it() -> int:
 
 
 def test_gloo_with_a_side_group_conforms() -> None:
-    """As NCCL has one; there what is done in it is the same."""
+    """NCCL has a side group too, and does the same in it."""
     assert on_ranks(3, over_the_default_group_and_one_beside_it) == [3] * 3
 
 
@@ -62,11 +62,11 @@ def test_subgroups_and_mesh_axes_conform() -> None:
 @pytest.mark.parametrize(
     ("backends", "has_gpu", "expected"),
     [
-        ("cpu:gloo,cuda:gloo", True, "cpu"),  # made with "gloo"
-        ("cpu:gloo", True, "cpu"),  # with "cpu:gloo", or with none where there is no GPU
+        ("cpu:gloo,cuda:gloo", True, "cpu"),  # created with "gloo"
+        ("cpu:gloo", True, "cpu"),  # with "cpu:gloo", or with no backend and no GPU
         ("cpu:gloo", False, "cpu"),
-        ("cuda:nccl", True, "cuda"),  # with "nccl", or with none where there is a GPU
-        ("cpu:gloo,cuda:nccl", True, "cuda"),  # as asynchronous checkpoints want it
+        ("cuda:nccl", True, "cuda"),  # with "nccl", or with no backend and a GPU
+        ("cpu:gloo,cuda:nccl", True, "cuda"),  # as asynchronous checkpoints need it
         ("cuda:nccl,cpu:gloo", True, "cuda"),
         ("cpu:gloo,cuda:nccl", False, "cpu"),
         ("cpu:mpi,cuda:nccl", True, "cuda"),
@@ -76,7 +76,7 @@ def test_subgroups_and_mesh_axes_conform() -> None:
     ],
 )
 def test_messages_lie_on_the_gpu_where_the_group_has_nccl_for_it(backends: str, has_gpu: bool, expected: str) -> None:
-    """Only a group whose one backend had the name was known; of others the messages went through the host's memory."""
+    """Only a group with the single backend "nccl" was recognised; others sent messages through host memory."""
     assert device_type(backends, has_gpu) == expected
 
 
@@ -91,12 +91,12 @@ def test_messages_lie_on_the_gpu_where_the_group_has_nccl_for_it(backends: str, 
         (
             "cuda:custom",
             True,
-            "the group's backends are cuda:custom; ranks exchange over NCCL between GPUs, or through",
+            "the group's backends are cuda:custom; ranks exchange over NCCL between GPUs, or through host memory",
         ),
         (
             "xpu:xccl",
             True,
-            r"pass a group with a backend for the CPU, as of torch.distributed.new_group\(backend='gloo'",
+            r"pass a group with a backend for the CPU, such as torch.distributed.new_group\(backend='gloo'",
         ),
     ],
 )
@@ -106,7 +106,7 @@ def test_a_group_that_cannot_carry_what_is_sent_is_refused(backends: str, has_gp
 
 
 def over_groups_of_several_backends(folder: str) -> list[str]:
-    """Over each group that can be made without a GPU; in the end over a default group of another make."""
+    """Over each group that can be created without a GPU; at the end over a default group without a named backend."""
     dist.Backend.register_backend("standin", dist.ProcessGroupGloo, devices=["cpu", "cuda"])
     devices = []
     for backend in ("gloo", "cpu:gloo", "cpu:gloo,cuda:gloo", "cpu:gloo,cuda:standin", "standin"):
@@ -115,7 +115,7 @@ def over_groups_of_several_backends(folder: str) -> list[str]:
         devices.append(comm.device.type)
     with pytest.raises(DistplbError, match="the group's backends are cuda:standin; ranks exchange"):
         TorchComm(dist.new_group(backend="cuda:standin"))
-    # As with `device_id=`, of which the group beside it gets to know.
+    # As with `device_id=`, which the side group inherits.
     dist.group.WORLD.bound_device_id = torch.device("cuda:0")
     comm = TorchComm(side_group=True)
     conforms(comm)
@@ -129,9 +129,9 @@ def over_groups_of_several_backends(folder: str) -> list[str]:
     return devices
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there a default group is one of NCCL")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the default group is NCCL's")
 def test_groups_of_several_backends_conform(tmp_path: Path) -> None:
-    """A group of no backend for the CPU failed in its first collective, with an error of torch's."""
+    """A group without a backend for the CPU failed in its first collective, with an error from torch."""
     assert on_ranks(2, over_groups_of_several_backends, str(tmp_path)) == [["cpu"] * 6] * 2
 
 
@@ -157,7 +157,7 @@ def test_a_world_of_one_conforms_and_needs_no_group() -> None:
 
 
 def agreements() -> list[str]:
-    """What each rank hears, case by case."""
+    """What each rank raises, case by case."""
     comm, heard = TorchComm(), []
     cases: list[tuple[dict[str, int], Exception | None]] = [
         ({"a": 1, "b": -(2**62)}, None),
@@ -182,13 +182,13 @@ def test_ranks_agree_on_fields_and_share_the_error_of_the_lowest_failed_rank() -
         assert heard[1] == f"DisagreementError ranks disagree on b: 0 on one, 2 on another, {rank} on rank"[:60]
         assert heard[2].startswith("DistplbError rank 2: ä too long")
         assert heard[3] == "DistplbError rank 1: ValueError('mine')"
-        # A folder's name that is no UTF-8 stopped the rank that told of it, and the others waited for its text.
+        # A folder name that was not UTF-8 stopped the rank that reported it, and the others waited for its text.
         assert heard[4] == r"DistplbError rank 1: record: \udcff is a file"
-        # The gravest kind wins, whoever speaks: afterwards no rank may take its experts for whole.
+        # The gravest kind wins, whichever rank reports: afterwards no rank may treat its experts as whole.
         assert heard[5] == "HalfMovedError rank 1: other"
 
 
-# --- what pickles is not used --------------------------------------------------------------------------------------
+# --- nothing is pickled --------------------------------------------------------------------------------------------
 
 # mpi4py's methods in lower case pickle their arguments; those in upper case take buffers.
 PICKLING = {
@@ -199,7 +199,7 @@ SOURCES = {path.name: path.read_text() for path in Path(distplb.__file__).parent
 
 
 def called(source: str) -> set[str]:
-    """Names of functions and methods that are called, or handed on."""
+    """Names of functions and methods that are called or passed on."""
     nodes = list(ast.walk(ast.parse(source)))
     names = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
     return names | {node.id for node in nodes if isinstance(node, ast.Name)}
@@ -208,4 +208,4 @@ def called(source: str) -> set[str]:
 def test_nothing_is_pickled_between_ranks() -> None:
     assert {"allreduce", "Iallreduce", "broadcast"} <= set.union(*map(called, SOURCES.values()))
     assert not {name for source in SOURCES.values() for name in called(source) if "_object" in name}
-    assert not called(SOURCES["mpi.py"]) & PICKLING  # no other module knows mpi4py: see test_layers.py
+    assert not called(SOURCES["mpi.py"]) & PICKLING  # no other module imports mpi4py: see test_layers.py

@@ -1,4 +1,4 @@
-"""Ranks in rows and columns without a group in common: what they send, and a job of EP groups and stages on them.
+"""Ranks in rows and columns without a common group: what they send, and a job of EP groups and stages on them.
 
 Shapes: L layers, E experts, P slots, G slots on each GPU.
 """
@@ -43,11 +43,11 @@ def grids() -> dict[str, Any]:
         grid = GridComm(TorchComm(mesh["ep"]), TorchComm(mesh["edp"]))
         conforms(grid, ALONG)
         results[axes] = (grid.rank, grid.size)
-        # Of all ranks, one sends to the one that stands across.
+        # One rank sends to the rank on the diagonal.
         sends = [(message(0, 3, grid), 3)] if grid.rank == 0 else []
         receives = [(torch.zeros_like(message(0, 3, grid)), 0)] if grid.rank == 3 else []
         results[f"{axes} diagonal"] = refusal(lambda: grid.exchange([(sends, receives)]))  # noqa: B023, called at once
-        conforms(grid, ALONG)  # nobody was left waiting
+        conforms(grid, ALONG)  # no rank was left waiting
     ep = TorchComm(mesh["ep"])
     results["same axis"] = refusal(lambda: GridComm(ep, ep))
     # Ranks 0 and 1 form rows of their own, 2 and 3 one row; columns are {0, 2} and {1, 3}.
@@ -69,8 +69,8 @@ def test_a_grid_conforms_but_for_the_diagonal(grids_of_ranks: list[dict[str, Any
     for results in grids_of_ranks:
         for axes in ("edp ep", "ep edp"):
             assert results[f"{axes} diagonal"] == (
-                "rank 0: rank 0 of the grid of 2 × 2 has messages for or from ranks [3], in neither its row nor its "
-                "column; where experts are sharded over EP groups, pass a communicator of all ranks, such as "
+                "rank 0: rank 0 of the 2 × 2 grid has messages to or from rank 3, in neither its row nor its "
+                "column; if experts are sharded over EP groups, pass a communicator of all ranks, such as "
                 "TorchComm(dist.new_group(ranks))"
             )
 
@@ -87,12 +87,12 @@ def test_what_is_no_grid_is_refused_on_all_ranks(grids_of_ranks: list[dict[str, 
 
 
 def test_two_devices_are_refused() -> None:
-    with pytest.raises(DistplbError, match="inner wants its buffers on cpu, outer on meta; pass groups of one backend"):
+    with pytest.raises(DistplbError, match="inner has its buffers on cpu, outer on meta; pass groups of the same back"):
         GridComm(WorldOfOne(), WorldOfOne("meta"))
 
 
 def lost() -> tuple[list[int], str, str]:
-    """Whom a rank of the grid misses where rank 3 has gone, in a first call and in one that would need nobody."""
+    """Which ranks a rank of the grid misses after rank 3 is gone, in a first call and in one that needs no other."""
     mesh = mesh_of("ep edp")
     grid = GridComm(TorchComm(mesh["ep"], deadline=4), TorchComm(mesh["edp"], deadline=4))
     if grid.rank == 3:
@@ -111,7 +111,7 @@ def test_a_lost_rank_is_named_by_its_place_in_the_grid_and_nobody_goes_on() -> N
         assert again == text
         assert "of the grid: " in text
         assert str(missing[0]) in text
-    # Rank 3's row and column miss it; what stands across misses the rank that waited for it.
+    # Rank 3's row and column miss it; the rank on the diagonal misses the rank that waited for it.
     assert [missing for missing, *_ in ranks] == [[2], [3], [3]]
 
 
@@ -133,7 +133,7 @@ class Recorded(TorchComm):
 
 
 def filled(job: Job, gpu: int) -> None:
-    """Each expert its own weights, the same in all EP groups."""
+    """Give each expert its own weights, the same in all EP groups."""
     for layer, weight in enumerate(job.weights):
         for slot in range(len(weight)):
             generator = torch.Generator().manual_seed(100 * layer + gpu * len(weight) + slot)
@@ -141,7 +141,7 @@ def filled(job: Job, gpu: int) -> None:
 
 
 def counts_of(group: int, placement: Placement) -> Tensor:
-    """`[L, P]`, by slot: both groups like the first two experts, each another one besides."""
+    """`[L, P]`, by slot: in both groups the first two experts are hot, and in each group one more."""
     counts = torch.full((LAYERS, EXPERTS), 10)
     counts[:, :2] = 90
     counts[:, 2 + group] = 50
@@ -162,7 +162,7 @@ def by_expert(job: Job, placement: Placement, row: TorchComm) -> list[list[float
 
 
 def trained(comm: Comm | None, mesh: DeviceMesh) -> dict[str, Any]:
-    """A job of two EP groups of two, rebalanced over `comm`, or not at all."""
+    """A job of two EP groups of two ranks, rebalanced over `comm`, or not at all."""
     events: list[RebalanceEvent] = []
     row, group = TorchComm(mesh["ep"]), mesh["edp"].get_local_rank()
     job = Job(ranks=2)
@@ -196,7 +196,7 @@ def jobs() -> dict[str, Any]:
 
 
 def staged(with_all: bool) -> list[Any]:
-    """Two stages of a pipeline, EP 2 each: the second has one layer of another name, or none at all."""
+    """Two stages of a pipeline, EP 2 each: the second has one layer with another name, or none at all."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "ep"))
     stage, events = mesh["pp"].get_local_rank(), []
     job = Job(ranks=2)
@@ -228,7 +228,7 @@ def test_a_grid_rebalances_as_one_group_of_all_ranks_does(jobs_of_ranks: list[di
             assert results[name]["placement"] == one["placement"]
             assert results[name]["events"] == one["events"]
         first = one["events"][0]
-        # Steps of both groups: expert 2 is hot in half of them, expert 3 in the other half; all else is alike.
+        # Steps of both groups: expert 2 is hot in half of them, expert 3 in the other half; the rest is the same.
         assert first.slots_moved > 0
         assert first.imbalance_before == pytest.approx((2 * (90 + 90 + 50 + 10) / (2 * 90 + 50 + 5 * 10),) * LAYERS)
 

@@ -1,4 +1,4 @@
-"""MPI carries the same plans as any other communicator, moves nothing, and waits for nobody for ever."""
+"""MPI gives the same plans as any other communicator, moves nothing, and never waits for ever."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from distplb.errors import LostRanksError
 
 pytestmark = pytest.mark.skipif(MPIEXEC is None, reason="no mpiexec, or no mpi4py: pip install mpich mpi4py")
 
-DEADLINE = 2.0  # seconds; short, but longer than a process stands still where cores are shared
+DEADLINE = 2.0  # seconds; short, but longer than a process pauses when cores are shared
 
 
 def refusal(call: Any) -> str:
@@ -31,7 +31,7 @@ def refusal(call: Any) -> str:
 
 
 def conforming_and_planning() -> dict[str, Any]:
-    """All that ranks can show in one start of their processes."""
+    """Everything that ranks can show in one start of their processes."""
     from mpi4py import MPI
 
     comm, world = MpiComm(), MPI.COMM_WORLD
@@ -64,15 +64,15 @@ def test_mpi_conforms_and_plans_what_one_process_plans(ranks: int, alone: dict[s
         assert answer["plans"] == alone
         assert answer["topology"] == [1, ranks]
         move, null, deadline, differing = answer["refused"]
-        assert move == "DistplbError MpiComm only plans, it moves no experts; pass a TorchComm to what moves them"
+        assert move == "DistplbError MpiComm only plans and cannot move experts; pass a TorchComm to move them"
         assert "pass an mpi4py Intracomm that this process belongs to, or None" in null
-        assert deadline == "DistplbError deadline is 0; pass seconds, more than 0"
+        assert deadline == "DistplbError deadline is 0; pass a positive number of seconds"
         wording = f"DisagreementError ranks disagree on the load's experts: 8 on one, {8 * min(ranks, 4)} on another"
         assert differing == "no error" if ranks == 1 else differing.startswith(wording)
 
 
 def late(folder: str) -> list[Any]:
-    """What ranks 0 and 2 hear while rank 1 stays away, and rank 1 when it comes; then of one more call each."""
+    """What ranks 0 and 2 raise while rank 1 stays away, and rank 1 when it arrives; then one more call each."""
     comm, heard = MpiComm(deadline=DEADLINE), []
     comm.all_reduce_sum(torch.ones(1, dtype=torch.int64))
     until = time.monotonic() + 30
@@ -86,7 +86,7 @@ def late(folder: str) -> list[Any]:
     (Path(folder) / f"{comm.rank} has given up").touch()
     began = time.monotonic()
     with pytest.raises(LostRanksError):
-        comm.broadcast(torch.ones(1, dtype=torch.int64), comm.rank)  # its root would have waited for nobody
+        comm.broadcast(torch.ones(1, dtype=torch.int64), comm.rank)  # its root would not have waited for any rank
     return [*heard, time.monotonic() - began < DEADLINE]
 
 
@@ -96,8 +96,8 @@ def test_a_rank_that_does_not_come_in_time_is_named_and_nobody_goes_on(tmp_path:
         assert missing == [1]
         assert text.startswith("rank 1 did not answer (waited ")
         assert at_once
-    # The others had said that they were there when they gave up.
+    # The others had checked in when they timed out.
     assert slow[0] == []
     assert slow[1].startswith("the ranks lost each other (waited 0.")
-    assert f"deadline {DEADLINE:g} s, when others had given up)" in slow[1]
+    assert f"deadline {DEADLINE:g} s; other ranks had timed out)" in slow[1]
     assert slow[2]

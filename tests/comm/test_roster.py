@@ -1,4 +1,4 @@
-"""EP groups side by side, each with a communicator of its own: refused on every rank before anything moves."""
+"""EP groups with copies of the same experts but their own communicators are refused on every rank before any move."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def groups() -> tuple[Any, list[Any]]:
 
 
 def side_by_side(case: str) -> tuple[str, bool]:
-    """What a job of EP 2 × expert-data 2 is told, and whether anything has moved."""
+    """The error of a job of EP 2 × expert-data 2, and whether anything has moved."""
     rank = dist.get_rank()
     group, _ = groups()
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("edp", "ep"))
@@ -48,9 +48,9 @@ def side_by_side(case: str) -> tuple[str, bool]:
         message = str(error)
     if case == "late" and rank >= 2:
         dist.barrier()
-    dist.barrier()  # as the average of the gradients, which none passes before all have their rebalancers
+    dist.barrier()  # like averaging gradients, which no rank passes before all have their rebalancers
     try:
-        # One group's load differs from the other's, so that each by itself would place differently.
+        # One group's load differs from the other's, so that each on its own would place differently.
         for _ in range(2 if rebalancer is not None else 0):
             job.iterate(skewed((0, 1) if rank < 2 else (4, 5)))
             job.optimizer.zero_grad()
@@ -65,17 +65,17 @@ def side_by_side(case: str) -> tuple[str, bool]:
 
 @pytest.mark.parametrize("case", ["at once", "late"])
 def test_ep_groups_that_move_by_themselves_are_refused_on_every_rank(case: str) -> None:
-    """They ended with other placements, and the average over expert-data-parallel ranks mixed different experts."""
+    """They ended with different placements, and averaging over expert-data-parallel ranks mixed different experts."""
     for message, moved in on_ranks(4, side_by_side, case, deadline=60):
         assert not moved
-        assert "each have a communicator of their own for layers of the same names (moe.0, ...)" in message
-        assert "pass one communicator of all of them, such as comm=TorchComm(group_of_all) or GridComm(" in message
+        assert "each have their own communicator for layers of the same names (moe.0, ...)" in message
+        assert "pass one communicator of all these ranks, such as comm=TorchComm(group_of_all) or GridComm(" in message
 
 
 def test_processes_without_a_communicator_are_refused_like_groups() -> None:
     for message, moved in on_ranks(4, side_by_side, "no communicator", deadline=60):
         assert not moved
-        assert "each have a communicator of their own" in message
+        assert "each have their own communicator" in message
 
 
 @pytest.mark.parametrize("case", ["stages", "grid"])
@@ -86,7 +86,7 @@ def test_stages_of_other_names_and_grids_are_not(case: str) -> None:
 
 
 def one_after_the_other() -> list[str]:
-    """The communicator is put right in the same process; one that was closed is no other's concern."""
+    """The communicator is corrected in the same process; one that was closed does not affect any other."""
     rank, messages = dist.get_rank(), []
     group, _ = groups()
     job = Job(ranks=2)
@@ -100,7 +100,7 @@ def one_after_the_other() -> list[str]:
     right.restore()
     right.close()
     dist.barrier()
-    if rank < 2:  # alone now, as the other group has none
+    if rank < 2:  # alone now, because the other group has none
         other = Job(ranks=2)
         layers = other.layers()
         for number, layer in enumerate(layers):
@@ -119,4 +119,4 @@ def one_after_the_other() -> list[str]:
 def test_what_was_refused_or_closed_does_not_stand_in_the_way_of_what_comes_after() -> None:
     messages = on_ranks(4, one_after_the_other, deadline=60)
     assert all(len(refused) <= 1 for refused in messages)
-    assert sum(map(len, messages)) >= 2  # the group that came second, at least
+    assert sum(map(len, messages)) >= 2  # at least the group that came second

@@ -342,6 +342,6 @@ def verdicts() -> list[list[str]]:
 def test_the_check_finds_a_wrong_collective_and_all_ranks_hear_what_one_has_found() -> None:
     for wrong, failed, right in on_ranks(2, verdicts):
         assert len(wrong) == 6
-        assert wrong[0] == "rank 0: the least of 1 int64 is not that of the ranks"
+        assert wrong[0] == "rank 0: the minimum over ranks of 1 int64 is wrong"
         assert failed == ["rank 0: not what it should be", "rank 1: MemoryError('no room')"]
         assert right == []

@@ -337,8 +337,8 @@ def refused() -> list[str]:
 
 
 REFUSED = {
-    "columns of columns": "only replicated ones and those sharded along dim 0 (experts) or dim 1 are understood",
-    "partial": "only replicated ones and those sharded",
+    "columns of columns": "pass one that is replicated, or sharded along dim 0 (experts) or dim 1, because",
+    "partial": "pass one that is replicated, or sharded",
     "other gpu": "this rank is GPU 1 of its EP group, and holds experts of GPUs [0]; pass gpu= as the coordinate",
     "few": "moe.experts.w is 3 tensors; pass one for each of this GPU's 4 slots",
     "unlike": "experts that change places must be alike",

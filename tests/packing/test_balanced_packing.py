@@ -1,4 +1,4 @@
-"""`balanced_packing` against a second, plain implementation, and what it promises by itself.
+"""`balanced_packing` against a second, plain implementation, and the properties that it promises.
 
 Shapes: X rows, n items, M packs, g = n / M items in each, K candidates.
 """
@@ -24,7 +24,7 @@ from distplb.packing.steps import pack_loads
 
 
 def slot_table(pack_index: Tensor, rank_in_pack: Tensor, num_packs: int) -> Tensor:
-    """`[X, n]`: the item in each slot; raises where two items share one."""
+    """`[X, n]`: the item in each slot; raises if two items share one."""
     n = pack_index.shape[1]
     table = torch.full_like(pack_index, -1)
     table.scatter_(1, pack_index * (n // num_packs) + rank_in_pack, torch.arange(n).expand_as(table))
@@ -48,7 +48,7 @@ def test_balanced_packing_equals_the_plain_implementation(num_packs: int, size: 
 
 
 def test_balanced_packing_finishes_with_pair_swaps() -> None:
-    """The same row from the front door: steps 1 to 4 stop at 14, so 13 is the pair swap's doing."""
+    """The same row through the public function: steps 1 to 4 stop at 14, so the pair swap leads to 13."""
     weight = torch.tensor([ONLY_PAIRS_HELP])
     zero = torch.zeros(1, dtype=torch.int64)
     assert pack_loads(weight, reference.pack(weight, 2, layer=zero, candidate=zero), 2).amax() == 14
@@ -125,7 +125,7 @@ def test_the_chosen_candidate_is_the_lightest_of_those_asked_for_and_ties_go_to_
     )
     heaviest = torch.stack([pack_loads(weight, packing, 8).amax(1) for packing in items])  # [K, X]
     lightest = heaviest.cummin(0).values
-    assert (heaviest.argmin(0) > 0).any()  # else all of this would hold for a search that ignores its candidates
+    assert (heaviest.argmin(0) > 0).any()  # otherwise a search that ignores its candidates would pass
     for num_candidates in (1, 2, 5, 16):
         winner = (heaviest[:num_candidates] == lightest[num_candidates - 1]).int().argmax(0)  # [X], the first
         finished = reference.finish(weight, items[winner, layer], 8)
@@ -176,7 +176,7 @@ def test_small_integer_types_pack_as_int64(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("scale", [2**29, 2**35])
 def test_large_whole_floats_pack_as_the_integers(scale: int) -> None:
-    """Symptom: whole floats with a row total above 2^39 packed otherwise than the same integers.
+    """Symptom: whole floats with a row total above 2^39 were packed differently from the same integers.
 
     Cause: they were scaled and rounded like fractions, while integers keep their last bits up to a total of 2^40 and
     lose them to a shift, without rounding, above it.
@@ -189,7 +189,7 @@ def test_large_whole_floats_pack_as_the_integers(scale: int) -> None:
 
 @pytest.mark.parametrize("scale", [2.0**-30, 2.0**-120, 2.0**-1000, 2.0**200, 2.0**1000])
 def test_floats_of_any_magnitude_pack_alike(scale: float) -> None:
-    """Where torch works out 2 to the exponent in float32, it is infinite above 2^127, and every weight was −2^63."""
+    """If torch computes 2 to the exponent in float32, it is infinite above 2^127, and every weight was −2^63."""
     weight = skewed(11, rows=10, n=16).double() / 4096 + 1 / 3
     expected = balanced_packing(weight, 4, num_candidates=4)[0]
     assert torch.equal(balanced_packing(weight * scale, 4, num_candidates=4)[0], expected)
@@ -233,7 +233,7 @@ def test_bad_weights_are_refused_by_their_value(weight: list, num_packs: int, wo
 
 
 def test_floats_whose_total_is_infinite_are_refused() -> None:
-    """Each weight is finite, their total is not, and all weights became −2^63 without a word."""
+    """Each weight is finite, but their total is not, and all weights silently became −2^63."""
     weight = torch.tensor([[1e308, 1.5e308]], dtype=torch.float64)
     with pytest.raises(DistplbError, match="a row whose total is inf, too large to add up; divide the weights by a po"):
         balanced_packing(weight, 2)
@@ -247,7 +247,7 @@ def test_a_number_of_candidates_out_of_range_is_refused(num_candidates: int) -> 
 
 # --- memory -----------------------------------------------------------------------------------------------------
 
-# The kernel's own high-water mark of this process image. `ru_maxrss` will not do: a child starts with its parent's.
+# The kernel's high-water mark of this process image. `ru_maxrss` would not do: a child starts with its parent's.
 MEASURED = """
 import re, torch
 from distplb import balanced_packing
@@ -262,7 +262,7 @@ print(kib("VmHWM") - start)
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak memory is read from Linux's /proc")
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from Linux's /proc")
 def test_deepseek_v3_with_64_candidates_stays_under_1_gib() -> None:
     environment = {"PYTHONPATH": str(Path(distplb.__file__).parents[1]), "PATH": ""}
     run = subprocess.run(

@@ -1,4 +1,4 @@
-"""What the engine `cpu` alone has: threads, and machine code that is kept.
+"""What only the engine `cpu` has: threads, and cached machine code.
 
 Shapes: X rows, E experts, P slots, M packs, G = P / M slots in each; T steps.
 """
@@ -89,7 +89,7 @@ def test_of_two_processes_that_begin_at_once_one_compiles(tmp_path: Path) -> Non
 
 
 def test_no_plan_pays_for_compiling() -> None:
-    """What is compiled when an engine is named serves every shape and type that comes later."""
+    """The kernels compiled when an engine is named serve every shape and type that comes later."""
     engine_named("cpu")
     kernels = compiled_module(cpu._KERNELS)
     functions = [value for value in vars(kernels).values() if hasattr(value, "signatures")]

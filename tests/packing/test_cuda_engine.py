@@ -1,4 +1,4 @@
-"""What the engine `cuda` alone has: kernels to compile, launches without a wait, and inputs that it refuses.
+"""What only the engine `cuda` has: kernels to compile, launches without waiting, and inputs that it refuses.
 
 Shapes: X rows, E experts, P slots, M packs, G = P / M slots in each; T steps.
 """
@@ -36,7 +36,7 @@ ZERO = torch.zeros(1, dtype=torch.int64)
 def test_the_kernels_compile_for_a_gpu_that_is_not_here(
     kernel: str, blocks: dict[str, int | None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """The interpreter runs what the compiler refuses, such as a variable that changes its type in a loop."""
+    """The interpreter accepts code that the compiler refuses, such as a variable that changes its type in a loop."""
     triton = pytest.importorskip("triton", reason="Triton is not installed")
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
@@ -80,11 +80,11 @@ def test_the_host_does_not_wait(name: str) -> None:
 @pytest.mark.skipif(cuda.is_there(), reason="there is a GPU, or Triton interprets")
 def test_an_engine_that_is_not_there_says_why_and_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "find_spec", lambda name: None)
-    with pytest.raises(DistplbError, match="engine 'cuda' is not there: Triton is not installed; install triton"):
+    with pytest.raises(DistplbError, match="engine 'cuda' is not available: Triton is not installed; install triton"):
         cuda.pack(torch.tensor([[1, 2]]), 1, layer=ZERO, candidate=ZERO)
     monkeypatch.undo()
     pytest.importorskip("triton", reason="Triton is not installed")
-    with pytest.raises(DistplbError, match=r"cuda.is_available\(\) is False; run where there is a GPU, or set TRITON_"):
+    with pytest.raises(DistplbError, match=r"cuda.is_available\(\) is False; run on a machine with a GPU, or set "):
         cuda.finish(torch.tensor([[1, 2]]), torch.tensor([[0, 1]]), 1)
 
 
@@ -96,7 +96,7 @@ def test_an_engine_without_triton_is_not_there(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize("rows", [1, 7, 40])
 @pytest.mark.parametrize("at_once", [1, 2, 3, 6, 100])
 def test_slices_hold_all_rows_and_begin_at_16_bytes(rows: int, at_once: int) -> None:
-    """Of int64; a kernel is compiled once more for what does not, in the middle of a rebalance."""
+    """Slices of int64. For others a kernel would be compiled again, in the middle of a rebalance."""
     slices = list(cuda._slices(rows, cuda._SCRATCH_BYTES // at_once))
     assert [row for part in slices for row in range(part.start, part.stop)] == list(range(rows))
     assert at_once == 1 or not any(part.start % 2 for part in slices)
@@ -133,7 +133,7 @@ def test_a_layer_or_candidate_of_another_shape_is_refused() -> None:
     ("num_packs", "num_slots", "wording"),
     [
         (2, 5, "5 items cannot be packed evenly into 2 packs; pass a divisor of 5"),
-        (2, 2, "3 experts cannot have 2 slots; pass 3 or more"),
+        (2, 2, "3 experts cannot fit into 2 slots; pass 3 slots or more"),
         (2, 4098, "a row has 4098 items and engine 'cuda' packs at most 4096; pass engine='reference'"),
     ],
 )
@@ -161,8 +161,8 @@ def test_a_table_of_another_shape_is_refused() -> None:
             torch.zeros(1, 4, 2),
             r"distance is torch.float32 of shape \(1, 4, 2\); pass int8 of shape \(1, 4",
         ),
-        ("distance", None, "distance is None alone; pass distance and price, or neither"),
-        ("price", None, "price is None alone; pass distance and price, or neither"),
+        ("distance", None, "only distance is None; pass both distance and price, or neither"),
+        ("price", None, "only price is None; pass both distance and price, or neither"),
         ("price", ZERO, r"price is torch.int64 of shape \(1,\); pass int64 of shape \(1, 3\)"),
         ("table", ZERO, r"table is torch.int64 of shape \(1,\); pass int64 of shape \[rows, slots\]"),
         ("layer", ZERO.int(), r"layer is torch.int32 of shape \(1,\); pass int64 of shape \(1,\)"),

@@ -1,6 +1,6 @@
-"""Engine `cuda` is used once it has planned what `cpu` plans; one that fails is noticed, and plans stay the same.
+"""Engine `cuda` is used once it plans the same as `cpu`; a failing one is noticed, and plans stay the same.
 
-Triton interprets here, in a child, because it must not have been imported before.
+Triton's interpreter runs here in a child process, because Triton must not have been imported before.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ SHAPE = (3, 2, 8)  # T, L, E
 
 
 class Broken:
-    """An engine of which one call goes wrong."""
+    """An engine with one wrong call."""
 
     def __init__(self, call: str, wrong: Callable[[Tensor], Tensor]) -> None:
         self._call, self._wrong = call, wrong
@@ -49,7 +49,7 @@ class Broken:
 
 
 def last_row_swapped(table: Tensor) -> Tensor:
-    """Two slots of the last row alone have changed places."""
+    """Swap two slots, in the last row only."""
     table = table.clone()
     table[-1, [0, -1]] = table[-1, [-1, 0]]
     return table
@@ -76,9 +76,9 @@ def test_an_engine_that_agrees_answers_as_it_does() -> None:
 @pytest.mark.parametrize(
     ("wrong", "wording"),
     [
-        (last_row_swapped, "{} gives another table in 1 of 3 rows"),
-        (lambda table: table.int(), "{} gives torch.int32 of shape"),
-        (lambda table: table[:-1], "{} gives torch.int64 of shape"),
+        (last_row_swapped, "{} returns a different table in 1 of 3 rows"),
+        (lambda table: table.int(), "{} returns torch.int32 of shape"),
+        (lambda table: table[:-1], "{} returns torch.int64 of shape"),
     ],
 )
 def test_a_call_that_answers_otherwise_is_named(call: str, wrong: Callable[[Tensor], Tensor], wording: str) -> None:
@@ -114,7 +114,7 @@ LONG_PLANS = {"blocks", "classes"}
 
 
 class Wrong:
-    """`cuda` with one entry point that breaks in some way."""
+    """One function of `cuda`, broken in some way."""
 
     @staticmethod
     def table() -> tuple[str, Any]:
@@ -138,7 +138,7 @@ class Wrong:
 
 @contextmanager
 def broken(how: str | None) -> Iterator[None]:
-    """`cuda` as it would be; trials are held anew."""
+    """`cuda`, broken in the given way; trials are run again."""
     cuda_trial._passes.cache_clear()
     name, value = ("_CELLS", cuda._CELLS) if how is None else getattr(Wrong, how)()
     right = getattr(cuda, name)
@@ -151,7 +151,7 @@ def broken(how: str | None) -> Iterator[None]:
 
 @contextmanager
 def launches() -> Iterator[set[str]]:
-    """What Triton compiles for: a kernel, its blocks, and which tensors are there, of which types."""
+    """What Triton compiles for: a kernel, its blocks, and the types of its arguments."""
     compiled, launch = set[str](), cuda._launch
 
     def noted(kernel: Any, arguments: tuple[Any, ...], options: dict[str, int]) -> None:
@@ -184,7 +184,7 @@ def planned(engine: str | None, **options: Any) -> tuple[str, list[list[int]]]:
 
 
 def interpreted(is_long: bool) -> None:
-    """Print what plans came out, by which engine, and what was logged."""
+    """Print the plans, the engine of each, and what was logged."""
     prepare()
     messages = Logged().messages
     answers: dict[str, Any] = {}
@@ -205,7 +205,7 @@ def interpreted(is_long: bool) -> None:
 
 
 def failures(messages: list[str]) -> dict[str, Any]:
-    """Plans where `cuda` breaks in each way, twice, and by `cpu`; and what is logged."""
+    """For each way in which `cuda` breaks: its plans, twice, the plan by `cpu`, and what is logged."""
     answers = {}
     for how in ("table", "compiler", "memory"):
         messages.clear()
@@ -216,10 +216,10 @@ def failures(messages: list[str]) -> dict[str, Any]:
 
 
 def packed(messages: list[str]) -> list[Any]:
-    """Weights that are packed by `cuda`, twice, and by `cpu`; and what is logged."""
+    """Weights packed by `cuda`, twice, and by `cpu`; and what is logged."""
     messages.clear()
     with broken(None):
-        named = cuda_trial.engine_named  # for weights on a GPU it is cuda, and here is none
+        named = cuda_trial.engine_named  # weights on a GPU would get cuda, but there is no GPU here
         cuda_trial.engine_named = lambda name, *device: named("cuda" if device else name)
         by_cuda = [balanced_packing(LOAD[0], 4, 2)[0].tolist() for _ in range(2)]
         cuda_trial.engine_named = named
@@ -227,7 +227,7 @@ def packed(messages: list[str]) -> list[Any]:
 
 
 def one_rank_of_a_job() -> dict[str, Any]:
-    """Rank 1's kernels are wrong; that is logged when the rebalancer is made, and nothing more while it plans."""
+    """Rank 1's kernels are wrong; that is logged when the rebalancer is created, and nothing more while it plans."""
     prepare()
     messages, events = Logged().messages, list[RebalanceEvent]()
     with broken("table" if TorchComm().rank else None):
@@ -252,7 +252,7 @@ def one_rank_of_a_job() -> dict[str, Any]:
 
 @cache
 def printed(is_long: bool) -> dict[str, Any]:
-    """What `interpreted` prints, in a child."""
+    """What `interpreted` prints in a child process."""
     answers: dict[str, Any] = printed_by("test_cuda_trial", "interpreted", is_long)
     return answers
 
@@ -270,7 +270,7 @@ def test_an_engine_that_passes_its_trial_plans(name: str) -> None:
     launched, by_cuda, by_cpu, used, tried, messages = printed(name in LONG_PLANS)[name]
     assert (by_cuda[0], by_cpu[0]) == ("cuda", "cpu")
     assert by_cuda[1] == by_cpu[1]
-    # Nothing is left to be compiled in a rebalance.
+    # Nothing is left to compile in a rebalance.
     assert launched == len(tried)
     assert set(used) <= set(tried)
     assert used
@@ -282,19 +282,19 @@ def test_an_engine_that_passes_its_trial_plans(name: str) -> None:
 @pytest.mark.parametrize(
     ("how", "cause"),
     [
-        ("table", "DistplbError: settle gives another table in "),
+        ("table", "DistplbError: settle returns a different table in "),
         ("compiler", "RuntimeError: Failed to find C compiler"),
         ("memory", "OutOfMemoryError: out of memory"),
     ],
 )
 def test_one_that_fails_is_logged_once_and_the_plan_is_the_same(answers: dict[str, Any], how: str, cause: str) -> None:
-    """The first rebalance of a job would have met it, and ended the training or moved experts by a wrong plan."""
+    """A job's first rebalance would have met the fault, and ended training or moved experts by a wrong plan."""
     first, second, expected, messages = answers[how]
     assert first == second == expected
     assert first[0] == "cpu"
     assert len(messages) == 1
     assert messages[0].startswith(f"WARNING engine 'cuda' failed its trial ({cause}")
-    assert messages[0].endswith("plans are made by 'cpu', and are the same; pass engine='cpu' to go without the trial")
+    assert messages[0].endswith("engine 'cpu' makes the same plans instead; pass engine='cpu' to skip the trial")
 
 
 def test_packing_alone_has_a_trial_too(answers: dict[str, Any]) -> None:

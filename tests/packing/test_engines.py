@@ -1,6 +1,6 @@
-"""One contract, three engines: on every case of the table each answers what the reference answers, to the bit.
+"""One contract, three engines: on every case of the table each returns what the reference returns, to the bit.
 
-The kernels of `cuda` are interpreted on any machine, in a child, and compiled where there is a GPU.
+The kernels of `cuda` are interpreted on any machine, in a child process, and compiled if there is a GPU.
 Shapes: X rows, E experts, P slots, M packs, G = P / M slots in each; T steps.
 """
 
@@ -22,15 +22,15 @@ from distplb.packing.engines import engine_named
 from distplb.packing.noise import noisy_keys
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-ROWS = {"tiny": 4, "small": 12}  # of a case that the interpreter manages in seconds
+ROWS = {"tiny": 4, "small": 12}  # of a case that the interpreter runs in seconds
 # With tiles of a few positions and launches of a row or two, short rows take several of them, as long ones do.
 TILED = ["14 in 2x7", "24 in 2x12", "8 in 2x5", "6 in 2x7", "3 in 2x4", "4 in 2x3", "18 in 4x5 over 4"]
 TILED_LONG = ["24 in 8x4 over 17"]
-STOPPED = ["12 in 4x3 over 3", "12 in 4x4 over 3"]  # where a pack looks for an exchange twice at most
+STOPPED = ["12 in 4x3 over 3", "12 in 4x4 over 3"]  # where a pack searches for an exchange at most twice
 
 
 def runs() -> Iterator[Any]:
-    """Each engine with each case that it is for."""
+    """Each engine with each of its cases."""
     for name, entry in TABLE.items():
         if entry.size not in ("large", "longest"):
             yield pytest.param("cpu", name, id=f"cpu-{name}")
@@ -61,13 +61,13 @@ def test_an_engine_equals_the_reference(engine: str, name: str) -> None:
 
 @cache
 def interpreted(is_long: bool) -> dict[str, dict[str, list[str]]]:
-    """What interpreted kernels answer otherwise, by engine and case; in one child, and in another for the long ones."""
+    """Differences of interpreted kernels, by engine and case, from one child process; long cases from another."""
     texts: dict[str, dict[str, list[str]]] = printed_by("test_engines", "interpret", is_long)
     return texts
 
 
 def interpret(is_long: bool) -> None:
-    """In the child: print the differences."""
+    """In the child process, print the differences."""
     prepare()
     texts: dict[str, dict[str, list[str]]] = {"interpreted": {}}
     size = "small" if is_long else "tiny"
@@ -84,7 +84,7 @@ def interpret(is_long: bool) -> None:
 
 
 def outside_of_tensors() -> list[str]:
-    """What is raised where a kernel is given less of a tensor than its numbers say."""
+    """What is raised if a kernel gets a smaller tensor than its sizes say."""
     launch, zero = cuda._launch, torch.zeros(1, dtype=torch.int64)
     cuda._launch = lambda kernel, tensors, options: launch(kernel, (tensors[0][:, :-1].clone(), *tensors[1:]), options)
     try:
@@ -95,7 +95,7 @@ def outside_of_tensors() -> list[str]:
 
 
 def test_an_interpreted_kernel_that_leaves_its_tensors_is_noticed() -> None:
-    """So those of the tests above stayed inside."""
+    """So the kernels in the tests above stayed inside their tensors."""
     assert "addresses are in no tensor of the kernel" in interpreted(False)["guard"]["outside"][0]
 
 
@@ -105,11 +105,11 @@ def test_tensors_of_the_cpu_come_back_there() -> None:
         assert not differences(TABLE[name], cuda)
 
 
-# --- what the cases reach: else the tests above would also pass with engines that leave something out --------------
+# --- what the cases reach: otherwise the tests above would also pass for engines that leave something out ----------
 
 
 def packed(*sizes: str) -> list[PackCase]:
-    """The cases of steps 0 to 9 as they are interpreted."""
+    """The cases of steps 0 to 9, as the interpreter runs them."""
     cases = [entry.case(0).part(slice(ROWS[entry.size])) for entry in TABLE.values() if entry.size in sizes]
     return [case for case in cases if isinstance(case, PackCase)]
 
@@ -172,18 +172,18 @@ def test_the_fastest_engine_that_is_there_is_taken() -> None:
 def test_without_numba_the_reference_serves_and_an_engine_asked_for_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "is_there", lambda: False)
     assert engine_named(None)[0] == "reference"
-    with pytest.raises(DistplbError, match=r"engine 'cpu' is not there: Numba is not installed; pip install 'distplb"):
+    with pytest.raises(DistplbError, match=r"engine 'cpu' is not available: Numba is not installed; pip install 'dist"):
         engine_named("cpu")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_cuda_without_a_device_is_refused() -> None:
-    with pytest.raises(DistplbError, match="engine 'cuda' is not there: it takes Triton and a CUDA device"):
+    with pytest.raises(DistplbError, match="engine 'cuda' is not available: it needs Triton and a CUDA device"):
         engine_named("cuda")
 
 
 def test_an_engine_that_is_not_there_is_refused_and_none_takes_one_that_is() -> None:
-    with pytest.raises(DistplbError, match="engine 'warp' is not there; pass one of reference"):
+    with pytest.raises(DistplbError, match="engine 'warp' is unknown; pass one of reference"):
         engine_named("warp")
     name, engine = engine_named(None)
     assert engine_named(name) == (name, engine)

@@ -13,7 +13,7 @@ from distplb.packing.noise import noisy_keys
 
 
 def noise(items: int, *, layer: int = 0, candidate: int = 1, seed: int = 0) -> Tensor:
-    """`[n]`: the noise of each item in 2^-16, as it comes out on equal weights of 2^16."""
+    """`[n]`: the noise of each item in 2^-16, measured on equal weights of 2^16."""
     weight = torch.full((1, items), 1 << 16)
     keys = noisy_keys(weight, layer=torch.tensor([layer]), candidate=torch.tensor([candidate]), seed=seed)
     return (keys - weight)[0]
@@ -36,7 +36,7 @@ def test_noise_is_at_least_zero_and_below_15_percent() -> None:
 
 
 def test_noise_is_spread_evenly() -> None:
-    """Chi-square of 64 equal bins: 63 on average, its standard deviation 11; the bound is six of them away."""
+    """Chi-square of 64 equal bins: mean 63, standard deviation 11; the bound is six standard deviations away."""
     for candidate, layer, seed in [(1, 0, 0), (2, 0, 0), (2**22 - 1, 57, 2**40)]:
         counts = (noise(64 * 1000, candidate=candidate, layer=layer, seed=seed) * 64 // 9831).bincount(minlength=64)
         assert len(counts) == 64
@@ -46,7 +46,7 @@ def test_noise_is_spread_evenly() -> None:
 def test_noise_differs_by_item_candidate_layer_and_both_halves_of_the_seed() -> None:
     plain = noise(1000)
     others = [
-        noise(1001)[1:],  # the next item's
+        noise(1001)[1:],  # of the next item
         noise(1000, candidate=2),
         noise(1000, layer=1),
         noise(1000, seed=1),
@@ -62,7 +62,7 @@ def test_noise_differs_by_item_candidate_layer_and_both_halves_of_the_seed() -> 
 
 
 def test_the_noise_is_what_it_was_when_it_was_first_pinned() -> None:
-    """Plans are replayed from a seed and a candidate: a change of the hash would change every one of them."""
+    """Plans are replayed from a seed and a candidate: a changed hash would change every plan."""
     assert noise(8, layer=3, candidate=5, seed=7).tolist() == [892, 8458, 7126, 4091, 6952, 3594, 1894, 154]
     weight = torch.tensor([[100_000, 2**40 - 10**7, 3, 0]])
     keys = noisy_keys(weight, layer=torch.tensor([3]), candidate=torch.tensor([5]), seed=7)

@@ -1,4 +1,4 @@
-"""Steps 10 and 11: the specification against plain loops over plain lists, and what it promises.
+"""Steps 10 and 11: the specification against plain loops over plain lists, and the properties that it promises.
 
 Shapes: X rows, T steps, L layers, E experts, P slots, M packs, G = P / M slots in each.
 """
@@ -16,12 +16,12 @@ from distplb.packing.settle import Terms
 
 Table = list[int]  # [P], the expert of each slot
 
-SHAPES = [*TINY_SETTLED, *SMALL_SETTLED]  # (E, M, G, T), the first of one pack
+SHAPES = [*TINY_SETTLED, *SMALL_SETTLED]  # (E, M, G, T), the first with one pack
 LARGER = [*SHAPES, (12, 4, 6, 8), (24, 6, 5, 5), (40, 10, 4, 12)]
 
 
 class Oracle:
-    """One row, as the docstring of `settle` tells it."""
+    """One row, as the docstring of `settle` describes it."""
 
     def __init__(self, case: SettleCase, x: int) -> None:
         layer, terms = int(case.layer[x]), case.terms
@@ -50,7 +50,7 @@ class Oracle:
         return sum(max(step) for step in self.loads(table)) + self.tolls(table)
 
     def exchanges(self, table: Table, here: int) -> Iterator[tuple[int, Table]]:
-        """The other pack, and the table after."""
+        """Each allowed exchange of pack `here`: the other pack, and the table after it."""
         packs = self.packs(table)
         for slot in range(here * self.size, (here + 1) * self.size):
             for place in range(len(table)):
@@ -93,7 +93,7 @@ class Oracle:
         return best
 
     def still_tired(self, tired: set[int], here: int, partner: int) -> set[int]:
-        """After an exchange of two packs in step 10."""
+        """The tired packs after an exchange of two packs in step 10."""
         return tired - {here, partner}
 
     def step_11(self, table: Table) -> Table:
@@ -114,7 +114,7 @@ class Oracle:
         return table
 
     def above(self, table: Table, limits: list[int]) -> list[int]:
-        """`[M]`, by how much packs stand out."""
+        """`[M]`: tokens of each pack above the limits, summed over the steps."""
         loads = self.loads(table)
         return [
             sum(max(0, step[p] - limit) for step, limit in zip(loads, limits, strict=True))
@@ -122,7 +122,7 @@ class Oracle:
         ]
 
     def first_of_the_most(self, number: list[int], tired: set[int]) -> int | None:
-        """A pack, but for those."""
+        """The first pack with the largest number that is not tired, if that is above 0."""
         pack = max((p for p in range(self.num_packs) if p not in tired), key=lambda p: number[p], default=None)
         return None if pack is None or number[pack] == 0 else pack
 
@@ -142,7 +142,7 @@ def test_a_pack_that_found_nothing_looks_again_once_another_changed_it() -> None
 
     for case in woken():
         expected = Oracle(case, 0).settled()
-        assert Forgetful(case, 0).settled() != expected  # else this tests nothing
+        assert Forgetful(case, 0).settled() != expected  # otherwise this tests nothing
         assert case.answer(reference).tolist() == [expected]
 
 
@@ -154,7 +154,7 @@ def test_it_stops_after_as_many_scans_as_it_may(monkeypatch: pytest.MonkeyPatch)
     assert torch.equal(case.answer(reference), case.table)
     monkeypatch.setattr(settle, "scans", lambda num_packs: 1)
     moved = (case.answer(reference) != case.table).sum(1)
-    assert ((moved > 0) & (moved <= 6)).any()  # three exchanges at most
+    assert ((moved > 0) & (moved <= 6)).any()  # at most three exchanges
     assert (moved <= 6).all()
     assert ((whole != case.table).sum(1) > 6).any()
 
@@ -174,20 +174,20 @@ def test_no_row_costs_more_and_every_region_keeps_its_slots_experts(
 
 @pytest.mark.parametrize("num_slots", [256, 288])
 def test_every_packing_of_a_model_gets_cheaper(num_slots: int) -> None:
-    """From balanced packings, free, and priced from another packing within nodes."""
+    """Starting from balanced packings: free, and with a price for moves from another packing within nodes."""
     case = model_settle_case(num_slots)
     for one in (case, case.free()):
         assert (one.costs(one.answer(cpu)) < one.costs(one.table)).all()
 
 
 def sharing(case: SettleCase, table: torch.Tensor) -> torch.Tensor:
-    """`[X]`: how often a slot's expert is in its pack already."""
+    """`[X]`: number of slots whose expert is already in their pack."""
     inside = table.unflatten(1, (case.num_packs, -1)).sort(dim=2).values
     return (inside[..., 1:] == inside[..., :-1]).sum((1, 2))
 
 
 def test_replicas_apart_stay_apart_and_others_may_come_together() -> None:
-    """Where they may not share, no row has more of them in one pack than it had."""
+    """If replicas may not share a pack, no row ends with more of them sharing one than before."""
     together = 0
     for seed in range(4):
         for case in settle_cases([shape for shape in LARGER if shape[1] * shape[2] > shape[0]], rows=16, seed=seed):
@@ -199,7 +199,7 @@ def test_replicas_apart_stay_apart_and_others_may_come_together() -> None:
 
 
 def test_most_rows_are_improved_and_both_steps_do_some_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else the tests above would also pass where nothing happens."""
+    """Otherwise the tests above would also pass if nothing happened."""
     many = [case for seed in range(2) for case in settle_cases(SHAPES[1:], rows=8, seed=seed)]
     whole = [case.answer(reference) for case in many]
     lower = torch.cat([case.costs(table) < case.costs(case.table) for case, table in zip(many, whole, strict=True)])
@@ -213,7 +213,7 @@ def test_most_rows_are_improved_and_both_steps_do_some_of_it(monkeypatch: pytest
 
 
 def test_a_ceiling_finds_what_descent_alone_does_not() -> None:
-    """Two packs are the busiest, so that no single exchange lowers the cost; under a ceiling both come down."""
+    """Two packs are equally heavy, so no single exchange lowers the cost; under a ceiling both get lighter."""
     zero = torch.zeros(1, dtype=torch.int64)
     terms = Terms(torch.tensor([[[9, 5, 9, 5, 2, 4, 2, 4]]]), torch.zeros(8, dtype=torch.int64))
     case = SettleCase(4, terms, torch.arange(8)[None], zero, zero)
@@ -231,7 +231,7 @@ def test_a_toll_of_nothing_is_none() -> None:
 
 
 def test_a_move_is_made_only_where_it_is_worth_its_toll() -> None:
-    """An exchange brings the cost of one step from 12 to 10, and moves two experts."""
+    """An exchange lowers the cost of one step from 12 to 10 and moves two experts."""
     zero = torch.zeros(1, dtype=torch.int64)
     distance = torch.tensor([[[0, 1], [0, 1], [1, 0], [1, 0]]], dtype=torch.int8)
     for toll, is_made in ((0, True), (1, False), (5, False)):

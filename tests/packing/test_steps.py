@@ -1,4 +1,4 @@
-"""Steps 1 to 7 in plain torch against a second, plain implementation, and what each step promises by itself.
+"""Steps 1 to 7 in plain torch against a second, plain implementation, and the properties that each step promises.
 
 Shapes: X rows, n items, M packs, g = n / M items in each.
 """
@@ -17,13 +17,13 @@ from torch import Tensor
 from distplb.packing import reference, steps
 from distplb.packing.steps import pack_loads
 
-# (M, g). Pair swaps are for 2 ≤ g ≤ 16; 17 is just beyond, 1 is the identity, M = 1 has nobody to swap with.
+# (M, g). Pair swaps are for 2 ≤ g ≤ 16; 17 is just beyond, 1 is the identity, M = 1 has no pack to swap with.
 SHAPES = [(1, 1), (1, 4), (2, 1), (7, 1), (2, 2), (3, 2), (8, 2), (2, 3), (3, 3), (5, 3), (2, 4), (4, 4)]
 SHAPES += [(3, 5), (5, 5), (2, 7), (4, 6), (2, 9), (3, 8), (2, 16), (2, 17), (3, 17)]
 
 
 def shuffled(random_: random.Random, n: int, rows: int) -> list[list[int]]:
-    """`[X][n]` packings without any order in them."""
+    """`[X][n]` packings in random order."""
     return [random_.sample(range(n), n) for _ in range(rows)]
 
 
@@ -84,10 +84,10 @@ def test_each_refinement_equals_the_plain_implementation_from_any_start(step: st
 
 
 def test_no_single_swap_with_the_heaviest_pack_is_left() -> None:
-    """Symptom: a row that had been improved came out as it went in, after every even number of rounds.
+    """Symptom: after an even number of rounds, a row that had been improved was back to its initial packing.
 
-    Cause: the best swap was looked for on the packing that the refinement started from instead of the current one,
-    so each round found the same swap, and every second one undid it.
+    Cause: each round searched for the best swap in the initial packing of the refinement instead of the current one,
+    so it found the same swap, and every second round undid it.
     """
     swaps_made = set()
     for seed in range(60):
@@ -98,13 +98,13 @@ def test_no_single_swap_with_the_heaviest_pack_is_left() -> None:
         items = steps.lower_max(torch.tensor([row]), torch.tensor(start), num_packs)
         _, swaps = oracle.lower_max(row, oracle.unflat(start[0], num_packs))
         swaps_made.add(swaps)
-        assert swaps < oracle.MAX_ROUNDS  # else a swap may well be left
+        assert swaps < oracle.MAX_ROUNDS  # otherwise a helpful swap may be left
         assert not helping_swaps(row, oracle.unflat(items[0].tolist(), num_packs))
-    assert {2, 3, 4, 5} <= swaps_made  # even numbers and odd ones, or the cases would show nothing
+    assert {2, 3, 4, 5} <= swaps_made  # even and odd numbers, otherwise the cases would show nothing
 
 
 def helping_swaps(row: list[int], packs: oracle.Packs) -> list[tuple[int, int]]:
-    """Pairs of items whose exchange leaves two packs that are both lighter than the heaviest is now."""
+    """Pairs of items whose exchange leaves two packs that are both lighter than the heaviest pack is now."""
     load = oracle.loads(row, packs)
     heavy = load.index(max(load))
     return [
@@ -117,11 +117,11 @@ def helping_swaps(row: list[int], packs: oracle.Packs) -> list[tuple[int, int]]:
 
 
 def test_variance_refinement_goes_on_from_the_packing_that_it_has_reached() -> None:
-    """The same cause as above in the other refinement: rounds looked at the packing of the start."""
+    """The same cause as above in the other refinement: rounds used the initial packing."""
     weight = skewed(1, rows=6, n=16)  # [X, n]
     start = torch.tensor(shuffled(random.Random(1), 16, 6))
     items, squares = start, [pack_loads(weight, start, 4).square().sum(1)]
-    while True:  # round after round by hand
+    while True:  # round by round, separately
         one_round = torch.stack([one_variance_round(weight[x], items[x]) for x in range(6)])
         if torch.equal(one_round, items) or len(squares) > steps._VARIANCE_ROUNDS:
             break
@@ -133,7 +133,7 @@ def test_variance_refinement_goes_on_from_the_packing_that_it_has_reached() -> N
 
 
 def one_variance_round(row: Tensor, items: Tensor) -> Tensor:
-    """`[n]`: the best of all exchanges of two items, each tried out."""
+    """`[n]`: items after the best exchange of two items, found by trying each."""
     best, best_items = int(pack_loads(row[None], items[None], 4).square().sum()), items
     for a in range(len(row)):
         for b in range(a + 1, len(row)):
@@ -159,8 +159,8 @@ def test_pair_swap_helps_where_no_single_swap_does() -> None:
 
 @pytest.mark.parametrize(("size", "swaps"), [(1, False), (3, True), (16, True), (17, False)])
 def test_pair_swaps_are_for_packs_of_two_to_sixteen_items(size: int, swaps: bool) -> None:
-    row = [5] * size + [1] * size  # the greatest difference there can be
+    row = [5] * size + [1] * size  # the largest possible difference
     items = torch.arange(2 * size)[None]
     assert torch.equal(steps.swap_pairs(torch.tensor([row]), items, 2), items) is not swaps
-    # Two items a pack are allowed as well, and change nothing: the two packs would trade places.
+    # Packs of two items are allowed too, and nothing changes: the two packs would only trade places.
     assert steps.swap_pairs(torch.tensor([[5, 5, 1, 1]]), torch.arange(4)[None], 2).tolist() == [[0, 1, 2, 3]]

@@ -154,7 +154,7 @@ REFUSED = {
     "another engine": (
         (1, 2),
         {"engine": "warp"},
-        "engine 'warp' is not there; pass one of reference, cpu, cuda, or engine=None",
+        "engine 'warp' is unknown; pass one of reference, cpu, cuda, or engine=None",
     ),
     "a price of nothing": (
         (1, 2),

@@ -214,7 +214,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         "32 slots cannot be spread evenly over 5 GPUs (1 nodes × 5); pass num_slots=35, 3 more than experts",
     ),
     "candidates": ({"num_candidates": 0}, "num_candidates is 0; pass 1 to 2^22"),
-    "engine": ({"engine": "magic"}, "engine 'magic' is not there; pass one of reference, cpu, cuda, or engine=None"),
+    "engine": ({"engine": "magic"}, "engine 'magic' is unknown; pass one of reference, cpu, cuda, or engine=None"),
 }
 
 

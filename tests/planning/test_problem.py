@@ -268,7 +268,7 @@ def test_what_the_options_refuse_the_problem_refuses() -> None:
     with pytest.raises(DistplbError, match="4 slots cannot be spread evenly over 3 GPUs"):
         Problem(load, Topology(3, 1))
     with pytest.raises(
-        DistplbError, match="engine 'warp' is not there; pass one of reference, cpu, cuda, or engine=None"
+        DistplbError, match="engine 'warp' is unknown; pass one of reference, cpu, cuda, or engine=None"
     ):
         Problem(load, Topology(1, 2), PlanOptions(engine="warp"))
     assert Problem(load, Topology(1, 2), PlanOptions(num_slots=4, engine="reference")).engine_name == "reference"

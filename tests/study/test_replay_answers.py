@@ -143,7 +143,7 @@ def test_wrong_input_is_one_line(tmp_path: Path) -> None:
         "covers 20 iterations, and a rebalance every 21": [good, "--every", 21],
         "one GPU has nothing to balance": [good, "--gpus-per-node", 1],
         "2 traces were named": [good, good],
-        "engine 'abacus' is not there": [good, "--engine", "abacus"],
+        "engine 'abacus' is unknown": [good, "--engine", "abacus"],
         "0.0 is not in the range": [good, "--tflops", 0],
     }
     for text, arguments in wrong.items():

@@ -171,7 +171,7 @@ WRONG: dict[str, tuple[Any, str]] = {
     "max_bytes": (1e9, "Moves: max_bytes is 1000000000.0; pass a whole number of at least 0"),
     "comm": (
         "gloo",
-        "comm is 'gloo'; pass a communicator, such as TorchComm(group) of distplb.comm.torchdist, or None for this "
+        "comm is 'gloo'; pass a communicator, such as TorchComm(group) from distplb.comm.torchdist, or None for this "
         "process alone",
     ),
 }
@@ -313,7 +313,7 @@ def without_layers(has_some: bool) -> list[str]:
 def test_a_job_without_any_layers_is_told_so_and_a_stage_without_is_not() -> None:
     told, others = on_ranks(2, without_layers, False, deadline=60)
     assert len(told) == 1
-    assert told[0].startswith("distplb: the Rebalancer was given no layers on any rank, and moves nothing; pass the")
+    assert told[0].startswith("distplb: the Rebalancer was given no layers on any rank and moves nothing; pass the")
     assert others == []
     assert on_ranks(2, without_layers, True, deadline=60) == [[], []]
 

@@ -222,7 +222,7 @@ CASES: list[Case] = [
     Case(
         'plan(comm="nccl")',
         (
-            "refused: comm is 'nccl'; pass a communicator, such as TorchComm(group) of distplb.comm.torchdist, "
+            "refused: comm is 'nccl'; pass a communicator, such as TorchComm(group) from distplb.comm.torchdist, "
             "or None for this process alone"
         ),
         lambda _: planned([[8, 1, 2, 1]], comm="nccl"),

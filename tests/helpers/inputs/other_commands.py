@@ -136,7 +136,7 @@ CASES: list[Case] = [
     ),
     Case(
         "`replay --engine warp`",
-        "exit 2: [Error: --engine 'warp' is not there; pass one of reference, cpu, cuda, or no --engine]",
+        "exit 2: [Error: --engine 'warp' is unknown; pass one of reference, cpu, cuda, or no --engine]",
         replayed("--engine", "warp"),
     ),
     Case(

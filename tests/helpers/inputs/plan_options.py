@@ -172,12 +172,12 @@ CASES: list[Case] = [
     ),
     Case(
         "`--engine warp`",
-        "exit 2: [Error: --engine 'warp' is not there; pass one of reference, cpu, cuda, or no --engine]",
+        "exit 2: [Error: --engine 'warp' is unknown; pass one of reference, cpu, cuda, or no --engine]",
         planned("--engine", "warp"),
     ),
     Case(
         '`plan(load, Topology(1, 2), engine="warp")`',
-        "refused: engine 'warp' is not there; pass one of reference, cpu, cuda, or engine=None",
+        "refused: engine 'warp' is unknown; pass one of reference, cpu, cuda, or engine=None",
         called((2, 3, 8), Topology(1, 2), engine="warp"),
     ),
     Case(
