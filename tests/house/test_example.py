@@ -102,7 +102,7 @@ def test_from_the_switch_on_batches_come_from_the_other_text(tmp_path: Path) -> 
     assert kept.count("text: ") == 1  # at the start; none in the table
     for switch_at, same in ((8, 1), (9, 2)):
         said = trained(*own, f"--switch-at={switch_at}", ranks=1)
-        assert f"\ntext: {tmp_path}, from iteration {switch_at} on code\nmedians over" in said
+        assert f"\ntext: {tmp_path}, code from iteration {switch_at} on\nMedians over" in said
         pairs = zip(losses(said), losses(kept), strict=True)
         assert [one == other for one, other in pairs] == [i < same for i in range(3)]
 

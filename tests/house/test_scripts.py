@@ -90,4 +90,4 @@ def test_building_the_wheel_takes_no_arguments() -> None:
         ["bash", ROOT / "launch" / "wheel.sh", "python3.10"], capture_output=True, text=True, timeout=60, check=False
     )
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "it takes no arguments, and python3.10 was passed; launch/wheel.sh\n"
+    assert done.stderr == "launch/wheel.sh takes no arguments, and python3.10 was passed; run it without arguments\n"
