@@ -55,8 +55,8 @@ TEXT = (
     "`moved` is the share of slots whose expert comes from another GPU; `imbalance` is busiest GPU / mean GPU in "
     "tokens, on the load that was planned on; both are means over layers and loads. The price of a moved slot is a "
     f"share of the mean GPU's tokens. Disturbed: {BASE}, every count times exp(x), x normal with standard deviation "
-    f"{NOISE}; the placement in force was planned by distplb.plan with K = 16 on the load before the change. Placements "
-    "do not depend on the machine."
+    f"{NOISE}; the placement in force was planned by distplb.plan with K = 16 on the load before the change. "
+    "Placements do not depend on the machine."
 )
 
 
