@@ -257,7 +257,7 @@ def imbalance(received: Tensor) -> Tensor:
 def summarise(runs: list[Run]) -> Table:
     """Compute the closing table, from medians over iterations, because other work on the machine slows some of them.
 
-    The seconds of an iteration are the median without rebalances, plus the rebalances' mean over all iterations.
+    The seconds of an iteration are the median without rebalances, plus the mean of the rebalance seconds.
     """
     table: Table = {}
     for run in runs:
@@ -330,8 +330,9 @@ def report(event: Any) -> None:
 def describe(args: argparse.Namespace, modes: list[tuple[str, str]], ranks: int, text: list[Tensor]) -> str:
     names = ", ".join(f"{router}/{balance}" for router, balance in modes)
     return (
-        f"{args.layers} layers, {args.experts} experts, top-{args.top_k}, dim {args.dim}, ffn {args.ffn}; "
-        f"{ranks} ranks x {args.batch} sequences x {args.sequence} bytes from {len(text[0]) / 1e6:.0f} MB of text\n"
+        f"{args.layers} layer{'s' * (args.layers > 1)}, {args.experts} experts, top-{args.top_k}, dim {args.dim}, "
+        f"ffn {args.ffn}; {ranks} rank{'s' * (ranks > 1)} x {args.batch} sequence{'s' * (args.batch > 1)} x "
+        f"{args.sequence} bytes from {len(text[0]) / 1e6:.0f} MB of text\n"
         f"text: {describe_text(args)}\n"
         f"{len(modes)} x {args.iterations} iterations in turns of {args.turn}: {names}\n"
         f"The six runs of --compare take five to eight minutes at the default sizes on two cores."

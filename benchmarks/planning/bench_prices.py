@@ -304,8 +304,8 @@ def time_part(times: Timed, engine: str) -> str:
     text = (
         f"Whole `distplb.plan` calls, {TARGETS[0].layout.slots} slots on "
         f"{TARGETS[0].layout.topology.num_gpus} GPUs, K = 1, after one untimed call: median and quartiles of "
-        f"{len(next(iter(times.seconds.values())))} calls in turns; {threads or 'no'} threads on {cores} "
-        f"cores. Steps are drawn around {BASE} with popularities that vary log-normally by {WOBBLE}. Load average "
+        f"{len(next(iter(times.seconds.values())))} calls in turns; {threads or 'no'} thread{'s' * (threads != 1)} on "
+        f"{cores} core{'s' * (cores > 1)}. Steps are drawn around {BASE} with popularities that vary log-normally by {WOBBLE}. Load average "
         f"of the last minute: {times.load_average[0]:.1f} before, {times.load_average[1]:.1f} after, this process "
         f"included. If it exceeds {cores}, other processes shared the cores, and the seconds are too high."
     )

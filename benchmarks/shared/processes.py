@@ -80,7 +80,7 @@ def on_hosts(
         while any(launcher.poll() is None for launcher in launchers) and time.monotonic() < end:
             time.sleep(0.1)
         if not (folder / RESULT).exists():
-            raise SystemExit(f"the job on {number} hosts failed:\n{(folder / 'log').read_text()}")
+            raise SystemExit(f"the job on {number} host{'s' * (number > 1)} failed:\n{(folder / 'log').read_text()}")
         return json.loads((folder / RESULT).read_text())
 
 

@@ -33,7 +33,7 @@ def halves(sequences: Tensor, seed: int) -> tuple[Tensor, Tensor]:
 def steps_of(sequences: Tensor, steps: int, size: int, seed: int | list[int]) -> Tensor:
     """Draw steps `[S, L, E]`, each the sum of `size` sequences; no step holds a sequence twice."""
     if size > len(sequences):
-        raise SystemExit(f"a step of {size} sequences cannot be drawn from {len(sequences)} sequences")
+        raise SystemExit(f"a step of {size} sequences cannot be drawn from a set of {len(sequences)}; pass more")
     generator = np.random.default_rng(seed)
     drawn = np.stack([generator.choice(len(sequences), size, replace=False) for _ in range(steps)])
     return torch.stack([sequences[torch.from_numpy(rows)].sum(0) for rows in drawn])

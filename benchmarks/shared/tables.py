@@ -29,7 +29,7 @@ def markdown(head: list[str], lines: list[list[str]]) -> str:
 
 def header(title: str, text: str, command: str, engine: str) -> str:
     """Format title, text, command, hardware and versions; `text` explains how to read the figures, and their noise."""
-    hardware = f"{cpu_model()}, {len(os.sched_getaffinity(0))} cores"
+    hardware = f"{cpu_model()}, {(cores := len(os.sched_getaffinity(0)))} core{'s' * (cores > 1)}"
     if engine == "cuda":
         hardware += f"; {torch.cuda.get_device_name()}"
     return "\n".join(

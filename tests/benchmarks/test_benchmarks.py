@@ -61,7 +61,7 @@ def test_a_step_holds_no_sequence_twice() -> None:
 
 
 def test_more_sequences_than_there_are_cannot_be_drawn() -> None:
-    with pytest.raises(SystemExit, match="a step of 5 sequences cannot be drawn from 4 sequences"):
+    with pytest.raises(SystemExit, match="a step of 5 sequences cannot be drawn from a set of 4"):
         sequences.steps_of(counts(4, 1, 2), 1, 5, seed=0)
 
 

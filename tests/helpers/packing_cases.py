@@ -159,7 +159,7 @@ def at_the_limit(num_packs: int, row: list[int]) -> PackCase:
 
 
 def at_the_last_bit() -> PackCase:
-    """Make two rows that the variance phase can only improve by their last bit: 2^30 in total keeps it, 2^30 + 4 not."""
+    """Make two rows that the variance phase improves only by the last bit, kept by a total of 2^30, not of 2^30 + 4."""
     rows = [[2**28 + 1, 2**27 + 1, third + 2, 2**28, 2**27, third] for third in (2**27 - 2, 2**27)]
     zero = torch.zeros(2, dtype=torch.int64)
     return PackCase(2, torch.tensor(rows), torch.arange(6).repeat(2, 1), zero, zero, 0)

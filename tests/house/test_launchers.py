@@ -122,7 +122,7 @@ def told_by_ranks(folder: Path) -> list[Any]:
     return [json.loads(path.read_text()) for path in sorted(folder.glob("rank*.json"))]
 
 
-# --- how they are written --------------------------------------------------------------------------------------------
+# --- syntax and usage ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)

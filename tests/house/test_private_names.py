@@ -47,7 +47,7 @@ EXCUSED = {
 PUBLIC = {"_asdict", "_replace", "_fields", "os._exit", "sys._getframe"}
 
 
-# --- they are there ----------------------------------------------------------------------------------------------
+# --- the names exist ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", NAMES, ids=".".join)
@@ -111,7 +111,7 @@ def test_those_of_several_ranks_do_what_they_are_needed_for() -> None:
     assert found == [[1, 4, ((3, 2), (3 * (rank % 2), 0)), True] for rank in range(4)]
 
 
-# --- and nowhere else --------------------------------------------------------------------------------------------
+# --- and are used nowhere else -----------------------------------------------------------------------------------
 
 
 def is_private(name: str) -> bool:

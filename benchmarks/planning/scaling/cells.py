@@ -66,7 +66,7 @@ def measured(options: argparse.Namespace) -> list[Cell]:
     """Measure all cells, sorted by load, ranks and candidates."""
     results: list[dict[str, Any]] = []
     for ranks in options.ranks:
-        progress(f"{ranks} ranks")
+        progress(f"{ranks} rank{'s' * (ranks > 1)}")
         counts = {name: sorted({CASES[name].fixed, CASES[name].each * ranks}) for name in options.cases}
         cells = [[name, number, CASES[name].turns] for name, numbers in counts.items() for number in numbers]
         task = {"loads": str(options.loads.resolve()), "cells": cells, "patience": options.patience}

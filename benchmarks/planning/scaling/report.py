@@ -80,7 +80,7 @@ def title(options: argparse.Namespace) -> str:
     """Return the title of the report."""
     if not options.hosts:
         return "Planning on more ranks"
-    return f"Planning on {options.hosts} hosts with links of {options.megabits:g} Mbit/s"
+    return f"Planning on {options.hosts} host{'s' * (options.hosts > 1)} with links of {options.megabits:g} Mbit/s"
 
 
 def summary(cells: Sequence[Cell], model: WallModel) -> str:
