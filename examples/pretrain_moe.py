@@ -1,4 +1,4 @@
-"""Pretrain a small mixture-of-experts model on real text, with its experts rebalanced every N iterations.
+"""Pretrain a small mixture-of-experts model on real text, and rebalance its experts every N iterations.
 
     torchrun --standalone --nproc-per-node 2 examples/pretrain_moe.py --compare
     torchrun --standalone --nproc-per-node 2 examples/pretrain_moe.py --router plain --balance rebalanced
@@ -285,7 +285,7 @@ def format_table(table: Table, runs: list[Run]) -> str:
         *([] if args.switch_at is None else [f"text: {describe_text(args)}"]),
         f"Medians over iterations {args.every + 1} to {args.iterations}; "
         "no plan is judged on the iterations it was made from.",
-        "In brackets: quartiles of tokens/s.",
+        "In brackets: quartiles of tokens/s, rebalances excluded.",
     ]
     for router, modes in table.items():
         lines += ["", f"router: {router}"]

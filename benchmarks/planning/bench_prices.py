@@ -305,9 +305,10 @@ def time_part(times: Timed, engine: str) -> str:
         f"Whole `distplb.plan` calls, {TARGETS[0].layout.slots} slots on "
         f"{TARGETS[0].layout.topology.num_gpus} GPUs, K = 1, after one untimed call: median and quartiles of "
         f"{len(next(iter(times.seconds.values())))} calls in turns; {threads or 'no'} thread{'s' * (threads != 1)} on "
-        f"{cores} core{'s' * (cores > 1)}. Steps are drawn around {BASE} with popularities that vary log-normally by {WOBBLE}. Load average "
-        f"of the last minute: {times.load_average[0]:.1f} before, {times.load_average[1]:.1f} after, this process "
-        f"included. If it exceeds {cores}, other processes shared the cores, and the seconds are too high."
+        f"{cores} core{'s' * (cores > 1)}. Steps are drawn around {BASE} with popularities that vary log-normally by "
+        f"{WOBBLE}. Load average of the last minute: {times.load_average[0]:.1f} before, "
+        f"{times.load_average[1]:.1f} after, this process included. If it exceeds {cores}, other processes shared the "
+        f"cores, and the seconds are too high."
     )
     head = ["planned on", "seconds", "[quartiles]", "imbalance on the steps"]
     return f"## Time\n\n{text}\n\n{markdown(head, lines)}"
