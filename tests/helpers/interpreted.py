@@ -83,7 +83,7 @@ def _guard(interpreter: Any) -> None:
         tensor = np.searchsorted(edges[:, 0], address, side="right") - 1
         outside = (tensor < 0) | (address + size > edges[tensor, 1])
         if outside.any():
-            raise IndexError(f"{int(outside.sum())} of {address.size} addresses are outside the kernel's tensors")
+            raise IndexError(f"{int(outside.sum())} of {address.size} addresses are outside the tensors of the kernel")
 
     load, store = builder.create_masked_load, builder.create_masked_store
 
