@@ -1,1 +1,1 @@
-"""What is measured, in the rooms of distplb; each file is run as a module from the root of the checkout."""
+"""Benchmarks, in the same rooms as distplb; run each file as a module from the root of the checkout."""

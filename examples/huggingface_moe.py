@@ -1,8 +1,8 @@
-"""Pretrain a tiny Qwen3-MoE of Hugging Face Transformers, expert-parallel, with its experts rebalanced.
+"""Pretrain a tiny Qwen3-MoE of Hugging Face Transformers with expert parallelism, and rebalance its experts.
 
     torchrun --standalone --nproc-per-node 2 examples/huggingface_moe.py
 
-Half a minute on two CPU cores. Each rank trains on bytes of its own from the manual of Python.
+Takes half a minute on two CPU cores. Each rank trains on its own bytes of the Python standard library's source.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ def main() -> None:
     )
     torch.manual_seed(0)
     model = Qwen3MoeForCausalLM(config)
-    # Half of the experts on each rank, the rest under FSDP2; this also starts torch.distributed.
+    # Each rank holds half of the experts; FSDP2 shards the rest. This also initialises torch.distributed.
     parallel, _, meshes = model.prepare_distribute_model(DistributedConfig(fsdp_size=2, ep_size=2))
     model = model.maybe_distribute_model(model, parallel, meshes).train()
 
-    # Experts lie on a mesh of their own, and AdamW takes the parameters of one mesh at a time.
+    # Experts have their own mesh, and the parameters of one AdamW group must share a mesh.
     meshed: list[list[torch.nn.Parameter]] = [[], []]
     for name, parameter in model.named_parameters():
         meshed[".experts." in name].append(parameter)
@@ -56,12 +56,12 @@ def main() -> None:
         optimizer.zero_grad()
         rebalancer.step()
         say(f"iteration {iteration}  loss {loss.item():.3f}", iteration % EVERY == 0)
-    del rebalancer  # which holds the group, whose threads would outlive it
+    del rebalancer  # it refers to the group, whose threads would otherwise stay alive
     dist.destroy_process_group()
 
 
 def batch(text: Tensor, iteration: int) -> Tensor:
-    """`[SEQUENCES, LENGTH]`, another on each rank."""
+    """Draw a batch `[SEQUENCES, LENGTH]`, a different one on each rank."""
     generator = torch.Generator().manual_seed(1000 * iteration + dist.get_rank())
     starts = torch.randint(len(text) - LENGTH, (SEQUENCES, 1), generator=generator)
     return text[starts + torch.arange(LENGTH)].long()
@@ -69,8 +69,8 @@ def batch(text: Tensor, iteration: int) -> Tensor:
 
 def report(event: distplb.RebalanceEvent) -> None:
     if event.imbalance_next is not None:
-        return  # the last record once more, now that its plan has been tried
-    # Nothing is known of the load where a rebalance was skipped, nor of the imbalance of a layer without tokens.
+        return  # the last event again, after a window under its plan
+    # A skipped rebalance has no load, and a layer without tokens has no imbalance.
     for layer, before, after in zip(event.layers, event.imbalance_before, event.imbalance_after, strict=False):
         if before is not None and after is not None:
             say(f"{layer}: imbalance {before:.4f} -> {after:.4f}")

@@ -1,11 +1,12 @@
-"""Pretrain a small GPT of Megatron-Core, expert-parallel, with its experts rebalanced.
+"""Pretrain a small Megatron-Core GPT with expert parallelism, and rebalance its experts.
 
     torchrun --standalone --nproc-per-node 2 examples/megatron_moe.py
 
-Under a minute on two CPU cores. Each rank trains on bytes of its own from the manual of Python, with Megatron-Core's
-DDP, DistributedOptimizer and schedule. Megatron-Core 0.16 expects CUDA and Transformer Engine: `OnCpu` turns every
-device="cuda" into "cpu" and lets the optimizers believe it, the random states are those of inference (there is no
-dropout), torch.compile is off, and the one name that is undefined without Transformer Engine is given.
+Takes under a minute on two CPU cores. Each rank trains on its own bytes of the Python standard library's source, with
+Megatron-Core's DDP, DistributedOptimizer and schedule. Megatron-Core 0.16 expects CUDA and Transformer Engine, so this
+script adapts it to a CPU: `OnCpu` turns every device="cuda" into "cpu" and reports CPU tensors as CUDA tensors to the
+optimizers, random states are those of inference (there is no dropout), torch.compile is off, and the one name that is
+undefined without Transformer Engine is set to None.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class OnCpu(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if "cuda" in str(kwargs.get("device")):
             kwargs["device"] = "cpu"
-        found = func(*args, **kwargs)  # a text, where a tensor's type() is asked for
+        found = func(*args, **kwargs)  # a string if func is Tensor.type
         return found.replace("torch.", "torch.cuda.") if isinstance(found, str) else found
 
 
@@ -53,7 +54,7 @@ def main() -> None:
     config = TransformerConfig(**sizes, **moe, **on_cpu)
     config.finalize_model_grads_func = finalize_model_grads
     spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization="LayerNorm")
-    torch.manual_seed(dist.get_rank())  # experts are this rank's own; what ranks share is broadcast
+    torch.manual_seed(dist.get_rank())  # experts differ between ranks; shared parameters are broadcast below
     model = GPTModel(config, spec, vocab_size=256, max_sequence_length=LENGTH)
     model = DistributedDataParallel(config, DistributedDataParallelConfig(use_distributed_optimizer=True), model)
     model.broadcast_params()
@@ -63,16 +64,16 @@ def main() -> None:
     text = texts.code()
     for iteration in range(ITERATIONS):
         loss = train_step(model, optimizer, text, seed=2 * iteration + dist.get_rank())
-        optimizer.zero_grad()  # gradients that are still held would travel too
+        optimizer.zero_grad()  # before the rebalance, which would move gradients too
         rebalancer.step()
         if iteration % 10 == 9 and dist.get_rank() == 0:
             print(f"iteration {iteration + 1:3}  loss {loss:.3f}", flush=True)
-    del rebalancer  # which holds the group, whose threads would outlive it
+    del rebalancer  # it refers to the group, whose threads would otherwise stay alive
     dist.destroy_process_group()
 
 
 def train_step(model, optimizer, text: torch.Tensor, seed: int) -> float:
-    """What Megatron-LM's own does, for one micro-batch."""
+    """Train one micro-batch as Megatron-LM's own train_step does."""
     model.zero_grad_buffer()
     starts = torch.randint(len(text) - LENGTH, (SEQUENCES, 1), generator=torch.Generator().manual_seed(seed))
     tokens = text[starts + torch.arange(LENGTH + 1)].long()
@@ -89,11 +90,11 @@ def train_step(model, optimizer, text: torch.Tensor, seed: int) -> float:
 
 
 def report(event: distplb.RebalanceEvent) -> None:
-    """A rebalance's record comes twice; the second time it knows how its plan did on tokens that it had not seen."""
+    """Print a rebalance's event twice: when it is done, and with its imbalance on the tokens after it."""
     levels = (event.imbalance_before, event.imbalance_next or event.imbalance_after)
     before, after = (mean_of_layers(of_layers) for of_layers in levels)
     if before is None or after is None:
-        return  # nothing is known of the load
+        return  # the load is not known
     tokens = "the same" if event.imbalance_next is None else "the next"
     if dist.get_rank() == 0:
         print(f"rebalance at {event.iteration}: imbalance {before:.3f} -> {after:.3f} on {tokens} tokens", flush=True)

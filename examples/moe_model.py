@@ -1,12 +1,12 @@
 """A small mixture-of-experts language model whose experts are spread over the ranks of a process group.
 
 >>> config = Config(layers=2, experts=8, dim=32, ffn=64, heads=2)
->>> model = Transformer(config, group=None, seed=0)              # one rank owns all experts: no process group
+>>> model = Transformer(config, group=None, seed=0)              # one rank holds all experts: no process group
 >>> loss = model(torch.zeros(1, 16, dtype=torch.long), torch.zeros(1, 16, dtype=torch.long))
 
 Attention, norms, embeddings and routers are replicated (data-parallel); experts are not (expert-parallel): each
 rank holds G = E / M of them, and tokens travel to their experts and back by `all_to_all_single`. The model is the
-same at any number of ranks: weights depend on the seed and on the expert, never on the rank that holds it.
+same for any number of ranks: weights depend on the seed and on the expert, not on the rank that holds it.
 
 Shapes: B batch, S sequence, N = B * S tokens of this rank, R rows received by this rank, K top-k, L layers,
 E experts, M GPUs (ranks), G slots per GPU, D dim, H ffn.
@@ -26,13 +26,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 VOCAB = 256  # bytes
-ROWS = 128  # that an expert computes at a time
+ROWS = 128  # rows that an expert computes at a time
 Group = dist.ProcessGroup | None  # None is a world of one rank
 
 
 @dataclass(frozen=True)
 class Config:
-    """Sizes of the model, and how its routers choose."""
+    """Sizes of the model, and how its routers choose experts."""
 
     layers: int = 4
     experts: int = 16
@@ -41,12 +41,12 @@ class Config:
     ffn: int = 512
     heads: int = 4
     max_sequence: int = 256
-    bias_rate: float = 0.0  # of loss-free balancing: what nudge_biases moves a bias by
-    forced: bool = False  # replace the routers' choice by a perfectly even one
+    bias_rate: float = 0.0  # loss-free balancing: how far nudge_biases moves a bias
+    forced: bool = False  # route perfectly evenly, whatever the routers' scores
 
 
 class AllToAll(torch.autograd.Function):
-    """Sends rows to the ranks that need them; its backward sends the gradients home."""
+    """Sends rows to other ranks; its backward sends the gradients back."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, send: list[int], receive: list[int], group: Group) -> Tensor:
@@ -60,13 +60,13 @@ class AllToAll(torch.autograd.Function):
 
 
 def all_to_all(rows: Tensor, send: list[int], receive: list[int], group: Group) -> Tensor:
-    """`exchange` with gradients."""
+    """`exchange`, differentiable."""
     result: Tensor = AllToAll.apply(rows, send, receive, group)  # type: ignore[no-untyped-call]  # in torch's stubs
     return result
 
 
 def exchange(rows: Tensor, send: list[int], receive: list[int], group: Group) -> Tensor:
-    """The first send[0] rows go to rank 0, the next send[1] to rank 1; receive[m] rows come from rank m."""
+    """Send the first send[0] rows to rank 0, the next send[1] to rank 1, ...; receive[m] rows arrive from rank m."""
     if group is None:
         return rows
     received = rows.new_empty(sum(receive), *rows.shape[1:])
@@ -75,19 +75,19 @@ def exchange(rows: Tensor, send: list[int], receive: list[int], group: Group) ->
 
 
 def expert(rows: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
-    """One expert on its rows: [R, D], [D, H], [H, D] -> [R, D].
+    """Compute one expert on its rows, ROWS at a time: [R, D], [D, H], [H, D] -> [R, D].
 
-    ROWS at a time: a hot expert's hidden rows would fall out of the cache, and each of its tokens cost more.
+    All hidden rows of a hot expert at once would not fit the cache, and each of its tokens would cost more.
     """
     return torch.cat([F.gelu(part @ w_in) @ w_out for part in rows.split(ROWS)])
 
 
 class MoE(nn.Module):
-    """A feed-forward layer made of E experts, of which every token visits K.
+    """A feed-forward layer of E experts, which sends every token to K of them.
 
-    A rebalancer exchanges rows (dim 0) of w_in and w_out between ranks, and the same rows of the router and of its
-    bias on all ranks: then the expert that the router calls i still lives on rank i // G, and the table stays as it
-    was. Or it leaves the router alone, and writes into the table in which slot each expert is found.
+    A rebalancer moves rows (dim 0) of w_in and w_out between ranks. Either it permutes the rows of the router and of
+    its bias in the same way on all ranks, so that expert i of the router stays on rank i // G and the table does not
+    change; or it leaves the router alone and writes each expert's new slot into the table.
     """
 
     expert_bias: Tensor
@@ -105,7 +105,7 @@ class MoE(nn.Module):
         self.register_buffer("slot_of_expert", torch.arange(config.experts), persistent=False)  # [E]
         self.w_in = nn.Parameter(torch.empty(self.num_slots, config.dim, config.ffn))  # [G, D, H]
         self.w_out = nn.Parameter(torch.empty(self.num_slots, config.ffn, config.dim))  # [G, H, D]
-        self.counts = torch.zeros(config.experts, dtype=torch.int64)  # [E] tokens of this rank, last forward
+        self.counts = torch.zeros(config.experts, dtype=torch.int64)  # [E] this rank's tokens in the last forward
         self.on_counts: Callable[[Tensor], None] | None = None
         self.forward_seconds, self.backward_seconds, self.tokens_received = 0.0, 0.0, 0
 
@@ -117,7 +117,7 @@ class MoE(nn.Module):
         if self.on_counts is not None:
             self.on_counts(self.counts)
 
-        # Rows sorted by slot are sorted by rank too, because rank m holds slots m * G to (m + 1) * G - 1.
+        # Sorting by slot also sorts by rank, because rank m holds slots m * G to (m + 1) * G - 1.
         slot = self.slot_of_expert[expert].flatten()  # [N * K]
         order = slot.argsort(stable=True)
         rows = tokens.repeat_interleave(K, dim=0).index_select(0, order)  # [N * K, D]
@@ -131,40 +131,40 @@ class MoE(nn.Module):
         rows = self.run_experts(rows, received)  # [R, D]
         rows = all_to_all(rows, receive, send, self.group)  # [N * K, D]
 
-        # Back to the tokens' order, so that sums over K are the same wherever the experts live.
+        # Back to the tokens' order, so that sums over K do not depend on where the experts are.
         back = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=x.device))
         outputs = rows.index_select(0, back).view(-1, K, self.config.dim)  # [N, K, D]
         return (outputs * gate.unsqueeze(-1)).sum(1).view_as(x)
 
     def route(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """K experts of each token, and the gates their outputs are weighted by: [N, D] -> [N, K], [N, K]."""
+        """Choose K experts for each token, and the gates that weight their outputs: [N, D] -> [N, K], [N, K]."""
         scores = self.router(tokens).sigmoid()  # [N, E]
         if self.config.forced:
             turns = torch.arange(tokens.shape[0] * self.config.top_k, device=tokens.device)
             expert = (turns % self.config.experts).view(-1, self.config.top_k)
-        else:  # the bias has a say in the choice only, not in the gates
+        else:  # the bias affects the choice only, not the gates
             expert = (scores.detach() + self.expert_bias).topk(self.config.top_k, dim=1).indices
         gate = scores.gather(1, expert)
         return expert, gate / gate.sum(dim=1, keepdim=True)
 
     def run_experts(self, rows: Tensor, received: Tensor) -> Tensor:
-        """This rank's experts on the rows sent to it, and the seconds that took: [R, D], [M, G] -> [R, D]."""
+        """Run this rank's experts on the rows sent to it, and time them: [R, D], [M, G] -> [R, D]."""
         start = self.clock(rows)
         G, M = self.num_slots, self.num_gpus
         pieces = rows.split(received.flatten().tolist())  # M * G pieces, by sender, then slot
         outputs = []  # [G][M] pieces
-        # unbind, not w_in[g]: its backward writes one gradient, where indexing would add up G of full size
+        # unbind, not w_in[g]: its backward writes one gradient, where indexing would sum G of full size
         for g, (w_in, w_out) in enumerate(zip(self.w_in.unbind(), self.w_out.unbind(), strict=True)):
             outputs.append(expert(torch.cat(pieces[g::G]), w_in, w_out).split(received[:, g].tolist()))
         output = torch.cat([outputs[g][m] for m in range(M) for g in range(G)])
         self.forward_seconds, self.tokens_received = self.clock(rows) - start, rows.shape[0]
-        if output.requires_grad:  # the two gradients arrive just before and just after the experts' backward
+        if output.requires_grad:  # these hooks run just before and just after the experts' backward
             output.register_hook(self.backward_begins)
             rows.register_hook(self.backward_ends)
         return output
 
     def run_one_expert(self, tokens: int) -> None:
-        """Forward and backward of one expert on so many rows, for its time curve; changes nothing."""
+        """Run forward and backward of one expert on this many rows, for its time curve; weights do not change."""
         w_in, w_out = (weight[0].detach().requires_grad_() for weight in (self.w_in, self.w_out))
         rows = w_in.new_ones(tokens, self.config.dim, requires_grad=True)
         expert(rows, w_in, w_out).sum().backward()  # type: ignore[no-untyped-call]  # in torch's stubs
@@ -177,7 +177,7 @@ class MoE(nn.Module):
 
     @staticmethod
     def clock(tensor: Tensor) -> float:
-        if tensor.is_cuda:  # kernels run behind the host's back; waiting for them is the price of measuring
+        if tensor.is_cuda:  # kernels run asynchronously; measuring them means waiting for them
             torch.cuda.synchronize(tensor.device)
         return time.perf_counter()
 
@@ -212,7 +212,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A byte-level decoder; forward gives the mean next-byte loss of this rank's sequences."""
+    """A byte-level decoder; forward returns the mean next-byte loss of this rank's sequences."""
 
     def __init__(self, config: Config, group: Group, seed: int, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
@@ -228,7 +228,7 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
-        """Weights from the seed alone: a rank draws all experts, in float64 whatever the dtype, and keeps its own."""
+        """Draw all experts from the seed, in float64 whatever the dtype, and keep this rank's own."""
         generator = torch.Generator().manual_seed(seed)
         rank = 0 if self.group is None else dist.get_rank(self.group)
         for name, parameter in self.named_parameters():
@@ -236,7 +236,7 @@ class Transformer(nn.Module):
                 continue  # ones
             std = 0.02
             if name.endswith(("attention.out.weight", "w_out")):
-                std /= math.sqrt(2 * len(self.blocks))  # keeps the residual stream's size, whatever the depth
+                std /= math.sqrt(2 * len(self.blocks))  # keeps the residual stream's scale at any depth
             rows = parameter.shape[0]
             is_expert = name.endswith(("w_in", "w_out"))
             first, total = (rank * rows, self.moes[0].config.experts) if is_expert else (0, rows)
@@ -254,10 +254,11 @@ class Transformer(nn.Module):
         return [module for module in self.modules() if isinstance(module, MoE)]
 
     def backward(self, loss: Tensor) -> None:
-        """Gradients of the mean of all ranks' losses.
+        """Compute the gradients of the mean of all ranks' losses.
 
-        Each rank's loss is its part of that mean, so gradients only have to be added up: those of experts already
-        are, by the tokens' way back, and the others are replicated and take one all-reduce.
+        Each rank backpropagates its share of that mean, so gradients only need to be summed. An expert's gradient is
+        that sum already, because its rows come from all ranks; all other parameters are replicated and take one
+        all-reduce.
         """
         if self.group is None:
             loss.backward()
@@ -273,9 +274,9 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def nudge_biases(self) -> None:
-        """Auxiliary-loss-free balancing: experts with fewer tokens than the mean are favoured a little more.
+        """Raise the bias of experts with fewer tokens than the mean, and lower that of the others.
 
-        Wang et al., "Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts", 2024, algorithm 1.
+        Source: Wang et al., "Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts", 2024, algorithm 1.
         """
         counts = torch.stack([moe.counts for moe in self.moes])  # [L, E]
         if self.group is not None:

@@ -1,19 +1,19 @@
-"""Pretrain a small mixture-of-experts model on real text, with its experts rebalanced every N iterations.
+"""Pretrain a small mixture-of-experts model on real text, and rebalance its experts every N iterations.
 
     torchrun --standalone --nproc-per-node 2 examples/pretrain_moe.py --compare
     torchrun --standalone --nproc-per-node 2 examples/pretrain_moe.py --router plain --balance rebalanced
-    torchrun --standalone --nproc-per-node 2 examples/pretrain_moe.py --balance spread  # over several iterations
+    torchrun --standalone --nproc-per-node 2 examples/pretrain_moe.py --balance spread  # moves over several iterations
     python examples/pretrain_moe.py --balance static --data ~/my_text
-    python examples/pretrain_moe.py --text code --switch-at 61  # then prose
-    python examples/pretrain_moe.py --balance static --record trace.npz  # the loads, for distplb.replay
-    torchrun --standalone --nproc-per-node 2 examples/pretrain_moe.py --report run  # and a page to look at
+    python examples/pretrain_moe.py --text code --switch-at 61  # prose from iteration 61
+    python examples/pretrain_moe.py --balance static --record trace.npz  # writes the loads, for distplb.replay
+    torchrun --standalone --nproc-per-node 2 examples/pretrain_moe.py --report run  # also writes an HTML report
 
-The text is the source of Python's standard library or its manual (there on every machine), or a folder of one's own;
-`--switch-at` goes over to the other part-way, which shifts the loads. `--compare` trains six models, {plain, loss-free}
-x {static, rebalanced, forced}, in turns of `--turn` iterations in the same processes, so that whatever else the machine
-does hits all of them alike, and closes with a table. What distplb needs from a training loop is in `Run`: a window that
-counts, a list of layers, and one call after `optimizer.step()`. With the time curve of an expert it balances seconds
-and moves what repays itself.
+The text is the source or the manual of Python's standard library, which every machine has, or a folder of your own.
+`--switch-at` changes from one to the other part-way, which shifts the loads. `--compare` trains six models, {plain,
+loss-free} x {static, rebalanced, forced}, in the same processes, which take turns of `--turn` iterations so that other
+work on the machine slows all of them alike, and prints a table at the end. `Run` shows what distplb needs from a
+training loop: a window that counts tokens, a list of layers, and one call after `optimizer.step()`. Given the time
+curve of an expert, distplb balances seconds instead of tokens and makes only the moves that pay off.
 
 Shapes: B batch of one rank, S sequence, I iterations, L layers, M GPUs (ranks), E experts.
 """
@@ -44,7 +44,7 @@ from distplb.core.cost import mean_of_layers
 ROUTERS = ("plain", "loss-free")
 COMPARED = ("static", "rebalanced", "forced")
 BALANCES = (*COMPARED, "spread")
-BALANCE_HELP = "spread: rebalanced, over several iterations; forced: a perfectly even choice, for reference"
+BALANCE_HELP = "spread: rebalanced, moves spread over several iterations; forced: perfectly even routing, for reference"
 TEXTS = {"code": texts.code, "prose": texts.prose}
 SPREAD = distplb.Spread(choose_after=1, share_after=2, move_seconds=0.05)
 Table = dict[str, dict[str, dict[str, float]]]  # router, balance, figure
@@ -70,7 +70,7 @@ def main() -> None:
 
 
 def train(args: argparse.Namespace, runs: list[Run], text: list[Tensor]) -> None:
-    """Every run's first turn, then every run's second turn, ...; who goes first rotates."""
+    """Train every run for one turn, then for the next, and so on; a different run goes first each time."""
     started, done = time.perf_counter(), 0
     for turn, first in enumerate(range(0, args.iterations, args.turn)):
         last = min(first + args.turn, args.iterations)
@@ -87,9 +87,9 @@ def train(args: argparse.Namespace, runs: list[Run], text: list[Tensor]) -> None
 
 @dataclass(frozen=True)
 class Measured:
-    """What all ranks measured over I iterations."""
+    """Measurements of all ranks over I iterations."""
 
-    seconds: Tensor  # [I], mean over ranks, without rebalances
+    seconds: Tensor  # [I], mean over ranks, rebalances excluded
     rebalance_seconds: Tensor  # [I], mean over ranks
     losses: Tensor  # [I], mean over ranks
     forward: Tensor  # [M, I, L] seconds in experts
@@ -98,7 +98,7 @@ class Measured:
 
     @staticmethod
     def joined(parts: list[Measured]) -> Measured:
-        """One behind the other, along I."""
+        """Concatenate the parts along I."""
         along = {"seconds": 0, "rebalance_seconds": 0, "losses": 0, "forward": 1, "backward": 1, "received": 1}
         return Measured(
             **{name: torch.cat([getattr(part, name) for part in parts], dim) for name, dim in along.items()}
@@ -106,7 +106,7 @@ class Measured:
 
 
 class Run:
-    """One model in training, and what was measured on it."""
+    """One model in training, and its measurements."""
 
     def __init__(self, args: argparse.Namespace, router: str, balance: str, group: Group, device: torch.device) -> None:
         self.args, self.router, self.balance, self.group, self.device = args, router, balance, group, device
@@ -126,7 +126,7 @@ class Run:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=args.lr, fused=True)
         self.folder = Path(args.report) / f"{router}-{balance}" if args.report and self.is_rebalanced else None
         if self.folder is not None and rank() == 0:
-            shutil.rmtree(self.folder, ignore_errors=True)  # of an earlier job, which this one does not go on with
+            shutil.rmtree(self.folder, ignore_errors=True)  # from an earlier job, which this one does not continue
         self.recorded = tempfile.TemporaryDirectory() if args.record else None
         self.rebalancer = self.make_rebalancer() if self.is_rebalanced or args.record else None
         self.turns: list[Measured] = []
@@ -141,7 +141,7 @@ class Run:
         layers = []
         for index, moe in enumerate(moes):
             moe.on_counts = lambda counts, index=index: window.add(index, counts)
-            # Either the router's rows move with the experts, or the dispatcher looks up where an expert has gone.
+            # Either the router's rows move with the experts, or the dispatcher looks up each expert's slot.
             router = {"weight": moe.router.weight, "expert_bias": moe.expert_bias}  # dim 0: E
             remap = self.args.apply == "remap"
             layers.append(
@@ -165,14 +165,14 @@ class Run:
         )
 
     def measure_curve(self) -> distplb.TimeCurve:
-        """How long an expert takes for so many tokens, forward and backward, up to twice what is likely."""
+        """Measure forward and backward of one expert at several numbers of tokens, up to twice the likely maximum."""
         most = 8 * self.args.top_k * self.tokens() // self.args.experts
         points = [most >> halvings for halvings in range(8) if most >> halvings]
         comm = None if self.group is None else TorchComm(self.group)
         return distplb.measured_curve(self.model.moes[0].run_one_expert, points, comm=comm)
 
     def close(self) -> None:
-        """Leave what the rebalancer saw, window by window, in one file; and a page to look at."""
+        """Write the recorded loads to one file, or the report to an HTML page, if requested."""
         if self.rebalancer is None:
             return
         self.rebalancer.close()
@@ -182,14 +182,14 @@ class Run:
                 dataclasses.replace(trace, note=self.args.note).save(self.args.record)
             self.recorded.cleanup()
         if self.folder is not None and rank() == 0:
-            from distplb.report.page import write_report  # takes pip install 'distplb[report]'
+            from distplb.report.page import write_report  # needs pip install 'distplb[report]'
 
             page = self.folder.with_suffix(".html")
             write_report(self.folder, page)
             say(f"report of {self.router}/{self.balance}: {page.resolve()}")
 
     def train_turn(self, text: list[Tensor], first: int, last: int) -> None:
-        """Iterations first to last - 1; what each rank measured is shared at the end, outside the time taken."""
+        """Train iterations first to last - 1; ranks exchange measurements afterwards, outside the measured time."""
         records = []
         barrier(self.group)
         for iteration in range(first, last):
@@ -200,7 +200,7 @@ class Run:
             self.optimizer.step()
             if self.router == "loss-free":
                 self.model.nudge_biases()
-            self.optimizer.zero_grad(set_to_none=True)  # before the rebalance: gradients still held would travel too
+            self.optimizer.zero_grad(set_to_none=True)  # before the rebalance, which would move gradients too
             synchronise(self.device)
             trained = rebalanced = time.perf_counter()
             if self.rebalancer is not None:
@@ -219,7 +219,7 @@ class Run:
         return mine[:, :-1], mine[:, 1:]
 
     def share(self, own: Tensor) -> Measured:
-        """Everybody's measurements on every rank, from one's own [I, 3 + L * 3]."""
+        """Gather the measurements of all ranks on every rank; `own` is [I, 3 + L * 3]."""
         own = own.to(self.device)
         everyone = [torch.empty_like(own) for _ in range(world_size(self.group))]
         if self.group is None:
@@ -232,11 +232,11 @@ class Run:
         return Measured(seconds, rebalance_seconds, losses, forward, backward, received)
 
     def measured(self) -> Measured:
-        """All but the warm-up, in which no rebalance has happened yet."""
+        """All turns except the warm-up, which ends with the first rebalance."""
         return Measured.joined(self.turns[self.args.every // self.args.turn :])
 
     def tokens(self) -> int:
-        """Of one iteration, on all ranks."""
+        """Tokens of one iteration, on all ranks."""
         return self.args.batch * self.args.sequence * world_size(self.group)
 
     def progress(self, iteration: int, warm_up: bool) -> str:
@@ -245,7 +245,7 @@ class Run:
         return (
             f"{self.router:9} {self.balance:10} iteration {iteration:4}  loss {window.losses.mean():.4f}  "
             f"{speed:6.0f} tokens/s  imbalance {imbalance(window.received).mean():.3f}"
-            + ("  (warm-up, not measured)" if warm_up else "")
+            + ("  (warm-up, not counted)" if warm_up else "")
         )
 
 
@@ -255,9 +255,9 @@ def imbalance(received: Tensor) -> Tensor:
 
 
 def summarise(runs: list[Run]) -> Table:
-    """The closing table. Medians over iterations, because other work on the machine makes some of them slow.
+    """Compute the closing table, from medians over iterations, because other work on the machine slows some of them.
 
-    Seconds of an iteration are the median's without rebalances and, on top, all rebalances spread over all iterations.
+    The seconds of an iteration are the median without rebalances, plus the mean of the rebalance seconds.
     """
     table: Table = {}
     for run in runs:
@@ -283,8 +283,9 @@ def format_table(table: Table, runs: list[Run]) -> str:
     lines = [
         "",
         *([] if args.switch_at is None else [f"text: {describe_text(args)}"]),
-        f"medians over iterations {args.every + 1} to {args.iterations}; imbalance under plans that had not seen them;",
-        "in brackets the tokens/s that the slower and the faster quarter of the iterations stay below and above",
+        f"Medians over iterations {args.every + 1} to {args.iterations}; "
+        "no plan is judged on the iterations it was made from.",
+        "In brackets: quartiles of tokens/s, rebalances excluded.",
     ]
     for router, modes in table.items():
         lines += ["", f"router: {router}"]
@@ -307,19 +308,19 @@ def format_gain(router: str, static: dict[str, float], rebalanced: dict[str, flo
     losses = {run.balance: Measured.joined(run.turns).losses for run in runs if run.router == router}
     difference = (losses["rebalanced"] - losses["static"]).abs().max().item()
     return (
-        f"rebalanced over static: {gain:+.1%} tokens/s; the wait shares predict {predicted:+.1%}. "
-        f"Largest difference of their losses: {difference:.1e}"
+        f"rebalanced over static: {gain:+.1%} tokens/s ({predicted:+.1%} predicted from waiting). "
+        f"Largest difference between their losses: {difference:.1e}"
     )
 
 
 def report(event: Any) -> None:
-    """A rebalance's record comes twice: when it is done, and again once a window has been counted under its plan."""
+    """Print a rebalance's event, which arrives when the rebalance is done, and again after a window under its plan."""
     if event.imbalance_next is not None:
-        return  # said already: it is what the next rebalance calls before
+        return  # the next rebalance prints this figure as its "before"
     levels = (event.imbalance_before, event.imbalance_after, event.imbalance_bound)
     before, after, bound = (mean_of_layers(of_layers) for of_layers in levels)
     if before is None:
-        return  # nothing is known of the load
+        return  # the load is not known
     say(
         f"    rebalance after iteration {event.iteration}: imbalance {before:.3f} -> {after:.3f} (bound {bound:.3f}), "
         f"{event.slots_moved} slots and {event.bytes_moved / 1e6:.0f} MB moved in {sum(event.seconds.values()):.2f} s"
@@ -329,23 +330,24 @@ def report(event: Any) -> None:
 def describe(args: argparse.Namespace, modes: list[tuple[str, str]], ranks: int, text: list[Tensor]) -> str:
     names = ", ".join(f"{router}/{balance}" for router, balance in modes)
     return (
-        f"{args.layers} layers, {args.experts} experts, top-{args.top_k}, dim {args.dim}, ffn {args.ffn}; "
-        f"{ranks} ranks x {args.batch} sequences x {args.sequence} bytes from {len(text[0]) / 1e6:.0f} MB of text\n"
+        f"{args.layers} layer{'s' * (args.layers > 1)}, {args.experts} experts, top-{args.top_k}, dim {args.dim}, "
+        f"ffn {args.ffn}; {ranks} rank{'s' * (ranks > 1)} x {args.batch} sequence{'s' * (args.batch > 1)} x "
+        f"{args.sequence} bytes from {len(text[0]) / 1e6:.0f} MB of text\n"
         f"text: {describe_text(args)}\n"
         f"{len(modes)} x {args.iterations} iterations in turns of {args.turn}: {names}\n"
-        f"The six runs of --compare at default sizes take five to eight minutes on two cores."
+        f"The six runs of --compare take five to eight minutes at the default sizes on two cores."
     )
 
 
 def global_batch(text: Tensor, seed: int, iteration: int, batch: int, length: int) -> Tensor:
-    """Random crops [batch, length] of the text, the same on every rank and for any number of ranks."""
+    """Draw random crops [batch, length] of the text, the same on every rank and for any number of ranks."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + iteration)
     starts = torch.randint(len(text) - length, (batch, 1), generator=generator)
     return text[starts + torch.arange(length)].long()
 
 
 def text_of_iterations(args: argparse.Namespace) -> list[Tensor]:
-    """The text that each of the I iterations takes its batch from: uint8 [bytes]."""
+    """The text of each of the I iterations: uint8 [bytes]."""
     first = texts.files(args.data) if args.data else TEXTS[args.text]()
     if args.switch_at is None:
         return [first] * args.iterations
@@ -359,11 +361,11 @@ def other_text(args: argparse.Namespace) -> str:
 
 def describe_text(args: argparse.Namespace) -> str:
     first = args.data or args.text
-    return first if args.switch_at is None else f"{first}, from iteration {args.switch_at} on {other_text(args)}"
+    return first if args.switch_at is None else f"{first}, {other_text(args)} from iteration {args.switch_at} on"
 
 
 def start(device_name: str) -> tuple[Group, torch.device]:
-    """The group of all ranks under torchrun, None in a plain process; and this rank's device."""
+    """Return the group of all ranks (None in a plain process, without torchrun) and this rank's device."""
     device = torch.device(device_name)
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -400,12 +402,12 @@ def say(line: str) -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
-    add("--router", choices=ROUTERS, default="plain", help="plain: nothing balances it; loss-free: a nudged bias")
+    add("--router", choices=ROUTERS, default="plain", help="plain: unbalanced; loss-free: balanced by a bias")
     add("--balance", choices=BALANCES, default="rebalanced", help=BALANCE_HELP)
-    add("--compare", action="store_true", help="all balances with both routers, in turns, and a table")
-    add("--apply", choices=("permute", "remap"), default="permute", help="remap: a table after the router's choice")
+    add("--compare", action="store_true", help="train static, rebalanced and forced with both routers, in turns")
+    add("--apply", choices=("permute", "remap"), default="permute", help="permute router rows, or remap by a table")
     add("--every", type=int, default=25, help="iterations between rebalances")
-    add("--turn", type=int, default=5, help="iterations of one run before it is another's turn; divides --every")
+    add("--turn", type=int, default=5, help="iterations that each run trains before the next run; divides --every")
     add("--iterations", type=int, default=100)
     add("--layers", type=int, default=2)
     add("--experts", type=int, default=16)
@@ -420,28 +422,28 @@ def parse_arguments() -> argparse.Namespace:
         "--bias-rate",
         type=float,
         default=1e-2,
-        help="of loss-free; 1e-3 is usual, for runs of many thousand iterations",
+        help="step of the loss-free bias; 1e-3 is usual for runs of many thousand iterations",
     )
     add("--seed", type=int, default=0)
     add("--device", choices=("cpu", "cuda"), default="cpu")
-    add("--text", choices=TEXTS, default="code", help="of Python's standard library: its source or its manual")
-    add("--data", metavar="FOLDER", help="text to train on instead of --text")
-    add("--switch-at", type=int, metavar="ITERATION", help="from then on, batches come from the other --text")
-    add("--json", metavar="FILE", help="write the closing table there")
-    add("--record", metavar="FILE", help="write the loads there, as a trace (.npz); not with --compare")
+    add("--text", choices=TEXTS, default="code", help="source or manual of Python's standard library")
+    add("--data", metavar="FOLDER", help="folder of text to train on instead of --text")
+    add("--switch-at", type=int, metavar="ITERATION", help="from this iteration on, train on the other --text")
+    add("--json", metavar="FILE", help="write the closing table to this file")
+    add("--record", metavar="FILE", help="write the loads to this trace (.npz); not with --compare")
     add(
         "--report",
         metavar="FOLDER",
-        help="events, loads and a report of each rebalanced model go there",
+        help="write events, loads and a report of each rebalanced model to this folder",
     )
-    add("--note", default="", help="to be kept in the trace, for example how it was made")
+    add("--note", default="", help="text to store in the trace, for example how it was made")
     args = parser.parse_args()
     if args.iterations <= args.every:
-        parser.error(f"--iterations {args.iterations} must exceed --every {args.every}: until then it is warm-up")
+        parser.error(f"--iterations {args.iterations} must exceed --every {args.every}, the length of the warm-up")
     if args.record and args.compare:
-        parser.error("--record takes one model: leave out --compare")
+        parser.error("--record records one model; leave out --compare")
     if args.record and args.report:
-        parser.error("--report has the loads too: leave out --record")
+        parser.error("--report records the loads too; leave out --record")
     if args.turn < 1 or args.every % args.turn:
         parser.error(f"--turn {args.turn} must divide --every {args.every}")
     if args.switch_at is not None and not 1 < args.switch_at <= args.iterations:

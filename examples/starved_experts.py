@@ -1,9 +1,10 @@
-"""Experts in modules of their own, some without a token for many iterations: rebalances go on, with each one's history.
+"""Rebalance experts in separate modules, some of which receive no tokens for many iterations.
 
     torchrun --nproc-per-node=2 examples/starved_experts.py
 
-Expert 3 is starved for twenty iterations, and all experts of rank 1 for one: they have no gradient then, and AdamW does
-not step on them. The same training runs twice, with rebalances and without; the losses, in float64, are compared.
+Expert 3 receives no tokens for twenty iterations, and in one iteration no expert of rank 1 receives any. They then have
+no gradient and AdamW skips them, so its step counts differ between experts and must move with them. The same training
+runs with and without rebalances, and the losses, in float64, are compared.
 Shapes: R rows received by this rank, M GPUs (ranks), G slots per GPU, D dim, E experts.
 """
 
@@ -22,12 +23,12 @@ import distplb
 from distplb.comm.torchdist import TorchComm
 from distplb.core.cost import mean_of_layers
 
-STARVED, FROM, TO, RANK_AT = 3, 12, 32, 45  # the expert, its iterations, and that of the whole rank
-NEVER = -1e9  # of a bias: who has it is not chosen
+STARVED, FROM, TO, RANK_AT = 3, 12, 32, 45  # the expert, its iterations, and the iteration of the whole rank
+NEVER = -1e9  # bias of an expert that is never chosen
 
 
 class Expert(nn.Module):
-    """One expert, as models without grouped products hold it."""
+    """One expert, as models without grouped matrix products hold it."""
 
     def __init__(self, w_in: Tensor, w_out: Tensor) -> None:
         super().__init__()
@@ -48,7 +49,7 @@ def hold_apart(moe: MoE) -> None:
         outputs: list[Any] = []
         for g, module in enumerate(own):
             mine = torch.cat(pieces[g :: len(own)])
-            # One without rows is not run: that is what leaves it without a gradient.
+            # An expert without rows is not run, so it has no gradient.
             outputs.append((module(mine) if len(mine) else mine).split(received[:, g].tolist()))
         return torch.cat([outputs[g][m] for m in range(len(received)) for g in range(len(own))])
 
@@ -56,7 +57,7 @@ def hold_apart(moe: MoE) -> None:
 
 
 class Training:
-    """One model, its optimizer and its rebalancer; `every` 0 is none."""
+    """One model, its optimizer and its rebalancer; `every` 0 means no rebalancer."""
 
     def __init__(self, args: argparse.Namespace, every: int) -> None:
         config = Config(layers=2, experts=8, dim=32, ffn=64, heads=2)
@@ -80,7 +81,7 @@ class Training:
                     router={"weight": moe.router.weight},
                 )
             )
-        # No price: this shows what moves, not what pays.
+        # No price: this example shows that moves are right, not whether they pay off.
         return distplb.Rebalancer(
             layers,
             self.optimizer,
@@ -93,12 +94,12 @@ class Training:
         )
 
     def experts_in_slots(self, layer: int) -> Tensor:
-        """`[E]`: the expert of each slot."""
+        """Return the expert of each slot `[E]`."""
         experts = torch.arange(self.model.moes[0].config.experts)
         return experts if self.rebalancer is None else self.rebalancer.placement.expert_of_slot[layer]
 
     def step(self, iteration: int, home: list[Tensor]) -> None:
-        """One iteration; `home [E]` by layer is where the experts are in the training that rebalances."""
+        """Train one iteration; `home[layer]` `[E]` is the expert in each slot of the rebalanced training."""
         for layer, moe in enumerate(self.model.moes):
             is_starved = torch.zeros(len(home[layer]), dtype=torch.bool)  # by expert
             is_starved[STARVED] = FROM <= iteration < TO
@@ -106,7 +107,7 @@ class Training:
                 is_starved[home[layer][len(is_starved) // 2 :]] = True
             moe.expert_bias.copy_(torch.where(is_starved[self.experts_in_slots(layer)], NEVER, 0.0))
         generator = torch.Generator().manual_seed(1000 * iteration + dist.get_rank())
-        # Other bytes are frequent in other iterations, so that other experts are hot.
+        # The frequent bytes change every ten iterations, and with them the hot experts.
         text = (torch.randn(self.batch, 65, generator=generator) * 12 + 30 * (iteration // 10)).long() % 256
         loss = self.model(text[:, :-1], text[:, 1:])
         self.backward(loss)
@@ -117,7 +118,7 @@ class Training:
             self.rebalancer.step()
 
     def backward(self, loss: Tensor) -> None:
-        """Gradients of the mean of all ranks' losses; those of experts are added up by the tokens' way back."""
+        """Compute the gradients of the mean of all ranks' losses; those of experts need no all-reduce."""
         (loss / dist.get_world_size()).backward()
         for name, parameter in self.model.named_parameters():
             if ".own." not in name:
@@ -133,7 +134,7 @@ class Training:
         imbalance = "unknown" if before is None or after is None else f"{before:.3f} -> {after:.3f}"
         print(
             f"iteration {event.iteration:3}: {event.decision}, {event.slots_moved:2} slots, imbalance {imbalance}; "
-            f"steps of the experts that are on rank 0 now, in the first layer: {steps}",
+            f"AdamW steps of the experts now on rank 0, first layer: {steps}",
             flush=True,
         )
 
@@ -153,11 +154,11 @@ def main() -> None:
             training.step(iteration, home)
     furthest = max(abs(one - other) for one, other in zip(rebalanced.losses, static.losses, strict=True))
     if dist.get_rank() == 0:
-        print(f"losses go from {static.losses[0]:.4f} to {static.losses[-1]:.4f}, without rebalances and with them;")
+        print(f"losses go from {static.losses[0]:.4f} to {static.losses[-1]:.4f} with and without rebalances;")
         print(f"they differ by at most {furthest:.1e}")
     assert rebalanced.rebalancer is not None
     rebalanced.rebalancer.close()
-    # Who still holds the group keeps its threads, and one that outlives the interpreter ends the process with an error.
+    # Live references to the group keep its threads alive; a thread that outlives the interpreter aborts the process.
     del rebalanced, static, training
     gc.collect()
     dist.destroy_process_group()

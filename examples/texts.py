@@ -1,4 +1,4 @@
-"""Text to train on that is on every machine, because Python brings it: its library's source, and its manual.
+"""Training text that every machine has, because it comes with Python: its library's source, and its manual.
 
 Shapes: uint8 [bytes].
 """
@@ -19,17 +19,17 @@ MAX_BYTES = 32 * 2**20
 
 
 def code() -> Tensor:
-    """The standard library's *.py, end to end, at most MAX_BYTES."""
+    """Return the standard library's *.py, concatenated, at most MAX_BYTES."""
     return end_to_end(path.read_bytes() for path in library())
 
 
 def prose() -> Tensor:
-    """The language reference (what `help` shows), then the standard library's docstrings: about 2 MB of English."""
+    """Return the language reference (the topics of `help`), then the library's docstrings: about 2 MB of English."""
     return end_to_end(without_markup(text).encode() for text in [*topics.values(), *docstrings()] if text)
 
 
 def files(folder: str) -> Tensor:
-    """All files below a folder, end to end, at most MAX_BYTES."""
+    """Return all files below a folder, concatenated, at most MAX_BYTES."""
     text = end_to_end(path.read_bytes() for path in sorted(Path(folder).rglob("*")) if path.is_file())
     if not len(text):
         raise SystemExit(f"no text found in {folder}; pass --data FOLDER with files in it")
@@ -54,13 +54,13 @@ def library() -> Iterator[Path]:
 def docstrings() -> Iterator[str]:
     for path in library():
         if {"test", "tests"} & set(path.parts):
-            continue  # two thirds of the source with hardly a docstring, and files that are broken on purpose
+            continue  # two thirds of the source, with few docstrings, and files that are broken on purpose
         for node in ast.walk(ast.parse(path.read_bytes())):
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
                 yield ast.get_docstring(node) or ""
 
 
 def without_markup(text: str) -> str:
-    """Without underlines, sessions, grammar and the marks around names: what is left is mostly sentences."""
+    """Remove underlines, sessions, grammar and the marks around names, which leaves mostly sentences."""
     lines = (line for line in text.splitlines() if not re.match(r"\W+$|\s*(>>>|\.\.\. )|.*::=", line))
     return re.sub(r"[*`\"|]+", "", "\n".join(lines)) + "\n\n"

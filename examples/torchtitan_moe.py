@@ -1,10 +1,10 @@
-"""Pretrain torchtitan's debug Qwen3-MoE, cut down, expert-parallel, with its experts rebalanced.
+"""Pretrain a smaller version of torchtitan's debug Qwen3-MoE with expert parallelism, and rebalance its experts.
 
     torchrun --standalone --nproc-per-node 2 examples/torchtitan_moe.py
 
-Under a minute on two CPU cores. Each rank trains on bytes of its own from the manual of Python. The model is built and
-parallelised as torchtitan's Trainer does it; lines marked "CPU" stand in for a GPU. For a job of the Trainer itself see
-`distplb.integrations.torchtitan.rebalancer`.
+Takes under a minute on two CPU cores. Each rank trains on its own bytes of the Python standard library's source. The
+model is built and parallelised as torchtitan's Trainer does it; lines marked "CPU" are only needed without a GPU. To
+rebalance a job of the Trainer itself, see `distplb.integrations.torchtitan.rebalancer`.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def main() -> None:
     model = spec.parallelize_fn(model, parallel_dims=parallel_dims, **configs)
     for module in model.modules():
         if hasattr(module, "set_force_sum_reduction_for_comms"):
-            module.set_force_sum_reduction_for_comms(True)  # CPU: gloo has no sum with a factor
+            module.set_force_sum_reduction_for_comms(True)  # CPU: gloo cannot scale while it sums
 
     adamw = default_adamw(lr=1e-3)
     adamw.implementation = "for-loop"  # CPU
@@ -65,18 +65,18 @@ def main() -> None:
     for iteration in range(1, ITERATIONS + 1):
         words = batch(text, iteration)
         loss = nn.functional.cross_entropy(model(words[:, :-1]).flatten(0, 1), words[:, 1:].flatten())
-        (loss / dist.get_world_size()).backward()  # torchtitan's FSDP adds gradients up
+        (loss / dist.get_world_size()).backward()  # torchtitan's FSDP sums gradients
         optimizers.step()
         optimizers.zero_grad()
         rebalancer.step()
         if iteration % EVERY == 0 and dist.get_rank() == 0:
             print(f"iteration {iteration}  loss {loss.item():.3f}", flush=True)
-    del rebalancer  # which holds the group, whose threads would outlive it
+    del rebalancer  # it refers to the group, whose threads would otherwise stay alive
     dist.destroy_process_group()
 
 
 def batch(text: torch.Tensor, iteration: int) -> torch.Tensor:
-    """`[SEQUENCES, LENGTH + 1]`, another on each rank."""
+    """Draw a batch `[SEQUENCES, LENGTH + 1]`, a different one on each rank."""
     generator = torch.Generator().manual_seed(1000 * iteration + dist.get_rank())
     starts = torch.randint(len(text) - LENGTH - 1, (SEQUENCES, 1), generator=generator)
     return text[starts + torch.arange(LENGTH + 1)].long()
@@ -84,8 +84,8 @@ def batch(text: torch.Tensor, iteration: int) -> torch.Tensor:
 
 def report(event: distplb.RebalanceEvent) -> None:
     if event.imbalance_next is not None or dist.get_rank():
-        return  # the last record once more, now that its plan has been tried
-    # Nothing is known of the load where a rebalance was skipped, nor of the imbalance of a layer without tokens.
+        return  # the last event again, after a window under its plan
+    # A skipped rebalance has no load, and a layer without tokens has no imbalance.
     for layer, before, after in zip(event.layers, event.imbalance_before, event.imbalance_after, strict=False):
         if before is not None and after is not None:
             print(f"{layer}: imbalance {before:.4f} -> {after:.4f}")

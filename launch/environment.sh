@@ -1,6 +1,6 @@
-# Sourced by the other scripts: leaves a Python in $PYTHON that has distplb, with the extra $1 if one is named.
-# An environment that is already active is the user's: it gets distplb and what is missing, no version is imposed.
-# Otherwise .venv is made, with the versions of constraints.txt.
+# Sourced by the other scripts: sets $PYTHON to a Python that has distplb, with the extra $1 if one is named.
+# An active environment belongs to the user: distplb and missing requirements are installed, no version is imposed.
+# Otherwise .venv is created, with the versions in constraints.txt.
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 package=".${1:+[$1]}"
 if [ -n "${VIRTUAL_ENV:-}" ] || [ -n "${CONDA_PREFIX:-}" ]; then
@@ -8,16 +8,16 @@ if [ -n "${VIRTUAL_ENV:-}" ] || [ -n "${CONDA_PREFIX:-}" ]; then
     "$PYTHON" -m pip install --quiet --editable "$package"
 else
     PYTHON=.venv/bin/python
-    # Marked when done, so that an installation that broke off, or one for other versions, is taken up again.
+    # The mark is written last, so that an interrupted installation, or one with other versions, is repeated.
     if ! cmp --silent constraints.txt ".venv/installed-${1:-plain}"; then
         echo "Installing distplb${1:+[$1]} into .venv ..."
         "${PYTHON3:-python3}" -m venv .venv
-        # Compiled on all cores afterwards, where pip would take one.
+        # Compiled afterwards on all cores; pip uses one.
         install=("$PYTHON" -m pip install --quiet --disable-pip-version-check --no-compile)
-        # torch first and by its exact version: another request could bring another build of it.
+        # torch first and by its exact version, because a later request could replace it with another build.
         "${install[@]}" "$(grep '^torch==' constraints.txt)"
         "${install[@]}" --constraint constraints.txt --editable "$package"
-        "$PYTHON" -m compileall -qq -j 0 .venv/lib || true # frameworks bring files for other Pythons
+        "$PYTHON" -m compileall -qq -j 0 .venv/lib || true # some frameworks contain files for other Python versions
         cp constraints.txt ".venv/installed-${1:-plain}"
     fi
 fi

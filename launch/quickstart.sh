@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Trains a small mixture-of-experts model on two processes of one thread each, static and rebalanced side by side,
-# prints what the rebalancing gained, and writes a report of each rebalanced run to look at: quickstart/*.html.
-# Arguments are handed on: launch/quickstart.sh --json result.json
+# Trains a small mixture-of-experts model, static and rebalanced in turns, on two processes of one thread each; prints
+# what rebalancing gains, and writes an HTML report of each rebalanced run to quickstart/.
+# Arguments are passed to examples/pretrain_moe.py: launch/quickstart.sh --json result.json
 set -euo pipefail
 . "$(dirname "$0")/environment.sh" report
 export OMP_NUM_THREADS=1

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Builds the wheel, installs it into an empty environment beside nothing of this folder's package, and runs the README's
-# snippets, the command line and the report against it: before a release.
+# Before a release: builds the wheel, installs it into an empty environment, and tests the README's snippets, the
+# command line and the report in a folder without the sources of the package.
 set -euo pipefail
 if [ $# -gt 0 ]; then
-    echo "it takes no arguments, and $* was passed; launch/wheel.sh" >&2
+    echo "launch/wheel.sh takes no arguments, and $* was passed; run it without arguments" >&2
     exit 2
 fi
 . "$(dirname "$0")/environment.sh" dev

@@ -1,1 +1,1 @@
-"""Only drawing: one figure for each benchmark that has one."""
+"""Drawing only: the figures of the benchmarks, one module each."""

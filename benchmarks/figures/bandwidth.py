@@ -1,4 +1,4 @@
-"""The figure of bench_bandwidth: moving over a bare exchange, by the size of an expert's row."""
+"""The figure of bench_bandwidth: bandwidth of moving / bandwidth of a bare exchange, against the size of a row."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 
 
 def draw(points: list[tuple[str, float, list[float]]], path: Path) -> None:
-    """A line for each place with a box of its turns' ratios at each size: `(where, MiB of a row, ratios)`."""
-    import matplotlib.pyplot as plt  # where a figure is asked for; nothing else needs it
+    """Draw points `(where, MiB of a row, ratios of the turns)`: a line for each place, with medians and quartiles."""
+    import matplotlib.pyplot as plt  # only needed to draw
 
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     for number, where in enumerate(dict.fromkeys(where for where, _, _ in points)):
@@ -21,8 +21,8 @@ def draw(points: list[tuple[str, float, list[float]]], path: Path) -> None:
         axes.errorbar(apart, middle, yerr=[below, above], marker="o", capsize=3, label=where)
     axes.axhline(1, color="grey", linewidth=0.8)
     axes.set_xscale("log", base=2)
-    axes.set_xlabel("row of an expert in one tensor, MiB")
-    axes.set_ylabel("moving / bare exchange, bandwidth")
+    axes.set_xlabel("an expert's row in one tensor, MiB")
+    axes.set_ylabel("bandwidth, moving / bare exchange")
     axes.set_ylim(0, None)
     axes.legend()
     figure.savefig(path, dpi=150)

@@ -1,4 +1,4 @@
-"""The figure of bench_growth: time against slots, with the fitted line."""
+"""The figure of bench_growth: planning time against slots, with the fitted line."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import numpy as np
 
 
 def draw(sizes: list[dict], upper: list[dict], slope: float, offset: float, xlabel: str, path: Path) -> None:
-    """Time against slots, both on logarithmic axes, with the fitted line."""
-    import matplotlib.pyplot as plt  # where a figure is asked for; nothing else needs it
+    """Draw time against slots, both on logarithmic axes, with the fitted line."""
+    import matplotlib.pyplot as plt  # only needed to draw
 
     slots = np.array([size["slots"] for size in sizes])
     seconds = np.array([size["seconds"] for size in sizes])

@@ -1,4 +1,4 @@
-"""The figure of bench_loss_curves: differences of losses within the band of static runs, and the curves themselves."""
+"""The figure of bench_loss_curves: loss differences within the band of the static runs, and the losses themselves."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ __all__ = ["draw"]
 
 
 def draw(curves: np.ndarray, names: Sequence[str], statics: int, smooth: int, path: Path) -> None:
-    """A panel for each run that is not static, less the static ones, in their band; and one of the losses.
+    """Draw each other run minus the static runs, in the band of these, in a panel; and the losses in a last panel.
 
     Args:
         curves: `[S, R, I]` smoothed losses of S seeds and R runs, the first `statics` of them static.
-        names: `[R]`.
-        smooth: iterations that each point is the mean of.
-        path: of the PNG.
+        names: names of the R runs.
+        smooth: number of iterations that each point averages.
+        path: file for the PNG.
     """
-    import matplotlib.pyplot as plt  # where a figure is asked for; nothing else needs it
+    import matplotlib.pyplot as plt  # only needed to draw
 
     iteration = np.arange(curves.shape[-1]) + smooth
     pairs = list(itertools.combinations(range(statics), 2))
@@ -29,13 +29,11 @@ def draw(curves: np.ndarray, names: Sequence[str], statics: int, smooth: int, pa
     figure, panels = plt.subplots(1, len(others) + 1, figsize=(5 * len(others) + 5, 4), layout="constrained")
     for axes, run in zip(panels, others, strict=False):
         axes.fill_between(
-            iteration, -band, band, color="0.8", label=f"static less static, widest of {len(curves)} seeds"
+            iteration, -band, band, color="0.8", label=f"static minus static, widest of {len(curves)} seeds"
         )
         for seed, static in itertools.product(range(len(curves)), range(statics)):
             axes.plot(iteration, curves[seed, run] - curves[seed, static], lw=0.7, color=f"C{seed}")
-        axes.set(
-            title=f"{names[run]}, less static", xlabel="iteration", ylabel=f"difference of losses, mean of {smooth}"
-        )
+        axes.set(title=f"{names[run]} minus static", xlabel="iteration", ylabel=f"loss difference, mean of {smooth}")
         axes.legend(fontsize="small", loc="upper left")
     widest = max(np.abs(panel.get_ylim()).max() for panel in panels[:-1])
     for axes in panels[:-1]:

@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 
-MIN_EXCESS = 1e-5  # on the logarithmic axis
+MIN_EXCESS = 1e-5  # lower limit for the logarithmic axis
 MARKERS = {"greedy, afresh": "s", "ours, afresh": "^", "ours, afresh, GPUs renamed": "v", "stays": "x"}
 
 
 def draw(panels: list[tuple[str, dict, dict, Any]], path: Path) -> None:
-    """A panel for each `(title, curves, others, target)` of bench_prices."""
-    import matplotlib.pyplot as plt  # where a figure is asked for; nothing else needs it
+    """Draw a panel for each `(title, curves, others, target)` of bench_prices."""
+    import matplotlib.pyplot as plt  # only needed to draw
 
     figure, grid = plt.subplots(2, (len(panels) + 1) // 2, figsize=(11, 8), layout="constrained", squeeze=False)
     for axes, panel in zip(grid.T.flat, panels, strict=True):
@@ -24,7 +24,7 @@ def draw(panels: list[tuple[str, dict, dict, Any]], path: Path) -> None:
 
 
 def draw_panel(axes: Any, title: str, curves: dict, others: dict, target: Any) -> None:
-    """The curve of every K, points for plans made afresh, and the corner of the target."""
+    """Draw the curve of every K, points for plans from scratch, and the target's area."""
     for candidates, curve in curves.items():
         points = sorted((point.moved, point.imbalance) for point in curve.values())
         moved, uneven = np.array(points).T
@@ -40,5 +40,5 @@ def draw_panel(axes: Any, title: str, curves: dict, others: dict, target: Any) -
 
 
 def excess(uneven: np.ndarray | float) -> np.ndarray:
-    """Imbalance less 1, not less than what the axis shows."""
+    """Imbalance - 1, at least MIN_EXCESS."""
     return np.maximum(np.asarray(uneven) - 1, MIN_EXCESS)

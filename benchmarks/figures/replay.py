@@ -1,4 +1,4 @@
-"""The figure of bench_replay: imbalance step by step, and modelled seconds as they add up."""
+"""The figure of bench_replay: imbalance of each step, and cumulative modelled seconds."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-SMOOTH = 8  # steps that a point of the left panels is the mean of
+SMOOTH = 8  # steps that a point of the left panels averages
 
 
 def draw(cases: list[tuple[str, dict, Tensor]], path: Path) -> None:
-    """Two panels for each `(title, replays by planner, seconds of each step if all GPUs were equally full)`."""
-    import matplotlib.pyplot as plt  # where a figure is asked for; nothing else needs it
+    """Draw two panels for each `(title, replays by planner, seconds of each step if all GPUs were equally busy)`."""
+    import matplotlib.pyplot as plt  # only needed to draw
 
     rows = (len(cases) + 1) // 2
     figure, grid = plt.subplots(rows, 4, figsize=(16, 2.6 * rows), layout="constrained", squeeze=False)
@@ -27,14 +27,14 @@ def draw(cases: list[tuple[str, dict, Tensor]], path: Path) -> None:
 
 
 def draw_case(left: Any, right: Any, title: str, replays: dict, even: Tensor) -> None:
-    """Mean imbalance over layers; and seconds beyond those of an even load, moves where they happen."""
+    """Draw the mean imbalance over layers; and seconds beyond an even load's, with moves counted when they happen."""
     for name, (run, seconds) in replays.items():
         mean = run.imbalance.mean(1).numpy()
         steps = np.arange(0, len(mean) - SMOOTH + 1, SMOOTH)
         left.plot(steps + SMOOTH / 2, [mean[step : step + SMOOTH].mean() for step in steps], label=name, lw=1)
         right.plot((seconds - even).cumsum(0).numpy(), label=name, lw=1)
     left.set(title=title, xlabel="step", ylabel="imbalance")
-    right.set(xlabel="step", ylabel="modelled s beyond even")
+    right.set(xlabel="step", ylabel="modelled s beyond an even load")
     for axes in (left, right):
         axes.title.set_fontsize("small")
         axes.grid(alpha=0.3)

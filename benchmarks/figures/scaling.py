@@ -1,4 +1,4 @@
-"""The figure of bench_scaling: seconds against ranks, measured and modelled; and what more candidates bring."""
+"""The figure of bench_scaling: seconds against ranks, measured and modelled; and imbalance against candidates."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 __all__ = ["Panel", "draw"]
 
-MIN_EXCESS = 1e-5  # on the logarithmic axis
+MIN_EXCESS = 1e-5  # lower limit for the logarithmic axis
 
 
 @dataclass(frozen=True)
@@ -19,14 +19,14 @@ class Panel:
     """One load, and one way to choose the number of candidates.
 
     Args:
-        title: of the panel.
-        cores: that the measured ranks shared.
-        ranks: that were measured, N of them.
-        measured: by what, of each of the N the seconds of all turns.
-        here: the modelled walls of those, on these cores.
-        far: ranks that the model is carried to, M of them.
-        walls: `[M]`, with a core for each rank.
-        ends: `[2, M]`, of their intervals.
+        title: title of the panel.
+        cores: number of cores that the measured ranks shared.
+        ranks: the N measured numbers of ranks.
+        measured: for each measure, the seconds of all turns at each of the N numbers of ranks.
+        here: modelled wall times at these numbers of ranks, on these cores.
+        far: the M numbers of ranks that the model is extrapolated to.
+        walls: `[M]` modelled wall times, with one core per rank.
+        ends: `[2, M]` ends of their intervals.
     """
 
     title: str
@@ -40,14 +40,14 @@ class Panel:
 
 
 def draw(panels: Sequence[Panel], samples: Mapping[str, Sequence[tuple[int, float, float]]], path: Path) -> None:
-    """A column for each load: its two panels, and below them excess imbalance against candidates, if there is any.
+    """Draw a column for each load: its two panels, and below them excess imbalance against candidates, if measured.
 
     Args:
-        panels: two of each load.
-        samples: by load, K, imbalance, and lower bound.
-        path: of the PNG.
+        panels: two for each load.
+        samples: K, imbalance and lower bound of each sample, by load.
+        path: file for the PNG.
     """
-    import matplotlib.pyplot as plt  # where a figure is asked for; nothing else needs it
+    import matplotlib.pyplot as plt  # only needed to draw
 
     columns, rows = len(panels) // 2, 3 if samples else 2
     figure, grid = plt.subplots(rows, columns, figsize=(4.6 * columns, 3.6 * rows), layout="constrained", squeeze=False)
@@ -64,7 +64,7 @@ def draw(panels: Sequence[Panel], samples: Mapping[str, Sequence[tuple[int, floa
 
 
 def draw_panel(axes: Any, panel: Panel) -> None:
-    """Points with quartiles, hollow where ranks share cores; the model on these cores, and dashed with one each."""
+    """Draw points with quartiles, hollow where ranks share cores; and the model, dashed for one core per rank."""
     ranks = np.array(panel.ranks)
     for nth, (name, cells) in enumerate(panel.measured.items()):
         low, middle, high = np.array([np.quantile(cell, [0.25, 0.5, 0.75]) for cell in cells]).T
@@ -73,7 +73,7 @@ def draw_panel(axes: Any, panel: Panel) -> None:
         axes.plot(ranks[~shared], middle[~shared], "o", color=colour, label=name)
         axes.plot(ranks[shared], middle[shared], "o", color=colour, mfc="white", label=f"{name}, ranks share cores")
     axes.plot(ranks, panel.here, "-", color="C0", lw=1, label=f"modelled wall, {panel.cores} cores")
-    axes.plot(panel.far, panel.walls, "--", color="0.2", lw=1, label="modelled wall, a core each")
+    axes.plot(panel.far, panel.walls, "--", color="0.2", lw=1, label="modelled wall, one core per rank")
     axes.fill_between(panel.far, *panel.ends, color="0.2", alpha=0.2, lw=0, label="its 95 % interval")
     axes.set(xscale="log", yscale="log", title=panel.title, xlabel="ranks", ylabel="seconds")
     axes.set_xticks([1, 4, 16, 64, 256, 1024], ["1", "4", "16", "64", "256", "1,024"], minor=False)
@@ -81,7 +81,7 @@ def draw_panel(axes: Any, panel: Panel) -> None:
 
 
 def draw_quality(axes: Any, name: str, sample: Sequence[tuple[int, float, float]]) -> None:
-    """What is above the lower bound; measured only."""
+    """Draw the measured imbalance above the lower bound."""
     candidates, reached, bound = np.array(sample).T
     axes.plot(candidates, np.maximum(reached - bound, MIN_EXCESS), "o-", color="C3", ms=3)
     axes.set(xscale="log", yscale="log", title=name, xlabel="candidates", ylabel="imbalance - lower bound")

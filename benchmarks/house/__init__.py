@@ -1,1 +1,1 @@
-"""The package as a whole."""
+"""Benchmarks of the package as a whole."""

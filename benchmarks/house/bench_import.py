@@ -1,4 +1,4 @@
-"""How long `import distplb` takes beyond torch's own import: processes that import one or both, in turns.
+"""How long `import distplb` takes once torch is imported.
 
 python -m benchmarks.house.bench_import --output benchmarks/results/DATE-import.md
 """
@@ -20,16 +20,16 @@ import distplb
 print(time.perf_counter() - begin, time.process_time() - used)
 """
 TEXT = (
-    "Each turn is a new process that imports torch, then distplb, and prints the seconds of the latter, by the clock "
-    "and of the processor; modules are compiled and files are in the system's cache."
+    "Each turn is a new process that imports torch, then distplb, and prints the wall and CPU seconds of the latter. "
+    "Modules are compiled, and files are in the system's cache."
 )
 
 
 def main() -> None:
-    """Measure, print, and write where that is asked for."""
-    parser = argparse.ArgumentParser(description="How long `import distplb` takes beyond torch's own import.")
-    parser.add_argument("--turns", type=int, default=15, help="processes")
-    parser.add_argument("--output", type=Path, help="write the report there as well")
+    """Measure, print the report, and write it if requested."""
+    parser = argparse.ArgumentParser(description="How long `import distplb` takes once torch is imported.")
+    parser.add_argument("--turns", type=int, default=15, help="number of measured processes")
+    parser.add_argument("--output", type=Path, help="also write the report to this file")
     options = parser.parse_args()
     samples = []
     for turn in range(options.turns + 1):
@@ -38,11 +38,11 @@ def main() -> None:
         samples.append([float(number) for number in run.stdout.split()])
     progress("")
     lines = []
-    for name, values in zip(("by the clock", "of the processor"), zip(*samples[1:], strict=True), strict=True):
+    for name, values in zip(("wall", "CPU"), zip(*samples[1:], strict=True), strict=True):
         lines.append([name, *(f"{statistic(values):.3f}" for statistic in (statistics.median, min, max))])
     command = command_line("house.bench_import", {"--turns": options.turns})
-    top = header("Importing distplb, beyond torch", TEXT, command, "none")
-    publish(f"{top}\n\n{markdown(['seconds', 'median', 'least', 'most'], lines)}", options.output)
+    top = header("Importing distplb after torch", TEXT, command, "none")
+    publish(f"{top}\n\n{markdown(['seconds', 'median', 'min', 'max'], lines)}", options.output)
 
 
 if __name__ == "__main__":

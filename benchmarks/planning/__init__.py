@@ -1,1 +1,1 @@
-"""Plans: how even, how fast, on how many ranks."""
+"""Benchmarks of plans: balance, time, and scaling with ranks."""

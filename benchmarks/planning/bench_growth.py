@@ -1,4 +1,4 @@
-"""How planning grows with the cluster: time, memory and imbalance, each size in a process of its own.
+"""How time, memory and imbalance of planning grow with the cluster, each size in its own process.
 
     python -m benchmarks.planning.bench_growth --output benchmarks/results/DATE-planning-growth.md
 
@@ -28,16 +28,16 @@ LAYERS, SLOTS_PER_GPU = 61, 4
 SLOTS = [64 << power for power in range(7)]  # 64 to 4,096, on 16 to 1,024 GPUs, for half as many experts
 TEXT = (
     f"One log-normal load of {LAYERS} layers for each size, {SLOTS_PER_GPU} slots on each GPU, half as many experts as "
-    "slots. The time is that of the whole `distplb.plan` call: median of the repeats after one call that is not "
-    "timed, quartiles in brackets. Memory is the peak of a fresh process in its first call of that size less what it "
-    "held before, when everything was imported and compiled."
+    "slots. Time is of the whole `distplb.plan` call: median of the repeats after one untimed call, quartiles in "
+    "brackets. Memory is the peak of a fresh process in its first call of that size, less what it held before the "
+    "call, after imports and compilation."
 )
-# Of the largest size: column of the measurement, its name, upper limit.
+# For the largest size: key of the measurement, its name, upper limit.
 TARGETS = (("seconds", "time in s", 3.0), ("peak", "memory in GiB", 1.0), ("imbalance", "imbalance", 1.002))
 
 
 def main() -> None:
-    """Measure, print, and write where that is asked for."""
+    """Measure, print the report, and write it if requested."""
     options = parsed_options()
     if options.size:
         print(json.dumps(measured(options.size, options.candidates, options.engine, options.repeats)))
@@ -57,14 +57,14 @@ def main() -> None:
 
 
 def parsed_options() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description="Planning time, memory and balance as clusters grow.")
-    parser.add_argument("--slots", type=int, default=SLOTS[-1], metavar="P", help="of the largest size")
+    parser.add_argument("--slots", type=int, default=SLOTS[-1], metavar="P", help="slots of the largest size")
     parser.add_argument("--candidates", type=int, default=1, metavar="K")
-    parser.add_argument("--engine", help="distplb's; by default the fastest that is there")
+    parser.add_argument("--engine", help="engine of distplb; by default the fastest that is available")
     parser.add_argument("--repeats", type=int, default=5, metavar="R", help="timed calls of each size")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write the result there, as markdown, and a figure")
-    parser.add_argument("--size", type=int, help=argparse.SUPPRESS)  # one, in a process of its own: prints JSON
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write the report (Markdown) and a figure there")
+    parser.add_argument("--size", type=int, help=argparse.SUPPRESS)  # a single size, in its own process: prints JSON
     return parser.parse_args()
 
 
@@ -72,11 +72,11 @@ def parsed_options() -> argparse.Namespace:
 
 
 def measured(slots: int, candidates: int, engine: str, repeats: int) -> dict:
-    """Time, memory and imbalance of one size."""
+    """Measure time, memory and imbalance of one size."""
     device = "cuda" if engine == "cuda" else "cpu"
     options = {"num_candidates": candidates, "engine": engine}
     small = torch.arange(64).view(2, 32).to(device)
-    distplb.plan(small, Layout(2, 64).topology, num_slots=64, **options)  # imports and compiles what is needed
+    distplb.plan(small, Layout(2, 64).topology, num_slots=64, **options)  # imports and compiles
     layout = Layout(slots // SLOTS_PER_GPU // GPUS_PER_NODE, slots)
     generator = np.random.default_rng(slots)
     load = sampled(popularities("log-normal", LAYERS, slots // 2, generator), generator).to(device)
@@ -102,7 +102,7 @@ def measured(slots: int, candidates: int, engine: str, repeats: int) -> dict:
 
 
 def resident() -> int:
-    """Bytes of memory that this process holds now."""
+    """Return the bytes of memory that this process holds now."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
@@ -110,8 +110,8 @@ def resident() -> int:
 
 
 def report(sizes: list[dict], options: argparse.Namespace) -> list[str]:
-    """Table, slope and targets; the figure too where the report is written."""
-    # The fixed cost of a call bends the line down among the small sizes; the slope is that of the larger half.
+    """Format table, slope and targets; draw the figure if the report is written."""
+    # The fixed cost of a call flattens the line at small sizes, so the slope is fitted to the larger half.
     upper = sizes[len(sizes) // 2 :]
     slope, offset = fitted(upper)
     parts = [f"## Growth, K = {options.candidates}\n\n{table(sizes)}"]
@@ -126,7 +126,7 @@ def report(sizes: list[dict], options: argparse.Namespace) -> list[str]:
 
 
 def fitted(sizes: list[dict]) -> tuple[float, float]:
-    """Slope and offset of log time against log slots."""
+    """Fit slope and offset of log time against log slots."""
     slots, seconds = ([size[name] for size in sizes] for name in ("slots", "seconds"))
     if len(sizes) < 2:
         return float("nan"), float("nan")
@@ -135,7 +135,7 @@ def fitted(sizes: list[dict]) -> tuple[float, float]:
 
 
 def table(sizes: list[dict]) -> str:
-    """A line for each size."""
+    """Format a row for each size."""
     head = ["experts", "slots", "GPUs", "ms", "[quartiles]", "peak MiB", "imbalance", "worst layer", "lower bound"]
     lines = []
     for size in sizes:
@@ -155,9 +155,9 @@ def table(sizes: list[dict]) -> str:
 
 
 def targets(largest: dict) -> str:
-    """The targets of the largest size."""
+    """Format the targets of the largest size."""
     return markdown(
-        ["measure", "asked", "reached", "verdict"],
+        ["measure", "target", "reached", "verdict"],
         [
             [text, f"≤ {limit:g}", f"{largest[name]:.5g}", verdict(largest[name] <= limit)]
             for name, text, limit in TARGETS

@@ -1,11 +1,11 @@
-"""`distplb.plan` beside other planners: how even a placement they find, and how long they take.
+"""`distplb.plan` compared with other planners: imbalance of their placements, and planning time.
 
     python -m benchmarks.planning.bench_planning --loads DIR --output benchmarks/results/DATE-planning.md
     python -m benchmarks.planning.bench_planning --presets deepseek-v3 kimi-k2 --candidates 1 8
 
-All planners get the same loads in the same run and take turns. The time is that of the whole call, load in and
-placement out, after one call that is not timed. A placement is judged on the load that it was planned on (seen) and
-on another of the same experts (unseen): the model's other files, or a second sample of a synthetic load.
+All planners plan on the same loads in the same run, and take turns. Time is of the whole call, from load to placement,
+after one untimed call. A placement is judged on the load that it was planned on (seen) and on other loads of the same
+experts (unseen): the model's other files, or a second sample of a synthetic load.
 Shapes: T steps, L layers, E experts, P slots, M GPUs, K candidates.
 """
 
@@ -31,29 +31,29 @@ from distplb.packing.engines import engine_named
 
 Planner = Callable[[Tensor], Tensor]  # tokens [L, E] -> expert of slot [L, P]
 GREEDY = (baselines.greedy_loops, baselines.greedy_numpy)
-# The planners that times are compared with.
+# Times are compared with these planners.
 LOOPS, NUMPY = baselines.greedy_loops.__name__, baselines.greedy_numpy.__name__
 NOISE = (
-    "Times are of whole calls. Planners take turns (A B C A B C ...), so that a slow moment of the machine hits all of "
-    "them; given are the median of all calls and, in brackets, the quartiles. `× loops` and `× numpy` are the medians "
-    f"of `{LOOPS}` and `{NUMPY}` in the same table over the planner's own: how many times faster it is."
+    "Times are of whole calls. Planners take turns (A B C A B C ...), so that a slow moment of the machine affects all "
+    "of them. Times are medians of all calls, with quartiles in brackets. `× loops` and `× numpy` show how many times "
+    f"faster a planner is than `{LOOPS}` and `{NUMPY}`: the ratio of the medians in the same table."
 )
 QUALITY = (
-    "Imbalance is the busiest GPU's tokens over the mean GPU's, 1 is perfect; `seen` and `unseen` are means over "
-    "layers and loads, `÷ bound` is `seen` over the lower bound's mean. Placements do not depend on the machine."
+    "Imbalance is busiest GPU / mean GPU in tokens; 1 is perfect. `seen` and `unseen` are means over layers and loads, "
+    "`÷ bound` is `seen` divided by the mean lower bound. Placements do not depend on the machine."
 )
 
 
 @dataclass(frozen=True)
 class Target:
-    """A goal for `plan` on the recorded deepseek-v3 loads, flat."""
+    """A target for `plan` on the recorded deepseek-v3 loads, without groups."""
 
     nodes: int
     slots: int
     candidates: int
-    imbalance: float  # upper limit, in units of the mean GPU or of the lower bound
+    imbalance: float  # upper limit of imbalance, or of imbalance / lower bound if `of_bound`
     of_bound: bool
-    faster: dict[str, float]  # than that planner, by this factor or more
+    faster: dict[str, float]  # planner: by how many times `plan` must be faster
 
 
 TARGETS = (
@@ -68,7 +68,7 @@ TARGETS = (
 
 @dataclass
 class Result:
-    """Of one planner on one layout: imbalances, one tensor `[L]` a load, and the seconds of each timed call."""
+    """One planner on one layout: imbalances, a tensor `[L]` per load, and the seconds of each timed call."""
 
     seen: list[Tensor] = field(default_factory=list)
     unseen: list[Tensor] = field(default_factory=list)
@@ -76,12 +76,12 @@ class Result:
 
     @property
     def mean(self) -> float:
-        """Of the imbalance on loads that were planned on."""
+        """Mean imbalance on the loads that were planned on."""
         return float(torch.cat(self.seen).mean())
 
     @property
     def median(self) -> float:
-        """Seconds."""
+        """Median seconds of a call."""
         return float(np.median(self.seconds))
 
 
@@ -92,11 +92,11 @@ class Case:
     data: Data
     layout: Layout
     results: dict[str, Result]
-    bound: Tensor  # of all layers and loads
+    bound: Tensor  # lower bounds of all layers and loads
 
 
 def main() -> None:
-    """Measure, print, and write where that is asked for."""
+    """Measure, print the report, and write it if requested."""
     options = parsed_options()
     engine = engine_named(options.engine)[0]
     cases = [
@@ -106,37 +106,37 @@ def main() -> None:
         if layout.groups is None or not options.flat
     ]
     progress("")
-    top = header("Planners side by side", f"{QUALITY} {NOISE}", command(options), engine)
+    top = header("Planners compared", f"{QUALITY} {NOISE}", command(options), engine)
     parts = [*targets(cases), *(f"## {heading(case)}\n\n{table(case)}" for case in cases)]
     publish("\n\n".join([top, *parts]), options.output)
 
 
 def parsed_options() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description="Quality and speed of planners, side by side.")
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description="Compare the quality and speed of planners.")
     parser.add_argument("--loads", type=Path, metavar="DIR", help="folder of .npy files, [L, E] or [T, L, E]")
     parser.add_argument("--presets", nargs="+", choices=PRESETS, metavar="NAME", help=", ".join(PRESETS))
     parser.add_argument("--candidates", type=int, nargs="+", default=[1, 8], metavar="K")
-    parser.add_argument("--engine", help="distplb's; by default the fastest that is there")
+    parser.add_argument("--engine", help="engine of distplb; by default the fastest that is available")
     parser.add_argument("--repeats", type=int, default=5, metavar="R", help="timed calls on each load, 5 or more")
     parser.add_argument("--apart", action="store_true", help="replicas of one expert may not share a GPU")
-    parser.add_argument("--flat", action="store_true", help="leave out what keeps groups on nodes")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write the result there, as markdown")
+    parser.add_argument("--flat", action="store_true", help="leave out layouts that keep groups on nodes")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write the report (Markdown) there")
     options = parser.parse_args()
     if options.repeats < 5:
-        parser.error(f"--repeats is {options.repeats}; a median takes 5 or more")
+        parser.error(f"--repeats is {options.repeats}; pass 5 or more for a median")
     return options
 
 
 def command(options: argparse.Namespace) -> str:
-    """The command line without the reader's own paths."""
+    """Return the command line, with the user's paths replaced."""
     names = ("candidates", "presets", "apart", "flat", "engine", "repeats")
     arguments = {"--loads": options.loads and "DIR"} | {f"--{name}": getattr(options, name) for name in names}
     return command_line("planning.bench_planning", arguments)
 
 
 def data_sets(options: argparse.Namespace) -> list[Data]:
-    """The recorded loads and the presets that are asked for; every preset if nothing is."""
+    """Return the requested recorded loads and presets; all presets if none are requested."""
     names = options.presets or ([] if options.loads else list(PRESETS))
     real = recorded(options.loads) if options.loads else []
     return real + [synthetic(name, shape) for name in names for shape in SHAPES]
@@ -146,11 +146,11 @@ def data_sets(options: argparse.Namespace) -> list[Data]:
 
 
 def planners_of(layout: Layout, experts: int, options: argparse.Namespace, engine: str) -> dict[str, Planner]:
-    """By name, every planner that can serve the layout."""
+    """Return all planners that support the layout, by name."""
     cluster = {"topology": layout.topology, "num_slots": layout.slots}
     rules = {"num_groups": layout.groups, "allow_shared_replicas": not options.apart}
     planners: dict[str, Planner] = {}
-    if layout.slots == experts or not options.apart:  # these two know no such rule
+    if layout.slots == experts or not options.apart:  # these two cannot keep replicas apart
         planners["contiguous"] = partial(baselines.contiguous, **cluster)
         planners["snake"] = partial(baselines.snake, **cluster, num_groups=layout.groups)
     planners |= {greedy.__name__: partial(greedy, **cluster, **rules) for greedy in GREEDY}
@@ -164,17 +164,17 @@ def planners_of(layout: Layout, experts: int, options: argparse.Namespace, engin
 
 
 def plan_name(candidates: int) -> str:
-    """The line of a table."""
+    """Name the planner in tables."""
     return f"distplb.plan, K = {candidates}"
 
 
 def planned(load: Tensor, *, engine: str, **options: object) -> Tensor:
-    """distplb's plan; the search runs where the load is."""
+    """Plan by distplb; the search runs on the load's device."""
     return distplb.plan(load.to("cuda" if engine == "cuda" else "cpu"), engine=engine, **options).expert_of_slot
 
 
 def measured(data: Data, layout: Layout, options: argparse.Namespace, engine: str) -> Case:
-    """One untimed call of every planner on every load, which is judged; then they take turns."""
+    """Judge the placement of one untimed call of every planner on every load; then time planners in turns."""
     experts = data.loads[0][0].shape[1]
     runs = planners_of(layout, experts, options, engine)
     case = Case(data, layout, {name: Result() for name in runs}, bound(data, layout))
@@ -195,7 +195,7 @@ def measured(data: Data, layout: Layout, options: argparse.Namespace, engine: st
 
 
 def bound(data: Data, layout: Layout) -> Tensor:
-    """`[L · loads]`: what no placement can beat."""
+    """Return the lower bounds of the imbalance `[L · loads]`."""
     bounds = [lower_bound(load, layout.topology, layout.slots, num_groups=layout.groups) for load, _ in data.loads]
     return torch.cat(bounds)
 
@@ -204,13 +204,13 @@ def bound(data: Data, layout: Layout) -> Tensor:
 
 
 def heading(case: Case) -> str:
-    """The data set and the layout."""
+    """Name the data set and the layout."""
     experts = case.data.loads[0][0].shape[1]
     return f"{case.data.model}, {case.data.kind}: {case.layout.text(experts)}"
 
 
 def table(case: Case) -> str:
-    """A line for each planner."""
+    """Format a row for each planner."""
     head = ["planner", "seen", "worst layer", "÷ bound", "unseen", "ms", "[quartiles]", "× loops", "× numpy"]
     bound = float(case.bound.mean())
     lines = []
@@ -233,17 +233,17 @@ def table(case: Case) -> str:
 
 
 def faster(case: Case, name: str, other: str) -> float:
-    """How many times faster one planner is than another."""
+    """Return how many times faster the planner `name` is than `other`."""
     return case.results[other].median / case.results[name].median
 
 
 def three_digits(ratio: float) -> str:
-    """Three significant digits, and no exponent for large numbers."""
+    """Format with three significant digits, and no exponent for large numbers."""
     return f"{ratio:.0f}" if ratio >= 100 else f"{ratio:.3g}"
 
 
 def targets(cases: list[Case]) -> list[str]:
-    """A table of the goals on the recorded deepseek-v3 loads, where those were measured."""
+    """Format the targets on the recorded deepseek-v3 loads, if those were measured."""
     recorded_cases = {
         (case.layout.nodes, case.layout.slots): case
         for case in cases
@@ -259,11 +259,11 @@ def targets(cases: list[Case]) -> list[str]:
     return ["## Targets on the recorded deepseek-v3 loads\n\n" + markdown(TARGET_HEAD, lines)]
 
 
-TARGET_HEAD = ["slots on GPUs", "K", "measure", "asked", "reached", "verdict"]
+TARGET_HEAD = ["slots on GPUs", "K", "measure", "target", "reached", "verdict"]
 
 
 def target_lines(target: Target, case: Case, name: str) -> list[list[str]]:
-    """A line for each measure."""
+    """Format a row for each measure."""
     first = [f"{target.slots} on {case.layout.topology.num_gpus}", str(target.candidates)]
     reached = case.results[name].mean / (float(case.bound.mean()) if target.of_bound else 1)
     measure = "imbalance ÷ bound" if target.of_bound else "imbalance"

@@ -1,10 +1,10 @@
-"""Balance against moves: how even a placement becomes when only few slots may change their GPU; and the time of a plan.
+"""Balance against moves: imbalance when only a few slots may change their GPU; and the time of a plan.
 
     python -m benchmarks.planning.bench_prices --loads DIR --output benchmarks/results/DATE-moves.md
     python -m benchmarks.planning.bench_prices --loads DIR --only-time
 
-A placement that was planned on one load meets another: the same disturbed at random, or one of another kind of work.
-Plans that start from it are made at rising prices of a move; beside them, plans that are made afresh.
+A placement that was planned on one load meets another load: the first one disturbed at random, or one of another kind
+of work. Plans that start from this placement, at increasing prices of a move, are compared with plans from scratch.
 Shapes: T steps, L layers, E experts, P slots, M GPUs, K candidates.
 """
 
@@ -35,15 +35,15 @@ Array = np.ndarray
 Planner = Callable[[Tensor, Placement], Placement]  # tokens [L, E] and the placement in force -> the next
 
 BASE, BEFORE, AFTER = "prefill_in1024", "prefill_in512", "decode_in1000out1000"
-NOISE, WOBBLE = 0.1, 0.3  # of logarithms: of a disturbed load, and from one step to the next
-# Of a moved slot, as a share of the mean GPU's tokens.
+NOISE, WOBBLE = 0.1, 0.3  # standard deviations of logarithms: of a disturbed load, and between steps
+# Price of a moved slot, as a share of the mean GPU's tokens.
 PRICES = (0.0, 5e-5, 1e-4, 2e-4, 3e-4, 5e-4, 7e-4, 1e-3, 2e-3, 5e-3, 2e-2)
 TIMED_STEPS, MAX_SECONDS, TIMED_CORES = 32, 0.6, 2
 
 
 @dataclass(frozen=True)
 class Target:
-    """The goal for disturbed loads: upper limits of the imbalance and of the share of slots moved."""
+    """The target for disturbed loads: upper limits of the imbalance and of the share of slots moved."""
 
     layout: Layout
     imbalance: float
@@ -52,10 +52,10 @@ class Target:
 
 TARGETS = (Target(Layout(4, 288), 1.01, 0.08), Target(Layout(8, 320), 1.02, 0.12))
 TEXT = (
-    "`moved` is the share of slots whose expert comes from another GPU, `imbalance` the busiest GPU's tokens over the "
-    "mean GPU's, on the load that was planned on; both are means over layers and loads. The price of a moved slot is "
-    f"given as a share of the mean GPU's tokens. Disturbed: {BASE}, every count times exp(x), x normal with standard "
-    f"deviation {NOISE}; the placement in force was planned on the load before that, by distplb.plan with K = 16. "
+    "`moved` is the share of slots whose expert comes from another GPU; `imbalance` is busiest GPU / mean GPU in "
+    "tokens, on the load that was planned on; both are means over layers and loads. The price of a moved slot is a "
+    f"share of the mean GPU's tokens. Disturbed: {BASE}, every count times exp(x), x normal with standard deviation "
+    f"{NOISE}; the placement in force was planned by distplb.plan with K = 16 on the load before the change. "
     "Placements do not depend on the machine."
 )
 
@@ -72,7 +72,7 @@ class Change:
 
     @property
     def title(self) -> str:
-        """Of its part of the report."""
+        """The heading of its part of the report."""
         return f"{self.layout.slots} slots on {self.layout.topology.num_gpus} GPUs, {self.name}"
 
 
@@ -82,11 +82,11 @@ class Point:
 
     moved: float
     imbalance: float
-    worst: float  # imbalance of a layer
+    worst: float  # imbalance of the worst layer
 
 
 def main() -> None:
-    """Measure, print, and write where that is asked for."""
+    """Measure, print the report, and write it if requested."""
     options = parsed_options()
     engine = engine_named(options.engine)[0]
     loads = read_loads(options.loads)
@@ -101,7 +101,7 @@ def main() -> None:
 def moves_parts(
     loads: dict[str, Tensor], options: argparse.Namespace, engine: str
 ) -> tuple[list[list[str]], list[str]]:
-    """Lines of the targets, and the report's parts; the figure beside the report."""
+    """Return rows of the targets and the report's parts; draw the figure if the report is written."""
     lines, parts, panels = [], [], []
     for change in changes(loads, options, engine):
         curves, others = measured(change, options, engine)
@@ -116,21 +116,21 @@ def moves_parts(
 
 
 def parsed_options() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description="Imbalance against slots moved, and the time of a plan.")
     parser.add_argument("--loads", type=Path, required=True, metavar="DIR", help="folder of deepseek-v3_*.npy")
     parser.add_argument("--candidates", type=int, nargs="+", default=[4, 16], metavar="K")
     parser.add_argument("--prices", type=float, nargs="+", default=list(PRICES), help="shares of the mean GPU's tokens")
-    parser.add_argument("--seeds", type=int, default=3, help="disturbed loads")
-    parser.add_argument("--repeats", type=int, default=9, metavar="R", help="timed calls")
+    parser.add_argument("--seeds", type=int, default=3, help="number of disturbed loads")
+    parser.add_argument("--repeats", type=int, default=9, metavar="R", help="number of timed calls")
     parser.add_argument("--only-time", action="store_true", help="leave out the moves, which take ten minutes")
-    parser.add_argument("--engine", help="distplb's; by default the fastest that is there")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write the result there, as markdown")
+    parser.add_argument("--engine", help="engine of distplb; by default the fastest that is available")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write the report (Markdown) there")
     return parser.parse_args()
 
 
 def command(options: argparse.Namespace) -> str:
-    """The command line without the reader's own paths."""
+    """Return the command line, with the user's paths replaced."""
     prices = None if options.prices == list(PRICES) else options.prices
     arguments: dict[str, object] = {"--loads": "DIR"}
     if options.only_time:
@@ -145,18 +145,18 @@ def command(options: argparse.Namespace) -> str:
 
 
 def read_loads(folder: Path) -> dict[str, Tensor]:
-    """By name, `[L, E]` int64."""
+    """Read the loads `[L, E]` int64, by name."""
     loads = {}
     for name in (BASE, BEFORE, AFTER):
         path = folder / f"deepseek-v3_{name}.npy"
         if not path.exists():
-            raise SystemExit(f"no {path.name} in {folder}")
+            raise SystemExit(f"no {path.name} in {folder}; pass the folder that has it")
         loads[name] = torch.from_numpy(np.load(path).astype(np.int64))
     return loads
 
 
 def changes(loads: dict[str, Tensor], options: argparse.Namespace, engine: str) -> Iterator[Change]:
-    """On both clusters: disturbed loads, then another kind of work."""
+    """Yield the changes on both clusters: disturbed loads, then another kind of work."""
     for target in TARGETS:
         layout = target.layout
         fresh = partial(distplb.plan, topology=layout.topology, num_slots=layout.slots, engine=engine)
@@ -173,7 +173,7 @@ def changes(loads: dict[str, Tensor], options: argparse.Namespace, engine: str) 
 def measured(
     change: Change, options: argparse.Namespace, engine: str
 ) -> tuple[dict[int, dict[float, Point]], dict[str, Point]]:
-    """The curve of every K, by price; and other planners, by name."""
+    """Measure the curve of every K, by price; and other planners, by name."""
     cluster = {"topology": change.layout.topology, "num_slots": change.layout.slots, "engine": engine}
     curves: dict[int, dict[float, Point]] = {}
     for number in options.candidates:
@@ -189,7 +189,7 @@ def measured(
 
 
 def other_planners(layout: Layout, cluster: dict[str, object]) -> dict[str, Planner]:
-    """What stays, and what is planned afresh, by name."""
+    """Return the planners that keep the placement or plan from scratch, by name."""
 
     def greedy(load: Tensor, current: Placement) -> Placement:
         table = baselines.greedy_numpy(load, layout.topology, layout.slots)
@@ -206,13 +206,13 @@ def other_planners(layout: Layout, cluster: dict[str, object]) -> dict[str, Plan
 
 
 def priced(load: Tensor, current: Placement, *, share: float, **options: object) -> Placement:
-    """distplb's plan from the placement in force; a moved slot costs a share of the mean GPU's tokens."""
+    """Plan by distplb from the placement in force; a moved slot costs a share of the mean GPU's tokens."""
     price = share * float(load.sum()) / len(load) / current.num_gpus
     return distplb.plan(load, current=current, move_price=price, **options)
 
 
 def judged(change: Change, planner: Planner) -> Point:
-    """Mean over layers and loads."""
+    """Compute a planner's means over layers and loads."""
     moved, uneven = [], []
     for load in change.loads:
         placement = planner(load, change.current)
@@ -223,7 +223,7 @@ def judged(change: Change, planner: Planner) -> Point:
 
 @dataclass(frozen=True)
 class Timed:
-    """Seconds of whole calls by name, how busy the machine was before and after, and imbalances on the steps."""
+    """Seconds of whole calls by name, the load average before and after, and imbalances on the steps."""
 
     seconds: dict[str, list[float]]
     load_average: tuple[float, float]
@@ -231,7 +231,7 @@ class Timed:
 
 
 def timed(load: Tensor, repeats: int, engine: str) -> Timed:
-    """One candidate for 288 slots on 32 GPUs, on the steps and on their sum, which take turns."""
+    """Time plans with one candidate for 288 slots on 32 GPUs, on the steps and on their sum in turns."""
     steps = wobbling_steps(load, TIMED_STEPS, WOBBLE, 0)
     layout = TARGETS[0].layout
     run = partial(distplb.plan, topology=layout.topology, num_slots=layout.slots, num_candidates=1, engine=engine)
@@ -251,14 +251,14 @@ def timed(load: Tensor, repeats: int, engine: str) -> Timed:
 # --- text -------------------------------------------------------------------------------------------------------
 
 
-TARGET_HEAD = ["on what", "K", "asked", "reached", "verdict"]
+TARGET_HEAD = ["load", "K", "target", "reached", "verdict"]
 
 
 def table(change: Change, curves: dict[int, dict[float, Point]], others: dict[str, Point]) -> str:
-    """A line for each planner and price."""
+    """Format a row for each planner and price."""
     lines = [[name, "", *numbers(point)] for name, point in others.items()]
     for number, curve in curves.items():
-        lines += [[f"ours from there, K = {number}", f"{share:g}", *numbers(point)] for share, point in curve.items()]
+        lines += [[f"ours, priced, K = {number}", f"{share:g}", *numbers(point)] for share, point in curve.items()]
     bounds = [lower_bound(load, change.layout.topology, change.layout.slots) for load in change.loads]
     lines.append(
         ["lower bound", "", "", f"{float(torch.cat(bounds).mean()):.5f}", f"{float(torch.cat(bounds).max()):.5f}"]
@@ -267,26 +267,26 @@ def table(change: Change, curves: dict[int, dict[float, Point]], others: dict[st
 
 
 def numbers(point: Point) -> list[str]:
-    """For a table."""
+    """Format a point as cells of a table."""
     return [f"{point.moved:.1%}", f"{point.imbalance:.5f}", f"{point.worst:.5f}"]
 
 
 def target_lines(change: Change, curve: dict[float, Point], candidates: int) -> list[list[str]]:
-    """The point of the curve that moves least within the limit of imbalance, against the target."""
+    """Compare the target with the point of the curve that moves least within the limit of imbalance."""
     target = change.target
     if target is None:
         return []
     enough = [(point.moved, share, point) for share, point in curve.items() if point.imbalance <= target.imbalance]
     goal = f"≤ {target.imbalance} with ≤ {target.moved:.0%} moved"
     if not enough:
-        return [[change.title, str(candidates), goal, "not that even at any price", "missed"]]
+        return [[change.title, str(candidates), goal, "not reached at any price", "missed"]]
     moved, share, point = min(enough, key=lambda candidate: candidate[:2])
     reached = f"{point.imbalance:.5f} with {moved:.1%} (price {share:g})"
     return [[change.title, str(candidates), goal, reached, verdict(moved <= target.moved)]]
 
 
 def time_line(times: Timed) -> list[str]:
-    """Of the targets."""
+    """Format the row of the targets for the time."""
     median = float(np.median(times.seconds[f"{TIMED_STEPS} steps"]))
     limit = f"< {MAX_SECONDS} s on {TIMED_CORES} cores"
     what = f"time of a plan on {TIMED_STEPS} steps"
@@ -294,7 +294,7 @@ def time_line(times: Timed) -> list[str]:
 
 
 def time_part(times: Timed, engine: str) -> str:
-    """Seconds of a plan, and how busy the machine was."""
+    """Format the seconds of a plan, and how busy the machine was."""
     cores = len(os.sched_getaffinity(0))
     threads = {"cpu": min(4, cores), "reference": torch.get_num_threads()}.get(engine)
     lines = []
@@ -303,11 +303,12 @@ def time_part(times: Timed, engine: str) -> str:
         lines.append([name, f"{middle:.3f}", f"[{low:.3f} – {high:.3f}]", f"{times.imbalance[name]:.5f}"])
     text = (
         f"Whole `distplb.plan` calls, {TARGETS[0].layout.slots} slots on "
-        f"{TARGETS[0].layout.topology.num_gpus} GPUs, K = 1, after one that is not timed: median and quartiles of "
-        f"{len(next(iter(times.seconds.values())))} that take turns; {threads or 'no'} threads on {cores} "
-        f"cores. Steps are drawn around {BASE} with popularities that wobble log-normally by {WOBBLE}. Load average "
-        f"of the last minute: {times.load_average[0]:.1f} before, {times.load_average[1]:.1f} after; it counts this "
-        f"process. Where it is above {cores}, others worked on the same cores and the seconds are too many."
+        f"{TARGETS[0].layout.topology.num_gpus} GPUs, K = 1, after one untimed call: median and quartiles of "
+        f"{len(next(iter(times.seconds.values())))} calls in turns; {threads or 'no'} thread{'s' * (threads != 1)} on "
+        f"{cores} core{'s' * (cores > 1)}. Steps are drawn around {BASE} with popularities that vary log-normally by "
+        f"{WOBBLE}. Load average of the last minute: {times.load_average[0]:.1f} before, "
+        f"{times.load_average[1]:.1f} after, this process included. If it exceeds {cores}, other processes shared the "
+        f"cores, and the seconds are too high."
     )
     head = ["planned on", "seconds", "[quartiles]", "imbalance on the steps"]
     return f"## Time\n\n{text}\n\n{markdown(head, lines)}"

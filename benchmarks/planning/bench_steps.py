@@ -1,9 +1,9 @@
-"""Planning on the steps beside planning on their sum: imbalance on steps of sequences that no planner has seen.
+"""Planning on steps compared with planning on their sum: imbalance on steps of unseen sequences.
 
     python -m benchmarks.planning.bench_steps --loads DIR --output benchmarks/results/DATE-steps.md
 
-A step is a sum of random sequences of the three texts together. The sequences are split in halves: one makes the steps
-that are planned on, the other those that plans are judged on.
+A step is the sum of random sequences from all three texts. The sequences are split in halves: plans are made from steps
+of one half, and judged on steps of the other.
 Shapes: N sequences, T steps, L layers, E experts, M GPUs, K candidates.
 """
 
@@ -28,15 +28,15 @@ from distplb.packing.engines import engine_named
 
 Planner = Callable[[Tensor], Tensor]  # steps [T, L, E] -> expert of slot [L, E]
 
-SIZES, GPUS = (8, 32), (8, 16)  # sequences in a step; the four settings that the targets are about
-MIN_EXPERTS = 2  # on a GPU, of the settings where nothing is to be gained
+SIZES, GPUS = (8, 32), (8, 16)  # sequences in a step, and GPUs: the four settings of the targets
+MIN_EXPERTS = 2  # experts on a GPU in the settings where planning on steps gains nothing
 MAX_RATIO, MAX_RATIO_OF_LAYER = 0.62, 1.05
 TEXT = (
-    "Excess is the mean over layers, unseen steps and splits of busiest GPU / mean GPU, less 1. `÷ sum` is the excess "
-    "over that of distplb.plan on the sum with as many candidates (for planners that are not ours: the fewest), and "
-    "`worst layer` the largest such ratio of a layer, whose excesses are means over the splits first. Placements do "
-    "not depend on the machine. A perfectly bias-balanced router is imitated by rescaling every expert to the same "
-    "mean over all sequences, which also blows up the wavering of cold experts."
+    "Excess is busiest GPU / mean GPU - 1, mean over layers, unseen steps and splits. `÷ sum` is the excess divided by "
+    "that of distplb.plan on the sum with as many candidates (with the fewest, for other planners). `worst layer` is "
+    "the largest such ratio of a layer, after averaging over splits. Placements do not depend on the machine. A "
+    "perfectly bias-balanced router is imitated by rescaling every expert to the same mean over all sequences, which "
+    "also amplifies the fluctuations of cold experts."
 )
 
 
@@ -50,39 +50,39 @@ class Setting:
 
     @property
     def topology(self) -> Topology:
-        """Nodes play no part without prices and groups."""
+        """The cluster; its number of nodes has no effect without prices and groups."""
         nodes = max(1, self.gpus // GPUS_PER_NODE)
         return Topology(nodes, self.gpus // nodes)
 
     @property
     def text(self) -> str:
-        """For a heading."""
+        """The heading of the setting."""
         router = ", every expert rescaled to the same mean" if self.balanced else ""
         return f"{self.size} sequences a step, {self.gpus} GPUs{router}"
 
 
 @dataclass(frozen=True)
 class Case:
-    """One setting, and the excess `[L]` of every planner, mean over unseen steps and splits."""
+    """One setting, and the excess `[L]` of every planner as a mean over unseen steps and splits."""
 
     setting: Setting
     excess: dict[str, Tensor]
 
     def mean(self, name: str) -> float:
-        """Over the layers."""
+        """Mean excess over the layers."""
         return float(self.excess[name].mean())
 
     def ratio(self, name: str, other: str) -> float:
-        """Of the mean excesses."""
+        """Ratio of the mean excesses."""
         return self.mean(name) / self.mean(other)
 
     def worst_layer(self, name: str, other: str) -> float:
-        """The largest ratio of a layer."""
+        """Largest ratio of the excesses of a layer."""
         return float((self.excess[name] / self.excess[other]).max())
 
 
 def main() -> None:
-    """Measure, print, and write where that is asked for."""
+    """Measure, print the report, and write it if requested."""
     options = parsed_options()
     engine = engine_named(options.engine)[0]
     sequences = torch.cat(list(read_sequences(options.loads).values()))
@@ -96,20 +96,20 @@ def main() -> None:
 
 
 def parsed_options() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description="Planning on steps beside planning on their sum.")
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description="Planning on steps compared with planning on their sum.")
     parser.add_argument("--loads", type=Path, required=True, metavar="DIR", help="folder of deepseek-v2-lite_*_steps")
     parser.add_argument("--candidates", type=int, nargs="+", default=[1, 8, 16], metavar="K")
-    parser.add_argument("--steps", type=int, default=32, metavar="T", help="planned on")
+    parser.add_argument("--steps", type=int, default=32, metavar="T", help="steps that plans are made from")
     parser.add_argument("--judged", type=int, default=64, metavar="T", help="unseen steps that plans are judged on")
-    parser.add_argument("--splits", type=int, default=3, help="of the sequences in halves")
-    parser.add_argument("--engine", help="distplb's; by default the fastest that is there")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write the result there, as markdown")
+    parser.add_argument("--splits", type=int, default=3, help="number of random splits into halves")
+    parser.add_argument("--engine", help="engine of distplb; by default the fastest that is available")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write the report (Markdown) there")
     return parser.parse_args()
 
 
 def command(options: argparse.Namespace) -> str:
-    """The command line without the reader's own paths."""
+    """Return the command line, with the user's paths replaced."""
     names = ("candidates", "steps", "judged", "splits", "engine")
     return command_line(
         "planning.bench_steps", {"--loads": "DIR"} | {f"--{name}": getattr(options, name) for name in names}
@@ -117,7 +117,7 @@ def command(options: argparse.Namespace) -> str:
 
 
 def settings(experts: int) -> list[Setting]:
-    """The four of the targets and those of two experts a GPU, as the loads are and rescaled."""
+    """List the four settings of the targets and those with two experts per GPU, each as recorded and rescaled."""
     gpus = (*GPUS, experts // MIN_EXPERTS)
     return [Setting(size, number, balanced) for balanced in (False, True) for number in gpus for size in SIZES]
 
@@ -126,7 +126,7 @@ def settings(experts: int) -> list[Setting]:
 
 
 def planners_of(setting: Setting, experts: int, candidates: list[int], engine: str) -> dict[str, Planner]:
-    """By name."""
+    """Return the planners by name."""
     cluster = {"topology": setting.topology, "num_slots": experts}
     planners: dict[str, Planner] = {
         "static": lambda load: baselines.contiguous(load.sum(0), **cluster),
@@ -139,22 +139,22 @@ def planners_of(setting: Setting, experts: int, candidates: list[int], engine: s
 
 
 def on_sum(candidates: int) -> str:
-    """The line of a table."""
+    """Name the planner on the sum in tables."""
     return f"distplb.plan on the sum, K = {candidates}"
 
 
 def on_steps(candidates: int) -> str:
-    """The line of a table."""
+    """Name the planner on the steps in tables."""
     return f"distplb.plan on the steps, K = {candidates}"
 
 
 def planned(load: Tensor, *, summed: bool, **options: object) -> Tensor:
-    """distplb's plan, on the steps or on their sum."""
+    """Plan by distplb, on the steps or on their sum."""
     return distplb.plan(load.sum(0) if summed else load, **options).expert_of_slot
 
 
 def measured(sequences: Tensor, setting: Setting, options: argparse.Namespace, engine: str) -> Case:
-    """Every planner on every split."""
+    """Judge every planner on every split."""
     experts = sequences.shape[2]
     runs = planners_of(setting, experts, options.candidates, engine)
     excess: dict[str, list[Tensor]] = {}
@@ -169,7 +169,7 @@ def measured(sequences: Tensor, setting: Setting, options: argparse.Namespace, e
 
 
 def drawn(sequences: Tensor, setting: Setting, steps: int, judged: int, split: int) -> tuple[Tensor, Tensor]:
-    """Steps `[T, L, E]` to plan on, and steps of other sequences to judge."""
+    """Draw steps `[T, L, E]` to plan on, and steps of other sequences to judge plans on."""
     first, second = halves(rescaled(sequences) if setting.balanced else sequences, split)
     return (
         steps_of(first, steps, setting.size, [split, setting.size, 0]),
@@ -181,12 +181,12 @@ def drawn(sequences: Tensor, setting: Setting, steps: int, judged: int, split: i
 
 
 def compared_with(name: str, candidates: list[int]) -> str:
-    """The planner on the sum that a planner's excess is set against."""
+    """Return the planner on the sum that a planner is compared with."""
     return next((on_sum(number) for number in candidates if name.endswith(f"K = {number}")), on_sum(candidates[0]))
 
 
 def table(case: Case, candidates: list[int]) -> str:
-    """A line for each planner."""
+    """Format a row for each planner."""
     lines = []
     for name in case.excess:
         other = compared_with(name, candidates)
@@ -196,7 +196,7 @@ def table(case: Case, candidates: list[int]) -> str:
 
 
 def summary(cases: list[Case], options: argparse.Namespace) -> str:
-    """A line for each setting, with the largest number of candidates."""
+    """Format a row for each setting, with the largest number of candidates."""
     candidates = options.candidates[-1]
     columns = {
         "static": "static",
@@ -218,29 +218,29 @@ def summary(cases: list[Case], options: argparse.Namespace) -> str:
 
 
 def targets(cases: list[Case], candidates: list[int]) -> str:
-    """The goals of planning on the steps, for every K; the rescaled settings have none and are there to compare."""
+    """Format the targets of planning on steps, for every K; rescaled settings have no targets, only results."""
     lines = []
     for balanced in (False, True):
         of_target = [case for case in cases if case.setting.gpus in GPUS and case.setting.balanced == balanced]
         for number in candidates:
             lines += target_lines(of_target, number, balanced)
-    return markdown(["settings", "K", "measure", "asked", "reached", "verdict"], lines)
+    return markdown(["settings", "K", "measure", "target", "reached", "verdict"], lines)
 
 
 def target_lines(cases: list[Case], candidates: int, balanced: bool) -> list[list[str]]:
-    """A line for each measure."""
+    """Format a row for each measure."""
     names = on_steps(candidates), on_sum(candidates)
     ratio = sum(case.ratio(*names) for case in cases) / len(cases)
     worst = max(case.worst_layer(*names) for case in cases)
     lines = []
     for measure, limit, reached in (
-        ("excess ÷ sum's, mean of the four", MAX_RATIO, ratio),
-        ("the same of the worst layer", MAX_RATIO_OF_LAYER, worst),
+        ("excess ÷ sum, mean of the four", MAX_RATIO, ratio),
+        ("excess ÷ sum, worst layer", MAX_RATIO_OF_LAYER, worst),
     ):
         outcome = [f"≤ {limit}", f"{reached:.3f}", verdict(reached <= limit)]
         if balanced:
             outcome = ["–", f"{reached:.3f}", "–"]
-        lines.append(["rescaled" if balanced else "as they are", str(candidates), measure, *outcome])
+        lines.append(["rescaled" if balanced else "as recorded", str(candidates), measure, *outcome])
     return lines
 
 

@@ -1,1 +1,1 @@
-"""What several benchmarks use: loads, traces, planners to compare with, processes, tables."""
+"""Code that several benchmarks share: loads, traces, planners to compare with, processes, tables."""

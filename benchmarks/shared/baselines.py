@@ -1,9 +1,9 @@
-"""The planners that distplb is measured against, written here from their descriptions.
+"""The planners that distplb is compared with, implemented from their descriptions.
 
-Every planner takes the tokens `weight [L, E]` and returns `expert_of_slot [L, P]`, int64; slot p lives on GPU
-`p // G`. "Greedy" is what DeepSeek's expert-parallel load balancer (EPLB) does, in the steps that `planning/greedy.py`
-numbers. There are two variants, equal to the bit: `greedy_loops` keeps its numbers in tensors and reads and writes them
-one by one, as the published program does; `greedy_numpy`, which the package has, does all layers at once.
+Every planner takes the tokens `weight [L, E]` and returns `expert_of_slot [L, P]`, int64; slot p is on GPU `p // G`.
+"Greedy" is the algorithm of DeepSeek's expert-parallel load balancer (EPLB), in the steps that `planning/greedy.py`
+numbers. It has two variants with identical results: `greedy_loops` reads and writes single elements of tensors, as the
+published program does; `greedy_numpy`, which is part of the package, computes all layers at once.
 Shapes: L layers, E experts, P slots, M GPUs, G = P / M slots on each, X = layers × nodes, n items, m packs.
 """
 
@@ -20,7 +20,7 @@ __all__ = ["balanced_packing", "contiguous", "greedy_loops", "greedy_numpy", "sn
 
 
 def snake(weight: Tensor, topology: Topology, num_slots: int, *, num_groups: int | None = None) -> Tensor:
-    """Slots in descending order of load, dealt over the GPUs forth and back; replicas as in greedy's step 2."""
+    """Deal slots in descending order of load over the GPUs, forth and back; replicas as in greedy's step 2."""
     return in_three_steps(weight, topology, num_slots, num_groups, True, replicate_numpy, _deal)
 
 
@@ -32,16 +32,16 @@ def greedy_loops(
     num_groups: int | None = None,
     allow_shared_replicas: bool = True,
 ) -> Tensor:
-    """Greedy as it is published and run: Python loops over single elements of tensors.
+    """Plan greedily in Python loops over single elements of tensors, as the published program does.
 
-    It differs from the published program in double precision and stable sorts, which cost nothing and let both variants
+    Unlike the published program it uses double precision and stable sorts, which cost no time and make both variants
     agree.
     """
     return in_three_steps(weight, topology, num_slots, num_groups, allow_shared_replicas, _replicate_loops, _pack_loops)
 
 
 def balanced_packing(weight: Tensor, topology: Topology, num_candidates: int) -> Tensor:
-    """distplb's packing core by itself, with K candidates; without replicas and groups."""
+    """Plan by distplb's packing core alone, with K candidates; without replicas and groups."""
     pack, rank = searched_packing(weight, topology.num_gpus, num_candidates=num_candidates)
     place = pack * topology.slots_per_gpu(weight.shape[1]) + rank
     return place.argsort(1)
@@ -100,11 +100,12 @@ def _pack_loops(load: Tensor, kind: Tensor | None, num_packs: int) -> Tensor:
 
 
 def _apart(load: Tensor, kind: list[int], order: Tensor, num_packs: int) -> list[list[int]]:
-    """The items of each pack, for one row, where items of one kind do not share a pack.
+    """Pack the items of one row so that items of one kind do not share a pack; return the items of each pack.
 
-    Each item goes to the lightest pack that is not full and does not hold its kind. If all that are not full hold it,
-    a placed item goes to the lightest of them and leaves its place to the new one: that of nearest load, among those
-    whose pack does not hold the new one's kind and whose own kind the lightest pack does not hold.
+    Each item goes to the lightest pack that is not full and does not hold its kind. If all packs with room hold its
+    kind, the item takes the place of an item in a full pack, which moves to the lightest pack with room: the one with
+    the nearest load, among items whose pack does not hold the new item's kind and whose kind the lightest pack does
+    not hold.
     """
     size = len(kind) // num_packs
     pack_load = [0.0] * num_packs
@@ -131,7 +132,7 @@ def _exchange(
     light: int,
     item: int,
 ) -> int:
-    """Put the item in the place of another, which is returned: it is to go to the pack `light`."""
+    """Put the item in the place of another, and return the other, which goes to the pack `light`."""
     others = (
         (abs(load[other] - load[item]), pack, place)
         for pack, inside in enumerate(content)
@@ -139,8 +140,8 @@ def _exchange(
         for place, other in enumerate(inside)
         if kind[other] not in held[light]
     )
-    _, pack, place = min(others)  # the first in flat (pack, place) order of equals
+    _, pack, place = min(others)  # ties: the first in (pack, place) order
     other, content[pack][place] = content[pack][place], item
     held[pack] ^= {kind[other], kind[item]}
-    pack_load[pack] = pack_load[pack] - load[other] + load[item]  # in this order everywhere: floats
+    pack_load[pack] = pack_load[pack] - load[other] + load[item]  # the same order everywhere, because floats round
     return other

@@ -1,4 +1,4 @@
-"""The loads that planners are measured on, and the clusters that they are planned for.
+"""The loads that planners are measured on, and the clusters that they plan for.
 
 Shapes: T steps, L layers, E experts, P slots, M GPUs, G = P / M slots on each.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 from distplb import Topology
 
 GPUS_PER_NODE = 8
-# Of a synthetic load, per expert on average: one of a flat layer then wavers by 1.6 % from one sample to the next.
+# Mean of a synthetic load. The counts of a flat layer then fluctuate by 1.6 % from one sample to the next.
 TOKENS_PER_EXPERT = 4096
 SHAPES = ("log-normal", "zipf-like", "few-hot")
 
@@ -30,11 +30,11 @@ class Layout:
 
     @property
     def topology(self) -> Topology:
-        """As planners take it."""
+        """The topology that planners take."""
         return Topology(self.nodes, GPUS_PER_NODE)
 
     def text(self, experts: int) -> str:
-        """For a heading."""
+        """Describe the layout, for a heading."""
         nodes = f"{self.topology.num_gpus} GPUs ({self.nodes} {'node' if self.nodes == 1 else 'nodes'})"
         groups = "" if self.groups is None else f", {self.groups} groups kept on nodes"
         return f"{experts} experts, {self.slots} slots, {nodes}{groups}"
@@ -42,7 +42,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Preset:
-    """The size of a model, and (nodes, slots) that it would run on."""
+    """The size of a model, and the clusters (nodes, slots) that it could run on."""
 
     layers: int
     experts: int
@@ -68,9 +68,9 @@ class Data:
     """Loads of one model.
 
     Args:
-        model: its name; with `kind` the name of the data.
+        model: name of the model.
         kind: "recorded", or the shape of the synthetic load.
-        loads: of each, the load `[L, E]` that is planned on and others of the same experts that are not.
+        loads: pairs of the load `[L, E]` that is planned on and other loads of the same experts, which are not.
     """
 
     model: str
@@ -79,19 +79,19 @@ class Data:
 
     @property
     def layouts(self) -> list[Layout]:
-        """Those of the model's preset, or one node for every 64 experts; flat, then with groups where there are any."""
+        """The layouts of the model's preset, or one node per 64 experts; without groups, then with groups if any."""
         layers, experts = self.loads[0][0].shape
         nodes = max(1, experts // 64)
         spare = nodes * GPUS_PER_NODE
         preset = PRESETS.get(self.model, Preset(layers, experts, ((nodes, experts), (nodes, experts + spare))))
         flat = [Layout(*cluster) for cluster in preset.clusters]
-        # Groups on one node bind nobody, and what does not divide evenly over the nodes is planned flat anyway.
+        # Groups constrain nothing on one node, and are ignored if they cannot be divided evenly over the nodes.
         grouped = [cluster for cluster in preset.clusters if preset.groups and cluster[0] > 1]
         return flat + [Layout(*cluster, preset.groups) for cluster in grouped if preset.groups % cluster[0] == 0]
 
 
 def recorded(folder: Path) -> list[Data]:
-    """The `.npy` files of a folder by model; each is planned on, and judged on the model's other files too."""
+    """Read the `.npy` files of a folder by model; each is planned on, and judged on the model's other files too."""
     return [
         Data(
             model,
@@ -103,7 +103,7 @@ def recorded(folder: Path) -> list[Data]:
 
 
 def synthetic(name: str, shape: str) -> Data:
-    """A preset's load of one shape; the load that is not planned on is a second sample of the same experts."""
+    """Draw a preset's load of one shape, and a second sample of the same experts that is not planned on."""
     preset = PRESETS[name]
     generator = np.random.default_rng([preset.layers, preset.experts, SHAPES.index(shape)])
     popularity = popularities(shape, preset.layers, preset.experts, generator)
@@ -112,10 +112,10 @@ def synthetic(name: str, shape: str) -> Data:
 
 
 def popularities(shape: str, layers: int, experts: int, generator: np.random.Generator) -> np.ndarray:
-    """`[L, E]` float64: the share of each expert of a layer's tokens."""
+    """Draw each expert's share of a layer's tokens, `[L, E]` float64."""
     if shape == "log-normal":
         popularity = generator.lognormal(0, 0.7, (layers, experts))
-    elif shape == "zipf-like":  # Zipf and Mandelbrot's law
+    elif shape == "zipf-like":  # the Zipf-Mandelbrot law
         ranks = 1 / (np.arange(experts) + experts / 16)
         popularity = generator.permuted(np.tile(ranks, (layers, 1)), axis=1)
         popularity *= generator.uniform(0.8, 1.2, (layers, experts))
@@ -127,19 +127,19 @@ def popularities(shape: str, layers: int, experts: int, generator: np.random.Gen
 
 
 def sampled(popularity: np.ndarray, generator: np.random.Generator) -> Tensor:
-    """`[L, E]` int64: tokens that a router with these popularities would give."""
+    """Draw the tokens of a router with these popularities, `[L, E]` int64."""
     tokens = TOKENS_PER_EXPERT * popularity.shape[1]
     return torch.from_numpy(generator.multinomial(tokens, popularity).astype(np.int64))
 
 
 def disturbed(load: Tensor, deviation: float, seed: int) -> Tensor:
-    """Every count of `load [L, E]` times the exponential of a normal number."""
+    """Multiply every count of `load [L, E]` by the exponential of a normal random number."""
     factor = np.exp(np.random.default_rng(seed).normal(0, deviation, load.shape))
     return torch.from_numpy(np.rint(load.numpy() * factor).astype(np.int64))
 
 
 def wobbling_steps(load: Tensor, steps: int, deviation: float, seed: int) -> Tensor:
-    """`[T, L, E]`: each step draws its share of `load [L, E]` by popularities that are disturbed anew."""
+    """Draw steps `[T, L, E]` of `load [L, E]`, each with its own disturbed popularities."""
     generator = np.random.default_rng(seed)
     popularity = load.numpy() * np.exp(generator.normal(0, deviation, (steps, *load.shape)))
     popularity /= popularity.sum(2, keepdims=True)
@@ -147,12 +147,12 @@ def wobbling_steps(load: Tensor, steps: int, deviation: float, seed: int) -> Ten
 
 
 def real_loads(folder: Path) -> dict[str, list[Tensor]]:
-    """By model (a file's name up to the first underscore), a `[L, E]` int64 of each file; steps are added up."""
+    """Read the loads `[L, E]` int64, summed over steps, by model (a file's name up to the first underscore)."""
     loads: dict[str, list[Tensor]] = {}
     for path in sorted(folder.glob("*.npy")):
         counts = torch.from_numpy(np.load(path).astype(np.int64))
         load = counts.sum(0) if counts.dim() == 3 else counts
         loads.setdefault(path.stem.split("_")[0], []).append(load)
     if not loads:
-        raise SystemExit(f"no .npy files in {folder}")
+        raise SystemExit(f"no .npy files in {folder}; pass a folder of loads")
     return loads

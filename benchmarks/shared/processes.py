@@ -1,7 +1,7 @@
-"""Where a benchmark runs: folders without packages, one fresh process, ranks of this host, and hosts behind slow links.
+"""Run benchmarks in a fresh process, on ranks of this host, or on hosts behind slow links; import test helpers.
 
 A job of several ranks is a module with the option `--job FOLDER`: its ranks call `run_job`, which reads the task from
-that folder and writes the result of rank 0 there.
+that folder and writes the result of rank 0 to it.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ TASK, RESULT = "task.json", "result.json"
 
 
 def outside(folder: str, name: str) -> ModuleType:
-    """A module of a folder that is no package, such as `outside("tests/helpers", "ranks")`.
+    """Import a module from a folder that is not a package, such as `outside("tests/helpers", "ranks")`.
 
-    The folder stays on the path, because modules there import each other, and child processes import them again.
+    The folder stays on the path, because its modules import each other, and child processes import them again.
     """
     path = str(ROOT / folder)
     if path not in sys.path:
@@ -40,7 +40,7 @@ def outside(folder: str, name: str) -> ModuleType:
 
 
 def run_alone(module: str, *words: str, **environment: str) -> Any:
-    """The JSON that a module of the benchmarks prints in a fresh process."""
+    """Run a module of the benchmarks in a fresh process, and return the JSON that it prints."""
     command = [sys.executable, "-m", module, *words]
     done = subprocess.run(
         command, cwd=ROOT, env=os.environ | environment, stdout=subprocess.PIPE, check=True, text=True
@@ -49,7 +49,7 @@ def run_alone(module: str, *words: str, **environment: str) -> Any:
 
 
 def on_this_host(ranks: int, module: str, task: object, *, seconds: float) -> Any:
-    """The result of a job of so many ranks under torchrun, which is stopped after so many seconds."""
+    """Run a job on `ranks` ranks under torchrun, stop it after `seconds`, and return its result."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     with tempfile.TemporaryDirectory() as folder:
@@ -62,9 +62,10 @@ def on_this_host(ranks: int, module: str, task: object, *, seconds: float) -> An
 def on_hosts(
     number: int, ranks: int, module: str, task: object, *, megabits: float | None, delay_ms: float = 0.0, seconds: float
 ) -> Any:
-    """The same over network namespaces, with so many ranks on each.
+    """Run a job on `number` network namespaces, with `ranks` ranks each, and return its result.
 
-    Ranks of a host reach each other over its loopback; `megabits` per second and `delay_ms` are of the links between.
+    Ranks of a host reach each other over its loopback; `megabits` per second and `delay_ms` describe the links between
+    hosts.
     """
     helper, spec = outside("tests/helpers", "hosts"), find_spec(module)
     assert spec is not None
@@ -79,12 +80,12 @@ def on_hosts(
         while any(launcher.poll() is None for launcher in launchers) and time.monotonic() < end:
             time.sleep(0.1)
         if not (folder / RESULT).exists():
-            raise SystemExit(f"the job on {number} hosts failed:\n{(folder / 'log').read_text()}")
+            raise SystemExit(f"the job on {number} host{'s' * (number > 1)} failed:\n{(folder / 'log').read_text()}")
         return json.loads((folder / RESULT).read_text())
 
 
 def run_job(folder: Path, body: Callable[[Any], object]) -> None:
-    """On a rank: join a gloo group and call `body(task)`; rank 0 writes what it returns."""
+    """Join a gloo group and call `body(task)`; rank 0 writes the result."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     result = body(json.loads((folder / TASK).read_text()))

@@ -1,4 +1,4 @@
-"""What the reports of the benchmarks share: tables, a header that says how the figures were made, and where they go."""
+"""Reports of benchmarks: tables, a header with command, hardware and versions, and output."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ import distplb
 
 
 def markdown(head: list[str], lines: list[list[str]]) -> str:
-    """A table whose columns line up as plain text too; numbers to the right."""
-    widths = [max(2, *(len(line[column]) for line in [head, *lines])) for column in range(len(head))]  # 2: of "-:"
+    """Format a Markdown table whose columns are also aligned as plain text, all but the first to the right."""
+    widths = [max(2, *(len(line[column]) for line in [head, *lines])) for column in range(len(head))]  # 2 for "-:"
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
     return "\n".join(
         "| " + " | ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) + " |"
@@ -28,8 +28,8 @@ def markdown(head: list[str], lines: list[list[str]]) -> str:
 
 
 def header(title: str, text: str, command: str, engine: str) -> str:
-    """Command, hardware and versions; `text` says how to read the figures and what is done about noise."""
-    hardware = f"{cpu_model()}, {len(os.sched_getaffinity(0))} cores"
+    """Format title, text, command, hardware and versions; `text` explains how to read the figures, and their noise."""
+    hardware = f"{cpu_model()}, {(cores := len(os.sched_getaffinity(0)))} core{'s' * (cores > 1)}"
     if engine == "cuda":
         hardware += f"; {torch.cuda.get_device_name()}"
     return "\n".join(
@@ -47,15 +47,15 @@ def header(title: str, text: str, command: str, engine: str) -> str:
 
 
 def command_line(module: str, options: dict[str, object], *, ranks: int | None = None) -> str:
-    """The command that gives the same result, from the root of a checkout.
+    """Build the command that repeats the benchmark from the root of a checkout.
 
     >>> command_line("planning.bench_steps", {"--candidates": [1, 8], "--engine": None})
     'python -m benchmarks.planning.bench_steps --candidates 1 8'
 
     Args:
-        module: its name below `benchmarks`.
-        options: by name, with their values; those that are None or False are left out.
-        ranks: that torchrun starts; where None it is one process without torchrun.
+        module: name of the module below `benchmarks`.
+        options: values by option name; None and False are left out.
+        ranks: number of ranks that torchrun starts; None is one process without torchrun.
     """
     words = ["python"] if ranks is None else ["torchrun", "--standalone", "--nproc-per-node", str(ranks)]
     words += ["-m", f"benchmarks.{module}"]
@@ -68,7 +68,7 @@ def command_line(module: str, options: dict[str, object], *, ranks: int | None =
 
 
 def versions() -> str:
-    """Those of Python and of the packages that influence the figures."""
+    """List the versions of Python and of the packages that affect the figures."""
     names = [f"Python {platform.python_version()}", f"torch {torch.__version__}"]
     for name in ("numpy", "numba", "triton"):
         try:
@@ -79,7 +79,7 @@ def versions() -> str:
 
 
 def cpu_model() -> str:
-    """The processor's name as the system tells it."""
+    """Return the processor's name as the system reports it."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
@@ -87,18 +87,18 @@ def cpu_model() -> str:
 
 
 def verdict(is_met: bool) -> str:
-    """On a target, in a word."""
+    """Return whether a target is met, in a word."""
     return "met" if is_met else "missed"
 
 
 def publish(report: str, output: Path | None) -> None:
-    """Print a report, and write it to a file where one is named."""
+    """Print a report, and write it to a file if one is named."""
     print(report)
     if output is not None:
         output.write_text(f"{report}\n")
 
 
 def progress(text: str) -> None:
-    """One line on a terminal that overwrites itself; an empty text erases it."""
+    """Overwrite the progress line of a terminal; an empty text erases it."""
     if sys.stderr.isatty():
         print(f"\r\033[K{text[: shutil.get_terminal_size().columns - 1]}", end="", file=sys.stderr, flush=True)

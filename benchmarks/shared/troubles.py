@@ -1,6 +1,6 @@
-"""Traces of the standard troubles of load balancing, made from a seed.
+"""Traces of the standard troubles of load balancing, generated from a seed.
 
-Every layer has its own popularities of experts, and every step draws its tokens from them.
+Every layer has its own expert popularities, and every step draws its tokens from them.
 Shapes: S steps, L layers, E experts.
 """
 
@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-SPREAD = 0.7  # of the logarithm of an expert's popularity, as in the benchmark's log-normal loads
+SPREAD = 0.7  # standard deviation of an expert's log popularity, as in the benchmarks' log-normal loads
 Array = np.ndarray
 
 
 @dataclass(frozen=True)
 class Size:
-    """Of a trace: S, L, E, and the tokens that each layer routes in each step (times experts per token)."""
+    """Size of a trace: S, L, E, and the tokens that each layer routes in each step (times experts per token)."""
 
     steps: int
     layers: int
@@ -28,13 +28,13 @@ class Size:
 
 
 def stationary(size: Size, seed: int) -> Tensor:
-    """`[S, L, E]` int64: popularities that never change; the steps differ by chance alone."""
+    """Popularities that never change; steps differ by chance only: `[S, L, E]` int64."""
     generator = np.random.default_rng(seed)
     return sampled(np.tile(scores(size, generator), (size.steps, 1, 1)), size, generator)
 
 
 def slow_drift(size: Size, seed: int, *, turns: float = 0.25) -> Tensor:
-    """`[S, L, E]` int64: popularities that move steadily, and after a quarter of a turn have forgotten the first."""
+    """Popularities that drift steadily, until after a quarter turn none of the first is left: `[S, L, E]` int64."""
     generator = np.random.default_rng(seed)
     first, second = scores(size, generator), scores(size, generator)
     angle = np.linspace(0, 2 * np.pi * turns, size.steps)[:, None, None]
@@ -42,7 +42,7 @@ def slow_drift(size: Size, seed: int, *, turns: float = 0.25) -> Tensor:
 
 
 def sudden_shift(size: Size, seed: int, *, at: float = 0.5) -> Tensor:
-    """`[S, L, E]` int64: from one step on, at this share of the trace, other popularities: another text."""
+    """Popularities that change in one step, at this share of the trace, as on a new text: `[S, L, E]` int64."""
     generator = np.random.default_rng(seed)
     first, second = scores(size, generator), scores(size, generator)
     after = (np.arange(size.steps) >= at * size.steps)[:, None, None]
@@ -50,7 +50,7 @@ def sudden_shift(size: Size, seed: int, *, at: float = 0.5) -> Tensor:
 
 
 def rotating_hot(size: Size, seed: int, *, period: int = 50, times: float = 8.0) -> Tensor:
-    """`[S, L, E]` int64: one expert of each layer is so many times as popular, another one after each period."""
+    """One expert of each layer is `times` as popular, and a different one after each period: `[S, L, E]` int64."""
     generator = np.random.default_rng(seed)
     order = generator.permuted(np.tile(np.arange(size.experts), (size.layers, 1)), axis=1)  # [L, E]
     hot = order[:, np.arange(size.steps) // period % size.experts].T  # [S, L]
@@ -59,7 +59,7 @@ def rotating_hot(size: Size, seed: int, *, period: int = 50, times: float = 8.0)
 
 
 def bursts(size: Size, seed: int, *, every: int = 40, length: int = 4, times: float = 8.0) -> Tensor:
-    """`[S, L, E]` int64: about every `every` steps some expert is so many times as popular for `length` steps."""
+    """About every `every` steps a random expert is `times` as popular for `length` steps: `[S, L, E]` int64."""
     generator = np.random.default_rng(seed)
     begins = generator.random((size.steps, size.layers)) < 1 / every
     expert = generator.integers(size.experts, size=(size.steps, size.layers))
@@ -79,12 +79,12 @@ TROUBLES: dict[str, Callable[[Size, int], Tensor]] = {
 
 
 def scores(size: Size, generator: np.random.Generator) -> Array:
-    """`[L, E]`: logarithms of popularities."""
+    """Draw the logarithms of popularities `[L, E]`."""
     return generator.normal(0, SPREAD, (size.layers, size.experts))
 
 
 def sampled(score: Array, size: Size, generator: np.random.Generator) -> Tensor:
-    """`[S, L, E]` int64: tokens drawn with popularities of which `score [S, L, E]` are the logarithms."""
+    """Draw tokens `[S, L, E]` int64; `score [S, L, E]` are the logarithms of popularities."""
     popularity = np.exp(score)
     popularity /= popularity.sum(-1, keepdims=True)
     return torch.from_numpy(generator.multinomial(size.tokens, popularity).astype(np.int64))

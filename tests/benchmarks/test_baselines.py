@@ -1,4 +1,4 @@
-"""The planners of the benchmark: those of one name agree, and their placements are valid.
+"""The planners of the benchmarks: variants of one algorithm agree, and their placements are valid.
 
 Shapes: L layers, E experts, P slots, M GPUs, G = P / M slots on each.
 """
@@ -28,12 +28,12 @@ SHAPES = [
     (2, 4, 12, 16, 4),
     (2, 4, 12, 16, 2),  # one group per node
     (3, 1, 9, 9, 9),
-    (2, 2, 8, 12, 3),  # groups that do not fit the nodes are ignored
+    (2, 2, 8, 12, 3),  # 3 groups cannot be divided evenly over 2 nodes, and are ignored
     (1, 3, 5, 9, None),
     (1, 8, 16, 64, None),
     (4, 2, 32, 48, 8),
 ]
-# The example of the published program's documentation and the placement printed there.
+# The example in the documentation of the published program, and the placement printed there.
 PUBLISHED_LOAD = [
     [90, 132, 40, 61, 104, 165, 39, 4, 73, 56, 183, 86],
     [20, 107, 104, 64, 19, 197, 187, 157, 172, 86, 16, 27],
@@ -45,7 +45,7 @@ PUBLISHED_PLACEMENT = [
 
 
 def loads_of_every_kind(experts: int) -> Tensor:
-    """`[L, E]`: skewed, flat, tied, sparse, with one hot expert, and without tokens."""
+    """Draw a load `[L, E]` with skewed, flat, tied and sparse layers, one with a hot expert, one without tokens."""
     random = np.random.default_rng(experts)
     hot = np.full(experts, 10)
     hot[random.integers(experts)] = 10_000
@@ -61,13 +61,13 @@ def loads_of_every_kind(experts: int) -> Tensor:
 
 
 def sharing(expert_of_slot: Tensor, num_gpus: int) -> bool:
-    """Whether two replicas of one expert are on the same GPU anywhere."""
+    """Whether any GPU has two replicas of one expert."""
     inside = expert_of_slot.unflatten(1, (num_gpus, -1)).sort(-1).values
     return bool((inside[..., 1:] == inside[..., :-1]).any())
 
 
 def check(table: Tensor, load: Tensor, topology: Topology, num_slots: int, groups: int | None) -> None:
-    """Every expert has a slot, and the experts of a group stay on one node."""
+    """Check that every expert has a slot, and that the experts of a group stay on one node."""
     assert table.dtype == torch.int64
     assert table.shape == (len(load), num_slots)
     Placement(table, load.shape[1], topology.num_gpus)
@@ -98,7 +98,7 @@ def test_greedy_is_the_published_one(plan: Callable[..., Tensor]) -> None:
 
 @pytest.mark.parametrize("plan", GREEDY)
 def test_greedy_by_hand(plan: Callable[..., Tensor]) -> None:
-    # 9 | 6, then 9 | 6 + 5, 9 + 4 | 11 and 13 | 11 + 3, which is full: 13 + 1 | 14.
+    # 9 | 6, then 9 | 6 + 5, 9 + 4 | 11 and 13 | 11 + 3; the second GPU is full: 13 + 1 | 14.
     assert plan(torch.tensor([[1, 9, 5, 3, 6, 4]]), Topology(1, 2), 6).tolist() == [[1, 5, 0, 4, 2, 3]]
     # Spare slots go to 8 = 4 + 4 and then, as 4 < 5, to 5 = 2.5 + 2.5.
     assert plan(torch.tensor([[8, 5, 1, 1]]), Topology(1, 2), 6).tolist() == [[0, 1, 2, 0, 1, 3]]
@@ -116,8 +116,8 @@ def test_no_expert_has_more_replicas_than_gpus_where_they_may_not_share(plan: Ca
 
 @pytest.mark.parametrize("pack", [baselines._pack_loops, pack_numpy])
 def test_a_replica_without_a_gpu_takes_the_place_of_the_nearest(pack: Callable[..., Tensor]) -> None:
-    # The second 7 finds only the pack of the first open. Of the full pack, 8 is nearest and changes places; where the
-    # open pack holds the expert of 8 too, it is 9.
+    # Only the pack that holds the first 7 is open to the second. It changes places with 8, the nearest load in the full
+    # pack, or with 9 if the open pack also holds the expert of 8.
     load = torch.tensor([[100, 10, 9, 8, 7, 7]] * 2).double()
     kind = torch.tensor([[0, 1, 2, 3, 4, 4], [3, 1, 2, 3, 4, 4]])
     assert pack(load, kind, 2).tolist() == [[0, 4, 3, 1, 2, 5], [0, 4, 2, 1, 5, 3]]
@@ -125,7 +125,7 @@ def test_a_replica_without_a_gpu_takes_the_place_of_the_nearest(pack: Callable[.
 
 @pytest.mark.parametrize("plan", GREEDY)
 def test_an_exchange_is_made_without_tokens_too(plan: Callable[..., Tensor]) -> None:
-    # Spare slots go to experts 0, 0, 1, 1. The last finds only a GPU that holds expert 1 open; expert 3 makes room.
+    # Spare slots go to experts 0, 0, 1, 1. Only a GPU that holds expert 1 is open to its last replica; 3 makes room.
     table = plan(torch.zeros(1, 5, dtype=torch.int64), Topology(1, 3), 9, allow_shared_replicas=False)
     assert table.tolist() == [[0, 1, 2, 1, 4, 0, 0, 1, 3]]
 
@@ -154,4 +154,4 @@ def test_the_packing_core_as_a_planner() -> None:
     check(table, load, topology, 16, None)
     searched = imbalance(load, Placement(table, 16, 4))
     greedy = imbalance(load, Placement(baselines.greedy_numpy(load, topology, 16), 16, 4))
-    assert not (searched > greedy + 1e-12).any()  # of a layer without tokens both are unknown
+    assert not (searched > greedy + 1e-12).any()  # both are NaN for a layer without tokens

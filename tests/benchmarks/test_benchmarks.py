@@ -1,4 +1,4 @@
-"""The benchmarks of steps, moves and replays: their pure parts, and each of them end to end on very little.
+"""The benchmarks of steps, moves and replays: their pure parts, and each of them end to end on little data.
 
 Shapes: N sequences, S steps, L layers, E experts.
 """
@@ -27,7 +27,7 @@ bench_default_price = imported("train.bench_default_price")
 
 
 def counts(*shape: int, seed: int = 0) -> Tensor:
-    """Tokens, some experts hot."""
+    """Draw token counts with some hot experts."""
     generator = np.random.default_rng(seed)
     popular = generator.lognormal(0, 1, shape[1:])
     return torch.from_numpy(generator.poisson(20 * popular, shape).astype(np.int64))
@@ -44,7 +44,7 @@ def test_examples_print_what_they_say(module: ModuleType) -> None:
 
 
 def test_halves_share_no_sequence_and_lose_none() -> None:
-    loads = torch.arange(21).view(21, 1, 1)  # each sequence is known by its only count
+    loads = torch.arange(21).view(21, 1, 1)  # the only count of a sequence identifies it
     first, second = sequences.halves(loads, seed=3)
     assert sorted(torch.cat([first, second]).flatten().tolist()) == list(range(21))
     assert (len(first), len(second)) == (10, 11)
@@ -53,7 +53,7 @@ def test_halves_share_no_sequence_and_lose_none() -> None:
 
 
 def test_a_step_holds_no_sequence_twice() -> None:
-    loads = (1 << torch.arange(20)).view(20, 1, 1)  # a sum tells which are in it
+    loads = (1 << torch.arange(20)).view(20, 1, 1)  # a sum shows which sequences are in it
     steps = sequences.steps_of(loads, 50, 8, seed=0)
     assert steps.shape == (50, 1, 1)
     assert all(bin(total).count("1") == 8 for total in steps.flatten().tolist())
@@ -61,7 +61,7 @@ def test_a_step_holds_no_sequence_twice() -> None:
 
 
 def test_more_sequences_than_there_are_cannot_be_drawn() -> None:
-    with pytest.raises(SystemExit, match="a step of 5 sequences cannot be drawn from 4"):
+    with pytest.raises(SystemExit, match="a step of 5 sequences cannot be drawn from a set of 4"):
         sequences.steps_of(counts(4, 1, 2), 1, 5, seed=0)
 
 
@@ -79,14 +79,14 @@ def test_planned_and_judged_steps_are_of_different_sequences() -> None:
 @pytest.mark.parametrize("keep_steps", [False, True])
 def test_rescaling_gives_every_expert_the_same_mean_and_keeps_totals(keep_steps: bool) -> None:
     load = counts(30, 3, 8)
-    load[:, 1, 5] = 0  # nobody ever chose this one
+    load[:, 1, 5] = 0  # an expert that no token ever chose
     rescaled = sequences.rescaled(load, keep_steps=keep_steps)
     assert rescaled.dtype == torch.int64
     assert int(rescaled.min()) >= 0
     assert torch.equal(rescaled.sum((0, 2)), load.sum((0, 2)))
     totals = rescaled.sum(0)
     assert int((totals.amax(1) - totals.amin(1)).max()) <= 1
-    # What wavers goes on wavering: where an expert had its most tokens, it has them still.
+    # Fluctuations stay: an expert's busiest steps are still its busiest.
     one, other = (torch.corrcoef(torch.stack([load[:, 0, 3], rescaled[:, 0, 3]]).double())).flatten()[1:3].tolist()
     assert min(one, other) > 0.9
 
@@ -117,7 +117,7 @@ def test_several_windows_are_the_last_ones_in_their_order() -> None:
 def test_a_line_is_followed_and_what_falls_below_nothing_is_nothing() -> None:
     steps = torch.arange(10).double()
     load = torch.stack([100 + 4 * steps, 50 - 5 * steps], 1)[:, None]  # [S, 1, 2]
-    # Steps 10 to 15 are 12.5 on the mean.
+    # The mean of steps 10 to 15 is 12.5.
     assert bench_windows.forecast(load, every=6).tolist() == pytest.approx(torch.tensor([[150.0, 0.0]]))
 
 
@@ -175,7 +175,7 @@ def test_a_disturbed_load_is_as_far_away_as_asked() -> None:
 def test_a_cluster_is_chosen_by_the_number_of_experts() -> None:
     assert traces.cluster_of(64, 8) == distplb.Topology(2, 4)
     assert traces.cluster_of(16, 8) == distplb.Topology(1, 2)
-    with pytest.raises(SystemExit, match="32 experts do not go evenly on 6 GPUs of 2 nodes"):
+    with pytest.raises(SystemExit, match="32 experts cannot be divided evenly over 6 GPUs of 2 nodes"):
         traces.cluster_of(32, 5)
 
 
@@ -195,7 +195,7 @@ def test_a_folder_of_traces_is_several_and_a_folder_of_parts_is_one(tmp_path: Pa
 
 @pytest.fixture
 def loads(tmp_path: Path) -> Path:
-    """Small files by the names of the recorded ones."""
+    """Write small files under the names of the recorded ones."""
     for nth, text in enumerate(("code", "law", "prose")):
         np.save(tmp_path / f"deepseek-v2-lite_{text}_steps.npy", counts(30, 2, 32, seed=nth).numpy())
     for nth, name in enumerate((bench_prices.BASE, bench_prices.BEFORE, bench_prices.AFTER)):
@@ -233,7 +233,7 @@ def test_moves_end_to_end(loads: Path, run: Callable[..., None]) -> None:
     run(bench_prices, "--loads", loads, *few, "--output", output)
     text = output.read_text()
     assert "# Balance against moves" in text
-    assert text.count("ours from there, K = 2") == 4 * 2
+    assert text.count("ours, priced, K = 2") == 4 * 2
     assert "Load average" in text
     assert str(loads) not in text
     assert output.with_suffix(".png").stat().st_size > 10_000
@@ -271,7 +271,7 @@ def test_default_end_to_end(loads: Path, run: Callable[..., None], monkeypatch: 
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in output.read_text().splitlines()]
     even = [line for line in lines if line and line[0].startswith("2 GPUs on 1")]
     assert len(even) == 4
-    for _, slots, static, _, moved, left, none in even:  # a window costs moves, and none is worth it
+    for _, slots, static, _, moved, left, none in even:  # the default price alone allows moves, and none is worth it
         assert 0 < int(moved) < int(slots) == 2 * 2 * 16
         assert (left, none) == (static, "0")
     assert len([line for line in lines if line and line[0].startswith("short")]) == 2

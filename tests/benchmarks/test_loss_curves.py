@@ -1,4 +1,4 @@
-"""How bench_loss_curves judges: is the rebalanced run the odd one among the static ones?"""
+"""How bench_loss_curves judges whether the rebalanced run stands out among the static ones."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ bench_loss_curves = imported("train.bench_loss_curves")
 
 
 def test_a_curve_that_lies_apart_is_told_from_those_that_do_not() -> None:
-    """Three seeds of four runs: one run that is always furthest off is chance once in 4^3 ways to pick."""
+    """With three seeds of four runs, a given run is furthest off every time with probability 1/4^3."""
     curves = np.random.default_rng(0).normal(size=(3, 4, 50))
     curves[:, 3] += 10
     odd = bench_loss_curves.oddness(curves)

@@ -1,4 +1,4 @@
-"""The model of bench_scaling on generated data, and what is read from marks of ranks."""
+"""The model of bench_scaling on generated data, and the figures computed from the ranks' marks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TRUTH = np.array([40e-6, 25e-6, 60e-6, 1 / 2e9])  # seconds a call, a message in
 
 
 def turns_of(truth: np.ndarray, rows: np.ndarray, noise: float, number: int, seed: int) -> list[np.ndarray]:
-    """Turns of each cell, around what the model says; some are late, none is early."""
+    """Draw turns of each cell, scattered around the model's value."""
     generator = np.random.default_rng(seed)
     return [seconds * generator.lognormal(0, noise, number) for seconds in rows @ truth]
 
@@ -59,7 +59,7 @@ def test_the_interval_holds_the_truth_about_as_often_as_it_says() -> None:
         held += low <= truth <= high
         widths.append((high - low) / truth)
     assert held >= 51, held  # 57 expected
-    assert np.median(widths) < 0.25  # and not because it holds everything
+    assert np.median(widths) < 0.25  # not because the intervals are wide
 
 
 def test_a_narrower_interval_lies_inside() -> None:
@@ -72,7 +72,7 @@ def test_a_narrower_interval_lies_inside() -> None:
 
 def test_no_parameter_is_negative() -> None:
     rows = np.array([[1.0, 1.0], [1.0, 2.0], [1.0, 3.0]])
-    fit = model.fitted(rows, [[3.0], [2.0], [1.5]], draws=3)  # falls: the slope would be negative
+    fit = model.fitted(rows, [[3.0], [2.0], [1.5]], draws=3)  # decreasing, so a free slope would be negative
     assert fit.parameters[1] == 0
     assert 1.5 < fit.parameters[0] < 3
     assert model.fitted(rows, [[1.0], [2.0], [3.0]], draws=3).parameters == pytest.approx([0, 1])
@@ -94,7 +94,7 @@ def test_messages_of_a_tree_and_of_a_ring(ranks: int, rounds: int) -> None:
 
 
 def test_a_turn_is_read_from_marks_of_all_ranks() -> None:
-    """Two ranks: the second begins and searches later, and ends last; the root alone polishes."""
+    """Of two ranks, the second begins, searches and ends later; only the root polishes."""
     root = {
         "plan": {
             "count": [0.0, 1.0, 0.1],

@@ -1,4 +1,4 @@
-"""The standard troubles: made from their seed alone, and each as troublesome as its name says.
+"""The standard troubles depend on their seed alone, and each one does what its name says.
 
 Shapes: S steps, L layers, E experts.
 """
@@ -16,7 +16,7 @@ SIZE = troubles.Size(steps=200, layers=3, experts=16, tokens=100_000)
 
 
 def likeness(one: Tensor, other: Tensor) -> float:
-    """Correlation of two loads `[L, E]`, mean over the layers."""
+    """Correlate two loads `[L, E]`, mean over the layers."""
     pairs = zip(one.double(), other.double(), strict=True)
     return sum(float(torch.corrcoef(torch.stack(pair))[0, 1]) for pair in pairs) / len(one)
 
@@ -37,7 +37,7 @@ def test_a_trace_is_made_from_its_seed_alone(name: str) -> None:
 def test_a_stationary_load_stays_but_for_chance() -> None:
     load = troubles.stationary(SIZE, 0).double()
     mean = load.mean(0)
-    spread = load.var(0) / (mean * (1 - mean / SIZE.tokens))  # of a multinomial: 1
+    spread = load.var(0) / (mean * (1 - mean / SIZE.tokens))  # 1 for a multinomial
     assert float(spread.mean()) == pytest.approx(1, abs=0.1)
     assert float((mean.amax(1) / mean.mean(1)).min()) > 1.5  # some experts are hot
 

@@ -1,4 +1,4 @@
-"""The benchmarks as modules, for tests of what they compute."""
+"""Imports the benchmarks, for tests of their computations."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 def imported(name: str) -> ModuleType:
-    """A module of the benchmarks by its name below them, such as "planning.bench_steps"."""
-    root = str(BENCHMARKS.parent)  # of the checkout, which is not on the path where an installed distplb is tested
+    """Import a module of the benchmarks by its name, such as "planning.bench_steps"."""
+    root = str(BENCHMARKS.parent)  # the checkout, which is not on the path when an installed distplb is tested
     sys.path.insert(0, root)
     try:
         return importlib.import_module(f"benchmarks.{name}")

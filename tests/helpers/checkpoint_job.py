@@ -1,7 +1,7 @@
-"""A small job that saves as it trains: MoE layers over stages of a pipeline, experts as DTensors over EP ranks.
+"""A small job that saves while it trains: MoE layers over pipeline stages, experts as DTensors over EP ranks.
 
-Plain torch, float64, with torch.distributed.checkpoint; all tokens are on all ranks of an EP group, whose outputs are
-added up. Shapes: N tokens, D dim, H ffn, E experts, K top-k.
+Plain torch, float64, with torch.distributed.checkpoint; all ranks of an EP group have all tokens, and their outputs are
+summed. Shapes: N tokens, D dim, H ffn, E experts, K top-k.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ ITERATIONS, SAVE_EVERY, EVERY, RANDOM_EVERY = 20, 5, 3, 4
 
 
 class FromExperts(torch.autograd.Function):
-    """Adds up what the ranks' experts gave; the gradient is the same for all."""
+    """Sums the outputs of the ranks' experts; all ranks have the same gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -47,7 +47,7 @@ class FromExperts(torch.autograd.Function):
 
 
 class ToExperts(torch.autograd.Function):
-    """The other way round: what all ranks have goes to each one's experts, and their gradients are added up."""
+    """The reverse: passes tokens, which all ranks have, to each rank's experts, and sums the gradients."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -62,7 +62,7 @@ class ToExperts(torch.autograd.Function):
 
 
 class Router(nn.Linear):
-    """Chooses K experts and their gates."""
+    """Chooses K experts for each token, and their gates."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         scores = super().forward(x).softmax(1)
@@ -73,7 +73,7 @@ class Router(nn.Linear):
 class MoE(nn.Module):
     def __init__(self, number: int, mesh: Any) -> None:
         super().__init__()
-        generator = torch.Generator().manual_seed(number)  # of the layer, wherever it lives
+        generator = torch.Generator().manual_seed(number)  # depends on the layer, not on its stage
 
         def drawn(*shape: int) -> Tensor:
             return torch.randn(shape, generator=generator, dtype=torch.float64) / 2
@@ -99,7 +99,7 @@ class MoE(nn.Module):
 
 
 class Stage(nn.Module):
-    """The layers of one stage; named as in the whole model."""
+    """The layers of one stage, named as in the whole model."""
 
     def __init__(self, stage: int, stages: int, mesh: Any) -> None:
         super().__init__()
@@ -145,14 +145,14 @@ class Job:
             moves=distplb.Moves(model=FREE, stop_loss=0, verify="digest"),
         )
         self.rebalancer.enabled = moves
-        self.saving_group = dist.new_group()  # a save goes on in a thread, beside the job's own collectives
+        self.saving_group = dist.new_group()  # a save runs in a thread, concurrently with the job's collectives
         self.stager = DefaultStager(StagingOptions(False, False, True, False))  # in a thread, without pinned memory
         self.generator = torch.Generator().manual_seed(7)
         self.upload: Any = None
         self.staging: Any = None
 
     def train(self, first: int) -> list[float]:
-        """Losses of iterations `first` to the last, on every rank."""
+        """Train from iteration `first` to the last, and return their losses on every rank."""
         losses = []
         for iteration in range(first, ITERATIONS + 1):
             losses.append(self.iterate(iteration))
@@ -169,7 +169,7 @@ class Job:
     def iterate(self, iteration: int) -> float:
         generator = torch.Generator().manual_seed(iteration)
         x, target = torch.randn(2, TOKENS, DIM, generator=generator, dtype=torch.float64)
-        x = x + 1  # so that some experts are liked more than others
+        x = x + 1  # so that some experts are hotter than others
         rank, total = dist.get_rank(), torch.zeros((), dtype=torch.float64)
         if self.stage > 0:
             dist.recv(x, rank - self.ep_size)
@@ -186,7 +186,7 @@ class Job:
         if self.stage > 0:
             assert x.grad is not None
             dist.send(x.grad, rank - self.ep_size)
-        if self.staging is not None:  # a step in the middle of it would tear the checkpoint, as in every trainer
+        if self.staging is not None:  # a step during staging would make the checkpoint inconsistent, in any trainer
             self.staging.result()
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -196,7 +196,7 @@ class Job:
         return float(loss)
 
     def in_logical_order(self) -> dict[str, list[float]]:
-        """Of this stage's layers, a number for each expert in each of its tensors."""
+        """Compute a checksum of each expert in each tensor of this stage's layers."""
         found = {}
         with self.rebalancer.in_logical_order(), torch.no_grad():
             for name, layer in self.model.layers.items():
@@ -211,7 +211,7 @@ class Job:
         return {"model": model, "optimizer": optimizer, "rebalancer": self.rebalancer}
 
     def save(self, iteration: int) -> None:
-        """Not awaited: what follows, a move, goes on beside it."""
+        """Start a save without waiting for it, so that the following move runs meanwhile."""
         if self.upload is not None:
             self.upload.result()
         writer = Writer(self.folder / f"{iteration:04d}", kills=self.killed == f"saving {iteration}")
@@ -223,7 +223,7 @@ class Job:
         self.upload = getattr(response, "upload_completion", response)
 
     def resume(self, forgets: bool) -> int:
-        """From the newest whole checkpoint; its iteration."""
+        """Resume from the newest whole checkpoint, and return its iteration."""
         whole = sorted(path.parent for path in self.folder.glob("*/.metadata"))
         state = self.state()
         if forgets:
@@ -234,7 +234,7 @@ class Job:
 
 
 class Writer(dcp.FileSystemWriter):
-    """Writes as ever; or has its process killed once something has been written."""
+    """Writes normally, or kills its process once something has been written."""
 
     def __init__(self, path: Path, kills: bool) -> None:
         super().__init__(path)
@@ -248,16 +248,16 @@ class Writer(dcp.FileSystemWriter):
 
 
 def run(stages: int, folder: str, *, moves: bool, resume: bool = False, killed: str = "", forgets: bool = False) -> Any:
-    """The iteration that the run began after, the losses from then on, and the experts at the end in logical order.
+    """Run the job; return the iteration resumed from, the losses after it, and checksums of experts in logical order.
 
     Args:
-        stages: of the pipeline; the other ranks of each are its EP group.
-        folder: of the checkpoints.
-        moves: whether experts change places.
-        resume: begin with the newest whole checkpoint.
-        killed: "saving 10" or "moving 12": kill -9 of rank 1, in the middle of the save at iteration 10, or between
-            two commits of the move at iteration 12.
-        forgets: whether the placement is not resumed with the weights.
+        stages: number of pipeline stages; the ranks of a stage are its EP group.
+        folder: folder of the checkpoints.
+        moves: whether experts move.
+        resume: whether to resume from the newest whole checkpoint.
+        killed: "saving 10" or "moving 12": kill -9 rank 1 in the middle of the save at iteration 10, or between two
+            commits of the move at iteration 12.
+        forgets: whether to resume the weights without the placement.
     """
     job = Job(stages, Path(folder), moves, killed)
     if killed.startswith("moving"):
@@ -269,7 +269,7 @@ def run(stages: int, folder: str, *, moves: bool, resume: bool = False, killed: 
 def _kill_between_commits(job: Job, iteration: int) -> None:
     from distplb.migrate import transfer
 
-    transfer._STAGING_BYTES = 0  # a swap of two at a time
+    transfer._STAGING_BYTES = 0  # a commit is one swap of two slots
     told: list[distplb.Placement] = []
     take_up = job.rebalancer._parts.in_force.take_up
 

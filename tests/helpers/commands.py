@@ -1,4 +1,4 @@
-"""The commands, run in this process on loads and traces that are drawn for them.
+"""Runs the commands in this process, on random loads and traces.
 
 Shapes: T steps, L layers, E experts.
 """
@@ -25,7 +25,7 @@ TOPOLOGY = Topology(num_nodes=1, gpus_per_node=2)
 
 
 def drawn(steps: int = 6, layers: int = 3, experts: int = 8) -> Tensor:
-    """`[T, L, E]`, skewed."""
+    """Draw a skewed load `[T, L, E]`."""
     random = np.random.default_rng(0)
     return torch.from_numpy(random.lognormal(4, 1, (steps, layers, experts)).astype(np.int64) + 1)
 

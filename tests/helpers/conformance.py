@@ -1,4 +1,4 @@
-"""What every communicator must do, for a test of each: the right results, which only the right ranks in order give."""
+"""The conformance test of all communicators."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ __all__ = ["conforms", "message"]
 
 
 def conforms(comm: Comm, pairs: Sequence[tuple[int, int]] | None = None) -> None:
-    """Every method, with results that only the right ranks in the right order give.
+    """Check every method, with results that only the right ranks in the right order give.
 
     Args:
-        comm: all its ranks call this.
-        pairs: (source rank, target rank) of the messages that it carries; those between any two where None.
+        comm: the communicator; all its ranks must call this.
+        pairs: (source rank, target rank) of the messages that it carries; None for messages between any two ranks.
     """
     ones = torch.arange(4, dtype=torch.int64, device=comm.device) + 10**12 * comm.rank
     comm.all_reduce_sum(ones)
@@ -32,7 +32,7 @@ def conforms(comm: Comm, pairs: Sequence[tuple[int, int]] | None = None) -> None
         text = torch.full((2048,), 200 + comm.rank, dtype=torch.uint8, device=comm.device)
         comm.broadcast(text, root)
         assert text.unique().tolist() == [200 + root]
-    # A different number of bytes from everybody to everybody, in rounds of two operations a rank.
+    # Every rank sends a different number of bytes to every other rank, in rounds of two operations per rank.
     everyone = range(comm.size)
     if pairs is None:
         pairs = [(source, target) for source in everyone for target in everyone if source != target]
@@ -45,7 +45,7 @@ def conforms(comm: Comm, pairs: Sequence[tuple[int, int]] | None = None) -> None
         received |= {source: buffer for buffer, source in receives}
     if pairs:
         comm.exchange(own[:1])
-        comm.exchange([one for one in own[1:] if any(one)])  # several at once, each rank its own
+        comm.exchange([one for one in own[1:] if any(one)])  # several rounds at once; each rank passes only its own
     for source, buffer in received.items():
         assert torch.equal(buffer, message(source, comm.rank, comm))
     assert sorted(received) == sorted(source for source, target in pairs if target == comm.rank)

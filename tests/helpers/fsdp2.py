@@ -1,4 +1,4 @@
-"""Whether FSDP2 runs here: that of torch 2.6 takes streams for a GPU's, which those of a CPU were not yet like."""
+"""Whether FSDP2 runs here: that of torch 2.6 uses methods of streams that CPU streams do not have yet."""
 
 from __future__ import annotations
 

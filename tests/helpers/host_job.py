@@ -1,5 +1,4 @@
-"""What each rank of test_hosts.py does under torchrun, on its own host: it writes down what came out, and waits to
-lose the others.
+"""The job of each rank of test_hosts.py, under torchrun on its own host: write results, then wait to lose others.
 
     torchrun ... tests/helpers/host_job.py FOLDER
 
@@ -30,7 +29,7 @@ ENGINE = "reference"
 
 
 def main(folder: Path) -> None:
-    """Everything once, then the same plan until the others are gone."""
+    """Run every check once, then repeat one plan until other ranks are lost."""
     dist.init_process_group("gloo")
     comm = TorchComm(deadline=DEADLINE_SECONDS)
     conforms(comm)
@@ -47,24 +46,24 @@ def main(folder: Path) -> None:
             distplb.plan(shares(comm.size)[comm.rank], topology, comm=impatient, engine=ENGINE)
     except distplb.DistplbError as error:
         write(folder / f"rank{comm.rank}.lost", {"kind": type(error).__name__, "text": str(error)})
-    os._exit(0)  # a group that has lost somebody is not taken down in order
+    os._exit(0)  # a group that has lost ranks cannot be destroyed cleanly
 
 
 def shares(ranks: int) -> Tensor:
-    """`[ranks, T, L, E]`: what each rank has counted."""
+    """Draw the counts of each rank, `[ranks, T, L, E]`."""
     generator = torch.Generator().manual_seed(5)
     popular = torch.rand(LAYERS, 32, generator=generator) ** 4 * 1000
     return torch.poisson(popular.expand(ranks, STEPS, -1, -1), generator=generator).long()
 
 
 def planned(comm: TorchComm, topology: Topology) -> dict[str, Any]:
-    """The tables of plans, each of the ranks' own shares."""
+    """Return the digests of the plans, each made from the ranks' own shares."""
     own = shares(comm.size)[comm.rank]
     return {name: distplb.plan(own, topology, comm=comm, **options).digest() for name, options in plans(comm.size)}
 
 
 def plans(ranks: int) -> list[tuple[str, dict[str, Any]]]:
-    """The options of each plan; the engine is the one that takes the least time to import."""
+    """Return the options of each plan; the engine is the fastest to import."""
     priced = {"current": Placement.contiguous(LAYERS, 32, ranks), "move_price": (20.0, 90.0)}
     options = {
         "afresh": {"num_candidates": 6},
@@ -75,14 +74,14 @@ def plans(ranks: int) -> list[tuple[str, dict[str, Any]]]:
 
 
 def moved(comm: TorchComm, topology: Topology) -> dict[str, Any]:
-    """What a job rebalanced, and the tensors that are not their expert's own afterwards."""
+    """Rebalance a job; return what moved, and the tensors whose values are not their expert's."""
     job = Job()
     job.topology = topology
     everything = torch.randn(LAYERS, EXPERTS, DIM, 2 * DIM, generator=torch.Generator().manual_seed(6))
     mine = slice(comm.rank * EXPERTS // comm.size, (comm.rank + 1) * EXPERTS // comm.size)
     for weight, whole in zip(job.weights, everything, strict=True):
         weight.data.copy_(whole[mine])
-    # The same experts on one rank, in their logical order: AdamW takes each element by itself.
+    # The same experts on one rank in logical order; AdamW treats each element independently.
     still = [torch.nn.Parameter(whole.clone()) for whole in everything]
     optimizer = torch.optim.AdamW(still)
     events: list[distplb.RebalanceEvent] = []
@@ -107,7 +106,7 @@ def moved(comm: TorchComm, topology: Topology) -> dict[str, Any]:
 
 
 def crossed(comm: TorchComm, topology: Topology) -> dict[str, Any]:
-    """Bytes over the links in a rebalance that knows the nodes, and in one that does not; and what both left."""
+    """Compare a rebalance that knows the nodes with one that does not: bytes over the links, and imbalance."""
     from benchmark_modules import imported
 
     bench_hosts = imported("train.bench_hosts")
@@ -124,7 +123,7 @@ def crossed(comm: TorchComm, topology: Topology) -> dict[str, Any]:
 
 
 def write(path: Path, found: dict[str, Any]) -> None:
-    """Whole or not at all: somebody waits for the file."""
+    """Write the file atomically, because another process waits for it."""
     draft = path.with_suffix(".part")
     draft.write_text(json.dumps(found))
     draft.replace(path)

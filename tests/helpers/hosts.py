@@ -1,7 +1,7 @@
-"""Several hosts on one machine: network namespaces behind a bridge, each on a link that is as slow as asked.
+"""Several hosts on one machine: network namespaces behind a bridge, each on a link with a speed limit.
 
-Nothing of the machine's own network is touched: links and bridge are made inside namespaces of this process, with
-addresses that only they see. Inside a host ranks talk over its loopback, which no link slows down.
+The machine's own network is not touched: links and bridge are created inside this process's namespaces, with addresses
+that only these see. Ranks of one host use its loopback, which has no limit.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from pathlib import Path
 
 __all__ = ["Host", "hosts", "torchrun", "why_not"]
 
-_NUMBERS = count()  # of the sets of hosts that this process has made
-_PORT = 29500  # inside a namespace of its own nobody else has it
-# Ends what runs in the namespaces and removes them as soon as whoever holds the other end of its input is gone.
+_NUMBERS = count()  # numbers the sets of hosts of this process
+_PORT = 29500  # always free in a new namespace
+# When its standard input closes, kills all processes in the namespaces and removes these.
 _CLEANER = """
 cat > /dev/null
 for name in "$@"; do
@@ -36,8 +36,8 @@ class Host:
     """One namespace with a loopback and one link, `eth0`.
 
     Args:
-        name: of the namespace.
-        address: of `eth0`.
+        name: name of the namespace.
+        address: IP address of `eth0`.
         port: the bridge's end of the link, as (namespace, interface).
     """
 
@@ -46,34 +46,34 @@ class Host:
     port: tuple[str, str]
 
     def start(self, command: Sequence[str], **options: object) -> subprocess.Popen[bytes]:
-        """Run a command there; options as of `Popen`."""
+        """Start a command on the host; options are those of `Popen`."""
         return subprocess.Popen(["ip", "netns", "exec", self.name, *command], **options)  # type: ignore[call-overload]
 
     def kill(self) -> None:
-        """End all its processes at once, as when the host loses power; who talked to them is told by the kernel."""
+        """Kill all its processes at once; unlike on a power loss, the kernel notifies their peers."""
         for pid in _ip("netns", "pids", self.name).split():
             os.kill(int(pid), 9)
 
     def cut(self) -> None:
-        """Take the link down at the bridge: nothing arrives any more, and nobody is told."""
+        """Take the link down at the bridge: nothing arrives any more, and no peer is notified."""
         _ip("-n", self.port[0], "link", "set", self.port[1], "down")
 
     def sent(self) -> int:
-        """Bytes that have left over the link so far, headers included."""
+        """Return the bytes sent over the link so far, headers included."""
         told = json.loads(_ip("-n", self.name, "-s", "-j", "link", "show", "eth0"))
         return int(told[0]["stats64"]["tx"]["bytes"])
 
 
 @contextmanager
 def hosts(number: int, *, megabits: float | None = None, delay_ms: float = 0.0) -> Iterator[list[Host]]:
-    """So many hosts that reach each other; all their processes are ended and all is removed when the block ends.
+    """Create hosts that reach each other; when the block ends, or this process is killed, they are removed.
 
-    That is so too where this process is killed. Check `why_not` before.
+    Their processes are killed first. Check `why_not` before.
 
     Args:
-        number: 1 to 200.
-        megabits: per second, in each direction of each host's link; not limited where None.
-        delay_ms: added to what leaves a host. Takes netem in the kernel.
+        number: number of hosts, 1 to 200.
+        megabits: Mbit/s in each direction of each host's link; None for no limit.
+        delay_ms: delay of packets that leave a host. Needs netem in the kernel.
     """
     prefix = f"distplb-{os.getpid()}-{next(_NUMBERS)}"
     bridge, names = f"{prefix}-bridge", [f"{prefix}-{i}" for i in range(number)]
@@ -110,22 +110,22 @@ def _host(number: int, name: str, bridge: str, megabits: float | None, delay_ms:
 
 
 def _limit(interface: str, megabits: float) -> list[str]:
-    """A queue of 50 ms behind which senders slow down by themselves."""
+    """Return the words of a `tc` rate limit with a queue of 50 ms, on which senders slow down."""
     shape = ["rate", f"{megabits}mbit", "burst", "256kb", "latency", "50ms"]
     return ["qdisc", "add", "dev", interface, "root", "handle", "1:", "tbf", *shape]
 
 
 def why_not(*queues: str) -> str | None:
-    """Why hosts cannot be made here, None where they can.
+    """Return why hosts cannot be created here, or None if they can.
 
     Args:
-        queues: kinds that the kernel must have too: "tbf" for limited links, "netem" for delays.
+        queues: kinds of queues that the kernel must also have: "tbf" for limited links, "netem" for delays.
     """
     if sys.platform != "linux" or os.geteuid():
-        return "namespaces take Linux and root"
+        return "namespaces need Linux and root"
     missing = [tool for tool in ("ip", "tc") if shutil.which(tool) is None]
     if missing:
-        return f"no {missing[0]} here; install iproute2"
+        return f"{missing[0]} is not installed; install iproute2"
     probe = f"distplb-{os.getpid()}-probe"
     try:
         _make(probe)
@@ -143,13 +143,13 @@ def why_not(*queues: str) -> str | None:
 def torchrun(
     members: Sequence[Host], ranks: int, script: Path, arguments: Sequence[str], log: Path
 ) -> list[subprocess.Popen[bytes]]:
-    """Start a job of so many ranks on each host, over TCP, and gloo on the links; returns the launchers.
+    """Start a job under torchrun, with gloo over the hosts' links, and return the launchers.
 
     Args:
-        members: in the order of their ranks; the first is the rendezvous.
-        ranks: on each.
-        script, arguments: of the job.
-        log: file that all write to.
+        members: the hosts in the order of their ranks; the first is the rendezvous.
+        ranks: number of ranks on each host.
+        script, arguments: the script of the job and its arguments.
+        log: file that all ranks write to.
     """
     job = ["--nnodes", str(len(members)), "--nproc-per-node", str(ranks), "--max-restarts", "0"]
     job += ["--master-addr", members[0].address, "--master-port", str(_PORT)]
@@ -177,10 +177,10 @@ def _ip(*words: str) -> str:
 
 
 def _run(*words: str) -> str:
-    """What a command prints.
+    """Run a command and return its output.
 
     Raises:
-        OSError: with what it complained of.
+        OSError: if it fails, with its error output.
     """
     done = subprocess.run(words, capture_output=True, text=True, timeout=30, check=False)
     if done.returncode:

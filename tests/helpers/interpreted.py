@@ -1,6 +1,6 @@
-"""Engine `cuda`'s kernels in Triton's interpreter, in a child, where each address that they use is checked.
+"""Runs the kernels of engine `cuda` in Triton's interpreter, in a child process, and checks each address they use.
 
-A kernel that writes outside of its tensors may give right results in an interpreter, and another job's memory on a GPU.
+A kernel that writes outside its tensors may give right results in an interpreter, and corrupt memory on a GPU.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ _SECONDS = 400.0
 
 
 def printed_by(module: str, function: str, *arguments: object) -> Any:
-    """What a function of a test module prints last, as JSON, in a child in which Triton interprets.
+    """Call a function of a test module in a child in which Triton interprets; return the last line printed, as JSON.
 
-    Triton must not have been imported before, so that it cannot be this process.
+    It cannot run in this process, because TRITON_INTERPRET must be set before Triton is imported.
     """
     interpreter = pytest.importorskip("triton.runtime.interpreter", reason="Triton is not installed")
-    if not hasattr(interpreter.InterpreterBuilder, "get_int1_ty"):  # as those of Triton 3.2, of torch 2.6, and 3.3
+    if not hasattr(interpreter.InterpreterBuilder, "get_int1_ty"):  # missing in Triton 3.2 (of torch 2.6) and 3.3
         pytest.skip("this Triton's interpreter cannot join a condition to one that is False; its compiler can")
     run = subprocess.run(
         [sys.executable, "-c", f"import {module}; {module}.{function}(*{arguments!r})"],
@@ -44,7 +44,7 @@ def printed_by(module: str, function: str, *arguments: object) -> Any:
 
 
 def prepare() -> None:
-    """In the child, or a rank of it: the interpreter patches Triton once, and looks at each address."""
+    """Prepare the child, or a rank of it: the interpreter patches Triton only once, and checks each address."""
     torch.set_num_threads(1)
     interpreter = importlib.import_module("triton.runtime.interpreter")
     _patch_once(interpreter)
@@ -52,7 +52,7 @@ def prepare() -> None:
 
 
 def _patch_once(interpreter: Any) -> None:
-    """Keep it from patching Triton's language at each call inside a kernel: two thirds of its time."""
+    """Patch Triton's language once, not at each call inside a kernel, which takes two thirds of the time."""
     from distplb.packing import cuda_kernels
 
     if hasattr(interpreter, "_patch_lang") and hasattr(interpreter, "_LangPatchScope"):
@@ -61,9 +61,11 @@ def _patch_once(interpreter: Any) -> None:
 
 
 def _guard(interpreter: Any) -> None:
-    """Raise where a kernel reads or writes an address that is in none of its tensors."""
+    """Raise if a kernel reads or writes an address outside its tensors."""
     builder, launch = interpreter.InterpreterBuilder, cuda._launch
-    edges = np.zeros((0, 2), dtype=np.int64)  # of the tensors of the launch: first address, and the one after the last
+    edges = np.zeros(
+        (0, 2), dtype=np.int64
+    )  # for each tensor of the launch: its first address, and the one after its last
 
     def launched(kernel: Any, arguments: tuple[Any, ...], options: dict[str, int]) -> None:
         nonlocal edges
@@ -72,7 +74,7 @@ def _guard(interpreter: Any) -> None:
         launch(kernel, arguments, options)
 
     def look_at(pointers: Any, mask: Any) -> None:
-        # Loads and stores have a mask, of one value or as many as there are addresses; None is for all of them.
+        # The mask of a load or store has one value, or one for each address; None means all addresses.
         address = np.asarray(pointers.data).astype(np.int64)
         if mask is not None:
             address, is_used = np.broadcast_arrays(address, np.asarray(mask.data).astype(bool))
@@ -81,7 +83,7 @@ def _guard(interpreter: Any) -> None:
         tensor = np.searchsorted(edges[:, 0], address, side="right") - 1
         outside = (tensor < 0) | (address + size > edges[tensor, 1])
         if outside.any():
-            raise IndexError(f"{int(outside.sum())} of {address.size} addresses are in no tensor of the kernel's")
+            raise IndexError(f"{int(outside.sum())} of {address.size} addresses are outside the tensors of the kernel")
 
     load, store = builder.create_masked_load, builder.create_masked_store
 

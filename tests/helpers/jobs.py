@@ -1,4 +1,4 @@
-"""A job as small as can be, for tests of what a training loop holds: two layers, and an optimizer that steps.
+"""A minimal job for tests of the training loop: two layers, and an optimizer.
 
 Shapes: L layers, E experts, P slots, G slots on each GPU.
 """
@@ -18,13 +18,14 @@ from distplb.comm.torchdist import TorchComm
 __all__ = ["DIM", "EXPERTS", "FREE", "LAYERS", "SLOT_BYTES", "Clock", "Job", "by_slot", "in_values", "skewed"]
 
 LAYERS, EXPERTS, DIM = 2, 8, 6
-# Moves cost next to nothing. Without a price, tests count so few tokens that chance could have made them uneven.
+# Moves cost almost nothing. Without a model, layers would be left alone: with the few tokens of tests, chance explains
+# their imbalance.
 FREE = MoveModel(1.0, 1, 1e12, 1e12)
 SLOT_BYTES = 4 * (2 * DIM * DIM) * 4  # weight, gradient and two moments of AdamW
 
 
 def in_values(options: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of `Rebalancer` for options that are named alone: each goes into the value that has it."""
+    """Build the arguments of `Rebalancer` from flat options, putting each into the value that has a field for it."""
     arguments = dict(options)
     for name, kind in (("search", Search), ("moves", Moves), ("record", Record)):
         names = [field.name for field in fields(kind) if field.name in arguments]
@@ -34,7 +35,7 @@ def in_values(options: dict[str, Any]) -> dict[str, Any]:
 
 
 class Job:
-    """A model of two linear experts' layers on each rank, as small as can be, and its training step."""
+    """A minimal model of two layers of linear experts on each rank, and its training step."""
 
     def __init__(self, optimizer: Any = torch.optim.AdamW, experts: int = EXPERTS, ranks: int | None = None) -> None:
         ranks = ranks or dist.get_world_size()
@@ -64,7 +65,7 @@ class Job:
         sum((p**2).sum() for p in (*self.weights, *self.routers)).backward()
 
     def iterate(self, counts: Tensor | None = None) -> None:
-        """One iteration, with the slots' counts `[L, P]` of this rank."""
+        """Train one iteration, with this rank's counts of slots `[L, P]`."""
         if counts is None:
             counts = torch.arange(1, EXPERTS + 1).expand(LAYERS, -1) * 10
         for layer in range(LAYERS):
@@ -78,7 +79,7 @@ class Job:
 
 
 class Clock:
-    """In place of the module `time`: stands still unless it is told how much later it is, or by how much it ticks."""
+    """Replaces the module `time`; stands still unless `now` is set or `tick` is not 0."""
 
     def __init__(self, tick: float = 0.0) -> None:
         self.now, self.tick = 0.0, tick
@@ -89,12 +90,12 @@ class Clock:
 
 
 def skewed(hot: tuple[int, ...]) -> Tensor:
-    """`[L, E]`: logical experts `hot` have nine times the others' tokens."""
+    """Make counts `[L, E]` in which the logical experts `hot` have nine times the others' tokens."""
     counts = torch.full((LAYERS, EXPERTS), 10)
     counts[:, list(hot)] = 90
     return counts
 
 
 def by_slot(counts: Tensor, placement: Placement) -> Tensor:
-    """What the router's outputs count when the logical experts receive `counts`."""
+    """Order the counts of logical experts by slot, as the router's outputs count them."""
     return counts.gather(1, placement.expert_of_slot)

@@ -1,16 +1,16 @@
-"""Tiny jobs of Megatron-Core for tests: its own models, DDP, optimizers and schedules, on processes without a GPU.
+"""Tiny Megatron-Core jobs for tests: its own models, DDP, optimizers and schedules, on processes without a GPU.
 
-What is replaced, because Megatron-Core expects CUDA and Transformer Engine; nothing else is:
+Megatron-Core expects CUDA and Transformer Engine, so the following is replaced, and nothing else:
 
-- `device="cuda"` in any call of torch becomes "cpu", `torch.cuda.current_device()` says "cpu", and `tensor.type()` of a
-  CPU tensor says what it would on CUDA, because the optimizers look at that (a `TorchFunctionMode`);
-- in "float64", every float32 that Megatron-Core asks torch for becomes float64, and `.float()` is `.double()`, so that
-  a run can be compared to 1e-8; "mixed" is float32 with main parameters in float64 where a job has bfloat16 with
-  float32, so that a run can be compared to 1e-3 with main parameters of their own; "bfloat16" is as in a job;
-- the all-to-all dispatcher's CUDA stream does nothing, and its counts become NumPy arrays as they do from CUDA;
+- `device="cuda"` in any torch call becomes "cpu", `torch.cuda.current_device()` returns "cpu", and `tensor.type()` of a
+  CPU tensor returns the CUDA type, because the optimizers check it (a `TorchFunctionMode`);
+- in "float64", every float32 that Megatron-Core requests becomes float64, and `.float()` is `.double()`, so that runs
+  agree to 1e-8; "mixed" is float32 with separate main parameters in float64, where a job has bfloat16 and float32, so
+  that runs agree to 1e-3; "bfloat16" is as in a job;
+- the all-to-all dispatcher's CUDA stream does nothing, and its counts become NumPy arrays, as they do on CUDA;
 - `torch.compile` is off, the random states are the inference tracker's (there is no dropout), and
   `moe_utils.te_general_gemm`, which Megatron-Core 0.16.1 leaves undefined without Transformer Engine, is None;
-- for GroupedMLP, the grouped GEMM is a loop of plain products, and it is told that it works in bfloat16.
+- for GroupedMLP, the grouped GEMM is a loop of plain products, and its config claims bfloat16.
 
 Shapes: E experts, G slots on this GPU, N tokens.
 """
@@ -46,7 +46,7 @@ from torch.overrides import TorchFunctionMode
 
 __all__ = ["EXPERTS", "Job", "groups"]
 
-# Three experts on each of two GPUs: in three layers, half of the buffer that two ranks share ends within an expert.
+# Three experts on each of two GPUs and three layers: the middle of the buffer that two ranks share is inside an expert.
 EXPERTS, DIM, HIDDEN, VOCABULARY, SEQUENCE, BATCH = 6, 16, 12, 32, 8, 2
 
 
@@ -96,7 +96,7 @@ def _grouped_product(rows: Tensor, weights: Tensor, counts: Tensor, trans_b: boo
 
 
 def _prepare() -> None:
-    """Replace, in this process, which has no GPU and is thrown away afterwards, what no `TorchFunctionMode` can."""
+    """Replace what a `TorchFunctionMode` cannot, in this process, which has no GPU and ends after the test."""
     torch.compiler.set_stance("force_eager")
     initialize_rng_tracker(inference_rng_tracker=True)
     cuda: Any = torch.cuda
@@ -113,7 +113,7 @@ def _prepare() -> None:
 
 
 def _as_on_cuda(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Only Megatron-Core is told that this is CUDA: distplb moves experts without it."""
+    """Pretend to run on CUDA inside the method; distplb moves experts without this pretence."""
 
     @wraps(method)
     def inside(job: Job, *arguments: Any, **options: Any) -> Any:
@@ -125,7 +125,7 @@ def _as_on_cuda(method: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextlib.contextmanager
 def groups(expert_parallel: int = 2, pipeline: int = 1) -> Iterator[None]:
-    """Megatron's process groups, for as long as it lasts."""
+    """Create Megatron's process groups for the duration of the block."""
     _prepare()
     parallel_state.initialize_model_parallel(
         expert_model_parallel_size=expert_parallel,
@@ -139,13 +139,14 @@ def groups(expert_parallel: int = 2, pipeline: int = 1) -> Iterator[None]:
 
 
 class Job:
-    """A model of MoE layers, its optimizer and schedule; made and trained as Megatron-LM's `train_step` does.
+    """A model of MoE layers, its optimizer and schedule, trained as Megatron-LM's `train_step` does.
 
     Args:
-        precision: "float64", "mixed" or "bfloat16", as told above.
-        distributed: with DistributedOptimizer.
-        overlap: gradients are reduced during the backward pass, and parameters gathered during the next forward.
-        config: of TransformerConfig, over what is here.
+        precision: "float64", "mixed" or "bfloat16", as described above.
+        distributed: whether to use DistributedOptimizer.
+        overlap: whether gradients are reduced during the backward pass, and parameters gathered in the next forward.
+        grouped: whether experts are a GroupedMLP.
+        config: fields of TransformerConfig that override those below.
     """
 
     def __init__(
@@ -211,7 +212,7 @@ class Job:
         self.moes: list[Any] = [module for module in model.modules() if isinstance(module, MoELayer)]
         for moe in self.moes:
             _draw_weights(moe)
-            if grouped:  # GroupedMLP asks its config whether this is bfloat16, whatever it is given
+            if grouped:  # GroupedMLP requires bfloat16 in its config, whatever its inputs are
                 moe.experts.config = copy.copy(self.config)
                 moe.experts.config.bf16 = True
         self.config.finalize_model_grads_func = finalize_model_grads
@@ -256,7 +257,7 @@ class Job:
 
     @_as_on_cuda
     def train(self, iteration: int, micro_batches: int = 2) -> float:
-        """One iteration; the loss over all ranks, on all ranks."""
+        """Train one iteration; return the mean loss over all ranks, on all ranks."""
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
         told = self._forwards(iteration, micro_batches, forward_only=False)
@@ -272,26 +273,26 @@ class Job:
     @_as_on_cuda
     @torch.no_grad()
     def logits(self, iteration: int = 0) -> Tensor:
-        """Of one batch, on a pipeline of one stage."""
+        """Compute the logits of one batch, on a pipeline of one stage."""
         tokens, positions = _batch(iteration, 0)
         found: Tensor = self.model(tokens, positions, None)
         return found.detach().clone()
 
     @_as_on_cuda
     def evaluate(self, iteration: int) -> None:
-        """A forward that is no step."""
+        """Run a forward pass in evaluation."""
         self.model.eval()
         self._forwards(iteration, 1, forward_only=True)
         self.model.train()
 
     @_as_on_cuda
     def forward_backward(self, iteration: int) -> None:
-        """The gradients of one iteration."""
+        """Compute the gradients of one iteration."""
         self.model.zero_grad_buffer()
         self._forwards(iteration, 2, forward_only=False)
 
     def have_it_step_as_on_cuda(self) -> None:
-        """For loops that call the optimizer themselves."""
+        """Make the optimizer's step pretend to run on CUDA, for loops that call it themselves."""
         step = self.optimizer.step
 
         def inside(*arguments: Any) -> Any:
@@ -324,14 +325,14 @@ class Job:
         )
         return told
 
-    # --- what experts are, without the adapter ----------------------------------------------------------------
+    # --- values of experts, read without the adapter ----------------------------------------------------------
 
     @_as_on_cuda
     @torch.no_grad()
     def by_slot(self) -> dict[str, Tensor]:
-        """`[P, ...]` each: weights, main parameters and moments of all experts and router rows, from all ranks.
+        """Gather weights, main parameters and moments of all experts and router rows from all ranks, `[P, ...]` each.
 
-        Read from the optimizers' own maps. Main parameters and moments are put together from all their shards.
+        They are read from the optimizers' own maps; main parameters and moments are joined from all their shards.
         """
         if self.model.ddp_config.overlap_param_gather:
             self.model.start_param_sync(force_sync=True)  # as before a checkpoint
@@ -354,7 +355,7 @@ class Job:
         return found
 
     def _of(self, kind: str, parameter: Tensor, copies: Any) -> Tensor:
-        """A parameter, or what the optimizer keeps for it, whole and in the parameter's shape."""
+        """Return a parameter, or its state in the optimizer, whole and in the parameter's shape."""
         if kind == "weight":
             return parameter.detach().clone()
         for optimizer in self.optimizer.chained_optimizers:
@@ -367,7 +368,7 @@ class Job:
             for buffer in optimizer.buffers:
                 if parameter in buffer.param_index_map:
                     return self._from_shards(kind, parameter, optimizer, buffer, copies)
-        raise AssertionError("no optimizer knows the parameter")
+        raise AssertionError("no optimizer has the parameter")
 
     def _from_shards(self, kind: str, parameter: Any, optimizer: Any, buffer: Any, copies: Any) -> Tensor:
         whole = torch.zeros(parameter.numel(), dtype=torch.float64)
@@ -382,7 +383,7 @@ class Job:
                 if model is parameter
             )
             values = shard if kind == "main" else optimizer.optimizer.state[shard][kind]
-            # From the buffer's own map: where this rank's range begins in it, less where the parameter does.
+            # By the buffer's map: the start of this rank's range in the buffer minus the start of the parameter.
             held = optimizer._get_model_param_range_map(parameter)["gbuf_world"]
             start = held.start - buffer.param_index_map[parameter][0]
             whole[start : start + values.numel()] = values.detach().flatten()
@@ -391,7 +392,7 @@ class Job:
 
 
 def _of_experts(moe: Any) -> list[tuple[str, list[Any]]]:
-    """Each kind of expert parameter: one of all this GPU's experts, or one for each of them."""
+    """List each kind of expert parameter: one tensor for all experts of this GPU, or one tensor for each."""
     if hasattr(moe.experts, "weight1"):
         return [(key, [getattr(moe.experts, key)]) for key in ("weight1", "weight2")]
     experts = list(moe.experts.local_experts)
@@ -400,7 +401,7 @@ def _of_experts(moe: Any) -> list[tuple[str, list[Any]]]:
 
 @torch.no_grad()
 def _draw_weights(moe: Any) -> None:
-    """Where it initialises on the CPU, Megatron-Core gives all EP ranks the same experts."""
+    """Draw different experts on each EP rank; Megatron-Core's CPU initialisation gives all ranks the same."""
     generator = torch.Generator().manual_seed(moe.layer_number)
     # Uneven: some experts are hot.
     moe.router.weight.copy_(torch.randn(moe.router.weight.shape, generator=generator))
@@ -413,9 +414,9 @@ def _draw_weights(moe: Any) -> None:
 
 
 def _batch(iteration: int, number: int) -> tuple[Tensor, Tensor]:
-    """Tokens and positions of one micro-batch, this data-parallel rank's own."""
+    """Draw tokens and positions of one micro-batch of this data-parallel rank."""
     seed = 10_000 * iteration + 100 * number + parallel_state.get_data_parallel_rank()
     generator = torch.Generator().manual_seed(seed)
-    # Squared: some words, and so some experts, come far more often than others.
+    # Squared, so that some words, and with them some experts, are far more frequent than others.
     tokens = (torch.rand(BATCH, SEQUENCE, generator=generator).square() * VOCABULARY).long()
     return tokens, torch.arange(SEQUENCE).expand(BATCH, -1)

@@ -1,4 +1,4 @@
-"""Real MPI processes for a test: started by mpiexec, a deadline, and no process left behind."""
+"""Runs a test on real MPI processes: started by mpiexec, with a deadline, and no process left behind."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import torch
 
 __all__ = ["MPIEXEC", "on_mpi_ranks"]
 
-# That of the wheel `mpich` lies beside the interpreter; None where there is no MPI, or nothing to call it with.
+# The wheel `mpich` installs mpiexec next to the interpreter. None if there is no MPI or no mpi4py.
 MPIEXEC = shutil.which("mpiexec", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
 MPIEXEC = MPIEXEC if find_spec("mpi4py") else None
 
@@ -29,11 +29,11 @@ def on_mpi_ranks(size: int, body: Callable[..., Any], *args: Any, deadline: floa
     Args:
         size: the number of ranks.
         body: a function of a module of the tests.
-        args: what JSON can carry; so is what it returns.
-        deadline: seconds.
+        args: arguments that JSON can represent; the same holds for the return value.
+        deadline: how many seconds to wait for all ranks.
 
     Raises:
-        AssertionError: if a rank raised, or they did not end in time. All processes have ended by then.
+        AssertionError: if a rank raised, or the ranks did not end in time. All processes have ended by then.
     """
     assert MPIEXEC is not None
     with tempfile.TemporaryDirectory() as folder:
@@ -46,9 +46,9 @@ def on_mpi_ranks(size: int, body: Callable[..., Any], *args: Any, deadline: floa
         try:
             said, _ = process.communicate(timeout=deadline)
         except subprocess.TimeoutExpired:
-            process.terminate()  # which ends its ranks
+            process.terminate()  # mpiexec then ends its ranks
             said, _ = process.communicate(timeout=10)
-            raise AssertionError(f"no end in {deadline} s:\n{said}") from None
+            raise AssertionError(f"not finished after {deadline} s:\n{said}") from None
         finally:
             process.kill()
         assert process.returncode == 0, said

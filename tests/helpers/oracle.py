@@ -1,7 +1,7 @@
-"""The packing core a second time: plain loops over plain integers, written from the design's text alone.
+"""An independent implementation of the packing core, in plain loops over integers, written from the design alone.
 
-Only the noise comes from the package, because its hash is nobody else's. One row at a time; a packing is a list of
-M lists of g items, each list in the order of its positions.
+Only the noise comes from the package, because its hash is specific to it. Rows are packed one by one; a packing is a
+list of M lists of g items, each list in the order of its positions.
 Shapes: X rows, n items, M packs, g = n / M items in each, K candidates.
 """
 
@@ -21,14 +21,14 @@ VARIANCE_TOTAL, ROW_TOTAL = 2**30, 2**40
 
 
 def balanced_packing(weight: list[Row], num_packs: int, num_candidates: int) -> list[Packs]:
-    """All seven steps for every row; row x has the noise of layer x and of seed 0."""
+    """Run all seven steps for every row; row x has the noise of layer x and seed 0."""
     return [_best_of_row(row, num_packs, number, num_candidates) for number, row in enumerate(weight)]
 
 
 def _best_of_row(row: Row, num_packs: int, number: int, num_candidates: int) -> Packs:
     row = shifted(row, ROW_TOTAL)
     packings = [pack(row, num_packs, layer=number, candidate=k) for k in range(num_candidates)]
-    return finish(row, min(packings, key=lambda packs: max(loads(row, packs))))  # min takes the first of equals
+    return finish(row, min(packings, key=lambda packs: max(loads(row, packs))))  # ties: the first
 
 
 def pack(row: Row, num_packs: int, *, layer: int, candidate: int, seed: int = 0) -> Packs:
@@ -72,7 +72,7 @@ def lower_variance(row: Row, packs: Packs) -> Packs:
 
 
 def lower_max(row: Row, packs: Packs) -> tuple[Packs, int]:
-    """Steps 4 and 7; also the number of swaps."""
+    """Steps 4 and 7; also returns the number of swaps."""
     packs = [list(pack) for pack in packs]
     for swaps in range(MAX_ROUNDS):
         load = loads(row, packs)
@@ -117,7 +117,7 @@ def swap_pairs(row: Row, packs: Packs) -> Packs:
 
 
 def shifted(row: Row, limit: int) -> Row:
-    """All weights shifted right until the row's total, shifted likewise, is at most `limit`."""
+    """Shift all weights right by the smallest number of bits that brings the shifted total to at most `limit`."""
     total, shift = sum(row), 0
     while total >> shift > limit:
         shift += 1
@@ -125,26 +125,26 @@ def shifted(row: Row, limit: int) -> Row:
 
 
 def loads(row: Row, packs: Packs) -> list[int]:
-    """`[M]`: the weight of each pack."""
+    """Compute the weight of each pack, `[M]`."""
     return [sum(row[item] for item in pack) for pack in packs]
 
 
 def positions(packs: Packs) -> list[tuple[int, int]]:
-    """(pack, position) in flat order."""
+    """List all (pack, position) in flat order."""
     return [(pack, position) for pack in range(len(packs)) for position in range(len(packs[pack]))]
 
 
 def exchange(packs: Packs, a: int, i: int, b: int, j: int) -> None:
-    """The items at two places change places."""
+    """Swap the items at two places."""
     packs[a][i], packs[b][j] = packs[b][j], packs[a][i]
 
 
 def flat(packs: Packs) -> list[int]:
-    """`[n]`: the item at each flat (pack, position)."""
+    """Return the item at each flat (pack, position), `[n]`."""
     return [item for pack in packs for item in pack]
 
 
 def unflat(items: list[int], num_packs: int) -> Packs:
-    """The packs of a flat packing."""
+    """Return the packs of a flat packing."""
     size = len(items) // num_packs
     return [items[pack * size : (pack + 1) * size] for pack in range(num_packs)]

@@ -1,4 +1,4 @@
-"""One table of cases for the packing engines, each of which every engine answers alike.
+"""The table of cases for the packing engines, all of which must give the same answers.
 
 Shapes: X rows, T steps, L layers, E experts (or items), P slots, M packs, G = P / M slots in each.
 """
@@ -22,25 +22,25 @@ ROWS = 24
 
 
 def hot(random_: random.Random, row: list[int], weight: int) -> list[int]:
-    """`row` with one weight replaced."""
+    """Replace one random weight of `row`."""
     row[random_.randrange(len(row))] = weight
     return row
 
 
 def summing_to(random_: random.Random, n: int, total: int) -> list[int]:
-    """`[n]` random weights of that total."""
+    """Draw `[n]` weights with this total."""
     cuts = sorted(random_.randrange(total + 1) for _ in range(n - 1))
     return [end - begin for begin, end in zip([0, *cuts], [*cuts, total], strict=True)]
 
 
 def odd(random_: random.Random, n: int) -> list[int]:
-    """Shifted by one bit, the total is still above 2^30, and what is left of the weights no longer adds up to that."""
+    """Draw odd weights: shifted by one bit the total is still above 2^30, but the shifted weights sum to less."""
     row = [2**30 // n * 2 - 15 + 2 * random_.randrange(8) for _ in range(n)]
     row[random_.randrange(n)] += 2**31 + 2 - sum(row)
     return row
 
 
-# `[n]` weights, whose total is at most 2^40.
+# Kinds of `[n]` weights with a total of at most 2^40.
 KINDS: dict[str, Callable[[random.Random, int], list[int]]] = {
     "ties": lambda r, n: [r.randrange(3) for _ in range(n)],
     "equal": lambda r, n: [r.choice([1, 7, 2**40 // n])] * n,
@@ -55,38 +55,38 @@ KINDS: dict[str, Callable[[random.Random, int], list[int]]] = {
     "one alone": lambda r, n: hot(r, [0] * n, 2**40),
     "full": lambda r, n: [2**40 // n - r.randrange(2**11) for _ in range(n)],
     "wide": lambda r, n: [r.randrange(2**40 // n) for _ in range(n)],
-    # Where one bit more is shifted away in the variance phase: the total is 2^30, or another power of two, or one more.
+    # At the edge of one more bit of shift in the variance phase: a total of 2^30 or another power of two, or one more.
     "shift": lambda r, n: summing_to(r, n, 2 ** r.choice([30, 30, 31, 39]) + r.choice([0, 1])),
     "odd": odd,
 }
 
-# No single swap brings the two packs of this row nearer than 14 and 12, and an exchange of pairs makes both 13.
+# No single swap brings the two packs of this row closer than 14 and 12; a swap of pairs makes both 13.
 ONLY_PAIRS_HELP = [8, 3, 1, 0, 6, 5, 3, 0]
 
 
 def rows_of_every_kind(random_: random.Random, n: int) -> list[list[int]]:
-    """`[X][n]`."""
+    """Draw one row of each kind, `[X][n]`."""
     return [kind(random_, n) for kind in KINDS.values()]
 
 
 def skewed(seed: int, rows: int, n: int) -> Tensor:
-    """`[X, n]` lognormal weights."""
+    """Draw log-normal weights `[X, n]`."""
     return torch.randn(rows, n, generator=torch.Generator().manual_seed(seed)).mul(1.2).exp().mul(1000).long()
 
 
 class PackCase(NamedTuple):
-    """Calls on rows of the same E, M and G; without replicas P = E."""
+    """Arguments of calls on rows with the same E, M and G; without replicas P = E."""
 
     num_packs: int
     weight: Tensor  # [X, E]
-    start: Tensor  # [X, P], packings without any order in them
+    start: Tensor  # [X, P], random packings
     layer: Tensor  # [X]
     candidate: Tensor  # [X]
     seed: int
 
     @property
     def calls(self) -> list[str]:
-        """The entry points that take such a case; the last two are steps, which not every engine has."""
+        """The entry points that take this case; the last two are single steps, which not every engine has."""
         num_experts, num_slots = self.weight.shape[1], self.start.shape[1]
         if num_slots < num_experts:
             return ["polish"]
@@ -95,7 +95,7 @@ class PackCase(NamedTuple):
         return ["refine", "polish"] + ["refine apart"] * (num_slots <= self.num_packs * num_experts)
 
     def answer(self, engine: Any, call: str) -> Tensor:
-        """`[X, P]`."""
+        """Call the engine, and return its answer `[X, P]`."""
         names = {"layer": self.layer, "candidate": self.candidate, "seed": self.seed}
         if call == "pack":
             return engine.pack(self.weight, self.num_packs, **names)
@@ -105,7 +105,7 @@ class PackCase(NamedTuple):
         return getattr(engine, call)(self.weight, self.start, self.num_packs)
 
     def part(self, rows: slice) -> PackCase:
-        """Those rows alone."""
+        """Select rows."""
         rows_of = [value[rows] for value in (self.weight, self.start, self.layer, self.candidate)]
         return PackCase(self.num_packs, *rows_of, self.seed)
 
@@ -114,8 +114,9 @@ class PackCase(NamedTuple):
 
 
 def pack_case(num_experts: int, num_packs: int, size: int, seed: int = 0, rows: int = ROWS) -> PackCase:
-    """Rows of all kinds. With replicas half of the starts keep them apart where that is possible; some of those that do
-    not leave experts out, and hold others more often.
+    """Draw rows of all kinds.
+
+    With replicas, half of the starts keep them apart where possible; the others may leave experts out.
     """
     random_ = random.Random(f"{seed} {num_experts} {num_packs} {size}")
     num_slots, kinds, first = num_packs * size, list(KINDS.values()), random_.randrange(len(KINDS))
@@ -138,34 +139,34 @@ def pack_case(num_experts: int, num_packs: int, size: int, seed: int = 0, rows: 
 
 
 def few_experts_of_many() -> PackCase:
-    """A node's part of all experts: more of them than slots, with and without replicas."""
+    """Draw a case of one node: more experts than slots, with and without replicas."""
     random_ = random.Random(3)
     zero = torch.zeros(4, dtype=torch.int64)
     weight = torch.tensor([[random_.randrange(1000) for _ in range(40)] for _ in zero])
     start = torch.tensor([random_.sample(range(40), 12) for _ in zero])
-    start[2:, 3] = start[2:, 0]  # in another pack, and below in the same
+    start[2:, 3] = start[2:, 0]  # a replica in another pack; below, in the same pack
     start[3, 1] = start[3, 0]
     return PackCase(4, weight, start, zero, zero, 0)
 
 
 def at_the_limit(num_packs: int, row: list[int]) -> PackCase:
-    """More swaps to make than there are rounds: one evens out one heavy pack and one light pack, and half are heavy.
+    """Make a row that needs more swaps than there are rounds: half of the packs are heavy, and a swap evens out two.
 
-    In packs of two the min-max refinement does so, in packs of three the pair swaps do.
+    In packs of two it exhausts the min-max refinement, in packs of three the pair swaps.
     """
     zero = torch.zeros(1, dtype=torch.int64)
     return PackCase(num_packs, torch.tensor([row]), torch.arange(len(row))[None], zero, zero, 0)
 
 
 def at_the_last_bit() -> PackCase:
-    """Two rows that the variance phase improves by their last bit: a total of 2^30 keeps it, 2^30 + 4 does not."""
+    """Make two rows that the variance phase improves only by the last bit, kept by a total of 2^30, not of 2^30 + 4."""
     rows = [[2**28 + 1, 2**27 + 1, third + 2, 2**28, 2**27, third] for third in (2**27 - 2, 2**27)]
     zero = torch.zeros(2, dtype=torch.int64)
     return PackCase(2, torch.tensor(rows), torch.arange(6).repeat(2, 1), zero, zero, 0)
 
 
 def model_case(num_packs: int, num_slots: int) -> PackCase:
-    """Three layers of 256 experts, skewed as those of a real model; polished from what refine makes of them."""
+    """Draw three layers of 256 experts, as skewed as a real model's; they start from refined packings."""
     generator = torch.Generator().manual_seed(3)
     weight = torch.randn(3, 256, generator=generator).mul(0.9).exp().mul(1e8).long()
     case = PackCase(num_packs, weight, weight.new_zeros(3, num_slots), torch.arange(3), torch.tensor([0, 5, 9]), 1)
@@ -176,7 +177,7 @@ def model_case(num_packs: int, num_slots: int) -> PackCase:
 
 
 class SettleCase(NamedTuple):
-    """One call: rows of the same E, M, G and T."""
+    """Arguments of one call: rows with the same E, M, G and T."""
 
     num_packs: int
     terms: Terms
@@ -189,11 +190,11 @@ class SettleCase(NamedTuple):
         return ["settle"]
 
     def answer(self, engine: Any, call: str = "settle") -> Tensor:
-        """`[X, P]`."""
+        """Call the engine, and return its answer `[X, P]`."""
         return engine.settle(self.terms, self.table, self.num_packs, layer=self.layer, ceiling=self.ceiling)
 
     def part(self, rows: slice) -> SettleCase:
-        """Those rows alone."""
+        """Select rows."""
         return self._replace(table=self.table[rows], layer=self.layer[rows], ceiling=self.ceiling[rows])
 
     def on(self, device: str) -> SettleCase:
@@ -201,12 +202,12 @@ class SettleCase(NamedTuple):
         return SettleCase(self.num_packs, terms, *(value.to(device) for value in self[2:]))
 
     def free(self) -> SettleCase:
-        """Where moving has no price, and every slot may exchange with every other."""
+        """Remove the price of moves, and let every slot exchange with every other."""
         region = torch.zeros_like(self.terms.region)
         return self._replace(terms=self.terms._replace(distance=None, price=None, region=region))
 
     def costs(self, table: Tensor) -> Tensor:
-        """`[X]`: the heaviest pack, added up over the steps, and all tolls."""
+        """Compute the costs `[X]`: the heaviest pack, summed over the steps, plus all tolls."""
         size = table.shape[1] // self.num_packs
         pack = torch.arange(table.shape[1]) // size
         costs = []
@@ -220,7 +221,7 @@ class SettleCase(NamedTuple):
         return torch.stack(costs)
 
 
-# `[T][E]`.
+# Kinds of loads `[T][E]`.
 LOADS: dict[str, Callable[[random.Random, int, int], list[list[int]]]] = {
     "any": lambda r, t, e: [[r.randrange(1000) for _ in range(e)] for _ in range(t)],
     "ties": lambda r, t, e: [[r.randrange(3) for _ in range(e)] for _ in range(t)],
@@ -244,10 +245,11 @@ REGIONS: list[Callable[[int, int], Tensor]] = [
 def settle_cases(
     shapes: Sequence[tuple[int, int, int, int]], rows: int = ROWS, seed: int = 0, first: int = 0
 ) -> Iterator[SettleCase]:
-    """One case for each (E, M, G, T), of `rows` rows, with three layers of different kinds; two of three pay for moves.
+    """Yield one case for each (E, M, G, T), with `rows` rows and three layers of different kinds.
 
-    Two of three keep replicas apart. Kinds, regions, prices and this take turns, beginning with number `first`.
-    Half of the tables keep replicas apart where that is possible; the others do not, and leave experts out.
+    Two of three cases have a price of moves, and two of three keep replicas apart. These, kinds and regions cycle,
+    starting at case number `first`. Half of the tables keep replicas apart where possible; the others may leave
+    experts out.
     """
     kinds = list(LOADS.values())
     for number, (num_experts, num_packs, size, num_steps) in enumerate(shapes, first):
@@ -270,7 +272,10 @@ def settle_cases(
 
 
 def model_settle_case(num_slots: int) -> SettleCase:
-    """Two layers of 256 experts on 32 GPUs of 4 nodes, 4 steps: from packings of the sum, priced from other ones."""
+    """Draw two layers of 256 experts on 32 GPUs of 4 nodes, in 4 steps.
+
+    They start from packings of the sum, with prices of moves from different packings.
+    """
     generator = torch.Generator().manual_seed(4)
     skew = torch.randn(2, 1, 256, generator=generator).mul(0.9)
     load = (skew + torch.randn(2, 4, 256, generator=generator).mul(0.4)).exp().mul(1e4).long()
@@ -285,12 +290,12 @@ def model_settle_case(num_slots: int) -> SettleCase:
 
 
 def some_table(random_: random.Random, num_experts: int, num_packs: int, size: int, *, apart: bool) -> list[int]:
-    """`[P]`: without replicas, where there need be none, any order."""
+    """Draw a table `[P]` in random order, without replicas unless there are more slots than experts."""
     num_slots = num_packs * size
     if num_slots <= num_experts:
         return random_.sample(range(num_experts), num_slots)
     if apart and size <= num_experts:
-        # Dealt out in turn, an expert comes again after E slots, when its pack is full.
+        # Dealt cyclically, an expert repeats after E slots, when its pack is full.
         dealt = [expert % num_experts for expert in range(num_slots)]
         packs = [random_.sample(dealt[p * size : (p + 1) * size], size) for p in range(num_packs)]
         return [expert for pack in random_.sample(packs, num_packs) for expert in pack]
@@ -298,7 +303,7 @@ def some_table(random_: random.Random, num_experts: int, num_packs: int, size: i
 
 
 def woken() -> list[SettleCase]:
-    """Rows in which a pack that found nothing is changed by another one's exchange and then finds something: rare."""
+    """Make rows of a rare kind: a pack without an improving exchange gets one through another pack's exchange."""
     seeds = {(9, 3, 3, 7): (31, 0), (15, 5, 3, 6): (1, 7)}
     return [next(settle_cases([shape], rows=8, seed=seed)).part(slice(x, x + 1)) for shape, (seed, x) in seeds.items()]
 
@@ -309,16 +314,16 @@ Case = PackCase | SettleCase
 
 
 class Entry(NamedTuple):
-    """A case by its seed; of the entry points that take it only `calls`, unless that is empty."""
+    """A case by its seed, for the entry points in `calls`; if that is empty, for all that take it."""
 
-    size: str  # "tiny" and "small" ones are interpreted too; "large" and "longest" ones are for compiled kernels alone
+    size: str  # "tiny" and "small" also run interpreted; "large" and "longest" run only in compiled kernels
     case: Callable[[int], Case]
     calls: tuple[str, ...] = ()
 
 
-# (E, M, G). Pair swaps are for 2 ≤ G ≤ 16; 17 is just beyond, 1 is the identity, M = 1 has nobody to swap with.
-# With replicas, E < M × G: one pack, one slot in each, more of them than experts; then full or nearly full packs, where
-# replicas that stay apart get stuck and one must make room.
+# (E, M, G). Pair swaps are for 2 ≤ G ≤ 16, so 17 is just beyond; G = 1 is the identity; M = 1 has no pack to swap with.
+# With replicas, E < M × G: one pack, one slot per pack, more packs than experts; then full or nearly full packs, where
+# a replica finds no pack without its expert and another one must make room.
 TINY = [(1, 1, 1), (7, 7, 1), (4, 2, 2), (12, 4, 3), (14, 2, 7)]
 TINY += [(5, 7, 1), (3, 2, 4), (4, 2, 3), (2, 3, 1), (4, 5, 2), (3, 3, 3), (6, 3, 4), (5, 3, 3), (5, 4, 4), (6, 4, 4)]
 SMALL = [(2, 1, 2), (5, 1, 5), (6, 1, 6), (4, 4, 1), (6, 3, 2), (8, 4, 2), (16, 8, 2), (6, 2, 3), (9, 3, 3), (12, 3, 4)]
@@ -331,7 +336,7 @@ LARGE = [(128, 8, 16), (128, 16, 8), (256, 32, 8), (288, 32, 9), (320, 64, 5), (
 LARGE += [(129, 3, 43), (256, 128, 2), (300, 300, 1), (1, 4, 2), (16, 8, 3), (12, 4, 4), (32, 8, 5), (30, 6, 6)]
 LARGE += [(20, 16, 2), (8, 16, 7), (64, 8, 9), (60, 4, 17), (256, 32, 9), (100, 3, 40), (9, 64, 2), (64, 72, 1)]
 LONGEST = [(4096, 64, 64), (1000, 1, 1000), (3000, 1000, 3)]
-# (E, M, G, T) of steps 10 and 11: without replicas all experts or some of them, one step or more; then with.
+# (E, M, G, T) of steps 10 and 11: without replicas, with all experts or some, one step or more; then with replicas.
 TINY_SETTLED = [(6, 1, 6, 2), (6, 2, 3, 1), (8, 3, 2, 5), (8, 8, 1, 3), (4, 2, 3, 3), (6, 3, 3, 2)]
 SMALL_SETTLED = [(6, 2, 3, 3), (9, 3, 3, 4), (10, 5, 2, 3), (16, 8, 2, 3), (3, 2, 4, 2), (7, 5, 2, 1), (5, 8, 1, 2)]
 SMALL_SETTLED += [(12, 8, 2, 2)]
@@ -341,7 +346,7 @@ LARGE_SETTLED += [(64, 64, 2, 4), (100, 3, 40, 2), (48, 16, 3, 33), (300, 300, 1
 
 
 def table() -> Iterator[tuple[str, Entry]]:
-    """The entries by name."""
+    """Yield the entries by name."""
     packed = {"tiny": TINY, "small": SMALL, "medium": MEDIUM, "large": LARGE, "longest": LONGEST}
     for size, (num_experts, num_packs, pack_size) in sized(packed):
         case = partial(pack_case, num_experts, num_packs, pack_size)
@@ -368,7 +373,7 @@ def table() -> Iterator[tuple[str, Entry]]:
 
 
 def sized(shapes: dict[str, list[Any]]) -> Iterator[tuple[str, Any]]:
-    """Each shape with its size."""
+    """Yield each shape with its size."""
     return ((size, shape) for size, some in shapes.items() for shape in some)
 
 
@@ -376,7 +381,7 @@ TABLE = dict(table())
 
 
 def differences(entry: Entry, engine: Any, *, rows: int = ROWS, seed: int = 0, device: str = "cpu") -> list[str]:
-    """Where the engine answers otherwise than the reference, in words."""
+    """Describe where the engine's answers differ from the reference's."""
     case = entry.case(seed).part(slice(rows))
     there = case.on(device)
     before = [value.clone() for value in tensors(there)]
@@ -396,5 +401,5 @@ def differences(entry: Entry, engine: Any, *, rows: int = ROWS, seed: int = 0, d
 
 
 def tensors(case: Case) -> list[Tensor]:
-    """All that a case consists of."""
+    """List all tensors of a case."""
     return [value for value in (*case, *getattr(case, "terms", ())) if isinstance(value, Tensor)]

@@ -1,4 +1,4 @@
-"""What a placement costs, in plain Python: sums and prices of whole numbers, written without the package's own search.
+"""The cost of a placement, computed in plain Python with integers, independently of the package's search.
 
 Shapes: T steps, L layers, E experts, P slots, G slots on each GPU.
 """
@@ -25,12 +25,12 @@ def plain_costs(
     gpus_per_node: int | None = None,
     stays: list[bool] | None = None,
 ) -> list[int]:
-    """`[L]`: the busiest GPU's tokens, added up over the steps, and the price of the slots that move; below 2^41.
+    """Compute the costs `[L]`: the busiest GPU's tokens, summed over steps, plus the price of moved slots; below 2^41.
 
-    Replicas share by whole division. In the units of the search: a layer's load is halved until its total is at most
-    2^40; with replicas or a price it is doubled as long as that stays so. What moving costs is at least 1 a slot. The
-    cost of a layer that may not stay as it is, by `stays [L]`, is halved until the dearest moves of all slots are at
-    most 2^40.
+    Replicas share tokens by integer division. Units are those of the search: a layer's load is halved until its total
+    is at most 2^40; with replicas or a price it is doubled while the total stays at most 2^40. A moved slot costs at
+    least 1. If `stays [L]` forbids a layer its current placement, its cost is halved until moving all slots at the
+    highest price costs at most 2^40.
     """
     prices = price if isinstance(price, tuple) else (price, price)
     costs = []
@@ -62,7 +62,7 @@ def plain_costs(
 
 
 def toll_of(price: float, shift: int) -> int:
-    """A price in units of which a token is 2^shift."""
+    """Convert a price to units of which a token has 2^shift."""
     if price in (0, float("inf")):
         return 2**41 - 1 if price else 0
     return min(max(round(Fraction(price) * Fraction(2) ** shift), 1), 2**41 - 1)

@@ -1,4 +1,4 @@
-"""The specification of a commit's copies, messages and rounds: all copies of all ranks, one after the other."""
+"""The specification of a commit's copies, messages and rounds: all copies of all ranks, one by one."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ Way = tuple[int, int]
 
 
 def flat_layout(row: int, num_slots: int, held: Iterable[tuple[int, int]]) -> Layout:
-    """A layout in which each rank holds one range (start, stop) of slot-major elements."""
+    """Build a layout in which each rank holds one range (start, stop) of slot-major elements."""
     return Layout(row, num_slots, tuple(joined([Part(start, stop, 0, row)]) for start, stop in held))
 
 
 def all_copies(moves: Sequence[SlotMove], tensors: Sequence[Sequence[tuple[int, Layout]]]) -> list[Copy]:
-    """What every rank writes, in the order of moves and tensors."""
+    """List all copies of all ranks, in the order of moves and tensors."""
     return [
         copy
         for move in moves
@@ -42,7 +42,7 @@ def _into(target: Piece, layout: Layout, move: SlotMove, number: int) -> Iterato
 
 
 def _giving(element: int, sources: Sequence[Piece], rank: int, nth: int) -> Piece:
-    """`rank` itself if it can, else the holders in turn, so that none gives to all."""
+    """Choose the source: `rank` itself if it holds the element, otherwise the holders in turn."""
     holders = [piece for piece in sources if piece.start <= element < piece.stop]
     own = [piece for piece in holders if piece.rank == rank]
     return own[0] if own else holders[nth % len(holders)]
@@ -51,7 +51,7 @@ def _giving(element: int, sources: Sequence[Piece], rank: int, nth: int) -> Piec
 def messages(
     copies: Sequence[Copy], layouts: Mapping[int, Layout], is_large: Mapping[Copy, bool]
 ) -> list[dict[Way, list[list[Copy]]]]:
-    """By way, of tensors that are copied and of those that are not: the small copies together, each large one alone."""
+    """Group copies into messages by way, replicated tensors before others: small copies together, large ones alone."""
     found: list[dict[Way, list[list[Copy]]]] = []
     for are_copied in (True, False):
         ways: dict[Way, list[list[Copy]]] = {}
@@ -69,7 +69,7 @@ def messages(
 
 
 def is_copied(layout: Layout) -> bool:
-    """Whether some element is on several ranks."""
+    """Whether any element is on several ranks."""
     holders = Counter(
         (slot, element)
         for slot, pieces in enumerate(layout.pieces)
@@ -80,7 +80,7 @@ def is_copied(layout: Layout) -> bool:
 
 
 def plain_rounds(counts: Mapping[Way, int], size: int, limit: int) -> list[list[Way]]:
-    """First fit, message by message, each way in turn; a turn is as many messages as let all ways fit in a round."""
+    """Assign messages to rounds by first fit; ways take turns of as many messages as let all ways fit in one round."""
     ways_of = Counter(rank for way in counts for rank in way)
     turn = max(1, limit // max(ways_of.values(), default=1))
     left = {way: counts[way] for way in sorted(counts, key=lambda way: ((way[1] - way[0]) % size, way))}

@@ -1,4 +1,4 @@
-"""Plans of every kind, each by its name, from the same counts: what ranks, communicators and engines must agree on.
+"""Plans of every kind, by name, from the same counts; ranks, communicators and engines must agree on them.
 
 Shapes: T steps, L layers, E experts, P slots.
 """
@@ -31,7 +31,7 @@ def skewed_load(seed: int = 0) -> Tensor:
 
 
 def random_placement(num_slots: int) -> Placement:
-    """Every expert, and some more than once, on 8 GPUs."""
+    """Draw a placement on 8 GPUs that has every expert, some more than once."""
     random_ = random.Random(num_slots)
     spare = [random_.choices(range(EXPERTS), k=num_slots - EXPERTS) for _ in range(LAYERS)]
     return Placement(torch.tensor([random_.sample([*range(EXPERTS), *more], num_slots) for more in spare]), EXPERTS, 8)
@@ -87,14 +87,14 @@ SELECTION = [
 
 
 def planned(whole: Tensor, name: str, comm: Comm | None = None) -> Placement:
-    """One of the plans above, from this rank's counts."""
+    """Make one of the plans above from this rank's counts."""
     options = {option: value for option, value in PLANS[name].items() if option not in ("steps", "load")}
     load = PLANS[name].get("load", lambda load: load)(whole[: PLANS[name].get("steps")])
     return plan(load, Topology(2, 4), comm=comm, seed=7, **options)
 
 
 def selected_plans(comm: Comm) -> dict[str, list[list[int]]]:
-    """Some plans, from counts that are spread unevenly over the ranks."""
+    """Make the selected plans, from counts that are spread unevenly over the ranks."""
     whole = skewed_load()
     mine = whole // comm.size if comm.rank else whole - (comm.size - 1) * (whole // comm.size)
     return {name: planned(mine, name, comm).expert_of_slot.tolist() for name in SELECTION}

@@ -1,4 +1,4 @@
-"""Every policy of the planner on 16 experts, what it must keep, and loads and placements to plan from.
+"""Every policy of the planner on 16 experts, the rules that it must keep, and loads and placements to plan from.
 
 Shapes: T steps, L layers, E experts, P slots, M GPUs.
 """
@@ -29,7 +29,7 @@ __all__ = [
 
 SIZES = [(8, 2), (12, 3), (16, 4), (20, 5), (6, 6), (4, 1)]  # (E, M)
 CLASSES = torch.tensor([0, 1, 1, 2] * 4)
-# Every policy, for 16 experts: the topology and what is asked for.
+# Every policy, for 16 experts: the topology and the options.
 POLICIES = {
     "flat": (Topology(1, 4), {}),
     "one slot a GPU": (Topology(2, 8), {}),
@@ -46,12 +46,12 @@ POLICIES = {
 
 
 def skewed(seed: int, *shape: int) -> Tensor:
-    """Lognormal tokens of any shape."""
+    """Draw log-normal tokens of any shape."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).mul(1.2).exp().mul(300).long()
 
 
 def rows_of_every_kind(seed: int, num_experts: int) -> Tensor:
-    """`[L, E]`: lognormal, Zipf, a few hot experts, equal, many zeros, ties, and none."""
+    """Draw rows `[L, E]`: log-normal, Zipf, a few hot experts, equal, many zeros, ties, and no tokens."""
     random_, rows = random.Random(f"{seed} {num_experts}"), []
     for _ in range(12):
         skew, hot = random_.uniform(0.5, 2), random_.sample(range(num_experts), max(1, num_experts // 16))
@@ -68,13 +68,13 @@ def rows_of_every_kind(seed: int, num_experts: int) -> Tensor:
 
 
 def random_table(random_: random.Random, num_layers: int, num_experts: int, num_slots: int) -> Tensor:
-    """`[L, P]`: every expert, and some more than once."""
+    """Draw a table `[L, P]` that has every expert, some more than once."""
     spare = [random_.choices(range(num_experts), k=num_slots - num_experts) for _ in range(num_layers)]
     return torch.tensor([random_.sample([*range(num_experts), *more], num_slots) for more in spare])
 
 
 def keeps_rules(policy: str, row: list[int], start: list[int]) -> bool:
-    """Whether one layer's table is one that the policy may give; `start` was there first."""
+    """Whether the policy allows one layer's table, given that it started from `start`."""
     topology, options = POLICIES[policy]
     groups, size = options.get("num_groups"), len(row) // topology.num_gpus
     gpus = [row[at : at + size] for at in range(0, len(row), size)]
@@ -92,19 +92,19 @@ def keeps_rules(policy: str, row: list[int], start: list[int]) -> bool:
 
 
 def placement_of(policy: str, load: Tensor) -> Placement:
-    """A plan that keeps the policy's rules."""
+    """Make a plan that keeps the policy's rules."""
     topology, options = POLICIES[policy]
     table = searched(Problem(load, topology, PlanOptions(**options)), 1)
     return Placement(table, 16, topology.num_gpus)
 
 
 def breaking_rules(policy: str, seed: int, num_layers: int) -> Placement:
-    """Whatever stands anywhere."""
+    """Draw a placement regardless of the policy's rules."""
     topology, options = POLICIES[policy]
     table = random_table(random.Random(seed), num_layers, 16, options.get("num_slots", 16))
     return Placement(table, 16, topology.num_gpus)
 
 
 def searched(problem: Problem, num_candidates: int) -> Tensor:
-    """Stages 2 to 4 on one rank."""
+    """Run stages 2 to 4 on one rank."""
     return problem.polish(problem.build(problem.costs(torch.arange(num_candidates)).argmin(0)))

@@ -1,4 +1,4 @@
-"""Rank processes that are kept from one call to the next: what a test builds on them stays until it is replaced."""
+"""Rank processes that persist between calls: objects that a test builds in them stay until they are replaced."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from ranks import START_SECONDS, fork_server, join_group
 
 __all__ = ["Pool"]
 
-_GRACE_SECONDS = 3.0  # that ranks have for their own answer, once one has failed
+_GRACE_SECONDS = 3.0  # how long the other ranks may take to answer once one has failed
 
 
 class Pool:
-    """`size` ranks of a gloo group, each of which runs what it is called with, in turn.
+    """`size` ranks of a gloo group, each of which runs one call after another.
 
-    A call that fails on any rank, or is not answered by all before the deadline, ends the processes; the next call
-    starts others.
+    A call that fails on any rank, or is not answered by all ranks before the deadline, ends the processes; the next
+    call starts new ones.
     """
 
     def __init__(self, size: int, deadline: float = 180.0) -> None:
@@ -32,10 +32,10 @@ class Pool:
         self._folder: tempfile.TemporaryDirectory[str] | None = None
 
     def call(self, body: Callable[..., Any], *args: Any) -> list[Any]:
-        """What `body(*args)` returns, by rank.
+        """Call `body(*args)` on each rank, and return the results by rank.
 
         Raises:
-            AssertionError: with the traceback of each rank that raised, or the ranks that did not answer.
+            AssertionError: with the traceback of each rank that raised, and the ranks that did not answer.
         """
         seconds = self._deadline
         if not self._processes:
@@ -53,7 +53,7 @@ class Pool:
                     answers[rank] = self._pipes[rank].recv()
                 except EOFError:
                     answers[rank] = (False, "ended without an answer")
-                if not answers[rank][0]:  # the others may wait for it in vain
+                if not answers[rank][0]:  # the others may be waiting for it
                     end = min(end, time.monotonic() + _GRACE_SECONDS)
         failed = [f"rank {rank}:\n{text}" for rank, (ok, text) in sorted(answers.items()) if not ok]
         failed += [f"rank {rank}: no answer" for rank in range(self._size) if rank not in answers]

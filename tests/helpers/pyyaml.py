@@ -1,4 +1,4 @@
-"""Which tests need PyYAML."""
+"""Marks for tests that need PyYAML."""
 
 from __future__ import annotations
 
@@ -13,5 +13,5 @@ needs_pyyaml = pytest.mark.skipif(find_spec("yaml") is None, reason="PyYAML is n
 
 
 def those_of_pyyaml_marked(names: Iterable[str]) -> list[object]:
-    """Names of files, for `parametrize`: those of YAML are skipped where nothing reads it."""
+    """Mark names of files for `parametrize`: YAML files are skipped if PyYAML is not installed."""
     return [pytest.param(name, marks=[needs_pyyaml] * name.endswith(("yaml", "yml"))) for name in names]

@@ -1,4 +1,4 @@
-"""Real processes and a real process group for a test: file rendezvous, a deadline, and no process left behind."""
+"""Runs a test on real processes with a process group: file rendezvous, a deadline, and no process left behind."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ __all__ = ["START_SECONDS", "errors_on_ranks", "fork_server", "join_group", "mes
 
 DEADLINE_SECONDS = 120
 _HERE = (True, "here")
-_PATIENCE = 3  # by which a deadline is stretched: it ends what hangs, and busy cores are no fault
-START_SECONDS = 300  # until all ranks are there: on a busy machine the imports of frameworks alone take a minute
+_PATIENCE = 3  # factor on deadlines, which are for hangs and should not expire because cores are busy
+START_SECONDS = 300  # until all ranks have started; on a busy machine importing frameworks alone takes a minute
 
 
 def on_ranks(size: int, body: Callable[..., Any], *args: Any, deadline: float = DEADLINE_SECONDS) -> list[Any]:
-    """Call `body(*args)` on each of `size` ranks of a gloo group, and return what each returned, by rank.
+    """Call `body(*args)` on each of `size` ranks of a gloo group, and return the results by rank.
 
-    The deadline, in seconds of a quiet machine, counts from when all ranks are there.
+    The deadline, in seconds of a quiet machine, counts from when all ranks have started.
 
     Raises:
-        AssertionError: with the traceback of the first rank that raised; or with the ranks that did not answer
-            before the deadline. All processes have ended by then.
+        AssertionError: with the traceback of each rank that raised, and the ranks that did not answer before the
+            deadline. All processes have ended by then.
     """
     answers = _run(size, body, args, deadline)
     failed = [f"rank {rank}:\n{text}" for rank, (ok, text) in enumerate(answers) if not ok]
@@ -45,7 +45,7 @@ def on_ranks(size: int, body: Callable[..., Any], *args: Any, deadline: float = 
 
 
 def errors_on_ranks(size: int, body: Callable[..., Any], *args: Any, deadline: float = DEADLINE_SECONDS) -> list[str]:
-    """As `on_ranks`, for a body that returns the text of the error that it caught."""
+    """Like `on_ranks`, for a body that returns the text of the error that it caught."""
     found = on_ranks(size, body, *args, deadline=deadline)
     assert all(isinstance(text, str) for text in found), found
     return found
@@ -58,9 +58,9 @@ def outcomes_on_ranks(
     deadline: float = DEADLINE_SECONDS,
     grace: float = math.inf,
 ) -> list[tuple[bool, Any]]:
-    """As `on_ranks`, for ranks that are expected to fail: by rank, whether it answered, and the answer or why not.
+    """Like `on_ranks`, for ranks that may fail: return, by rank, whether it answered, and the answer or why not.
 
-    Once one has failed, the others have `grace` seconds for their own answer, where they may wait for it in vain.
+    Once one rank has failed, the others have `grace` seconds to answer, because they may be waiting for it.
     """
     return _run(size, body, args, deadline, grace)
 
@@ -90,20 +90,20 @@ def _run(
 
 
 def fork_server() -> Any:
-    """A context of processes that start in tenths of a second, from a clean state: torch and more is imported before.
+    """Return a context whose processes start in tenths of a second, because torch and more is preloaded.
 
-    Frameworks take longer to import than most tests take to run, and so does the engine's machine code to load.
+    Importing frameworks and loading the engine's machine code take longer than most tests run.
     """
     context = multiprocessing.get_context("forkserver")
     frameworks = [f"distplb.integrations.{name}" for name in ("huggingface", "torchtitan", "megatron")]
     context.set_forkserver_preload(["torch", "torch.distributed", "distplb", *frameworks, "warm_engine", "pytest"])
-    with patch.dict(os.environ, {"PYTHONPATH": os.pathsep.join(sys.path)}):  # which it does not take over by itself
+    with patch.dict(os.environ, {"PYTHONPATH": os.pathsep.join(sys.path)}):  # the fork server does not inherit sys.path
         forkserver.ensure_running()
     return context
 
 
 def join_group(rank: int, size: int, folder: str) -> None:
-    """Make the default group, with a file in the folder as rendezvous."""
+    """Initialise the default group, with a file in the folder as rendezvous."""
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group(
         "gloo",
@@ -115,7 +115,7 @@ def join_group(rank: int, size: int, folder: str) -> None:
 
 
 def mesh_of(axes: str) -> DeviceMesh:
-    """EP 2 × data 2: EP groups are ranks in a row ("edp ep"), or every other rank ("ep edp")."""
+    """Build a mesh of EP 2 × data 2: EP groups are consecutive ranks ("edp ep"), or every other rank ("ep edp")."""
     return init_device_mesh("cpu", (2, 2), mesh_dim_names=tuple(axes.split()))
 
 
@@ -123,7 +123,7 @@ def _collect(pipes: list[Connection], deadline: float, grace: float) -> list[tup
     here = _received(pipes, dict.fromkeys(range(len(pipes)), "has not started"), START_SECONDS)
     early = {rank: answer for rank, answer in here.items() if answer != _HERE}
     if early:
-        return [early.get(rank, (False, "was there, and others were not")) for rank in range(len(pipes))]
+        return [early.get(rank, (False, "started, but other ranks did not")) for rank in range(len(pipes))]
     seconds = _PATIENCE * deadline
     answers = _received(pipes, dict.fromkeys(range(len(pipes)), f"no answer in {seconds} s"), seconds, grace)
     return [answers[rank] for rank in range(len(pipes))]
@@ -132,7 +132,7 @@ def _collect(pipes: list[Connection], deadline: float, grace: float) -> list[tup
 def _received(
     pipes: list[Connection], missing: dict[int, str], seconds: float, grace: float = math.inf
 ) -> dict[int, Any]:
-    """The next thing that each rank sends, or what is missing."""
+    """Receive the next message of each rank; a rank without one gets its text of `missing`."""
     answers: dict[int, Any] = {}
     end = time.monotonic() + seconds
     while len(answers) < len(pipes) and time.monotonic() < end:

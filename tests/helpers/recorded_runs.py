@@ -1,4 +1,4 @@
-"""Runs as a report may meet them: events, traces, and what of them may be missing.
+"""Runs of every kind that a report must handle: events, traces, and missing parts of either.
 
 Shapes: R rebalances, L layers, M GPUs, E experts, S steps.
 """
@@ -20,7 +20,7 @@ EXPERTS = 8
 
 
 def event(number: int = 1, layers: int = 2, gpus: int = 4, **changed: Any) -> RebalanceEvent:
-    """A rebalance every 10 iterations, which found GPU 0 the busiest by half and left it a tenth over the mean."""
+    """Make the event of a rebalance that lowered GPU 0, the busiest, from 1.5 to 1.1 times the mean."""
     names = tuple(f"blocks.{layer}.moe" for layer in range(layers))
     before = ((600, *(400 - 200 // max(1, gpus - 1),) * (gpus - 1)),) * layers
     fields: dict[str, Any] = {
@@ -53,7 +53,7 @@ def event(number: int = 1, layers: int = 2, gpus: int = 4, **changed: Any) -> Re
 def trace(
     steps: int = 24, layers: int = 2, experts: int = EXPERTS, gpus: int = 4, moved_at: int | None = None
 ) -> Trace:
-    """Experts 0 and 1 are hot, and lie together until half of the slots change places."""
+    """Make a trace in which experts 0 and 1 are hot, and share a GPU until all slots shift by one at `moved_at`."""
     load = torch.full((steps, layers, experts), 10)
     load += torch.arange(steps)[:, None, None] % 3
     load[..., :2] *= 5
@@ -83,11 +83,11 @@ HALF: dict[str, Any] = dict.fromkeys((*LEVELS, "imbalance_next"), (None, 1.5)) |
 }
 NOTHING = replace(
     SKIPPED, decision="kept", iteration=20, num_experts=EXPERTS, num_nodes=1
-)  # of a window without tokens
+)  # the event of a window without tokens
 
 
 def with_holes(whole: Trace) -> Trace:
-    """Every second step has no tokens, and the first layer none in any."""
+    """Remove all tokens of every second step, and of the first layer."""
     load = whole.load.clone()
     load[1::2], load[:, 0] = 0, 0
     return replace(whole, load=load)
@@ -138,7 +138,7 @@ RUNS = {
 
 
 def write_folder(path: Path) -> Path:
-    """The folder as a `Rebalancer` leaves it: each event twice, the second time complete, and a part of a trace."""
+    """Write a folder as a `Rebalancer` does: each event twice, complete the second time, and a part of a trace."""
     log = EventLog(path / "events.jsonl")
     for one in (event(1), event(2)):
         log(replace(one, imbalance_next=None))

@@ -1,8 +1,8 @@
-"""For torchrun: the job of `checkpoint_job`, in which a rank is killed in its first life; the second one resumes.
+"""The job of `checkpoint_job` for torchrun: a rank is killed in the first run, and the second run resumes.
 
     torchrun --standalone --nproc-per-node 2 --max-restarts 1 tests/helpers/restart_job.py FOLDER "moving 12"
 
-Each rank of the second life writes what `checkpoint_job.run` gives as FOLDER/rank<number>.json.
+Each rank of the second run writes the result of `checkpoint_job.run` to FOLDER/rank<number>.json.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""The rank's side of `test_sequences`: a small model beside its twin, in which every expert stays where it began.
+"""The job of each rank of `test_sequences`: a small model, and its twin, in which no expert moves.
 
-The twin holds all experts, in logical order, and is trained by the same tokens: what the model holds for an expert,
-wherever that is, must be what the twin holds for it, and both must compute the same. Nothing of this is asked of the
-package. Shapes: P = E slots and experts, G slots on each GPU, N tokens, K experts of each, D dim.
+The twin holds all experts in logical order and trains on the same tokens. The model must hold the same values for each
+expert as the twin, wherever the expert is, and both must compute the same outputs. The twin does not use the package.
+Shapes: P = E slots and experts, G slots on each GPU, N tokens, K experts of each token, D dim.
 """
 
 from __future__ import annotations
@@ -43,21 +43,21 @@ from distplb.train import rebalance as rebalance_module
 LAYERS, EXPERTS, DIM, TOKENS, TOP_K = 2, 8, 4, 12, 2
 EVERY = 3
 MOMENTS = ("exp_avg", "exp_avg_sq")
-NEAR = 1e-9  # relative, in the maximum norm; sums over experts are in another order
+NEAR = 1e-9  # relative error in the maximum norm, because sums over experts are in another order
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What a sequence runs on.
+    """The settings of a sequence.
 
     Args:
         ranks: 1, 2 or 4; experts are spread over `ep` of them.
         layout: "plain", "dim 0" or "dim 1" (of FSDP2), "flat" (shards of an optimizer), or "own": each expert in a
-            tensor of its own, without a gradient in iterations in which it has no token.
+            separate tensor, which has no gradient in iterations in which it receives no tokens.
         rule: "plain", "groups" (two slots each), "blocks" (four slots each) or "classes".
         mode: "permute" or "remap".
         spread: whether rebalances are spread over iterations.
-        max_bytes: of a rebalance.
+        max_bytes: byte budget of a rebalance.
     """
 
     ranks: int
@@ -69,21 +69,21 @@ class Setup:
 
     @property
     def ep(self) -> int:
-        """GPUs of the EP group; the other ranks hold copies or shards of the same."""
+        """Number of GPUs of the EP group; the other ranks hold copies or shards of the same experts."""
         return self.ranks if self.layout in ("plain", "own") else {1: 1, 2: 1, 4: 2}[self.ranks]
 
     @property
     def num_groups(self) -> int | None:
-        """Of the router."""
+        """Number of the router's groups."""
         return {"groups": 4, "blocks": 2}.get(self.rule)
 
     @property
     def slot_class(self) -> Tensor | None:
-        """`[P]`: the slot's number on its GPU."""
+        """Class of each slot `[P]`: its index on its GPU."""
         return torch.arange(EXPERTS) % (EXPERTS // self.ep) if self.rule == "classes" else None
 
     def is_legal(self, row: list[int]) -> bool:
-        """Whether the experts of a layer's slots keep the rule; experts began in logical order."""
+        """Whether the experts of a layer's slots keep the rule, having started in logical order."""
         if sorted(row) != list(range(EXPERTS)):
             return False
         if self.num_groups is not None and self.mode == "permute":
@@ -95,7 +95,7 @@ class Setup:
         return True
 
     def random_row(self, generator: torch.Generator) -> list[int]:
-        """One that keeps the rule."""
+        """Draw a row that keeps the rule."""
         if self.num_groups is not None and self.mode == "permute":
             size = EXPERTS // self.num_groups
             blocks = torch.randperm(self.num_groups, generator=generator).tolist()
@@ -107,7 +107,7 @@ class Setup:
         return torch.randperm(EXPERTS, generator=generator).tolist()
 
 
-Whole = dict[str, Tensor]  # by tensor and state, "0.w", "0.w.exp_avg", ..., all slots of it
+Whole = dict[str, Tensor]  # all slots of each tensor and state, by name: "0.w", "0.w.exp_avg", ...
 
 
 def first_values() -> Whole:
@@ -124,16 +124,16 @@ def first_values() -> Whole:
 
 
 def tokens_of(iteration: int) -> tuple[Tensor, Tensor]:
-    """`[N, D]` each: what goes in, and what the output is weighed by."""
+    """Draw inputs, and the weights of the output in the loss: `[N, D]` each."""
     generator = torch.Generator().manual_seed(1000 + iteration)
     x, target = torch.randn(2, TOKENS, DIM, generator=generator, dtype=torch.float64)
-    # Other experts are hot after each rebalance, so that there is something to move every time.
+    # The hot experts change with each rebalance, so that each one has something to move.
     towards = torch.randn(DIM, generator=torch.Generator().manual_seed(iteration // EVERY), dtype=torch.float64)
     return x + 2 * towards, target
 
 
 def routed(scores: Tensor, num_groups: int | None) -> tuple[Tensor, Tensor]:
-    """`[N, K]` each: the outputs that are chosen, of half of the groups of consecutive ones, and their gates."""
+    """Choose outputs, from the better half of the groups if there are groups, and their gates: `[N, K]` each."""
     open_only = scores.detach()
     if num_groups is not None:
         groups = open_only.unflatten(1, (num_groups, -1))
@@ -146,7 +146,7 @@ def routed(scores: Tensor, num_groups: int | None) -> tuple[Tensor, Tensor]:
 
 
 class Experts(nn.Module):
-    """Those of one GPU, in one tensor or apart."""
+    """The experts of one GPU, in one tensor or in a tensor each."""
 
     def __init__(self, w: Tensor, apart: bool = False) -> None:
         super().__init__()
@@ -155,7 +155,7 @@ class Experts(nn.Module):
     def forward(self, x: Tensor, gates: Tensor) -> Tensor:  # [N, D], [N, G] -> [N, D]
         w: Any = self.w
         if isinstance(w, nn.ParameterList):
-            total = 0 * x + 0 * gates.sum()  # so that there is something to go back from where none has a token
+            total = 0 * x + 0 * gates.sum()  # keeps a graph for backward if no expert has tokens
             for gate, own in zip(gates.T, w, strict=True):
                 if bool(gate.any()):
                     total = total + gate[:, None] * (x @ own).tanh()
@@ -169,11 +169,11 @@ def adamw(parameters: list[Tensor]) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.01)
 
 
-Declared = Tensor | nn.ParameterList  # of one layer's experts, or its router
+Declared = Tensor | nn.ParameterList  # one layer's experts, or its router
 
 
 class Twin:
-    """All experts in logical order, on every rank alike."""
+    """All experts in logical order, the same on every rank."""
 
     def __init__(self, whole: Whole, apart: bool) -> None:
         self.experts = [Experts(whole[f"{layer}.w"].clone(), apart) for layer in range(LAYERS)]
@@ -200,7 +200,7 @@ def all_of(declared: dict[str, Declared]) -> list[Tensor]:
 
 
 def held(optimizer: torch.optim.Optimizer, declared: dict[str, Declared], slots: int) -> Whole:
-    """Copies of tensors, moments and steps; moments are zeros, and steps 0, where there is no state."""
+    """Copy tensors, moments and steps; without state, moments and steps are 0."""
     found, step = {}, torch.tensor(0.0)
     for key, each in declared.items():
         rows = list(each) if isinstance(each, nn.ParameterList) else [each]
@@ -219,7 +219,7 @@ def held(optimizer: torch.optim.Optimizer, declared: dict[str, Declared], slots:
 
 
 def set_moments(optimizer: torch.optim.Optimizer, declared: dict[str, Declared], whole: Whole) -> None:
-    """The optimizer's state, as it was saved; none where it has not stepped."""
+    """Restore the optimizer's state as saved; parameters without a step get none."""
     for key, each in declared.items():
         apart = isinstance(each, nn.ParameterList)
         for number, row in enumerate(each if isinstance(each, nn.ParameterList) else [each]):
@@ -230,15 +230,15 @@ def set_moments(optimizer: torch.optim.Optimizer, declared: dict[str, Declared],
                 optimizer.state[row] = {"step": step.clone(), **own}
 
 
-# --- meshes, made once by all processes --------------------------------------------------------------------------
+# --- meshes, built once by all processes -------------------------------------------------------------------------
 
 _MESHES: dict[tuple[int, int], DeviceMesh] = {}
 _GROUPS: dict[int, Any] = {}
 
 
 def meet() -> None:
-    """Make groups and meshes of every size, which all processes of the pool have to do together."""
-    transfer._STAGING_BYTES = 1  # every commit is the smallest exchange there is
+    """Build groups and meshes of every size, which all processes of the pool must do together."""
+    transfer._STAGING_BYTES = 1  # makes every commit as small as possible
     rebalance_module._COMMIT_BYTES = 1
     for ranks, ep in ((1, 1), (2, 2), (2, 1), (4, 4), (4, 2)):
         _MESHES[ranks, ep] = DeviceMesh("cpu", torch.arange(ranks).view(-1, ep), mesh_dim_names=("copy", "ep"))
@@ -263,7 +263,7 @@ class World:
         self.experts = [self._experts(whole[f"{layer}.w"]) for layer in range(LAYERS)]
         self.routers = [nn.Parameter(whole[f"{layer}.router"].clone()) for layer in range(LAYERS)]
         self.shards = [self._shard(module.w) for module in self.experts] if setup.layout == "flat" else []
-        self.weights = [module.w for module in self.experts]  # FSDP2 puts others in their place in a forward
+        self.weights = [module.w for module in self.experts]  # FSDP2 replaces the module's own during a forward
         stepped = self.shards or self.weights
         self.stepped: dict[str, Any] = {f"{layer}.w": tensor for layer, tensor in enumerate(stepped)}
         self.declared = self.stepped | {f"{layer}.router": router for layer, router in enumerate(self.routers)}
@@ -274,10 +274,10 @@ class World:
         if saved is not None:
             self.rebalancer.load_state_dict(saved["rebalancer"])
         self.begun: list[tuple[Future[None], dict[str, Any]]] = []
-        self.goes_on, self.moved = threading.Event(), threading.Event()  # when a save that is late reads on
+        self.goes_on, self.moved = threading.Event(), threading.Event()  # both let a late save continue
         self.done: dict[str, Any] | None = saved
 
-    # --- how it is made ---
+    # --- construction ---
 
     def _experts(self, whole: Tensor) -> Experts:
         own = whole[self.slots].clone()
@@ -291,7 +291,7 @@ class World:
         return module
 
     def _cut(self) -> slice:
-        """Of this GPU's flattened rows, those that this rank's optimizer steps on; the cut goes through an expert."""
+        """Return the range of this GPU's flattened rows that this rank's optimizer holds; it cuts an expert in two."""
         size = EXPERTS // self.setup.ep * DIM * DIM
         edge = size // 2 - 5 if self.copies == 2 else size
         return (slice(0, edge), slice(edge, size))[self.copy]
@@ -300,7 +300,7 @@ class World:
         return nn.Parameter(w.detach().flatten()[self._cut()].clone())
 
     def part(self, whole: Tensor) -> Tensor:
-        """Of a whole `[P, ...]` of the experts, what this rank's optimizer steps on."""
+        """Return the part of the experts' whole `[P, ...]` that this rank's optimizer holds."""
         own = whole[self.slots]
         if self.setup.layout.startswith("dim"):
             return own.chunk(self.copies, int(self.setup.layout[-1]))[self.copy]
@@ -370,10 +370,10 @@ class World:
         self.met["rebalance within budget"] += any("over the budget" in text for text in event.left_out)
         self.met["layer that stays"] += any("step" in text for text in event.left_out)
 
-    # --- what it computes ---
+    # --- computation ---
 
     def forward(self, x: Tensor, training: bool) -> Tensor:
-        """`[N, D]`, this GPU's part of the output."""
+        """Compute this GPU's part of the output, `[N, D]`."""
         total = torch.zeros(TOKENS, DIM, dtype=torch.float64)
         for number, (module, router) in enumerate(zip(self.experts, self.routers, strict=True)):
             chosen, gate = routed((x @ router.T).sigmoid(), self.setup.num_groups)
@@ -390,7 +390,7 @@ class World:
         return total
 
     def backward(self, sync: bool = True) -> None:
-        """One micro-batch, of the model and of its twin."""
+        """Run one micro-batch of the model and of its twin."""
         self.iteration += 1
         x, target = tokens_of(self.iteration)
         for module in self.experts:
@@ -400,7 +400,7 @@ class World:
         (target * self.twin.output(x, self.setup.num_groups)).sum().backward()
 
     def optimizer_step(self) -> None:
-        for future, _ in self.begun:  # as trainers do
+        for future, _ in self.begun:  # wait for saves, as trainers do
             future.result(timeout=20)
         for router in self.routers:
             dist.all_reduce(router.grad, group=self.mesh["ep"].get_group())
@@ -418,10 +418,10 @@ class World:
             dist.all_gather_object(parts, shard.detach(), group=self.mesh["copy"].get_group())
             module.w.detach().view(-1).copy_(torch.cat(parts))
 
-    # --- what is looked at after every action ---
+    # --- checks after every action ---
 
     def check(self) -> Counter[str]:
-        """All that must hold, whatever came before; what was met since the last time."""
+        """Check all invariants; return what the job met since the last check."""
         placement = self.rebalancer.placement
         self._check_rule(placement)
         self._check_rows(placement)
@@ -447,7 +447,9 @@ class World:
                 assert_near(f"layer {number}, experts, {key[4:]}", own[key], self.part(whole[key][row]))
             assert torch.equal(own[f"{number}.w.step"], whole[f"{number}.w.step"][row][self.slots])
             if self.shards:
-                assert_near("the model's own", self.experts[number].w.detach(), whole[f"{number}.w"][row][self.slots])
+                assert_near(
+                    "the model's weights", self.experts[number].w.detach(), whole[f"{number}.w"][row][self.slots]
+                )
             remap, router = self.setup.mode == "remap", self.routers[number]
             state = self.optimizer.state.get(router, {})
             for key in ("", *(MOMENTS if state else ())):
@@ -460,14 +462,14 @@ class World:
     # --- saving ---
 
     def begin_save(self, late: bool) -> None:
-        """What this rank holds now; where it is late, what it will hold in a moment: nothing may move before."""
+        """Begin a save of what this rank holds; a late one reads it later, and nothing may move until then."""
         told = {"rebalancer": self.rebalancer.state_dict(), "iteration": self.iteration, "twin": self.twin.whole()}
         future = Future[None]()
 
         def write() -> None:
             if late:
                 self.goes_on.wait()
-                self.moved.wait(0.05)  # which must not come before the end of this save
+                self.moved.wait(0.05)  # a move must not happen before the end of this save
             told["parts"] = self._parts()
             future.set_result(None)
 
@@ -483,7 +485,7 @@ class World:
         return held(self.optimizer, self.declared, EXPERTS // self.setup.ep)
 
     def end_saves(self) -> dict[str, Any] | None:
-        """The last save that is whole, put together from all ranks' parts: whole tensors, in the order of slots."""
+        """Finish all saves; return the last one, joined from all ranks' parts: whole tensors in the order of slots."""
         for future, told in self.begun:
             future.result(timeout=20)
             parts: list[Any] = [None] * self.setup.ranks
@@ -494,7 +496,7 @@ class World:
         return self.done
 
     def _check_save(self, saved: dict[str, Any]) -> None:
-        """Its rows are those of the placement that it tells."""
+        """Check that the rows of a save match its placement."""
         for layer in range(LAYERS):
             row = saved["rebalancer"]["layers"][f"moe.{layer}"]["expert_of_slot"]
             for key in (f"{layer}.w", *(f"{layer}.w.{moment}" for moment in (*MOMENTS, "step"))):
@@ -525,10 +527,10 @@ def local(tensor: Tensor) -> Tensor:
 def assert_near(what: str, found: Tensor, wanted: Tensor) -> None:
     off = float((found - wanted).abs().max()) if found.numel() else 0.0
     scale = float(wanted.abs().max()) if wanted.numel() else 0.0
-    assert off <= NEAR * max(scale, 1e-12), f"{what} is off by {off:.3g}, of {scale:.3g}"
+    assert off <= NEAR * max(scale, 1e-12), f"{what} is off by {off:.3g}, at a scale of {scale:.3g}"
 
 
-# --- the actions, one call of the pool each ----------------------------------------------------------------------
+# --- actions, one call of the pool each --------------------------------------------------------------------------
 
 _WORLD: list[World] = []
 
@@ -539,7 +541,7 @@ def is_there(setup: Setup) -> bool:
 
 
 def build(setup: Setup, saved: dict[str, Any] | None) -> None:
-    """A job, begun or resumed. What was there before is dropped as it is, as if the process had been killed."""
+    """Start or resume a job. The previous job is dropped without being closed, as if its process had been killed."""
     if not _MESHES:
         meet()
     _WORLD.clear()
@@ -548,7 +550,7 @@ def build(setup: Setup, saved: dict[str, Any] | None) -> None:
 
 
 def act(action: str, *args: Any) -> tuple[Counter[str], dict[str, Any] | None]:
-    """One action, and a look at everything after it; and the last whole save, if that is what was done."""
+    """Run one action and check everything after it; return what was met, and the last whole save if it ended saves."""
     if not _WORLD:
         return Counter(), None
     world = _WORLD[0]
@@ -560,7 +562,7 @@ def act(action: str, *args: Any) -> tuple[Counter[str], dict[str, Any] | None]:
 
 
 def forget() -> None:
-    """From now on each move of this process leaves a moment of its first slot where it was."""
+    """Make each following move of this process leave a moment of its first slot behind, as an error would."""
     if not _WORLD:
         return
     world = _WORLD[0]
@@ -585,7 +587,7 @@ def do_train(world: World, micro_batches: int) -> None:
 
 
 def do_accumulate(world: World, seed: int) -> None:
-    """Between two micro-batches nothing may move."""
+    """Train two micro-batches, and check that nothing may move between them."""
     world.backward(sync=False)
     refused(world, lambda: do_apply(world, seed, False), "a backward pass has begun")
     world.backward()
@@ -645,7 +647,7 @@ def do_end_saves(world: World) -> dict[str, Any] | None:
 
 
 def do_hand_over(world: World) -> None:
-    """Another rebalancer, of the same model, goes on."""
+    """Continue with a new rebalancer of the same model."""
     state = world.rebalancer.state_dict()
     world.rebalancer.close()
     world.rebalancer = world._rebalancer()

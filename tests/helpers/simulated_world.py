@@ -1,6 +1,6 @@
-"""All ranks of a job simulated on plain arrays in one process, for the tests of schedules and messages.
+"""Simulates all ranks of a job on plain arrays in one process, for tests of schedules and messages.
 
-Every element of every tensor is a number of its own, so a copy that is missing, doubled or misplaced shows.
+Every element of every tensor has a unique value, so a missing, doubled or misplaced copy is detected.
 Shapes: L layers, P slots, G slots on each GPU.
 """
 
@@ -22,17 +22,17 @@ from distplb.migrate.schedule import SlotMove
 
 __all__ = ["EVERY_KIND", "ITEM_BYTES", "WORLDS", "World", "after", "in_order", "written"]
 
-ITEM_BYTES = 8  # of the simulated tensors
+ITEM_BYTES = 8  # bytes per element of the simulated tensors
 
 
 class World:
-    """All ranks of a job: who holds which elements of every tensor, and the elements themselves.
+    """All ranks of a job: which rank holds which elements of every tensor, and the elements themselves.
 
     Args:
-        gpus: by rank, the GPU of its EP group; ranks with the same GPU hold copies, or shards, of its experts.
+        gpus: each rank's GPU in its EP group; ranks with the same GPU hold copies, or shards, of its experts.
         slots_per_gpu: G.
-        kinds: by layer, the tensors: a kind ("whole": on each rank of the GPU; "shards": cut over the ranks of the
-            GPU, anywhere; "everywhere") and the elements of one slot.
+        kinds: the tensors of each layer: a kind ("whole": on each rank of the GPU; "shards": cut anywhere over the
+            ranks of the GPU; "everywhere": on all ranks; others as in `layout`) and the elements of one slot.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class World:
                 number += 1
 
     def layout(self, kind: str, row: int) -> Layout:
-        """Who holds what of a tensor of that kind."""
+        """Build the layout of a tensor of this kind."""
         each = self.slots_per_gpu * row
         if kind == "everywhere":
             return flat_layout(row, self.num_slots, ((0, self.num_slots * row),) * len(self.gpus))
@@ -65,13 +65,13 @@ class World:
         held = [(0, 0)] * len(self.gpus)
         for gpu in range(self.num_gpus):
             ranks = [rank for rank, of in enumerate(self.gpus) if of == gpu]
-            cuts = sorted(self.random.randrange(each + 1) for _ in ranks[1:])  # an empty shard now and then
+            cuts = sorted(self.random.randrange(each + 1) for _ in ranks[1:])  # some shards are empty
             for rank, (start, stop) in zip(ranks, pairwise([0, *cuts, each]), strict=True):
                 held[rank] = (gpu * each + start, gpu * each + stop)
         return flat_layout(row, self.num_slots, tuple(held))
 
     def cut_within_rows(self, row: int, in_place: bool) -> tuple[tuple[Part, ...], ...]:
-        """Each row is cut over the ranks of its GPU: all in the same places, or each in others."""
+        """Cut each row over the ranks of its GPU: all rows in the same places, or each in different ones."""
         held: list[list[Part]] = [[] for _ in self.gpus]
         for gpu in range(self.num_gpus):
             ranks = [rank for rank, of in enumerate(self.gpus) if of == gpu]
@@ -86,13 +86,13 @@ class World:
         return tuple(joined(parts) for parts in held)
 
     def random_placement(self) -> Placement:
-        """A permutation of the experts in every layer; some layers stay contiguous."""
+        """Draw a permutation of the experts in every layer; some layers stay contiguous."""
         rows = [self.random.sample(range(self.num_slots), self.num_slots) for _ in self.kinds]
         rows = [sorted(row) if self.random.random() < 0.2 else row for row in rows]
         return Placement(torch.tensor(rows), self.num_slots, self.num_gpus)
 
     def elements(self, placement: Placement) -> dict[tuple[int, int], np.ndarray]:
-        """By rank and tensor, what the rank must hold under a placement."""
+        """Compute the elements that each rank must hold of each tensor under a placement."""
         elements = {}
         for table, layer in zip(placement.expert_of_slot.numpy(), self.tensors, strict=True):
             for number, layout in layer:
@@ -103,18 +103,18 @@ class World:
         return elements
 
     def bytes_of_rows(self) -> tuple[list[int], list[int]]:
-        """By layer, the bytes of a slot's rows that its GPU stages, and those that every rank stages."""
+        """Compute, by layer, the bytes of a slot's rows that its GPU stages, and those that every rank stages."""
         by_rank = ("everywhere", "rows")
         own = [sum(row for kind, row in layer if kind not in by_rank) * ITEM_BYTES for layer in self.kinds]
         every = [sum(row for kind, row in layer if kind in by_rank) * ITEM_BYTES for layer in self.kinds]
         return own, every
 
     def swap_bytes(self) -> int:
-        """What the dearest swap of two slots stages: both on one GPU."""
+        """Compute the bytes that the largest swap of two slots on one GPU stages."""
         return 2 * max(own + every for own, every in zip(*self.bytes_of_rows(), strict=True))
 
     def steps(self, moves: Sequence[SlotMove], limit: int = 32, large_bytes: int = 1 << 20) -> list[RankCommit]:
-        """Of all ranks, each made for itself; the first half of the ranks is one node."""
+        """Plan the commit of each rank separately; the first half of the ranks is one node, the second another."""
         items = [ITEM_BYTES] * sum(map(len, self.tensors))
         nodes = [2 * rank // len(self.gpus) for rank in range(len(self.gpus))]
         return [
@@ -123,7 +123,7 @@ class World:
         ]
 
     def apply(self, copies: list[Copy], held: dict[tuple[int, int], np.ndarray]) -> list[int]:
-        """Read everything, then write everything; gives the bytes staged on each rank."""
+        """Read everything, then write everything; return the bytes staged on each rank."""
         staged = [0] * len(self.gpus)
         before = {key: array.copy() for key, array in held.items()}
         written: Counter[tuple[int, int, int]] = Counter()
@@ -142,7 +142,7 @@ class World:
 
 
 def written(steps: Sequence[RankCommit]) -> list[Copy]:
-    """What all ranks write."""
+    """List the copies that all ranks write."""
     return [copy for step in steps for copy in [*step.local, *in_order(step.receives)]]
 
 
@@ -151,7 +151,7 @@ def in_order(messages_of: dict[int, list[list[Copy]]]) -> list[Copy]:
 
 
 def after(placement: Placement, moves: list[SlotMove]) -> Placement:
-    """The placement once all moves are done together; raises where it is no permutation."""
+    """Return the placement after all moves together; raises if it is not a permutation."""
     table = placement.expert_of_slot.clone()
     for move in moves:
         table[move.layer, move.target] = placement.expert_of_slot[move.layer, move.source]

@@ -1,4 +1,4 @@
-"""Traces so small that what is saved on them is counted by hand. Shapes: S steps, L layers, E experts."""
+"""Traces so small that savings can be computed manually. Shapes: S steps, L layers, E experts."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ def trace_of(load: Tensor, iteration: Tensor | None = None, num_gpus: int = 2) -
 
 
 def skewed(steps: int) -> Tensor:
-    """`[S, 1, 4]`: two hot experts on the first of two GPUs; apart, both GPUs have the same."""
+    """Make a load `[S, 1, 4]` with two hot experts on the first of two GPUs; on one GPU each, both GPUs are even."""
     return torch.tensor([[[6, 6, 1, 1]]]).expand(steps, -1, -1).clone()
 
 
 def noise(steps: int, tokens: float = 20.0, experts: int = 32) -> Tensor:
-    """`[S, 2, E]`: nothing but chance, anew in each step."""
+    """Draw a load `[S, 2, E]` of equally likely experts, independently in each step."""
     mean = torch.full((steps, 2, experts), tokens)
     return torch.poisson(mean, generator=torch.Generator().manual_seed(0)).long()
 
 
 def ring(filled: Tensor, rows: int, first: int = 0) -> Tensor:
-    """`[S, L, E]`: a buffer of so many rows, of which some in a row are filled."""
+    """Make a buffer `[S, L, E]` of `rows` rows, whose rows from `first` on are `filled`."""
     load = torch.zeros(rows, *filled.shape[1:], dtype=torch.int64)
     load[first : first + len(filled)] = filled
     return load

@@ -1,4 +1,4 @@
-"""What torch later than 2.6 has for asynchronous saves that copy first; where it is not there, their tests skip."""
+"""Names of torch after 2.6 for asynchronous saves that copy first; tests that need them skip on older torch."""
 
 from __future__ import annotations
 

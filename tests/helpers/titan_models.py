@@ -1,9 +1,8 @@
 """Tiny torchtitan models for tests: its own modules, meshes, optimizers and functions, on processes without a GPU.
 
-Four things differ from a job of torchtitan's Trainer, because it expects a GPU: the device type of its meshes is set
-to "cpu", FSDP2's reductions are plain sums, attention is `ScaledDotProductAttention` (torchtitan's language models come
-with others, which need CUDA), and `exact=True` replaces the grouped product, which rounds to bfloat16, by the same
-product in the precision of the weights.
+Torchtitan's Trainer expects a GPU, so four things differ from its jobs: the device type of the meshes is "cpu", FSDP2's
+reductions are plain sums, attention is `ScaledDotProductAttention` (torchtitan's language models use others, which need
+CUDA), and `exact=True` replaces the grouped product, which rounds to bfloat16, by one in the precision of the weights.
 
 Shapes: E experts, e experts on this GPU, R rows routed to them, D model width, F hidden width, V words.
 """
@@ -71,12 +70,12 @@ class ExactExperts(GroupedExperts):
 
 
 def meshes(ep: int, backend: str = "partial_dtensor", tp: int = 1, pp: int = 1, replicate: int = 1) -> ParallelDims:
-    """Torchtitan's meshes over all ranks: `ep` × FSDP × whatever else is asked for."""
+    """Build torchtitan's meshes over all ranks: `ep` × FSDP × the other degrees."""
     set_spmd_backend(backend)
     return _meshes(ep, backend, tp, pp, replicate)
 
 
-@cache  # as a job has them once: FSDP2 refuses parameters on an equal mesh that is another object
+@cache  # as in a job: FSDP2 refuses parameters on an equal mesh that is a different object
 def _meshes(ep: int, backend: Any, tp: int, pp: int, replicate: int) -> ParallelDims:
     titan_meshes.device_type = "cpu"
     world = dist.get_world_size()
@@ -104,7 +103,7 @@ def moe_config(*, groups: int | None, bias: bool, score: str, exact: bool, gpt_o
             num_experts=EXPERTS,
             gate_param_init=LINEAR,
             top_k=TOP_K,
-            score_func=score,  # type: ignore[arg-type]  # one of its two words
+            score_func=score,  # type: ignore[arg-type]  # one of two literals
             route_norm=score == "softmax",
             num_expert_groups=groups,
             num_limited_groups=None if groups is None else groups // 2,
@@ -133,15 +132,15 @@ def tiny_model(
     dim_1: bool = False,
     checkpointing: Any = None,
 ) -> Qwen3Model:
-    """A decoder of torchtitan's, parallelised as its `parallelize_qwen3` does it.
+    """Build a torchtitan decoder, parallelised as by its `parallelize_qwen3`.
 
     Args:
         dense: layers without experts.
-        groups: of group-limited routing.
+        groups: number of groups of group-limited routing.
         bias: whether there is an `expert_bias_E`, and the hook that balances by it.
-        exact: grouped products in `dtype`, instead of torchtitan's own in bfloat16.
-        dim_1: FSDP shards the experts' second dim, as torchtitan does where there are fewer experts than ranks.
-        checkpointing: a configuration of its activation checkpointing.
+        exact: whether grouped products are in `dtype`, instead of torchtitan's in bfloat16.
+        dim_1: whether FSDP shards dim 1 of the experts, as torchtitan does with fewer experts than ranks.
+        checkpointing: a torchtitan configuration of activation checkpointing.
     """
     rope = CosSinRoPE.Config(dim=8, max_seq_len=SEQUENCE, theta=1e4)
     blocks = []
@@ -176,7 +175,7 @@ def tiny_model(
     )
     parallelism = ParallelismConfig(expert_parallel_degree=dims.ep, spmd_backend=dims.spmd_backend)
     config.update_from_config(config=SimpleNamespace(parallelism=parallelism))
-    if gpt_oss:  # whose own model would say so
+    if gpt_oss:  # gpt-oss's own model would set this
         for block in blocks:
             layout = dict.fromkeys(block.moe.routed_experts.inner_experts.param_init, spmd.R)
             set_moe_sharding_config(block.moe, enable_ep=True, enable_sp=True, expert_param_layout=layout)
@@ -185,9 +184,9 @@ def tiny_model(
     torch.set_default_dtype(dtype)
     try:
         model = config.build()
-        # Before it is sharded, so that the weights do not depend on how.
+        # Before sharding, so that the weights do not depend on it.
         model.init_states()
-        # gpt-oss's experts answer in bfloat16 whatever they are asked in.
+        # gpt-oss's experts compute in bfloat16 whatever the dtype of their inputs.
         parallelize(model, dims, torch.bfloat16 if gpt_oss else dtype, dim_1, checkpointing)
     finally:
         torch.set_default_dtype(default)
@@ -195,7 +194,7 @@ def tiny_model(
 
 
 def parallelize(model: Qwen3Model, dims: ParallelDims, dtype: torch.dtype, dim_1: bool, checkpointing: Any) -> None:
-    """As `parallelize_qwen3`, which cannot be told to keep float64."""
+    """Parallelise like `parallelize_qwen3`, which cannot keep float64."""
     if dims.spmd_backend != "partial_dtensor" or dims.ep_enabled:
         model.parallelize(dims)
     if checkpointing is not None:
@@ -209,7 +208,7 @@ def parallelize(model: Qwen3Model, dims: ParallelDims, dtype: torch.dtype, dim_1
         sparse, sparse_axes = resolve_sparse_fsdp_mesh(dims)
     experts = [module for module in model.modules() if isinstance(module, GroupedExperts)]
     for module in experts:
-        # Torchtitan shards dim 1 where there are fewer experts than ranks; it looks here for how many there are.
+        # Torchtitan shards dim 1 if this number of experts is smaller than the number of ranks.
         module.num_experts = 1 if dim_1 else EXPERTS
     apply_fsdp_to_decoder(
         model,
@@ -226,16 +225,16 @@ def parallelize(model: Qwen3Model, dims: ParallelDims, dtype: torch.dtype, dim_1
         module.num_experts = EXPERTS
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            module.set_force_sum_reduction_for_comms(True)  # gloo has no sum with a factor
+            module.set_force_sum_reduction_for_comms(True)  # gloo cannot scale while it sums
 
 
 class Job:
     """A training loop as in torchtitan's Trainer: its optimizers, balancing hook, clipping and learning rates.
 
     Args:
-        dims: of the meshes.
-        steps: of the learning rate's schedule.
-        batch: sequences of an iteration, over all ranks.
+        dims: the meshes.
+        steps: length of the learning rate's schedule.
+        batch: sequences of an iteration on all ranks.
         model: options of `tiny_model`.
     """
 
@@ -244,7 +243,7 @@ class Job:
         self.moe_layers = [number for number in range(2) if number not in model.get("dense", ())]
         self.model = tiny_model(dims, **model)
         optimizers = default_adamw(lr=1e-2)
-        optimizers.implementation = "foreach"  # fused where there is a GPU
+        optimizers.implementation = "foreach"  # "fused" needs a GPU
         self.optimizers: OptimizersContainer[Any] = optimizers.build(model_parts=[self.model])
         register_moe_load_balancing_hook(self.optimizers, [self.model], dims)
         schedule = LRSchedulersContainer.Config(warmup_steps=4, decay_ratio=0.5, decay_type="cosine", min_lr_factor=0.1)
@@ -252,19 +251,19 @@ class Job:
         self.context = get_spmd_context(parallel_dims=dims)
 
     def tokens(self, iteration: int) -> Tensor:
-        """This rank's sequences `[B, S + 1]` of an iteration."""
+        """Draw this rank's sequences `[B, S + 1]` of an iteration."""
         generator = torch.Generator().manual_seed(1000 + iteration)
-        # Skewed, so that some experts are hot, and with something to learn: each word follows from the one before.
+        # Skewed, so that some experts are hot; and learnable, because each word depends on the one before.
         words = (torch.rand(self.batch, 1, generator=generator) ** 3 * VOCABULARY).long()
         noise = torch.randint(0, 3, (self.batch, SEQUENCE), generator=generator)
         words = torch.cat([words, noise], 1).cumsum(1).mul(5) % VOCABULARY
-        sharing = self.dims.get_optional_mesh("batch")  # the ranks that have sequences of their own
+        sharing = self.dims.get_optional_mesh("batch")  # the ranks that have different sequences
         each = self.batch // (1 if sharing is None else sharing.size())
         first = 0 if sharing is None else sharing.get_local_rank() * each
         return words[first : first + each]
 
     def logits(self, iteration: int) -> Tensor:
-        """`[B, S, V]` for this rank's sequences, in evaluation."""
+        """Compute the logits `[B, S, V]` of this rank's sequences, in evaluation."""
         self.model.eval()
         with torch.no_grad(), self.context():
             found = self.forward(self.tokens(iteration)[:, :-1])
@@ -279,7 +278,7 @@ class Job:
         return found
 
     def backward(self, iteration: int) -> Tensor:
-        """Add an iteration's gradients up; this rank's part of the mean loss over all ranks' tokens."""
+        """Accumulate an iteration's gradients; return this rank's part of the mean loss over all ranks' tokens."""
         words = self.tokens(iteration)
         with self.context():
             logits = self.forward(words[:, :-1])
@@ -289,7 +288,7 @@ class Job:
         return loss.detach()
 
     def step(self, iteration: int) -> float:
-        """One iteration; the mean loss over all ranks' tokens."""
+        """Train one iteration; return the mean loss over all ranks' tokens."""
         self.optimizers.zero_grad()
         loss = self.backward(iteration)
         clip_grad_norm_(list(self.model.parameters()), 1.0, foreach=False, ep_enabled=self.dims.ep_enabled)

@@ -1,4 +1,4 @@
-"""What runs of the example's model share: the batches that they learn from, and how far two runs are apart."""
+"""Shared by runs of the example's model: batches, and the difference between two runs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ EXPERTS, BATCH, SEQUENCE = 8, 8, 24
 
 
 def batch(iteration: int) -> tuple[Tensor, Tensor]:
-    """This rank's rows of a global batch of skewed, repetitive bytes."""
+    """Draw this rank's rows of a global batch of skewed, repetitive bytes."""
     generator = torch.Generator().manual_seed(iteration)
     rows = (torch.randn(BATCH, SEQUENCE + 1, generator=generator) * 20).long().remainder(256)
     rows[:, 1::2] = rows[:, :-1:2] // 2 + 3  # something to learn
@@ -21,7 +21,7 @@ def batch(iteration: int) -> tuple[Tensor, Tensor]:
 
 
 def furthest(one: dict[str, Tensor], other: dict[str, Tensor]) -> tuple[float, str]:
-    """The largest difference, relative to the tensor's largest value, and where."""
+    """Return the largest difference, relative to the tensor's largest value, and the tensor's name."""
     assert one.keys() == other.keys()
     return max(
         (float((one[name] - other[name]).abs().max() / one[name].abs().max().clamp(min=1e-30)), name) for name in one

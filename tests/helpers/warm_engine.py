@@ -1,4 +1,4 @@
-"""Loads the machine code of engine `cpu` as it is imported: by the fork server of `ranks`, for all its children."""
+"""Loads the machine code of engine `cpu` when imported; the fork server of `ranks` does so for all its children."""
 
 from __future__ import annotations
 

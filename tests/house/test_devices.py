@@ -1,4 +1,4 @@
-"""Where tensors are made: on the device that is documented, whatever the user's defaults are.
+"""Tensors are created on the documented device, whatever the user's default device and dtype are.
 
 Shapes: T steps, L layers, E experts, P slots, M GPUs.
 """
@@ -46,7 +46,7 @@ from distplb.study.what_if import PRICED, Study
 
 PACKAGE = Path(distplb.__file__).parent
 SOURCES = {str(path.relative_to(PACKAGE)): ast.parse(path.read_text()) for path in PACKAGE.rglob("*.py")}
-MAKERS = {function.__name__ for function in _device_constructors()}  # what torch makes on its default device
+MAKERS = {function.__name__ for function in _device_constructors()}  # their tensors are on torch's default device
 
 LOAD = torch.from_numpy(np.random.default_rng(0).zipf(1.4, (6, 2, 8)).clip(max=500))  # [T, L, E]
 TOPOLOGY = Topology(2, 2)
@@ -55,11 +55,11 @@ CURVE = TimeCurve.linear(2.0)
 MODEL = MoveModel(2e-9, 10**5, 10**9, 10**8)
 
 
-# --- as the sources have it --------------------------------------------------------------------------------------
+# --- in the sources ----------------------------------------------------------------------------------------------
 
 
 def without_device(tree: ast.Module) -> Iterator[str]:
-    """Calls that make a tensor, and leave its device to torch."""
+    """Yield calls that create a tensor without naming a device."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
             makes = ast.unparse(node.func.value) == "torch" and node.func.attr in MAKERS
@@ -75,11 +75,11 @@ def test_a_tensor_of_no_device_is_found() -> None:
 
 @pytest.mark.parametrize("file", SOURCES)
 def test_every_tensor_is_made_on_a_device_that_is_named(file: str) -> None:
-    """Under `torch.set_default_device` those without met others elsewhere, in an error of torch's."""
+    """Under `torch.set_default_device`, tensors without a device met tensors on another one, and torch raised."""
     assert not list(without_device(SOURCES[file]))
 
 
-# --- as it runs --------------------------------------------------------------------------------------------------
+# --- at run time -------------------------------------------------------------------------------------------------
 
 
 def trace() -> Trace:
@@ -102,7 +102,7 @@ def parameters(rows: int) -> nn.Parameter:
 
 
 def rebalanced(comm: Any = None, gpus: int = 1) -> list[Any]:
-    """Two rebalances and a placement of the user's, of 8 experts; in the end a state, and what it makes of another."""
+    """Run two rebalances of 8 experts and apply a user's placement; then save the state and load it again."""
     weights, router = parameters(8 // gpus), parameters(8)
     optimizer = torch.optim.SGD([weights, router], lr=0.1, momentum=0.9)
     layer = MoELayer(name="moe", experts={"w": weights}, router={"weight": router})
@@ -131,7 +131,7 @@ def rebalanced(comm: Any = None, gpus: int = 1) -> list[Any]:
 
 
 def written(folder: Path) -> list[Any]:
-    """A placement, a trace and events, on disk and back."""
+    """Write a placement and a trace to disk, and read them back."""
     START.save(folder / "start.json")
     with TraceWriter(folder / "trace") as writer:
         writer.add(LOAD, START, range(6))
@@ -144,7 +144,7 @@ def ties() -> float | None:
     return found.take()
 
 
-# By public name. Of classes, what is done with one.
+# A call for each public name; for a class, of its methods.
 CALLS: dict[str, Callable[[Path], Any]] = {
     "LoadWindow": lambda _: window(),
     "MoveModel": lambda _: MODEL.seconds(3, 2),
@@ -175,7 +175,7 @@ CALLS: dict[str, Callable[[Path], Any]] = {
         trace(), lambda load, current: distplb.plan(load, TOPOLOGY), topology=TOPOLOGY, every=2, model=MODEL
     ),
     "measured_curve": lambda _: distplb.measured_curve(lambda tokens: None, [1, 4]).tokens,
-    # Those of other modules, that users are told of.
+    # Documented functions of other modules.
     "agree": lambda _: agree(WorldOfOne(), {"a": 1}, None),
     "balance": lambda _: [balancedness_vllm(LOAD), balancedness_sglang(LOAD), max_violation(LOAD)],
     "findings": lambda _: [one.level for one in findings() if one.what.startswith("engine")],
@@ -191,7 +191,7 @@ WITHOUT_TENSORS |= {"Moves", "Record", "Search", "read_events"}
 
 
 def plain(value: Any) -> Any:
-    """In Python's values, that are compared with ==; a tensor's device along with it."""
+    """Convert to plain Python values, which == compares; a tensor becomes its device, dtype and values."""
     if isinstance(value, Tensor):
         return [str(value.device), str(value.dtype), value.tolist()]
     if isinstance(value, Placement):
@@ -225,7 +225,7 @@ def test_all_public_names_are_called() -> None:
 def test_what_comes_out_does_not_depend_on_the_defaults(
     name: str, device: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
-    """On the device `meta` a tensor has no values, so that none can come from there."""
+    """On the device `meta` a tensor has no values, so a result cannot depend on a tensor created there."""
     (tmp_path / "plain").mkdir()
     (tmp_path / "other").mkdir()
     wanted = plain(CALLS[name](tmp_path / "plain"))

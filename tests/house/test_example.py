@@ -1,4 +1,4 @@
-"""The example runs under torchrun as its users run it, and writes what it says."""
+"""The examples run under torchrun, as users run them, and print and write what they promise."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_compare_trains_all_modes_and_writes_the_closing_table(tmp_path: Path) -
         assert modes["forced"]["imbalance"] == pytest.approx(1.0)
         assert modes["static"]["rebalance_share"] == 0 < modes["rebalanced"]["rebalance_share"] < 1
         assert 0 < modes["static"]["wait_share"] < modes["static"]["expert_share"] < 1
-        # Moving experts changes no result; float32 sums may take another order.
+        # Moving experts changes no result, except that float32 sums may be taken in another order.
         assert modes["rebalanced"]["loss"] == pytest.approx(modes["static"]["loss"], rel=1e-3)
     assert said.count("rebalance after iteration") == 2 * 3
 
@@ -77,7 +77,7 @@ def test_the_example_of_a_framework_runs_and_tells_the_imbalance_before_and_afte
 
 
 def test_experts_without_tokens_end_neither_training_nor_rebalances() -> None:
-    """The first rebalance after an expert had no token ended the job."""
+    """The first rebalance after an expert had received no tokens ended the job."""
     example = EXAMPLE.with_name("starved_experts.py")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(example)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
@@ -85,13 +85,13 @@ def test_experts_without_tokens_end_neither_training_nor_rebalances() -> None:
     assert done.returncode == 0, done.stderr
     rebalances = re.findall(r"iteration +(\d+): moved, +(\d+) slots.*first layer: \[(.*)\]", done.stdout)
     assert [int(iteration) for iteration, *_ in rebalances] == list(range(6, 61, 6))
-    assert sum(len(set(steps.split(", "))) > 1 for *_, steps in rebalances) > 5, "experts had other histories"
+    assert sum(len(set(steps.split(", "))) > 1 for *_, steps in rebalances) > 5, "step counts must differ"
     (apart,) = re.findall(r"they differ by at most (\S+)", done.stdout)
     assert float(apart) < 1e-9
 
 
 def losses(said: str) -> list[str]:
-    """Means over iterations 1 to 4, 5 to 8 and 9 to 12."""
+    """Read the mean losses of iterations 1 to 4, 5 to 8 and 9 to 12."""
     return re.findall(r"static +iteration +\d+  loss (\S+)", said)
 
 
@@ -99,10 +99,10 @@ def test_from_the_switch_on_batches_come_from_the_other_text(tmp_path: Path) -> 
     (tmp_path / "poem.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 50)
     own = ["--balance=static", f"--data={tmp_path}", "--text=prose"]
     kept = trained(*own, ranks=1)
-    assert kept.count("text: ") == 1  # at the start; none in the table
+    assert kept.count("text: ") == 1  # at the start only, not with the table
     for switch_at, same in ((8, 1), (9, 2)):
         said = trained(*own, f"--switch-at={switch_at}", ranks=1)
-        assert f"\ntext: {tmp_path}, from iteration {switch_at} on code\nmedians over" in said
+        assert f"\ntext: {tmp_path}, code from iteration {switch_at} on\nMedians over" in said
         pairs = zip(losses(said), losses(kept), strict=True)
         assert [one == other for one, other in pairs] == [i < same for i in range(3)]
 

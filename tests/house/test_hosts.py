@@ -1,4 +1,4 @@
-"""Several hosts, each a network namespace on a link of its own: what a single machine's tests say holds there too."""
+"""Results that other tests show on one machine hold on several hosts, each a network namespace with its own link."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ needs_hosts = pytest.mark.skipif(why_not("tbf") is not None, reason=f"no hosts: 
 
 
 def read(paths: Sequence[Path], launchers: Sequence[Launcher], log: Path) -> list[dict[str, Any]]:
-    """What was written to the files, as soon as all are there."""
+    """Wait until all files exist, and read them."""
     end = time.monotonic() + SECONDS
     while not all(path.exists() for path in paths):
         assert any(launcher.poll() is None for launcher in launchers), log.read_text()
@@ -42,7 +42,7 @@ def read(paths: Sequence[Path], launchers: Sequence[Launcher], log: Path) -> lis
 
 
 def links(host: Host) -> list[str]:
-    """Names of the links that a host sees."""
+    """List the network links that a host sees."""
     with host.start(["ip", "-j", "link", "show"], stdout=subprocess.PIPE) as listing:
         return [link["ifname"] for link in json.loads(listing.communicate(timeout=30)[0])]
 
@@ -73,11 +73,10 @@ def test_hosts_plan_move_and_miss_each_other_as_one_machine_does(
     assert found[0]["slots moved"] >= 6
     assert found[0]["wrong"] == []
     inside, between = found[0]["bytes"]
-    assert (inside > 0, between > 0) == (ranks > 1, ranks == 1)  # where there is somebody inside, that is cheaper
-    assert found[0]["prices"] == [4.0]  # between nodes and inside, where nobody knows what moves cost
-    # Each host sends to the next one: the links of all of them, each as fast as it is limited to. Quiet cores measure
-    # that within 20 % (benchmarks/migrate/bench_bandwidth.py), busy ones half of it. With latency in it, a hundredth
-    # would be left.
+    assert (inside > 0, between > 0) == (ranks > 1, ranks == 1)  # moves stay inside a node where they can
+    assert found[0]["prices"] == [4.0]  # the default ratio between nodes to inside, while no bandwidth is known
+    # Each host sends to the next one, so all links are busy, each at its limit. Quiet cores measure that within 20 %
+    # (benchmarks/migrate/bench_bandwidth.py), busy ones half of it. If latency counted, a hundredth would be left.
     assert 0.2 < found[0]["links"][1] / (nodes * MEGABITS * 1e6 / 8) < 2
     if nodes == ranks == 2:
         aware, unaware = found[0]["aware"], found[0]["unaware"]

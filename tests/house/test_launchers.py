@@ -1,4 +1,4 @@
-"""The scripts of launch/ start what they say, on this host and on nodes that are made up by the test."""
+"""The scripts of launch/ start the processes that they promise, on this host and on simulated nodes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
 DEADLINE = 300  # seconds
 
-# A script of the user's: each rank plans with the others, and tells what it has been given.
+# A user's script: the ranks plan together, and each one writes the result and the arguments that it received.
 PLANNING = """
 import json, os, sys, torch
 from distplb import Topology, plan
@@ -47,11 +47,11 @@ from distplb.comm.torchdist import TorchComm
 dist.init_process_group("gloo")
 comm = TorchComm()
 """,
-    # With the last who holds it the group joins its threads: one that outlives the interpreter aborts the process.
+    # The last reference to the group joins its threads; a thread that outlives the interpreter aborts the process.
     end="del comm; dist.destroy_process_group()",
 )
 OVER_MPI = PLANNING.format(start="from distplb.comm.mpi import MpiComm; comm = MpiComm()", end="")
-# The environment alone, without the time that torch takes to be imported.
+# Writes the environment only, to save the time that importing torch takes.
 TELLING = """
 import os
 names = ("GROUP_RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "WORLD_SIZE")
@@ -61,7 +61,7 @@ open("rank" + os.environ["RANK"], "w").write(" ".join(os.environ[name] for name 
 
 @pytest.fixture
 def environment(tmp_path: Path) -> dict[str, str]:
-    """An active environment whose python notes its arguments, and installs nothing."""
+    """An active environment whose python logs its arguments, and installs nothing."""
     tool(
         tmp_path / "bin" / "python",
         f'echo "$@" >> "{tmp_path}/called"\nif [ "${{2:-}}" != pip ]; then exec "{sys.executable}" "$@"; fi\n',
@@ -83,7 +83,7 @@ def tool(path: Path, text: str) -> None:
 
 
 def launched(script: str | Path, *words: str, env: dict[str, str], cwd: Path) -> subprocess.CompletedProcess[str]:
-    """What a script of launch/ says; it and all that it started have ended by then."""
+    """Run a script of launch/ until it and all processes that it started have ended."""
     with started(script, *words, env=env, cwd=cwd) as process:
         out, err = process.communicate(timeout=DEADLINE)
     return subprocess.CompletedProcess(words, process.returncode, out, err)
@@ -91,14 +91,14 @@ def launched(script: str | Path, *words: str, env: dict[str, str], cwd: Path) ->
 
 @contextmanager
 def started(script: str | Path, *words: str, env: dict[str, str], cwd: Path) -> Iterator[subprocess.Popen[str]]:
-    """A script of launch/ that runs; if it still does in the end, it is ended with all that it has started."""
+    """Start a script of launch/; at the end, stop it and all processes that it started."""
     command = ["bash", str(ROOT / "launch" / script), *words]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen(command, env=env, cwd=cwd, start_new_session=True, **pipes)
     try:
         yield process
     finally:
-        # torchrun ends its ranks, which have sessions of their own, when it is asked to end.
+        # SIGTERM first: on it torchrun ends its ranks, which are in other sessions.
         for sign in (signal.SIGTERM, signal.SIGKILL):
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, sign)
@@ -107,7 +107,7 @@ def started(script: str | Path, *words: str, env: dict[str, str], cwd: Path) -> 
 
 
 def free_port() -> int:
-    """One that slurm.sh could come to; nobody had it a moment ago."""
+    """Find a port that slurm.sh can compute from a job id, and that was free a moment ago."""
     for port in random.sample(range(20000, 32000), 50):
         with socket.socket() as probe:
             try:
@@ -122,7 +122,7 @@ def told_by_ranks(folder: Path) -> list[Any]:
     return [json.loads(path.read_text()) for path in sorted(folder.glob("rank*.json"))]
 
 
-# --- how they are written --------------------------------------------------------------------------------------------
+# --- syntax and usage ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
@@ -131,7 +131,7 @@ def test_a_script_parses_and_is_short(script: Path) -> None:
     assert (parsed.returncode, parsed.stderr) == (0, "")
     lines = script.read_text().splitlines()
     assert len(lines) < 50
-    if script.name != "environment.sh":  # which is sourced
+    if script.name != "environment.sh":  # it is sourced
         assert lines[0] == "#!/usr/bin/env bash"
         assert "set -euo pipefail" in lines
         assert os.access(script, os.X_OK)
@@ -159,7 +159,7 @@ def test_without_a_script_to_run_an_example_is_told(script: str, environment: di
 def test_torchrun_starts_processes_on_this_host_that_check_the_library(
     environment: dict[str, str], tmp_path: Path
 ) -> None:
-    """What launch/nccl.sh runs on GPUs, on two CPU processes, with a path that is meant from where it is called."""
+    """Run the checks of launch/nccl.sh on two CPU processes, with a path relative to the caller's folder."""
     words = ["--backend", "gloo", "--dim", "8", "--repeats", "1", "--output", "found"]
     env = environment | {"NPROC_PER_NODE": "2"}
     done = launched("torchrun.sh", str(ROOT / "benchmarks" / "comm" / "check_nccl.py"), *words, env=env, cwd=tmp_path)
@@ -176,7 +176,7 @@ def test_torchrun_starts_processes_on_this_host_that_check_the_library(
 
 
 def test_torchrun_hands_on_that_a_check_has_failed(environment: dict[str, str], tmp_path: Path) -> None:
-    """Of the check itself: what one rank finds is written, and the exit status is not 0."""
+    """An error that one rank finds is written, and the exit status is not 0."""
     (tmp_path / "wrong.py").write_text(
         "import sys\nfrom benchmarks.comm import check_nccl\n"
         "check_nccl.CHECKS = {'moves': lambda *_: iter(['a moment was left behind'])}\n"
@@ -192,7 +192,7 @@ def test_torchrun_hands_on_that_a_check_has_failed(environment: dict[str, str], 
 
 
 def test_torchrun_starts_one_job_on_several_hosts(environment: dict[str, str], tmp_path: Path) -> None:
-    """Two hosts that are this one; they are numbered as they come."""
+    """Two hosts, both of which are this one, numbered in the order they join."""
     (tmp_path / "tell.py").write_text(TELLING)
     port = str(free_port())
     env = environment | {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NPROC_PER_NODE": "2"}
@@ -265,7 +265,7 @@ def test_mpirun_says_what_is_missing(environment: dict[str, str], tmp_path: Path
     (tmp_path / "plan.py").touch()
     refused = launched("mpirun.sh", "plan.py", env=environment | {"MPIEXEC": "no-such-mpi -n 2"}, cwd=tmp_path)
     assert refused.returncode == 2
-    assert refused.stderr == "no no-such-mpi here; load your cluster's MPI, or pip install mpich\n"
+    assert refused.stderr == "no-such-mpi is not installed; load your cluster's MPI, or pip install mpich\n"
 
 
 @pytest.mark.skipif(torch.cuda.device_count() > 1, reason="here it would check the GPUs")
@@ -273,7 +273,7 @@ def test_nccl_refuses_fewer_than_two_gpus(environment: dict[str, str], tmp_path:
     refused, here = launched("nccl.sh", env=environment, cwd=tmp_path), torch.cuda.device_count()
     assert refused.returncode == 2
     assert refused.stderr == (
-        f"NCCL between ranks takes 2 GPUs or more, and torch sees {here} here; nothing was checked\n"
+        f"the checks need 2 GPUs or more, and torch sees {here}; run this on a host with more GPUs\n"
     )
 
 
@@ -283,7 +283,7 @@ def test_nccl_refuses_fewer_than_two_gpus(environment: dict[str, str], tmp_path:
 def test_versions_runs_the_tests_with_the_python_and_the_torch_that_are_named(
     environment: dict[str, str], tmp_path: Path
 ) -> None:
-    """In an environment that the named Python makes; here one that notes what is asked of it, and installs nothing."""
+    """The Python here is a stand-in that creates the environment, logs its arguments and installs nothing."""
     noting = f'echo "$@" >> "{tmp_path}/asked"\n'
     making = f'{noting}mkdir -p "$3/bin"\ncp "{tmp_path}/bin/inside" "$3/bin/python"\necho "$3" > "{tmp_path}/made"\n'
     tool(tmp_path / "bin" / "inside", noting)
@@ -306,7 +306,7 @@ def test_versions_runs_the_tests_with_the_python_and_the_torch_that_are_named(
     ("words", "said"),
     [
         (["python3.99"], "pass a Python and a version of torch; "),
-        (["no-such-python", "2.6.0"], "no no-such-python here; "),
+        (["no-such-python", "2.6.0"], "no-such-python is not installed; "),
     ],
 )
 def test_versions_says_what_is_missing(
@@ -321,7 +321,7 @@ def test_versions_says_what_is_missing(
 
 
 class Wrong(TorchComm):
-    """Adds up where the least is asked for, as a library with an error would."""
+    """Sums where the minimum is requested, as a faulty library would."""
 
     def all_reduce_min(self, tensor: Tensor) -> None:
         self.all_reduce_sum(tensor)

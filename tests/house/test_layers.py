@@ -1,4 +1,4 @@
-"""The house: who may import whom, what a module's face looks like, and that the examples in it are true."""
+"""Which modules may import which, what every module must declare, and whether the examples in docstrings are true."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SOURCES = {
     for path in sorted(PACKAGE.rglob("*.py"))
 }
 
-# A module may import from its own room and from those of earlier lines. Rooms of one line do not know each other.
+# A module may import from its own room and from rooms of earlier lines, not from other rooms of its own line.
 LEVELS = [
     "errors",
     "core",
@@ -37,7 +37,7 @@ LEVELS = [
     "__main__",
 ]
 LEVEL = {room: number for number, rooms in enumerate(LEVELS) for room in rooms.split()}
-# Libraries that only these modules may know, or the modules of this room.
+# Libraries, and the only modules or rooms that may use each.
 KEPT_IN = {
     "torch.distributed": "comm",
     "mpi4py": "comm.mpi",
@@ -47,14 +47,14 @@ KEPT_IN = {
     "filelock": "core.machine_code",
     "concurrent": "core.threads records.trace_writer records.event_log train.background",
     "triton": "packing.cuda_kernels packing.cuda_settle packing.cuda_settle_state packing.cuda_steps",
-    "matplotlib": "report.figures report.drawings",  # the numbers of a report need no plotting library
+    "matplotlib": "report.figures report.drawings",  # a report's figures are computed without a plotting library
     "jinja2": "report.page",
     "transformers": "integrations.huggingface",
     "torchtitan": "integrations.torchtitan",
     "megatron": "integrations.megatron integrations.megatron_optimizers",
 }
 NOWHERE = {"deepspeed", "accelerate", "tensorboard"}
-# Imported when they are used, and by modules that nothing imports before.
+# Imported on first use only; `import distplb` does not load them.
 FRAMEWORKS = {"transformers", "torchtitan", "megatron"}
 LATE = {"yaml", "numba", "triton", "filelock", "scipy", "mpi4py", "matplotlib", "jinja2", "click", "rich"}
 NEEDS = {
@@ -74,7 +74,7 @@ NEEDS = {
     "distplb.integrations.megatron": "megatron",
     "distplb.integrations.megatron_optimizers": "megatron",
 }
-# Rooms and modules that decide, and act on nothing.
+# Rooms and modules that decide, and have no side effects.
 PURE = """
 core.arguments core.balance core.bound core.bound_with_replicas core.bound_without_replicas core.cost core.count_errors
 core.counts core.fixed_point core.hashing core.plain_tensor core.price core.ties
@@ -87,7 +87,7 @@ IMPURE_MODULES = {"time", "os", "random", "io", "socket", "subprocess", "threadi
 IMPURE_MODULES |= {"numpy.random", "torch.random", "torch.distributed", "distplb.comm", "distplb.core.stages"}
 IMPURE_MODULES |= {"distplb.core.machine_code", "distplb.core.threads"}
 IMPURE_MODULES |= {"tempfile", "concurrent", "multiprocessing", "filelock"}
-# Where machine code is kept, how many threads there are, and how long a trial took never reaches a result.
+# No result depends on where machine code is kept, how many threads there are, or how long a trial took.
 EXCUSED = {
     "distplb.packing.cpu": {"distplb.core.machine_code", "distplb.core.threads"},
     "distplb.packing.cuda_trial": {"time"},
@@ -113,7 +113,7 @@ def tree(module: str) -> ast.Module:
 
 @cache
 def imports(module: str) -> set[str]:
-    """Full names of what a module imports, wherever in it; of `from a import b` both a and a.b."""
+    """Collect the full names that a module imports anywhere; `from a import b` gives both a and a.b."""
     found = set()
     for node in ast.walk(tree(module)):
         if isinstance(node, ast.Import):
@@ -127,7 +127,7 @@ def imports(module: str) -> set[str]:
 
 @cache
 def uses(module: str) -> set[str]:
-    """Dotted names in a module's code, such as torch.distributed.barrier, and their beginnings."""
+    """Collect the dotted names in a module's code, such as torch.distributed.barrier, and their prefixes."""
     found = set()
     for node in ast.walk(tree(module)):
         if isinstance(node, ast.Attribute | ast.Name):
@@ -136,7 +136,7 @@ def uses(module: str) -> set[str]:
 
 
 def strings(module: str) -> set[str]:
-    """The texts in a module's code: what is imported by its name is among them."""
+    """Collect the string constants in a module's code, which include names of modules imported by name."""
     constants = (node.value for node in ast.walk(tree(module)) if isinstance(node, ast.Constant))
     return {value for value in constants if isinstance(value, str)}
 
@@ -146,7 +146,7 @@ def is_in(name: str, package: str) -> bool:
 
 
 def own_imports(module: str) -> set[str]:
-    """The modules of this package that a module imports, without the package's name."""
+    """Collect the modules of this package that a module imports, without the prefix `distplb.`."""
     return {name.removeprefix("distplb.") for name in imports(module) if name in SOURCES and name != "distplb"}
 
 
@@ -159,9 +159,9 @@ IMPORTABLE = [name for name in SOURCES if name not in NEEDS or find_spec(NEEDS[n
 
 
 def loaded(module: str) -> ModuleType:
-    """The module; those of Numba with their machine code where the engine keeps it.
+    """Import a module; for those of Numba, let the engine first set the folder of its machine code.
 
-    Elsewhere it would be kept beside the sources, and be used on when those have changed.
+    Otherwise the machine code would be kept next to the sources, and still be used after they have changed.
     """
     if NEEDS.get(module) == "numba":
         cpu.warm_up()
@@ -182,7 +182,7 @@ def test_a_module_imports_only_downward(module: str) -> None:
     own = room_of(module)
     for imported in own_imports(module):
         room = room_of(imported)
-        assert room == own or LEVEL[room] < LEVEL[own], f"{module} imports {imported}, which does not lie below it"
+        assert room == own or LEVEL[room] < LEVEL[own], f"{module} imports {imported}, which is not below it"
 
 
 def test_every_room_says_what_it_may_import() -> None:
@@ -214,7 +214,7 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
     waiting = {module.removeprefix("distplb."): own_imports(module) for module in INSIDE}
     while waiting:
         ready = {module for module, imported in waiting.items() if not imported & (waiting.keys() - {module})}
-        assert ready, f"a circle among {sorted(waiting)}"
+        assert ready, f"an import cycle among {sorted(waiting)}"
         waiting = {module: imported for module, imported in waiting.items() if module not in ready}
 
 
@@ -223,7 +223,7 @@ def test_a_library_is_known_in_one_place(library: str) -> None:
     places = [f"distplb.{place}" for place in KEPT_IN[library].split()]
     knowing = {module for module in SOURCES if any(is_in(name, library) for name in imports(module) | uses(module))}
     assert not {module for module in knowing if not any(is_in(module, place) for place in places)}
-    assert all(any(is_in(module, place) for module in knowing) for place in places), "a place that knows it no more"
+    assert all(any(is_in(module, place) for module in knowing) for place in places), "a listed place no longer uses it"
 
 
 @pytest.mark.parametrize("module", SOURCES)
@@ -240,7 +240,7 @@ def test_what_decides_has_no_clock_file_process_group_or_random_state(module: st
     assert not {name.split(".")[-1] for name in uses(module)} & IMPURE_NAMES
 
 
-# --- faces ------------------------------------------------------------------------------------------------------
+# --- what modules declare ---------------------------------------------------------------------------------------
 
 
 def test_the_top_module_holds_the_public_names_and_nothing_else() -> None:
@@ -262,7 +262,7 @@ def test_the_top_module_holds_the_public_names_and_nothing_else() -> None:
 def test_every_module_says_what_it_is_and_which_names_are_public(module: str) -> None:
     assert ast.get_docstring(tree(module))
     if SOURCES[module].name == "__init__.py" and module != "distplb":
-        assert len(tree(module).body) == 1, "a folder's __init__ holds a docstring and nothing else"
+        assert len(tree(module).body) == 1, "a folder's __init__ may contain only a docstring"
         return
     if module not in IMPORTABLE:
         pytest.skip(f"needs {NEEDS[module]}")

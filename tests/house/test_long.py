@@ -1,4 +1,4 @@
-"""Which tests run: long ones with --long, or by their name, and files that take long begin first."""
+"""Long tests run with --long or when named, and the files that take longest start first."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Private names of torch: this torch has them, and one file alone uses them."""
+"""Private names of torch: the installed torch has them, and only two files and a few exceptions use them."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ from distplb.core.private_names import forward_pre_hooks, is_in_backward, is_of_
 
 PACKAGE = Path(distplb.__file__).parent
 SOURCES = {str(path.relative_to(PACKAGE)): ast.parse(path.read_text()) for path in PACKAGE.rglob("*.py")}
-# Where each lies, and what is gone with it. tests/migrate/test_fsdp2.py has those of FSDP2.
+# Each name's module, and what distplb needs it for. Those of FSDP2 are in tests/migrate/test_fsdp2.py.
 NAMES = {
-    ("torch._C", "_current_graph_task_id"): "recomputations are told from forwards (LoadWindow.add)",
-    ("torch._dynamo", "graph_break"): "a window goes to the device of a compiled forward (LoadWindow.add)",
+    ("torch._C", "_current_graph_task_id"): "to tell recomputations from forwards (LoadWindow.add)",
+    ("torch._dynamo", "graph_break"): "to move a window to the device of a compiled forward (LoadWindow.add)",
     (
         "torch.nn",
         "Module._forward_pre_hooks",
-    ): "a second rebalancer finds the table of a first (adapters, mode='remap')",
-    ("torch.utils._pytree", "tree_leaves"): "optimizer state that would not travel is refused (Rebalancer)",
-    ("torch.distributed.distributed_c10d", "_get_default_store"): "ranks that are lost are named (TorchComm)",
-    ("torch.distributed.device_mesh", "DeviceMesh._flatten"): "EP groups side by side have one group (torchtitan)",
-    ("torch.distributed.tensor._utils", "compute_local_shape_and_global_offset"): "DTensors travel (Rebalancer)",
+    ): "so that a second rebalancer finds the first one's table (adapters, mode='remap')",
+    ("torch.utils._pytree", "tree_leaves"): "to refuse optimizer state that cannot travel (Rebalancer)",
+    ("torch.distributed.distributed_c10d", "_get_default_store"): "to name lost ranks (TorchComm)",
+    ("torch.distributed.device_mesh", "DeviceMesh._flatten"): "to build one group of all EP groups (torchtitan)",
+    ("torch.distributed.tensor._utils", "compute_local_shape_and_global_offset"): "to move DTensors (Rebalancer)",
 }
 KEEPERS = ("core/private_names.py", "comm/private_names.py")
-# Others that may use private names, of torch or of a framework; NamedTuple's are public, and so are these of Python.
+# Other files that may use private names, of torch or of a framework. PUBLIC: underscored names that are public.
 EXCUSED = {
     "comm/fsdp2.py": {"_all_gather_result", "_partial_reduce_output", "_module_state_mapping"}
     | {"_unsharded_param", "_fsdp_param_groups", "_fsdp_param_group", "_composable_state"},
@@ -47,20 +47,20 @@ EXCUSED = {
 PUBLIC = {"_asdict", "_replace", "_fields", "os._exit", "sys._getframe"}
 
 
-# --- they are there ----------------------------------------------------------------------------------------------
+# --- the names exist ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", NAMES, ids=".".join)
 def test_this_torch_has_the_name(name: tuple[str, str]) -> None:
     module, path = name
-    lost = f"torch {torch.__version__} has no {module}.{path} any more, by which {NAMES[name]}; see {KEEPERS}"
+    lost = f"torch {torch.__version__} has no {module}.{path}; distplb needs it {NAMES[name]}; see {KEEPERS}"
     try:
         found: Any = importlib.import_module(module)
     except ImportError:
         pytest.fail(lost)
     for part in path.split("."):
         if path == "Module._forward_pre_hooks" and part == "_forward_pre_hooks":
-            found = found()  # which modules have, not their class
+            found = found()  # an attribute of instances, not of the class
         assert hasattr(found, part), lost
         found = getattr(found, part)
 
@@ -80,7 +80,7 @@ def test_they_do_what_they_are_needed_for() -> None:
 
 
 def test_the_context_of_a_compiled_graph_is_known() -> None:
-    """By a look at what the compiler's own function is given."""
+    """Compare the context of a custom function with the one in a compiled graph."""
     contexts = []
 
     class Own(torch.autograd.Function):
@@ -111,7 +111,7 @@ def test_those_of_several_ranks_do_what_they_are_needed_for() -> None:
     assert found == [[1, 4, ((3, 2), (3 * (rank % 2), 0)), True] for rank in range(4)]
 
 
-# --- and nowhere else --------------------------------------------------------------------------------------------
+# --- and are used nowhere else -----------------------------------------------------------------------------------
 
 
 def is_private(name: str) -> bool:
@@ -120,7 +120,7 @@ def is_private(name: str) -> bool:
 
 @cache
 def own_names() -> set[str]:
-    """Private names that distplb gives: of its functions, classes, and attributes that it writes."""
+    """Collect the private names that distplb defines: functions, classes, and attributes that it assigns."""
     found = set()
     for tree in SOURCES.values():
         for node in ast.walk(tree):
@@ -132,7 +132,7 @@ def own_names() -> set[str]:
 
 
 def private_names(tree: ast.Module) -> Iterator[str]:
-    """Of others, imported, read as an attribute, or by `getattr`; and where they lie."""
+    """Yield private names that are imported, or read as attributes of objects other than self, or by `getattr`."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import | ast.ImportFrom):
             module = getattr(node, "module", None) or ""
@@ -166,7 +166,7 @@ torch.ok.__version__
 
 @pytest.mark.parametrize("file", SOURCES)
 def test_no_other_file_uses_a_private_name_of_torch(file: str) -> None:
-    """One that torch drops or changes is then met in one file, not in the middle of a job."""
+    """A name that torch drops or changes then fails in one known file, not in the middle of a job."""
     if file not in KEEPERS:
         found = set(private_names(SOURCES[file])) - PUBLIC - own_names()
         assert found == EXCUSED.get(file, set())

@@ -1,4 +1,4 @@
-"""Examples, benchmarks and scripts of launch/ refuse options that they do not know; some ran without."""
+"""Examples, benchmarks and scripts of launch/ refuse unknown options, which some of them used to ignore."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FRAMEWORKS = {"megatron_moe", "torchtitan_moe", "huggingface_moe"}
 
 
 def block_of(path: Path) -> list[ast.stmt]:
-    """What runs where a file is run as a script; nothing where it is imported only."""
+    """Return the statements under `if __name__ == "__main__"`, none if the file has no such block."""
     for node in ast.parse(path.read_text()).body:
         if isinstance(node, ast.If) and "__name__" in ast.unparse(node.test):
             return node.body
@@ -32,7 +32,7 @@ def block_of(path: Path) -> list[ast.stmt]:
 
 
 def started(path: Path) -> None:
-    """Run a script; of those whose framework takes seconds to import, the first line of what they run."""
+    """Run a script, or only its first statement if its framework takes seconds to import."""
     if path.stem in FRAMEWORKS:
         first = ast.Module(block_of(path)[:1], [])
         exec(compile(first, str(path), "exec"), {"argparse": argparse, "__doc__": "Train."})
@@ -61,16 +61,16 @@ def test_a_script_refuses_options_that_it_does_not_know(
         started(path)
     assert ended.value.code == 2
     told = capsys.readouterr().err
-    lacks = "the following arguments are required: " in told  # is said before what is unknown
+    lacks = "the following arguments are required: " in told  # argparse reports these before unknown ones
     assert lacks or f"unrecognized arguments: {' '.join(UNKNOWN)}" in told
-    assert "parse_known_args" not in path.read_text() or path.stem == "bench_spread"  # hands the others on
+    assert "parse_known_args" not in path.read_text() or path.stem == "bench_spread"  # it passes unknown options on
 
 
 @pytest.mark.parametrize("name", sorted({"pretrain_moe", *FRAMEWORKS}))
 def test_an_example_tells_of_rebalances_that_know_no_imbalance_of_a_layer(
     name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A skipped rebalance, and a layer without tokens, were errors in the log."""
+    """A skipped rebalance, or a layer without tokens, caused an error in the log."""
     body = ast.parse((ROOT / "examples" / f"{name}.py").read_text()).body
     report = [node for node in body if isinstance(node, ast.FunctionDef) and node.name == "report"]
     on_rank_0 = SimpleNamespace(get_rank=lambda: 0)
@@ -90,4 +90,4 @@ def test_building_the_wheel_takes_no_arguments() -> None:
         ["bash", ROOT / "launch" / "wheel.sh", "python3.10"], capture_output=True, text=True, timeout=60, check=False
     )
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "it takes no arguments, and python3.10 was passed; launch/wheel.sh\n"
+    assert done.stderr == "launch/wheel.sh takes no arguments, and python3.10 was passed; run it without arguments\n"

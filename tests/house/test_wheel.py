@@ -1,4 +1,4 @@
-"""The wheel holds what an installed distplb needs; `launch/wheel.sh` installs it into an empty environment."""
+"""The wheel contains all that an installed distplb needs; `launch/wheel.sh` installs it into an empty environment."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.skipif(find_spec("build") is None, reason="build is not installed")
 def test_the_wheel_is_whole_and_runs_by_itself(tmp_path: Path) -> None:
-    sources = tmp_path / "sources"  # not in this folder, where others may be reading
+    sources = tmp_path / "sources"  # not in the repository, which other tests may be reading
     sources.mkdir()
     for name in ("distplb", "setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
         (sources / name).symlink_to(ROOT / name)

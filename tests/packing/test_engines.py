@@ -96,7 +96,7 @@ def outside_of_tensors() -> list[str]:
 
 def test_an_interpreted_kernel_that_leaves_its_tensors_is_noticed() -> None:
     """So the kernels in the tests above stayed inside their tensors."""
-    assert "addresses are in no tensor of the kernel" in interpreted(False)["guard"]["outside"][0]
+    assert "addresses are outside the tensors of the kernel" in interpreted(False)["guard"]["outside"][0]
 
 
 @needs_cuda

@@ -1,1 +1,1 @@
-"""Parts of bench_scaling: what a rank does, the model, the report."""
+"""Parts of bench_scaling: the job of a rank, the cells, the model, the report."""

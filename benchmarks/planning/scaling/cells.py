@@ -1,4 +1,4 @@
-"""What bench_scaling measures: cells of a load, ranks and candidates, each by a job of its own."""
+"""The measurements of bench_scaling: cells of a load, ranks and candidates, in one job per number of ranks."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from benchmarks.shared.tables import progress
 
 __all__ = ["MIN_QUIET", "Cell", "measured", "more_candidates", "names_of"]
 
-RANK = "benchmarks.planning.scaling.turns"  # what every rank runs
+RANK = "benchmarks.planning.scaling.turns"  # module that every rank runs
 SECONDS_OF_A_JOB = 900
-MIN_QUIET = 5  # quiet turns, from which on only they are counted
+MIN_QUIET = 5  # with this many quiet turns or more, only quiet turns count
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,9 @@ class Cell:
     """One load at one number of ranks and candidates.
 
     Args:
-        collectives: kind and bytes of each.
-        turns: those that count.
-        quiet: how many turns began on a quiet machine, and how many there were.
+        collectives: kind and bytes of each collective.
+        turns: the turns that count.
+        quiet: number of turns that began on a quiet machine, and number of all turns.
     """
 
     case: str
@@ -45,7 +45,7 @@ class Cell:
 
     @classmethod
     def of(cls, result: dict[str, Any]) -> Cell:
-        """From what rank 0 of turns.py writes."""
+        """Build a cell from the result of rank 0 of turns.py."""
         own = {name: result[name] for name in ("case", "ranks", "candidates", "imbalance", "bound", "digest")}
         collectives = tuple((kind, size) for kind, size in result["collectives"])
         turns = tuple(map(Turn.of_marks, result["turns"]))
@@ -54,19 +54,19 @@ class Cell:
         return cls(**own, collectives=collectives, turns=counted, quiet=(len(quiet), len(turns)))
 
     def every(self, figure: Callable[[Turn], float]) -> list[float]:
-        """A figure of each turn."""
+        """Compute a figure of each turn."""
         return [figure(turn) for turn in self.turns]
 
     def median(self, figure: Callable[[Turn], float]) -> float:
-        """Of a figure."""
+        """Compute the median of a figure over the turns."""
         return float(np.median(self.every(figure)))
 
 
 def measured(options: argparse.Namespace) -> list[Cell]:
-    """All cells, in the order of loads, ranks and candidates."""
+    """Measure all cells, sorted by load, ranks and candidates."""
     results: list[dict[str, Any]] = []
     for ranks in options.ranks:
-        progress(f"{ranks} ranks")
+        progress(f"{ranks} rank{'s' * (ranks > 1)}")
         counts = {name: sorted({CASES[name].fixed, CASES[name].each * ranks}) for name in options.cases}
         cells = [[name, number, CASES[name].turns] for name, numbers in counts.items() for number in numbers]
         task = {"loads": str(options.loads.resolve()), "cells": cells, "patience": options.patience}
@@ -77,12 +77,12 @@ def measured(options: argparse.Namespace) -> list[Cell]:
     plans: dict[tuple[str, int], set[int]] = {}
     for cell in cells:
         plans.setdefault((cell.case, cell.candidates), set()).add(cell.digest)
-    assert all(len(digests) == 1 for digests in plans.values()), "another number of ranks made another plan"
+    assert all(len(digests) == 1 for digests in plans.values()), "plans differ between numbers of ranks"
     return cells
 
 
 def run(options: argparse.Namespace, ranks: int, task: dict[str, Any]) -> list[dict[str, Any]]:
-    """The results of one job of so many ranks, on this host or spread evenly over several."""
+    """Run one job of this many ranks, on this host or spread evenly over several, and return its results."""
     if not options.hosts:
         return on_this_host(ranks, RANK, task, seconds=SECONDS_OF_A_JOB)
     of_host = ranks // options.hosts
@@ -90,7 +90,7 @@ def run(options: argparse.Namespace, ranks: int, task: dict[str, Any]) -> list[d
 
 
 def more_candidates(folder: Path, names: Sequence[str]) -> dict[str, list[tuple[int, float, float]]]:
-    """By load: K, the imbalance that so many candidates reach, and its lower bound. A plan is the same on any ranks."""
+    """Plan each load with more and more candidates K; return K, imbalance and lower bound. Ranks change no plan."""
     samples = {}
     for name in names:
         case = CASES[name]
@@ -106,5 +106,5 @@ def more_candidates(folder: Path, names: Sequence[str]) -> dict[str, list[tuple[
 
 
 def names_of(cells: Sequence[Cell]) -> list[str]:
-    """The loads, each once."""
+    """List the names of the loads, each once."""
     return list(dict.fromkeys(cell.case for cell in cells))

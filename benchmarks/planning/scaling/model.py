@@ -1,14 +1,14 @@
-"""What a plan costs on how many ranks: figures of one turn, a model of them, intervals of its parameters. Pure.
+"""The time of a plan against the number of ranks: figures of one turn, a model, intervals of its parameters. Pure.
 
-The model, in seconds; K candidates on R ranks, C cores that they share, s = max(1, R / C) ranks on a core:
-- a collective: s × (call + ring or tree message × messages one after the other + byte × bytes through one rank).
-  gloo's all-reduce is a ring, 2 (R − 1) messages and 2 (R − 1) / R of its bytes; its broadcast a tree, ⌈log2 R⌉
-  messages, each of all bytes;
+The model, in seconds; K candidates on R ranks that share C cores, s = max(1, R / C) ranks per core:
+- a collective: s × (call + ring or tree message × number of sequential messages + byte × bytes through one rank).
+  gloo's all-reduce is a ring, with 2 (R − 1) messages and 2 (R − 1) / R of its bytes; its broadcast is a tree, with
+  ⌈log2 R⌉ messages, each of all bytes;
 - the slowest rank's search: set-up + candidate × ⌈K / R⌉, in CPU seconds;
-- the root's polish: polish + rebuild × (1 − ⌈K / R⌉ / K), because the root has already built the winners among its
-  own candidates.
-Parameters are not negative. They are fitted to medians over turns by least squares of logarithms, because noise is a
-factor, and their intervals come from drawing the turns again.
+- the root's polish: polish + rebuild × (1 − ⌈K / R⌉ / K), because the root has already built those winners that are
+  its own candidates.
+No parameter is negative. Parameters are fitted to medians over turns by least squares of logarithms, because noise is
+multiplicative; their intervals come from resampling the turns.
 Shapes: N measured cells, C parameters, D draws, M predictions.
 """
 
@@ -37,8 +37,8 @@ __all__ = [
 ]
 
 STAGES = ("count", "search", "choose", "polish", "share")
-_ROUNDS = 8  # of fitting
-_MIN_SHARE = 1e-3  # of a value, the minimum of its prediction while fitting: a logarithm takes more than 0
+_ROUNDS = 8  # iterations of the fit
+_MIN_SHARE = 1e-3  # lower limit of prediction / value while fitting, because logarithms need positive numbers
 COLLECTIVE, SEARCH, POLISH = (
     ("call", "ring message", "tree message", "byte"),
     ("set-up", "candidate"),
@@ -52,13 +52,14 @@ class Turn:
 
     Args:
         wall: from the first rank's begin to the last one's end.
-        stages: the wall's five parts, of STAGES. Searching lasts from the first rank's begin to the last one's end,
-            and polishing is the root's; the others are what lies between, in which all wait for the last.
-        slowest: search of the rank that took longest over it.
-        collectives: of each alone, from the last rank's end of the one before to the last rank's end.
-        cpu: of a rank in the whole plan, mean.
-        search_cpu, polish_cpu: CPU seconds of the search, most of all ranks; and of the root's polish.
-        quiet: whether nothing else ran on the machine when it started.
+        stages: the five parts of the wall time, as in STAGES. The search lasts from the first rank's begin to the last
+            one's end, and the polish is the root's; the others are the times between, which include waiting for the
+            last rank.
+        slowest: search time of the slowest rank.
+        collectives: time of each alone, from the last rank's end of the one before to the last rank's end.
+        cpu: CPU seconds of a rank in the whole plan, mean over ranks.
+        search_cpu, polish_cpu: CPU seconds of the search, maximum over ranks; and of the root's polish.
+        quiet: whether nothing else ran on the machine when the turn started.
     """
 
     wall: float
@@ -72,17 +73,17 @@ class Turn:
 
     @property
     def bare(self) -> float:
-        """All collectives alone."""
+        """Time of all collectives alone."""
         return sum(self.collectives)
 
     @property
     def overhead(self) -> float:
-        """What is neither the slowest rank's search nor the root's polish; waiting for late ranks is in it."""
+        """Wall time without the slowest rank's search and the root's polish; it includes waiting for late ranks."""
         return self.wall - self.slowest - self.stages[STAGES.index("polish")]
 
     @classmethod
     def of_marks(cls, ranks: Sequence[Mapping[str, Any]]) -> Turn:
-        """From each rank's "plan" (stage: begin, end, CPU seconds) "bare" (begin, and the end of each), "quiet"."""
+        """Build a turn from each rank's "plan" (stage: begin, end, CPU seconds), "bare" (begin, each end), "quiet"."""
         plans = [rank["plan"] for rank in ranks]
         begin, end = min(plan["whole"][0] for plan in plans), max(plan["whole"][1] for plan in plans)
         polish = plans[0]["polish"]
@@ -109,12 +110,12 @@ class Turn:
 
 
 def share_of_core(ranks: int, cores: float) -> float:
-    """Ranks on each core; 1 where each has its own."""
+    """Return the number of ranks per core; 1 if each rank has its own."""
     return max(1.0, ranks / cores)
 
 
 def collective_row(kind: str, num_bytes: int, ranks: int, cores: float = float("inf")) -> list[float]:
-    """What COLLECTIVE is multiplied by; kind is "broadcast", or anything else for an all-reduce.
+    """Return the factors of COLLECTIVE; kind is "broadcast", or anything else for an all-reduce.
 
     >>> collective_row("sum", 800, 4)
     [1.0, 6.0, 0.0, 1200.0]
@@ -130,34 +131,34 @@ def collective_row(kind: str, num_bytes: int, ranks: int, cores: float = float("
 
 
 def search_row(candidates: int, ranks: int) -> list[float]:
-    """What SEARCH is multiplied by."""
+    """Return the factors of SEARCH."""
     return [1.0, float(-(-candidates // ranks))]
 
 
 def polish_row(candidates: int, ranks: int) -> list[float]:
-    """What POLISH is multiplied by."""
+    """Return the factors of POLISH."""
     return [1.0, 1 - -(-candidates // ranks) / candidates]
 
 
 @dataclass(frozen=True)
 class Fit:
-    """Parameters.
+    """Fitted parameters, and their fits to resampled turns.
 
     Args:
-        parameters: `[C]`.
-        draws: `[D, C]`, the same from turns that were drawn again.
+        parameters: fitted parameters `[C]`.
+        draws: parameters fitted to resampled turns, `[D, C]`.
     """
 
     parameters: np.ndarray
     draws: np.ndarray
 
     def at(self, rows: Sequence[Sequence[float]]) -> tuple[np.ndarray, np.ndarray]:
-        """Predictions for rows `[M, C]`: `[M]`, and those of all draws, `[D, M]`."""
+        """Predict for rows `[M, C]`: `[M]`, and by all draws `[D, M]`."""
         return np.asarray(rows) @ self.parameters, self.draws @ np.asarray(rows).T
 
 
 def interval(draws: np.ndarray, share: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
-    """The ends between which so many of the draws lie, along dim 0."""
+    """Return the ends of the interval that holds this share of the draws, along dim 0."""
     low, high = np.quantile(draws, [(1 - share) / 2, (1 + share) / 2], axis=0)
     return low, high
 
@@ -165,13 +166,13 @@ def interval(draws: np.ndarray, share: float = 0.95) -> tuple[np.ndarray, np.nda
 def fitted(
     rows: Sequence[Sequence[float]], samples: Sequence[Sequence[float]], draws: int = 1000, seed: int = 0
 ) -> Fit:
-    """Parameters that explain the median of each cell, from its row of factors and its turns.
+    """Fit parameters to the median of each cell.
 
     Args:
-        rows: `[N, C]`.
-        samples: N cells, each the seconds of its turns.
-        draws: D.
-        seed: of the draws.
+        rows: factors of each cell, `[N, C]`.
+        samples: the seconds of each cell's turns, N cells.
+        draws: D, how often the turns are resampled.
+        seed: seed of the draws.
     """
     generator, factors = np.random.default_rng(seed), np.asarray(rows, dtype=float)
     cells = [np.asarray(cell, dtype=float) for cell in samples]
@@ -183,7 +184,7 @@ def fitted(
 
 
 def _solved(factors: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """`[C]`, none negative, with the least sum of squares of log(predicted / value); Gauss and Newton's method."""
+    """Minimise the sum of squares of log(predicted / value) over non-negative `[C]`, by the Gauss-Newton method."""
     solution = _non_negative(factors / values[:, None], np.ones(len(values)))
     for _ in range(_ROUNDS):
         predicted = np.maximum(factors @ solution, _MIN_SHARE * values)
@@ -192,7 +193,7 @@ def _solved(factors: np.ndarray, values: np.ndarray) -> np.ndarray:
 
 
 def _non_negative(factors: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """`[C]`, none negative, with the least sum of squares: the best of all sets of parameters that are not zero."""
+    """Solve non-negative least squares, `[C]`: the best over all subsets of parameters, the others being zero."""
     count = factors.shape[1]
     best, lowest = np.zeros(count), float((values**2).sum())
     for size in range(count, 0, -1):
@@ -202,6 +203,6 @@ def _non_negative(factors: np.ndarray, values: np.ndarray) -> np.ndarray:
             if (solution >= 0).all() and left < lowest:
                 best, lowest = np.zeros(count), left
                 best[chosen] = solution
-        if size == count and best.any():  # nothing had to be left out
+        if size == count and best.any():  # the full set is feasible
             break
     return best

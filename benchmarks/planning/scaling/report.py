@@ -1,4 +1,4 @@
-"""The report of bench_scaling: what to see, targets, times and stages of each load, the model and its interval."""
+"""The report of bench_scaling: summary, targets, times and stages of each load, the model and its intervals."""
 
 from __future__ import annotations
 
@@ -16,27 +16,28 @@ from benchmarks.shared.tables import command_line, header, markdown, verdict
 
 __all__ = ["reported"]
 
-TARGET_RANKS, TARGET = 4, 1.5  # the upper limit of overhead over the bare collectives
+TARGET_RANKS, TARGET = 4, 1.5  # upper limit of overhead / bare collectives
 RING = COLLECTIVE.index("ring message")
 TEXT = (
-    "Every rank is a process that searches with one thread. The wall is from the first rank's begin to the last rank's "
-    "end, on the clock that they share; they start at one agreed moment. Overhead is the wall less the slowest rank's "
-    "search and less the root's polish, so waiting for late ranks, Python, checks and copies are all in it. `bare` are "
-    "the same collectives (sizes and types as the plan asked for them) straight from torch.distributed, back to back, "
-    "in the same processes, turn by turn with the plans. Given are medians over turns and, in brackets, quartiles; × "
-    "is the median of overhead / bare, turn by turn. A turn begins when nothing else runs on the machine, or after "
-    "--patience seconds all the same; where {quiet} turns or more began in quiet, only they are counted (`quiet`)."
+    "Every rank is a process that searches with one thread. Wall time is from the first rank's begin to the last "
+    "rank's end, on the clock that they share; they start at one agreed moment. Overhead is the wall time minus the "
+    "slowest rank's search and the root's polish, so it includes waiting for late ranks, Python, checks and copies. "
+    "`bare` are the same collectives (with the sizes and types of the plan's) called directly in torch.distributed, "
+    "back to back, in the same processes, in turns with the plans. Figures are medians over turns, with quartiles in "
+    "brackets; × is the median over turns of overhead / bare. A turn begins when nothing else runs on the machine, or "
+    "after --patience seconds at the latest; if {quiet} turns or more began on a quiet machine, only they count "
+    "(`quiet`)."
 )
 SHARED = (
-    "Rows marked * have more ranks than cores. Their walls are of processes that take turns on a core, also in what "
-    "is called overhead, and say nothing about as many cores; the CPU seconds of a rank do."
+    "Rows marked * have more ranks than cores, so ranks take turns on a core. Their wall times and overheads do not "
+    "predict those with a core per rank; the CPU seconds of a rank do."
 )
 MODEL = (
-    "What is fitted: the bare collectives of all cells together (R > 1), search and polish of each load on CPU "
-    "seconds, and what a plan takes beyond bare collectives on as many ranks as there are cores. Assumed: gloo's ring "
-    "for all-reduces, its tree for the broadcast; one link speed for all pairs; R ranks on C cores take R / C times as "
-    "long over a message; no rank is late by itself. Brackets hold 95 % of {draws} fits to turns that were drawn "
-    "again: that is noise, not whether the assumptions hold, and nothing beyond {largest} ranks was measured."
+    "Fitted are the bare collectives of all cells together (R > 1), search and polish of each load in CPU seconds, and "
+    "the overhead beyond bare collectives, from cells with no more ranks than cores. Assumed are gloo's ring for "
+    "all-reduces and its tree for the broadcast, one link speed for all pairs, R / C times the time of a message for R "
+    "ranks on C cores, and no rank that is late on its own. Brackets hold 95 % of {draws} fits to resampled turns: "
+    "they show noise, not whether the assumptions hold, and nothing beyond {largest} ranks was measured."
 )
 
 
@@ -47,7 +48,7 @@ def reported(
     cores: int,
     options: argparse.Namespace,
 ) -> str:
-    """The whole result."""
+    """Format the whole report."""
     arguments = {"--loads": "DIR"} | {f"--{name}": getattr(options, name) for name in ("ranks", "hosts", "megabits")}
     if options.cases != list(CASES):
         arguments["--cases"] = options.cases
@@ -57,7 +58,7 @@ def reported(
     ]
     if options.output:
         parts.append(f"![Seconds against ranks, measured and modelled]({options.output.with_suffix('.png').name})")
-    parts.append(f"## What to see\n\n{summary(cells, model)}")
+    parts.append(f"## Summary\n\n{summary(cells, model)}")
     parts.append(f"## Overhead at {TARGET_RANKS} ranks\n\n{targets(cells)}")
     for name in names_of(cells):
         own = [cell for cell in cells if cell.case == name]
@@ -68,22 +69,22 @@ def reported(
     parts += [
         parameters(model),
         checked(cells, model, cores),
-        f"Carried on, a core for each rank:\n\n{far(cells, model)}",
+        f"Extrapolated, with one core per rank:\n\n{far(cells, model)}",
     ]
     if samples:
-        parts.append(f"## What more candidates bring\n\n{quality_of_candidates(samples)}")
+        parts.append(f"## Imbalance with more candidates\n\n{quality_of_candidates(samples)}")
     return "\n\n".join(parts)
 
 
 def title(options: argparse.Namespace) -> str:
-    """Of the result."""
+    """Return the title of the report."""
     if not options.hosts:
         return "Planning on more ranks"
-    return f"Planning on {options.hosts} hosts with links of {options.megabits:g} Mbit/s"
+    return f"Planning on {options.hosts} host{'s' * (options.hosts > 1)} with links of {options.megabits:g} Mbit/s"
 
 
 def summary(cells: Sequence[Cell], model: WallModel) -> str:
-    """In words, from the figures."""
+    """Summarise the figures in words."""
     texts = []
     ratios = [cell.median(lambda turn: turn.overhead / turn.bare) for cell in cells if cell.ranks == TARGET_RANKS]
     if ratios:
@@ -97,22 +98,22 @@ def summary(cells: Sequence[Cell], model: WallModel) -> str:
         walls = {ranks: model.wall(cell, ranks, fixed)[0] for ranks in FAR}
         best = min(walls, key=lambda ranks: walls[ranks])
         texts.append(
-            f"{name}, K = {fixed}, modelled with a core each: {ms(walls[1])} ms on one rank, least on {best} "
+            f"{name}, K = {fixed}, modelled with one core per rank: {ms(walls[1])} ms on one rank, minimum on {best} "
             f"({ms(walls[best])} ms), {ms(walls[FAR[-1]])} ms on {FAR[-1]:,}."
         )
     step, low, high = (1e6 * value[RING] for value in (model.collective.parameters, *interval(model.collective.draws)))
     quiet, turns = np.sum([cell.quiet for cell in cells], 0)
     texts.append(
-        f"Far out it is gloo's ring that takes the time: its messages follow one another, and grow with the ranks. One "
-        f"took {step:.0f} µs [{low:.0f} – {high:.0f}] here, where ranks share cores and {quiet} of {turns:,} turns "
-        "began in quiet; with cores of their own it takes less, and NCCL's trees send fewer."
+        f"On many ranks gloo's ring dominates, because its messages are sequential and their number grows with the "
+        f"ranks. A message took {step:.0f} µs [{low:.0f} – {high:.0f}] here, where ranks share cores and {quiet} of "
+        f"{turns:,} turns began on a quiet machine; with a core per rank it takes less, and NCCL's trees send fewer."
     )
-    texts.append("Any number of ranks made the same plan of the same candidates: every run checks that.")
+    texts.append("All numbers of ranks made the same plan from the same candidates, which every run checks.")
     return "\n".join(textwrap.fill(text, 110, initial_indent="- ", subsequent_indent="  ") for text in texts)
 
 
 def targets(cells: Sequence[Cell]) -> str:
-    """Overhead against bare collectives."""
+    """Format overhead against bare collectives."""
     lines = []
     for cell in (cell for cell in cells if cell.ranks == TARGET_RANKS):
         ratio = cell.median(lambda turn: turn.overhead / turn.bare)
@@ -126,11 +127,11 @@ def targets(cells: Sequence[Cell]) -> str:
                 verdict(ratio <= TARGET),
             ]
         )
-    return markdown(["load", "overhead ms", "bare ms", "×", "asked", "verdict"], lines)
+    return markdown(["load", "overhead ms", "bare ms", "×", "target", "verdict"], lines)
 
 
 def times(cells: Sequence[Cell], cores: int) -> str:
-    """A row for each cell of one load."""
+    """Format a row for each cell of one load."""
     head = [
         "ranks",
         "K",
@@ -140,7 +141,7 @@ def times(cells: Sequence[Cell], cores: int) -> str:
         "overhead",
         "bare",
         "×",
-        "CPU ms a rank",
+        "CPU ms per rank",
         "imbalance",
         "quiet",
     ]
@@ -169,7 +170,7 @@ def times(cells: Sequence[Cell], cores: int) -> str:
 
 
 def stages(cells: Sequence[Cell], cores: int) -> str:
-    """The wall's parts, and each bare collective, in ms."""
+    """Format the parts of the wall time, and each bare collective, in ms."""
     names = ["header", "sum", "min", "broadcast"]
     lines = []
     for cell in cells:
@@ -180,7 +181,7 @@ def stages(cells: Sequence[Cell], cores: int) -> str:
 
 
 def parameters(model: WallModel) -> str:
-    """All of them, with their intervals."""
+    """Format all parameters with their intervals."""
     parts = [("collectives", COLLECTIVE, model.collective)]
     for name in model.search:
         parts += [(name, SEARCH, model.search[name]), (name, POLISH, model.polish[name])]
@@ -196,7 +197,7 @@ def parameters(model: WallModel) -> str:
 
 
 def checked(cells: Sequence[Cell], model: WallModel, cores: int) -> str:
-    """How far the model is from the walls, which it was not fitted on."""
+    """Compare the model with the measured wall times, which it was not fitted to."""
     lines = []
     for name in names_of(cells):
         ratios = [
@@ -205,20 +206,19 @@ def checked(cells: Sequence[Cell], model: WallModel, cores: int) -> str:
             if cell.case == name
         ]
         lines.append([name, f"{np.median(ratios):.2f}", f"{min(ratios):.2f}", f"{max(ratios):.2f}"])
-    head = ["modelled wall on these cores / measured", "median", "least", "most"]
-    return (
-        f"{wrapped('Walls themselves are not fitted. Modelled on these cores, against the measured:')}\n\n"
-        + markdown(head, lines)
+    head = ["modelled wall on these cores / measured", "median", "min", "max"]
+    return f"{wrapped('The wall times themselves are not fitted. Modelled on these cores / measured:')}\n\n" + markdown(
+        head, lines
     )
 
 
 def far(cells: Sequence[Cell], model: WallModel) -> str:
-    """Walls in ms at more ranks than were measured."""
+    """Format modelled wall times in ms, up to more ranks than were measured."""
     ranks = FAR[::2]
     lines = []
     for name in names_of(cells):
         cell, case = next(cell for cell in cells if cell.case == name), CASES[name]
-        for what, number in ((f"K = {case.fixed}", None), (f"{case.each} for each rank", case.each)):
+        for what, number in ((f"K = {case.fixed}", None), (f"{case.each} per rank", case.each)):
             walls = [model.wall(cell, many, case.fixed if number is None else number * many) for many in ranks]
             ends = (interval(draws) for _, draws in walls)
             texts = [
@@ -230,7 +230,7 @@ def far(cells: Sequence[Cell], model: WallModel) -> str:
 
 
 def quality_of_candidates(samples: dict[str, list[tuple[int, float, float]]]) -> str:
-    """Imbalance against the number of candidates; measured, and not carried on."""
+    """Format the measured imbalance against the number of candidates."""
     numbers_of = sorted({candidates for sample in samples.values() for candidates, _, _ in sample})[::2]
     lines = []
     for name, sample in samples.items():
@@ -249,7 +249,7 @@ def ms(seconds: float) -> str:
 
 
 def spread(seconds: Sequence[float]) -> str:
-    """Median and quartiles, in ms."""
+    """Format median and quartiles in ms."""
     low, middle, high = np.quantile(seconds, [0.25, 0.5, 0.75])
     return f"{ms(middle)} [{ms(low)} – {ms(high)}]"
 

@@ -1,6 +1,6 @@
-"""What every rank of bench_scaling does: plans, and bare collectives of the same sizes, turn by turn.
+"""The job of every rank of bench_scaling: plans, and bare collectives of the same sizes, in turns.
 
-Started by torchrun; rank 0 writes the measurements of all ranks, as JSON. All times are of the clock that the processes
+Started by torchrun; rank 0 writes the measurements of all ranks as JSON. All times are on the clock that the processes
 of a machine share. Each rank searches with one thread, so that only the number of ranks varies.
 Shapes: T steps, L layers, E experts, P slots, K candidates.
 """
@@ -33,22 +33,22 @@ from distplb.planning.plan import plan_in_stages
 __all__ = ["CASES", "Case", "dealt"]
 
 LOADAVG = Path("/proc/loadavg")
-LOOK_SECONDS, LOOKS = 5e-3, 4  # between two looks at the machine, and quiet ones in a row before a turn starts
-LEAD_SECONDS = 5e-3  # from the moment that a start is agreed on to the start
-STEPS, SEQUENCES = 32, 32  # of a window, and of each of its steps
-WOBBLE = 0.3  # of the logarithm of an expert's popularity from one step to the next, where a record has no steps
+LOOK_SECONDS, LOOKS = 5e-3, 4  # seconds between checks of the machine, and quiet checks in a row before a turn starts
+LEAD_SECONDS = 5e-3  # from the agreement on a start to the start
+STEPS, SEQUENCES = 32, 32  # steps of a window, and sequences of a step
+WOBBLE = 0.3  # standard deviation of an expert's log popularity between steps, for records without steps
 
 
 @dataclass(frozen=True)
 class Case:
-    """A load, what it is planned for, and how much of it is measured.
+    """A load, the cluster that it is planned for, and how much is measured.
 
     Args:
-        load: from the folder of loads, `[T, L, E]`.
-        topology, slots: of the plan.
-        fixed: K at any number of ranks.
-        each: candidates a rank, where K grows with the ranks.
-        turns: of each cell.
+        load: reads the load `[T, L, E]` from the folder of loads.
+        topology, slots: cluster and slots of the plan.
+        fixed: K in the cells whose K does not depend on the ranks.
+        each: candidates per rank in the cells whose K grows with the ranks.
+        turns: number of turns of each cell.
         largest: the largest K whose imbalance is reported.
     """
 
@@ -74,7 +74,7 @@ def _deepseek(folder: Path) -> Tensor:
 
 
 def _deepseek_in_steps(folder: Path) -> Tensor:
-    """The record has no steps: they are drawn around it."""
+    """Draw steps around the record, which has none."""
     return wobbling_steps(_deepseek(folder)[0], STEPS, WOBBLE, seed=0)
 
 
@@ -87,7 +87,7 @@ CASES = {
 
 
 def dealt(load: Tensor, rank: int, size: int) -> Tensor:
-    """The counts of this rank; those of all ranks add up to the load.
+    """Return this rank's counts; the counts of all ranks sum to the load.
 
     >>> [dealt(torch.tensor([7, 2]), rank, 3).tolist() for rank in range(3)]
     [[3, 1], [2, 1], [2, 0]]
@@ -96,7 +96,7 @@ def dealt(load: Tensor, rank: int, size: int) -> Tensor:
 
 
 class TimedStages(Stages):
-    """Records also when a stage began and ended, and the CPU seconds of this process in it."""
+    """Also records when a stage began and ended, and the CPU seconds that this process spent in it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -104,7 +104,7 @@ class TimedStages(Stages):
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """A stage that comes in parts lasts from the first part's begin to the last one's end."""
+        """Record a stage; one in several parts lasts from the first part's begin to the last part's end."""
         begin, _, spent = self.marks.get(name, (time.perf_counter(), 0.0, 0.0))
         cpu = time.process_time()
         try:
@@ -115,38 +115,38 @@ class TimedStages(Stages):
 
 
 class RecordingComm:
-    """A communicator that passes everything on, and records which collectives it was called for."""
+    """A communicator that passes all calls on, and records its collectives."""
 
     def __init__(self, comm: Comm) -> None:
         self._comm, self.rank, self.size, self.device = comm, comm.rank, comm.size, comm.device
         self.collectives: list[tuple[str, Tensor]] = []
 
     def all_reduce_sum(self, tensor: Tensor) -> None:
-        """Recorded and passed on, as the others."""
+        """Record and pass on."""
         self.collectives.append(("sum", tensor))
         self._comm.all_reduce_sum(tensor)
 
     def all_reduce_min(self, tensor: Tensor) -> None:
-        """The same."""
+        """Record and pass on."""
         self.collectives.append(("min", tensor))
         self._comm.all_reduce_min(tensor)
 
     def broadcast(self, tensor: Tensor, root: int) -> None:
-        """The same."""
+        """Record and pass on."""
         self.collectives.append(("broadcast", tensor))
         self._comm.broadcast(tensor, root)
 
     def connect(self, peers: Sequence[int]) -> None:
-        """No plan sends messages."""
+        """Not used: no plan sends messages."""
         raise NotImplementedError
 
     def exchange(self, rounds: Sequence[Round]) -> None:
-        """No plan sends messages."""
+        """Not used: no plan sends messages."""
         raise NotImplementedError
 
 
 def bare(collectives: Sequence[tuple[str, Tensor]]) -> list[float]:
-    """The same collectives straight from torch.distributed; when they began, and when each was done."""
+    """Call the same collectives directly in torch.distributed; return when they began, and when each was done."""
     marks = [time.perf_counter()]
     for kind, buffer in collectives:
         if kind == "broadcast":
@@ -158,17 +158,17 @@ def bare(collectives: Sequence[tuple[str, Tensor]]) -> list[float]:
 
 
 def start_together(patience: float) -> bool:
-    """Return on all ranks at one moment, agreed on beforehand, when nothing else runs on the machine.
+    """Return on all ranks at one agreed moment, when nothing else runs on the machine.
 
     Args:
-        patience: seconds that the root waits for that at most.
+        patience: maximum seconds that the root waits until nothing else runs.
 
     Returns:
         Whether nothing else ran.
     """
     dist.barrier()
     until, looks = time.perf_counter() + patience, 0
-    # The others sleep in the broadcast.
+    # Meanwhile the other ranks sleep in the broadcast.
     while dist.get_rank() == 0 and looks < LOOKS and time.perf_counter() < until:
         looks = looks + 1 if others_running() == 0 else 0
         time.sleep(LOOK_SECONDS)
@@ -180,14 +180,14 @@ def start_together(patience: float) -> bool:
 
 
 def others_running() -> int:
-    """Threads of the machine that run or wait for a core now, but for this one; 0 where the system does not tell."""
+    """Count the machine's other threads that run or wait for a core now; 0 if the system does not report it."""
     return int(LOADAVG.read_text().split()[3].split("/")[0]) - 1 if LOADAVG.exists() else 0
 
 
 def measured(
     name: str, case: Case, load: Tensor, candidates: int, turns: int, patience: float
 ) -> dict[str, Any] | None:
-    """On rank 0 the marks of all ranks in so many turns; each begins on a quiet machine, or after so many seconds."""
+    """Measure one cell, and return the marks of all ranks on rank 0; turns begin as in `start_together`."""
     comm, options = TorchComm(), PlanOptions(num_slots=case.slots, num_candidates=candidates)
     mine = dealt(load, comm.rank, comm.size)
     recording = RecordingComm(comm)
@@ -216,7 +216,7 @@ def measured(
 
 
 def planned(load: Tensor, case: Case, comm: Comm, options: PlanOptions) -> dict[str, Any]:
-    """One plan: begin and end of all of it, and of each stage, with CPU seconds."""
+    """Make one plan; return begin, end and CPU seconds of the whole plan and of each stage."""
     stages = TimedStages()
     begin, cpu = time.perf_counter(), time.process_time()
     plan_in_stages(load, case.topology, comm, options, stages=stages)
@@ -225,13 +225,13 @@ def planned(load: Tensor, case: Case, comm: Comm, options: PlanOptions) -> dict[
 
 
 def quality(load: Tensor, case: Case, placement: Placement) -> dict[str, float]:
-    """Means over layers and steps."""
+    """Compute mean imbalance and lower bound over layers and steps."""
     bound = lower_bound(load, case.topology, case.slots)
     return {"imbalance": float(imbalance(load, placement).mean()), "bound": float(bound.mean())}
 
 
 def job(task: dict[str, Any]) -> list[dict[str, Any] | None]:
-    """Measure every `[case, candidates, turns]` of the task, one after the other."""
+    """Measure every cell `[case, candidates, turns]` of the task."""
     loads = {name: CASES[name].load(Path(task["loads"])) for name, _, _ in task["cells"]}
     return [
         measured(name, CASES[name], loads[name], candidates, turns, task["patience"])
@@ -240,7 +240,7 @@ def job(task: dict[str, Any]) -> list[dict[str, Any] | None]:
 
 
 def main() -> None:
-    """One rank."""
+    """Run one rank."""
     parser = argparse.ArgumentParser(description="A rank of bench_scaling.")
     parser.add_argument("--job", type=Path, metavar="FOLDER", required=True)
     options = parser.parse_args()

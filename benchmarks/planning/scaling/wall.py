@@ -1,4 +1,4 @@
-"""The model of a plan's wall time, fitted to the measured cells, and carried to more ranks.
+"""The model of a plan's wall time, fitted to the measured cells and extrapolated to more ranks.
 
 Shapes: D draws.
 """
@@ -21,7 +21,7 @@ DRAWS = 1000
 
 @dataclass(frozen=True)
 class WallModel:
-    """Fits of everything that a wall is made of; `rest`, `search` and `polish` of each load."""
+    """Fits of all parts of a wall time; `rest`, `search` and `polish` are by load."""
 
     collective: Fit
     rest: dict[str, Fit]
@@ -29,7 +29,7 @@ class WallModel:
     polish: dict[str, Fit]
 
     def wall(self, cell: Cell, ranks: int, candidates: int, cores: float = float("inf")) -> tuple[float, np.ndarray]:
-        """Seconds of a plan of the cell's load, and those of all draws `[D]`."""
+        """Predict the seconds of a plan of the cell's load, and those of all draws `[D]`."""
         rows = [collective_row(kind, size, ranks, cores) for kind, size in cell.collectives]
         share = share_of_core(ranks, cores)
         parts = [
@@ -42,7 +42,7 @@ class WallModel:
 
 
 def modelled(cells: Sequence[Cell], cores: int) -> WallModel:
-    """The model, fitted to all cells."""
+    """Fit the model to all cells."""
     rows, samples = [], []
     for cell in (cell for cell in cells if cell.ranks > 1):
         for nth, (kind, size) in enumerate(cell.collectives):
@@ -51,7 +51,7 @@ def modelled(cells: Sequence[Cell], cores: int) -> WallModel:
     rest, search, polish = {}, {}, {}
     for name in names_of(cells):
         own = [cell for cell in cells if cell.case == name]
-        # Beyond the cores it is waiting for a core; and in some turns it is nothing at all.
+        # With more ranks than cores the rest includes waiting for a core. In some turns it is zero or negative.
         unshared = [cell for cell in own if cell.ranks <= cores] or own
         beyond = [cell.every(lambda turn: max(1e-6, turn.overhead - turn.bare)) for cell in unshared]
         rest[name] = fitted([[1.0]] * len(unshared), beyond, DRAWS, seed=1)

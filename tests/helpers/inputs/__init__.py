@@ -1,4 +1,4 @@
-"""What people give distplb, and what it answers: a module for each kind of input, run by tests/cli/test_inputs.py.
+"""Inputs that users give distplb, and its answers: a module for each kind of input, run by tests/cli/test_inputs.py.
 
-`python -m inputs`, in the folder tests/helpers, prints all of it as the tables of docs/inputs.md.
+`python -m inputs`, in the folder tests/helpers, prints all of them as docs/inputs.md.
 """

@@ -1,4 +1,4 @@
-"""Prints the table of docs/inputs.md."""
+"""Print docs/inputs.md."""
 
 from inputs.page import page
 

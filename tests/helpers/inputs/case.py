@@ -19,9 +19,9 @@ class Case(NamedTuple):
     """One input.
 
     Args:
-        input: in words, or as the code or command that gives it.
-        answer: what `answer_to` returns.
-        run: gives the input and returns what comes out; called with an empty folder, in which it may write.
+        input: a description of the input, or the code or command that passes it.
+        answer: the expected result of `answer_to`.
+        run: passes the input and returns the result; called with an empty folder, which it may write to.
     """
 
     input: str
@@ -30,7 +30,7 @@ class Case(NamedTuple):
 
 
 def answer_to(case: Case, folder: Path) -> str:
-    """What comes out: the value, or "refused: " and the error; warnings follow in brackets. FOLDER is the folder."""
+    """Return the result, or "refused: " and the error; warnings follow in brackets. The folder's path reads FOLDER."""
     with warnings.catch_warnings(record=True) as issued:
         warnings.simplefilter("always")
         try:
@@ -42,11 +42,11 @@ def answer_to(case: Case, folder: Path) -> str:
 
 
 def command(*words: object, show: Callable[[str], object] = str.strip) -> str:
-    """Run `distplb` with these words in this process; what `show` makes of its output, or the exit code and the line.
+    """Run `distplb` in this process; return what `show` makes of its output, or the exit code and standard error.
 
     Args:
-        words: after `distplb`.
-        show: of the standard output, where the exit code is 0.
+        words: the words of the command after `distplb`.
+        show: summarises the standard output if the exit code is 0.
     """
     done = CliRunner().invoke(main, [str(word) for word in words])
     if done.exception is not None and not isinstance(done.exception, SystemExit):

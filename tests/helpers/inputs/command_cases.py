@@ -19,7 +19,7 @@ TWO = ("--gpus-per-node", 2)
 
 
 def counts(*shape: int) -> np.ndarray:
-    """Skewed, and other ones in each step and layer."""
+    """Make skewed counts that differ between steps and layers."""
     return (np.arange(np.prod(shape)) * 2654435761 % 1009).reshape(shape)
 
 

@@ -36,7 +36,7 @@ def _imbalance(load: Any) -> float:
 
 
 def _of_file(folder: Path, values: Any) -> str:
-    """The imbalance after `distplb plan`."""
+    """Return the imbalance after `distplb plan`."""
     np.save(folder / "load.npy", values)
     options = ("--gpus-per-node", 2, "--engine", "reference", "--json")
     return command("plan", folder / "load.npy", *options, show=lambda text: json.loads(text)["all_layers"]["after"])
@@ -54,17 +54,17 @@ CASES: list[Case] = [
         lambda _: planned([[9, 5, 1, 5]]),
     ),
     Case(
-        "plan, the same as uint16 of NumPy",
+        "plan, the same as uint16 in NumPy",
         "[[0, 2, 1, 3]]",
         lambda _: planned(np.array([[9, 5, 1, 5]], dtype="u2")),
     ),
     Case(
-        "plan, the same as uint32 of torch",
+        "plan, the same as uint32 in torch",
         "[[0, 2, 1, 3]]",
         lambda _: planned(torch.tensor([[9, 5, 1, 5]], dtype=torch.uint32)),
     ),
     Case(
-        "plan, the same as uint64 of torch",
+        "plan, the same as uint64 in torch",
         "[[0, 2, 1, 3]]",
         lambda _: planned(torch.tensor([[9, 5, 1, 5]], dtype=torch.uint64)),
     ),
@@ -79,12 +79,12 @@ CASES: list[Case] = [
         lambda _: planned(torch.tensor([[9, 5, 1, 5]], dtype=torch.bfloat16)),
     ),
     Case(
-        "plan, the same as float16 of NumPy",
+        "plan, the same as float16 in NumPy",
         "[[0, 2, 1, 3]]",
         lambda _: planned(np.array([[9, 5, 1, 5]], dtype="f2")),
     ),
     Case(
-        "plan, the same as a list of tensors, one a layer",
+        "plan, the same as a list of tensors, one per layer",
         "[[0, 2, 1, 3]]",
         lambda _: planned([torch.tensor([9, 5, 1, 5])]),
     ),
@@ -99,17 +99,17 @@ CASES: list[Case] = [
         lambda folder: _of_own_trace(folder),
     ),
     Case(
-        "distplb plan load.npy, uint16: the imbalance after it",
+        "distplb plan load.npy, uint16: imbalance after",
         "1.0",
         lambda folder: _of_file(folder, np.array([[9, 5, 1, 5]], dtype="u2")),
     ),
     Case(
-        "distplb plan load.npy, float32: the imbalance after it",
+        "distplb plan load.npy, float32: imbalance after",
         "1.0",
         lambda folder: _of_file(folder, np.array([[9, 5, 1, 5]], dtype="f4")),
     ),
     Case(
-        "imbalance of bools, a token each",
+        "imbalance of bools, one token each",
         "1.3333",
         lambda _: _imbalance([[True, True, False, True]]),
     ),
@@ -152,12 +152,12 @@ CASES: list[Case] = [
         lambda _: _imbalance([[2.0**53 + 2, 0, 1, 0]]),
     ),
     Case(
-        "imbalance([[.5, .5, .5, 1.5]]), of weights",
+        "imbalance([[.5, .5, .5, 1.5]]), weights",
         "1.3333",
         lambda _: _imbalance([[0.5, 0.5, 0.5, 1.5]]),
     ),
     Case(
-        "plan([[.4, .3, .2, .1]]), of weights",
+        "plan([[.4, .3, .2, .1]]), weights",
         "[[0, 3, 1, 2]]",
         lambda _: planned([[0.4, 0.3, 0.2, 0.1]]),
     ),
@@ -229,12 +229,12 @@ CASES: list[Case] = [
         lambda _: planned([[2**47, 2**47, 1, 1]]),
     ),
     Case(
-        "plan of [experts]",
+        "plan of shape [experts]",
         "refused: load has shape (4,); pass [layers, experts] or [steps, layers, experts], none empty",
         lambda _: planned([9, 5, 1, 5]),
     ),
     Case(
-        "plan of no steps",
+        "plan of zero steps",
         "refused: load has shape (0, 1, 4); pass [layers, experts] or [steps, layers, experts], none empty",
         lambda _: planned(torch.zeros(0, 1, 4)),
     ),
@@ -244,7 +244,7 @@ CASES: list[Case] = [
         lambda _: planned([[9, 5, 1, 5], [9, 5, 1]]),
     ),
     Case(
-        "plan of texts",
+        "plan of strings",
         "refused: load holds text, such as '9'; pass counts as integers",
         lambda _: planned([["9", "5", "1", "5"]]),
     ),

@@ -1,4 +1,4 @@
-"""Arrays, and dumps of other projects."""
+"""Files of arrays, and dumps that other projects write."""
 
 from __future__ import annotations
 
@@ -46,13 +46,16 @@ CASES: list[Case] = [
         "a.npy",
         array([[4096, 1]], np.float16),
     ),
-    counts_case(".npy of uint64", "[[9223372036854775807, 1]] of 0", "a.npy", array([[2**63 - 1, 1]], np.uint64)),
+    counts_case(".npy of uint64", "[[9223372036854775807, 1]], layers: 0", "a.npy", array([[2**63 - 1, 1]], np.uint64)),
     counts_case(
-        ".npz of logical_count beside a rank", "[[[5, 3]]] of 0", "a.npz", _archive(logical_count=[[[5, 3]]], rank=0)
+        ".npz with logical_count and a rank",
+        "[[[5, 3]]], layers: 0",
+        "a.npz",
+        _archive(logical_count=[[[5, 3]]], rank=0),
     ),
     counts_case(
         "SGLang's .pt of mode stat",
-        "[[[5, 3]]] of 0",
+        "[[[5, 3]]], layers: 0",
         "a.pt",
         _tensors({"rank": 0, "logical_count": torch.tensor([[[5, 3]]])}),
     ),
@@ -64,7 +67,7 @@ CASES: list[Case] = [
         _tensors({"records": [], "last_physical_to_logical_map": torch.tensor([[0]])}),
     ),
     counts_case(
-        ".pt of torch.uint16", "[[60000, 3]] of 0", "a.pt", _tensors(torch.tensor([[60000, 3]]).to(torch.uint16))
+        ".pt of torch.uint16", "[[60000, 3]], layers: 0", "a.pt", _tensors(torch.tensor([[60000, 3]]).to(torch.uint16))
     ),
     counts_case(
         ".pt with a Fraction",
@@ -80,7 +83,9 @@ CASES: list[Case] = [
         "a.pt",
         pickle.dumps({"load": [[5, 3]]}),
     ),
-    counts_case("JSON: logical_count", "[[5, 3], [1, 7]] of 0, 1", "a.json", '{"logical_count": [[5, 3], [1, 7]]}'),
+    counts_case(
+        "JSON: logical_count", "[[5, 3], [1, 7]], layers: 0, 1", "a.json", '{"logical_count": [[5, 3], [1, 7]]}'
+    ),
     counts_case(
         "JSON: expert_load of one layer",
         "refused: a.json has dtype int64 and shape (2,); pass counts, [layers, experts] or [steps, "
@@ -110,12 +115,12 @@ CASES: list[Case] = [
     ),
     counts_case(
         "JSON: a list of objects",
-        "[[5, 3]] of 0",
+        "[[5, 3]], layers: 0",
         "a.json",
         '[{"layer": 0, "expert": 0, "tokens": 5}, {"layer": 0, "expert": 1, "tokens": 3}]',
     ),
     counts_case(
-        "JSON: objects in an object",
+        "JSON: an object of objects",
         "refused: a.json: '0' is an object, as pandas writes them, and may be a layer or an expert; pass "
         "a list of counts for each layer",
         "a.json",
@@ -134,9 +139,9 @@ CASES: list[Case] = [
         "a.json",
         placement_text(),
     ),
-    counts_case("YAML", "[[5, 3], [1, 7]] of x, y", "a.yaml", "x: [5, 3]\ny: [1, 7]\n"),
+    counts_case("YAML", "[[5, 3], [1, 7]], layers: x, y", "a.yaml", "x: [5, 3]\ny: [1, 7]\n"),
     counts_case(
-        "YAML: 010, which is 8 to some",
+        "YAML: 010, which some readers take as 8",
         "refused: a.yaml is not YAML that can be read (line 1 has '010', which is no plain number, text, "
         "list or object)",
         "a.yaml",
@@ -144,7 +149,7 @@ CASES: list[Case] = [
     ),
     counts_case(
         ".safetensors of U16",
-        "[[60000, 3]] of 0",
+        "[[60000, 3]], layers: 0",
         "a.safetensors",
         _safetensors({"load": {"dtype": "U16", "shape": [1, 2], "data_offsets": [0, 4]}}, b"\x60\xea\x03\x00"),
     ),
@@ -156,7 +161,7 @@ CASES: list[Case] = [
         _safetensors({"100_3": {"dtype": "I32", "shape": [2], "data_offsets": [0, 8]}}, bytes(8)),
     ),
     counts_case(
-        ".safetensors whose header lies",
+        ".safetensors with a wrong header",
         "refused: a.safetensors: tensor 'load' of shape [1048576, 64] is said to be at bytes 0 to "
         "536870912 of 8: it is damaged or cut off; write it anew",
         "a.safetensors",

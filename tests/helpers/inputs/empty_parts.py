@@ -51,7 +51,7 @@ UNEVEN = [[60, 50, 20, 10]]  # of one layer; 1.5714 in order, 1.0000 at best
 
 
 def steps(*counts: list[list[int]], empty: int = 0) -> Tensor:
-    """`[T, L, E]`: these, and so many without tokens after them."""
+    """Make a load `[T, L, E]` of these steps, followed by `empty` steps without tokens."""
     load = torch.tensor(counts)
     return torch.cat([load, load.new_zeros(empty, *load.shape[1:])])
 
@@ -73,19 +73,19 @@ def trace_of(load: Tensor) -> Trace:
 
 
 def ring(filled: int, rows: int) -> Tensor:
-    """`[T, 1, 4]`: a ring buffer; the first rows are filled."""
+    """Make a ring buffer `[T, 1, 4]` whose first rows are filled."""
     return steps(*[UNEVEN] * filled, empty=rows - filled)
 
 
 def dense(layers: int, *without: int) -> Tensor:
-    """`[1, L, 4]`: some layers are none of experts."""
+    """Make a load `[1, L, 4]` in which some layers are dense, without tokens."""
     load = torch.tensor(UNEVEN * layers)[None]
     load[:, list(without)] = 0
     return load
 
 
 def field(*names: str) -> Callable[[str], object]:
-    """What an object has under these names."""
+    """Show the value under these names in a JSON object."""
 
     def show(printed: str) -> object:
         value: Any = json.loads(printed)
@@ -121,7 +121,7 @@ def cost_of(outcome: Replay) -> str:
 
 
 def event_of(load: Tensor) -> RebalanceEvent:
-    """What a rebalance on this window writes, of experts that stay in order."""
+    """Build the event of a rebalance on this window that moves no expert."""
     from distplb.migrate.transfer import MoveTotals
     from distplb.planning.options import PlanOptions
     from distplb.planning.plan import PlanResult
@@ -156,7 +156,7 @@ def written(event: RebalanceEvent, folder: Path) -> RebalanceEvent:
 
 
 def earlier_line(folder: Path) -> RebalanceEvent:
-    """Of a window of which a layer had no tokens, as it was written before that was known to be none."""
+    """Read an event of a window with an empty layer, as earlier versions wrote it."""
     line = (
         '{"format": "distplb.event", "version": 1, "iteration": 500, "layers": ["0", "1"], "decision": "kept", '
         '"reason": "", "seconds": {}, "last_applied": 500, "steps": 4, "imbalance_before": [1.5, 1.0], '
@@ -203,7 +203,7 @@ CASES: list[Case] = [
         ),
     ),
     Case(
-        "`distplb plan` of the same: what it says",
+        "`distplb plan` of the same: its note",
         (
             "3 of 4 steps had no tokens and are left out. [Hint: there is one step: a plan for it is judged on what "
             "it was made from; record some more]"
@@ -213,7 +213,7 @@ CASES: list[Case] = [
         ),
     ),
     Case(
-        "`distplb plan` of a model of 61 layers of which 3 are dense: what it says",
+        "`distplb plan` of a model with 61 layers, 3 of them dense: its note",
         (
             "3 of 61 layers had no tokens: 0, 1, 2; means are of the other 58. [Hint: there is one step: a plan for it "
             "is judged on what it was made from; record some more] [Hint: all 58 layers have the same counts: one "
@@ -222,14 +222,14 @@ CASES: list[Case] = [
         lambda folder: command("plan", saved(folder, dense(61, 0, 1, 2)), *ON_TWO, show=line_with("no tokens")),
     ),
     Case(
-        "`distplb plan --json` of the same: the mean before",
+        "`distplb plan --json` of the same: mean imbalance before",
         "1.5714",
         lambda folder: command(
             "plan", saved(folder, dense(61, 0, 1, 2)), *ON_TWO, "--json", show=field("all_layers", "before")
         ),
     ),
     Case(
-        "`distplb plan --json` of the same: of a dense layer",
+        "`distplb plan --json` of the same: imbalance of a dense layer",
         "null",
         lambda folder: command(
             "plan", saved(folder, dense(61, 0, 1, 2)), *ON_TWO, "--json", show=field("layers", "0", "before")
@@ -241,7 +241,7 @@ CASES: list[Case] = [
         lambda folder: command("plan", saved(folder, NOTHING), *ON_TWO, show=line_with("no tokens")),
     ),
     Case(
-        "`distplb compare` of a buffer of 1,000 rows of which 60 are filled: unseen, in order",
+        "`distplb compare` of a buffer of 1,000 rows, 60 of them filled: imbalance of `contiguous` on unseen steps",
         "1.5714",
         lambda folder: command(
             "compare", saved(folder, ring(60, 1000)), *ON_TWO, "--json", show=of_planner("contiguous", "unseen")
@@ -269,7 +269,7 @@ CASES: list[Case] = [
         ),
     ),
     Case(
-        "`distplb replay` of a buffer of 400 rows of which 24 are filled: the iterations that it covers",
+        "`distplb replay` of a buffer of 400 rows, 24 of them filled: iterations that it covers",
         "24",
         lambda folder: command(
             *("replay", traced(folder, ring(24, 400)), "--every", 4, "--engine", "reference", "--json"),
@@ -291,34 +291,34 @@ CASES: list[Case] = [
         lambda folder: command("replay", traced(folder, NOTHING)),
     ),
     Case(
-        "`replay` of [60, 50, 20, 10] and an empty step on 2 GPUs: both steps together",
+        "`replay` of [60, 50, 20, 10] and an empty step on 2 GPUs: totals",
         "busiest 110, imbalance 1.5714, 110.0 s",
         lambda _: cost_of(replayed(steps(UNEVEN, empty=1))),
     ),
     Case(
-        "`replay` of an empty step, with a time curve by which an idle expert takes 30 ns",
+        "`replay` of an empty step, with a time curve in which an idle expert takes 30 ns: busiest GPU",
         "[0]",
         lambda _: replayed(steps(UNEVEN, empty=1), curve=TimeCurve((0, 10), (30, 100))).busiest[1].tolist(),
     ),
     Case(
-        "`Study` of 24 filled rows: rebalances every 4 iterations, under plans on the steps",
+        "`Study` of 24 filled rows: a rebalance every 4 iterations, planned on the steps",
         "5 rebalances, imbalance 1.0000, 2200 s static",
         lambda _: moved_in_study(ring(24, 24)),
     ),
     Case(
-        "`Study` of a buffer of 400 rows of which the same 24 are filled",
+        "`Study` of a buffer of 400 rows, the same 24 of them filled",
         "5 rebalances, imbalance 1.0000, 2200 s static",
         lambda _: moved_in_study(ring(24, 400)),
     ),
     Case(
-        "balancedness of [[3, 1]] and an empty step, vLLM's and SGLang's; MaxVio",
+        "vLLM's and SGLang's balancedness of [[3, 1]] and an empty step, and MaxVio",
         "0.6667, 0.6667, 0.5000",
         lambda _: ", ".join(
             f"{one(steps([[3, 1]], empty=1)):.4f}" for one in (balancedness_vllm, balancedness_sglang, max_violation)
         ),
     ),
     Case(
-        "an event of a window in which the second of two layers has no tokens: imbalance before",
+        "the event of a window whose second layer has no tokens: imbalance before",
         "(1.5, None)",
         lambda folder: written(event_of(steps([[3, 1], [0, 0]], empty=1)), folder).imbalance_before,
     ),
@@ -328,22 +328,22 @@ CASES: list[Case] = [
         lambda _: scalars(event_of(steps([[3, 1], [0, 0]], empty=1)))["imbalance/now"],
     ),
     Case(
-        "an event of a window without tokens: steps, imbalance before",
+        "the event of a window without tokens: steps, imbalance before",
         "(0, ())",
         lambda folder: attrgetter("steps", "imbalance_before")(written(event_of(NOTHING), folder)),
     ),
     Case(
-        "a line of an earlier version, which has 1.0 for a layer without tokens",
+        "an event of an earlier version, with 1.0 for a layer without tokens: imbalance before",
         "(1.5, 1.0)",
         lambda folder: earlier_line(folder).imbalance_before,
     ),
     Case(
-        "a report of a trace of which 3 of 7 steps are empty: the imbalance before",
+        "a report of a trace with 3 empty steps of 7: imbalance before",
         "1.5714",
         lambda _: round(Summary.of(Run("run", trace=trace_of(ring(4, 7)))).imbalance_before or 0, 4),
     ),
     Case(
-        "the same: how many steps it leaves out",
+        "the same: number of steps left out",
         "3",
         lambda _: Summary.of(Run("run", trace=trace_of(ring(4, 7)))).steps_without_tokens,
     ),

@@ -26,7 +26,7 @@ HALVES = Placement(torch.tensor([[0, 1, 2, 3, 4, 5, 6, 7] * 2]), num_experts=8, 
 
 
 def planned(load: list[int] | list[list[int]], topology: Topology, **options: Any) -> list[int]:
-    """Of one layer, the expert of each slot."""
+    """Plan one layer, and return the expert of each slot."""
     rows = torch.tensor(load)
     rows = rows[None] if rows.dim() == 1 else rows[:, None]
     return plan(rows, topology, engine="reference", **options).expert_of_slot[0].tolist()
@@ -34,7 +34,7 @@ def planned(load: list[int] | list[list[int]], topology: Topology, **options: An
 
 CASES: list[Case] = [
     Case(
-        "8 experts of one token, each with two replicas, on 4 GPUs: `gpu_tokens`",
+        "`gpu_tokens` of 8 experts with one token and two replicas each, on 4 GPUs",
         "[2.0, 2.0, 2.0, 2.0]",
         lambda _: gpu_tokens(ONES, HALVES.expert_of_slot, 4)[0, 0].tolist(),
     ),
@@ -44,12 +44,12 @@ CASES: list[Case] = [
         lambda _: cost_of(replayed(ONES, HALVES)),
     ),
     Case(
-        "`replay` of the same with a time curve of 10 ns a token: nanoseconds of the busiest GPU",
+        "`replay` of the same with a time curve of 10 ns per token: nanoseconds of the busiest GPU",
         "20.0",
         lambda _: float(replayed(ONES, HALVES, TimeCurve((0, 1), (0, 10))).busiest),
     ),
     Case(
-        "5 tokens of an expert in 3 slots, 4 of another in one: `gpu_tokens` of 2 GPUs",
+        "`gpu_tokens` of an expert with 5 tokens in 3 slots and one with 4 tokens in one slot, on 2 GPUs",
         "[3.3333, 5.6667]",
         lambda _: [
             round(one, 4)
@@ -61,7 +61,11 @@ CASES: list[Case] = [
         "[5, 4]",
         lambda _: gpu_tokens(torch.tensor([[[5, 4]]]), torch.tensor([[0, 1]]), 2)[0, 0].tolist(),
     ),
-    Case("`plan` of 8 experts of 5 tokens on 4 GPUs", "[0, 1, 2, 3, 4, 5, 6, 7]", lambda _: planned([5] * 8, FOUR)),
+    Case(
+        "`plan` of 8 experts with 5 tokens each, on 4 GPUs",
+        "[0, 1, 2, 3, 4, 5, 6, 7]",
+        lambda _: planned([5] * 8, FOUR),
+    ),
     Case("`plan` of counts that are all 0", "[0, 1, 2, 3, 4, 5, 6, 7]", lambda _: planned([0] * 8, FOUR)),
     Case("`plan` of [7, 1, 4, 2] on one GPU", "[0, 1, 2, 3]", lambda _: planned([7, 1, 4, 2], Topology(1, 1))),
     Case("`plan` of [7, 1, 4, 2] on 4 GPUs, one expert each", "[0, 1, 2, 3]", lambda _: planned([7, 1, 4, 2], FOUR)),
@@ -86,7 +90,7 @@ CASES: list[Case] = [
         lambda _: planned([5] * 8, Topology(2, 2), num_groups=4),
     ),
     Case(
-        "`plan` of [9, 9, 1, 1] and two empty steps, which is that of the one step",
+        "`plan` of [9, 9, 1, 1] and two empty steps, the same as for the one step",
         "[0, 2, 1, 3]",
         lambda _: planned([[9, 9, 1, 1], [0] * 4, [0] * 4], TWO),
     ),

@@ -1,4 +1,4 @@
-"""Files that are written for a case, and cases that read them."""
+"""Files that a case writes, and cases that read them."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ def written(folder: Path, name: str, content: Content) -> Path:
 
 
 def counts_case(description: str, answer: str, name: str, content: Content) -> Case:
-    """A file read as counts: the load, and the names of the layers."""
+    """A case that reads a file as counts, and shows the load and the names of the layers."""
 
     def run(folder: Path) -> str:
         loads = read_loads(written(folder, name, content))
-        return f"{loads.load.tolist()} of {', '.join(loads.layers)}"
+        return f"{loads.load.tolist()}, layers: {', '.join(loads.layers)}"
 
     return Case(description, answer, run)
 

@@ -27,17 +27,17 @@ A, B, C, D = [10, 6], [3, 13], [5, 11], [7, 9]
 
 
 def line(iteration: int, layer: int, rows: Rows) -> str:
-    """As Megatron-LM's `ActivationLogger.save_tpe` writes it."""
+    """Format a line as Megatron-LM's `ActivationLogger.save_tpe` writes it."""
     return json.dumps({"iter": iteration, "block": "decoder", "layer": layer, "tpe": rows}) + "\n"
 
 
 def text_line(rank: int, iteration: int, layer: int, row: Sequence[int]) -> str:
-    """As it wrote it before it was merged, in one file of all ranks."""
+    """Format a line as its unmerged revision wrote it, to one file for all ranks."""
     return f"Rank={rank} iter={iteration} layer={layer} tokens_per_expert={row}\n"
 
 
 def read(*texts: str, show: Callable[[Trace], object] | None = None) -> Callable[[Path], object]:
-    """Megatron-LM's files of ranks 0, 1, ...; the loads of all steps and layers where nothing else is to be shown."""
+    """Read Megatron-LM's files of ranks 0, 1, ...; show the load, unless `show` is given."""
 
     def run(folder: Path) -> object:
         for rank, text in enumerate(texts):
@@ -61,7 +61,7 @@ def iterations(trace: Trace) -> object:
 
 
 def replayed(iteration: Sequence[int], every: int) -> Callable[[Path], object]:
-    """Where a planner is called, and how many steps it sees."""
+    """Show where a planner is called, and on how many steps."""
 
     def run(folder: Path) -> object:
         lengths: list[int] = []
@@ -81,7 +81,7 @@ def replayed(iteration: Sequence[int], every: int) -> Callable[[Path], object]:
 
 
 def command_replays(*words: object) -> Callable[[Path], object]:
-    """`distplb replay` of four iterations of two micro-batches, 10 iterations apart."""
+    """Run `distplb replay` on four iterations of two micro-batches, 10 iterations apart."""
 
     def run(folder: Path) -> object:
         for rank in (0, 1):
@@ -99,7 +99,7 @@ CASES: list[Case] = [
         read(line(1, 0, [A, B]), line(1, 0, [C, D])),
     ),
     Case(
-        "Megatron: each micro-batch twice, one after the other",
+        "Megatron: each micro-batch twice in a row",
         "[[[10, 6]], [[3, 13]]] [warning: rank0.jsonl: 1 of 1 iterations have each micro-batch's counts "
         "twice, as a job that recomputes activations writes them; each is used once]",
         read(line(1, 0, [A, A, B, B])),
@@ -119,13 +119,13 @@ CASES: list[Case] = [
         read(line(1, 0, [A, A, B, B]) + line(1, 1, [C, D])),
     ),
     Case(
-        "Megatron: rows that are twins in one layer, but not in the other",
+        "Megatron: rows that are pairwise equal in one layer, but not in the other",
         "[[[10, 6], [10, 6]], [[10, 6], [3, 13]], [[3, 13], [5, 11]], [[3, 13], [7, 9]]]",
         read(line(1, 0, [A, A, B, B]) + line(1, 1, [A, B, C, D])),
     ),
     Case("Megatron: two micro-batches with equal counts", "[[[10, 6]], [[10, 6]]]", read(line(1, 0, [A, A]))),
     Case(
-        "Megatron: a router that is forced to be even",
+        "Megatron: a router that is forced to route evenly",
         "[[[4, 4]], [[4, 4]], [[4, 4]], [[4, 4]]]",
         read(line(1, 0, [[4, 4]] * 2) + line(2, 0, [[4, 4]] * 2)),
     ),
@@ -146,7 +146,7 @@ CASES: list[Case] = [
         read(line(1, 0, [A]) + line(1, 1, [B]) + line(2, 0, [C]), show=iterations),
     ),
     Case(
-        "Megatron: the job died in the middle of a line, and went on there",
+        "Megatron: the job died in the middle of a line, and continued on that line",
         "iterations [1, 2, 3] [warning: rank0.jsonl: line 2, of iteration 2, breaks off]",
         read(line(1, 0, [A]) + line(2, 0, [B])[:45] + line(2, 0, [C]) + line(3, 0, [D]), show=iterations),
     ),
@@ -221,7 +221,7 @@ CASES: list[Case] = [
         command_replays("--every", 10),
     ),
     Case(
-        "distplb replay --every 4 of them",
+        "distplb replay --every 4 of the same",
         "exit 2: [Error: the trace has no step in 4 iterations; rebalance every 10 or more]",
         command_replays("--every", 4),
     ),

@@ -1,4 +1,4 @@
-"""Names of layers that look like markup, and loads that have hints."""
+"""Layer names that look like markup, and loads that produce hints."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["CASES"]
 
 
 def hinted(load: np.ndarray) -> Run:
-    """The hints of a plan, after the figure of the table's last line."""
+    """Run `distplb plan`, and show its hints."""
 
     def run(folder: Path) -> object:
         np.save(folder / "load.npy", load)
@@ -25,14 +25,14 @@ def hinted(load: np.ndarray) -> Run:
 
 
 def judged_on_ranks(folder: Path) -> object:
-    """`distplb compare` on a load whose unseen steps are counts of single ranks."""
+    """Run `distplb compare` with unseen steps that are counts of single ranks."""
     np.save(folder / "ranks.npy", of_single_ranks())
     words = ("compare", file(folder, 2, 2, 16), "--unseen", folder / "ranks.npy", *TWO, "--engine", "reference")
     return command(*words, show=lambda out: "a table")
 
 
 def layer_named(name: str) -> Run:
-    """The first column of the row of a layer with this name."""
+    """Plan a layer with this name, and show the first column of its row."""
 
     def run(folder: Path) -> object:
         (folder / "load.json").write_text(json.dumps({name: [9, 1, 1, 1], "other": [1, 2, 3, 4]}))
@@ -43,7 +43,7 @@ def layer_named(name: str) -> Run:
 
 
 def of_single_ranks() -> np.ndarray:
-    """`[4, 2, 16]`: each step has the four experts of one of four ranks."""
+    """Make a load `[4, 2, 16]` in which each step has the four experts of one of four ranks."""
     load, own = np.zeros((4, 2, 16), dtype=np.int64), counts(4, 2, 4) + 100
     for rank in range(4):
         load[rank, :, 4 * rank : 4 * rank + 4] = own[rank]
@@ -51,7 +51,7 @@ def of_single_ranks() -> np.ndarray:
 
 
 def padded(layers: int) -> np.ndarray:
-    """Counts with 20,000 tokens more on expert 0."""
+    """Make counts with 20,000 extra tokens on expert 0."""
     load = counts(3, layers, 16)
     load[:, :, 0] += 20_000
     return load
@@ -69,13 +69,13 @@ CASES: list[Case] = [
         layer_named(":warning:"),
     ),
     Case(
-        "counts of four ranks in four steps, each of its own experts",
+        "counts of four ranks, one per step, each of its own experts",
         "a table [Hint: no expert has tokens in more than one of 4 steps: counts of single ranks, each of"
         " its own experts? add them up]",
         hinted(of_single_ranks()),
     ),
     Case(
-        "`compare --unseen ranks.npy`, with these",
+        "`compare --unseen ranks.npy`, with these counts",
         "a table [Hint: ranks.npy: no expert has tokens in more than one of 4 steps: counts of single "
         "ranks, each of its own experts? add them up]",
         judged_on_ranks,
@@ -86,7 +86,7 @@ CASES: list[Case] = [
         hinted(of_single_ranks().sum(0, keepdims=True)),
     ),
     Case(
-        "the same as an array without steps",
+        "the same sum as an array without steps",
         "a table",
         hinted(of_single_ranks().sum(0)),
     ),
@@ -97,7 +97,7 @@ CASES: list[Case] = [
         hinted(padded(4)),
     ),
     Case(
-        "one layer's counts in all of 4 layers",
+        "the same counts in all 4 layers",
         "a table [Hint: all 4 layers have the same counts: one layer, recorded for all of them?]",
         hinted(np.repeat(counts(3, 1, 8), 4, axis=1)),
     ),

@@ -1,4 +1,4 @@
-"""Counts in windows, traces and packing, and types of other arguments."""
+"""Counts of windows, traces and packing, and types of other arguments."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _window(counts: Any, layer: Any = 0, **options: Any) -> list[list[list[int]]
 
 
 def _window_of_accelerator(counts: Tensor) -> object:
-    """What `load` says of counts that `add` did not wait for."""
+    """Load counts that `add` did not wait for."""
     window = LoadWindow(1, 4, 2)
     window.name_layers(["blocks.0.moe"])
     window.add(0, torch.zeros(4), training=True)
@@ -90,7 +90,7 @@ CASES: list[Case] = [
         lambda _: _window(torch.tensor([9.0, 5, float("nan"), 5])),
     ),
     Case(
-        "window.add of NaN on an accelerator, told by window.load()",
+        "window.add of NaN on an accelerator, reported by window.load()",
         (
             "refused: LoadWindow: layer 'blocks.0.moe' has a number of torch.float32 that is no whole one from "
             "0 to 16777216 for expert 2 in step 0 (1 such); counts must be whole tokens, and torch.float32 "
@@ -99,7 +99,7 @@ CASES: list[Case] = [
         lambda _: _window_of_accelerator(torch.tensor([9.0, 5, float("nan"), 5])),
     ),
     Case(
-        "window.add of -3 on an accelerator, told by window.load()",
+        "window.add of -3 on an accelerator, reported by window.load()",
         (
             "refused: LoadWindow: layer 'blocks.0.moe' has -3 for expert 2 in step 0 (1 such); counts must be "
             "non-negative: check the counter that made them"
@@ -117,7 +117,7 @@ CASES: list[Case] = [
         lambda _: _window([[9, 5], [1]]),
     ),
     Case(
-        "window.add for layer 1 of one",
+        "window.add for layer 1 of a window with one layer",
         "refused: LoadWindow.add: layer is 1; pass an index in [0, 1)",
         lambda _: _window([9, 5, 1, 5], layer=1),
     ),
@@ -132,12 +132,12 @@ CASES: list[Case] = [
         lambda _: _window([9, 5, 1, 5], layer=np.int64(0)),
     ),
     Case(
-        "Trace of float32, whole numbers",
+        "Trace of integers in float32",
         "[[[9, 5, 1, 5]]]",
         lambda _: Trace(torch.tensor([[[9.0, 5, 1, 5]]]), (ONE_LAYER,), [0], [7]).load.tolist(),
     ),
     Case(
-        "Trace of fractions, of a layer that has a name",
+        "Trace of fractions, with a named layer",
         (
             "refused: Trace: load has 9.5 for expert 0 of layer 'moe' in step 0 (1 such); counts must be whole "
             "tokens: multiply frequencies by the tokens they stand for, and of means over steps pass the sums "
@@ -159,7 +159,7 @@ CASES: list[Case] = [
         lambda folder: _recorded(folder, [[[9, 5, -1, 5]]]),
     ),
     Case(
-        "balanced_packing of fractions, which weights may be",
+        "balanced_packing of fractions, which weights may have",
         "[[0, 0, 1, 1]]",
         lambda _: balanced_packing([[0.9, 0.1, 0.5, 0.5]], 2)[0].tolist(),
     ),
@@ -228,12 +228,12 @@ CASES: list[Case] = [
         lambda _: planned([[8, 1, 2, 1]], comm="nccl"),
     ),
     Case(
-        "plan(load, (1, 2)), a tuple for the topology",
+        "plan(load, (1, 2)), a tuple as topology",
         "refused: topology is a tuple; pass a Topology, such as Topology.from_env()",
         lambda _: plan([[8, 1, 2, 1]], (1, 2)),  # type: ignore[arg-type]
     ),
     Case(
-        "imbalance(load, table), a table for the placement",
+        "imbalance(load, table), a table as placement",
         "refused: placement is a Tensor; pass a Placement",
         lambda _: imbalance([[8, 1, 2, 1]], torch.arange(4)),  # type: ignore[arg-type]
     ),

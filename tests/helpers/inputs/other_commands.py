@@ -17,7 +17,7 @@ __all__ = ["CASES"]
 
 
 def named(folder: Path, name: str, layers: Sequence[str], load: np.ndarray | None = None) -> Path:
-    """A trace on two GPUs."""
+    """Save a trace on two GPUs, with these layers."""
     load = counts(4, len(layers), 8) if load is None else load
     placement = Placement.contiguous(load.shape[1], load.shape[2], 2)
     steps = torch.arange(len(load))
@@ -26,7 +26,7 @@ def named(folder: Path, name: str, layers: Sequence[str], load: np.ndarray | Non
 
 
 def unseen(first: Sequence[str], second: Sequence[str]) -> Run:
-    """`distplb compare` of two traces, whose layers have these names; the second's counts follow its names."""
+    """Run `distplb compare` on two traces with these layers; a layer of the same name has the same counts in both."""
 
     def run(folder: Path) -> object:
         load = {name: at for at, name in enumerate(sorted({*first, *second}))}
@@ -40,13 +40,13 @@ def unseen(first: Sequence[str], second: Sequence[str]) -> Run:
 
 
 def of_greedy(out: str) -> str:
-    """What the greedy planner has on the steps that it has not seen."""
+    """Show the greedy planner's imbalance on unseen steps."""
     rows = {row["planner"]: row for row in json.loads(out)["planners"]}
     return f"greedy (EPLB): {rows['greedy (EPLB)']['unseen']['mean']:.4f}"
 
 
 def against(name: str, shape: Sequence[int]) -> Run:
-    """`distplb compare` of a trace with names and an array."""
+    """Run `distplb compare` on a trace with named layers and an array."""
 
     def run(folder: Path) -> object:
         other = file(folder, *shape, name=name)
@@ -57,7 +57,7 @@ def against(name: str, shape: Sequence[int]) -> Run:
 
 
 def replayed(*options: object, load: np.ndarray | None = None) -> Run:
-    """`distplb replay` of a trace; the answer."""
+    """Run `distplb replay` on a trace, and show the answer."""
 
     def run(folder: Path) -> object:
         path = named(folder, "trace.npz", ["a", "b", "c"], counts(24, 3, 8) if load is None else load)
@@ -68,7 +68,7 @@ def replayed(*options: object, load: np.ndarray | None = None) -> Run:
 
 
 def reported(*options: object) -> Run:
-    """`distplb report` of a trace, into the folder."""
+    """Run `distplb report` on a trace, and write to the folder."""
 
     def run(folder: Path) -> object:
         path = named(folder, "trace.npz", ["a", "b", "c"], counts(24, 3, 8))
@@ -90,7 +90,7 @@ CASES: list[Case] = [
         unseen(["a", "b", "c"], ["c", "a", "b"]),
     ),
     Case(
-        "`compare --unseen`, with a further layer",
+        "`compare --unseen`, with an additional layer",
         "greedy (EPLB): 1.1206",
         unseen(["a", "b", "c"], ["c", "d", "a", "b"]),
     ),
@@ -163,7 +163,7 @@ CASES: list[Case] = [
         replayed("--megatron-ep", 64),
     ),
     Case(
-        "`replay run.npz` without the file",
+        "`replay run.npz`, a missing file",
         "exit 2: [Error: Invalid value for 'TRACE...': Path 'run.npz' does not exist. Try 'distplb replay --help'.]",
         run_words("replay", "run.npz"),
     ),

@@ -1,4 +1,4 @@
-"""All kinds of inputs, and the page about them."""
+"""All kinds of inputs, and the page that lists them."""
 
 from __future__ import annotations
 
@@ -27,21 +27,22 @@ KINDS: Mapping[str, Sequence[Case]] = {
     "Steps and layers without tokens, shares of replicas, even loads": [*empty_parts.CASES, *even_loads.CASES],
     "Files of counts and placements": [*tables.CASES, *dumps.CASES, *placements.CASES],
     "Logs and records of jobs": [*megatron_logs.CASES, *records.CASES],
-    "Commands, options and their words": [*plan_options.CASES, *other_commands.CASES, *odd_loads.CASES],
+    "Commands and options": [*plan_options.CASES, *other_commands.CASES, *odd_loads.CASES],
 }
 
-_HEAD = """# What is given, and what is answered
+_HEAD = """# Inputs and answers
 
-Each row is run by the tests (`tests/cli/test_inputs.py`). An answer that begins with "refused" is a `DistplbError`; one
-that begins with "exit 2" is a command's, with what it printed on the standard error.
+The tests run every row (`tests/cli/test_inputs.py`). An answer that begins with "refused" is the text of a
+`DistplbError`. One that begins with "exit 2" is the exit code of a command and what it printed to standard error.
+Warnings and hints are in brackets.
 """
 
 
 def page() -> str:
-    """docs/inputs.md: a table for each kind."""
+    """Format docs/inputs.md: a table for each kind."""
     parts = [_HEAD]
     for kind, cases in KINDS.items():
-        parts.append(f"\n## {kind}\n\n| given | answered |\n| --- | --- |\n")
+        parts.append(f"\n## {kind}\n\n| input | answer |\n| --- | --- |\n")
         parts += [f"| {_cell(case.input)} | {_cell(case.answer)} |\n" for case in cases]
     return "".join(parts)
 

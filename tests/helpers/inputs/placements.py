@@ -16,7 +16,7 @@ __all__ = ["CASES"]
 
 
 def _placement_case(description: str, answer: str, name: str, content: Content, *names: Any, **sizes: int) -> Case:
-    """A file read as a placement: the expert of each slot, experts and GPUs."""
+    """A case that reads a file as a placement, and shows the expert of each slot, experts and GPUs."""
 
     def run(folder: Path) -> str:
         placement = Placement.load(written(folder, name, content), *names, **sizes)
@@ -28,7 +28,7 @@ def _placement_case(description: str, answer: str, name: str, content: Content, 
 def _current_case(
     description: str, answer: str, name: str, content: Content, counts: str = "layer,0,1,2,3\nb,9,1,1,9\na,9,1,9,1\n"
 ) -> Case:
-    """A file given as `--current`: the imbalance of the placement in force."""
+    """A case that passes a file as `--current`, and shows the imbalance of the placement in force."""
 
     def run(folder: Path) -> str:
         load, current = written(folder, "load.csv", counts), written(folder, name, content)
@@ -90,28 +90,28 @@ CASES: list[Case] = [
         ["b", "a"],
     ),
     _placement_case(
-        "a placement, of a layer that it has not",
+        "a placement, for a layer that it lacks",
         "refused: p.json has no layer 'c'; it has a, b",
         "p.json",
         placement_text(),
         ["c"],
     ),
     _placement_case(
-        "a placement of num_experts 4.9",
+        "a placement with num_experts 4.9",
         "refused: p.json is not a placement file (num_experts is 4.9; it must be a whole number, at "
         "least 1); pass one written by Placement.save, or an object with physical_to_logical_map",
         "p.json",
         placement_text(num_experts=4.9),
     ),
     _placement_case(
-        'a placement of num_gpus "2"',
+        'a placement with num_gpus "2"',
         "refused: p.json is not a placement file (num_gpus is '2'; it must be a whole number, at least "
         "1); pass one written by Placement.save, or an object with physical_to_logical_map",
         "p.json",
         placement_text(num_gpus="2"),
     ),
     _placement_case(
-        "a placement of another format",
+        "a placement with another format",
         "refused: p.json has format 'eplb'; this distplb reads 'distplb.placement'",
         "p.json",
         placement_text(format="eplb"),
@@ -131,7 +131,7 @@ CASES: list[Case] = [
         placement_text(expert_of_slot={"a": [0, 1, 2, 3], "b": [0, 1]}),
     ),
     _placement_case(
-        "a placement with true for an expert",
+        "a placement with `true` as an expert",
         "refused: p.json is not a placement file (layer 'a': slot 1 holds True; it must be the number of "
         "an expert); pass one written by Placement.save, or an object with physical_to_logical_map",
         "p.json",
@@ -163,7 +163,7 @@ CASES: list[Case] = [
         "TensorRT-LLM's YAML", "[[0, 1, 2, 0], [2, 1, 0, 1]], 3 experts, 2 GPUs", "p.yaml", _TRT, num_gpus=2
     ),
     _placement_case(
-        "TensorRT-LLM's YAML, of layers by number",
+        "TensorRT-LLM's YAML, with layers by index",
         "[[2, 1, 0, 1], [0, 1, 2, 0]], 3 experts, 2 GPUs",
         "p.yaml",
         _TRT,
@@ -171,7 +171,7 @@ CASES: list[Case] = [
         num_gpus=2,
     ),
     _placement_case(
-        "TensorRT-LLM's YAML, of too few layers",
+        "TensorRT-LLM's YAML, for too few layers",
         "refused: p.yaml also has layer '4', which is not among 3; pass one of these",
         "p.yaml",
         _TRT,
@@ -186,43 +186,43 @@ CASES: list[Case] = [
         json.dumps(_ASCEND),
         num_gpus=4,
     ),
-    _current_case("--current in another order of layers", "b: 1.80, a: 1.80", "p.json", placement_text()),
+    _current_case("--current with the layers in another order", "b: 1.80, a: 1.80", "p.json", placement_text()),
     _current_case(
-        "--current of other names",
+        "--current with other layer names",
         "exit 2: [Error: p.json has no layer '0'; it has a, b]",
         "p.json",
         placement_text(),
         "0,1,2,3\n9,1,1,1\n1,9,1,1\n",
     ),
     _current_case(
-        "--current of a layer more",
+        "--current with an additional layer",
         "exit 2: [Error: p.json also has layer 'a', which is not among b; pass one of these]",
         "p.json",
         placement_text(),
         "layer,0,1,2,3\nb,9,1,1,1\n",
     ),
     _current_case(
-        "--current of SGLang's map",
+        "--current with SGLang's map",
         "b: 1.80, a: 1.80",
         "p.json",
         '{"physical_to_logical_map": [[3, 0, 1, 2], [0, 2, 1, 3]]}',
     ),
     _current_case(
-        "--current of a binary file",
+        "--current with a binary file",
         "exit 2: [Error: p.bin is not a placement file (it is not UTF-8 text (byte 127); save it as "
         "UTF-8); pass one written by Placement.save, or an object with physical_to_logical_map]",
         "p.bin",
         bytes(range(1, 256)),
     ),
-    Case("plan --output of layers moe.3, moe.4", "layers moe.3, moe.4", _saved_by_name),
-    Case("replay of a .npy with --gpus-per-node", "40 steps of 40 iterations", _replayed),
+    Case("plan --output with layers moe.3, moe.4", "layers moe.3, moe.4", _saved_by_name),
+    Case("replay of a .npy file with --gpus-per-node", "40 steps of 40 iterations", _replayed),
     Case(
-        "replay of a .npy alone",
+        "replay of a .npy file without --gpus-per-node",
         "exit 2: [Error: a.npy has counts, and no placement; pass --gpus-per-node, and --nodes, as well]",
         _without_gpus,
     ),
     Case(
-        "replay of [layers, experts]",
+        "replay of shape [layers, experts]",
         "exit 2: [Error: a.npy has one step alone, [layers, experts]; pass [steps, layers, experts] here]",
         _one_step,
     ),

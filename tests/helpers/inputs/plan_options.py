@@ -1,4 +1,4 @@
-"""Options of `distplb plan`, and the same in Python."""
+"""Options of `distplb plan`, and the same options in Python."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["CASES"]
 
 
 def planned(*options: object, shape: Sequence[int] = (2, 3, 8), gpus: Sequence[object] = TWO) -> Run:
-    """`distplb plan` of counts of this shape; the slots, where it plans."""
+    """Run `distplb plan` on counts of this shape, and show the number of slots."""
     words = (*gpus, "--engine", "reference", *options, "--json")
     return lambda folder: command(
         "plan", file(folder, *shape), *words, show=lambda out: f"{json.loads(out)['slots']} slots"
@@ -25,7 +25,7 @@ def planned(*options: object, shape: Sequence[int] = (2, 3, 8), gpus: Sequence[o
 
 
 def priced(price: str) -> Run:
-    """`distplb plan` at this price of moves; what it moves."""
+    """Run `distplb plan` at this price of moves, and show how many slots it moves."""
     words = (*TWO, "--engine", "reference", "--move-price", price, "--json")
     return lambda folder: command("plan", file(folder, 2, 3, 8), *words, show=moved)
 
@@ -41,12 +41,12 @@ def called(shape: Sequence[int], topology: Topology, **options: object) -> Run:
 
 
 def written(*words: object) -> Run:
-    """`distplb plan` with an --output in or of the folder."""
+    """Run `distplb plan` with an --output in the folder."""
 
     def run(folder: Path) -> object:
         load = file(folder, 2, 3, 8)
         (folder / "runs").mkdir()
-        os.mkfifo(folder / "pipe")  # not /dev/null, which a fault would replace by a file
+        os.mkfifo(folder / "pipe")  # not /dev/null, which a bug would replace by a file
         options = [str(word).format(folder=folder) for word in words]
         return command("plan", load, *TWO, "--engine", "reference", *options, show=lambda out: "written")
 
@@ -54,7 +54,7 @@ def written(*words: object) -> Run:
 
 
 def in_force(slots: int, gpus: int) -> Run:
-    """`distplb plan` on two GPUs, with 8 experts and a placement in force."""
+    """Run `distplb plan` with 8 experts on two GPUs and a placement in force, and show how many slots it moves."""
 
     def run(folder: Path) -> object:
         table = (torch.arange(slots) % 8).sort().values
@@ -196,7 +196,7 @@ CASES: list[Case] = [
         planned("--seed", -1),
     ),
     Case(
-        "`--move-price 1e3`, more than there is to gain",
+        "`--move-price 1e3`, more than any move gains",
         "0 slots moved",
         priced("1e3"),
     ),
@@ -224,13 +224,13 @@ CASES: list[Case] = [
         planned("--move-price", -1),
     ),
     Case(
-        "`--current` of 10 slots, without `--slots`",
+        "`--current` with 10 slots, without `--slots`",
         "exit 2: [Error: --current has (layers, experts, slots, GPUs) = (3, 8, 10, 2), the load and "
         "topology (3, 8, 8, 2); pass the placement in force of the same model, or --slots 10]",
         in_force(10, 2),
     ),
     Case(
-        "`--current` of 4 GPUs, `--gpus-per-node 2`",
+        "`--current` for 4 GPUs, `--gpus-per-node 2`",
         (
             "exit 2: [Error: placement.json is of 4 GPUs, and 2 are asked for; pass the placement of this model and "
             "cluster]"

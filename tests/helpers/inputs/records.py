@@ -1,4 +1,4 @@
-"""Events, traces, and folders in which a job records."""
+"""Events, traces, and folders that a job records to."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ __all__ = ["CASES"]
 
 
 def record(iteration: int, **other: object) -> str:
-    """A line of events.jsonl, without its end."""
+    """Format a line of events.jsonl, without the newline."""
     known = {"layers": ("moe",), "decision": "kept", "reason": "", "seconds": {}, "last_applied": iteration}
     return RebalanceEvent(iteration=iteration, **known | other).to_json()  # type: ignore[arg-type]
 
 
 def events(text: str | bytes) -> Callable[[Path], object]:
-    """The iterations of the records of a file."""
+    """Read a file of events, and show their iterations."""
 
     def run(folder: Path) -> object:
         path = folder / "events.jsonl"
@@ -44,7 +44,7 @@ def events(text: str | bytes) -> Callable[[Path], object]:
 
 
 def large(size: int) -> Callable[[Path], object]:
-    """A file of so many bytes, which takes no room on the disk."""
+    """Read a sparse file of this many bytes, which takes no space on the disk."""
 
     def run(folder: Path) -> object:
         with (folder / "events.jsonl").open("wb") as file:
@@ -55,7 +55,7 @@ def large(size: int) -> Callable[[Path], object]:
 
 
 def trace(folder: Path, *lives: Sequence[Sequence[int]], layers: Sequence[str] = ("moe",)) -> None:
-    """Parts of a job, each of its lives with parts of these iterations; life 1 counts 1 token, life 2 has 2, ..."""
+    """Write a job's trace: for each of its runs, parts with these iterations. Run n counts n tokens per expert."""
     for tokens, parts in enumerate(lives, start=1):
         with TraceWriter(folder, layers=layers) as writer:
             for part in parts:
@@ -67,7 +67,7 @@ def lives(*of_job: Sequence[Sequence[int]]) -> Callable[[Path], object]:
     def run(folder: Path) -> object:
         trace(folder, *of_job)
         trace_read = Trace.read(folder)
-        return f"iterations {trace_read.iteration.tolist()} of lives {trace_read.load[:, 0, 0].tolist()}"
+        return f"iterations {trace_read.iteration.tolist()} of runs {trace_read.load[:, 0, 0].tolist()}"
 
     return run
 
@@ -93,7 +93,7 @@ def mixed(folder: Path) -> object:
 
 
 def rebalancer(folder: Path) -> Rebalancer:
-    """Of one layer "moe" with 4 experts on one GPU, recording in the folder."""
+    """Build a rebalancer of one layer "moe" with 4 experts on one GPU, which records to the folder."""
     experts = torch.nn.Parameter(torch.zeros(4, 1))
     layer = MoELayer(name="moe", experts={"w": experts}, router={"w": torch.zeros(4, 2)})
     return Rebalancer(
@@ -111,7 +111,7 @@ def recorded_beside(write: Callable[[Path], object]) -> Callable[[Path], object]
     def run(folder: Path) -> object:
         write(folder)
         rebalancer(folder).close()
-        return "goes on"
+        return "continued"
 
     return run
 
@@ -131,12 +131,12 @@ def written(name: str, text: str) -> Callable[[Path], object]:
 
 CASES: list[Case] = [
     Case(
-        "events: record 2 is cut off, with its line's end",
+        "events: record 2 is cut off before the end of its line",
         "[1, 3, 4] [warning: events.jsonl: line 2 is not whole, and left out]",
         events(f"{record(1)}\n{record(2)[:90]}\n{record(3)}\n{record(4)}\n"),
     ),
     Case(
-        "events: record 2 is cut off, 3 follows on its line",
+        "events: record 2 is cut off, and record 3 follows on the same line",
         "[1, 3, 4] [warning: events.jsonl: line 2 is not whole, and left out]",
         events(f"{record(1)}\n{record(2)[:90]}{record(3)}\n{record(4)}\n"),
     ),
@@ -146,7 +146,7 @@ CASES: list[Case] = [
         "[1, 2]",
         events(record(1).encode() + b"\n" + b"\0" * 9 + b"\n" + record(2).encode() + b"\n"),
     ),
-    Case("events: a record with a field of a later version", "[1]", events(record(1)[:-1] + ', "colour": 3}\n')),
+    Case("events: a record with a field from a later version", "[1]", events(record(1)[:-1] + ', "colour": 3}\n')),
     Case(
         "events: a record of version 2",
         "refused: events.jsonl, line 1: it is 'distplb.event', version 2; this distplb reads "
@@ -167,7 +167,7 @@ CASES: list[Case] = [
     ),
     Case("events: an empty file", "[]", events("")),
     Case(
-        "events: a file of something else",
+        "events: a file of another kind",
         "refused: events.jsonl, line 1: it is no line of JSON; pass a file that an EventLog wrote",
         events("iteration,decision\n1,moved\n"),
     ),
@@ -183,15 +183,15 @@ CASES: list[Case] = [
     ),
     Case(
         "trace: a resumed job that records again from iteration 3",
-        "iterations [1, 2, 3, 4] of lives [1, 1, 2, 2]",
+        "iterations [1, 2, 3, 4] of runs [1, 1, 2, 2]",
         lives([[1, 2], [3, 4], [5, 6]], [[3], [4]]),
     ),
     Case(
-        "trace: a job that begins anew in its folder",
-        "iterations [1, 2, 3] of lives [1, 2, 2]",
+        "trace: a job that starts again from iteration 2 in its folder",
+        "iterations [1, 2, 3] of runs [1, 2, 2]",
         lives([[1, 2], [3, 4]], [[2, 3]]),
     ),
-    Case("trace: a part that is half written", "iterations [1, 2]", half_written),
+    Case("trace: a part that was never finished", "iterations [1, 2]", half_written),
     Case(
         "trace: a part that is cut off",
         "refused: 000000000002.npz cannot be read (File is not a zip file); pass a trace written by "
@@ -203,7 +203,7 @@ CASES: list[Case] = [
         "refused: 5.npz has other layers than 000000000001.npz; pass parts of one job, and of one stage of a pipeline",
         mixed,
     ),
-    Case("record= a folder with a trace of this job", "goes on", recorded_beside(own_trace)),
+    Case("record= a folder with a trace of this job", "continued", recorded_beside(own_trace)),
     Case(
         "record= a folder with a trace of another job",
         "refused: record: 000000000001.npz is of another job: it has layers: 1 ('moe'), experts: 2, "
@@ -218,7 +218,7 @@ CASES: list[Case] = [
         recorded_beside(written("events.jsonl", record(1, layers=("a", "b")) + "\n")),
     ),
     Case(
-        "record= a folder with another file events.jsonl",
+        "record= a folder with an events.jsonl of another kind",
         "refused: record: events.jsonl is no log of rebalances; record in a folder of its own, or move the file away",
         recorded_beside(written("events.jsonl", "a,b\n")),
     ),

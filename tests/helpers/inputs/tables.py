@@ -1,4 +1,4 @@
-"""Tables of counts: CSV, TSV and text, and a few files that look like one."""
+"""Tables of counts: CSV, TSV and text, and a few files that look like tables."""
 
 from __future__ import annotations
 
@@ -12,13 +12,16 @@ __all__ = ["CASES"]
 
 
 CASES: list[Case] = [
-    counts_case("CSV: 0,1,2 above counts", "[[5, 3, 4], [1, 7, 1]] of 0, 1", "a.csv", "0,1,2\n5,3,4\n1,7,1\n"),
+    counts_case("CSV: 0,1,2 above counts", "[[5, 3, 4], [1, 7, 1]], layers: 0, 1", "a.csv", "0,1,2\n5,3,4\n1,7,1\n"),
     counts_case(
-        "CSV: layer,1,2,3 above counts", "[[5, 3, 4], [1, 7, 1]] of x, y", "a.csv", "layer,1,2,3\nx,5,3,4\ny,1,7,1\n"
+        "CSV: layer,1,2,3 above counts",
+        "[[5, 3, 4], [1, 7, 1]], layers: x, y",
+        "a.csv",
+        "layer,1,2,3\nx,5,3,4\ny,1,7,1\n",
     ),
     counts_case(
         "CSV: columns e0,e1,e10,e2, ...",
-        "[[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10]] of 0",
+        "[[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10]], layers: 0",
         "a.csv",
         "e0,e1,e10,e2,e3,e4,e5,e6,e7,e8,e9\n0,1,10,2,3,4,5,6,7,8,9\n",
     ),
@@ -30,18 +33,21 @@ CASES: list[Case] = [
     ),
     counts_case(
         "CSV: columns layer_idx, 0, 1, total",
-        "[[5, 3], [1, 7]] of 3, 4",
+        "[[5, 3], [1, 7]], layers: 3, 4",
         "a.csv",
         "layer_idx,0,1,total\n3,5,3,8\n4,1,7,8\n",
     ),
     counts_case(
-        "CSV: a total that is none",
+        "CSV: a wrong total",
         "refused: a.csv, line 2: the experts have 8 tokens, and the total is 9; correct it, or leave the column out",
         "a.csv",
         "layer,0,1,total\n3,5,3,9\n",
     ),
     counts_case(
-        "CSV: a last row named total", "[[5, 3], [1, 7]] of x, y", "a.csv", "layer,0,1\nx,5,3\ny,1,7\ntotal,6,10\n"
+        "CSV: a last row named total",
+        "[[5, 3], [1, 7]], layers: x, y",
+        "a.csv",
+        "layer,0,1\nx,5,3\ny,1,7\ntotal,6,10\n",
     ),
     counts_case(
         "CSV: columns rank, layer, 0, 1",
@@ -52,7 +58,7 @@ CASES: list[Case] = [
     ),
     counts_case(
         "CSV: columns step, layer, 0, 1",
-        "[[[5, 3], [1, 7]], [[4, 4], [2, 2]]] of x, y",
+        "[[[5, 3], [1, 7]], [[4, 4], [2, 2]]], layers: x, y",
         "a.csv",
         "step,layer,0,1\n7,x,5,3\n7,y,1,7\n8,y,2,2\n8,x,4,4\n",
     ),
@@ -64,7 +70,7 @@ CASES: list[Case] = [
     ),
     counts_case(
         "CSV: columns layer, expert, count",
-        "[[5, 3], [1, 7]] of 0, 1",
+        "[[5, 3], [1, 7]], layers: 0, 1",
         "a.csv",
         "layer,expert,count\n0,0,5\n0,1,3\n1,1,7\n1,0,1\n",
     ),
@@ -81,10 +87,12 @@ CASES: list[Case] = [
         "a.csv",
         "expert_0,5,3\nexpert_1,1,7\n",
     ),
-    counts_case("CSV: pandas' index above it nothing", "[[5, 3], [1, 7]] of 0, 1", "a.csv", ",0,1\n0,5,3\n1,1,7\n"),
+    counts_case(
+        "CSV: pandas' index without a header", "[[5, 3], [1, 7]], layers: 0, 1", "a.csv", ",0,1\n0,5,3\n1,1,7\n"
+    ),
     counts_case(
         "CSV: pandas' index and a column layer",
-        "[[5, 3], [1, 7]] of x, y",
+        "[[5, 3], [1, 7]], layers: x, y",
         "a.csv",
         "Unnamed: 0,layer,0,1\n0,x,5,3\n1,y,1,7\n",
     ),
@@ -96,14 +104,14 @@ CASES: list[Case] = [
         "0,5,3\n1,1,7\n2,4,4\n",
     ),
     counts_case(
-        "CSV of Excel: byte order mark, CRLF, empty columns and lines",
-        "[[5, 3]] of x",
+        "CSV from Excel: byte order mark, CRLF, empty columns and lines",
+        "[[5, 3]], layers: x",
         "a.csv",
         "\ufefflayer,0,1,,\r\nx,5,3,,\r\n,,,,\r\n",
     ),
     counts_case(
-        "CSV: moe.0 and moe.1 before counts, the first of which are 0, 1, 2",
-        "[[0, 1, 2], [4, 4, 1]] of moe.0, moe.1",
+        "CSV: rows moe.0 and moe.1, whose first counts are 0, 1, 2",
+        "[[0, 1, 2], [4, 4, 1]], layers: moe.0, moe.1",
         "a.csv",
         "moe.0,0,1,2\nmoe.1,4,4,1\n",
     ),
@@ -129,7 +137,7 @@ CASES: list[Case] = [
         "layer,0,1,mean\nx,5,3,4\n",
     ),
     counts_case(
-        "JSON: columns of pandas, each a list",
+        "JSON: pandas columns, each a list",
         "refused: a.json: 'layer' is what a column is named, and stands where a layer's name is expected; pass "
         "a list of counts for each layer, or rows with names of columns above them",
         "a.json",
@@ -142,38 +150,38 @@ CASES: list[Case] = [
         '{"ep_rank": 3, "load": [[5, 3]]}',
     ),
     counts_case(
-        "JSON: a setting beside the layers",
+        "JSON: a setting among the layers",
         "refused: a.json: 'epoch' is 3 where a list of counts is expected; pass a list of counts for each "
         "layer, all as long, or name [steps][layers][experts] 'load' (it has 'epoch', 'x')",
         "a.json",
         '{"epoch": 3, "x": [5, 3]}',
     ),
     counts_case(
-        "YAML with a tag of Python",
+        "YAML with a Python tag",
         "refused: a.yaml is not YAML that can be read (line 1 has a tag, which is no plain number, text, list "
         "or object)",
         "a.yaml",
         "x: !!python/tuple [5, 3]\n",
     ),
     counts_case(
-        ".npz of one array without a name",
-        "[[5, 3], [1, 7]] of 0, 1",
+        ".npz with one unnamed array",
+        "[[5, 3], [1, 7]], layers: 0, 1",
         "a.npz",
         lambda path: np.savez(path, np.array([[5, 3], [1, 7]])),
     ),
-    counts_case(".npy of bools, a token each", "[[1, 0]] of 0", "a.npy", array([[1, 0]], bool)),
+    counts_case(".npy of bools, one token each", "[[1, 0]], layers: 0", "a.npy", array([[1, 0]], bool)),
     counts_case(
-        ".pt of bools, a token each",
-        "[[1, 0]] of 0",
+        ".pt of bools, one token each",
+        "[[1, 0]], layers: 0",
         "a.pt",
         lambda path: torch.save(torch.tensor([[True, False]]), path),
     ),
-    counts_case("CSV of semicolons", "[[5, 3]] of x", "a.csv", "layer;0;1\nx;5;3\n"),
+    counts_case("CSV with semicolons", "[[5, 3]], layers: x", "a.csv", "layer;0;1\nx;5;3\n"),
     counts_case(
-        "CSV of sep=; with 1.234.567 and 5,0", "[[1234567, 5]] of x", "a.csv", "sep=;\nlayer;0;1\nx;1.234.567;5,0\n"
+        "CSV with sep=;, 1.234.567 and 5,0", "[[1234567, 5]], layers: x", "a.csv", "sep=;\nlayer;0;1\nx;1.234.567;5,0\n"
     ),
     counts_case(
-        "CSV of semicolons with 5,0",
+        "CSV with semicolons and 5,0",
         "refused: a.csv has commas and semicolons; begin it with a line 'sep=;' that names what parts the cells",
         "a.csv",
         "layer;0;1\nx;5,0;3,0\n",
@@ -185,7 +193,7 @@ CASES: list[Case] = [
         'layer,0,1\nx,"1,234",5\n',
     ),
     counts_case(
-        'CSV: "1,234" and "1,234,567"', "[[1234, 1234567]] of x", "a.csv", 'layer,0,1\nx,"1,234","1,234,567"\n'
+        'CSV: "1,234" and "1,234,567"', "[[1234, 1234567]], layers: x", "a.csv", 'layer,0,1\nx,"1,234","1,234,567"\n'
     ),
     counts_case(
         "CSV: 1.23E+05",
@@ -199,10 +207,10 @@ CASES: list[Case] = [
         "a.csv",
         "layer,0,1\nx,0.5,0.5\n",
     ),
-    counts_case("TSV", "[[5, 3]] of x", "a.tsv", "layer\t0\t1\nx\t5\t3\n"),
+    counts_case("TSV", "[[5, 3]], layers: x", "a.tsv", "layer\t0\t1\nx\t5\t3\n"),
     counts_case(
-        "TXT of numpy.savetxt",
-        "[[5, 12]] of 0",
+        "TXT from numpy.savetxt",
+        "[[5, 12]], layers: 0",
         "a.txt",
         "# by hand\n5.000000000000000000e+00 1.200000000000000000e+01\n",
     ),
