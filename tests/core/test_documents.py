@@ -364,7 +364,7 @@ def test_a_report_of_counts_is_one_of_the_same_trace(tmp_path: Path) -> None:
     assert result.trace.load.tolist() == STEPS
     assert result.trace.iteration.tolist() == [0, 1]
     assert result.trace.placements == (Placement.contiguous(2, 4, 2),)
-    with pytest.raises(DistplbError, match=r"a.npy has counts, and no placement; pass --gpus-per-node"):
+    with pytest.raises(DistplbError, match=r"a.npy has counts but no placement; also pass --gpus-per-node"):
         Run.read(tmp_path / "a.npy")
-    with pytest.raises(DistplbError, match=r"a.npy has 4 experts, which do not go evenly on 3 GPUs"):
+    with pytest.raises(DistplbError, match=r"a.npy: 4 experts cannot be spread evenly over 3 GPUs"):
         Run.read(tmp_path / "a.npy", Topology(1, 3))
