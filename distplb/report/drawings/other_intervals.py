@@ -35,7 +35,7 @@ def other_intervals(run: Run, width: float = WIDE) -> Figure:
         saved,
         "Modelled time saved, moves included",
         "iterations between rebalances",
-        "share of time without rebalancing",
+        "relative to no rebalancing",
     )
     _draw_saved(saved, run.what_if)
     dress(moved, "Slots that would have moved", "iterations between rebalances", "slots, all layers")
