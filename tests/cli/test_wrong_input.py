@@ -31,7 +31,10 @@ FILES: dict[str, tuple[Callable[[Path], object], str]] = {
     "pickle.npy": (pickled, "pickle.npy holds Python objects as a pickle, which is refused, because"),
     "dims.npy": (lambda path: np.save(path, [1, 2]), r"dims.npy has dtype int64 and shape \(2,\); pass counts as \["),
     "nothing.npy": (lambda path: np.save(path, [[]]), r"nothing.npy has .*shape \(1, 0\); pass .*none empty"),
-    "half.npy": (lambda path: np.save(path, [[0.5, 1]]), r"half.npy has 0.5 at \[0, 0\] .*must be whole: pass tokens"),
+    "half.npy": (
+        lambda path: np.save(path, [[0.5, 1]]),
+        r"half.npy has 0.5 at \[0, 0\] .*must be integers: pass tokens",
+    ),
     "words.csv": (lambda path: path.write_text("1,2\n3,x\n"), "words.csv, line 2, column 2: 'x' is not a count"),
     "cut.json": (lambda path: path.write_text("[[1,"), "cut.json is not JSON that can be read"),
     "load.pt": (
@@ -141,7 +144,7 @@ TRACES = [
     ("replay trace.npz --gpus-per-node 3", "3 GPUs"),
     ("replay trace.npz --every 0", "'--every': 0 is not in the range"),
     ("replay", "Missing argument 'TRACE...'"),
-    ("report missing.npz", "there is no missing.npz; pass the folder of Rebalancer"),
+    ("report missing.npz", "there is no file or folder missing.npz; pass the folder of Reb"),
     ("report empty.npz", "empty.npz is empty; pass"),
     ("report folder", "folder has neither events nor a trace; pass the folder of Rebalancer"),
     ("report cut.npz", "cut.npz cannot be read .*; it is damaged or cut off"),

@@ -213,8 +213,8 @@ CASES: list[Case] = [
     ),
     Case(
         "record= a folder with events of another job",
-        "refused: record: events.jsonl belongs to another job (layers: ['a', 'b'] there, ['moe'] here); record in "
-        "another folder, or move the file away",
+        "refused: record: events.jsonl belongs to another job: it has layers ['a', 'b'], this job has ['moe']; "
+        "record in another folder, or move the file away",
         recorded_beside(written("events.jsonl", record(1, layers=("a", "b")) + "\n")),
     ),
     Case(
