@@ -43,7 +43,7 @@ class EventLog:
     """Writes the record of each rebalance in a background thread, while training continues.
 
     A call only hands a reference to that thread, which releases the interpreter lock every fraction of a millisecond.
-    It never raises: errors are logged under "distplb", each text once, and the next record is tried as usual.
+    A call never raises: errors are logged under "distplb", each text once, and the next record is tried as usual.
 
     The file is appended to. Each rebalance is one line, `RebalanceEvent.to_json`, written when the rebalance has ended.
     When the next window has shown how the plan performed, a short line follows: `"format": "distplb.outcome"`,
@@ -158,7 +158,7 @@ def scalars(event: RebalanceEvent) -> dict[str, float]:
 def read_events(path: str | os.PathLike[str], max_bytes: int = 2**30) -> list[RebalanceEvent]:
     """Read the records of a file, in order of iteration, each with its outcome if the file has it.
 
-    If a job was resumed and repeated iterations, the records of the last run count. A record that is incomplete,
+    If a job was resumed and repeated iterations, the records of the last run are used. A record that is incomplete,
     because the job was killed or the disk was full, is left out with a warning; a record that follows it on the same
     line is kept.
 

@@ -22,8 +22,8 @@ class RebalanceEvent:
 
     Imbalance is busiest GPU / mean GPU in tokens. A layer's imbalance is the mean over those steps of a window in which
     the layer had tokens, or None if it never had any. Means over layers and steps leave out those without tokens.
-    Measured values are rank 0's. "Under the plan" means under the part of it that was chosen to be carried out. With
-    the load and the placement that was in force, the recorded options reproduce the planned placement bit for bit.
+    Measured values are rank 0's. "Under the plan" means under the part of the plan that was chosen to be carried out.
+    With the load and the placement in force, the recorded options reproduce the planned placement bit for bit.
 
     Args:
         iteration: calls of `Rebalancer.step` so far, including this one.

@@ -138,7 +138,7 @@ class Trace:
         """Read a file that `save` wrote, or a folder of parts that a `TraceWriter` wrote, in the order of their names.
 
         A resumed job goes back to an earlier iteration; steps that its earlier runs recorded from there on are left
-        out. If parts do not record which run wrote them, the later part counts for an iteration that two parts have.
+        out. If parts do not record which run wrote them, the later part is used for an iteration that two parts have.
 
         Args:
             path: path of a file or a folder.
@@ -176,7 +176,7 @@ class Trace:
 
         The files contain neither the parallel sizes nor a placement: experts are numbered by slot, and the placement is
         contiguous. Each micro-batch of each EP group is a step. If several lines have the same iteration and layer, the
-        last one counts: the job was resumed, or repeated the iteration. If a rank has several virtual pipeline stages,
+        last one is used: the job was resumed, or repeated the iteration. If a rank has several virtual pipeline stages,
         the writer mixes their layers, and they stay mixed here.
 
         Iterations that some rank does not have completely, for example because it died while writing, are left out with

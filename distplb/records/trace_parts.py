@@ -69,7 +69,9 @@ def read_about(file: ArrayFile) -> About:
         ValueError, KeyError, TypeError, RecursionError: if it is damaged.
     """
     if file.shapes["about"][0] > _MAX_BYTES:
-        raise DistplbError(f"its layer names and note take {file.shapes['about'][0]} bytes; write it again")
+        raise DistplbError(
+            f"its layer names and note take {file.shapes['about'][0]} bytes; write it with a shorter note"
+        )
     document: dict[str, Any] = parse_json(file.read("about").tobytes())
     if document["format"] != _FORMAT or type(document["version"]) is not int or document["version"] != _VERSION:
         raise DistplbError(

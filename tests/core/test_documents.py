@@ -204,13 +204,10 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "deep.yaml": (lambda path: path.write_text("[" * 1_000), "is not YAML that can be read .*recursion"),
     "control.yaml": (lambda path: path.write_text("a: \x01"), "unacceptable character #x0001"),
     "cut.yaml": (lambda path: path.write_text("a: [1,\n"), r"is not YAML that can be read \(line 2: "),
-    "one-rank.npz": (
-        lambda path: np.savez(path, load=COUNTS, rank=1),
-        "has 'rank' next to 'load', so it belongs to one rank",
-    ),
+    "one-rank.npz": (lambda path: np.savez(path, load=COUNTS, rank=1), "has 'rank' next to 'load', so it belongs to"),
     "two.npz": (
         lambda path: np.savez(path, load_history=COUNTS, counts=COUNTS),
-        "several fields of counts, 'load_history', 'counts'; keep",
+        "counts, 'load_history', 'counts'; keep",
     ),
     "large-header.npz": (large_header, "NumPy's format 2.0 is not known for numbers"),
     "float16.npy": (lambda path: np.save(path, np.array([[4096, 1]], "f2")), "at most 2048 in float16, which rounds"),

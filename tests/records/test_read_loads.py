@@ -184,7 +184,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "header.csv": (lambda path: text(path, "layer,e0,e1\n"), "has a header but no rows"),
     "names.csv": (
         lambda path: text(path, "layer\na\n"),
-        "line 1 has no names of experts, .*name a column for each expert",
+        "line 1 has no columns of experts, .*name a column for each expert",
     ),
     "no-header.csv": (
         lambda path: text(path, "layer,5,1\nb,3,3\n"),

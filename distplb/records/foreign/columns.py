@@ -150,7 +150,9 @@ class Columns(NamedTuple):
 def _order(path: Path, place: str, names: list[str]) -> list[int]:
     """The order of the columns by the numbers in their names; unchanged if the names have no numbers."""
     if not names or not all(names):
-        raise DistplbError(f"{path}, {place} has no names of experts, or an empty one; name a column for each expert")
+        raise DistplbError(
+            f"{path}, {place} has no columns of experts, or one without a name; name a column for each expert"
+        )
     if len(set(names)) != len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise DistplbError(f"{path}, {place} has column {twice[:40]!r} twice; give each column its own name")

@@ -150,7 +150,7 @@ def _records(path: Path, objects: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def _array(path: Path, nested: Any, where: str) -> NDArray[Any]:
-    """The array of an array or of nested lists of equal length."""
+    """The array in an array or in nested lists of equal length."""
     if isinstance(nested, np.ndarray):
         return nested
     if isinstance(nested, list) and nested and all(isinstance(one, np.ndarray) for one in nested):

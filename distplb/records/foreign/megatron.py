@@ -103,7 +103,7 @@ def _complete_iterations(by_stage: list[list[RankCounts]], layers: list[list[str
             f"{left_out[iterations_of_any[0]]}, and no iteration is complete on all ranks; pass the files of one job "
             "and its pipeline_parallel"
         )
-    # The file of a rank that died before its first line in a run does not show that there was this run.
+    # A rank that died before its first line in a run has no sign of that run in its file.
     rewinds_differ, is_end = any(one.rewinds != ranks[0][0].rewinds for one, _ in ranks), True
     for at in reversed(whole):
         first = ranks[0][0]
@@ -116,7 +116,7 @@ def _complete_iterations(by_stage: list[list[RankCounts]], layers: list[list[str
             is_end = False  # all ranks reached this iteration in the last run
     iterations = [at for at in whole if at not in left_out]
     if not iterations:
-        raise DistplbError(f"{left_out[whole[0]]}, as for all other iterations; pass the files of one run of the job")
+        raise DistplbError(f"{left_out[whole[0]]}, and so for all others; pass the files of one run of the job")
     _warn_of(left_out, broken, len(iterations_of_any))
     return iterations
 
@@ -264,7 +264,7 @@ def _rows_differ(stages: Sequence[_Stage], doubled: Iterable[int]) -> bool:
 def _stacked(
     loads: list[list[CountArray]], iterations: list[int], layers: tuple[str, ...], num_gpus: int
 ) -> MegatronCounts:
-    """Concatenate the layers of all stages, and make all micro-batches and EP groups steps."""
+    """Concatenate the layers of all stages; each micro-batch of each EP group becomes a step."""
     steps = []
     for nth, iteration in enumerate(iterations):
         stages = [load[nth] for load in loads]  # [B, D, L, E] each

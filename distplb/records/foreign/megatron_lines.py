@@ -37,7 +37,7 @@ _RANK_NAME = re.compile(r"rank(\d{1,9})\.jsonl")
 
 
 class RankCounts:
-    """The counts that one rank wrote; of each iteration, the last lines count.
+    """The counts that one rank wrote; the last lines of each iteration are used.
 
     A resumed job goes back to an earlier iteration and writes to the same files.
 
@@ -246,7 +246,7 @@ def _parsed(text: bytes) -> tuple[int, str, CountArray]:
 def _read_text(path: Path) -> tuple[list[RankCounts], list[str]]:
     ranks: dict[int, RankCounts] = {}
     broken: list[str] = []
-    # Each rank writes its lines of an iteration together; if lines of other ranks come between, it was restarted.
+    # A rank writes its lines of an iteration together; lines of other ranks in between mean that it was restarted.
     for (number, iteration), lines in itertools.groupby(_text_lines(path, broken), key=lambda line: line[:2]):
         rows: dict[str, list[CountArray]] = {}
         for _, _, layer, counts in lines:

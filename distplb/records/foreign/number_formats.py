@@ -74,7 +74,7 @@ def _thousands(cells: Sequence[str], odd: Sequence[int], place: Callable[[int], 
         if "decimals" in shown and "thousands" in shown:
             one, other = shown["decimals"], shown["thousands"]
             raise DistplbError(
-                f"{place(one)}: {cells[one][:40]!r} has {sign!r} before decimals, and {place(other)}: "
+                f"{place(one)}: {cells[one][:40]!r} has {sign!r} before decimals, but {place(other)}: "
                 f"{cells[other][:40]!r} has it between thousands; write counts in digits only"
             )
         if list(shown) == ["either"]:

@@ -69,7 +69,7 @@ def _without_total(
 def _check_names(path: Path, layers: tuple[str, ...]) -> None:
     if len(set(layers)) != len(layers):
         twice = next(name for name in layers if layers.count(name) > 1)
-        raise DistplbError(f"{path} has layer {twice[:80]!r} twice; give each layer a name of its own")
+        raise DistplbError(f"{path} has layer {twice[:80]!r} twice; give each layer its own name")
     other = next((name for name in layers if role_of(name) not in (None, "total")), None)
     if other is not None:
         raise DistplbError(
