@@ -140,10 +140,16 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "one-dim.npy": (lambda path: npy(path, [1, 2]), r"shape \(2,\); pass counts as \[layers, experts\] or"),
     "four-dims.npy": (lambda path: npy(path, [[[[1]]]]), r"shape \(1, 1, 1, 1\), 4 dims; sum over the ranks"),
-    "negative.npy": (lambda path: npy(path, [[1, -2]]), r"has -2 at \[0, 1\] \(1 such\); counts must be non-negative"),
+    "negative.npy": (
+        lambda path: npy(path, [[1, -2]]),
+        r"has -2 at \[0, 1\] \(1 such value\); counts must be non-negative",
+    ),
     "nan.npy": (lambda path: npy(path, [[1, np.nan]]), r"has nan at \[0, 1\] .*counts must be finite"),
     "infinite.npy": (lambda path: npy(path, [[np.inf, 1]]), r"has inf at \[0, 0\] .*counts must be finite"),
-    "shares.npy": (lambda path: npy(path, [[0.5, 0.25]]), r"has 0.5 at \[0, 0\] \(2 such\); counts must be integers"),
+    "shares.npy": (
+        lambda path: npy(path, [[0.5, 0.25]]),
+        r"has 0.5 at \[0, 0\] \(2 such values\); counts must be integers",
+    ),
     "large.npy": (
         lambda path: npy(path, np.array([[2**63, 1]], np.uint64)),
         r"has 9223372036854775808 at .*must be below 2\^63",

@@ -118,4 +118,7 @@ def _refuse(path: Path, values: NDArray[Any], is_wrong: NDArray[Any], requiremen
     if len(places):
         place = tuple(places[0].tolist())
         value = str(values[place].tolist() if isinstance(values[place], np.generic) else values[place])[:40]
-        raise DistplbError(f"{path} has {value} at {list(place)} ({len(places)} such); counts must be {requirement}")
+        raise DistplbError(
+            f"{path} has {value} at {list(place)} ({len(places)} such value{'s' * (len(places) != 1)}); counts must be "
+            f"{requirement}"
+        )

@@ -41,8 +41,8 @@ CASES: list[Case] = [
     ),
     counts_case(
         ".npy of float16, 4096",
-        "refused: a.npy has 4096.0 at [0, 0] (1 such); counts must be at most 2048 in float16, which rounds larger "
-        "ones: use int64",
+        "refused: a.npy has 4096.0 at [0, 0] (1 such value); counts must be at most 2048 in float16, which rounds "
+        "larger ones: use int64",
         "a.npy",
         array([[4096, 1]], np.float16),
     ),
