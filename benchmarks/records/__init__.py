@@ -1,1 +1,1 @@
-"""What records cost."""
+"""The cost of records."""

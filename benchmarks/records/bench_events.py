@@ -1,9 +1,9 @@
-"""What the records of rebalances cost the thread that trains: handing over, and the iterations beside the writing.
+"""The cost of rebalance records for the training thread: the hand-over, and iterations while records are written.
 
     python -m benchmarks.records.bench_events --output benchmarks/results/DATE-events.md
 
-A record of DeepSeek-V3's size (58 layers, 64 GPUs) goes to a file and to TensorBoard. The iterations are short and take
-the interpreter's lock all the time, which is the worst case: a thread beside them can only take it from them.
+A record of DeepSeek-V3's size (58 layers, 64 GPUs) goes to a file and to TensorBoard. The iterations are short and hold
+the interpreter lock all the time, which is the worst case: another thread can run only by taking the lock from them.
 Shapes: T steps, L layers, E experts, M GPUs.
 """
 
@@ -28,18 +28,18 @@ from distplb.train.rebalance_event import Account
 from distplb.train.stop_loss import Pace
 
 STEPS, LAYERS, EXPERTS, TOPOLOGY = 32, 58, 256, Topology(8, 8)
-ITERATION_SECONDS, BETWEEN = 2e-3, 40  # of an iteration; iterations from one record to the next
+ITERATION_SECONDS, BETWEEN = 2e-3, 40  # seconds of an iteration; iterations from one record to the next
 TEXT = (
-    "Milliseconds of the training thread. `handing over` is the call of the log; `making the record` is what the log "
-    "does in its own thread, or the training thread where there is an `on_event` (three quarters of it are the lower "
-    "bound). For the iterations, turns with and without a log follow each other in one run; `longest` is the longest "
-    "iteration after a record, which has the making and writing beside it, and of the turns without a log that of the "
-    "same iterations; medians over the turns, and in brackets the range."
+    "Milliseconds of the training thread. `handing over` is the call of the log; `making the record` happens in the "
+    "log's thread, or in the training thread if there is an `on_event` (three quarters of it are the lower bound). "
+    "Turns of iterations with and without a log alternate in one run. `longest` is the longest iteration after a "
+    "record, while the log makes and writes it; for turns without a log, the longest of the same iterations. Medians "
+    "over the turns, with the range in brackets."
 )
 
 
 def main() -> None:
-    """Measure, print, and write where that is asked for."""
+    """Measure, print, and write the report if requested."""
     options = parsed_options()
     account, work = accounted(), calibrated()
     making = [timed(lambda: account.event(MoveTotals(), "moved", "", {"search": 1.0})) for _ in range(options.repeats)]
@@ -72,7 +72,7 @@ def main() -> None:
         ),
     ]
     arguments = {"--turns": options.turns, "--repeats": options.repeats}
-    title = "What records cost the training thread"
+    title = "The cost of records for the training thread"
     top = header(title, TEXT, command_line("records.bench_events", arguments), "cpu")
     size = f"A record takes {len(make().to_json())} bytes as a line."
     publish("\n\n".join([top, markdown(["ms", "median", "range"], lines), size]), options.output)
@@ -80,15 +80,15 @@ def main() -> None:
 
 def parsed_options() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description="What records cost the training thread.")
-    parser.add_argument("--turns", type=int, default=30, help="of iterations with a log, and as many without")
-    parser.add_argument("--repeats", type=int, default=20, help="records that are made")
-    parser.add_argument("--output", type=Path, help="write the report there as well")
+    parser = argparse.ArgumentParser(description="The cost of records for the training thread.")
+    parser.add_argument("--turns", type=int, default=30, help="number of turns of iterations with a log, and without")
+    parser.add_argument("--repeats", type=int, default=20, help="number of records that are made")
+    parser.add_argument("--output", type=Path, help="also write the report to this file")
     return parser.parse_args()
 
 
 def accounted() -> Account:
-    """A rebalance of DeepSeek-V3's size, of which the record is made."""
+    """A rebalance of DeepSeek-V3's size, from which the record is made."""
     generator = torch.Generator().manual_seed(0)
     popular = torch.rand(LAYERS, EXPERTS, generator=generator) ** 3 * 1000 + 10
     load = torch.poisson(popular.expand(STEPS, -1, -1), generator=generator).long()
@@ -112,14 +112,14 @@ def accounted() -> Account:
 
 
 def iterations(work: int, make: Callable[[], RebalanceEvent], log: EventLog | None, calls: list[float]) -> list[float]:
-    """Seconds of each; the first one includes the handing over of a record, whose seconds go to `calls` too."""
+    """Seconds of each iteration; the first includes the hand-over of a record, whose seconds also go to `calls`."""
     seconds = []
     for number in range(BETWEEN):
         begin = time.perf_counter()
         if number == 0 and log is not None:
             calls.append(timed(lambda: log.take(make)))
         count = 0
-        # The same work in every iteration, whoever else takes the lock.
+        # The same work in every iteration, whichever thread takes the lock.
         while count < work:
             count += 1
         seconds.append(time.perf_counter() - begin)
@@ -127,7 +127,7 @@ def iterations(work: int, make: Callable[[], RebalanceEvent], log: EventLog | No
 
 
 def calibrated() -> int:
-    """Turns of an empty loop in an iteration."""
+    """The number of turns of an empty loop that make an iteration."""
 
     def loop(turns: int) -> None:
         count = 0
@@ -139,7 +139,7 @@ def calibrated() -> int:
 
 
 def timed(run: Callable[[], object]) -> float:
-    """Seconds."""
+    """The seconds that a call takes."""
     begin = time.perf_counter()
     run()
     return time.perf_counter() - begin

@@ -1,10 +1,10 @@
-"""Planners on traces: what a job would have waited for the busiest GPU, and for its experts to move.
+"""Planners on traces: how long a job would have waited for the busiest GPU, and for its experts to move.
 
     python -m benchmarks.study.bench_replay --loads DIR --output benchmarks/results/DATE-replay.md
     python -m benchmarks.study.bench_replay --traces FILE FOLDER --every 100 --no-made
 
-Every step is judged under a plan that had not seen it. The traces are those of benchmarks/traces, the generators of
-troubles.py, and steps that are made of the recorded sequences of --loads; each as it is, and with every expert
+Every step is judged under a plan that had not seen it. The traces come from benchmarks/traces, from the generators in
+troubles.py, and from steps drawn from the recorded sequences of --loads; each is used unchanged, and with every expert
 rescaled to the same mean over the trace.
 Shapes: S steps, L layers.
 """
@@ -27,7 +27,7 @@ from distplb.packing.engines import engine_named
 
 
 def main() -> None:
-    """Replay, print, and write where that is asked for."""
+    """Replay, print, and write the report, figure and steps if requested."""
     options = parsed_options()
     engine = engine_named(options.engine)[0]
     cases = traces.all_cases(options)
@@ -49,23 +49,29 @@ def parsed_options() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description="Planners on traces.")
     traces.add_options(parser)
-    parser.add_argument("--every", type=int, default=32, metavar="N", help="steps between rebalances, all planned on")
+    parser.add_argument(
+        "--every", type=int, default=32, metavar="N", help="steps between rebalances; plans use all of them"
+    )
     parser.add_argument("--candidates", type=int, default=4, metavar="K")
-    parser.add_argument("--dearer", type=float, nargs="*", default=[0.5, 2.0], help="also at so many times the price")
-    parser.add_argument("--engine", help="distplb's; by default the fastest that is there")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write the result there, as markdown, and a figure")
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="write every step's figures there")
+    parser.add_argument(
+        "--dearer", type=float, nargs="*", default=[0.5, 2.0], help="also at these multiples of the price"
+    )
+    parser.add_argument("--engine", help="distplb's engine; by default the fastest that is available")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="write the result to this file as markdown, and a figure next to it"
+    )
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write every step's numbers to this file")
     return parser.parse_args()
 
 
 def command(options: argparse.Namespace) -> str:
-    """The command line without the reader's own paths."""
+    """The command line without local paths."""
     own = {f"--{name}": getattr(options, name) for name in ("every", "candidates", "dearer", "engine")}
     return command_line("study.bench_replay", traces.shown_options(options) | own)
 
 
 def draw(results: list[Result], path: Path) -> None:
-    """The figure, in which each trace stands beside its rescaled twin."""
+    """Draw the figure, with each trace next to its rescaled copy."""
     panels = []
     for result in results:
         runs = {name: (run, result.seconds(name)) for name, run in result.replays.items()}
@@ -77,7 +83,7 @@ def draw(results: list[Result], path: Path) -> None:
 
 
 def write_steps(results: list[Result], writer: Any) -> None:
-    """A line for each trace, planner and step: mean imbalance of the layers, slots moved before, modelled seconds."""
+    """Write a line for each trace, planner and step: mean imbalance of layers, slots moved before, modelled seconds."""
     writer.writerow(["trace", "planner", "step", "imbalance", "moved", "seconds"])
     for result in results:
         for name, run in result.replays.items():

@@ -1,8 +1,8 @@
-"""Which steps to plan on: the last window as it is, weighted, several windows, or a forecast.
+"""Which steps to plan on: the last window unchanged, weighted, several windows, or a forecast.
 
     python -m benchmarks.study.bench_windows --loads DIR --output benchmarks/results/DATE-windows.md
 
-A window is what was counted between two rebalances; the traces are those of bench_replay.
+A window has the counts between two rebalances; the traces are those of bench_replay.
 Shapes: S steps, T steps of a window, L layers, E experts.
 """
 
@@ -25,22 +25,23 @@ from benchmarks.shared.traces import UNTIMED, Case
 from distplb import Placement, replay
 from distplb.packing.engines import engine_named
 
-Windows = Sequence[Tensor]  # all so far, each [T, L, E], the last one last
-Prepare = Callable[[Windows], Tensor]  # -> [S, L, E], what is planned on
+Windows = Sequence[Tensor]  # all so far, each [T, L, E], in chronological order
+Prepare = Callable[[Windows], Tensor]  # -> [S, L, E], the steps that are planned on
 
 WEIGHT = 256  # of the last step
-FINER = 16  # counts are multiplied by it before they are rescaled to a forecast, so that few tokens do not round away
+FINER = 16  # counts are multiplied by it before they are rescaled to a forecast, so that small ones do not round to 0
 LAST = "last window"
 TEXT = (
-    "What is planned on, for ours on the steps without a price: the last window as it is, the last two or four, the "
-    "last with weights that halve with so many steps of age, or rescaled to a forecast, a straight line for every "
-    "expert through the last window or two. `excess` is the mean imbalance after the first rebalance, less 1; the "
-    "others are ratios to it, below 1 is better than the last window, and in brackets their range over the traces."
+    "distplb plans on the steps, without a price, of: the last window unchanged; the last two or four windows; the "
+    "last window with weights that halve every given number of steps of age; or the last window rescaled to a "
+    "forecast, a straight line for every expert through the last window or two. `excess` is the mean imbalance after "
+    "the first rebalance, minus 1; the others are ratios to it (below 1 is better than the last window), with their "
+    "range over the traces in brackets."
 )
 
 
 def main() -> None:
-    """Replay, print, and write where that is asked for."""
+    """Replay, print, and write the report if requested."""
     options = parsed_options()
     engine = engine_named(options.engine)[0]
     cases = traces.all_cases(options)
@@ -59,13 +60,13 @@ def parsed_options() -> argparse.Namespace:
     traces.add_options(parser)
     parser.add_argument("--every", type=int, default=32, metavar="N", help="steps between rebalances")
     parser.add_argument("--candidates", type=int, default=4, metavar="K")
-    parser.add_argument("--engine", help="distplb's; by default the fastest that is there")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write the result there, as markdown")
+    parser.add_argument("--engine", help="distplb's engine; by default the fastest that is available")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write the result to this file as markdown")
     return parser.parse_args()
 
 
 def excesses(case: Case, options: argparse.Namespace, engine: str) -> dict[str, float]:
-    """The mean imbalance less 1 after the first rebalance, for every choice of steps."""
+    """The mean imbalance minus 1 after the first rebalance, for every choice of steps."""
     planner = partial(planned, topology=case.topology, num_candidates=options.candidates, engine=engine)
     excess = {}
     for name, prepare in choices(options.every).items():
@@ -81,11 +82,11 @@ def planned(load: Tensor, current: Placement, **options: object) -> Placement:
     return distplb.plan(load, current=current, **options)
 
 
-# --- what is planned on -----------------------------------------------------------------------------------------
+# --- the steps that are planned on ------------------------------------------------------------------------------
 
 
 def choices(every: int) -> dict[str, Prepare]:
-    """By name, the simplest first."""
+    """The choices by name, the simplest first."""
     prepare: dict[str, Prepare] = {LAST: partial(last_windows, number=1)}
     prepare |= {f"last {number}": partial(last_windows, number=number) for number in (2, 4)}
     prepare |= {f"half-life {every // part}": partial(weighted, half_life=every / part) for part in (2, 4, 8)}
@@ -94,18 +95,18 @@ def choices(every: int) -> dict[str, Prepare]:
 
 
 def last_windows(windows: Windows, number: int) -> Tensor:
-    """Several windows as they are."""
+    """The last windows, unchanged."""
     return torch.cat(list(windows[-number:]))
 
 
 def weighted(windows: Windows, half_life: float) -> Tensor:
-    """The last window, each step times an integer weight that halves with so many steps of age."""
+    """The last window, each step times an integer weight that halves every `half_life` steps of age."""
     load = windows[-1]
     return load * weights(len(load), half_life)[:, None, None]
 
 
 def weights(steps: int, half_life: float) -> Tensor:
-    """`[S]` int64, of the last step WEIGHT.
+    """`[S]` int64; the last step has WEIGHT.
 
     >>> weights(3, half_life=1).tolist()
     [64, 128, 256]
@@ -123,7 +124,7 @@ def extrapolated(windows: Windows, number: int, every: int) -> Tensor:
 
 
 def forecast(load: Tensor, every: int) -> Tensor:
-    """`[L, E]`: the mean over the next `every` steps, by the straight line of least squares; not below 0.
+    """`[L, E]`: the mean over the next `every` steps, by a least-squares line; not below 0.
 
     >>> forecast(torch.tensor([[[1.0]], [[2.0]], [[3.0]]]), every=1).tolist()
     [[4.0]]
@@ -135,7 +136,7 @@ def forecast(load: Tensor, every: int) -> Tensor:
 
 
 class Remembering:
-    """A planner for `replay` that keeps all windows and plans on what `prepare` makes of them."""
+    """A planner for `replay` that keeps all windows and plans on the steps that `prepare` returns for them."""
 
     def __init__(self, prepare: Prepare, planner: Callable[[Tensor, Placement], Placement]) -> None:
         self._prepare, self._planner, self._windows = prepare, planner, list[Tensor]()
@@ -152,8 +153,8 @@ def report(excess: dict[str, dict[str, float]], origins: dict[str, str]) -> str:
     """A table and its verdict.
 
     Args:
-        excess: by trace, then by choice.
-        origins: of each trace.
+        excess: the excess by trace, then by choice.
+        origins: the origin of each trace.
     """
     names = list(next(iter(excess.values())))
     ratios = {trace: {name: row[name] / row[LAST] for name in names} for trace, row in excess.items()}
@@ -171,12 +172,12 @@ def report(excess: dict[str, dict[str, float]], origins: dict[str, str]) -> str:
 
 
 def spread(ratios: list[float]) -> str:
-    """The mean, and in brackets the range."""
+    """The mean, with the range in brackets."""
     return f"{statistics.mean(ratios):.3f} [{min(ratios):.2f} – {max(ratios):.2f}]"
 
 
 def verdict(ratios: dict[str, dict[str, float]], origins: dict[str, str]) -> str:
-    """In words: what is best, and the simplest that is better than the last window beyond doubt."""
+    """In words: the best choice, and the simplest one that is certainly better than the last window."""
     names = [name for name in next(iter(ratios.values())) if name != LAST]
     of = {name: [row[name] for row in ratios.values()] for name in names}
     best = min(names, key=lambda name: sum(of[name]))
@@ -189,8 +190,8 @@ def verdict(ratios: dict[str, dict[str, float]], origins: dict[str, str]) -> str
     winners = [name for name in names if statistics.mean(of[name]) + 2 * error(of[name]) < 1]
     rule = "better than the last window by more than two standard errors of the mean over all traces"
     if not winners:
-        return f"{text} None is {rule}, so the last window as it is stays."
-    return f"{text} The simplest that is {rule}: {winners[0]}, {with_error(of[winners[0]])}."
+        return f"{text} No choice is {rule}, so the last window stays unchanged."
+    return f"{text} The simplest choice that is {rule}: {winners[0]}, {with_error(of[winners[0]])}."
 
 
 def error(values: list[float]) -> float:

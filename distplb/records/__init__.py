@@ -1,1 +1,1 @@
-"""What a job leaves behind, events and traces; and in `foreign`, what other programs leave. May import `core`."""
+"""The files that a job writes, events and traces; `foreign` reads files of other programs. May import `core`."""

@@ -1,4 +1,4 @@
-"""Archives of arrays, in which traces are kept: sizes are checked before anything is unpacked, nothing is run."""
+"""Archives of arrays, in which traces are stored. Sizes are checked before unpacking, and no code is run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Array = NDArray[Any]
 
 
 def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
-    """Write a compressed `.npz`; a reader sees the old file or the new one, never half of either."""
+    """Write a compressed `.npz`; a reader sees either the old file or the new one, never a partial one."""
     draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with draft.open("wb") as file:
@@ -33,12 +33,12 @@ def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
 
 
 class ArrayFile:
-    """A `.npz` file, of which so far only the headers were read.
+    """A `.npz` file; opening it reads only the headers.
 
     Args:
-        path: of the file.
-        kinds: by the name of each array that it must hold, and it may hold no others: the kinds of its dtype (as in
-            `numpy.dtype.kind`) and its number of dims.
+        path: path of the file.
+        kinds: for the name of each array, the allowed kinds of its dtype (as in `numpy.dtype.kind`) and its number of
+            dims. The file must hold these arrays and no others.
 
     Raises:
         DistplbError: naming the file, if it is not such an archive or is damaged.
@@ -50,12 +50,12 @@ class ArrayFile:
             with zipfile.ZipFile(path) as archive:
                 sizes = {member.filename.removesuffix(".npy"): member.file_size for member in archive.infolist()}
                 if set(sizes) != set(kinds) or len(archive.infolist()) != len(kinds):
-                    raise self._error(f"holds {_few(sizes)}, not {_few(kinds)}")
+                    raise self._error(f"holds {_few(sizes)} instead of {_few(kinds)}")
                 for name, size in sizes.items():
                     self._read_header(archive, name, size, *kinds[name])
         except DistplbError:
             raise
-        except Exception as damage:  # numpy, zipfile, zlib and struct raise a dozen kinds
+        except Exception as damage:  # numpy, zipfile, zlib and struct raise a dozen types
             raise self._error(f"cannot be read ({damage or type(damage).__name__})") from damage
 
     def _read_header(self, archive: zipfile.ZipFile, name: str, size: int, kinds: str, dims: int) -> None:
@@ -63,18 +63,18 @@ class ArrayFile:
             shape, dtype = read_header(member)
             start = member.tell()
         if dtype.hasobject or dtype.kind not in kinds or len(shape) != dims or min(shape, default=0) < 0:
-            raise self._error(f"has array {name!r} of {dtype} and shape {shape}")
+            raise self._error(f"has array {name!r} with dtype {dtype} and shape {shape}")
         if start + math.prod(shape) * dtype.itemsize != size:
-            raise self._error(f"has array {name!r} of shape {shape} in {size} bytes")
+            raise self._error(f"has array {name!r} with shape {shape}, which does not fit its {size} bytes")
         self.shapes[name], self._dtypes[name] = shape, dtype
 
     @property
     def num_bytes(self) -> int:
-        """Of all arrays in memory, as int64."""
+        """Bytes that all arrays take in memory once they are int64."""
         return sum(math.prod(shape) * max(8, self._dtypes[name].itemsize) for name, shape in self.shapes.items())
 
     def read(self, name: str) -> Array:
-        """One array, unpacked."""
+        """Read and unpack one array."""
         try:
             with zipfile.ZipFile(self.path) as archive, archive.open(f"{name}.npy") as member:
                 array: Array = np.lib.format.read_array(member, allow_pickle=False)

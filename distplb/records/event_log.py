@@ -1,4 +1,4 @@
-"""`EventLog`: the records of all rebalances as lines of JSON, and as scalars for TensorBoard."""
+"""`EventLog`: writes the records of all rebalances as lines of JSON and as scalars for TensorBoard."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ __all__ = ["EventLog", "SummaryWriter", "check_log", "read_events", "scalars"]
 
 _LOGGER = logging.getLogger("distplb")
 _EVENT, _OUTCOME, _VERSION = "distplb.event", "distplb.outcome", 1
-_MARK = '{"format": "distplb.'  # how each record begins
+_MARK = '{"format": "distplb.'  # the start of each record
 _TORN_EVENT = re.compile(r'\{"format": "distplb\.event", "version": 1, "iteration": (\d{1,18}),')
 _MAX_LINE_BYTES = 1 << 24
-_OF_NEXT_WINDOW = ("imbalance_next", "iteration_seconds_next", "repaid")  # known when that has been counted
+_OF_NEXT_WINDOW = ("imbalance_next", "iteration_seconds_next", "repaid")  # known once that window has been counted
 
 
 class SummaryWriter(Protocol):
-    """The part of a writer of scalars that is used; `torch.utils.tensorboard.SummaryWriter` has it."""
+    """The methods that `EventLog` calls; `torch.utils.tensorboard.SummaryWriter` has them."""
 
     def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> Any:
         """Record a number."""
@@ -40,15 +40,15 @@ class SummaryWriter(Protocol):
 
 
 class EventLog:
-    """Takes the record of each rebalance and writes it, beside the training, from a thread of its own.
+    """Writes the record of each rebalance in a background thread, while training continues.
 
-    A call costs the training thread the time of handing over a reference, and the writing lets go of the interpreter
-    every fraction of a millisecond. It never raises: what goes wrong is logged under "distplb", once for each text, and
-    the next record is tried again.
+    A call only hands a reference to that thread, which releases the interpreter lock every fraction of a millisecond.
+    A call never raises: errors are logged under "distplb", each text once, and the next record is tried as usual.
 
-    The file is appended to. A rebalance is one line, `RebalanceEvent.to_json`, written when the rebalance is done; when
-    the next window has shown how it fared, a short line follows it: `"format": "distplb.outcome"`, `"version": 1`, the
-    `iteration` that it belongs to, and the fields `imbalance_next`, `iteration_seconds_next` and `repaid`.
+    The file is appended to. Each rebalance is one line, `RebalanceEvent.to_json`, written when the rebalance has ended.
+    When the next window has shown how the plan performed, a short line follows: `"format": "distplb.outcome"`,
+    `"version": 1`, the `iteration` of the rebalance, and the fields `imbalance_next`, `iteration_seconds_next` and
+    `repaid`.
 
     >>> import tempfile
     >>> folder = tempfile.TemporaryDirectory()
@@ -60,8 +60,8 @@ class EventLog:
     >>> folder.cleanup()
 
     Args:
-        path: of the file; its folder is made if need be. None for no file.
-        summary_writer: gets `scalars` at the iteration of the rebalance, and decision and reason as a text.
+        path: path of the file, whose folder is created if it does not exist; None writes no file.
+        summary_writer: receives `scalars` at the iteration of the rebalance, and decision and reason as text.
     """
 
     def __init__(self, path: str | os.PathLike[str] | None, summary_writer: SummaryWriter | None = None) -> None:
@@ -69,21 +69,21 @@ class EventLog:
         self._path, self._writer = None if path is None else Path(path), summary_writer
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="distplb-events")
         self._failures = set[str]()
-        self._is_torn: bool | None = None  # whether the last line may have been written in part; None: look at the file
+        self._is_torn: bool | None = None  # whether the last line may be incomplete; None: check the file
 
     def __call__(self, event: RebalanceEvent) -> None:
-        """Take the record; as `on_event` of a `Rebalancer` on rank 0."""
+        """Write a record; the log can be the `on_event` of a `Record`, on rank 0."""
         self.take(lambda: event)
 
     def take(self, make: Callable[[], RebalanceEvent]) -> None:
-        """Take a function that makes the record; it is called in the log's thread."""
+        """Write the record that `make` returns; `make` is called in the log's thread."""
         try:
             self._thread.submit(self._take_down, make)
         except RuntimeError as closed:
             self._warn(closed)
 
     def close(self) -> None:
-        """Wait until all is written."""
+        """Wait until everything is written."""
         self._thread.shutdown()
 
     def _take_down(self, make: Callable[[], RebalanceEvent]) -> None:
@@ -122,17 +122,17 @@ class EventLog:
         text = f"{type(error).__name__}: {error}"
         if text not in self._failures:
             self._failures.add(text)
-            _LOGGER.warning("the record of a rebalance could not be written (%s); training goes on", text)
+            _LOGGER.warning("the record of a rebalance could not be written (%s); training continues", text)
 
 
 def scalars(event: RebalanceEvent) -> dict[str, float]:
-    """The numbers of a record that are followed over time; means over the layers that had tokens.
+    """The numbers of a record that are worth following over time.
 
-    `now` is of the window that was planned on, under the placement in force while it was counted; `expected` of the
-    same window under the plan; `next` of the window after it, under the plan, and there only in a completed record.
+    `now` describes the window that was planned on, under the placement in force while it was counted; `expected` the
+    same window under the plan; `next` the window after it, under the plan, which only a completed record has.
 
-    Tokens, bytes and slots are counts, seconds are seconds; the others are ratios: imbalance >= 1, balancedness <= 1
-    (`distplb.core.balance`), MaxVio >= 0.
+    Tokens, bytes and slots are counts, seconds are seconds, and `last_applied` is an iteration. The others are ratios:
+    imbalance >= 1, the mean over the layers that had tokens; balancedness <= 1 (`distplb.core.balance`); MaxVio >= 0.
     """
     if event.imbalance_next is not None:
         next_level = _mean_imbalance("next", event.imbalance_next)
@@ -141,7 +141,7 @@ def scalars(event: RebalanceEvent) -> dict[str, float]:
         return next_level
     values: dict[str, float] = {f"seconds/{stage}": seconds for stage, seconds in event.seconds.items()}
     values |= {"last_applied": event.last_applied}
-    if not event.steps:  # nothing is known of the load
+    if not event.steps:  # the load is unknown
         return values
     for when, suffix in (("now", "before"), ("expected", "after")):
         values |= _mean_imbalance(when, getattr(event, f"imbalance_{suffix}"))
@@ -156,15 +156,15 @@ def scalars(event: RebalanceEvent) -> dict[str, float]:
 
 
 def read_events(path: str | os.PathLike[str], max_bytes: int = 2**30) -> list[RebalanceEvent]:
-    """The records of a file, in the order of iterations, each with its outcome where the file has one.
+    """Read the records of a file, in order of iteration, each with its outcome if the file has it.
 
-    Of a job that was resumed and went through iterations again, those of its last life. A record that was written in
-    part, because the job was killed or the disk was full, is left out with a warning; one that follows it on the same
+    If a job was resumed and repeated iterations, the records of the last run are used. A record that is incomplete,
+    because the job was killed or the disk was full, is left out with a warning; a record that follows it on the same
     line is kept.
 
     Args:
-        path: of the file.
-        max_bytes: refuse a larger file; a line may have 16 MiB.
+        path: path of the file.
+        max_bytes: refuse a larger file; a line may have at most 16 MiB.
 
     Raises:
         DistplbError: naming the file and line, if it cannot be read, is too large, or holds something else.
@@ -178,7 +178,7 @@ def read_events(path: str | os.PathLike[str], max_bytes: int = 2**30) -> list[Re
         size = Path(path).stat().st_size
         if size > max_bytes:
             raise DistplbError(
-                f"{path} has {size} bytes, {max_bytes} are allowed; pass a larger max_bytes if you trust it"
+                f"{path} has {size} bytes, but max_bytes allows {max_bytes}; pass a larger max_bytes if you trust it"
             )
         for number, text in _records(Path(path)):
             try:
@@ -195,19 +195,19 @@ def read_events(path: str | os.PathLike[str], max_bytes: int = 2**30) -> list[Re
     except OSError as error:
         raise DistplbError(f"{path} cannot be read ({error.strerror}); pass a file that an EventLog wrote") from error
     if torn and not events and not is_log:
-        raise DistplbError(f"{path}, line {torn[0]}: it is no line of JSON; pass a file that an EventLog wrote")
+        raise DistplbError(f"{path}, line {torn[0]}: it is not JSON; pass a file that an EventLog wrote")
     if torn:
         lines = f"line {torn[0]} is" if len(torn) == 1 else f"lines {', '.join(map(str, torn[:9]))} are"
         more = f" (and {len(torn) - 9} more)" if len(torn) > 9 else ""
-        warnings.warn(f"{path}: {lines} not whole, and left out{more}", RuntimeWarning, stacklevel=2)
+        warnings.warn(f"{path}: {lines} incomplete and left out{more}", RuntimeWarning, stacklevel=2)
     return list(events.values())
 
 
 def check_log(path: Path, layers: Sequence[str], num_experts: int, num_gpus: int) -> None:
-    """Check that a file to append to, where there is one, begins with a record of such a job.
+    """Check that a log to append to, if it exists, begins with a record of the same job.
 
     Raises:
-        DistplbError: naming the file, if it is something else or of another job.
+        DistplbError: naming the file, if it is not a log or belongs to another job.
     """
     if not path.is_file():
         return
@@ -216,10 +216,10 @@ def check_log(path: Path, layers: Sequence[str], num_experts: int, num_gpus: int
         document = json.loads(text)
     except (ValueError, RecursionError):
         document = None
-        if text.startswith(_MARK[: len(text)]):  # one that was cut off, or none
+        if text.startswith(_MARK[: len(text)]):  # a truncated record, or an empty file
             return
     if not isinstance(document, dict) or document.get("format") not in (_EVENT, _OUTCOME):
-        raise DistplbError(f"{path} is no log of rebalances; record in a folder of its own, or move the file away")
+        raise DistplbError(f"{path} is not a log of rebalances; record in another folder, or move the file away")
     tables = document.get("tokens_of_gpu_after")
     known = {
         "layers": (document.get("layers"), list(layers)),
@@ -229,15 +229,15 @@ def check_log(path: Path, layers: Sequence[str], num_experts: int, num_gpus: int
     for name, (there, here) in known.items():
         if there and there != here:
             raise DistplbError(
-                f"{path} is of another job: it has {name} {there!r:.80}, this one {here!r:.80}; record in a folder of "
-                "its own, or move the file away"
+                f"{path} belongs to another job: it has {name} {there!r:.80}, this job has {here!r:.80}; record in "
+                "another folder, or move the file away"
             )
 
 
 def _records(path: Path) -> Iterator[tuple[int, str]]:
-    """The number of a line, and the text of a record; a line has several where one breaks off, or its end is missing.
+    """Yield line number and text of each record; a line has several if one is truncated or lacks its newline.
 
-    In a record's own texts quotes are escaped, so that the beginning of a record is nothing else.
+    Quotes inside a record's own texts are escaped, so `_MARK` cannot occur there.
     """
     with path.open("rb") as file:
         number = 0
@@ -245,7 +245,7 @@ def _records(path: Path) -> Iterator[tuple[int, str]]:
             number += 1
             if len(line) > _MAX_LINE_BYTES:
                 raise DistplbError(
-                    f"{path}, line {number} has more than {_MAX_LINE_BYTES} bytes; cut it off, or pass a file that an "
+                    f"{path}, line {number} has more than {_MAX_LINE_BYTES} bytes; remove it, or pass a file that an "
                     "EventLog wrote"
                 )
             whole = line.decode("utf-8", "replace")
@@ -264,7 +264,7 @@ def _is_json(text: str) -> bool:
 
 
 def _rewind_to_torn(text: str, events: dict[int, RebalanceEvent]) -> None:
-    """A record that breaks off still tells where the job was: what an earlier life wrote from there on is past."""
+    """Drop the records that a truncated one replaces: those of an earlier run, from its iteration on."""
     match = _TORN_EVENT.match(text)
     if match is not None:
         _rewind(events, int(match[1]))
@@ -276,7 +276,7 @@ def _rewind(events: dict[int, RebalanceEvent], iteration: int) -> None:
 
 
 def _add(document: Any, text: str, events: dict[int, RebalanceEvent]) -> None:
-    """Add an event, or the outcome of one."""
+    """Add an event, or add an outcome to its event."""
     if not isinstance(document, dict) or document.get("format") != _OUTCOME:
         event = RebalanceEvent.from_json(text)
         _rewind(events, event.iteration)
@@ -291,7 +291,7 @@ def _add(document: Any, text: str, events: dict[int, RebalanceEvent]) -> None:
 
 
 def _is_torn(path: Path) -> bool:
-    """Whether the last line of a file has no end: the process that wrote it was killed."""
+    """Whether the last line of a file lacks its newline because the process that wrote it was killed."""
     if not path.is_file() or not path.stat().st_size:
         return False
     with path.open("rb") as file:
@@ -300,7 +300,7 @@ def _is_torn(path: Path) -> bool:
 
 
 def _joined(parts: Iterable[str]) -> str:
-    """The text of all parts; other threads may run after each."""
+    """Join the parts; other threads may run after each."""
     written = []
     for part in parts:
         written.append(part)
@@ -314,6 +314,6 @@ def _outcome(event: RebalanceEvent) -> str:
 
 
 def _mean_imbalance(name: str, values: Iterable[float | None]) -> dict[str, float]:
-    """The mean imbalance of the layers, where any of them had tokens."""
+    """The mean imbalance over layers; empty if no layer had tokens."""
     mean = mean_of_layers(values)
     return {} if mean is None else {f"imbalance/{name}": mean}

@@ -12,74 +12,76 @@ from distplb.errors import DistplbError
 __all__ = ["RebalanceEvent"]
 
 _FORMAT, _VERSION = "distplb.event", 1
-# Of the fields without a default, which tells that of the others.
+# Types of the fields without a default; the others have the type of their default.
 _KINDS = {"iteration": int, "layers": tuple, "decision": str, "reason": str, "seconds": dict, "last_applied": int}
 
 
 @dataclass(frozen=True, kw_only=True)
 class RebalanceEvent:
-    """What one rebalance saw, decided and did; equal on all ranks but for the seconds by stage.
+    """What one rebalance measured, decided and did; the same on all ranks, except for `seconds`.
 
-    Imbalances are busiest GPU / mean GPU in tokens, for each layer the mean over the steps of a window in which it had
-    tokens; None for a layer that had none at all. Means over layers and steps leave those without tokens out. What was
-    measured is rank 0's measurement. With the load and the placement that was in force, the options in here give the
-    plan again, to the bit.
+    Imbalance is busiest GPU / mean GPU in tokens. A layer's imbalance is the mean over those steps of a window in which
+    the layer had tokens, or None if it never had any. Means over layers and steps leave out those without tokens.
+    Measured values are rank 0's. "Under the plan" means under the part of the plan that was chosen to be carried out.
+    With the load and the placement in force, the recorded options reproduce the planned placement bit for bit.
 
     Args:
-        iteration: calls of `Rebalancer.step` so far, this one included.
-        layers: the L names, in the order of all that follows.
+        iteration: calls of `Rebalancer.step` so far, including this one.
+        layers: names of the L layers; every field that has a value for each layer is in this order.
         num_experts: E.
-        num_nodes: of the EP group; its GPUs go evenly on them.
-        steps: in the window that the plan was made from, as far as they had tokens. 0 where none had: nothing is known
-            of the load then, and all that follows from it is left at its default.
-        imbalance_before: of this window, under the placement in force while it was counted.
-        imbalance_after: of this window, which the plan has seen, under the plan.
-        imbalance_bound: what no placement could beat on this window.
-        imbalance_next: of the **next** window, which the plan had not seen, under the plan; None until that
-            window has been counted. The record is then given a second time, complete. After a dry run it says what
-            the plan would have left.
-        tokens_peak_before: tokens of the busiest GPU in the busiest step, all layers added up: what memory must hold.
-        tokens_p99_before: the 99th percentile of tokens per GPU and step, likewise. Both are whole tokens, rounded up
-            where replicas share their expert's.
-        tokens_peak_after, tokens_p99_after: of the same window under the plan.
-        tokens_of_gpu_before: `[L, M]`, of the window, all steps added up, under the placement in force; integers, or
-            floats where there are replicas, which share their expert's tokens evenly.
+        num_nodes: nodes of the EP group, over which its GPUs are spread evenly.
+        steps: steps that had tokens in the window that the plan was made from. 0 if no step had any: the load is
+            unknown then, and the fields that depend on it keep their defaults.
+        imbalance_before: by layer, in this window, under the placement in force while it was counted.
+        imbalance_after: by layer, in this window, from which the plan was made, under the plan.
+        imbalance_bound: by layer, in this window, a lower bound that no placement can beat.
+        imbalance_next: by layer, in the **next** window, which the plan had not seen, under the plan. None until that
+            window has been counted; the record is then issued a second time, complete. After a dry run it is the
+            imbalance that the plan would have had.
+        tokens_peak_before: tokens of the busiest GPU in the busiest step, summed over layers: what memory must hold.
+        tokens_p99_before: the 99th percentile of tokens per GPU and step, summed over layers. Both values are integers,
+            rounded up where replicas share the tokens of their expert.
+        tokens_peak_after, tokens_p99_after: the same in this window under the plan.
+        tokens_of_gpu_before: `[L, M]`, tokens in the window, summed over steps, under the placement in force; integers,
+            or floats if there are replicas, which share the tokens of their expert evenly.
         tokens_of_gpu_after: the same under the plan.
-        hottest_experts: by layer, (expert, its tokens in the window) of those that got most, the first one most.
-        balancedness_vllm_before, balancedness_vllm_after: mean GPU's tokens of all layers and steps, added up, over the
-            busiest GPU's, added up: a ratio of sums, in (0, 1]; see `distplb.core.balance`.
-        balancedness_sglang_before, balancedness_sglang_after: mean over layers and steps of mean / busiest GPU.
-        max_violation: MaxVio, mean over layers and steps of the hottest expert / mean expert - 1. It is the router's:
+        hottest_experts: by layer, (expert, its tokens in the window) for the hottest experts, hottest first.
+        balancedness_vllm_before, balancedness_vllm_after: tokens of the mean GPU / tokens of the busiest GPU, both
+            summed over layers and steps before dividing, in (0, 1]; see `distplb.core.balance`.
+        balancedness_sglang_before, balancedness_sglang_after: mean GPU / busiest GPU, averaged over layers and steps.
+        max_violation: MaxVio: hottest expert / mean expert - 1, averaged over layers and steps. It measures the router;
             no placement changes it.
         slots_moved: slots that received another expert, over all layers.
-        bytes_inside, bytes_between: what crossed from rank to rank, over all ranks: inside nodes, and between them.
-        decision: "moved", "kept" (nothing moved), "dry run", "stopped" (rebalancing has turned itself off), or
-            "skipped": the ranks' digests differed, of the steps they had counted or of the placement; experts are
-            trained by other settings on some rank, or by no gradient any more; no layer could be moved; or it was
-            refused, with `on_refusal="skip"`. Where that was so before there was a plan, nothing is known of the load,
-            and all that follows from it is left at its default.
-        reason: of the decision, in words.
-        left_out: for each layer, why moves that would even it out, or seemed to, were not made; empty where there is
-            nothing to say.
-        move_price: tokens of the window for a moved slot, inside a node and between nodes.
-        saved_seconds: modelled, by the plan until the next rebalance, as far as it is trusted; None without a price.
-        move_seconds: modelled, of the moves; None without a price.
-        seconds_per_token, bytes_per_slot, bandwidth_inside, bandwidth_between, trust: what the price was made from, as
-            in `MoveModel`; None without one.
-        time_curve: (tokens, nanoseconds) of the points of the curve that was balanced; None where that was tokens.
-        iteration_seconds: the median iteration before this rebalance; 0 where none was timed.
-        iteration_seconds_next: the median one after it; None until the record is given a second time.
-        repaid: False where iterations certainly did not become faster by what the rebalance took, True where they did
-            or that is in doubt; None until then, and where nothing moved.
+        bytes_inside, bytes_between: bytes sent from rank to rank, over all ranks, inside nodes and between nodes.
+        decision: "moved", "kept" (nothing moved), "dry run", "stopped" (rebalancing turned itself off) or "skipped". A
+            rebalance is skipped if the ranks' digests of the counted steps or of the placement differ; if experts are
+            trained with other settings on some rank, or no longer receive gradients; if no layer could be moved; or if
+            it was refused, with `on_refusal="skip"`. If it is skipped before there is a plan, the load is unknown, and
+            the fields that depend on it keep their defaults.
+        reason: why, in words.
+        left_out: by layer, why moves that would balance it, or seemed to, were not made; empty if there is nothing to
+            report.
+        move_price: price of a moved slot inside a node and between nodes, in tokens of the window.
+        saved_seconds: modelled seconds that the plan saves until the next rebalance, multiplied by `trust`; None
+            without a price.
+        move_seconds: modelled seconds that the moves take; None without a price.
+        seconds_per_token, bytes_per_slot, bandwidth_inside, bandwidth_between, trust: what the price was computed from,
+            as in `MoveModel`; None without a price.
+        time_curve: (tokens, nanoseconds) at each point of the time curve that was balanced; None if tokens were.
+        iteration_seconds: seconds of the median iteration before this rebalance; 0 if none was timed.
+        iteration_seconds_next: seconds of the median iteration after it; None until the record is issued again.
+        repaid: whether faster iterations saved what the rebalance took: False if they certainly did not, True if they
+            did or if it is uncertain. None until the record is issued again, and if nothing moved or no iterations
+            were timed.
         router_ties: by layer, the share of rank 0's tokens whose last chosen and first rejected score were equal in one
-            forward of the window: after a permutation these may go to the other expert. None where nobody looked.
-        num_candidates, seed: of the search.
-        seconds: on this rank, by stage.
-        engine: the packing engine's name.
-        placement_digest: of the placement that was planned.
-        dry_run: whether nothing was moved because that was asked for.
-        last_applied: the iteration of the last rebalance that was carried out, this one included; 0 for none. Where it
-            falls behind, rebalancing has stopped, whatever the reason.
+            forward pass of the window; after a permutation these may go to the other expert. None if not checked.
+        num_candidates, seed: options of the search.
+        seconds: seconds by stage, on this rank.
+        engine: name of the packing engine.
+        placement_digest: digest of the placement that was planned.
+        dry_run: whether nothing was moved because a dry run was requested.
+        last_applied: iteration of the last rebalance that was carried out, including this one; 0 if there was none. If
+            it falls behind, rebalancing has stopped, for whatever reason.
     """
 
     iteration: int
@@ -132,15 +134,15 @@ class RebalanceEvent:
 
     @property
     def bytes_moved(self) -> int:
-        """Bytes that crossed from rank to rank, over all ranks."""
+        """Bytes sent from rank to rank, over all ranks."""
         return self.bytes_inside + self.bytes_between
 
     def to_json(self) -> str:
-        """One line: an object of `"format": "distplb.event"`, `"version": 1` and the fields by their names."""
+        """One line: an object with `"format": "distplb.event"`, `"version": 1` and all fields by name."""
         return "".join(self.json_parts())
 
     def json_parts(self) -> Iterator[str]:
-        """`to_json` in small parts: a thread that makes them can let others have the interpreter in between."""
+        """`to_json` in small parts, so that a thread can release the interpreter lock between them."""
         yield f'{{"format": "{_FORMAT}", "version": {_VERSION}'
         for one in fields(self):
             yield f', "{one.name}": '
@@ -149,24 +151,26 @@ class RebalanceEvent:
 
     @classmethod
     def from_json(cls, line: str) -> RebalanceEvent:
-        """What `to_json` wrote, by this version or by one with fewer fields or more, which are left out.
+        """Read a line that `to_json` wrote, in this or another version; unknown fields are ignored.
 
         Raises:
-            DistplbError: if the line is not such an object, lacks a field that all have, or is of a version that is not
-                known.
+            DistplbError: if the line is not such an object, lacks a field that has no default, or has an unknown
+                version number.
         """
         try:
             document = json.loads(line)
             kind = (document.pop("format"), document.pop("version"))
             if kind != (_FORMAT, _VERSION):
-                raise DistplbError(f"it is {kind[0]!r:.40}, version {kind[1]!r:.40}; this distplb reads {_FORMAT} 1")
+                raise DistplbError(
+                    f"it is {kind[0]!r:.40}, version {kind[1]!r:.40}; this distplb reads {_FORMAT!r}, version 1"
+                )
             return cls(**_known(document))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise DistplbError(f"it is not a rebalance's record ({error})") from error
 
 
 def _parts(value: Any) -> Iterator[str]:
-    """JSON; of a table row by row."""
+    """Yield a value as JSON, a table row by row."""
     if not isinstance(value, tuple) or not value or not isinstance(value[0], tuple):
         yield json.dumps(value, allow_nan=False)
         return
@@ -176,7 +180,7 @@ def _parts(value: Any) -> Iterator[str]:
 
 
 def _known(document: dict[str, Any]) -> dict[str, Any]:
-    """The fields that this version knows, each checked for its type."""
+    """The fields that this version has, with their types checked."""
     known = {one.name: one for one in fields(RebalanceEvent)}
     lacking = [name for name, one in known.items() if one.default is MISSING and name not in document]
     if lacking:

@@ -1,4 +1,4 @@
-"""`read_loads` and `read_trace`: the door for files of counts, ours and those of other programs (`foreign`).
+"""`read_loads` and `read_trace`: read files of counts, distplb's own and those of other programs (`foreign`).
 
 Shapes: T steps, L layers, E experts, M GPUs.
 """
@@ -23,18 +23,18 @@ from distplb.records.trace import Trace
 
 __all__ = ["Loads", "is_trace", "read_loads", "read_trace"]
 
-_TRACE = {"about", "load"}  # arrays that tell a trace from another archive
+_TRACE = {"about", "load"}  # arrays that distinguish a trace from other archives
 _TABLES = (".csv", ".tsv", ".txt")
 _KINDS = ".npy, .npz, .csv, .tsv, .txt, .json, .yaml, .pt, .safetensors or a folder of trace parts"
 
 
 @dataclass(frozen=True, eq=False)
 class Loads:
-    """The counts of a file.
+    """The counts in a file.
 
     Args:
         load: `[L, E]` or `[T, L, E]` int64, tokens of each expert.
-        layers: the L names; "0", "1", ... where the file has none.
+        layers: names of the L layers; "0", "1", ... if the file has none.
     """
 
     load: Tensor
@@ -42,22 +42,23 @@ class Loads:
 
 
 def read_loads(path: str | os.PathLike[str], max_bytes: int = 2**32) -> Loads:
-    """Read tokens per expert: a trace, or counts that somebody else has written.
+    """Read tokens per expert from a trace or from a file of another program.
 
-    - a folder of trace parts, or a `.npz` that `Trace.save` wrote: `[T, L, E]`, with its layers' names;
-    - `.npy`, or another `.npz` of one array, or with one that is named as counts are: `[L, E]` or `[T, L, E]`;
-    - `.csv`, `.tsv`, `.txt`: rows are layers, columns experts; or columns "layer", "expert" and "count". A header,
-      names of layers, a column "step", and a total, which must be right, are recognised;
-    - `.json`, `.yaml` (where PyYAML is installed): nested lists, an object with a list of counts for each layer's name,
-      an object with one of the names of counts ("load", SGLang's "logical_count"), or a list of objects that are rows;
-    - `.pt`, `.pth` of tensors alone, `.safetensors`: as objects of JSON.
+    - a folder of trace parts, or a `.npz` that `Trace.save` wrote: `[T, L, E]`, with the names of the layers;
+    - `.npy`, or another `.npz` with a single array or with one array under a known name: `[L, E]` or `[T, L, E]`;
+    - `.csv`, `.tsv`, `.txt`: rows are layers and columns experts; or columns "layer", "expert" and "count". A header,
+      layer names, a column "step" and totals, which must be right, are recognised;
+    - `.json`, `.yaml` (if PyYAML is installed): nested lists, an object that maps each layer name to a list of counts,
+      an object with counts under a known name ("load", SGLang's "logical_count"), or a list of objects, one for each
+      row;
+    - `.pt`, `.pth` with nothing but tensors, `.safetensors`: like objects in JSON.
 
     Args:
-        path: of a file or a folder.
-        max_bytes: refuse what would take more memory than this; nothing has been unpacked then.
+        path: path of a file or a folder.
+        max_bytes: refuse a file that would take more memory than this, before anything is unpacked.
 
     Raises:
-        DistplbError: naming the file, what was found, and what to pass; also for what may be read in two ways.
+        DistplbError: naming the file, what was found and what to pass; also if the counts are ambiguous.
     """
     path = Path(path)
     if is_trace(path):
@@ -68,38 +69,41 @@ def read_loads(path: str | os.PathLike[str], max_bytes: int = 2**32) -> Loads:
 
 
 def read_trace(path: str | os.PathLike[str], num_gpus: int | None = None, max_bytes: int = 2**32) -> Trace:
-    """Read a trace; or counts as `read_loads` does, where step t is iteration t and experts are placed contiguously.
+    """Read a trace, or counts as `read_loads` does: then step t is iteration t, and experts are placed contiguously.
 
     Args:
-        path: of a file or a folder.
-        num_gpus: M, which counts do not tell; of no account for a trace.
+        path: path of a file or a folder.
+        num_gpus: M, which files of counts do not contain; ignored for a trace.
         max_bytes: as in `read_loads`.
 
     Raises:
-        DistplbError: as `read_loads`; or for counts without `num_gpus`, of one step alone, or of experts that do not go
-            evenly on the GPUs.
+        DistplbError: as in `read_loads`; also for counts without `num_gpus`, counts of a single step, or experts that
+            cannot be spread evenly over the GPUs.
     """
     path = Path(path)
     if is_trace(path):
         return Trace.read(path, max_bytes)
     loads = read_loads(path, max_bytes)
     if loads.load.dim() == 2:
-        raise DistplbError(f"{path} has one step alone, [layers, experts]; pass [steps, layers, experts] here")
+        raise DistplbError(f"{path} has counts of a single step, [layers, experts]; pass [steps, layers, experts]")
     if num_gpus is None:
-        raise DistplbError(f"{path} has counts, and no placement; pass --gpus-per-node, and --nodes, as well")
+        raise DistplbError(f"{path} has counts but no placement; also pass --gpus-per-node and, if needed, --nodes")
     steps, layers, experts = loads.load.shape
     if experts % num_gpus:
-        raise DistplbError(f"{path} has {experts} experts, which do not go evenly on {num_gpus} GPUs; pass other GPUs")
+        raise DistplbError(
+            f"{path}: {experts} expert{'' if experts == 1 else 's'} cannot be spread evenly over {num_gpus} GPUs; pass "
+            "another number of GPUs"
+        )
     start = Placement.contiguous(layers, experts, num_gpus)
     index = torch.zeros(steps, dtype=torch.int64, device="cpu")
     return Trace(loads.load, (start,), index, torch.arange(steps, device="cpu"), loads.layers, f"from {path}")
 
 
 def is_trace(path: Path) -> bool:
-    """Whether a path is a folder, or a file with the arrays of a trace.
+    """Whether a path is a folder or a file with the arrays of a trace.
 
     Raises:
-        DistplbError: if there is no such file, it is empty, or is a `.npz` that cannot be read.
+        DistplbError: if the file does not exist, is empty, or is a `.npz` that cannot be read.
     """
     if path.is_dir():
         return True
@@ -115,7 +119,7 @@ def _table(path: Path, max_bytes: int) -> Table:
     if suffix not in SUFFIXES:
         raise DistplbError(f"{path} ends in {path.suffix[:20]!r}; pass {_KINDS}")
     document = read_document(path, lambda names: choose_array(path, names), max_bytes)
-    if suffix == ".npz":  # of one array, whatever its name; one of a single dim is a layer
+    if suffix == ".npz":  # a single array, whatever its name; with one dim it is one layer
         (array,) = document.values()
         return Table(array, None) if array.ndim != 1 else counts_of(path, document)
     return counts_of(path, document)

@@ -1,4 +1,4 @@
-"""`Trace`: the load of a job step by step with the placements in force, as a value and as files.
+"""`Trace`: the load of a job, step by step, with the placements in force, as a value and as files.
 
 Shapes: S steps, L layers, E experts, P slots, M GPUs, N placements.
 """
@@ -32,7 +32,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, eq=False)
 class Trace:
-    """What a job counted, step by step, and the placement that each step ran under.
+    """The counts of a job, step by step, and the placement that each step ran under.
 
     >>> load = torch.tensor([[[3, 1]], [[2, 2]]])
     >>> trace = Trace(load, (Placement.contiguous(1, 2, 2),), torch.tensor([0, 0]), torch.tensor([7, 7]))
@@ -40,15 +40,15 @@ class Trace:
     (2, ('0',))
 
     Args:
-        load: `[S, L, E]`, tokens of each expert, of any type that is exact; the steps in the order of time.
-        placements: N of the same layers, experts, slots and GPUs.
+        load: `[S, L, E]`, tokens of each expert, of any dtype that holds them exactly; steps in chronological order.
+        placements: N placements of the same layers, experts, slots and GPUs.
         placement_of_step: `[S]` integers, the index of the placement that was in force.
-        iteration: `[S]` integers, of the job; never falling. An iteration may have several steps, or none.
-        layers: the L names; "0", "1", ... where none are given.
-        note: whatever a reader should know, such as the command that made it.
+        iteration: `[S]` integers, the job's iteration, never decreasing. An iteration may have several steps, or none.
+        layers: names of the L layers; "0", "1", ... if empty.
+        note: anything a reader should know, such as the command that made the trace.
 
     Raises:
-        DistplbError: if shapes or numbers do not fit together.
+        DistplbError: if shapes or values do not fit together.
     """
 
     load: Tensor
@@ -76,31 +76,35 @@ class Trace:
         for name in ("placement_of_step", "iteration"):
             if getattr(self, name).shape != self.load.shape[:1]:
                 raise DistplbError(
-                    f"Trace: {name} has shape {list(getattr(self, name).shape)} for {self.num_steps} steps; "
-                    "pass one number for each step"
+                    f"Trace: {name} has shape {list(getattr(self, name).shape)} where [{self.num_steps}] is expected; "
+                    "pass one integer for each step"
                 )
         if not self.placements:
-            raise DistplbError("Trace: there is no placement; pass the one that was in force")
+            raise DistplbError("Trace: placements is empty; pass the placement that was in force")
         expected = (self.num_layers, self.num_experts, self.placements[0].num_slots, self.placements[0].num_gpus)
         for nth, one in enumerate(self.placements):
             sizes = (one.num_layers, one.num_experts, one.num_slots, one.num_gpus)
             if sizes != expected:
                 raise DistplbError(
                     f"Trace: placement {nth} has {sizes} layers, experts, slots and GPUs where {expected} are "
-                    "expected; pass placements of one model and cluster"
+                    "expected; pass placements of the same model and cluster"
                 )
 
     def _check_values(self) -> None:
         low, high = self.placement_of_step.aminmax()
         if low < 0 or high >= len(self.placements):
             raise DistplbError(
-                f"Trace: placement_of_step goes from {int(low)} to {int(high)} for {len(self.placements)} placements"
+                f"Trace: placement_of_step has values from {int(low)} to {int(high)}; pass indices in "
+                f"[0, {len(self.placements)})"
             )
         if bool((self.iteration.diff() < 0).any()):
-            raise DistplbError("Trace: iteration falls from one step to the next; pass the steps in the order of time")
+            raise DistplbError(
+                "Trace: iteration decreases from one step to the next; pass steps in chronological order"
+            )
         if len(set(self.layers)) != self.num_layers or len(self.layers) != self.num_layers:
             raise DistplbError(
-                f"Trace: {len(set(self.layers))} different names for {self.num_layers} layers; pass one for each"
+                f"Trace: layers in the load: {self.num_layers}, different names: {len(set(self.layers))}; pass one "
+                "name for each layer"
             )
 
     @property
@@ -120,41 +124,41 @@ class Trace:
 
     @property
     def begins(self) -> Tensor:
-        """The first step of each iteration, rising from 0."""
+        """Index of the first step of each iteration, ascending from 0."""
         changes = self.iteration.diff(prepend=self.iteration[:1] - 1)
         return changes.nonzero()[:, 0]
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a `.npz` file, compressed, counts in the smallest unsigned integers that hold them."""
+        """Write a compressed `.npz` file, with counts in the smallest unsigned integers that hold them."""
         refuse_wrong_types({"path": (path, (str, os.PathLike), "the path of a file")})
         write_trace(self, Path(path))
 
     @classmethod
     def read(cls, path: str | os.PathLike[str], max_bytes: int = 2**32) -> Trace:
-        """Read what `save` wrote, or a folder of parts that a `TraceWriter` wrote, in the order of their names.
+        """Read a file that `save` wrote, or a folder of parts that a `TraceWriter` wrote, in the order of their names.
 
-        A job that was resumed goes back to an earlier iteration: what its earlier lives recorded from there on is left
-        out. Of parts that do not say which life wrote them, an iteration that two have counts as in the later one.
+        A resumed job goes back to an earlier iteration; steps that its earlier runs recorded from there on are left
+        out. If parts do not record which run wrote them, the later part is used for an iteration that two parts have.
 
         Args:
-            path: a file, or a folder.
-            max_bytes: refuse what would take more memory than this; nothing has been unpacked then.
+            path: path of a file or a folder.
+            max_bytes: refuse a trace that would take more memory than this, before anything is unpacked.
 
         Raises:
-            DistplbError: naming the file, if it is not a trace of a version that is known, damaged, too large, or of
-                another job than the parts beside it.
+            DistplbError: naming the file, if it is not a trace, has an unknown version, is damaged or too large, or
+                belongs to another job than the other parts.
         """
         refuse_wrong_types({"path": (path, (str, os.PathLike), "the path of a file or a folder")})
         max_bytes = whole_number("max_bytes", max_bytes, minimum=1)
         paths = sorted(Path(path).glob("*.npz")) if Path(path).is_dir() else [Path(path)]
         if not paths:
-            raise DistplbError(f"{path} is a folder without .npz files; pass one that a TraceWriter wrote to")
+            raise DistplbError(f"{path} is a folder without .npz files; pass a folder that a TraceWriter wrote to")
         is_folder = Path(path).is_dir()
         files = [_with_advice(one, is_folder, open_part, one) for one in paths]
         size = sum(file.num_bytes for file in files)
         if size > max_bytes:
             raise DistplbError(
-                f"{path} would take {size} bytes in memory, {max_bytes} are allowed; pass a larger max_bytes "
+                f"{path} would take {size} bytes in memory, but max_bytes allows {max_bytes}; pass a larger max_bytes "
                 "if you trust it"
             )
         return _joined([_Part(one.path, *_with_advice(one.path, is_folder, _trace_of, one)) for one in files])
@@ -170,31 +174,32 @@ class Trace:
     ) -> Trace:
         """Read the tokens per expert that Megatron-LM writes with `--save-tokens-per-expert-interval`.
 
-        The files know neither the parallel sizes nor a placement: experts are numbered by slot, and the placement is
-        contiguous. Each micro-batch of each EP group is a step. Of lines of the same iteration and layer the last
-        one counts: the job was resumed, or ran the iteration again. Where a rank has several virtual pipeline stages,
-        the writer mixes their layers, and what is read is mixed likewise.
+        The files contain neither the parallel sizes nor a placement: experts are numbered by slot, and the placement is
+        contiguous. Each micro-batch of each EP group is a step. If several lines have the same iteration and layer, the
+        last one is used: the job was resumed, or repeated the iteration. If a rank has several virtual pipeline stages,
+        the writer mixes their layers, and they stay mixed here.
 
-        Iterations that not all ranks have whole, as where one died while it wrote, are left out with a warning. A job
-        that recomputes activations counts each micro-batch twice; where all have a twin, each is used once, with a
-        warning.
+        Iterations that some rank does not have completely, for example because it died while writing, are left out with
+        a warning. A job that recomputes activations counts each micro-batch twice; if all micro-batches have a
+        duplicate, each is used once, with a warning.
 
         Source of the format: `ActivationLogger.save_tpe` in megatron/training/activation_logging.py of
-        megatron-core 0.18.0 to 0.19.2 (pull request 3842), and of the revision before, which wrote one
-        `tokens_per_expert.log` for all ranks; of the order of ranks: `initialize_model_parallel` in
+        megatron-core 0.18.0 to 0.19.2 (pull request 3842), and of the revision before it, which wrote one
+        `tokens_per_expert.log` for all ranks. Source of the order of ranks: `initialize_model_parallel` in
         megatron/core/parallel_state.py, order tp-cp-ep-dp-pp. Earlier versions write no such files.
 
         Args:
-            paths: the folder `tokens_per_expert` beside the checkpoints, or all ranks' files `rank<number>.jsonl`; or
-                `tokens_per_expert.log`.
-            num_gpus: M, the expert-parallel size; where None, all ranks are one EP group.
+            paths: the folder `tokens_per_expert` next to the checkpoints, the files `rank<number>.jsonl` of all ranks,
+                or `tokens_per_expert.log`.
+            num_gpus: M, the expert-parallel size; None treats all ranks of a pipeline stage as one EP group.
             expert_tensor_parallel: ranks that share each expert; they have the same counts.
-            pipeline_parallel: stages; layers are then named "pp<stage>.decoder.layers.<number within the stage>".
-            max_bytes: refuse files that are larger together.
+            pipeline_parallel: pipeline stages; with more than one, layers are named
+                "pp<stage>.decoder.layers.<number within the stage>".
+            max_bytes: refuse files whose sizes add up to more than this.
 
         Raises:
-            DistplbError: with file and line, for what is not such a line; if a rank is missing, no iteration is whole,
-                or micro-batches differ between ranks or layers.
+            DistplbError: naming file and line, if a line is malformed; also if a rank is missing, no iteration is
+                complete, or micro-batches differ between ranks or layers.
         """
         counts = read_megatron(
             [Path(path) for path in paths], num_gpus, expert_tensor_parallel, pipeline_parallel, max_bytes
@@ -211,7 +216,7 @@ class Trace:
 
 
 def write_trace(trace: Trace, path: Path, life: int = 0) -> None:
-    """As `Trace.save`; a part of a running job says which life of it this is."""
+    """Write a trace as `Trace.save` does; `life`, if not 0, records which run of the job wrote this part."""
     about = write_about(About(trace.placements[0].num_gpus, trace.layers, trace.note, life))
     arrays = {
         "about": np.frombuffer(about, dtype=np.uint8),
@@ -228,17 +233,17 @@ def _smallest(values: NDArray[np.int64]) -> NDArray[Any]:
 
 
 def _with_advice(path: Path, is_part: bool, read: Callable[[A], T], source: A) -> T:
-    """The result of `read`; where it refuses a part among others, the error says what to do with that."""
+    """Return the result of `read`; if it refuses one part of a folder, the error adds how to read the others."""
     try:
         return read(source)
     except DistplbError as error:
         if not is_part:
             raise
-        raise DistplbError(f"{error}; or move {path.name} away, to read the parts beside it") from error
+        raise DistplbError(f"{error}; or move {path.name} away to read the other parts") from error
 
 
 def _trace_of(file: ArrayFile) -> tuple[Trace, int]:
-    """One part, and its life. The version comes first: what else is wrong may be so because of it."""
+    """Read a part and its life. The version is checked first, because an unknown one may explain other errors."""
     try:
         about = read_about(file)
         load = _int64(file.read("load"))
@@ -252,7 +257,7 @@ def _trace_of(file: ArrayFile) -> tuple[Trace, int]:
 
 def _int64(values: NDArray[Any]) -> Tensor:
     if values.size and int(values.max()) >= 1 << 63:
-        raise DistplbError(f"it has the number {int(values.max())}")
+        raise DistplbError(f"it has {int(values.max())}, which does not fit int64")
     return torch.from_numpy(values.astype(np.int64))
 
 
@@ -267,22 +272,22 @@ class _Part(NamedTuple):
 
 
 def _joined(parts: list[_Part]) -> Trace:
-    """One trace of parts, each up to where the next one of its life begins, or any of a later life."""
+    """Join parts into one trace; each ends where the next part of its life, or any part of a later life, begins."""
     first, places = parts[0], dict[Placement, int]()
     begins = {life: min(part.begin for part in parts if part.life == life) for life in {part.life for part in parts}}
     loads, indices, iterations = [], [], []
-    parts = sorted(parts, key=lambda part: part.life)  # within a life in the order of names, as they came
+    parts = sorted(parts, key=lambda part: part.life)  # stable: within a life, by name
     for part, following in zip(parts, [*parts[1:], None], strict=True):
         if part.trace.layers != first.trace.layers:
             raise DistplbError(
-                f"{part.path} has other layers than {first.path}; pass parts of one job, and of one stage of a pipeline"
+                f"{part.path} has other layers than {first.path}; pass parts of one job and one pipeline stage"
             )
         end = min([begin for life, begin in begins.items() if life > part.life], default=None)
         if following is not None and following.life == part.life:
             if part.begin > following.begin:
                 raise DistplbError(
                     f"{following.path} begins at iteration {following.begin}, before {part.path} at {part.begin}; "
-                    "name parts in the order of time"
+                    "name parts in chronological order"
                 )
             end = following.begin if end is None else min(end, following.begin)
         kept = torch.ones_like(part.trace.iteration, dtype=torch.bool) if end is None else part.trace.iteration < end
@@ -301,5 +306,5 @@ def _joined(parts: list[_Part]) -> Trace:
         )
     except (DistplbError, RuntimeError) as error:
         raise DistplbError(
-            f"the parts beside {first.path} are not of one job ({error}); move those of others away"
+            f"{first.path} and the other parts belong to different jobs ({error}); move the parts of other jobs away"
         ) from error

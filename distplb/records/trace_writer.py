@@ -1,4 +1,4 @@
-"""`TraceWriter`: a trace written in parts beside a running job.
+"""`TraceWriter`: writes a trace in parts while a job runs.
 
 Shapes: T steps of a part, L layers, E experts.
 """
@@ -28,10 +28,10 @@ __all__ = ["TraceWriter"]
 
 
 class TraceWriter:
-    """Writes a trace in parts while a job runs, from one thread beside it; holds two parts at most.
+    """Writes a trace in parts while a job runs, from a background thread; holds at most two parts in memory.
 
-    Something that fails while a part is written never stops the job: it is warned of once, by the next call, kept in
-    `error`, and nothing more is written. Closed or not, what was added is on disk when the process ends in order.
+    A failure to write a part never stops the job: the next call warns, once, `error` keeps the exception, and nothing
+    more is written. Even without `close`, all added parts are on disk when the process exits normally.
 
     >>> import tempfile
     >>> folder = tempfile.TemporaryDirectory()
@@ -43,10 +43,10 @@ class TraceWriter:
     >>> folder.cleanup()
 
     Args:
-        folder: made if need be. Parts are named by their first iteration; a part of the same name is replaced. Beside
-            parts of another job nothing is written. Those of an earlier life of this one stay, and `Trace.read` leaves
-            out what they have of the iterations from which this life goes on.
-        layers: names, as in `Trace`.
+        folder: folder for the parts, created if it does not exist. Parts are named by their first iteration; a part of
+            the same name is replaced. Nothing is written next to parts of another job. Parts of an earlier run of the
+            same job stay, and `Trace.read` leaves out their steps from the iteration where this run begins.
+        layers: names of the layers, as in `Trace`.
         note: as in `Trace`.
     """
 
@@ -60,23 +60,23 @@ class TraceWriter:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="distplb-trace")
         self._room = threading.Semaphore(2)
         self._warned = self._closed = False
-        self._life = 0  # of the job, as far as the folder tells; known when the first part is written
-        self._last = -1  # iteration
+        self._life = 0  # which run of the job this is, by the folder; known once a part is written
+        self._last = -1  # iteration written
 
     def add(self, load: Counts, placement: Placement, iterations: Counts) -> None:
-        """Take a copy of one part and go on; waits only while two earlier parts are still being written.
+        """Copy one part and return; waits only while two earlier parts are still being written.
 
         Args:
-            load: `[T, L, E]`, tokens of each expert, of any type that is exact.
-            placement: that they ran under.
-            iterations: `[T]` integers, of the job.
+            load: `[T, L, E]`, tokens of each expert, of any dtype that holds them exactly.
+            placement: the placement that the steps ran under.
+            iterations: `[T]` integers, the job's iteration of each step.
 
         Raises:
-            DistplbError: if the writer was closed, or for arguments that are no counts, placement or iterations.
+            DistplbError: if the writer is closed, or if arguments are not counts, a placement and iterations.
         """
         self._warn()
         if self._closed:
-            raise DistplbError(f"the trace in {self._folder} was closed; open a TraceWriter anew")
+            raise DistplbError(f"the trace in {self._folder} is closed; create another TraceWriter")
         refuse_wrong_types({"placement": (placement, (Placement,), "a Placement")})
         values = as_tensor("load", load)
         if self.error is not None or (values.dim() == 3 and not len(values)):
@@ -107,7 +107,7 @@ class TraceWriter:
                 if not self._life:
                     self._life = check_folder(self._folder, trace.layers, trace.num_experts, placement.num_gpus)
                 first, last = int(trace.iteration[0]), int(trace.iteration[-1])
-                self._life, self._last = self._life + (first <= self._last), last  # where it was loaded, and went back
+                self._life, self._last = self._life + (first <= self._last), last  # a job that went back
                 write_trace(trace, self._folder / f"{first:012d}.npz", self._life)
         except Exception as error:
             self.error = error
@@ -117,4 +117,6 @@ class TraceWriter:
     def _warn(self) -> None:
         if self.error is not None and not self._warned:
             self._warned = True
-            warnings.warn(f"the trace in {self._folder} ends here: {self.error}", RuntimeWarning, stacklevel=3)
+            warnings.warn(
+                f"no more parts of the trace are written to {self._folder}: {self.error}", RuntimeWarning, stacklevel=3
+            )

@@ -1,3 +1,3 @@
-"""The report of a run: `run` reads it, `figures` lists the figures, `drawings` has a file for each, and `page` writes
-one page that needs nothing else. May import `study` and what lies below.
+"""The report of a run: `run` reads it, `figures` lists the figures, `drawings` has one file for each, and `page` writes
+a self-contained page. May import `study` and what lies below.
 """

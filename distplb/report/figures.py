@@ -1,6 +1,6 @@
-"""All figures of a report, in its order, and what images they become.
+"""All figures of a report, in order, and their images.
 
-A further figure is a file in `distplb.report.drawings`, and a line in `FIGURES`.
+To add a figure, add a file to `distplb.report.drawings` and a line to `FIGURES`.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ __all__ = [
     "seconds_by_stage",
 ]
 
-_MAX_SVG_BYTES = 300_000  # a drawing that is larger is sent as pixels
-_DPI = 192  # of those: two for each pixel of a page
+_MAX_SVG_BYTES = 300_000  # a larger drawing becomes a PNG
+_DPI = 192  # of a PNG: two of its pixels for each pixel of the page
 
 FIGURES = (
     IMBALANCE_OVER_TIME,
@@ -45,7 +45,7 @@ FIGURES = (
 
 
 class Image(NamedTuple):
-    """A figure as a file: its media type, bytes, and size in pixels of a page."""
+    """A figure as a file: its media type, bytes, and size in pixels of the page."""
 
     media_type: str
     content: bytes
@@ -54,12 +54,12 @@ class Image(NamedTuple):
 
     @property
     def address(self) -> str:
-        """The file itself, as a page's `src`."""
+        """The file as a data URL, for the `src` of an image."""
         return f"data:{self.media_type};base64,{base64.b64encode(self.content).decode()}"
 
 
 def image(figure: Figure) -> Image:
-    """The figure as SVG, or as PNG where that would be large; the same figure gives the same bytes."""
+    """Render a figure as SVG, or as PNG if the SVG would be large; the same figure gives the same bytes."""
     width, height = (round(96 * inches) for inches in figure.get_size_inches())
     content = io.BytesIO()
     with matplotlib.rc_context({"svg.hashsalt": "distplb", "svg.fonttype": "path"}):

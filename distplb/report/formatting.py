@@ -1,4 +1,4 @@
-"""Words and numbers as a report writes them; strings of a run's files are untrusted."""
+"""Formats words and numbers for a report; strings from a run's files are untrusted."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _PREFIXES = ("", "k", "M", "G", "T", "P")
 
 
 def printable(text: str) -> str:
-    """The text without what a page or an image cannot hold, or what would turn its direction around.
+    """Replace characters that a page or an image cannot hold, or that would reverse the direction of the text.
 
     >>> printable("a\\0b\\ud800")
     'a�b�'
@@ -30,7 +30,7 @@ def printable(text: str) -> str:
 
 
 def shortened(text: str, max_letters: int = 48) -> str:
-    """The text, or its beginning and end.
+    """The text, or only its beginning and end if it is longer.
 
     >>> shortened("model.layers.17.mlp.experts", max_letters=13)
     'model.…xperts'
@@ -40,12 +40,12 @@ def shortened(text: str, max_letters: int = 48) -> str:
 
 
 def label(text: str, max_letters: int = 48) -> str:
-    """A string as a figure shows it: in one line, and never taken for a formula."""
+    """A string as a figure shows it: on one line, and never parsed as a formula."""
     return shortened(printable(" ".join(text.split())), max_letters).replace("$", r"\$")
 
 
 def differing(names: Sequence[str]) -> tuple[str, tuple[str, ...]]:
-    """What names have in common, with a star, and what tells them apart.
+    """The parts that names share, with a star for the rest, and the parts in which they differ.
 
     >>> differing(["blocks.0.moe", "blocks.11.moe"])
     ('blocks.*.moe', ('0', '11'))
@@ -62,13 +62,13 @@ def differing(names: Sequence[str]) -> tuple[str, tuple[str, ...]]:
 
 
 def _in_common(parts: Sequence[Sequence[str]]) -> int:
-    """How many first parts all names share; fewer than any name has."""
+    """The number of leading parts that all names share; less than the number that any name has."""
     shortest = min(map(len, parts)) - 1
     return next((at for at in range(shortest) if len({part[at] for part in parts}) > 1), shortest)
 
 
 def amount(number: float, unit: str) -> str:
-    """With three digits and a prefix.
+    """Format a quantity with three digits and a unit prefix.
 
     >>> amount(3_145_728, "B"), amount(0, "B"), amount(999_999, "B")
     ('3.15 MB', '0 B', '1 MB')
@@ -78,7 +78,7 @@ def amount(number: float, unit: str) -> str:
 
 
 def unit_of(number: float, unit: str) -> tuple[float, str]:
-    """The prefixed unit in which a number has one to three digits before its point, and how much it is.
+    """The size and name of the prefixed unit in which a number has one to three digits before its decimal point.
 
     >>> unit_of(3_145_728, "B")
     (1000000.0, 'MB')
@@ -92,7 +92,7 @@ def unit_of(number: float, unit: str) -> tuple[float, str]:
 
 
 def seconds(number: float) -> str:
-    """With three digits.
+    """Format a duration with three digits.
 
     >>> seconds(0.01234), seconds(75), seconds(5000)
     ('12.3 ms', '75 s', '83.3 min')
@@ -103,7 +103,7 @@ def seconds(number: float) -> str:
 
 
 def from_to(before: str, after: str) -> str:
-    """Two numbers of one kind; the unit once where it is the same.
+    """Join two quantities with an arrow; a shared unit is written once.
 
     >>> from_to("810 ms", "773 ms"), from_to("1.2 s", "773 ms")
     ('810 → 773 ms', '1.2 s → 773 ms')
@@ -113,7 +113,7 @@ def from_to(before: str, after: str) -> str:
 
 
 def percent(share: float) -> str:
-    """With one digit, and no sign where that is 0.
+    """Format a share with one decimal, and without a sign if it rounds to 0.
 
     >>> percent(0.1234), percent(-0.0002), percent(0.0002)
     ('12.3 %', '0.0 %', 'below 0.1 %')
@@ -124,7 +124,7 @@ def percent(share: float) -> str:
 
 
 def plural(number: int, noun: str) -> str:
-    """A number of things.
+    """Format a number with its noun, in the singular or plural.
 
     >>> plural(1, "slot"), plural(1200, "slot")
     ('1 slot', '1,200 slots')

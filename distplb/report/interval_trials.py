@@ -1,4 +1,4 @@
-"""Which other intervals between rebalances a report tries on a trace, and what moves cost there."""
+"""The other intervals between rebalances that a report tries on a trace, and the cost of moves there."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from distplb.study.what_if import PRICED, Study
 
 __all__ = ["with_trials"]
 
-_FACTORS = (1, 2, 0.5, 4, 0.25)  # of the run's own interval, the most informative first
-_PARTS = (5, 10, 20, 40)  # of the trace; with fewer than four judged intervals there is no telling chance apart
-_MAX_NUMBERS = 24 * 58 * 256  # plans × layers × experts of all trials that nobody asked for: half a minute
+_FACTORS = (1, 2, 0.5, 4, 0.25)  # multiples of the run's own interval, the most informative first
+_PARTS = (5, 10, 20, 40)  # divide the trace; with fewer than four judged intervals, chance cannot be ruled out
+_MAX_NUMBERS = 24 * 58 * 256  # plans × layers × experts of all trials that were not requested: half a minute
 _MAX_TRIALS = 5
 
 
@@ -27,16 +27,16 @@ def with_trials(
     model: MoveModel | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Run:
-    """The run with other intervals tried on its trace; as it is where it has no trace that could tell.
+    """Try other intervals on the run's trace; without a suitable trace, return the run unchanged.
 
     Args:
-        run: with a trace, or not.
-        every: intervals, in iterations; where None, around the run's own and parts of the trace.
-        model: what tokens and moves cost; as the run's events have it, else assumed, where None.
-        progress: called with the steps that are done and all that there are to do.
+        run: the run, with or without a trace.
+        every: intervals, in iterations; None chooses some around the run's own, and parts of the trace.
+        model: what tokens and moves cost; None takes the costs that the run's events recorded, else assumed ones.
+        progress: called with the number of steps done and their total.
 
     Raises:
-        DistplbError: if intervals were asked for, and there is no trace, or they do not fit it.
+        DistplbError: if intervals are requested but there is no trace, or they do not fit it.
     """
     trace, topology = run.trace, run.topology
     if trace is None or topology is None:
@@ -57,16 +57,16 @@ def with_trials(
 
 
 def _costs(run: Run, trace: Trace, topology: Topology) -> tuple[MoveModel, TimeCurve | None, str]:
-    """As the last event that measured them has them."""
+    """The costs that the last event with measurements recorded, else assumed ones; and their source, in words."""
     recorded = recorded_costs(run.events_with_load)
     if recorded is not None:
         return *recorded, "as this job measured them"
-    assumed = "assumed, of experts of the size of DeepSeek-V3's on H100s, the recorded tokens scaled to theirs"
+    assumed = "assumed, for experts of DeepSeek-V3's size on H100s, with the recorded tokens scaled to that job"
     return AssumedJob().model(trace, topology.num_gpus), None, assumed
 
 
 def _suitable_intervals(run: Run, study: Study) -> list[int]:
-    """Intervals that the trace can judge, as far as trying them does not take too long."""
+    """Intervals that the trace can judge and that do not take too long to try."""
     total = study.iterations
     around_own = [round(run.every * factor) for factor in _FACTORS] if run.every else []
     suitable: list[int] = []

@@ -1,4 +1,4 @@
-"""`write_report`: one page that needs nothing but itself: no script, no network, every string escaped."""
+"""`write_report`: writes one self-contained page, without scripts or network, every string escaped."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ def write_report(
     """Write the report of a run as one HTML file.
 
     Args:
-        run: read already, or what `Run.read` takes.
-        output: the file, which is replaced.
-        topology: of the EP group, where the run does not have it; not with a run that was read already.
-        every: intervals between rebalances, in iterations, to try on the trace; suitable ones where None.
-        progress: called with what is done and all there is to do.
+        run: a `Run`, or a path for `Run.read`.
+        output: path of the file, which is replaced if it exists.
+        topology: topology of the EP group, if the files of the run do not have it; ignored for a `Run`.
+        every: intervals between rebalances, in iterations, to try on the trace; None chooses suitable ones.
+        progress: called with the number of steps done and their total.
 
     Returns:
         The run, with the intervals that were tried.
@@ -51,8 +51,10 @@ def write_report(
         DistplbError: if the run cannot be read, or an interval does not fit the trace.
         OSError: if the file cannot be written.
     """
-    if not Path(output).absolute().parent.is_dir():  # refused before the work, not after it
-        raise DistplbError(f"there is no folder {Path(output).absolute().parent} to write the report to; make it first")
+    if not Path(output).absolute().parent.is_dir():  # refuse before the work, not after it
+        raise DistplbError(
+            f"there is no folder {Path(output).absolute().parent} to write the report to; create it first"
+        )
     run = with_trials(run if isinstance(run, Run) else Run.read(run, topology), every, progress=progress)
     environment = Environment(
         loader=PackageLoader("distplb.report", "."),
@@ -77,7 +79,7 @@ def write_report(
 
 
 def write_figures(run: Run, folder: str | os.PathLike[str]) -> list[Path]:
-    """Write each figure that the run has enough for as `<number>-<name>.png`, as wide as a laptop's page.
+    """Write each figure that the run has data for as `<number>-<name>.png`, in the width for a laptop.
 
     Returns:
         The files, in the order of the report.
@@ -109,7 +111,7 @@ def _section(figure: ReportFigure, run: Run) -> _Section:
 
 
 def _row(event: RebalanceEvent) -> dict[str, Any]:
-    """A rebalance's row of the table, by the names of its cells in report.html."""
+    """A rebalance's row in the table, by the names of the cells in report.html."""
     levels = {
         name: "–" if level is None else f"{level:.3f}"
         for name in ("before", "after", "bound", "next")
@@ -122,5 +124,5 @@ def _row(event: RebalanceEvent) -> dict[str, Any]:
         "slots": f"{event.slots_moved:,}",
         "bytes": amount(event.bytes_moved, "B"),
         "seconds": seconds(sum(event.seconds.values())),
-        "repaid": "–" if event.repaid is None else "yes or in doubt" if event.repaid else "no",
+        "repaid": "–" if event.repaid is None else "yes or uncertain" if event.repaid else "no",
     }

@@ -1,4 +1,4 @@
-"""`Run`: what a job left behind, read and checked: the records of its rebalances, its trace, or both.
+"""`Run`: what a job recorded, read and checked: its rebalances, its trace, or both.
 
 Shapes: L layers, M GPUs.
 """
@@ -34,16 +34,16 @@ _EVENTS = "events.jsonl"
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """What there is to report on.
+    """What a job recorded, as the input of a report.
 
     Args:
-        name: of the file or folder.
-        events: the records of the rebalances, in the order of iterations.
+        name: name of the file or folder.
+        events: the records of the rebalances, in order of iteration.
         trace: the steps that were recorded.
-        topology: of the EP group; where None, that of the events, else all GPUs of the trace on one node. A trace
-            without events may be looked at on another number of GPUs than it ran on: it then begins anew there, with
-            the experts in contiguous order.
-        what_if: other intervals between rebalances, tried on the trace, as from `distplb.study.what_if.Study`.
+        topology: topology of the EP group; None takes that of the events, else puts all GPUs of the trace on one node.
+            A trace without events may be evaluated on another number of GPUs than it ran on: it then starts there
+            with the experts in contiguous order.
+        what_if: other intervals between rebalances, tried on the trace by `distplb.study.what_if.Study`.
         costs: where the seconds in `what_if` come from, in words.
 
     Raises:
@@ -69,14 +69,16 @@ class Run:
     def read(cls, path: str | os.PathLike[str], topology: Topology | None = None) -> Run:
         """Read the folder of `Rebalancer(record=...)`, a file of events (`.jsonl`), or a trace (`.npz`).
 
-        Counts `[steps, layers, experts]` in any file that `distplb plan` reads are a trace where `topology` is given.
+        With `topology`, counts `[steps, layers, experts]` in any file that `distplb plan` reads also serve as a trace.
 
         Raises:
             DistplbError: naming the file, if it is none of these, damaged, or empty.
         """
         path = Path(path)
         if not path.exists():
-            raise DistplbError(f"there is no {path}; pass the folder of Rebalancer(record=...), or a file of it")
+            raise DistplbError(
+                f"there is no file or folder {path}; pass the folder of Rebalancer(record=...), or a file in it"
+            )
         folder = path.is_dir()
         log = path / _EVENTS if folder else path
         is_log = log.is_file() if folder else path.suffix == ".jsonl"
@@ -89,14 +91,14 @@ class Run:
 
     @property
     def layers(self) -> tuple[str, ...]:
-        """The L names: the last event's, else the trace's."""
+        """Names of the L layers, from the last event, else from the trace."""
         if self.events:
             return self.events[-1].layers
         return () if self.trace is None else self.trace.layers
 
     @cached_property
     def events_with_load(self) -> tuple[RebalanceEvent, ...]:
-        """The events that have the load of the layers, and of the same layers as the last event."""
+        """The events that recorded a load, and have the same layers as the last event."""
         return tuple(event for event in self.events if self.has_load(event))
 
     def has_load(self, event: RebalanceEvent) -> bool:
@@ -105,7 +107,7 @@ class Run:
 
     @cached_property
     def evaluation(self) -> Evaluation | None:
-        """The steps of the trace that have tokens, under its placements; None where there are none."""
+        """The evaluation of the trace's steps that have tokens; None if there are none."""
         return (
             None
             if self.trace_with_tokens is None or self.topology is None
@@ -114,12 +116,12 @@ class Run:
 
     @cached_property
     def trace_with_tokens(self) -> Trace | None:
-        """The steps of the trace that have tokens: others are no steps. None where there are none."""
+        """The trace without the steps that have no tokens; None if no step has any."""
         return None if self.trace is None or not bool(self.trace.load.any()) else without_empty_steps(self.trace)
 
     @property
     def empty_steps(self) -> int:
-        """How many steps of the trace have no tokens, and are left out."""
+        """How many steps of the trace are left out because they have no tokens."""
         return (
             0
             if self.trace is None or self.trace_with_tokens is None
@@ -128,7 +130,7 @@ class Run:
 
     @cached_property
     def empty_layers(self) -> tuple[str, ...]:
-        """Layers that have tokens in no step of the trace, or where there is none in no window of the events."""
+        """Layers without tokens in any step of the trace or, if there is no trace, in any window of the events."""
         if self.trace_with_tokens is not None:
             has_tokens = self.trace_with_tokens.load.any(2).any(0).tolist()
         else:
@@ -138,7 +140,7 @@ class Run:
 
     @cached_property
     def every(self) -> int | None:
-        """Iterations between two rebalances: the usual number; None where fewer than two are known."""
+        """The median number of iterations between rebalances; None if fewer than two are known."""
         numbers = [event.iteration for event in self.events]
         gaps = [later - earlier for earlier, later in itertools.pairwise(numbers)]
         return round(statistics.median(gaps)) if gaps else None
@@ -154,9 +156,9 @@ class Run:
         num_gpus = trace.placements[0].num_gpus
         if self.events and (num_gpus != topology.num_gpus or trace.layers != self.layers):
             raise DistplbError(
-                f"{printable(self.name)}: its trace is of {num_gpus} GPUs and {trace.num_layers} layers, the topology "
-                f"of {topology.num_gpus} GPUs, the events of {len(self.layers)} layers; pass the topology that the job "
-                "ran on, or none, and files of one job"
+                f"{printable(self.name)}: its trace (GPUs: {num_gpus}, layers: {trace.num_layers}) does not match the "
+                f"topology (GPUs: {topology.num_gpus}) or the events (layers: {len(self.layers)}); pass files of one "
+                "job, and the topology that it ran on or none"
             )
         if num_gpus == topology.num_gpus:
             return trace
@@ -166,7 +168,7 @@ class Run:
 
 
 def _check(name: str, event: RebalanceEvent) -> None:
-    """A log may come from anywhere: whatever is drawn has to be of the right kind and size."""
+    """Check the type and size of everything that is drawn: a log may come from anywhere."""
     try:
         wrong = _wrong_numbers(event) or _wrong_sizes(event)
     except (TypeError, ValueError, AttributeError, OverflowError) as error:
@@ -188,11 +190,11 @@ def _wrong_numbers(event: RebalanceEvent) -> str:
     if not all(math.isfinite(number) and number >= 0 for number in numbers):
         return "a number is negative or not finite"
     texts = (event.decision, event.reason, *event.layers, *event.seconds)
-    return "" if all(isinstance(text, str) for text in texts) else "a name is no text"
+    return "" if all(isinstance(text, str) for text in texts) else "a name is not text"
 
 
 def _levels(event: RebalanceEvent) -> list[tuple[float | None, ...]]:
-    """The imbalances by layer that it has; None for layers without tokens."""
+    """The imbalances by layer that an event has; None for layers without tokens."""
     fields = [event.imbalance_before, event.imbalance_after, event.imbalance_bound, event.imbalance_next]
     return [levels for levels in fields if levels is not None]
 
@@ -200,14 +202,16 @@ def _levels(event: RebalanceEvent) -> list[tuple[float | None, ...]]:
 def _wrong_sizes(event: RebalanceEvent) -> str:
     layers = len(event.layers)
     if event.steps and any(len(levels) != layers for levels in _levels(event)):
-        return f"it has imbalances of {len(event.imbalance_before)} layers, not {layers}"
+        return f"layers: {layers}, imbalances: {len(event.imbalance_before)}"
     of_window = [event.imbalance_before, event.imbalance_after, event.imbalance_bound]
     if event.steps and layers and any(set(levels) == {None} for levels in of_window):
-        return f"it has {event.steps} steps, but tokens in no layer"
+        return f"steps: {event.steps}, but no tokens in any layer"
     tables = [event.tokens_of_gpu_before, event.tokens_of_gpu_after]
     if any(len(table) not in (0, layers) for table in [*tables, event.hottest_experts]):
-        return f"it has tokens of other layers than its {layers}"
+        return f"layers: {layers}, but tokens for another number of them"
     gpus = {len(row) for table in tables for row in table}
     if len(gpus) > 1 or 0 in gpus or any(number % (event.num_nodes or 1) for number in gpus):
-        return f"its layers have {sorted(gpus)} GPUs on {event.num_nodes} nodes"
-    return "" if all(len(pair) == 2 for pairs in event.hottest_experts for pair in pairs) else "hottest experts"
+        return f"nodes: {event.num_nodes}, GPUs by layer: {sorted(gpus)}"
+    return (
+        "" if all(len(pair) == 2 for pairs in event.hottest_experts for pair in pairs) else "hottest experts: not pairs"
+    )

@@ -1,4 +1,4 @@
-"""What a run comes to: one sentence, and the numbers behind it."""
+"""The result of a run: one sentence, and the numbers behind it."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from distplb.report.run import Run
 __all__ = ["Fact", "Summary"]
 
 _MAX_NAMES = 4  # of layers without tokens
-_NOTICED = 0.005  # of imbalance: less is shown as the same two digits
+_NOTICED = 0.005  # of imbalance: a smaller difference disappears in two decimals
 
 
 class Fact(NamedTuple):
-    """One number of the page's head."""
+    """One number at the top of the page."""
 
     name: str
     value: str
@@ -30,25 +30,24 @@ class Fact(NamedTuple):
 class Summary:
     """The numbers of a run.
 
-    With a trace in which experts moved, the imbalances are of the same steps, those from the first move on. From
-    events alone `before` is the first window, and `after` the windows that followed the rebalances. From a trace in
-    which nothing moved, both are its second half, after a plan made on the first.
+    With a trace in which experts moved, both imbalances cover the same steps, those from the first move on. With events
+    only, `before` is the first window and `after` the windows that followed rebalances. With only a trace, in which
+    nothing moved, both cover its second half, and `after` is under a plan made from the first half.
 
     Args:
-        imbalance_before: mean over layers and steps that have tokens, with the experts where they began; None where
-            it was not recorded.
-        imbalance_after: the same under the plans, on steps that they had not seen; None where there are none.
-        imbalance_bound: what no placement could beat; None where it was not recorded.
-        rebalances: how many there were of each decision.
-        repaid: of those that moved something and could be timed: False where one certainly did not repay what it took,
-            by the job's clock.
-        slots_moved, bytes_moved: by all.
-        rebalance_seconds: of all, on rank 0.
-        iteration_seconds_before: the median iteration before the first rebalance; None where none was timed.
-        iteration_seconds_after: the median one after the last rebalance for which it was timed.
-        is_replayed: whether `after` was never run, but replayed from the trace.
-        steps_without_tokens: of the trace, which are left out.
-        layers_without_tokens: their names, which means leave out.
+        imbalance_before: mean over layers and steps that have tokens, with the experts where they began; None if it
+            was not recorded.
+        imbalance_after: the same under the plans, on steps that they had not seen; None if there are none.
+        imbalance_bound: a lower bound that no placement could beat; None if it was not recorded.
+        rebalances: number of rebalances by decision.
+        repaid: for each rebalance that moved something and was timed, False if it certainly did not pay off.
+        slots_moved, bytes_moved: totals over all rebalances.
+        rebalance_seconds: total over all rebalances, on rank 0.
+        iteration_seconds_before: the median iteration before the first rebalance; None if none was timed.
+        iteration_seconds_after: the median iteration after the last rebalance for which it was timed; None if none was.
+        is_replayed: whether `after` never ran in the job, but was replayed from the trace.
+        steps_without_tokens: number of steps of the trace that are left out because they have no tokens.
+        layers_without_tokens: names of the layers that means leave out because they have no tokens.
     """
 
     imbalance_before: float | None
@@ -88,48 +87,51 @@ class Summary:
         )
 
     def as_json(self) -> dict[str, Any]:
-        """By name, with the headline."""
+        """All numbers by name, and the headline."""
         return {"headline": self.headline} | asdict(self)
 
     @property
     def headline(self) -> str:
-        """The result in one or two sentences."""
+        """The result in one to three sentences."""
         text = self._result()
         if False in self.repaid:
-            text += f" By the job's clock {self.repaid.count(False):,} of {plural(len(self.repaid), 'rebalance')} "
-            text += "certainly did not repay what they took."
+            text += f" By measured iteration times, {self.repaid.count(False):,} of "
+            text += f"{plural(len(self.repaid), 'rebalance')} certainly did not pay off."
         elif self.repaid:
-            text += " The job's clock does not speak against it."
+            text += " By measured iteration times, no rebalance was a certain loss."
         if "stopped" in self.rebalances:
-            text += " Rebalancing has turned itself off."
+            text += " Rebalancing turned itself off."
         return text
 
     def _result(self) -> str:
         before, after, bound = self.imbalance_before, self.imbalance_after, self.imbalance_bound
         if before is None:
-            return "No load was recorded, so that nothing can be said of the imbalance."
+            return "No load was recorded, so the imbalance is unknown."
         limit = "" if bound is None else f"; no placement could beat {bound:.2f}"
         if after is None:
-            return f"The imbalance is {before:.2f}{limit}. What a plan makes of it is not known yet."
+            return f"The imbalance is {before:.2f}{limit}. What a plan achieves is not known yet."
         if self.is_replayed:
             return (
-                f"Planned on the first half of the trace, the second would have an imbalance of {after:.2f} instead "
-                f"of {before:.2f}{limit}."
+                "Under a plan made from the first half of the trace, the second half would have an imbalance of "
+                f"{after:.2f} instead of {before:.2f}{limit}."
             )
         if set(self.rebalances) <= {"dry run", "skipped"}:
-            return f"Nothing was moved, as asked: plans would have left {after:.2f} instead of {before:.2f}{limit}."
+            return (
+                f"{'Nothing was moved (dry run). ' if 'dry run' in self.rebalances else ''}The plans give an imbalance "
+                f"of {after:.2f} instead of {before:.2f}{limit}."
+            )
         if before - after < _NOTICED:
             return f"Rebalancing did not lower the imbalance: {before:.2f} without it, {after:.2f} with it{limit}."
         return f"Rebalancing lowered the imbalance from {before:.2f} to {after:.2f}{limit}."
 
     def facts(self, run: Run) -> list[Fact]:
-        """What the page shows at its head, as far as it is known."""
+        """The facts at the top of the page, as far as they are known."""
         facts = [_imbalance_fact(self), _size_fact(run), *_empty_facts(run)]
         if run.events:
             how = ", ".join(f"{number} {printable(decision)}" for decision, number in self.rebalances.items())
             facts.append(Fact("Rebalances", f"{len(run.events):,}", how))
             facts.append(Fact("Moved", plural(self.slots_moved, "slot"), amount(self.bytes_moved, "B")))
-            facts.append(Fact("Spent on rebalances", seconds(self.rebalance_seconds), _share_of_run(run)))
+            facts.append(Fact("Time spent on rebalances", seconds(self.rebalance_seconds), _share_of_run(run)))
         if self.iteration_seconds_before and self.iteration_seconds_after:
             pair = from_to(seconds(self.iteration_seconds_before), seconds(self.iteration_seconds_after))
             facts.append(Fact("Median iteration", pair, "before the first rebalance, after the last"))
@@ -158,7 +160,7 @@ def _imbalances(run: Run) -> tuple[float | None, float | None]:
 
 
 def _bound(run: Run) -> float | None:
-    """Of the windows that followed the first move, or of the steps that were replayed, as far as there are any."""
+    """The mean bound of the windows after the first move, or of the replayed steps; of all, if there are none."""
     if run.events_with_load:
         began = min((event.iteration for event in run.events if event.slots_moved), default=0)
         later = [event for event in run.events_with_load if event.iteration > began] or run.events_with_load
@@ -172,7 +174,7 @@ def _bound(run: Run) -> float | None:
 
 
 def _mean(levels: Tensor) -> float:
-    """Of steps, each of which has tokens in a layer."""
+    """The mean over steps, each of which has tokens in some layer."""
     return float(mean_of_known(levels))
 
 
@@ -183,14 +185,14 @@ def _imbalance_fact(summary: Summary) -> Fact:
     bound = "" if summary.imbalance_bound is None else f"bound {summary.imbalance_bound:.2f}"
     if summary.imbalance_after is None:
         return Fact("Imbalance", before, bound)
-    return Fact("Imbalance", f"{before} → {after}", f"without, with rebalancing; {bound}")
+    return Fact("Imbalance", f"{before} → {after}", f"without → with rebalancing; {bound}")
 
 
 def _size_fact(run: Run) -> Fact:
     experts = run.events[-1].num_experts if run.events else 0
     experts = experts or (run.trace.num_experts if run.trace is not None else 0)
     where = "" if run.topology is None else f"on {plural(run.topology.num_gpus, 'GPU')}"
-    where += "" if run.topology is None else f" of {plural(run.topology.num_nodes, 'node')}"
+    where += "" if run.topology is None else f" in {plural(run.topology.num_nodes, 'node')}"
     return Fact("Model", plural(len(run.layers), "MoE layer"), f"{plural(experts, 'expert')} {where}".strip())
 
 
@@ -210,16 +212,16 @@ def _empty_facts(run: Run) -> list[Fact]:
 
 
 def _share_of_run(run: Run) -> str:
-    """Part of the time until the last rebalance, where iterations were timed."""
+    """The rebalances' share of the time until the last one, if iterations were timed."""
     begins = [0, *(event.iteration for event in run.events)]
     gaps = [event.iteration - begin for event, begin in zip(run.events, begins, strict=False)]
     trained = sum(gap * event.iteration_seconds for gap, event in zip(gaps, run.events, strict=True))
     spent = sum(sum(event.seconds.values()) for event in run.events)
-    return f"{percent(spent / (trained + spent))} of the time until the last" if trained else ""
+    return f"{percent(spent / (trained + spent))} of the time until the last one" if trained else ""
 
 
 def _window_facts(run: Run) -> list[Fact]:
-    """In the words of other projects: the first window, and the last one as it was run."""
+    """Measures that other projects use, in the first and the last window, as they ran."""
     if not run.events_with_load:
         return []
     first, last = run.events_with_load[0], run.events_with_load[-1]
@@ -227,10 +229,12 @@ def _window_facts(run: Run) -> list[Fact]:
     sglang = f"{first.balancedness_sglang_before:.2f} → {last.balancedness_sglang_before:.2f}"
     peak = f"{first.tokens_peak_before:,} → {last.tokens_peak_before:,}"
     return [
-        Fact("Peak tokens of a GPU", peak, "all layers of one step; first window, last window"),
-        Fact("Balancedness, vLLM's", vllm, "first window, last window"),
-        Fact("Balancedness, SGLang's", sglang, "first window, last window"),
+        Fact("Peak tokens of a GPU", peak, "in one step, all layers; first → last window"),
+        Fact("Balancedness, vLLM's", vllm, "first → last window"),
+        Fact("Balancedness, SGLang's", sglang, "first → last window"),
         Fact(
-            "MaxVio", f"{first.max_violation:.2f} → {last.max_violation:.2f}", "the router's; no placement changes it"
+            "MaxVio",
+            f"{first.max_violation:.2f} → {last.max_violation:.2f}",
+            "measures the router; no placement changes it",
         ),
     ]

@@ -22,18 +22,18 @@ from distplb.study.what_if import evenly
 __all__ = ["Evaluation", "UnseenSteps"]
 
 _STEPS_AT_ONCE = 64
-_PLANNED_ON = 64  # steps, evenly out of those that a plan may see
-_BOUND_STEPS = 256  # evenly out of all: a bound takes a hundredth of a second for each
+_PLANNED_ON = 64  # steps, sampled evenly from those that a plan may see
+_BOUND_STEPS = 256  # sampled evenly from all steps: each bound takes 10 ms
 
 
 class UnseenSteps(NamedTuple):
-    """One stretch of steps under two placements, of which the second had not seen them.
+    """Some steps under two placements, the second of which was planned without them.
 
     Args:
-        first, last: iterations.
-        before, after: `[L, M]`, tokens of each GPU; int64, or float64 where a placement has replicas.
+        first, last: the first and last iteration.
+        before, after: `[L, M]`, tokens of each GPU; int64, or float64 if a placement has replicas.
         imbalance_before, imbalance_after: means over layers and steps that have tokens.
-        is_replayed: whether the second was never in force, but planned on the steps before.
+        is_replayed: whether the second placement was never in force, but planned on the steps before.
     """
 
     first: int
@@ -46,7 +46,7 @@ class UnseenSteps(NamedTuple):
 
 
 class Evaluation:
-    """The steps of a trace under several placements; what takes long is computed once."""
+    """The steps of a trace under several placements; results that take long are computed once."""
 
     def __init__(self, trace: Trace, topology: Topology) -> None:
         self.trace, self.topology = trace, topology
@@ -58,7 +58,7 @@ class Evaluation:
 
     @cached_property
     def imbalance_in_force(self) -> Tensor:
-        """`[S, L]` float64: the imbalance of each step under the placement that it ran under; NaN without tokens."""
+        """`[S, L]` float64: the imbalance of each step under the placement in force; NaN without tokens."""
         imbalances = torch.ones(self.trace.num_steps, self.trace.num_layers, dtype=torch.float64, device="cpu")
         for index in self.trace.placement_of_step.unique().tolist():
             steps = (self.trace.placement_of_step == index).nonzero()[:, 0]
@@ -73,7 +73,7 @@ class Evaluation:
 
     @cached_property
     def bound(self) -> tuple[Tensor, Tensor]:
-        """`[B]` steps, and `[B, L]` float64: what no placement could beat in them; NaN without tokens."""
+        """`[B]` steps, and `[B, L]` float64: their lower bounds, which no placement can beat; NaN without tokens."""
         steps = evenly(torch.arange(self.trace.num_steps, device="cpu"), _BOUND_STEPS)
         slots = self._first.num_slots
         return steps, torch.stack([lower_bound(self.trace.load[step], self.topology, slots) for step in steps])
@@ -86,16 +86,16 @@ class Evaluation:
 
     @property
     def middle_step(self) -> int:
-        """The step at which about the second half of the trace begins: the first one of an iteration."""
+        """The step at which the second half of the trace begins, rounded up to the first step of an iteration."""
         middle = max(1, self.trace.num_steps // 2)
         later = self.trace.begins[self.trace.begins >= middle]
         return int(later[0]) if len(later) else self.trace.num_steps
 
     @cached_property
     def unseen(self) -> UnseenSteps | None:
-        """The last placement on its own steps; where there is only one, a plan on the half that follows its own.
+        """The last placement on its own steps; if nothing moved, a plan from the first half on the second half.
 
-        None for a single iteration.
+        None if no iteration begins in the second half.
         """
         trace = self.trace
         if self.has_moved:

@@ -145,7 +145,7 @@ def test_a_planner_that_remembers_gets_what_is_prepared_of_all_windows() -> None
 @pytest.mark.parametrize(
     ("ratio", "sentence"),
     [([0.8, 0.82, 0.81], "last window by more than two standard errors of the mean over all traces: other"),
-     ([0.5, 1.4, 0.9], "the last window as it is stays")],
+     ([0.5, 1.4, 0.9], "the last window stays unchanged")],
 )  # fmt: skip
 def test_a_choice_of_steps_wins_beyond_doubt_or_not(ratio: list[float], sentence: str) -> None:
     excess = {str(nth): {bench_windows.LAST: 2.0, "other": 2 * one} for nth, one in enumerate(ratio)}

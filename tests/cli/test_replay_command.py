@@ -19,5 +19,7 @@ def test_replay_of_counts_is_that_of_the_same_trace(tmp_path: Path) -> None:
     paths = [traced(tmp_path / "trace.npz"), saved(tmp_path / "load.npy"), tmp_path / "load.csv"]
     results = [document("replay", path, *GPUS, "--every", 2) for path in paths]
     assert results[0] == results[1] == results[2]
-    assert_refused(run("replay", paths[1]), "load.npy has counts, and no placement; pass --gpus-per-node")
-    assert_refused(run("replay", paths[1], "--gpus-per-node", 3), "load.npy has 8 experts, which do not go evenly on 3")
+    assert_refused(run("replay", paths[1]), "load.npy has counts but no placement; also pass --gpus-per-node")
+    assert_refused(
+        run("replay", paths[1], "--gpus-per-node", 3), "load.npy: 8 experts cannot be spread evenly over 3 GPUs"
+    )

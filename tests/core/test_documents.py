@@ -156,9 +156,12 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "deep.pt": (saved([[[[[[[[[[torch.ones(1)]]]]]]]]]]), "has lists in lists, more than 8"),
     "twice.pt": (saved({1: torch.ones(2), "1": torch.ones(2)}), "names something twice"),
     "ragged.pt": (saved([torch.ones(2), torch.ones(3)]), "has arrays of different shapes"),
-    "passes.pt": (saved({"records": [{"rank": 0}]}), "'records' is of single passes and ranks, as SGLang's"),
+    "passes.pt": (saved({"records": [{"rank": 0}]}), "'records' holds single passes and ranks, as SGLang's"),
     "map.pt": (saved({"physical_to_logical_map": torch.tensor([[0, 1]])}), "is a placement, which --current and"),
-    "window.pt": (saved({"expert_load_window": torch.ones(2, 2, 4)}), "'expert_load_window' is a ring of one rank"),
+    "window.pt": (
+        saved({"expert_load_window": torch.ones(2, 2, 4)}),
+        "'expert_load_window' is a ring buffer of one rank",
+    ),
     "ranks.pt": (saved({"load_history": torch.ones(2, 3, 2, 4)}), r"4 dims; sum over the ranks"),
     "steps.pt": (
         saved({"a": torch.ones(2, 4), "b": torch.ones(2, 4)}),
@@ -191,7 +194,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "rank.safetensors": (
         lambda path: safetensors(path, {"100_3": ("I32", np.ones(2, "i4"))}),
-        "as TensorRT-LLM's statistics of one rank",
+        "as in TensorRT-LLM's statistics of one rank",
     ),
     "alias.yaml": (lambda path: path.write_text("a: &x [1, 2]\nb: *x\n"), "line 1 is referred to elsewhere"),
     "octal.yaml": (lambda path: path.write_text("a: [1, 2]\nb: [010, 3]\n"), "line 2 has '010', which is no plain"),
@@ -201,16 +204,19 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "deep.yaml": (lambda path: path.write_text("[" * 1_000), "is not YAML that can be read .*recursion"),
     "control.yaml": (lambda path: path.write_text("a: \x01"), "unacceptable character #x0001"),
     "cut.yaml": (lambda path: path.write_text("a: [1,\n"), r"is not YAML that can be read \(line 2: "),
-    "one-rank.npz": (lambda path: np.savez(path, load=COUNTS, rank=1), "has 'rank' beside 'load', and is of one rank"),
-    "two.npz": (lambda path: np.savez(path, load_history=COUNTS, counts=COUNTS), "has 'load_history', 'counts'; pass"),
+    "one-rank.npz": (lambda path: np.savez(path, load=COUNTS, rank=1), "has 'rank' next to 'load', so it belongs to"),
+    "two.npz": (
+        lambda path: np.savez(path, load_history=COUNTS, counts=COUNTS),
+        "counts, 'load_history', 'counts'; keep",
+    ),
     "large-header.npz": (large_header, "NumPy's format 2.0 is not known for numbers"),
     "float16.npy": (lambda path: np.save(path, np.array([[4096, 1]], "f2")), "at most 2048 in float16, which rounds"),
     "float32.npy": (lambda path: np.save(path, np.array([[2**25, 1]], "f4")), "at most 16777216 in float32"),
     "one-rank.json": (
         lambda path: path.write_text('{"rank": 1, "counts": [[1, 2]]}'),
-        "has 'rank' beside 'counts', and is of one rank; add up all ranks",
+        "has 'rank' next to 'counts', so it belongs to one rank; sum over all ranks",
     ),
-    "objects.json": (lambda path: path.write_text('{"0": {"0": 1}}'), "'0' is an object, as pandas writes them"),
+    "objects.json": (lambda path: path.write_text('{"0": {"0": 1}}'), "'0' is an object, as pandas writes it"),
     "unlike.json": (lambda path: path.write_text('[{"0": 1}, {"1": 1}]'), "object 1 has other names than the first"),
     "holes.json": (lambda path: path.write_text('[{"0": 1, "1": null}]'), "object 0: null is not a count"),
     "zip.csv": (lambda path: path.write_bytes(b"PK\x03\x04"), "is no text but a zip archive, such as an Excel"),
@@ -364,7 +370,7 @@ def test_a_report_of_counts_is_one_of_the_same_trace(tmp_path: Path) -> None:
     assert result.trace.load.tolist() == STEPS
     assert result.trace.iteration.tolist() == [0, 1]
     assert result.trace.placements == (Placement.contiguous(2, 4, 2),)
-    with pytest.raises(DistplbError, match=r"a.npy has counts, and no placement; pass --gpus-per-node"):
+    with pytest.raises(DistplbError, match=r"a.npy has counts but no placement; also pass --gpus-per-node"):
         Run.read(tmp_path / "a.npy")
-    with pytest.raises(DistplbError, match=r"a.npy has 4 experts, which do not go evenly on 3 GPUs"):
+    with pytest.raises(DistplbError, match=r"a.npy: 4 experts cannot be spread evenly over 3 GPUs"):
         Run.read(tmp_path / "a.npy", Topology(1, 3))

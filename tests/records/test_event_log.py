@@ -1,4 +1,4 @@
-"""Records of rebalances as lines and as scalars: nothing is lost, nothing is slow, and nothing reaches the loop.
+"""Records of rebalances as lines and as scalars: none is lost, none slows the training loop or raises in it.
 
 Shapes: L layers, M GPUs.
 """
@@ -105,7 +105,7 @@ def test_other_lines_are_refused(line: str, message: str) -> None:
 
 
 def test_fields_of_a_later_version_are_left_out(tmp_path: Path) -> None:
-    """The README promises that a version may add fields; one more made the whole log unreadable."""
+    """The README promises that a version may add fields, but one new field made the whole log unreadable."""
     more = event().to_json()[:-1] + ', "colour": [3, {"format": "distplb.event"}]}'
     assert RebalanceEvent.from_json(more) == event()
     (tmp_path / "events.jsonl").write_text(f"{more}\n")
@@ -139,18 +139,18 @@ def test_a_resumed_job_counts_by_its_last_life(tmp_path: Path) -> None:
 def test_a_line_that_was_cut_off_is_left_out_with_a_warning(tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
     path.write_text(f"{event(500).to_json()}\n{event(1000).to_json()[:200]}")
-    with pytest.warns(RuntimeWarning, match=r"events.jsonl: line 2 is not whole"):
+    with pytest.warns(RuntimeWarning, match=r"events.jsonl: line 2 is incomplete"):
         assert read_events(path) == [event(500)]
 
 
 @pytest.mark.parametrize("between", ["\n", "", "\0\0", "\0\n"])
 def test_a_record_that_breaks_off_anywhere_takes_no_other_along(tmp_path: Path, between: str) -> None:
-    """The process was killed while it wrote record 2, and the next one went on in the same line: 3 was left out too."""
+    """A process was killed while it wrote record 2, and the next continued on the same line: 3 was left out too."""
     path = tmp_path / "events.jsonl"
     torn = event(2).to_json()
     for cut in range(1, len(torn), 7):
         path.write_text(f"{event(1).to_json()}\n{torn[:cut]}{between}{event(3).to_json()}\n{event(4).to_json()}\n")
-        with pytest.warns(RuntimeWarning, match=r"events\.jsonl: line 2 is not whole, and left out$"):
+        with pytest.warns(RuntimeWarning, match=r"events\.jsonl: line 2 is incomplete and left out$"):
             assert read_events(path) == [event(1), event(3), event(4)]
     path.write_text(f"{event(1).to_json()}\n{torn}{between}{event(3).to_json()}\n")
     assert read_events(path) == [event(1), event(2), event(3)]
@@ -167,50 +167,50 @@ def test_a_log_that_was_left_with_half_a_record_goes_on_in_a_line_of_its_own(tmp
 
 
 def test_a_record_that_breaks_off_tells_where_its_life_began(tmp_path: Path) -> None:
-    """The outcome of the second life's rebalance was added to the first life's record of the same iteration."""
+    """The outcome of a rebalance in the second run was added to the first run's record of the same iteration."""
     path = tmp_path / "events.jsonl"
     outcome = json.dumps({"format": "distplb.outcome", "version": 1, "iteration": 1000} | NEXT)
     path.write_text(
         f"{event(500).to_json()}\n{event(1000).to_json()}\n{event(1500).to_json()}\n{event(1000).to_json()[:200]}\n{outcome}\n"
     )
-    with pytest.warns(RuntimeWarning, match="line 4 is not whole"):
+    with pytest.warns(RuntimeWarning, match="line 4 is incomplete"):
         assert read_events(path) == [event(500)]
 
 
 def test_many_lines_that_break_off_are_one_warning(tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
     path.write_text(f"{event(1).to_json()}\n" + f"{event(2).to_json()[:50]}\n" * 12)
-    with pytest.warns(RuntimeWarning, match=r"lines 2, .*, 10 are not whole, and left out \(and 3 more\)$") as caught:
+    with pytest.warns(RuntimeWarning, match=r"lines 2, .*, 10 are incomplete and left out \(and 3 more\)$") as caught:
         assert read_events(path) == [event(1)]
     assert [one.filename for one in caught] == [__file__]
 
 
 def test_what_is_too_large_is_refused_before_it_is_read(tmp_path: Path) -> None:
-    """A hole in a file takes no room on the disk, and took its size in memory."""
+    """A sparse file takes no space on the disk, but took its full size in memory."""
     path = tmp_path / "events.jsonl"
     with path.open("wb") as file:
         file.truncate(100 * 10**9)
     tracemalloc.start()
     with pytest.raises(
-        DistplbError, match=r"events\.jsonl has 100000000000 bytes, 1073741824 are allowed; pass a larger"
+        DistplbError, match=r"events\.jsonl has 100000000000 bytes, but max_bytes allows 1073741824; pass a larger"
     ):
         read_events(path)
     with path.open("r+b") as file:
         file.truncate(1 << 30)
-    with pytest.raises(DistplbError, match=r"events\.jsonl, line 1 has more than 16777216 bytes; cut it off, or"):
+    with pytest.raises(DistplbError, match=r"events\.jsonl, line 1 has more than 16777216 bytes; remove it, or"):
         read_events(path)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 1 << 27
     path.write_text(f"{event(1).to_json()}\n")
-    with pytest.raises(DistplbError, match=r"bytes, 10 are allowed"):
+    with pytest.raises(DistplbError, match=r"bytes, but max_bytes allows 10;"):
         read_events(path, max_bytes=10)
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("iteration,decision\n", "line 1: it is no line of JSON; pass a file that an EventLog wrote"),
+        ("iteration,decision\n", "line 1: it is not JSON; pass a file that an EventLog wrote"),
         ("[]\n", "line 1: it is not a rebalance's record"),
         ('{"format": "distplb.outcome", "version": 9}\n', "line 1: it has version 9"),
         ('{"format": "distplb.outcome"}\n', "line 1: 'version'"),
@@ -284,11 +284,11 @@ def test_tensorboard_shows_them_at_the_iteration_of_the_rebalance(tmp_path: Path
     assert text.tensor_proto.string_val[0].decode() == f"moved: {event().reason}"
 
 
-# --- beside the training --------------------------------------------------------------------------------------------
+# --- in the background ----------------------------------------------------------------------------------------------
 
 
 class Stuck:
-    """A writer whose disk does not answer until it is let go; then it fails."""
+    """A writer whose disk does not answer until `free` is set, and then fails."""
 
     def __init__(self) -> None:
         self.free, self.calls = threading.Event(), 0
@@ -308,13 +308,13 @@ def test_the_loop_neither_waits_for_a_writer_nor_hears_of_its_failure(
     log = EventLog(tmp_path / "events.jsonl", stuck)
     with caplog.at_level(logging.WARNING, "distplb"):
         for number in range(100):
-            log(event(number))  # returns, although nothing is written yet
+            log(event(number))  # returns before anything is written
         assert not stuck.free.is_set()
         stuck.free.set()
         log.close()
         log(event(100))
     assert stuck.calls == 100  # each record was tried
-    assert len(read_events(tmp_path / "events.jsonl")) == 100  # the file has what the writer refused
+    assert len(read_events(tmp_path / "events.jsonl")) == 100  # the file has the records that the writer refused
     failures = [record.message for record in caplog.records]
     assert len(failures) == 2  # each text once
     assert "no space left on device" in failures[0]
@@ -340,7 +340,7 @@ def test_a_record_that_follows_one_cut_off_has_a_line_of_its_own(
     log._take_down(lambda: event(1000))
     log._take_down(lambda: event(1500))
     log.close()
-    with pytest.warns(RuntimeWarning, match="line 1 is not whole"):
+    with pytest.warns(RuntimeWarning, match="line 1 is incomplete"):
         assert [one.iteration for one in read_events(path)] == [1000, 1500]
 
 
@@ -400,9 +400,9 @@ def test_a_rebalancer_writes_of_windows_without_tokens_that_nothing_is_known(tmp
 
 
 class OnDevice(torch.Tensor):
-    """Stands for a tensor on a GPU: what is made of it is there too, until "cpu" is asked for."""
+    """Stands for a tensor on a GPU: results of operations on it are there too, until they are moved to "cpu"."""
 
-    touched: ClassVar[list[tuple[str, str]]] = []  # the thread, and what it did
+    touched: ClassVar[list[tuple[str, str]]] = []  # thread and operation
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -419,7 +419,7 @@ class OnDevice(torch.Tensor):
 def test_a_record_is_made_on_the_host_and_the_gpu_is_left_to_the_training(
     tmp_path: Path, spread: Spread | None
 ) -> None:
-    """The log's thread launched the bound and the quantiles on the training's stream, and waited for it each time."""
+    """The log's thread computed bound and quantiles on the training's stream, and waited for it each time."""
     experts = torch.nn.Parameter(torch.arange(4.0)[:, None].clone())
     window = LoadWindow(1, 4, 8)
     window._counts, window._numbers = window._counts.as_subclass(OnDevice), window._numbers.as_subclass(OnDevice)
@@ -444,17 +444,17 @@ def test_a_record_is_made_on_the_host_and_the_gpu_is_left_to_the_training(
         rebalancer.step()
     rebalancer.close()
     threads = {thread for thread, _ in OnDevice.touched}
-    assert threads == {"MainThread"} | ({"distplb_0"} if spread else set())  # where the training and the search are
+    assert threads == {"MainThread"} | ({"distplb_0"} if spread else set())  # the threads of training and search
     events = read_events(tmp_path / "events.jsonl")
     assert [event.iteration for event in events] == [4, 8, 12]
     assert events[:2] == [event for event in records if event.imbalance_next is not None]
-    # What waits for the next window holds no memory of the GPU either.
+    # Records that wait for the next window hold no GPU memory either.
     assert len(makers) == 5
     assert [where for make in makers for where in on_device(make)] == []
 
 
 def on_device(value: Any, where: str = "", visited: set[int] | None = None) -> Iterator[str]:
-    """Where tensors of the device are in a closure and all that hangs on it."""
+    """Yield where a closure, or anything that it refers to, holds tensors of the device."""
     visited = set() if visited is None else visited
     if id(value) in visited:
         return

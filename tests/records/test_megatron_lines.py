@@ -1,4 +1,4 @@
-"""Megatron-LM's lines as jobs leave them: recomputed, cut off, resumed, of an earlier revision.
+"""Megatron-LM's lines as jobs write them: recomputed, truncated, resumed, of an earlier revision.
 
 Shapes: B micro-batches, L layers, R ranks, G experts on each, E experts.
 """
@@ -22,7 +22,7 @@ Load = np.ndarray[Any, np.dtype[np.int64]]
 
 
 def lines(load: Load, rank: int, iterations: list[int], order: list[int] | None = None) -> str:
-    """A rank's file of `[iterations, B, L, R, G]`, its micro-batches in some order, each as often as it is named."""
+    """A rank's file from `[iterations, B, L, R, G]`, with its micro-batches in the given order, repeats included."""
     order = list(range(load.shape[1])) if order is None else order
     return "".join(
         line(at, layer, load[nth, order, layer, rank].tolist())
@@ -32,7 +32,7 @@ def lines(load: Load, rank: int, iterations: list[int], order: list[int] | None 
 
 
 def one_forward_one_backward(micro_batches: int, ahead: int) -> list[int]:
-    """Which micro-batch a stage computes, forward and again before backward, with so many forwards ahead."""
+    """The micro-batches that a stage computes, forward and again before backward, with `ahead` forwards in advance."""
     ahead = min(ahead, micro_batches)
     order = list(range(ahead))
     for nth in range(micro_batches):
@@ -41,7 +41,7 @@ def one_forward_one_backward(micro_batches: int, ahead: int) -> list[int]:
 
 
 def read(folder: Path, texts: list[str], **options: Any) -> tuple[Trace, list[str]]:
-    """The trace, and what was warned of."""
+    """The trace, and the warnings."""
     folder.mkdir(exist_ok=True)
     for rank, text in enumerate(texts):
         (folder / f"rank{rank}.jsonl").write_text(text)
@@ -66,13 +66,16 @@ def expected(load: Load) -> list[Any]:
 def test_recomputed_micro_batches_are_used_once_whatever_the_schedule(
     tmp_path: Path, micro_batches: int, ahead: int
 ) -> None:
-    """A forward hook counted the recomputation too: every load and every number of steps was doubled."""
+    """A forward hook counted the recomputation too, so every load and the number of steps doubled."""
     load = np.random.default_rng(ahead).integers(50, 200, size=(3, micro_batches, 2, 4, 2))
     order = one_forward_one_backward(micro_batches, ahead)
     trace, messages = read(tmp_path, [lines(load, rank, [5, 10, 15], order) for rank in range(4)])
     assert trace.load.tolist() == expected(load)
     (text,) = messages
-    assert "rank0.jsonl: 3 of 3 iterations have each micro-batch's counts twice" in text
+    assert (
+        "jsonl: iterations in which each micro-batch is counted twice, as with activation recomputation: 3 of 3;"
+        in text
+    )
 
 
 def test_stages_of_a_pipeline_are_ahead_by_different_numbers(tmp_path: Path) -> None:
@@ -92,7 +95,7 @@ def test_stages_of_a_pipeline_are_ahead_by_different_numbers(tmp_path: Path) -> 
 def test_what_is_not_doubled_in_all_layers_and_ranks_is_not_halved(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
-    """Few tokens: rows are equal by chance in many layers, and in some of those each has its twin."""
+    """Few tokens: rows are equal by chance in many layers, and in some of them every row has a duplicate."""
     size = (*(data.draw(st.integers(1, most)) for most in (2, 4, 2, 2)), 1)
     numbers = data.draw(st.lists(st.integers(0, 1), min_size=int(np.prod(size)), max_size=int(np.prod(size))))
     load = np.array(numbers, dtype=np.int64).reshape(size)
@@ -108,16 +111,16 @@ def test_what_is_not_doubled_in_all_layers_and_ranks_is_not_halved(
 
 
 def test_iterations_of_more_micro_batches_are_known_by_themselves(tmp_path: Path) -> None:
-    """A job that was resumed with recomputation, or one whose batch grows."""
+    """The job was resumed with recomputation, or its batch grew."""
     load = np.random.default_rng(0).integers(50, 200, size=(2, 3, 1, 2, 2))
     texts = [lines(load[:1], rank, [1]) + lines(load[1:], rank, [2], [0, 0, 1, 1, 2, 2]) for rank in range(2)]
     trace, messages = read(tmp_path, texts)
     assert trace.load.tolist() == expected(load)
-    assert "1 of 2 iterations have" in messages[0]
+    assert ": 1 of 2; each micro-batch is used once" in messages[0]
 
 
 def test_only_some_layers_are_recomputed(tmp_path: Path) -> None:
-    """Layers of another number of micro-batches were refused."""
+    """Layers with different numbers of micro-batches were refused."""
     load = np.random.default_rng(0).integers(50, 200, size=(1, 3, 2, 2, 2))
     orders = ([0, 1, 0, 2, 1, 2], [0, 1, 2])
     texts = [
@@ -126,7 +129,7 @@ def test_only_some_layers_are_recomputed(tmp_path: Path) -> None:
     trace, messages = read(tmp_path, texts)
     assert (trace.load.tolist(), len(messages)) == (expected(load), 1)
     texts[0] = texts[0].replace(str(load[0, 0, 0, 0].tolist()), "[7, 7]", 1)
-    with pytest.raises(DistplbError, match=r"rank0\.jsonl has 3 micro-batches in iteration 1 of decoder\.layers\.1, "):
+    with pytest.raises(DistplbError, match=r"rank0\.jsonl .* in iteration 1: 3 of decoder\.layers\.1, 6 of"):
         read(tmp_path, texts)
 
 
@@ -134,27 +137,27 @@ def test_only_some_layers_are_recomputed(tmp_path: Path) -> None:
 
 
 def test_a_rank_that_dies_anywhere_leaves_the_iterations_before(tmp_path: Path) -> None:
-    """A rank that died an iteration early, or in the middle of a line, made all files of the job unreadable."""
+    """A rank that died an iteration before the others, or within a line, made all files of the job unreadable."""
     load = np.random.default_rng(0).integers(50, 200, size=(3, 2, 2, 2, 2))
     texts = [lines(load, rank, [5, 10, 15]) for rank in (0, 1)]
     ends = [len(lines(load[:number], 1, [5, 10, 15][:number])) for number in (1, 2, 3)]
     for cut in range(ends[0] - 1, ends[2], 3):
-        whole = sum(cut >= end - 1 for end in ends)  # without the end of the last line it is whole
+        whole = sum(cut >= end - 1 for end in ends)  # complete even without the last newline
         trace, messages = read(tmp_path, [texts[0], texts[1][:cut]])
         assert trace.load.tolist() == expected(load[:whole])
         assert trace.iteration.tolist() == [at for at in [5, 10, 15][:whole] for _ in range(2)]
         if whole < 3:
             lacking = 5 * whole + 5
-            assert f"{3 - whole} of 3 iterations are left out: " in messages[0]
+            assert f"left out {3 - whole} of 3 iterations: " in messages[0]
             assert f"rank1.jsonl lacks iteration {lacking} of decoder.layers." in messages[0]
             is_torn = texts[1][cut - 1] != "\n" and texts[1][cut] != "\n"
             assert (f"rank1.jsonl: line {texts[1][:cut].count(chr(10)) + 1}" in messages[0]) == is_torn
-    with pytest.raises(DistplbError, match=r"rank1\.jsonl has no whole line; pass the files of ranks that"):
+    with pytest.raises(DistplbError, match=r"rank1\.jsonl has no complete line; pass files that have"):
         read(tmp_path, [texts[0], texts[1][:20]])
 
 
 def test_a_job_that_goes_on_behind_a_line_that_breaks_off_is_read(tmp_path: Path) -> None:
-    """The next life appends to the same line, which was refused as damaged."""
+    """The next run appended to the same line, which was refused as damaged."""
     load = np.random.default_rng(0).integers(50, 200, size=(4, 2, 2, 2, 2))
     texts = [lines(load, rank, [1, 2, 3, 4]) for rank in (0, 1)]
     begin, end = (len(lines(load[:number], 1, [1, 2, 3, 4][:number])) for number in (2, 3))
@@ -165,11 +168,11 @@ def test_a_job_that_goes_on_behind_a_line_that_breaks_off_is_read(tmp_path: Path
         later = [lines(again[1:], rank, [2, 3, 4]) for rank in (0, 1)]
         trace, messages = read(tmp_path, [lives[rank] + "\0" * (cut % 2) + later[rank] for rank in (0, 1)])
         assert trace.load.tolist() == expected(joined)
-        assert all("breaks off" in text and "left out" not in text for text in messages)
+        assert all("is truncated" in text and "left out" not in text for text in messages)
 
 
 def test_lines_of_two_lives_are_not_mixed(tmp_path: Path) -> None:
-    """Iteration 3 of rank 0 is of the second life, that of rank 1 of the first; 4 is of the first on both."""
+    """Iteration 3 comes from the second run on rank 0 and the first on rank 1; 4 comes from the first on both."""
     first, second = np.random.default_rng(0).integers(50, 200, size=(2, 4, 1, 1, 2, 2))
     texts = [
         lines(first, 0, [1, 2, 3, 4]) + lines(second[1:3], 0, [2, 3]),
@@ -178,12 +181,12 @@ def test_lines_of_two_lives_are_not_mixed(tmp_path: Path) -> None:
     trace, messages = read(tmp_path, texts)
     assert trace.iteration.tolist() == [1, 2, 4]
     assert trace.load.tolist() == expected(np.concatenate([first[:1], second[1:2], first[3:]]))
-    assert "1 of 4 iterations are left out: " in messages[0]
-    assert "has iteration 3 of an earlier life of the job" in messages[0]
+    assert "left out 1 of 4 iterations: " in messages[0]
+    assert "has iteration 3 from an earlier run of the job" in messages[0]
 
 
 def test_lines_that_a_resumed_job_repeats_are_no_doubt(tmp_path: Path) -> None:
-    """A job that counts the same again, and whose rank 1 died before it did."""
+    """The resumed job counts the same again, and its rank 1 died before it did."""
     load = np.random.default_rng(0).integers(50, 200, size=(3, 2, 1, 2, 2))
     trace, messages = read(
         tmp_path, [lines(load, 0, [1, 2, 3]) + lines(load[1:], 0, [2, 3]), lines(load, 1, [1, 2, 3])]
@@ -195,11 +198,11 @@ def test_lines_that_a_resumed_job_repeats_are_no_doubt(tmp_path: Path) -> None:
     "bad", ['{"iter": 2}', "{", "iter", '{"iter": 2, "block": "encoder", "layer": 0, "tpe": [[1]]}']
 )
 def test_what_breaks_off_is_the_beginning_of_a_line_and_nothing_else(tmp_path: Path, bad: str) -> None:
-    """At the end of a file, without an end of line; and followed by a whole line."""
+    """At the end of a file without a newline, and followed by a complete line."""
     good = line(1, 0, [[1, 2]])
     if bad == "{":
         trace, messages = read(tmp_path, [good + bad])
-        assert (trace.iteration.tolist(), "line 2 breaks off" in messages[0]) == ([1], True)
+        assert (trace.iteration.tolist(), "line 2 is truncated" in messages[0]) == ([1], True)
         return
     for text in (good + bad, good + bad + good):
         with pytest.raises(DistplbError, match=r"rank0\.jsonl, line 2 is not a line of tokens per expert"):
@@ -229,7 +232,7 @@ def test_the_log_of_an_earlier_revision_is_read_as_the_files_are(tmp_path: Path)
     assert other.layers == trace.layers
     for cut in range(len(text) - 30, len(text) - 1):
         (tmp_path / "tokens_per_expert.log").write_text(text[:cut])
-        with pytest.warns(RuntimeWarning, match=r"rank 1 lacks iteration 15|breaks off"):
+        with pytest.warns(RuntimeWarning, match=r"rank 1 lacks iteration 15|is truncated"):
             assert set(Trace.from_megatron(tmp_path).iteration.tolist()) >= {5, 10}
 
 
@@ -245,15 +248,15 @@ def test_a_resumed_job_in_that_log_counts_by_its_last_lines(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("text", "wording"),
     [
-        ("", r"log has no lines"),
-        ("Rank=1 iter=1 layer=0 tokens_per_expert=[1]\n", r"has no line of rank 0, but of rank 1; pass all ranks'"),
+        ("", r"log has no complete line"),
+        ("Rank=1 iter=1 layer=0 tokens_per_expert=[1]\n", r"has lines of rank 1, but not of rank 0; pass a log of all"),
         ("Rank=0 iter=1 layer=0 tokens_per_expert=[]\n", r"line 1 is not a line of tokens per expert"),
         ("Rank=0 iter=1 layer=0 tokens_per_expert=[1, 9223372036854775808]\n", r"line 1 is not a line"),
         ("Rank=0 iter=1 layer=0 tokens_per_expert=[1, -2]\n", r"line 1 is not a line of tokens per expert"),
         ("Rank=0 iter=1 layer=experts tokens_per_expert=[1]\n", r"line 1 is not a line of tokens per expert"),
         (
             "Rank=0 iter=1 layer=0 tokens_per_expert=[1]\nRank=0 iter=1 layer=0 tokens_per_expert=[1, 2]\n",
-            r"several num",
+            r"different numbers of experts",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""What earlier commits wrote is still read: traces, records of rebalances, placements."""
+"""Files that earlier commits wrote are still read: traces, records of rebalances, placements."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from distplb.report.run import Run
 
 DATA = Path(__file__).parent / "data"
 sys.path.insert(0, str(DATA))
-from write import EVENT, LAYERS, NEXT, TABLES, write  # noqa: E402  # the module lies beside what it wrote
+from write import EVENT, LAYERS, NEXT, TABLES, write  # noqa: E402  # the module is next to its output
 
 COMMITS = sorted(path.name for path in DATA.iterdir() if path.is_dir() and (path / "placement.json").is_file())
 

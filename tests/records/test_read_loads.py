@@ -1,4 +1,4 @@
-"""Loads from files: what each kind may look like, and what is refused with which words.
+"""Loads from files: the layouts that each kind may have, and which files are refused with which message.
 
 Shapes: T steps, L layers, E experts.
 """
@@ -88,14 +88,14 @@ def test_a_folder_of_trace_parts(tmp_path: Path) -> None:
 
 
 class RunsCode:
-    """Unpickled, it raises; a reader that refuses pickles never gets there."""
+    """Raises when it is unpickled; a reader that refuses pickles never gets there."""
 
     def __reduce__(self) -> tuple[object, tuple[str]]:
         return exec, ("raise AssertionError('a pickle was run')",)
 
 
 def claims(path: Path, shape: tuple[int, ...], dtype: str = "<i8") -> None:
-    """An array whose header promises more than there is."""
+    """Write an array whose header promises more data than the file has."""
     with path.open("wb") as file:
         np.lib.format.write_array_header_1_0(file, {"descr": dtype, "fortran_order": False, "shape": shape})
         file.write(bytes(64))
@@ -123,7 +123,7 @@ def pickled_npz(path: Path) -> None:
     zipped(path, load_npy=data.getvalue())
 
 
-# By file: how it is made, and what the error says beside the file's name.
+# By file: how it is written, and the error apart from the file's name.
 REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing.npy": (lambda path: None, r"there is no file .*; pass \.npy, \.npz, .* or a folder of trace"),
     "folder": (lambda path: path.mkdir(), "is a folder without .npz files"),
@@ -134,13 +134,22 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "table.xlsx": (lambda path: path.write_bytes(b"PK"), r"ends in '.xlsx'; pass .npy, .npz"),
     "no-suffix": (lambda path: text(path, "1,2"), "ends in ''; pass .npy"),
     # --- arrays
-    "no-items.npy": (lambda path: npy(path, np.zeros((0, 4), np.int64)), r"shape \(0, 4\); pass counts, .*none empty"),
-    "one-dim.npy": (lambda path: npy(path, [1, 2]), r"shape \(2,\); pass counts, \[layers, experts\] or"),
+    "no-items.npy": (
+        lambda path: npy(path, np.zeros((0, 4), np.int64)),
+        r"shape \(0, 4\); pass counts as .*none empty",
+    ),
+    "one-dim.npy": (lambda path: npy(path, [1, 2]), r"shape \(2,\); pass counts as \[layers, experts\] or"),
     "four-dims.npy": (lambda path: npy(path, [[[[1]]]]), r"shape \(1, 1, 1, 1\), 4 dims; sum over the ranks"),
-    "negative.npy": (lambda path: npy(path, [[1, -2]]), r"has -2 at \[0, 1\] \(1 such\); counts must be non-negative"),
+    "negative.npy": (
+        lambda path: npy(path, [[1, -2]]),
+        r"has -2 at \[0, 1\] \(1 such value\); counts must be non-negative",
+    ),
     "nan.npy": (lambda path: npy(path, [[1, np.nan]]), r"has nan at \[0, 1\] .*counts must be finite"),
     "infinite.npy": (lambda path: npy(path, [[np.inf, 1]]), r"has inf at \[0, 0\] .*counts must be finite"),
-    "shares.npy": (lambda path: npy(path, [[0.5, 0.25]]), r"has 0.5 at \[0, 0\] \(2 such\); counts must be whole"),
+    "shares.npy": (
+        lambda path: npy(path, [[0.5, 0.25]]),
+        r"has 0.5 at \[0, 0\] \(2 such values\); counts must be integers",
+    ),
     "large.npy": (
         lambda path: npy(path, np.array([[2**63, 1]], np.uint64)),
         r"has 9223372036854775808 at .*must be below 2\^63",
@@ -164,27 +173,39 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "torch.npz": (lambda path: torch.save(torch.ones(2, 4), path), "holds a pickle, which is refused"),
     "nothing.npz": (lambda path: zipped(path), "holds nothing where arrays are expected"),
     "other.npz": (lambda path: zipped(path, notes_txt=b"a"), "holds 'notes.txt' where arrays are expected"),
-    "two.npz": (lambda path: archive(path, a=COUNTS, b=COUNTS), "holds arrays 'a', 'b'; pass a file of one array, or"),
+    "two.npz": (
+        lambda path: archive(path, a=COUNTS, b=COUNTS),
+        "holds arrays 'a', 'b'; pass a file with one array, or",
+    ),
     "not.npz": (lambda path: text(path, "no archive"), "cannot be read .*not a zip file"),
     "damaged-trace.npz": (lambda path: archive(path, about=[1], load=STEPS), "pass a trace written by Trace.save"),
     # --- CSV
     "words.csv": (lambda path: text(path, "1,2\n3,four\n"), "line 2, column 2: 'four' is not a count"),
     "one-name.csv": (lambda path: text(path, "1,2\nb,4\n"), "line 2, column 1: 'b' is not a count"),
     "hole.csv": (lambda path: text(path, "1,2\n3,\n"), "line 2, column 2: '' is not a count"),
-    "ragged.csv": (lambda path: text(path, "1,2\n\n3,4,5\n"), "line 3 has 3 cells where the first line has 2"),
-    "header.csv": (lambda path: text(path, "layer,e0,e1\n"), "has a header and no rows"),
-    "names.csv": (lambda path: text(path, "layer\na\n"), "line 1 names no experts, .*pass a column for each expert"),
-    "no-header.csv": (lambda path: text(path, "layer,5,1\nb,3,3\n"), "line 1 has 'layer' as a header has, and numbers"),
+    "ragged.csv": (
+        lambda path: text(path, "1,2\n\n3,4,5\n"),
+        "line 3 and the first line have different numbers of cells, 3 and 2",
+    ),
+    "header.csv": (lambda path: text(path, "layer,e0,e1\n"), "has a header but no rows"),
+    "names.csv": (
+        lambda path: text(path, "layer\na\n"),
+        "line 1 has no columns of experts, .*name a column for each expert",
+    ),
+    "no-header.csv": (
+        lambda path: text(path, "layer,5,1\nb,3,3\n"),
+        "line 1 has 'layer' like a header, but its numbers",
+    ),
     "blank.csv": (lambda path: text(path, "\n\n"), "has no rows"),
     "nan.csv": (lambda path: text(path, "1,nan\n"), "line 1, column 2: 'nan' is not a count"),
-    "half.csv": (lambda path: text(path, "1,2.5\n"), "line 1, column 2: '2.5' is not whole"),
+    "half.csv": (lambda path: text(path, "1,2.5\n"), "line 1, column 2: '2.5' is not an integer"),
     "twice.csv": (lambda path: text(path, "a,1,2\na,3,4\n"), "has layer 'a' twice"),
     "latin-1.csv": (lambda path: path.write_bytes(b"caf\xe9,1,2\n"), r"is not UTF-8 text \(byte 3\)"),
     "quote.csv": (lambda path: text(path, '1,"2\n3,4'), "line 2: unexpected end of data; pass counts separated by"),
     # --- JSON
     "cut.json": (lambda path: text(path, "[[1, 2], [3"), "is not JSON that can be read"),
     "deep.json": (lambda path: text(path, "[" * 100_000), "is not JSON that can be read .*recursion"),
-    "flat.json": (lambda path: text(path, "[1, 2]"), r"shape \(2,\); pass counts, \[layers, experts\] or"),
+    "flat.json": (lambda path: text(path, "[1, 2]"), r"shape \(2,\); pass counts as \[layers, experts\] or"),
     "number.json": (lambda path: text(path, "7"), r"has dtype int64 and shape \(\)"),
     "empty-list.json": (lambda path: text(path, "[[]]"), r"has lists of shape \[1, 0\]; .*none empty"),
     "four.json": (lambda path: text(path, "[[[[1]]]]"), r"shape \(1, 1, 1, 1\), 4 dims; sum over the ranks"),

@@ -1,4 +1,4 @@
-"""Traces survive on disk, are written beside a running job, and nothing but a trace is read as one.
+"""Traces survive on disk and are written while a job runs, and only traces are read as traces.
 
 Shapes: S steps, L layers, E experts, P slots, M GPUs, D EP groups, B micro-batches, N placements.
 """
@@ -64,14 +64,14 @@ def test_layers_without_names_are_numbered() -> None:
         ({"load": torch.ones(4, 8, dtype=torch.int64)}, "load has shape .4, 8.; pass .steps, layers, experts."),
         ({"load": torch.ones(0, 1, 4, dtype=torch.int64)}, "load has shape"),
         ({"load": torch.full((2, 1, 4), -3)}, "load has -3 for expert 0 of layer 0 in step 0"),
-        ({"iteration": [1, 2, 3]}, "iteration has shape .3. for 2 steps"),
-        ({"iteration": [2, 1]}, "iteration falls from one step to the next"),
-        ({"placement_of_step": [0, 1]}, "placement_of_step goes from 0 to 1 for 1 placements"),
-        ({"placement_of_step": [-1, 0]}, "placement_of_step goes from -1"),
-        ({"placements": ()}, "there is no placement"),
+        ({"iteration": [1, 2, 3]}, "iteration has shape .3. where .2. is expected"),
+        ({"iteration": [2, 1]}, "iteration decreases from one step to the next"),
+        ({"placement_of_step": [0, 1]}, r"placement_of_step has values from 0 to 1; pass indices in \[0, 1\)"),
+        ({"placement_of_step": [-1, 0]}, "placement_of_step has values from -1"),
+        ({"placements": ()}, "placements is empty"),
         ({"placements": (Placement.contiguous(1, 4, 2), Placement.contiguous(1, 4, 4))}, "placement 1 has"),
         ({"placements": (Placement.contiguous(1, 6, 2),)}, r"placement 0 has \(1, 6, 6, 2\)"),
-        ({"layers": ("a", "b")}, "2 different names for 1 layers"),
+        ({"layers": ("a", "b")}, "layers in the load: 1, different names: 2"),
     ],
 )
 def test_what_does_not_fit_together_is_refused(changed: dict[str, Any], wording: str) -> None:
@@ -107,7 +107,7 @@ def test_counts_take_the_smallest_integers_that_hold_them(tmp_path: Path, most: 
 
 @pytest.mark.parametrize("dtype", ["u2", "u4", "u8", ">u2", ">u8"])
 def test_unsigned_counts_are_read_as_they_are(tmp_path: Path, dtype: str) -> None:
-    """Also by other readers than `Trace.read`, and where another machine wrote them."""
+    """By `read_loads` too, and in the byte order of another machine."""
     arrays = arrays_of(random_trace(), tmp_path)
     most = min(int(np.iinfo(dtype).max), 2**63 - 1)
     load = np.array(arrays["load"], dtype)
@@ -158,29 +158,32 @@ def about(**changed: Any) -> np.ndarray:
     [
         ({"about": about(version=2)}, "version 2; this distplb reads 'distplb.trace', version 1"),
         ({"about": about(format="other")}, "it is 'other', version 1"),
-        ({"about": about(layers=["a"])}, "1 different names for 2 layers"),
+        ({"about": about(layers=["a"])}, "layers in the load: 2, different names: 1"),
         ({"about": about(layers=7)}, "is not a trace"),
         ({"about": about(num_gpus=3)}, "8 slots for 6 experts on 3 GPUs"),
-        ({"about": about(num_gpus=4.9)}, "its num_gpus is 4.9, which is no number of GPUs"),
-        ({"about": about(num_gpus="4")}, "its num_gpus is '4', which is no number of GPUs"),
-        ({"about": about(num_gpus=True)}, "its num_gpus is True, which is no number of GPUs"),
+        ({"about": about(num_gpus=4.9)}, "its num_gpus is 4.9 where a positive integer is expected"),
+        ({"about": about(num_gpus="4")}, "its num_gpus is '4' where a positive integer is expected"),
+        ({"about": about(num_gpus=True)}, "its num_gpus is True where a positive integer is expected"),
         ({"about": about(version=True)}, "version True; this distplb reads 'distplb.trace', version 1"),
-        ({"about": about(layers="ab")}, "its layers are 'ab', which is no list of names"),
-        ({"about": about(layers=[["a"], ["b"]])}, "which is no list of names"),
+        ({"about": about(layers="ab")}, "its layers are 'ab' where a list of names is expected"),
+        ({"about": about(layers=[["a"], ["b"]])}, "where a list of names is expected"),
         ({"about": np.frombuffer(b'{"version": 1, "version": 1}', dtype=np.uint8)}, "an object names 'version' twice"),
         ({"about": np.frombuffer(b"[" * 100_000, dtype=np.uint8)}, "is not a trace"),
         ({"about": np.frombuffer(b"[]", dtype=np.uint8)}, "is not a trace"),
-        ({"about": np.zeros(1 << 23, dtype=np.uint8)}, "a note of 8388608 bytes"),
-        ({"load": np.zeros((6, 2, 6))}, "array 'load' of float64"),
-        ({"load": np.zeros((6, 2, 6), dtype=np.int64)}, "array 'load' of int64"),
-        ({"load": np.zeros((6, 12), dtype=np.uint8)}, r"array 'load' of uint8 and shape \(6, 12\)"),
-        ({"load": np.full((6, 2, 6), 1 << 63, dtype=np.uint64)}, "has the number 9223372036854775808"),
+        ({"about": np.zeros(1 << 23, dtype=np.uint8)}, "names and note take 8388608 bytes"),
+        ({"load": np.zeros((6, 2, 6))}, "array 'load' with dtype float64"),
+        ({"load": np.zeros((6, 2, 6), dtype=np.int64)}, "array 'load' with dtype int64"),
+        ({"load": np.zeros((6, 12), dtype=np.uint8)}, r"array 'load' with dtype uint8 and shape \(6, 12\)"),
+        (
+            {"load": np.full((6, 2, 6), 1 << 63, dtype=np.uint64)},
+            "it has 9223372036854775808, which does not fit int64",
+        ),
         ({"load": np.zeros((0, 2, 6), dtype=np.uint8)}, "load has shape"),
-        ({"load": np.array([[[{}]]])}, "array 'load' of object"),
-        ({"iteration": np.array([{}])}, "array 'iteration' of object"),
-        ({"iteration": np.zeros(5, dtype=np.int64)}, "iteration has shape .5. for 6 steps"),
+        ({"load": np.array([[[{}]]])}, "array 'load' with dtype object"),
+        ({"iteration": np.array([{}])}, "array 'iteration' with dtype object"),
+        ({"iteration": np.zeros(5, dtype=np.int64)}, "iteration has shape .5. where .6. is expected"),
         ({"expert_of_slot": np.full((3, 2, 8), 6, dtype=np.uint8)}, "holds expert 6"),
-        ({"expert_of_slot": np.zeros((0, 2, 8), dtype=np.uint8)}, "there is no placement"),
+        ({"expert_of_slot": np.zeros((0, 2, 8), dtype=np.uint8)}, "placements is empty"),
         ({"surplus": np.zeros(1)}, "holds arrays 'about', 'expert_of_slot', 'iteration', 'load', 'placement_of_step',"),
     ],
 )
@@ -200,7 +203,7 @@ def test_pickles_are_never_loaded(tmp_path: Path) -> None:
 
     arrays = arrays_of(random_trace(), tmp_path) | {"load": np.array([[[Harm()]]], dtype=object)}
     np.savez(tmp_path / "other.npz", **arrays)
-    with pytest.raises(DistplbError, match="array 'load' of object"):
+    with pytest.raises(DistplbError, match="array 'load' with dtype object"):
         Trace.read(tmp_path / "other.npz")
     assert not (tmp_path / "harm").exists()
 
@@ -240,7 +243,7 @@ def test_truncated_and_damaged_files_are_refused_or_still_the_same(tmp_path: Pat
 
 
 def header(shape: tuple[int, ...], dtype: str) -> bytes:
-    """Of a `.npy` file."""
+    """The header of a `.npy` file."""
     file = io.BytesIO()
     np.lib.format.write_array_header_1_0(file, {"descr": dtype, "fortran_order": False, "shape": shape})
     return file.getvalue()
@@ -251,7 +254,7 @@ def test_a_bomb_is_refused_before_it_is_unpacked(tmp_path: Path) -> None:
     np.savez_compressed(tmp_path / "bomb.npz", **arrays)  # 64 MiB in 70 KB
     del arrays
     tracemalloc.start()
-    with pytest.raises(DistplbError, match=r"would take 53687.* bytes in memory, 16777216 are allowed"):
+    with pytest.raises(DistplbError, match=r"would take 53687.* bytes in memory, but max_bytes allows 16777216;"):
         Trace.read(tmp_path / "bomb.npz", max_bytes=1 << 24)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
@@ -264,7 +267,7 @@ def test_a_header_that_promises_what_the_file_has_not_is_refused(tmp_path: Path,
     with zipfile.ZipFile(tmp_path / "whole.npz") as whole, zipfile.ZipFile(tmp_path / "other.npz", "w") as other:
         for name in whole.namelist():
             other.writestr(name, whole.read(name) if name != "load.npy" else header(shape, "|u1") + bytes(6 * 2 * 6))
-    with pytest.raises(DistplbError, match="array 'load' of"):
+    with pytest.raises(DistplbError, match=r"array 'load' with (dtype|shape)"):
         Trace.read(tmp_path / "other.npz")
 
 
@@ -272,7 +275,7 @@ def test_all_parts_count_against_the_limit(tmp_path: Path) -> None:
     for first in range(4):
         random_trace(steps=2, first=first).save(tmp_path / f"{first}.npz")
     size = 8 * (4 * (2 * 2 * 6 + 2 + 2 + 3 * 2 * 8))
-    with pytest.raises(DistplbError, match=f"would take .* bytes in memory, {size} are allowed"):
+    with pytest.raises(DistplbError, match=f"would take .* bytes in memory, but max_bytes allows {size};"):
         Trace.read(tmp_path, max_bytes=size)
     assert Trace.read(tmp_path, max_bytes=2 * size + 8192).num_steps == 8
 
@@ -312,10 +315,10 @@ def test_a_resumed_job_overwrites_what_it_counts_again(tmp_path: Path) -> None:
 def test_of_each_life_what_the_next_one_records_again_is_left_out(
     tmp_path_factory: pytest.TempPathFactory, lives: list[tuple[int, list[int]]]
 ) -> None:
-    """Parts of an earlier life came between those of a later one, wherever their names put them.
+    """Parts of an earlier run came between those of a later one, wherever their names put them.
 
-    Each life begins at an iteration, or where the last one ended if that is earlier, and writes parts of some lengths.
-    In every second life the process is the same: the job has loaded an earlier state.
+    Each run begins at an iteration, or where the last one ended if that is earlier, and writes parts of some lengths.
+    Every second run continues in the same process: the job has loaded an earlier state.
     """
     folder, expected = tmp_path_factory.mktemp("run"), dict[int, int]()
     writer = TraceWriter(folder)
@@ -346,12 +349,14 @@ def test_a_part_says_which_life_wrote_it_and_a_trace_alone_does_not(tmp_path: Pa
 
 
 def test_nothing_is_written_beside_parts_of_another_job(tmp_path: Path) -> None:
-    """All parts of both jobs could not be read any more."""
+    """After that, the parts of neither job could be read."""
     with TraceWriter(tmp_path, layers=["moe"]) as writer:
         writer.add(torch.ones(1, 1, 4, dtype=torch.int64), Placement.contiguous(1, 4, 2), [0])
     other = TraceWriter(tmp_path, layers=["moe"])
     other.add(torch.ones(1, 1, 4, dtype=torch.int64), Placement.contiguous(1, 4, 4), [5])
-    with pytest.warns(RuntimeWarning, match=r"0\.npz is of another job: it has .*GPUs: 2; this one .*GPUs: 4; rec"):
+    with pytest.warns(
+        RuntimeWarning, match=r"0\.npz belongs to another job: it has .*GPUs: 2; this job has .*GPUs: 4; rec"
+    ):
         other.close()
     assert Trace.read(tmp_path).iteration.tolist() == [0]
 
@@ -364,9 +369,9 @@ def test_a_part_that_is_half_written_is_ignored_and_a_damaged_one_is_named(tmp_p
     assert Trace.read(tmp_path).num_steps == 4
     for damage in (b"", content[:100], content[:-40], content[:300] + b"\0" * 200 + content[500:]):
         (tmp_path / "1.npz").write_bytes(damage)
-        with pytest.raises(DistplbError, match=r"1\.npz .*; or move 1\.npz away, to read the parts beside it$"):
+        with pytest.raises(DistplbError, match=r"1\.npz .*; or move 1\.npz away to read the other parts$"):
             Trace.read(tmp_path)
-        with TraceWriter(tmp_path / "new") as writer:  # a resumed job is not stopped by it
+        with TraceWriter(tmp_path / "new") as writer:  # it does not stop a resumed job
             writer.add(torch.ones(1, 1, 2, dtype=torch.int64), Placement.contiguous(1, 2, 2), [9])
         (tmp_path / "new" / "0.npz").write_bytes(damage)
         with TraceWriter(tmp_path / "new") as writer:
@@ -387,12 +392,12 @@ def test_the_first_step_of_each_iteration(tmp_path: Path) -> None:
 def test_parts_of_different_jobs_are_refused(tmp_path: Path) -> None:
     random_trace().save(tmp_path / "0.npz")
     Trace(torch.ones(1, 1, 2).long(), (Placement.contiguous(1, 2, 2),), [0], [9]).save(tmp_path / "1.npz")
-    with pytest.raises(DistplbError, match=r"1\.npz has other layers than .*0\.npz; pass parts of one job, and"):
+    with pytest.raises(DistplbError, match=r"1\.npz has other layers than .*0\.npz; pass parts of one job and"):
         Trace.read(tmp_path)
     Trace(torch.ones(1, 2, 2).long(), (Placement.contiguous(2, 2, 2),), [0], [9], random_trace().layers).save(
         tmp_path / "1.npz"
     )
-    with pytest.raises(DistplbError, match="are not of one job"):
+    with pytest.raises(DistplbError, match="belong to different jobs"):
         Trace.read(tmp_path)
     random_trace(first=1).save(tmp_path / "1.npz")
     random_trace(first=0).save(tmp_path / "2.npz")
@@ -448,12 +453,12 @@ def test_a_failure_is_kept_and_warned_of_once_and_never_raised(tmp_path: Path) -
         warnings.simplefilter("error")
         writer.add(load, placement, [0])
         writer._thread.submit(int).result(30)
-    with pytest.warns(RuntimeWarning, match=r"the trace in .*folder ends here: ") as caught:
+    with pytest.warns(RuntimeWarning, match=r"no more parts of the trace are written to .*folder: ") as caught:
         add_all()
     assert len(caught) == 1
     assert caught[0].filename == __file__
     assert isinstance(writer.error, OSError)
-    with pytest.raises(DistplbError, match="was closed; open a TraceWriter anew"):
+    with pytest.raises(DistplbError, match="is closed; create another TraceWriter"):
         writer.add(load, placement, [9])
 
 
@@ -483,13 +488,13 @@ def test_what_was_added_is_written_when_the_process_ends(tmp_path: Path) -> None
 
 
 def line(iteration: int, layer: int, counts: list[list[int]], mtp: int | None = None) -> str:
-    """As Megatron-LM's `ActivationLogger.save_tpe` writes it."""
+    """A line as Megatron-LM's `ActivationLogger.save_tpe` writes it."""
     head = {"iter": iteration, "block": "decoder" if mtp is None else "mtp"}
     return json.dumps(head | ({} if mtp is None else {"mtp_idx": mtp}) | {"layer": layer, "tpe": counts}) + "\n"
 
 
 def write_megatron(folder: Path, load: np.ndarray, iterations: list[int], gpus: int, copies: int, stages: int) -> None:
-    """Files of all ranks from `load [iterations, B, D, L, E]`; layers 1, 2, ... of each stage, the last one of MTP."""
+    """Write the files of all ranks from `load [iterations, B, D, L, E]`; the last layer of each stage is MTP's."""
     groups, layers, experts = load.shape[2:]
     each, size = layers // stages, experts // gpus
     for rank in range(copies * gpus * groups * stages):
@@ -573,7 +578,7 @@ def test_a_bad_line_is_refused_by_file_and_number(tmp_path: Path, bad: str | byt
 def test_lines_and_files_have_limits(tmp_path: Path) -> None:
     path = tmp_path / "rank0.jsonl"
     path.write_bytes(line(1, 0, [[1, 2]]).encode())
-    with pytest.raises(DistplbError, match=r"the files of 1 ranks have .* bytes, 10 are allowed; pass a larger"):
+    with pytest.raises(DistplbError, match=r"the files of all ranks have .* bytes, but max_bytes allows 10; pass"):
         Trace.from_megatron(path, max_bytes=10)
     path.write_bytes(line(1, 0, [[1, 2]]).encode() + b" " * (1 << 24) + b"1")
     with pytest.raises(DistplbError, match=r"rank0\.jsonl, line 2 has more than 16777216 bytes"):
@@ -589,15 +594,15 @@ def test_files_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
     (tmp_path / "rank1.jsonl").write_text(line(1, 0, [[1, 2]]))
     refuses("there is no file of rank 0")
     (tmp_path / "rank0.jsonl").write_text("")
-    refuses(r"rank0\.jsonl has no whole line; pass the files of ranks that have written some")
+    refuses(r"rank0\.jsonl has no complete line; pass files that have at least one")
     (tmp_path / "rank0.jsonl").write_text(line(1, 0, [[1, 2]]))
     assert Trace.from_megatron(tmp_path).num_experts == 4
-    refuses("2 ranks with 3 GPUs in an EP group, expert tensor parallel 1, 1 pipeline stages", num_gpus=3)
-    refuses("0 pipeline stages", pipeline_parallel=0)
+    refuses("the number of ranks, 2, is not a multiple of EP size .*, 3 × 1 × 1; pass the sizes", num_gpus=3)
+    refuses(r"2 × 1 × 0; pass", pipeline_parallel=0)
     (tmp_path / "rank0.jsonl").write_text(line(1, 0, [[1, 3]]))
     refuses("rank0.jsonl and .*rank1.jsonl have different counts", expert_tensor_parallel=2)
     for other, wording in (
-        (line(2, 0, [[1, 2]]), r"rank1\.jsonl lacks iteration 1 of decoder\.layers\.0, and no iteration is whole"),
+        (line(2, 0, [[1, 2]]), r"rank1\.jsonl lacks iteration 1 of decoder\.layers\.0, and no iteration is complete"),
         (line(1, 0, [[1, 2]]) + line(1, 1, [[1, 2]]), r"rank0\.jsonl lacks iteration 1 of decoder\.layers\.1, and no"),
         (line(1, 0, [[1, 2, 3]]), r"rank1\.jsonl has \(1, 3\) micro-batches and experts in iteration 1"),
         (line(1, 0, [[1, 2]] * 2), r"rank1\.jsonl has \(2, 2\) micro-batches and experts"),
@@ -605,9 +610,9 @@ def test_files_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
         (tmp_path / "rank1.jsonl").write_text(other)
         refuses(wording)
     refuses("the pipeline stages have .1, 2. micro-batches of .2, 2. experts in iteration 1", pipeline_parallel=2)
-    with pytest.raises(DistplbError, match=r"other\.jsonl is not a file rank<number>\.jsonl"):
+    with pytest.raises(DistplbError, match=r"other\.jsonl is not named rank<number>\.jsonl"):
         Trace.from_megatron(tmp_path / "other.jsonl")
-    with pytest.raises(DistplbError, match=r"or the second of its rank"):
+    with pytest.raises(DistplbError, match=r"or is a second file of its rank"):
         Trace.from_megatron(tmp_path, tmp_path / "rank0.jsonl")
     with pytest.raises(DistplbError, match=r"there is no file .*rank7\.jsonl"):
         Trace.from_megatron(tmp_path, tmp_path / "rank7.jsonl")

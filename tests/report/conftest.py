@@ -1,4 +1,4 @@
-"""What several files of these tests begin with."""
+"""Fixtures that several test files share."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ from recorded_runs import write_folder
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """As a `Rebalancer` leaves it."""
+    """A folder as a `Rebalancer` writes it."""
     return write_folder(tmp_path / "run")

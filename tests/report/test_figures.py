@@ -34,7 +34,7 @@ from distplb.report.summary import Summary
 
 
 def lines(figure: Figure) -> dict[str, Any]:
-    """What the first axes draw, by their names in the legend."""
+    """The lines in the first axes, by their names in the legend."""
     return {line.get_label(): line for line in figure.axes[0].lines}
 
 
@@ -78,7 +78,7 @@ def test_a_trace_in_which_nothing_moved_is_planned_on_its_first_half() -> None:
     bound = float(lower_bound(recorded.load[12:].sum(0), Topology(1, 4), EXPERTS).max())
     assert after == pytest.approx(bound)
     assert after < before
-    assert Summary.of(run).headline.startswith("Planned on the first half of the trace")
+    assert Summary.of(run).headline.startswith("Under a plan made from the first half of the trace")
 
 
 def test_nodes_are_separated() -> None:
@@ -90,14 +90,14 @@ def test_the_history_of_events_has_a_level_for_each_window_and_a_mark_for_each_d
     decisions = ("moved", "kept", "dry run", "stopped")
     events = [event(n, decision=name, imbalance_before=(1.5, 1.7 - n / 10)) for n, name in enumerate(decisions, 1)]
     drawn = figures.imbalance_over_time(Run("run", tuple(events)))
-    level = lines(drawn)["mean of layers in each window"]
+    level = lines(drawn)["mean over layers, by window"]
     assert level.get_xdata().tolist() == [0, 10, 10, 20, 20, 30, 30, 40, 40, 50]
     np.testing.assert_allclose(level.get_ydata(), [1.55, 1.55, 1.5, 1.5, 1.45, 1.45, 1.4, 1.4, 1.2, 1.2])
     assert set(lines(drawn)["lower bound"].get_ydata()) == {1.0}
     legend = {text.get_text(): handle for text, handle in zip(*legend_of(drawn), strict=True)}
     marks = [legend[f"rebalance: {name}"] for name in decisions]
     assert len({(mark.get_marker(), mark.get_markerfacecolor()) for mark in marks}) == len(decisions)
-    assert len({mark.get_marker() for mark in marks}) == len(decisions), "not odd apart by colour alone"
+    assert len({mark.get_marker() for mark in marks}) == len(decisions), "colour alone must not distinguish them"
 
 
 def legend_of(figure: Figure) -> tuple[list[Any], list[Any]]:
@@ -111,7 +111,7 @@ def test_the_history_of_a_trace_counts_under_the_placement_in_force() -> None:
     each = drawn.axes[0].lines[0]
     expected = [float(imbalance(recorded.load[s], recorded.placements[int(s >= 16)]).mean()) for s in range(24)]
     np.testing.assert_allclose(each.get_ydata(), expected)
-    begun = lines(drawn)["without any moves"]
+    begun = lines(drawn)["without moves"]
     assert np.nanmin(begun.get_xdata()) == 17
     np.testing.assert_allclose(
         begun.get_ydata()[:-1].mean(), float(imbalance(recorded.load[16:], recorded.placements[0]).mean())
@@ -120,7 +120,7 @@ def test_the_history_of_a_trace_counts_under_the_placement_in_force() -> None:
 
 def test_smoothing_does_not_reach_over_a_rebalance() -> None:
     recorded = replace(trace(steps=1200, moved_at=600), iteration=torch.arange(1, 1201))
-    level = lines(figures.imbalance_over_time(Run("run", trace=recorded)))["mean of layers, smoothed"]
+    level = lines(figures.imbalance_over_time(Run("run", trace=recorded)))["mean over layers, smoothed"]
     x, y = level.get_xdata(), level.get_ydata()
     before, after = (float(imbalance(recorded.load[:3], one).mean()) for one in recorded.placements)
     assert y[x <= 600][-1] == pytest.approx(before, rel=0.02)
@@ -154,7 +154,9 @@ def test_hottest_experts_and_whether_they_stay(recorded: Trace | None) -> None:
         total = sum(event().tokens_of_gpu_before[0])
         np.testing.assert_allclose(times_mean, [[800 * 8 / total] * 2, [800 * 8 / total, 400 * 8 / total]])
         assert {text.get_text() for text in drawn.axes[0].texts} == {"3", "5"}
-        assert sum(len(lines.get_segments()) for lines in drawn.axes[0].collections) == 2 * 1  # a white one under it
+        assert (
+            sum(len(lines.get_segments()) for lines in drawn.axes[0].collections) == 2 * 1
+        )  # each with a white line below it
     else:
         np.testing.assert_allclose(times_mean, 5 * 8 / (5 * 2 + 6))
 
@@ -180,7 +182,7 @@ def test_whatever_was_recorded_can_be_drawn_and_put_in_words(name: str) -> None:
     for figure in figures.FIGURES:
         if not figure.lacks(run):
             drawn = figure.draw(run, NARROW)
-            drawn.set_layout_engine("none")  # half of the time, and no part of this
+            drawn.set_layout_engine("none")  # takes half of the time, and is not tested here
             drawn.draw_without_rendering()
             assert not re.search(r"\b(nan|inf|None)\b", figure.caption(run))
     assert not re.search(r"\b(nan|inf|None)\b", str(Summary.of(run).facts(run)))
@@ -204,7 +206,7 @@ LACKING += [(MOVES_BY_REBALANCE, "trace"), (SECONDS_BY_STAGE, "trace")]
 
 @pytest.mark.parametrize(("figure", "name"), [pytest.param(*one, id=f"{one[0].name} of {one[1]}") for one in LACKING])
 def test_a_figure_is_refused_with_what_the_run_lacks(figure: ReportFigure, name: str) -> None:
-    """`imbalance_over_time` of events without a load, and without a trace, ended with an IndexError."""
+    """`imbalance_over_time` raised an IndexError for events without a load and without a trace."""
     lack = figure.lacks(RUNS[name])
     assert lack
     with pytest.raises(DistplbError, match=f"^{re.escape(lack)}$"):
@@ -216,7 +218,7 @@ def test_a_figure_is_refused_with_what_the_run_lacks(figure: ReportFigure, name:
 
 @pytest.mark.parametrize("moved_at", [None, 12])
 def test_steps_and_layers_without_tokens_are_in_no_mean(moved_at: int | None) -> None:
-    """They counted as even: a trace of which every second step is empty seemed half as uneven."""
+    """They counted as even: a trace in which every second step is empty seemed half as uneven."""
     whole = trace(steps=24, moved_at=moved_at)
     holes = with_holes(whole)
     steps = slice(None, None, 2)
@@ -237,8 +239,8 @@ def test_steps_and_layers_without_tokens_are_in_no_mean(moved_at: int | None) ->
     facts = {fact.name: fact for fact in summary.facts(run)}
     assert facts["Left out"][1:] == ("12 of 24 steps", "they have no tokens")
     assert facts["Without tokens"][1:] == ("1 of 2 layers", "blocks.0.moe; means leave them out")
-    drawn = lines(figures.imbalance_over_time(run))["mean of layers, smoothed"].get_ydata()
-    levels = lines(figures.imbalance_over_time(Run("run", trace=alone)))["mean of layers, smoothed"].get_ydata()
+    drawn = lines(figures.imbalance_over_time(run))["mean over layers, smoothed"].get_ydata()
+    levels = lines(figures.imbalance_over_time(Run("run", trace=alone)))["mean over layers, smoothed"].get_ydata()
     np.testing.assert_allclose(drawn, levels)
     before = figures.load_by_gpu(run).axes[0].images[0].get_array()
     np.testing.assert_array_equal(np.ma.getmaskarray(before), [[True] * 4, [False] * 4])
@@ -249,7 +251,7 @@ def test_levels_of_events_are_means_of_the_layers_with_tokens() -> None:
     summary = Summary.of(run)
     assert (summary.imbalance_before, summary.imbalance_after, summary.imbalance_bound) == (1.5, 1.5, 1.5)
     assert summary.layers_without_tokens == ("blocks.0.moe",)
-    drawn = lines(figures.imbalance_over_time(run))["mean of layers in each window"].get_ydata()
+    drawn = lines(figures.imbalance_over_time(run))["mean over layers, by window"].get_ydata()
     np.testing.assert_array_equal(drawn, [1.5, 1.5, np.nan, 1.5, 1.5, 1.5, 1.5])
 
 

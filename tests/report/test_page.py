@@ -1,4 +1,4 @@
-"""The page, and the command that writes it: each figure or what is lacking, and no string of a run becomes markup."""
+"""The page and its command: each figure or the data that it lacks, and no string of a run becomes markup."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from distplb.report.summary import Summary
 
 
 class Page(HTMLParser):
-    """What a browser would make of a page, as far as tests ask."""
+    """A page as a browser would parse it, as far as the tests need."""
 
     def __init__(self, source: str) -> None:
         super().__init__()
@@ -134,7 +134,7 @@ def test_the_command_tells_the_numbers_as_json(folder: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("arguments", "wording"),
     [
-        (["nowhere"], "there is no nowhere; pass the folder of Rebalancer(record=...)"),
+        (["nowhere"], "there is no file or folder nowhere; pass the folder of Rebalancer(record=...)"),
         (["{run}/empty.jsonl"], "neither events nor a trace"),
         (["{run}/damaged.jsonl"], "the event of iteration 10 is damaged"),
         (["{run}/../noise.npz"], "noise.npz cannot be read"),

@@ -1,4 +1,4 @@
-"""Reports of real runs in a real browser, as wide as a laptop's window and as a phone's."""
+"""Reports of real runs in a real browser, in the widths of a laptop and a phone."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 EXAMPLE = Path(__file__).parents[2] / "examples" / "pretrain_moe.py"
 SMALL = ["--iterations=16", "--every=4", "--turn=4", "--ffn=32", "--batch=2", "--sequence=32", "--experts=8"]
-WIDTHS = {"laptop": (1280, 800, 960), "phone": (390, 844, 360)}  # of the window, its height, of the images
-MIN_PIXELS = 11  # of letters
+WIDTHS = {"laptop": (1280, 800, 960), "phone": (390, 844, 360)}  # width and height of the window, width of the images
+MIN_PIXELS = 11  # height of letters
 DEADLINE_MS = 120_000
 
 IMAGES = "Array.from(document.images, one => [one.complete, one.naturalWidth, one.width, one.alt])"
@@ -37,7 +37,7 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium: 
 
 
 def moving(folder: str) -> None:
-    """Other experts are hot in every window, and moves cost next to nothing, however long they take here."""
+    """Other experts are hot in each window, and moves cost almost nothing, however long they take here."""
     job = Job()
     rebalancer = job.rebalancer(every=4, model=FREE, engine="reference", folder=folder)
     for iteration in range(16):
@@ -49,7 +49,7 @@ def moving(folder: str) -> None:
 
 @pytest.fixture(scope="module")
 def moved_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of a job on two ranks in which rebalances are known to move experts."""
+    """The page of a job on two ranks whose rebalances are known to move experts."""
     folder = tmp_path_factory.mktemp("moving") / "run"
     on_ranks(2, moving, str(folder))
     write_report(folder, folder.with_suffix(".html"))
@@ -58,7 +58,7 @@ def moved_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the quickstart writes, of a smaller job on two ranks. Measured times decide whether it moves anything."""
+    """The page that the quickstart writes for a smaller job on two ranks; measured times decide whether it moves."""
     folder = tmp_path_factory.mktemp("quickstart")
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     (folder / "text.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 50)
@@ -73,14 +73,14 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     with sync_api.sync_playwright() as playwright:
-        # Without a sandbox of its own, which a root user's Chromium refuses to start with.
+        # Chromium refuses to start as root with its sandbox.
         running = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield running
         running.close()
 
 
 class PageView:
-    """A page in the browser, with the messages and requests that it caused."""
+    """A page in the browser, with the messages and requests that it causes."""
 
     def __init__(self, browser: Any, page: Path, width: int, height: int) -> None:
         self.messages, self.requests = list[str](), list[str]()
@@ -119,7 +119,7 @@ def test_the_page_of_a_real_run_shows_what_there_is_and_asks_for_nothing(
     for figure, (complete, natural, shown, alt) in zip(shown_figures, images, strict=True):
         assert complete
         assert natural == image_width
-        assert image_width - 4 <= shown <= image_width, "letters are as large as they were drawn"
+        assert image_width - 4 <= shown <= image_width, "letters must have the size in which they were drawn"
         assert alt.startswith(f"{figure.title}. ")
     assert view.tab.evaluate(OVERFLOW) <= 0
     assert view.tab.evaluate(SMALLEST_LETTERS) >= MIN_PIXELS
@@ -128,7 +128,7 @@ def test_the_page_of_a_real_run_shows_what_there_is_and_asks_for_nothing(
 
 
 def test_what_the_page_may_not_do_is_noticed(page: Path, browser: Any, tmp_path: Path) -> None:
-    """The checks above would see a script, an image from elsewhere and too wide a table."""
+    """The checks above notice a script, an image from another host and a table that is too wide."""
     source = page.read_text(encoding="utf-8")
     harm = '<script>alert(1)</script><img src="http://127.0.0.1:9/x.png"><p style="width: 3000px">wide</p></body>'
     worse = tmp_path / "worse.html"

@@ -662,7 +662,7 @@ def test_a_folder_that_cannot_be_written_is_warned_of_once_and_stops_nobody(tmp_
     warned, none = on_ranks(2, unwritable, str(tmp_path))
     assert none == []
     assert len(warned) == 1
-    assert warned[0].startswith(f"the trace in {tmp_path}/file/record ends here: ")
+    assert warned[0].startswith(f"no more parts of the trace are written to {tmp_path}/file/record: ")
 
 
 # --- when something breaks in the middle -----------------------------------------------------------------------------

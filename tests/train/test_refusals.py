@@ -226,7 +226,9 @@ def test_what_one_rank_refuses_is_known_to_all(tmp_path: Path) -> None:
         writer.add(torch.ones(1, 1, 2, dtype=torch.int64), Placement.contiguous(1, 2, 2), [5])
     for wrong, record, own in on_ranks(2, wrong_on_one, tmp_path, deadline=60):
         assert wrong == "rank 1: Moves: spread is a tuple; pass a Spread"
-        assert record.startswith(f"rank 0: record: {tmp_path / '000000000005.npz'} is of another job: it has layers: 1")
+        assert record.startswith(
+            f"rank 0: record: {tmp_path / '000000000005.npz'} belongs to another job: it has layers: 1"
+        )
         assert own == "no error"
 
 
@@ -264,7 +266,7 @@ def test_a_folder_of_another_job_is_refused_when_built(tmp_path: Path) -> None:
     alone.mkdir()
     (alone / "events.jsonl").write_text((tmp_path / "events.jsonl").read_text())
     for path in (tmp_path / "000000000001.npz", alone / "events.jsonl"):
-        begin = f"record: {path} is of another job: it has "
+        begin = f"record: {path} belongs to another job: it has "
         assert refused(larger, folder=path.parent).startswith(begin)
         assert refused(job, layers=layers, folder=path.parent).startswith(begin)
         assert refused(job, folder=path.parent) == "no error"
@@ -275,7 +277,7 @@ def test_a_folder_of_another_job_is_refused_when_built(tmp_path: Path) -> None:
     for text in ("a,b\n", "[]\n", '{"format": "other"}\n'):
         (tmp_path / "mine" / "events.jsonl").write_text(text)
         assert refused(Job(ranks=1), folder=tmp_path / "mine").startswith(
-            f"record: {tmp_path / 'mine' / 'events.jsonl'} is no log of rebalances; record in a folder of its own"
+            f"record: {tmp_path / 'mine' / 'events.jsonl'} is not a log of rebalances; record in another folder, or"
         )
         assert (tmp_path / "mine" / "events.jsonl").read_text() == text
     for text in ("", '{"format": "distplb.ev', (tmp_path / "events.jsonl").read_text()[:100]):

@@ -1,1 +1,1 @@
-"""Parts of bench_replay: the replays, the report."""
+"""Parts of bench_replay: the replays and the report."""

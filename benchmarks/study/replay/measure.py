@@ -1,4 +1,4 @@
-"""What a job would have waited for under every planner, on one trace after the other.
+"""How long a job would have waited under every planner, on one trace after the other.
 
 Shapes: S steps, T steps of a window, L layers, E experts, M GPUs, K candidates.
 """
@@ -34,15 +34,15 @@ class Result:
 
     @property
     def even(self) -> Tensor:
-        """`[S]` float64: modelled seconds of each step if all GPUs were equally full."""
+        """`[S]` float64: modelled seconds of each step if all GPUs had the same load."""
         return self.case.trace.load.sum((1, 2)).double() / self.case.topology.num_gpus * self.model.seconds_per_token
 
     def uneven(self, name: str) -> Tensor:
-        """`[S]`: imbalance after the first rebalance, mean over the layers."""
+        """`[S]`: imbalance of each step after the first rebalance, mean over layers."""
         return self.replays[name].imbalance[self.every :].mean(1)
 
     def seconds(self, name: str) -> Tensor:
-        """`[S]` float64: modelled seconds of each step; those of moves are in the first step after them."""
+        """`[S]` float64: modelled seconds of each step; moves count in the first step after them."""
         run = self.replays[name]
         seconds = run.busiest.sum(1).double() * self.model.seconds_per_token
         for step, (inside, between) in zip(run.rebalance_steps, run.moved.tolist(), strict=True):
@@ -50,12 +50,12 @@ class Result:
         return seconds
 
     def saved(self, name: str) -> float:
-        """The share of static's seconds that a planner saves."""
+        """The share of the seconds of static that a planner saves."""
         return 1 - self.replays[name].seconds / self.replays[STATIC].seconds
 
 
 def planners_of(case: Case, model: MoveModel, options: argparse.Namespace, engine: str) -> dict[str, Planner]:
-    """All that are compared, by name."""
+    """All planners that are compared, by name."""
     cluster = {"topology": case.topology, "num_candidates": options.candidates, "engine": engine}
 
     def priced(load: Tensor, current: Placement, times: float = 1.0) -> Placement:
@@ -73,18 +73,18 @@ def planners_of(case: Case, model: MoveModel, options: argparse.Namespace, engin
 
 
 def dearer(times: float) -> str:
-    """The line of a table."""
+    """The name of a planner at a multiple of the price."""
     return f"{PRICED} × {times:g}"
 
 
 def greedy(case: Case, load: Tensor, current: Placement) -> Placement:
-    """DeepSeek's, on the sum; it knows no placement in force."""
+    """DeepSeek's greedy planner, on the sum; it ignores the placement in force."""
     table = baselines.greedy_numpy(load.sum(0), case.topology, current.num_slots)
     return Placement(table, current.num_experts, current.num_gpus)
 
 
 def replayed(case: Case, options: argparse.Namespace, engine: str) -> Result:
-    """A case under every planner."""
+    """Replay a case under every planner."""
     model = JOB.model(case.trace, case.topology.num_gpus)
     replays = {}
     for name, planner in planners_of(case, model, options, engine).items():

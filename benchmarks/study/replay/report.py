@@ -1,4 +1,4 @@
-"""The report of bench_replay: targets, gains in words and tables, and a table for each trace."""
+"""The report of bench_replay: targets, gains in words and in tables, and a table for each trace."""
 
 from __future__ import annotations
 
@@ -11,34 +11,33 @@ from distplb.study.costs import FLOPS
 MAX_MOVES = 1 / 3  # of greedy's
 TEXT = (
     "Every step is judged under a plan that had not seen it; until the first rebalance all planners run on the "
-    "contiguous placement. `imbalance` is the mean over layers and steps after the first rebalance, `worst step` the "
-    "largest mean over the layers of a step there, `moved` the slots whose expert came from another GPU, and in "
-    "brackets their share of all slots in a rebalance. Seconds are modelled, of the whole trace: the busiest GPU's "
-    "tokens of every step and layer, and the moves. `over even` is the total over that of GPUs that are equally full, "
-    "without a move. The sum and the steps are planned from the placement in force too, but at no price. What a move "
-    "saves on the steps that were planned on is more than it saves on those after them, so the price counts half of it "
-    "(MoveModel.trust); other multiples of that price are shown too. Drawn traces are steps of random sequences out of "
-    "200, which recur, so a planner has met them in other combinations (bench_steps.py keeps them apart). "
-    "Nothing depends on the machine."
+    "contiguous placement. `imbalance` is the mean over layers and steps after the first rebalance; `worst step` is "
+    "the largest mean over layers of any of these steps; `moved` counts slots whose expert came from another GPU, with "
+    "their share of all slots in a rebalance in parentheses. Seconds are modelled for the whole trace: the busiest "
+    "GPU's tokens in every step and layer, plus the moves. `over even` is the excess of the total over that of equally "
+    "loaded GPUs without moves. Plans on the sum and on the steps also start from the placement in force, but without "
+    "a price. A move saves more on the steps that were planned on than on those after them, so the price counts half "
+    "of the saving (MoveModel.trust); other multiples of that price are also shown. Drawn traces are steps of random "
+    "sequences out of 200, which recur, so a planner has seen them in other combinations (bench_steps.py separates "
+    "them). No result depends on the machine."
 )
 BALANCED = (
-    "This is what decides whether anyone needs a rebalancer whose router balances itself: biases that hold every "
-    "expert's mean over the trace at the same height while each step keeps its tokens. Drift within the trace stays, "
-    "and the few tokens of experts that were cold are blown up, wavering and all; of the recorded traces only a "
-    "loss-free one had a router that really balances itself, and it is hardly changed. `waits` is what static waits "
-    "for the busiest GPU, in percent of its total; the others are what they take less than static, moves included, in "
-    "percent of static's total."
+    "Does a job whose router balances itself need a rebalancer? Here biases hold every expert at the same mean over "
+    "the trace, while each step keeps its total of tokens. Drift within the trace stays, and the few tokens of cold "
+    "experts are scaled up together with their fluctuations. Of the recorded traces, only a loss-free one had a router "
+    "that really balances itself, and it hardly changes. `waits` is the time that static waits for the busiest GPU, in "
+    "percent of its total; the other columns are the time saved against static, moves included, in percent of static's "
+    "total."
 )
 FOLLOWING = (
-    "A real router's biases follow what drifts, and the rescaling above does not: what is saved there where the load "
-    "drifts, shifts or rotates is partly what biases would have done. Here every expert is rescaled to the same mean "
-    "over each {every} steps between two rebalances by itself. What is left are steps that differ from each other; "
-    "columns as above."
+    "A real router's biases follow drift, but the rescaling above does not: where the load drifts, shifts or rotates, "
+    "biases would have made part of the savings shown above. Here every expert is rescaled to the same mean within "
+    "each {every} steps between two rebalances. Only differences between these steps remain; columns as above."
 )
 
 
 def assumptions(options: argparse.Namespace) -> str:
-    """The model in words, and the price that follows."""
+    """The cost model in words, and the price that follows from it."""
     gpus, job = 8, JOB
     step = job.seconds_per_token * job.tokens_per_gpu
     inside, between = (job.bytes_per_slot / (rate * gpus) for rate in (job.bandwidth_inside, job.bandwidth_between))
@@ -49,8 +48,8 @@ def assumptions(options: argparse.Namespace) -> str:
         f"{job.tokens_per_gpu:.0f} tokens on the mean GPU in a step and layer (4,096 tokens of 8 experts), "
         f"whatever the trace's own numbers, so {step * 1e3:.1f} ms; each GPU sends "
         f"{job.bandwidth_inside / 1e9:.0f} GB/s inside a node and {job.bandwidth_between / 1e9:.0f} GB/s between nodes "
-        "while all do. "
-        f"{options.experts_per_gpu} experts a GPU, four GPUs and more on two nodes. "
+        "while all GPUs send. "
+        f"{options.experts_per_gpu} experts per GPU; jobs with four or more GPUs use two nodes. "
         f"On {gpus} GPUs a moved slot then takes "
         f"{inside * 1e3:.2f} ms inside a node and {between * 1e3:.2f} ms between nodes, {inside / step:.1%} and "
         f"{between / step:.1%} of the mean GPU's time in one step and layer. With a rebalance every {options.every} "
@@ -60,7 +59,7 @@ def assumptions(options: argparse.Namespace) -> str:
 
 
 def report_parts(results: list[Result], following: list[Result], options: argparse.Namespace) -> list[str]:
-    """Targets, the rows that decide, the figure, and a table for each case."""
+    """Targets, gains, the figure, and a table for each case."""
     plain = [result for result in results if not result.case.balanced]
     balanced = [result for result in results if result.case.balanced]
     recorded = [result for result in plain if result.case.origin == "recorded"]
@@ -104,7 +103,7 @@ def table(result: Result) -> str:
 
 
 def gains(results: list[Result]) -> str:
-    """A line for each trace: what static waits, and what the others save of it."""
+    """A line for each trace: the share of time that static waits, and the share that the others save."""
     names = [name for name in results[0].replays if name != STATIC]
     lines = []
     for result in results:
@@ -119,7 +118,7 @@ def waits(result: Result) -> float:
 
 
 def in_words(results: list[Result]) -> str:
-    """The ranges of what is waited for and saved, by the origin of the traces."""
+    """The ranges of waiting and saving, by the origin of the traces."""
     lines = []
     for origin in dict.fromkeys(result.case.origin for result in results):
         own = [result for result in results if result.case.origin == origin]
@@ -127,22 +126,22 @@ def in_words(results: list[Result]) -> str:
         static = [waits(result) for result in own]
         lines.append(
             f"- {origin} ({len(own)}): static waits {min(static):.1%} to {max(static):.1%} of its time; with the "
-            f"price, {percent(ranges[PRICED])} of it is saved; on the steps at no price {percent(ranges[STEPS])}, on "
-            f"the sum {percent(ranges[SUM])}, by greedy {percent(ranges[GREEDY])}."
+            f"price, {percent(ranges[PRICED])} of it is saved; on the steps without a price {percent(ranges[STEPS])}, "
+            f"on the sum {percent(ranges[SUM])}, by greedy {percent(ranges[GREEDY])}."
         )
     useful = [result.case.name for result in results if result.saved(PRICED) >= 0.01]
-    names = f" ({'; '.join(useful)})" if useful else ": nobody there needs a rebalancer"
-    worth = f"With the price, 1 % of the time or more is saved on {len(useful)} of {len(results)} traces{names}."
+    names = f" ({'; '.join(useful)})" if useful else ": none of them needs a rebalancer"
+    worth = f"With the price, at least 1 % of the time is saved on {len(useful)} of {len(results)} traces{names}."
     return "\n".join([*lines, "", worth])
 
 
 def percent(values: list[float]) -> str:
-    """A range."""
+    """A range of shares."""
     return f"{min(values):+.1%} to {max(values):+.1%}"
 
 
 def targets(results: list[Result]) -> str:
-    """Three lines for each trace, and for all of them together."""
+    """Three lines for each trace, and three for all traces together."""
     names = list(results[0].replays)
     seconds = {result.case.name: {name: result.replays[name].seconds for name in names} for result in results}
     moved = {result.case.name: {name: result.replays[name].slots_moved for name in names} for result in results}

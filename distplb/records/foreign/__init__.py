@@ -1,1 +1,1 @@
-"""Files that other programs wrote: which part of them is counts, and what the counts are. May import `core`."""
+"""Finds the counts in files of other programs and interprets them. May import `core`."""

@@ -1,4 +1,4 @@
-"""What the columns of a table are: whether its first line is a header, and what the names in it say.
+"""The columns of a table: whether its first line is a header, and the roles of the names in it.
 
 Shapes: E experts.
 """
@@ -31,24 +31,28 @@ _NUMBERED = re.compile(r"(.*?)([0-9]{1,9})", re.DOTALL)
 
 
 class Line(NamedTuple):
-    """One row: where it stands, in words, and its cells."""
+    """One row: its place in the file, in words, and its cells."""
 
     place: str
     cells: list[str]
 
 
 def role_of(name: str) -> str | None:
-    """The role of a column or a row of this name, a key of `_ROLES`; None where it is an expert or a layer."""
+    """The role of a column or row with this name, a key of `_ROLES`; None for an expert or a layer."""
     return _ROLE.get(re.sub(r"[ .-]", "_", name.strip().lower()))
 
 
 def is_index(text: str) -> bool:
-    """Whether it may be the number of a layer or an expert."""
+    """Whether a text may be the index of a layer or an expert."""
     return bool(_INDEX.fullmatch(text))
 
 
 def header_of(path: Path, lines: list[Line]) -> list[str] | None:
-    """The first line if it is certainly a header; None if it is certainly a row."""
+    """The first line if it is certainly a header; None if it is certainly a row.
+
+    Raises:
+        DistplbError: naming the line, if it may be either, or is a header with columns that are not understood.
+    """
     place, cells = lines[0]
     roles = [role_of(cell) for cell in cells]
     corner = not cells[0] or roles[0] is not None
@@ -60,35 +64,35 @@ def header_of(path: Path, lines: list[Line]) -> list[str] | None:
         words = [cell for cell in experts if cell and not is_number(cell)]
         if words:
             raise DistplbError(
-                f"{path}, {place} has column {words[0][:40]!r} beside experts that are numbered; leave it out, or name "
-                "it 'layer' or 'step' if it is that"
+                f"{path}, {place} has column {words[0][:40]!r} next to numbered experts; leave it out, or name it "
+                "'layer' or 'step' if that is what it holds"
             )
         if len(numbers) < len(experts) or numbers not in (_numbers_from(0, experts), _numbers_from(1, experts)):
             first = next(cell for cell in cells if role_of(cell)) if any(roles) else ""
             raise DistplbError(
-                f"{path}, {place} has {first[:40]!r} as a header has, and numbers that do not count the experts; pass "
-                "a header such as 'layer,0,1,2', or names and counts alone"
+                f"{path}, {place} has {first[:40]!r} like a header, but its numbers do not run from 0 or 1; pass a "
+                "header such as 'layer,0,1,2', or only names and counts"
             )
         return cells
     if len(cells) > 1 and cells == [str(number) for number in _numbers_from(0, cells)]:
         return cells
     if len(cells) > 3 and set(cells) in [{str(number) for number in _numbers_from(first, cells)} for first in (0, 1)]:
         raise DistplbError(
-            f"{path}, {place} has each number from {min(map(int, cells))} to {max(map(int, cells))}, and may be a "
-            "header or counts; pass a header such as 'layer,0,1,2', and names of the layers"
+            f"{path}, {place} has each number from {min(map(int, cells))} to {max(map(int, cells))} once, so it may be "
+            "a header or counts; pass a header such as 'layer,0,1,2', and names of the layers"
         )
     forms = {_DIGITS.sub("#", line.cells[0]) for line in lines}
     is_layer = len(forms) == 1 and "#" in min(forms)  # as in moe.0, moe.1
     if not is_number(cells[0]) and not is_layer and _number_experts(cells[1:]):
         raise DistplbError(
-            f"{path}, {place} has {cells[0][:40]!r} and the numbers from {cells[1]} to {cells[-1]}, and may be a "
-            "header or counts; name its first column 'layer' or 'step' if it is a header, else put one above it"
+            f"{path}, {place} has {cells[0][:40]!r} and the numbers from {cells[1]} to {cells[-1]}, so it may be a "
+            "header or counts; if it is a header, name its first column 'layer' or 'step', else add a header above it"
         )
     return None
 
 
 def _number_experts(cells: Sequence[str]) -> bool:
-    """Whether the cells number experts, which counts seldom do: from 0, or at least three from 1."""
+    """Whether the cells number experts: from 0, or at least three of them from 1. Counts rarely look like that."""
     firsts = (0, 1) if len(cells) > 2 else (0,)
     return len(cells) > 1 and any(cells == [str(number) for number in _numbers_from(first, cells)] for first in firsts)
 
@@ -98,7 +102,7 @@ def _numbers_from(first: int, items: Sequence[object]) -> list[int]:
 
 
 class Columns(NamedTuple):
-    """The place of each column by its role; those of experts in the order of their numbers."""
+    """The index of each column by its role; expert columns are in the order of their numbers."""
 
     experts: list[int]
     names: list[str]
@@ -113,7 +117,8 @@ class Columns(NamedTuple):
         """The columns of a header.
 
         Raises:
-            DistplbError: naming the column, for two of one role, names that do not number experts, or rows of ranks.
+            DistplbError: naming the column, if two have the same role, names do not number experts, or each row
+                belongs to one rank.
         """
         roles: dict[str, int] = {}
         experts = []
@@ -124,14 +129,14 @@ class Columns(NamedTuple):
             elif role in roles:
                 raise DistplbError(
                     f"{path}, {place}: columns {header[roles[role]][:40]!r} and {name[:40]!r} both name the "
-                    f"{role}; pass one"
+                    f"{role}; keep one of them"
                 )
             else:
                 roles[role] = at
         if "rank" in roles:
             raise DistplbError(
-                f"{path}, {place}: column {header[roles['rank']][:40]!r} says that rows are of one rank each; add up "
-                "the ranks, and pass a row for each layer"
+                f"{path}, {place}: column {header[roles['rank']][:40]!r} means that each row belongs to one rank; sum "
+                "over the ranks, and pass a row for each layer"
             )
         if "layer" not in roles and "index" in roles:
             roles["layer"] = roles["index"]
@@ -143,12 +148,14 @@ class Columns(NamedTuple):
 
 
 def _order(path: Path, place: str, names: list[str]) -> list[int]:
-    """The order of the columns by the numbers in their names; as they are where the names have none."""
+    """The order of the columns by the numbers in their names; unchanged if the names have no numbers."""
     if not names or not all(names):
-        raise DistplbError(f"{path}, {place} names no experts, or one of them not; pass a column for each expert")
+        raise DistplbError(
+            f"{path}, {place} has no columns of experts, or one without a name; name a column for each expert"
+        )
     if len(set(names)) != len(names):
         twice = next(name for name in names if names.count(name) > 1)
-        raise DistplbError(f"{path}, {place} has column {twice[:40]!r} twice; give each a name of its own")
+        raise DistplbError(f"{path}, {place} has column {twice[:40]!r} twice; give each column its own name")
     matches = [_NUMBERED.fullmatch(name) for name in names]
     parts = [(match[1].lower(), int(match[2])) for match in matches if match]
     if not parts:
@@ -160,13 +167,13 @@ def _order(path: Path, place: str, names: list[str]) -> list[int]:
         numbered = next(name for name, match in zip(names, matches, strict=True) if match and name != other)
         raise DistplbError(
             f"{path}, {place} has column {other[:40]!r}, which does not number an expert as {numbered[:40]!r} does; "
-            "leave it out, or name it 'layer' or 'step' if it is that"
+            "leave it out, or name it 'layer' or 'step' if that is what it holds"
         )
     role = role_of(parts[0][0].rstrip("_-. ")) if parts[0][0] else None
     if role in ("layer", "step", "rank"):
         raise DistplbError(
             f"{path}, {place}: column {names[0][:40]!r} names a {role}; pass a row for each layer and a column for "
-            "each expert, of all ranks together"
+            "each expert, summed over all ranks"
         )
     numbers = [number for _, number in parts]
     for first in (0, 1):
@@ -174,6 +181,6 @@ def _order(path: Path, place: str, names: list[str]) -> list[int]:
             return [numbers.index(number) for number in _numbers_from(first, names)]
     missing = next(number for number in range(len(names) + 1) if number not in numbers)
     raise DistplbError(
-        f"{path}, {place} has column {names[0][:40]!r} and {len(names) - 1} more, and none of number {missing}; pass a "
+        f"{path}, {place} numbers experts as in {names[0][:40]!r}, but has no column with number {missing}; pass a "
         "column for each expert"
     )

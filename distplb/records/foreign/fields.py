@@ -1,13 +1,13 @@
-"""Which field of a file holds the counts: of SGLang, vLLM, TensorRT-LLM, and of any object or archive.
+"""The field that holds the counts, in files of SGLang, vLLM and TensorRT-LLM and in any object or archive.
 
-What they write, as read in their sources in November 2026:
+Formats, according to their sources in November 2026:
 
 - SGLang, `_StatAccumulator.dump` in python/sglang/srt/eplb/expert_distribution.py: a `.pt` with "logical_count"
-  `[steps, layers, experts]`, summed over all ranks. `_DetailAccumulator.dump`: "records" of each pass and rank.
-- vLLM, `EplbState` in vllm/distributed/eplb/eplb_state.py: "expert_load_window" `[steps, layers, physical experts]`, of
-  one rank's tokens, a ring.
+  `[steps, layers, experts]`, summed over all ranks. `_DetailAccumulator.dump`: "records" for each pass and rank.
+- vLLM, `EplbState` in vllm/distributed/eplb/eplb_state.py: "expert_load_window" `[steps, layers, physical experts]`, a
+  ring buffer of one rank's tokens.
 - TensorRT-LLM, examples/ep_load_balancer/utils.py: `rank<number>.safetensors` with `[experts]` for each name
-  "<iteration>_<layer>", which are to be added up over the ranks.
+  "<iteration>_<layer>", to be summed over the ranks.
 
 Shapes: T steps, L layers, E experts.
 """
@@ -36,28 +36,28 @@ _COUNTS = (
     *("load", "loads", "logical_count", "expert_load", "expert_loads", "logical_expert_load", "load_history"),
     *("expert_count", "expert_counts", "tokens_per_expert", "counts"),
 )
-_SUMMED = "logical_count"  # over all ranks, although SGLang writes the number of one beside it
-# What is no count of experts over all ranks, and what to do.
+_SUMMED = "logical_count"  # over all ranks, although SGLang writes one rank's index next to it
+# Fields that are not counts of experts over all ranks: what they are, and what to do.
 _OTHERS = {
-    "expert_load_window": "is a ring of one rank's tokens on physical experts: add up the ranks and the replicas",
-    "expert_load_pass": "has one rank's tokens on physical experts: add up the ranks and the replicas",
-    "global_physical_count": "counts physical experts: add up the replicas by the map from physical to logical",
-    "records": "is of single passes and ranks, as SGLang's mode per_pass writes: record in mode stat",
-    "physical_to_logical_map": "is a placement, which --current and Placement.load take",
-    "last_physical_to_logical_map": "is a placement, which --current and Placement.load take",
-    "initial_global_assignments": "is a placement, which --current and Placement.load take",
-    "layer_list": "is a placement, which --current and Placement.load take",
-    "expert_of_slot": "is a placement, which --current and Placement.load take",
+    "expert_load_window": "is a ring buffer of one rank's tokens on physical experts: sum over the ranks and replicas",
+    "expert_load_pass": "has one rank's tokens on physical experts: sum over the ranks and replicas",
+    "global_physical_count": "counts physical experts: sum over the replicas, by the map from physical to logical",
+    "records": "holds single passes and ranks, as SGLang's mode per_pass writes them: record in mode stat",
+    "physical_to_logical_map": "is a placement, which --current and Placement.load read",
+    "last_physical_to_logical_map": "is a placement, which --current and Placement.load read",
+    "initial_global_assignments": "is a placement, which --current and Placement.load read",
+    "layer_list": "is a placement, which --current and Placement.load read",
+    "expert_of_slot": "is a placement, which --current and Placement.load read",
 }
 _OF_ONE_RANK = ("rank", "rank_id", "ep_rank", "global_rank", "local_rank")
 _ITERATION_AND_LAYER = re.compile(r"[0-9]+_[0-9]+")
 
 
 def counts_of(path: Path, document: Any) -> Table:
-    """The counts, of any number of dims, and the layers' names where the file has some.
+    """The counts, with any number of dims, and the names of the layers if the file has them.
 
     Raises:
-        DistplbError: naming the place, for what is no count, or not certain to be one.
+        DistplbError: naming the place, if something is not a count, or not certain to be one.
     """
     if isinstance(document, Mapping):
         key = _key_of_counts(path, list(document))
@@ -72,58 +72,63 @@ def counts_of(path: Path, document: Any) -> Table:
 
 
 def choose_array(path: Path, names: Sequence[str]) -> str:
-    """The one array of an archive that holds the counts, by its name.
+    """Choose, by name, the array of an archive that holds the counts.
 
     Raises:
-        DistplbError: if several may be meant, or what is there is something else.
+        DistplbError: if several may hold them, or none does.
     """
     key = _key_of_counts(path, names)
     if key is None and len(names) != 1:
-        raise DistplbError(f"{path} holds arrays {listed(names)}; pass a file of one array, or name it 'load'")
+        raise DistplbError(
+            f"{path} holds arrays {listed(names)}; pass a file with one array, or name the counts 'load'"
+        )
     return names[0] if key is None else key
 
 
 def _key_of_counts(path: Path, names: Sequence[str]) -> str | None:
-    """The name that the counts have; None where all names may be layers."""
+    """The name of the counts; None if all names may be layers."""
     keys = ["load"] if "load" in names else [name for name in names if name in _COUNTS]
     if len(keys) > 1:
-        raise DistplbError(f"{path} has {listed(keys)}; pass a file of one of them, or name it 'load'")
+        raise DistplbError(f"{path} has several fields of counts, {listed(keys)}; keep one of them, or name it 'load'")
     if keys:
         rank = next((name for name in names if name.lower() in _OF_ONE_RANK), None)
         if rank is not None and keys[0] != _SUMMED:
-            raise DistplbError(f"{path} has {rank!r} beside {keys[0]!r}, and is of one rank; add up all ranks")
+            raise DistplbError(
+                f"{path} has {rank!r} next to {keys[0]!r}, so it belongs to one rank; sum over all ranks"
+            )
         return keys[0]
     for name, why in _OTHERS.items():
         if name in names:
             raise DistplbError(f"{path}: {name!r} {why}; pass {_LAYOUT} as 'load'")
     if names and all(_ITERATION_AND_LAYER.fullmatch(name) for name in names):
         raise DistplbError(
-            f"{path} has names such as {names[0][:40]!r}, as TensorRT-LLM's statistics of one rank have; add up all "
-            "ranks' files, and pass [iterations, layers, experts] as 'load'"
+            f"{path} has names such as {names[0][:40]!r}, as in TensorRT-LLM's statistics of one rank; sum over the "
+            "files of all ranks, and pass [iterations, layers, experts] as 'load'"
         )
     return None
 
 
 def _by_layer(path: Path, document: Mapping[str, Any]) -> Table:
-    """A list of E counts for each name of a layer."""
+    """The counts of an object that has a list of E counts for each layer name."""
     for name, value in document.items():
         if isinstance(value, Mapping):
             raise DistplbError(
-                f"{path}: {name[:40]!r} is an object, as pandas writes them, and may be a layer or an expert; pass a "
+                f"{path}: {name[:40]!r} is an object, as pandas writes it, and may be a layer or an expert; pass a "
                 "list of counts for each layer"
             )
         if not isinstance(value, list | np.ndarray):
             raise DistplbError(
                 f"{path}: {name[:40]!r} is {json.dumps(value, default=str)[:40]} where a list of counts is expected; "
-                "pass a list of counts for each layer, all as long, or name [steps][layers][experts] 'load' (it has "
-                f"{listed(list(document))})"
+                "pass a list of counts for each layer, all of equal length, or name [steps][layers][experts] 'load' "
+                f"(the file has {listed(list(document))})"
             )
     rows = [_array(path, value, f"{path}: {name[:40]!r}") for name, value in document.items()]
     for name, row in zip(document, rows, strict=True):
         if row.ndim != 1 or not row.size or row.shape != rows[0].shape:
             raise DistplbError(
-                f"{path}: {name[:40]!r} has shape {list(row.shape)}; pass a list of counts for each layer, all as long "
-                f"and none empty, or name [steps][layers][experts] 'load' (it has {listed(list(document))})"
+                f"{path}: {name[:40]!r} has shape {list(row.shape)}; pass a list of counts for each layer, all of "
+                "equal length and none empty, or name [steps][layers][experts] 'load' (the file has "
+                f"{listed(list(document))})"
             )
     if not rows:
         raise DistplbError(f"{path} has no layers; pass a list of counts for each layer")
@@ -131,12 +136,12 @@ def _by_layer(path: Path, document: Mapping[str, Any]) -> Table:
 
 
 def _records(path: Path, objects: Sequence[Mapping[str, Any]]) -> Table:
-    """The table of objects that are its rows, as pandas and spreadsheets write them."""
+    """The counts of a list of objects, one for each row, as pandas and spreadsheets write them."""
     names = list(objects[0])
     lines = [Line("the first object", names)]
     for nth, one in enumerate(objects):
         if set(one) != set(names):
-            raise DistplbError(f"{path}, object {nth} has other names than the first; pass the same in each")
+            raise DistplbError(f"{path}, object {nth} has other names than the first; give all objects the same")
         for value in one.values():
             if isinstance(value, bool | list | Mapping) or value is None:
                 raise DistplbError(f"{path}, object {nth}: {json.dumps(value, default=str)[:40]} is not a count")
@@ -145,7 +150,7 @@ def _records(path: Path, objects: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def _array(path: Path, nested: Any, where: str) -> NDArray[Any]:
-    """An array, or numbers in lists that are all as long."""
+    """The array in an array or in nested lists of equal length."""
     if isinstance(nested, np.ndarray):
         return nested
     if isinstance(nested, list) and nested and all(isinstance(one, np.ndarray) for one in nested):
@@ -156,13 +161,13 @@ def _array(path: Path, nested: Any, where: str) -> NDArray[Any]:
     if 0 in shape:
         raise DistplbError(f"{where} has lists of shape {list(shape)}; pass {_LAYOUT}, none empty")
     flat = list(_flat(where, nested, shape, ()))
-    if any(isinstance(number, int) for number in flat):  # kept whole beside floats, which hold fewer digits
+    if any(isinstance(number, int) for number in flat):  # a common float dtype would lose digits of the integers
         flat = [int(number) if isinstance(number, float) and number.is_integer() else number for number in flat]
     return number_array(flat).reshape(shape)
 
 
 def _shape(nested: Any) -> tuple[int, ...]:
-    """The shape along the first of each list; whether the others agree is checked later."""
+    """The shape along the first element of each list; `_flat` checks the others."""
     shape = []
     while isinstance(nested, list):
         shape.append(len(nested))
@@ -171,7 +176,7 @@ def _shape(nested: Any) -> tuple[int, ...]:
 
 
 def _flat(where: str, nested: Any, shape: tuple[int, ...], place: tuple[int, ...]) -> Iterator[int | float]:
-    """All numbers, once every list is as long as `shape` says."""
+    """Yield all numbers; lists of another length than in `shape` are refused."""
     if not shape:
         if isinstance(nested, bool) or not isinstance(nested, int | float):
             raise DistplbError(f"{where}: {json.dumps(nested, default=str)[:40]} at {list(place)} is not a count")

@@ -1,4 +1,4 @@
-"""The tokens per expert that Megatron-LM writes, from the lines of all ranks to the load of all experts.
+"""Combines the tokens per expert that the ranks of Megatron-LM write into the load of all experts.
 
 Shapes: S steps, B micro-batches of an iteration, D EP groups, L layers, E experts, M GPUs, G experts on each.
 """
@@ -18,15 +18,15 @@ from distplb.records.foreign.megatron_lines import CountArray, RankCounts, read_
 
 __all__ = ["MegatronCounts", "read_megatron"]
 
-Rows = NDArray[np.intp]  # numbers of micro-batches
+Rows = NDArray[np.intp]  # indices of micro-batches
 
-_STACKLEVEL = 4  # of warnings: who called Trace.from_megatron
+_STACKLEVEL = 4  # of warnings: the caller of Trace.from_megatron
 _MOST_NAMED = 3
 
 
 @dataclass(frozen=True)
 class MegatronCounts:
-    """`load [S, L, E]` and `iteration [S]`, int64; the layers' names, and M."""
+    """`load [S, L, E]` and `iteration [S]`, int64; the names of the layers, and M."""
 
     load: CountArray
     iteration: CountArray
@@ -41,14 +41,14 @@ def read_megatron(
     pipeline_parallel: int,
     max_bytes: int,
 ) -> MegatronCounts:
-    """Read what all ranks wrote; arguments as for `Trace.from_megatron`."""
+    """Read the files of all ranks; arguments as for `Trace.from_megatron`."""
     ranks, broken = read_ranks(paths, max_bytes)
     copies, stages = expert_tensor_parallel, pipeline_parallel
     num_gpus = len(ranks) // max(1, copies * stages) if num_gpus is None else num_gpus
     if min(num_gpus, copies, stages) < 1 or len(ranks) % (num_gpus * copies * stages):
         raise DistplbError(
-            f"{len(ranks)} ranks with {num_gpus} GPUs in an EP group, expert tensor parallel {copies}, {stages} "
-            "pipeline stages; pass the sizes of the job, whose product divides the ranks, and all ranks' files"
+            f"the number of ranks, {len(ranks)}, is not a multiple of EP size × expert tensor parallel × pipeline "
+            f"stages, {num_gpus} × {copies} × {stages}; pass the sizes of the job and the files of all ranks"
         )
     # The order of ranks is expert tensor, expert, expert data, pipeline; the first varies fastest.
     grid = np.arange(len(ranks)).reshape(stages, -1, num_gpus, copies)  # [stages, D, M, copies]
@@ -66,7 +66,7 @@ def read_megatron(
 
 
 def _layers(ranks: Iterable[RankCounts]) -> list[str]:
-    """The names of a stage's layers, numbers in their order, decoder before mtp."""
+    """The names of a stage's layers, in numeric order, decoder before mtp."""
     return sorted({name for rank in ranks for one in rank.iterations.values() for name in one}, key=_natural)
 
 
@@ -78,16 +78,16 @@ def _check_same(one: RankCounts, other: RankCounts, iterations: Sequence[int]) -
     for at in iterations:
         if any(not np.array_equal(counts, other.iterations[at][name]) for name, counts in one.iterations[at].items()):
             raise DistplbError(
-                f"{one.name} and {other.name} have different counts in iteration {at}, but are said to share their "
-                "experts; pass expert_tensor_parallel as in the job"
+                f"{one.name} and {other.name} have different counts in iteration {at}, although expert_tensor_parallel "
+                "says that they share experts; pass the job's value"
             )
 
 
-# --- whole iterations -------------------------------------------------------------------------------------------
+# --- complete iterations ----------------------------------------------------------------------------------------
 
 
 def _complete_iterations(by_stage: list[list[RankCounts]], layers: list[list[str]], broken: list[str]) -> list[int]:
-    """The iterations that all ranks have with all layers, from the same life of the job; a warning names the others."""
+    """The iterations that all ranks have with all layers, from the same run of the job; a warning names the others."""
     ranks = [(rank, names) for of_stage, names in zip(by_stage, layers, strict=True) for rank in of_stage]
     left_out = dict[int, str]()
     iterations_of_any = sorted({at for rank, _ in ranks for at in rank.iterations})
@@ -100,10 +100,10 @@ def _complete_iterations(by_stage: list[list[RankCounts]], layers: list[list[str
     whole = [at for at in iterations_of_any if at not in left_out]
     if not whole:
         raise DistplbError(
-            f"{left_out[iterations_of_any[0]]}, and no iteration is whole on all ranks; pass the files of one job, and "
-            "pipeline_parallel as in it"
+            f"{left_out[iterations_of_any[0]]}, and no iteration is complete on all ranks; pass the files of one job "
+            "and its pipeline_parallel"
         )
-    # A rank that died before it wrote its first line of a life does not show that there was one.
+    # A rank that died before its first line in a run has no sign of that run in its file.
     rewinds_differ, is_end = any(one.rewinds != ranks[0][0].rewinds for one, _ in ranks), True
     for at in reversed(whole):
         first = ranks[0][0]
@@ -111,12 +111,12 @@ def _complete_iterations(by_stage: list[list[RankCounts]], layers: list[list[str
         if other is None and rewinds_differ and (is_end or at in first.stale):
             other = next((one for one, _ in ranks if one.versions(at) != first.versions(at)), None)
         if other is not None:
-            left_out[at] = f"{other.name} or {first.name} has iteration {at} of an earlier life of the job"
+            left_out[at] = f"{other.name} or {first.name} has iteration {at} from an earlier run of the job"
         elif at not in first.stale:
-            is_end = False  # all ranks have come as far as here in the last life
+            is_end = False  # all ranks reached this iteration in the last run
     iterations = [at for at in whole if at not in left_out]
     if not iterations:
-        raise DistplbError(f"{left_out[whole[0]]}, and all others; pass the files of one life of the job")
+        raise DistplbError(f"{left_out[whole[0]]}, and so for all others; pass the files of one run of the job")
     _warn_of(left_out, broken, len(iterations_of_any))
     return iterations
 
@@ -125,7 +125,7 @@ def _warn_of(left_out: Mapping[int, str], broken: Sequence[str], number: int) ->
     parts = [_few(broken)] if broken else []
     if left_out:
         whys = [left_out[at] for at in sorted(left_out)]
-        parts.append(f"{len(left_out)} of {number} iterations are left out: {_few(whys)}")
+        parts.append(f"left out {len(left_out)} of {number} iterations: {_few(whys)}")
     if parts:
         warnings.warn("; ".join(parts), RuntimeWarning, stacklevel=_STACKLEVEL + 1)
 
@@ -139,7 +139,7 @@ def _few(texts: Sequence[str]) -> str:
 
 
 class _Stage:
-    """The counts of a pipeline stage: of each iteration and layer, `[B, ranks, G]`."""
+    """The counts of a pipeline stage: `[B, ranks, G]` for each iteration and layer."""
 
     def __init__(self, ranks: Sequence[RankCounts], layers: Sequence[str], iterations: Sequence[int]) -> None:
         self.layers = layers
@@ -154,42 +154,42 @@ class _Stage:
                     if counts.shape != (rows, shape[1]):
                         raise DistplbError(
                             f"{rank.name} has {counts.shape} micro-batches and experts in iteration {at} of {name}, "
-                            f"others have {(rows, shape[1])}; pass the files of one job"
+                            f"other ranks have {(rows, shape[1])}; pass the files of one job"
                         )
                 self.counts[at].append(np.stack([rank.iterations[at][name] for rank in ranks], axis=1))
         self.first = ranks[0]
 
     def rows(self, at: int) -> CountArray:
-        """`[B, numbers]`: all that was counted in each micro-batch of an iteration."""
+        """`[B, numbers]`: all counts of each micro-batch of an iteration."""
         return np.concatenate([counts.reshape(len(counts), -1) for counts in self.counts[at]], axis=1)
 
     def keep(self, at: int, rows: Rows) -> None:
-        """Keep these micro-batches of an iteration only."""
+        """Keep only these micro-batches of an iteration."""
         self.counts[at] = [counts[rows] for counts in self.counts[at]]
 
     def loads(self, shape: tuple[int, ...]) -> list[CountArray]:
-        """For each iteration `[B, D, L, E]`; the ranks are `[D, M, copies]`."""
+        """The load of each iteration, `[B, D, L, E]`; `shape` arranges the ranks as `[D, M, copies]`."""
         loads = []
         for at, of_layers in self.counts.items():
             rows = len(of_layers[0])
             for name, counts in zip(self.layers, of_layers, strict=True):
                 if len(counts) != rows:
                     raise DistplbError(
-                        f"{self.first.name} has {len(counts)} micro-batches in iteration {at} of {name}, and {rows} of "
-                        f"{self.layers[0]}; pass the files of one job"
+                        f"{self.first.name} has different numbers of micro-batches in iteration {at}: {len(counts)} of "
+                        f"{name}, {rows} of {self.layers[0]}; pass the files of one job"
                     )
-            # The experts of a GPU are the same on all its copies.
+            # All copies of a GPU have the same experts.
             load = np.stack([counts.reshape(rows, *shape, -1)[:, :, :, 0] for counts in of_layers], axis=2)
             loads.append(load.reshape(*load.shape[:3], -1))
         return loads
 
 
 def _use_recomputed_once(stages: Sequence[_Stage], iterations: Sequence[int]) -> None:
-    """Where a job recomputes activations, a layer counts each micro-batch twice: forward, and again before backward.
+    """Use each micro-batch once if the job recomputes activations: its layers count forward, and again before backward.
 
-    How these interleave depends on the schedule of the pipeline, but it is the same for all layers and ranks of a
-    stage. So a micro-batch is known by all that these counted in it, and each has to be there twice, in all iterations
-    of so many rows. Rows that are all alike, as of a router that is forced to be even, tell nothing.
+    The pipeline schedule determines how the two interleave, but equally for all layers and ranks of a stage. So a
+    micro-batch is identified by all counts of these layers and ranks, and each must occur twice, in all iterations with
+    the same number of rows. Rows that are all equal, as from a router that is forced to be even, prove nothing.
     """
     halved = set[int]()
     for stage in stages:
@@ -207,15 +207,15 @@ def _use_recomputed_once(stages: Sequence[_Stage], iterations: Sequence[int]) ->
         halved |= doubled.keys()
     if halved:
         warnings.warn(
-            f"{stages[0].first.name}: {len(halved)} of {len(iterations)} iterations have each micro-batch's counts "
-            "twice, as a job that recomputes activations writes them; each is used once",
+            f"{stages[0].first.name}: iterations in which each micro-batch is counted twice, as with activation "
+            f"recomputation: {len(halved)} of {len(iterations)}; each micro-batch is used once",
             RuntimeWarning,
             stacklevel=_STACKLEVEL,
         )
 
 
 def _halve_some_layers(of_layers: list[CountArray]) -> bool:
-    """Where some layers have twice as many rows as the others: those that are recomputed, if each row has its twin."""
+    """Halve layers with twice as many rows as the others if each row has a duplicate; returns whether it did."""
     sizes = sorted({len(counts) for counts in of_layers})
     if len(sizes) != 2 or sizes[1] != 2 * sizes[0]:
         return False
@@ -227,7 +227,7 @@ def _halve_some_layers(of_layers: list[CountArray]) -> bool:
 
 
 def _twins(stages: Sequence[_Stage], at: int) -> list[Rows] | None:
-    """Of an iteration: in each stage, the micro-batches that are left where each is used once; None if one is alone."""
+    """The micro-batches to keep in each stage of an iteration, so that each is used once; None if one is unpaired."""
     if len({len(counts) for stage in stages for counts in stage.counts[at]}) > 1:
         return None
     kept_rows = [rows for stage in stages if (rows := _first_of_twins(stage.rows(at))) is not None]
@@ -235,7 +235,7 @@ def _twins(stages: Sequence[_Stage], at: int) -> list[Rows] | None:
 
 
 def _first_of_twins(rows: CountArray) -> Rows | None:
-    """Of rows `[B, numbers]` that are all there an even number of times, the first half of each; else None."""
+    """Of rows `[B, numbers]`, the first half of each set of equal rows; None if a set has an odd size."""
     _, group, sizes = np.unique(rows, axis=0, return_inverse=True, return_counts=True)
     if (sizes % 2).any():
         return None
@@ -247,7 +247,7 @@ def _first_of_twins(rows: CountArray) -> Rows | None:
 
 
 def _rows_differ(stages: Sequence[_Stage], doubled: Iterable[int]) -> bool:
-    """Whether micro-batches differ: in an iteration, or from one to the next where each has a single one, twice."""
+    """Whether micro-batches differ within an iteration, or between iterations that have a single one, twice."""
     for stage in stages:
         alone = set[bytes]()
         for at in doubled:
@@ -264,7 +264,7 @@ def _rows_differ(stages: Sequence[_Stage], doubled: Iterable[int]) -> bool:
 def _stacked(
     loads: list[list[CountArray]], iterations: list[int], layers: tuple[str, ...], num_gpus: int
 ) -> MegatronCounts:
-    """All stages' layers beside each other, all micro-batches and EP groups after each other."""
+    """Concatenate the layers of all stages; each micro-batch of each EP group becomes a step."""
     steps = []
     for nth, iteration in enumerate(iterations):
         stages = [load[nth] for load in loads]  # [B, D, L, E] each
@@ -272,7 +272,7 @@ def _stacked(
             raise DistplbError(
                 f"the pipeline stages have {[len(stage) for stage in stages]} micro-batches of "
                 f"{[stage.shape[3] for stage in stages]} experts in iteration {iteration}; "
-                "pass pipeline_parallel as in the job"
+                "pass the job's pipeline_parallel"
             )
         together = np.concatenate(stages, axis=2)
         steps.append(together.reshape(-1, *together.shape[2:]))

@@ -1,4 +1,4 @@
-"""Counts as a table of text: one row a layer, one column an expert; or one row a count.
+"""Counts in a text table: one row for each layer and one column for each expert, or one row for each count.
 
 Shapes: T steps, L layers, E experts.
 """
@@ -28,7 +28,7 @@ _SEP_LINE = re.compile(r'"?sep=([,;\t|:])"?\r?\n')  # as Excel writes it
 
 
 class Table(NamedTuple):
-    """Counts as the file has them, and the names of the layers where it has some."""
+    """Counts as they are in the file, and the names of the layers if it has them."""
 
     values: NDArray[Any]  # [L, E] or [T, L, E]
     layers: tuple[str, ...] | None
@@ -38,35 +38,35 @@ def read_table(path: Path, max_bytes: int) -> Table:
     """Read a `.csv`, `.tsv` or `.txt`.
 
     Raises:
-        DistplbError: with the line, for what is no count, may be read in two ways, or does not fit together.
+        DistplbError: naming the line, if something is not a count, is ambiguous, or does not fit together.
     """
     return parse_table(path, _lines(path, read_text(path, max_bytes)))
 
 
 def parse_table(path: Path, lines: list[Line], *, headed: bool = False) -> Table:
-    """The counts of rows, in any of the forms that `read_loads` lists.
+    """Read the counts from rows, in any of the layouts that `read_loads` lists.
 
     Args:
-        path: of the file.
-        lines: all of it, at least one.
-        headed: whether the first is known to be a header.
+        path: path of the file.
+        lines: all its lines, at least one.
+        headed: whether the first line is known to be a header.
 
     Raises:
-        DistplbError: as `read_table`.
+        DistplbError: as in `read_table`.
     """
     header = lines[0].cells if headed else header_of(path, lines)
     rows = lines if header is None else lines[1:]
     if not rows:
         raise DistplbError(
-            f"{path} has a header and no rows; pass one row of counts for each layer, below a header if its counts are "
+            f"{path} has a header but no rows; pass one row of counts for each layer, below a header if its counts are "
             "0, 1, 2 and so on"
         )
     width = len(lines[0].cells)
     for line in rows:
         if len(line.cells) != width:
             raise DistplbError(
-                f"{path}, {line.place} has {len(line.cells)} cells where the first line has {width}; "
-                "pass a count for each expert in every row"
+                f"{path}, {line.place} and the first line have different numbers of cells, {len(line.cells)} and "
+                f"{width}; pass a count for each expert in every row"
             )
     if header is None:
         return _without_header(path, rows)
@@ -95,12 +95,12 @@ def _lines(path: Path, text: str) -> list[Line]:
     rows = [(number, cells) for number, cells in rows if any(cells) and not cells[0].startswith("#")]
     if not rows:
         raise DistplbError(f"{path} has no rows; pass one row of counts for each layer")
-    used = max(at + 1 for _, cells in rows for at, cell in enumerate(cells) if cell)  # beyond, columns are empty
+    used = max(at + 1 for _, cells in rows for at, cell in enumerate(cells) if cell)  # later columns are empty
     return [Line(f"line {number + skipped}", cells[:used]) for number, cells in rows]
 
 
 def _separator(path: Path, text: str) -> tuple[str | None, str, int]:
-    """The separator of cells, None for blanks; the text below a line that declares it; and 1 for that line, else 0."""
+    """The cell separator, None for blanks; the text below a line that declares it; 1 for such a line, else 0."""
     declared = _SEP_LINE.match(text)
     if declared:
         return declared[1], text[declared.end() :], 1
@@ -113,11 +113,13 @@ def _separator(path: Path, text: str) -> tuple[str | None, str, int]:
         return present[0], text, 0
     if present:
         names = " and ".join(_NAMED[sign] for sign in present)
-        raise DistplbError(f"{path} has {names}; begin it with a line 'sep=;' that names what parts the cells")
+        raise DistplbError(f"{path} has {names}; begin it with a line such as 'sep=;' that names the separator")
     if suffix == ".txt":
         return None, text, 0
     if any(len(line.split()) > 1 for line in bare.splitlines()):
-        raise DistplbError(f"{path} has neither commas nor tabs; pass counts separated by commas, or name it .txt")
+        raise DistplbError(
+            f"{path} has neither commas nor tabs; pass counts separated by commas, or name the file .txt"
+        )
     return ",", text, 0
 
 
@@ -129,13 +131,14 @@ def _without_header(path: Path, rows: list[Line]) -> Table:
     width = len(rows[0].cells)
     if width < 2 + named:
         raise DistplbError(
-            f"{path}, {rows[0].place} has {width} cells; pass a row for each layer, with a count for each expert"
+            f"{path}, {rows[0].place} has too few cells ({width}); pass a row for each layer, with a count for each "
+            "expert"
         )
     first = [line.cells[0] for line in rows]
     if len(rows) > 2 and first in [[str(number) for number in range(start, start + len(rows))] for start in (0, 1)]:
         raise DistplbError(
-            f"{path}: the first column counts the rows from {first[0]}; put a header above it, 'layer,0,1,2' and so on "
-            "if it is the number of the layer, '0,1,2' if it is a count"
+            f"{path}: the first column numbers the rows from {first[0]}; add a header: 'layer,0,1,2' and so on if that "
+            "column is the layer's index, '0,1,2' and so on if it has counts"
         )
     values = _values(path, rows, list(range(int(named), width)))
     return Table(values, tuple(first) if named else None)
@@ -161,8 +164,8 @@ def _wide(path: Path, columns: Columns, rows: list[Line]) -> Table:
         for line, row, total in zip(rows, values.tolist(), totals.tolist(), strict=True):
             if sum(row) != total:
                 raise DistplbError(
-                    f"{path}, {line.place}: the experts have {sum(row)} tokens, and the total is {total}; correct it, "
-                    "or leave the column out"
+                    f"{path}, {line.place}: the counts add up to {sum(row)}, but the total is {total}; correct it, or "
+                    "leave the column out"
                 )
     names = None if columns.layer is None else [line.cells[columns.layer] for line in rows]
     if columns.step is None:
@@ -176,7 +179,7 @@ def _wide(path: Path, columns: Columns, rows: list[Line]) -> Table:
 
 
 def _long(path: Path, columns: Columns, rows: list[Line]) -> Table:
-    """One row for each count."""
+    """Read a table with one row for each count."""
     if (
         columns.layer is None
         or columns.expert is None
@@ -185,10 +188,10 @@ def _long(path: Path, columns: Columns, rows: list[Line]) -> Table:
         or columns.total is not None
     ):
         others = [*columns.names, *(["a total"] if columns.total is not None else [])]
-        surplus = f", and not {others[0][:40]!r}" if others else ""
+        surplus = f", but not {others[0][:40]!r}" if others else ""
         raise DistplbError(
-            f"{path} has a column of experts or of counts; pass columns 'layer', 'expert' and 'count', with or without "
-            f"'step'{surplus}"
+            f"{path} has a column of expert ids or of counts; pass columns 'layer', 'expert' and 'count', with or "
+            f"without 'step'{surplus}"
         )
     values = _values(path, rows, [columns.tokens])[:, 0]
     by_expert: dict[tuple[int, str, int], tuple[str, Any]] = {}
@@ -201,14 +204,14 @@ def _long(path: Path, columns: Columns, rows: list[Line]) -> Table:
     if experts != list(range(len(experts))):
         missing = next(number for number in range(len(experts)) if number not in experts)
         raise DistplbError(
-            f"{path} has no expert {missing}, but {experts[-1]}; number experts from 0, and pass zeros too"
+            f"{path} has expert {experts[-1]}, but no expert {missing}; number experts from 0, and pass zeros too"
         )
     by_place: dict[tuple[int, str], tuple[str, Any]] = {}
     for step, layer in dict.fromkeys((step, layer) for step, layer, _ in by_expert):
         for expert in experts:
             if (step, layer, expert) not in by_expert:
                 raise DistplbError(
-                    f"{path} has no count of expert {expert} in layer {layer[:40]!r}{_in_step(columns.step, step)}; "
+                    f"{path} has no count for expert {expert} in layer {layer[:40]!r}{_in_step(columns.step, step)}; "
                     "pass zeros too"
                 )
         place = by_expert[step, layer, 0][0]
@@ -225,18 +228,18 @@ def _index_in(path: Path, line: Line, column: int) -> int:
     place = f"{path}, {line.place}, column {column + 1}"
     number = parse_counts([line.cells[column]], lambda _: place)[0]
     if number < 0:
-        raise DistplbError(f"{place}: {number} is no number of a step or an expert")
+        raise DistplbError(f"{place}: {number} is not the index of a step or an expert")
     return number
 
 
 def _put(path: Path, table: dict[Any, tuple[str, Any]], key: Any, what: str, place: str, value: Any) -> None:
     if key in table:
-        raise DistplbError(f"{path}, {place} has {what} a second time, after {table[key][0]}; pass each once")
+        raise DistplbError(f"{path}, {place} has {what} again, after {table[key][0]}; pass each once")
     table[key] = place, value
 
 
 def _grid(path: Path, rows: Mapping[tuple[int, str], tuple[str, Any]], names: list[str] | None) -> Table:
-    """`[T, L, E]`: steps in the order of their numbers, layers in that of theirs, or in which they come."""
+    """`[T, L, E]`: steps in numeric order; layers in numeric order if all are numbers, else in order of appearance."""
     steps = sorted({step for step, _ in rows})
     layers = list(dict.fromkeys(layer for _, layer in rows))
     if all(is_index(layer) for layer in layers):
@@ -245,7 +248,7 @@ def _grid(path: Path, rows: Mapping[tuple[int, str], tuple[str, Any]], names: li
         for layer in layers:
             if (step, layer) not in rows:
                 raise DistplbError(
-                    f"{path} has no row of layer {layer[:40]!r} in step {step}; pass all layers of each step"
+                    f"{path} has no row for layer {layer[:40]!r} in step {step}; pass all layers of each step"
                 )
     values = np.array([[rows[step, layer][1] for layer in layers] for step in steps])
     return Table(values, None if names is None else tuple(layers))

@@ -1,4 +1,4 @@
-"""Checks that what was read are counts: the shape, whole numbers, and names that are those of layers.
+"""Checks that values are counts: the shape, integers, and names that belong to layers.
 
 Shapes: T steps, L layers, E experts.
 """
@@ -19,15 +19,15 @@ from distplb.records.foreign.tables import Table
 __all__ = ["validated"]
 
 _LAYOUT = "[layers, experts] or [steps, layers, experts]"
-_STATISTICS = {"mean", "average", "avg", "median", "max", "min", "std"}  # names of rows beside the layers
+_STATISTICS = {"mean", "average", "avg", "median", "max", "min", "std"}  # names of rows that are not layers
 _NUMBERED = re.compile(r"([a-z]+)[ _.-]?[0-9]+", re.IGNORECASE)
 
 
 def validated(path: Path, table: Table) -> tuple[NDArray[np.int64], tuple[str, ...]]:
-    """`[L, E]` or `[T, L, E]` int64, and the L names; "0", "1", ... where the file has none.
+    """The counts, `[L, E]` or `[T, L, E]` int64, and the names of the L layers; "0", "1", ... if the file has none.
 
     Raises:
-        DistplbError: naming the file and the place, for what is no count or no layer.
+        DistplbError: naming the file and the place, if something is not a count or not a layer.
     """
     values, layers = table
     _check_shape(path, values)
@@ -43,11 +43,11 @@ def _check_shape(path: Path, values: NDArray[Any]) -> None:
     shape = tuple(values.shape)
     if values.ndim == 4:
         raise DistplbError(
-            f"{path} has shape {shape}, 4 dims; sum over the ranks, or whatever is beside steps, layers and experts, "
-            f"and pass counts, {_LAYOUT}"
+            f"{path} has shape {shape}, 4 dims; sum over the ranks, or over any dim that is not steps, layers or "
+            f"experts, and pass counts as {_LAYOUT}"
         )
     if values.ndim not in (2, 3) or 0 in shape or values.dtype.kind not in "biufO":
-        raise DistplbError(f"{path} has dtype {values.dtype} and shape {shape}; pass counts, {_LAYOUT}, none empty")
+        raise DistplbError(f"{path} has dtype {values.dtype} and shape {shape}; pass counts as {_LAYOUT}, none empty")
 
 
 def _without_total(
@@ -69,41 +69,43 @@ def _without_total(
 def _check_names(path: Path, layers: tuple[str, ...]) -> None:
     if len(set(layers)) != len(layers):
         twice = next(name for name in layers if layers.count(name) > 1)
-        raise DistplbError(f"{path} has layer {twice[:80]!r} twice; give each layer a name of its own")
+        raise DistplbError(f"{path} has layer {twice[:80]!r} twice; give each layer its own name")
     other = next((name for name in layers if role_of(name) not in (None, "total")), None)
     if other is not None:
         raise DistplbError(
-            f"{path}: {other[:40]!r} is what a column is named, and stands where a layer's name is expected; pass a "
-            "list of counts for each layer, or rows with names of columns above them"
+            f"{path}: {other[:40]!r} is the name of a column where the name of a layer is expected; pass a list of "
+            "counts for each layer, or rows below a header"
         )
     statistic = next((name for name in layers if name.strip().lower() in _STATISTICS), None)
     if statistic is not None and len(layers) > 1:
         raise DistplbError(
-            f"{path}: {statistic[:40]!r} is no layer but made of the others; leave it out, or give the layer another "
-            "name"
+            f"{path}: {statistic[:40]!r} is a statistic, not a layer; leave it out, or give the layer another name"
         )
     kinds = {match and role_of(match[1]) for match in (_NUMBERED.fullmatch(name) for name in layers)}
     if len(kinds) == 1 and kinds <= {"expert", "rank", "step"}:
         (kind,) = kinds
         raise DistplbError(
             f"{path}: {layers[0][:40]!r} names {'an expert' if kind == 'expert' else f'a {kind}'} where a layer is "
-            "expected; pass a row for each layer and a column for each expert, of all ranks together"
+            "expected; pass a row for each layer and a column for each expert, summed over all ranks"
         )
     if not all(layers):
-        raise DistplbError(f"{path} has a layer without a name; give each layer a name of its own")
+        raise DistplbError(f"{path} has a layer without a name; give each layer its own name")
 
 
 def _as_int64(path: Path, values: NDArray[Any]) -> NDArray[np.int64]:
-    """The counts as int64, if they are counts that their dtype holds exactly."""
-    if values.dtype.kind == "O":  # Python's own, of more digits
+    """The counts as int64; refused if they are not counts, or not exact in their dtype."""
+    if values.dtype.kind == "O":  # Python's numbers, some of which do not fit int64
         floats = np.frompyfunc(lambda number: isinstance(number, float) and not number.is_integer(), 1, 1)(values)
-        _refuse(path, values, floats.astype(bool), "whole: pass tokens, not shares of them")
+        _refuse(path, values, floats.astype(bool), "integers: pass tokens, not fractions of them")
     if values.dtype.kind == "f":
         _refuse(path, values, ~np.isfinite(values), "finite: check the counter that made them")
-        _refuse(path, values, values != np.rint(values), "whole: pass tokens, not shares of them")
+        _refuse(path, values, values != np.rint(values), "integers: pass tokens, not fractions of them")
         limit = 2 ** min(62, np.finfo(values.dtype).nmant + 1)
         _refuse(
-            path, values, np.abs(values) > limit, f"at most {limit} in {values.dtype}, which rounds others: use int64"
+            path,
+            values,
+            np.abs(values) > limit,
+            f"at most {limit} in {values.dtype}, which rounds larger ones: use int64",
         )
     _refuse(path, values, values < 0, "non-negative: check the counter that made them")
     if values.dtype.kind in "uO":
@@ -116,4 +118,7 @@ def _refuse(path: Path, values: NDArray[Any], is_wrong: NDArray[Any], requiremen
     if len(places):
         place = tuple(places[0].tolist())
         value = str(values[place].tolist() if isinstance(values[place], np.generic) else values[place])[:40]
-        raise DistplbError(f"{path} has {value} at {list(place)} ({len(places)} such); counts must be {requirement}")
+        raise DistplbError(
+            f"{path} has {value} at {list(place)} ({len(places)} such value{'s' * (len(places) != 1)}); counts must be "
+            f"{requirement}"
+        )

@@ -1,4 +1,4 @@
-"""What figures with a bar for each rebalance share.
+"""Shared parts of figures with a bar for each rebalance.
 
 Shapes: R rebalances.
 """
@@ -18,11 +18,13 @@ from distplb.report.run import Run
 
 __all__ = ["NO_EVENTS", "axes_by_rebalance", "stack"]
 
-NO_EVENTS = "A trace knows no rebalances: report on the folder of Rebalancer(record=...), which has their events too."
+NO_EVENTS = (
+    "A trace does not record rebalances: pass the folder of Rebalancer(record=...), which also has their events."
+)
 
 
 def axes_by_rebalance(run: Run, width: float) -> tuple[Figure, Sequence[Axes]]:
-    """A figure with two axes that have a place for each rebalance, named by its iteration.
+    """A figure with two axes that have a place for each rebalance, labelled with its iteration.
 
     Raises:
         DistplbError: if there are no events.
@@ -38,7 +40,7 @@ def axes_by_rebalance(run: Run, width: float) -> tuple[Figure, Sequence[Axes]]:
 
 
 def stack(axes: Axes, parts: Mapping[str, Sequence[float]], colours: Mapping[str, str]) -> list[Any]:
-    """Bars on top of each other, `[R]` of each part; returns their handles for the legend."""
+    """Draw stacked bars, from `[R]` values of each part; returns their handles for the legend."""
     at, floor = np.arange(len(next(iter(parts.values())))), np.zeros(len(next(iter(parts.values()))))
     handles = []
     for name, values in parts.items():

@@ -1,4 +1,4 @@
-"""`ReportFigure`: what each figure of a report consists of."""
+"""`ReportFigure`: the parts of each figure in a report."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class ReportFigure(NamedTuple):
     """One figure of a report.
 
     Args:
-        title: its heading.
-        draw: from a run and a width in inches to a figure.
-        caption: what to see in it, in numbers.
-        lacks: what the run needs and does not have, in one sentence; empty where the figure can be drawn.
+        title: the heading.
+        draw: makes the figure from a run and a width in inches.
+        caption: what is plotted and how to read it, with the run's numbers.
+        lacks: the data that the run lacks, in one sentence; empty if the figure can be drawn.
     """
 
     title: str
@@ -30,15 +30,15 @@ class ReportFigure(NamedTuple):
 
     @property
     def name(self) -> str:
-        """In files and addresses."""
+        """The name in file names and in links to the section."""
         return self.draw.__name__.replace("_", "-")
 
 
 def refuse_if_lacking(lack: str) -> None:
-    """Refuse to draw a run that does not have what the figure needs.
+    """Refuse to draw a run that lacks data.
 
     Raises:
-        DistplbError: with that, unless it is empty.
+        DistplbError: with `lack` as its message, unless it is empty.
     """
     if lack:
         raise DistplbError(lack)

@@ -1,4 +1,4 @@
-"""What figures with a cell for each layer and GPU, or each layer and window, share."""
+"""Shared parts of figures with a cell for each layer and GPU, or each layer and window."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["colour_bar", "write_numbers"]
 def colour_bar(
     figure: Figure, colours: ScalarMappable, axes: Sequence[Axes], label: str, *, stacked: bool, aspect: float
 ) -> Colorbar:
-    """The scale of the maps: under them where they are stacked, else beside them, with this aspect ratio."""
+    """Add the colour scale: below the maps if they are stacked, else to their right with this aspect ratio."""
     place: dict[str, Any] = (
         {"location": "bottom", "shrink": 0.9, "aspect": 30} if stacked else {"location": "right", "aspect": aspect}
     )
@@ -32,7 +32,7 @@ def colour_bar(
 
 
 def write_numbers(axes: Axes, values: NDArray[np.float64], texts: NDArray[Any], colours: ScalarMappable) -> None:
-    """A text in each cell of a map, black or white, whichever is easier to read on the cell's colour."""
+    """Write a text in each cell of a map, in black or white, whichever is easier to read on the cell's colour."""
     for (row, column), text in np.ndenumerate(texts):
         red, green, blue, _ = colours.to_rgba(values[row, column])
         is_dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5

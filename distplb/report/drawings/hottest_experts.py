@@ -1,4 +1,4 @@
-"""The hottest expert of every layer over time: how much hotter than the mean, and whether it stays the same one.
+"""The hottest expert of each layer over time: how far it is above the mean, and whether it stays the same.
 
 Shapes: S steps, W windows, L layers, E experts.
 """
@@ -27,14 +27,14 @@ from distplb.report.run import Run
 __all__ = ["HOTTEST_EXPERTS", "hottest_experts"]
 
 _COLOURS = "YlOrBr"
-_NO_EXPERT = -1  # the hottest expert where there are no tokens
-_MOST_WINDOWS = 24  # that a trace without events is cut into
+_NO_EXPERT = -1  # instead of the hottest expert, if there are no tokens
+_MOST_WINDOWS = 24  # into which a trace without events is split
 _MIN_HEIGHT = 0.2  # inches of a cell that can hold a number
-_DIGIT = 0.085  # inches of its width for each digit, and on both sides
+_DIGIT = 0.085  # inches of its width for each digit, and for the margin on each side
 
 
 class _Hottest(NamedTuple):
-    """Of each window the last iteration `[W]`; of each window and layer `[L, W]` the expert and its tokens.
+    """The last iteration of each window, `[W]`; the hottest expert of each layer and window and its tokens, `[L, W]`.
 
     Without tokens, the expert is -1 and its tokens are NaN.
     """
@@ -46,7 +46,7 @@ class _Hottest(NamedTuple):
 
     @property
     def changed(self) -> NDArray[np.bool_]:
-        """`[L, W - 1]`: whether it is another expert than in the window before, of windows that have tokens."""
+        """`[L, W - 1]`: whether the expert is another one than in the window before, if both windows have tokens."""
         return np.asarray(np.diff(self.expert, axis=1) != 0) & self.compared
 
     @property
@@ -57,17 +57,17 @@ class _Hottest(NamedTuple):
 
 
 def hottest_experts(run: Run, width: float = WIDE) -> Figure:
-    """A map `[L, W]` of the expert with most tokens in each layer and window: its tokens over the mean expert's.
+    """A heat map `[L, W]` of the hottest expert in each layer and window: hottest expert / mean expert, in tokens.
 
-    The expert's number stands in its cell where it fits; a line on a cell's left side says that it is another expert
-    than in the window before. Grey cells have no tokens.
+    Cells have the id of the expert if it fits. A line on the left of a cell marks a change from the window before. Grey
+    cells have no tokens.
 
     Args:
-        run: with events, or else a trace.
-        width: inches.
+        run: a run with events or a trace; events are preferred.
+        width: width in inches.
 
     Raises:
-        DistplbError: if the run lacks what is drawn.
+        DistplbError: if the run lacks the data.
     """
     refuse_if_lacking(_lacks(run))
     hottest = _by_window(run)
@@ -77,7 +77,7 @@ def hottest_experts(run: Run, width: float = WIDE) -> Figure:
     figure = empty(width, height + (1.7 if stacked else 1.1))
     axes = figure.subplots()
     pattern, names = differing(run.layers)
-    dress(axes, "", "window up to iteration", f"layer ({label(pattern, 30)})" if pattern else "layer", grid="")
+    dress(axes, "", "last iteration of the window", f"layer ({label(pattern, 30)})" if pattern else "layer", grid="")
     norm = Normalize(1, max(1.5, float(np.nanmax(hottest.times_mean))))
     colours = ScalarMappable(norm, matplotlib.colormaps[_COLOURS].with_extremes(bad=GREY))
     axes.imshow(hottest.times_mean, cmap=colours.cmap, norm=norm, aspect="auto", interpolation="none")
@@ -96,17 +96,17 @@ def _caption(run: Run) -> str:
     hottest = _by_window(run)
     layer, window = np.unravel_index(np.nanargmax(hottest.times_mean), hottest.times_mean.shape)
     text = (
-        "Each cell is the expert that got most tokens of its layer, by its number where it fits; the darker, the "
-        f"hotter. The hottest of all was expert {hottest.expert[layer, window]} of layer "
-        f"{shortened(printable(run.layers[layer]))} up to iteration {hottest.iterations[window]:,}: "
-        f"{percent(hottest.share[layer, window])} of its layer's tokens, {hottest.times_mean[layer, window]:.1f} times "
-        "the mean expert. "
+        "Hottest expert / mean expert, in tokens, for each layer and window: the darker, the hotter. The number in a "
+        "cell is the id of the expert, shown if it fits. The hottest of all was expert "
+        f"{hottest.expert[layer, window]} of layer {shortened(printable(run.layers[layer]))} in the window up to "
+        f"iteration {hottest.iterations[window]:,}: {percent(hottest.share[layer, window])} of the layer's tokens, "
+        f"{hottest.times_mean[layer, window]:.1f} times the mean expert. "
     )
     if hottest.compared.any():
         stayed = 1 - hottest.changed.sum() / hottest.compared.sum()
         text += (
-            f"In {percent(stayed)} of the windows a layer's hottest expert was the one of the window before; a line on "
-            "the left of a cell marks a change. Experts that stay hot are what a plan can count on."
+            f"From one window to the next, a layer's hottest expert stayed the same in {percent(stayed)} of cases; a "
+            "line on the left of a cell marks a change. The longer experts stay hot, the longer a plan lasts."
         )
     return text
 
@@ -114,7 +114,7 @@ def _caption(run: Run) -> str:
 def _lacks(run: Run) -> str:
     if run.trace_with_tokens is not None or any(_has_hottest(event) for event in run.events_with_load):
         return ""
-    return "No experts were counted: pass Rebalancer(record=...) a folder, and let it rebalance once."
+    return "No load of experts was recorded: pass a folder to Rebalancer(record=...), and let it rebalance once."
 
 
 def _has_hottest(event: RebalanceEvent) -> bool:
@@ -125,7 +125,7 @@ def _has_hottest(event: RebalanceEvent) -> bool:
 def _by_window(run: Run) -> _Hottest:
     events = [event for event in run.events_with_load if _has_hottest(event)]
     if not events:
-        assert run.trace_with_tokens is not None, "where there are no events there is a trace"
+        assert run.trace_with_tokens is not None, "a run without events has a trace"
         return _of_trace(run.trace_with_tokens)
     first = np.array([[pairs[0] for pairs in event.hottest_experts] for event in events])  # [W, L, 2]
     tokens = first[..., 1].T.astype(np.float64)
@@ -137,10 +137,10 @@ def _by_window(run: Run) -> _Hottest:
 
 
 def _of_trace(trace: Trace) -> _Hottest:
-    """In windows with equally many steps."""
+    """Split the trace into windows with equal numbers of steps."""
     windows = torch.arange(trace.num_steps, device="cpu").tensor_split(min(_MOST_WINDOWS, trace.num_steps))
     load = torch.stack([trace.load[steps].sum(0) for steps in windows], dim=1)  # [L, W, E]
-    share = (load.amax(2).double() / load.sum(2)).numpy()  # NaN of no tokens
+    share = (load.amax(2).double() / load.sum(2)).numpy()  # NaN without tokens
     iterations = [int(trace.iteration[steps[-1]]) for steps in windows]
     expert = np.where(np.isnan(share), _NO_EXPERT, load.argmax(2).numpy())
     return _Hottest(iterations, expert, share * trace.num_experts, share)
@@ -148,7 +148,7 @@ def _of_trace(trace: Trace) -> _Hottest:
 
 def _mark_changes(axes: Axes, hottest: _Hottest) -> None:
     layer, window = hottest.changed.nonzero()
-    for colour, thickness in (("white", 3.4), (COLOURS["black"], 1.6)):  # to be seen on any cell
+    for colour, thickness in (("white", 3.4), (COLOURS["black"], 1.6)):  # visible on any colour
         axes.vlines(window + 0.5, layer - 0.42, layer + 0.42, color=colour, linewidth=thickness)
 
 

@@ -1,6 +1,6 @@
-"""The imbalance over the iterations: as it was, as it would have been without moves, and the lower bound.
+"""The imbalance over iterations: as it was, as it would have been without moves, and the lower bound.
 
-Shapes: S steps, I points in the order of time, L layers.
+Shapes: S steps, I points in chronological order, L layers.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ __all__ = ["IMBALANCE_OVER_TIME", "imbalance_over_time"]
 
 Floats = NDArray[np.float64]
 
-_MAX_POINTS = 500  # of a line; an image has no more columns to show them
-_MARKS = {  # by decision, each in a shape of its own
+_MAX_POINTS = 500  # of a line; an image cannot show more
+_MARKS = {  # by decision, each with its own shape
     "moved": ("v", COLOURS["black"]),
     "kept": ("o", "white"),
     "dry run": ("D", "white"),
@@ -39,9 +39,9 @@ _OTHER = ("*", "white")
 
 
 class _Line(NamedTuple):
-    """Iterations `[I]` and, of each, the layers `[I, L]`.
+    """Iterations `[I]`, and the imbalance of each layer there, `[I, L]`.
 
-    NaN for a layer without tokens; a point with NaN for all of them is a gap in the line.
+    A layer without tokens is NaN; a point where all layers are NaN is a gap in the line.
     """
 
     at: Floats
@@ -49,23 +49,24 @@ class _Line(NamedTuple):
 
     @property
     def mean(self) -> Floats:
-        """`[I]`, over the layers that have tokens."""
+        """`[I]`: the mean over the layers that have tokens."""
         return np.asarray(mean_of_known(torch.from_numpy(self.layers), dim=1))
 
 
 def imbalance_over_time(run: Run, width: float = WIDE) -> Figure:
-    """Busiest GPU over mean GPU by iteration: the mean over the layers, in a band from the most even to the least.
+    """Busiest GPU / mean GPU by iteration: the mean over layers, in a band from the most even layer to the least even.
 
-    With a trace each step counts under the placement that was in force, smoothed between two rebalances, over the raw
-    values; where experts have moved, a dashed line is the same steps with the experts where they began. From events
-    alone each window is one level. The bound is what no placement can beat. Each rebalance has a mark of its decision.
+    With a trace, each step is shown under the placement in force: the raw values, and a line that is smoothed between
+    rebalances. If experts moved, a dashed line shows the same steps with the experts where they began. With events
+    only, each window is one level. A dotted line is the lower bound, which no placement can beat. The mark of each
+    rebalance shows its decision.
 
     Args:
-        run: with a trace, or with an event that knows the load.
-        width: inches.
+        run: a run with a trace, or with an event that recorded the load.
+        width: width in inches.
 
     Raises:
-        DistplbError: if the run lacks what is drawn.
+        DistplbError: if the run lacks the data.
     """
     refuse_if_lacking(_lacks(run))
     figure = empty(width, 4.0 if is_narrow(width) else 3.9)
@@ -83,36 +84,39 @@ def imbalance_over_time(run: Run, width: float = WIDE) -> Figure:
 
 def _caption(run: Run) -> str:
     evaluation = run.evaluation
-    text = "The line is the mean over the layers, the band goes from the most even layer to the least even one. "
+    text = (
+        "Busiest GPU / mean GPU, in tokens: 1 is even. The line is the mean over layers; the band extends from the "
+        "most even layer to the least even one. "
+    )
     if evaluation is None:
         following = mean_of_layers(
             mean_of_layers(event.imbalance_next) for event in run.events_with_load if event.imbalance_next
         )
-        text += f"It began at {mean_of_layers(run.events_with_load[0].imbalance_before):.2f}"
-        text += "" if following is None else f" and was {following:.2f} in the windows after a rebalance"
+        text += f"The mean was {mean_of_layers(run.events_with_load[0].imbalance_before):.2f} in the first window"
+        text += "" if following is None else f" and {following:.2f} in the windows after a rebalance, under its plan"
     elif evaluation.has_moved:
         moved, unmoved = (
             mean_of_known(imbalance[evaluation.since_move])
             for imbalance in (evaluation.imbalance_in_force, evaluation.imbalance_unmoved)
         )
         text += (
-            f"After the first move it is {moved:.2f} on average, on steps that no plan had seen; without any moves it "
-            f"would be {unmoved:.2f}, the dashed line"
+            f"After the first move the line averages {moved:.2f}, on steps that no plan had seen; without moves "
+            f"(dashed) it would average {unmoved:.2f}"
         )
     else:
-        text += f"It is {mean_of_known(evaluation.imbalance_in_force):.2f} on average"
+        text += f"The line averages {mean_of_known(evaluation.imbalance_in_force):.2f}"
     bound = torch.from_numpy(_bound(run).layers)
-    text += f"; no placement could beat {mean_of_known(bound):.2f}, the dotted line. "
+    text += f"; no placement could beat {mean_of_known(bound):.2f} (dotted). "
     if run.events:
-        text += f"The marks are {plural(len(run.events), 'rebalance')}; the closer the line keeps to the bound until "
-        text += "the next mark, the longer a plan lasts."
+        text += f"The marks at the top show {plural(len(run.events), 'rebalance')}: a plan lasts as long as the line "
+        text += "stays close to the bound after its mark."
     return text
 
 
 def _lacks(run: Run) -> str:
     if run.events_with_load or run.evaluation:
         return ""
-    return "No load was recorded: pass Rebalancer(record=...) a folder, and let it rebalance once."
+    return "No load was recorded: pass a folder to Rebalancer(record=...), and let it rebalance once."
 
 
 def _draw_lines(axes: Axes, run: Run) -> list[Any]:
@@ -127,15 +131,15 @@ def _draw_lines(axes: Axes, run: Run) -> list[Any]:
             line.at,
             np.fmin.reduce(line.layers, axis=1),
             np.fmax.reduce(line.layers, axis=1),
-            label="from layer to layer",
+            label="range over layers",
             **band,
         )
     )
-    named = "mean of layers" + (", smoothed" if raw is not None else " in each window")
+    named = "mean over layers" + (", smoothed" if raw is not None else ", by window")
     handles += axes.plot(line.at, line.mean, color=COLOURS["blue"], linewidth=1.8, label=named)
     if unmoved is not None:
         style: dict[str, Any] = {"color": COLOURS["vermilion"], "linewidth": 1.4, "linestyle": (0, (5, 2))}
-        handles += axes.plot(unmoved.at, unmoved.mean, label="without any moves", **style)
+        handles += axes.plot(unmoved.at, unmoved.mean, label="without moves", **style)
     handles += axes.plot(
         bound.at, bound.mean, color=COLOURS["green"], linewidth=1.6, linestyle=":", label="lower bound"
     )
@@ -143,7 +147,7 @@ def _draw_lines(axes: Axes, run: Run) -> list[Any]:
 
 
 def _draw_marks(axes: Axes, events: Sequence[RebalanceEvent]) -> list[Any]:
-    """A line and a mark for each rebalance; returns handles for the legend."""
+    """Draw a line and a mark for each rebalance; returns handles for the legend."""
     faint = 0.7 if len(events) <= 40 else 0.15
     handles = []
     for row, decision in enumerate(dict.fromkeys(event.decision for event in events)):
@@ -167,7 +171,7 @@ def _draw_marks(axes: Axes, events: Sequence[RebalanceEvent]) -> list[Any]:
 
 
 def _clip_first_window(axes: Axes, run: Run) -> None:
-    """Where the window before the first rebalance would make all others flat, it is cut off."""
+    """Cut off the window before the first rebalance if it would flatten all others."""
     first, *others = run.events_with_load
     level = mean_of_layers(first.imbalance_before) or 1.0
     maximum = max((one for event in others for one in event.imbalance_before if one is not None), default=1.0)
@@ -191,7 +195,7 @@ def _raw(run: Run) -> _Line | None:
 
 
 def _unmoved(run: Run) -> _Line | None:
-    """From the first move on; before that it is the line itself."""
+    """The imbalance without moves, from the first move on; before that it is the measured line."""
     evaluation = run.evaluation
     if evaluation is None or not evaluation.has_moved:
         return None
@@ -209,7 +213,7 @@ def _bound(run: Run) -> _Line:
 
 
 def _windows(run: Run, field: str) -> _Line:
-    """Each window of the events as a level; and what followed the last one, where that is known."""
+    """Each window of the events as a level, and the window after the last event if it is known."""
     at, levels = [], []
     numbers = [event.iteration for event in run.events]
     begins = [max(0, numbers[0] - (run.every or numbers[0])), *numbers]
@@ -228,7 +232,7 @@ def _windows(run: Run, field: str) -> _Line:
 
 
 def _thinned(iteration: NDArray[Any], values: NDArray[Any]) -> _Line:
-    """One point for each iteration, or for some in a row where there are too many."""
+    """One point for each iteration, or for several consecutive ones if there are too many."""
     stride = max(1, -(-int(iteration[-1] - iteration[0] + 1) // _MAX_POINTS))
     _, first, place = np.unique((iteration - iteration[0]) // stride, return_index=True, return_inverse=True)
     is_known = ~np.isnan(values)
@@ -240,7 +244,7 @@ def _thinned(iteration: NDArray[Any], values: NDArray[Any]) -> _Line:
 
 
 def _smooth(iteration: NDArray[Any], values: NDArray[Any], part: NDArray[Any]) -> _Line:
-    """A moving average within each part, so that a jump between two of them stays one."""
+    """A moving average within each part, so that a jump between parts stays sharp."""
     cuts = [*(np.flatnonzero(np.diff(part)) + 1), len(part)]
     reach = max(1, (int(iteration[-1] - iteration[0]) // 120))
     lines, begin = [], 0
@@ -253,7 +257,7 @@ def _smooth(iteration: NDArray[Any], values: NDArray[Any], part: NDArray[Any]) -
 
 
 def _moving_average(values: Floats, reach: int) -> Floats:
-    """Of each row and up to `reach` on both sides of it, as far as it is known there."""
+    """The mean of the known values in each row and up to `reach` rows on both sides of it."""
     is_known = ~np.isnan(values)
     at = np.arange(len(values))
     low, high = np.maximum(at - reach, 0), np.minimum(at + reach + 1, len(values))
@@ -265,7 +269,7 @@ def _moving_average(values: Floats, reach: int) -> Floats:
 
 
 def _over(sums: Floats, counts: Floats) -> Floats:
-    """The quotient; NaN of nothing."""
+    """The quotient; NaN where the count is 0."""
     return np.asarray(np.divide(sums, counts, out=np.full_like(sums, np.nan), where=counts > 0))
 
 

@@ -1,4 +1,4 @@
-"""The load of every layer on every GPU, before and after, as two maps of one scale.
+"""The load of each layer on each GPU, before and after, as two heat maps on one scale.
 
 Shapes: L layers, M GPUs.
 """
@@ -25,10 +25,10 @@ from distplb.report.run import Run
 
 __all__ = ["LOAD_BY_GPU", "load_by_gpu"]
 
-Ratios = NDArray[np.float64]  # [L, M], tokens of a GPU over those of its layer's mean GPU; NaN without tokens
+Ratios = NDArray[np.float64]  # [L, M], tokens of a GPU / mean GPU of the layer; NaN without tokens
 
-_COLOURS = "RdBu_r"  # red: more than the mean, blue: less, white: the mean; red and blue differ to everybody
-_MIN_SPAN = 0.1  # of the scale, on each side of 1: a difference of a hundredth is not to look like much
+_COLOURS = "RdBu_r"  # red: above the mean, blue: below, white: the mean; colour-blind readers can tell red from blue
+_MIN_SPAN = 0.1  # of the scale, on each side of 1, so that a difference of 0.01 does not look large
 _MIN_CELL = 0.36, 0.17  # inches, width and height of a cell that can hold a number
 
 
@@ -36,20 +36,20 @@ class _Maps(NamedTuple):
     before: Ratios
     after: Ratios
     titles: tuple[str, str]
-    source: str  # the steps that are shown, and why the second map differs
+    source: str  # the steps that are shown, and whether the plan had seen them
 
 
 def load_by_gpu(run: Run, width: float = WIDE) -> Figure:
-    """Two heat maps `[L, M]`: tokens of each GPU over the mean GPU of its layer, before and after, on one scale.
+    """Two heat maps `[L, M]`: tokens of each GPU / mean GPU of its layer, before and after, on one scale.
 
-    Lines separate nodes. Numbers stand in the cells where they fit. Layers without tokens are grey.
+    Lines separate nodes. Cells have numbers if they fit. Layers without tokens are grey.
 
     Args:
-        run: with a trace, or with an event that knows the tokens of the GPUs.
-        width: inches; below 6.5 the maps stand one under the other.
+        run: a run with a trace, or with an event that recorded the tokens of the GPUs.
+        width: width in inches; below 6.5 the maps are stacked.
 
     Raises:
-        DistplbError: if the run lacks what is drawn.
+        DistplbError: if the run lacks the data.
     """
     refuse_if_lacking(_lacks(run))
     maps = _maps(run)
@@ -81,22 +81,22 @@ def _caption(run: Run) -> str:
     before, after = (ratios[~np.isnan(ratios[:, 0])].max(1) for ratios in maps[:2])  # [L], of those with tokens
     name = shortened(printable(run.layers[layer]))
     return (
-        f"Tokens of each GPU over the mean GPU of its layer; {maps.source}. White is the mean, red carries more and "
-        f"is waited for, blue carries less and waits. The busiest GPU of a layer carried {before.mean():.2f} times "
-        f"the mean before and {after.mean():.2f} after, on average over the layers; {before.max():.2f} before "
-        f"(GPU {gpu} of layer {name}) and {after.max():.2f} after in the most uneven layer. Tokens are added up over "
-        "the steps here: single steps are less even, see the imbalance over time."
+        f"Tokens of each GPU / mean GPU of its layer; {maps.source}. White is the mean; blue GPUs have less work and "
+        f"wait for the red ones. Averaged over layers, the busiest GPU had {before.mean():.2f} times the mean before "
+        f"and {after.mean():.2f} after; in the most uneven layer it had {before.max():.2f} before (GPU {gpu} of layer "
+        f"{name}) and {after.max():.2f} after. Tokens are summed over steps here; single steps are less even, as "
+        "“Imbalance over time” shows."
     )
 
 
 def _lacks(run: Run) -> str:
     if any(_has_gpu_load(event) for event in run.events_with_load) or (run.evaluation and run.evaluation.unseen):
         return ""
-    return "No load of GPUs was recorded: pass Rebalancer(record=...) a folder, and let it rebalance once."
+    return "No load of GPUs was recorded: pass a folder to Rebalancer(record=...), and let it rebalance once."
 
 
 def _has_gpu_load(event: RebalanceEvent) -> bool:
-    """Whether it has tokens of GPUs; earlier versions also wrote windows without any."""
+    """Whether an event has tokens of GPUs; earlier versions also recorded windows without any."""
     return any(map(any, event.tokens_of_gpu_before)) and any(map(any, event.tokens_of_gpu_after))
 
 
@@ -104,12 +104,12 @@ def _maps(run: Run) -> _Maps:
     evaluation = run.evaluation
     unseen = None if evaluation is None or (run.events_with_load and not evaluation.has_moved) else evaluation.unseen
     if unseen is not None:
-        second = "as planned on the steps before" if unseen.is_replayed else "placement in force"
+        second = "planned on the steps before" if unseen.is_replayed else "placement in force"
         return _Maps(
             _ratios(unseen.before),
             _ratios(unseen.after),
             ("Before: experts where they began", f"After: {second}"),
-            f"the same steps of iterations {unseen.first:,} to {unseen.last:,} in both, which the plan had not seen",
+            f"both maps show iterations {unseen.first:,} to {unseen.last:,}, which the plan had not seen",
         )
     with_load = [event for event in run.events_with_load if _has_gpu_load(event)]
     event = next((event for event in reversed(with_load) if event.decision == "moved"), with_load[-1])
@@ -117,7 +117,7 @@ def _maps(run: Run) -> _Maps:
         _ratios(event.tokens_of_gpu_before),
         _ratios(event.tokens_of_gpu_after),
         ("Before the rebalance", "Under its plan"),
-        f"the window that ended at iteration {event.iteration:,} in both, from which the plan was made",
+        f"both maps show the window up to iteration {event.iteration:,}, from which the plan was made",
     )
 
 
@@ -132,19 +132,19 @@ def _colours() -> Colormap:
 
 
 def _norm(maps: _Maps) -> Normalize:
-    """1 in the middle, and as far to each side as the largest deviation of both maps."""
+    """A scale with 1 in the middle that reaches the largest deviation of both maps on each side."""
     span = max(_MIN_SPAN, *(float(np.nanmax(np.abs(ratios - 1))) for ratios in maps[:2]))
     return Normalize(1 - span, 1 + span)
 
 
 def _separate_nodes(axes: Axes, run: Run, gpus: int) -> None:
-    assert run.topology is not None, "where there is a load of GPUs there is a topology"
+    assert run.topology is not None, "a run with a load of GPUs has a topology"
     for first in range(run.topology.gpus_per_node, gpus, run.topology.gpus_per_node):
         axes.axvline(first - 0.5, color=COLOURS["black"], linewidth=0.8)
 
 
 def _draw_scale(figure: Figure, norm: Normalize, maps: _Maps, stacked: bool) -> None:
-    """Only the part of the scale that occurs: there are no negative loads."""
+    """Draw only the part of the scale that occurs: there are no negative loads."""
     colours = ScalarMappable(norm, _colours())
     bar = colour_bar(figure, colours, figure.axes, "tokens / mean GPU of the layer", stacked=stacked, aspect=25)
     ends = min(1 - _MIN_SPAN, *(float(np.nanmin(ratios)) for ratios in maps[:2])), float(norm.vmax or 1)

@@ -1,4 +1,4 @@
-"""What each rebalance moved, in slots and in bytes."""
+"""The slots and bytes that each rebalance moved."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ __all__ = ["MOVES_BY_REBALANCE", "moves_by_rebalance"]
 
 
 def moves_by_rebalance(run: Run, width: float = WIDE) -> Figure:
-    """Two rows or columns of bars, one for each rebalance: slots moved, and bytes moved inside nodes and between them.
+    """Two bar charts with a bar for each rebalance: slots moved, and bytes moved inside nodes and between nodes.
 
     Args:
-        run: with events.
-        width: inches.
+        run: a run with events.
+        width: width in inches.
 
     Raises:
         DistplbError: if there are no events.
     """
     figure, (slots, sizes) = axes_by_rebalance(run, width)
-    dress(slots, "Slots that got another expert", "rebalance at iteration", "slots, all layers")
+    dress(slots, "Slots that received another expert", "rebalance at iteration", "slots, all layers")
     stack(slots, {"slots": [event.slots_moved for event in run.events]}, {"slots": COLOURS["blue"]})
     slots.yaxis.set_major_locator(MaxNLocator(5, integer=True))
     parts = {
@@ -34,7 +34,7 @@ def moves_by_rebalance(run: Run, width: float = WIDE) -> Figure:
         "between nodes": [event.bytes_between for event in run.events],
     }
     number, unit = unit_of(max(map(sum, zip(*parts.values(), strict=True))), "B")
-    dress(sizes, "What crossed from GPU to GPU", "rebalance at iteration", f"{unit}, all GPUs")
+    dress(sizes, "Bytes sent from GPU to GPU", "rebalance at iteration", f"{unit}, all GPUs")
     scaled = {where: [size / number for size in values] for where, values in parts.items()}
     handles = stack(sizes, scaled, {"inside nodes": COLOURS["sky"], "between nodes": COLOURS["vermilion"]})
     legend_below(figure, handles, width)
@@ -44,11 +44,11 @@ def moves_by_rebalance(run: Run, width: float = WIDE) -> Figure:
 def _caption(run: Run) -> str:
     slots = [event.slots_moved for event in run.events]
     inside, between = (sum(getattr(event, f"bytes_{where}") for event in run.events) for where in ("inside", "between"))
-    rest = f", {np.mean(slots[1:]):.0f} on average by each later one" if len(slots) > 1 else ""
+    rest = f", {np.mean(slots[1:]):.0f} on average in each later one" if len(slots) > 1 else ""
     return (
-        f"{plural(sum(slots), 'slot')} got another expert: {slots[0]:,} by the first rebalance{rest}. "
-        f"{amount(inside, 'B')} crossed inside nodes, {amount(between, 'B')} between them. Where the load is steady, "
-        "later rebalances move little; bars that stay high mean that experts chase a load that does not hold still."
+        f"{plural(sum(slots), 'slot')} received another expert: {slots[0]:,} in the first rebalance{rest}. GPUs sent "
+        f"{amount(inside, 'B')} inside nodes and {amount(between, 'B')} between nodes. If the load is steady, later "
+        "rebalances move little; if the bars stay high, the load changes faster than plans can follow."
     )
 
 
@@ -58,8 +58,8 @@ def _lacks(run: Run) -> str:
     if any(event.slots_moved for event in run.events):
         return ""
     if any(event.decision == "dry run" for event in run.events):
-        return "Nothing was moved, because this was asked for: leave out dry_run=True."
-    return "No rebalance moved anything: the table at the end has the reasons."
+        return "Nothing was moved, because this was a dry run: leave out dry_run=True."
+    return "No rebalance moved anything: the table of all rebalances gives the reasons."
 
 
-MOVES_BY_REBALANCE = ReportFigure("What was moved", moves_by_rebalance, _caption, _lacks)
+MOVES_BY_REBALANCE = ReportFigure("Moves by rebalance", moves_by_rebalance, _caption, _lacks)

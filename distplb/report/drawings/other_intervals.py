@@ -1,4 +1,4 @@
-"""What other intervals between rebalances would have saved on the trace, and moved."""
+"""The time that other intervals between rebalances would have saved on the trace, and the slots moved."""
 
 from __future__ import annotations
 
@@ -18,20 +18,25 @@ __all__ = ["OTHER_INTERVALS", "other_intervals"]
 
 
 def other_intervals(run: Run, width: float = WIDE) -> Figure:
-    """Two rows or columns: by interval in iterations, the modelled time saved, and the slots moved.
+    """Two charts by interval in iterations: the modelled time saved, and the slots moved.
 
-    The time is a share of that without rebalancing, with its 95 % interval; a hollow dot has too few rebalances to
-    tell one.
+    The time saved is a share of the time without rebalancing, with its 95 % confidence interval; a hollow dot means
+    that there are too few rebalances for one.
 
     Args:
-        run: with `what_if`.
-        width: inches.
+        run: a run with `what_if`.
+        width: width in inches.
     """
     stacked = is_narrow(width)
     figure = empty(width, 5.0 if stacked else 3.0)
     saved, moved = two_axes(figure, stacked)
     names = [f"{one.every:,}" + ("\n(as run)" if one.every == run.every else "") for one in run.what_if]
-    dress(saved, "Modelled time saved, moves included", "iterations between rebalances", "share of the time without")
+    dress(
+        saved,
+        "Modelled time saved, moves included",
+        "iterations between rebalances",
+        "relative to no rebalancing",
+    )
     _draw_saved(saved, run.what_if)
     dress(moved, "Slots that would have moved", "iterations between rebalances", "slots, all layers")
     bars = moved.bar(range(len(names)), [one.slots_moved for one in run.what_if], width=0.6, color=COLOURS["blue"])
@@ -47,34 +52,34 @@ def other_intervals(run: Run, width: float = WIDE) -> Figure:
 def _caption(run: Run) -> str:
     best = max(run.what_if, key=lambda one: one.saved)
     text = (
-        "The recorded steps once more, planned at other intervals; each plan is judged on steps that it had not seen, "
-        "against the experts in contiguous order, in modelled seconds of the busiest GPU and of the moves. Upright "
-        "lines are 95 % intervals; a hollow dot has too few rebalances for one. "
+        "The recorded steps, rebalanced at other intervals, compared with experts that stay in contiguous order. Each "
+        "plan is judged on steps that it had not seen, by modelled seconds of the busiest GPU and of the moves. "
+        "Vertical lines are 95 % confidence intervals; a hollow dot has too few rebalances for one. "
     )
     text += f"Costs: {run.costs}. " if run.costs else ""
     if best.saved <= 0:
-        return text + "No interval that was tried saves anything: leave the experts where they begin."
+        return text + "No interval that was tried saves time: leave the experts where they begin."
     text += f"Rebalancing every {plural(best.every, 'iteration')} saves most, {percent(best.saved)}, "
     text += f"with {plural(best.slots_moved, 'slot')} moved and an imbalance of {best.imbalance:.2f}. "
     if best.low is None or best.high is None:
-        return text + "It has too few rebalances to tell whether that is chance."
-    text += f"The 95 % interval goes from {percent(best.low)} to {percent(best.high)}"
-    return text + (": it may be chance." if best.low <= 0 else ".")
+        return text + "There are too few rebalances to rule out chance."
+    text += f"The 95 % confidence interval is {percent(best.low)} to {percent(best.high)}"
+    return text + (", so this may be chance." if best.low <= 0 else ".")
 
 
 def _lacks(run: Run) -> str:
     if run.what_if:
         return ""
     if run.trace is None:
-        return "Other intervals are tried on recorded steps: pass Rebalancer(record=...) a folder, and report on that."
+        return "Other intervals are tried on recorded steps: pass a folder to Rebalancer(record=...), and report on it."
     return (
-        "Other intervals were not tried: the trace has too few iterations or no tokens, or its experts do not go "
-        "evenly on the GPUs. Record for longer, or pass the topology."
+        "Other intervals were not tried: the trace has too few iterations or no tokens, or its experts cannot be "
+        "spread evenly over the GPUs. Record for longer, or pass the topology."
     )
 
 
 def _draw_saved(axes: Axes, trials: Sequence[WhatIf]) -> None:
-    """A dot with its interval, or a hollow one where there are too few rebalances for an interval."""
+    """Draw a dot with its interval, or a hollow dot if there are too few rebalances for an interval."""
     axes.axhline(0, color=GREY, linewidth=1)
     for at, one in enumerate(trials):
         face = "white"

@@ -1,4 +1,4 @@
-"""Where the time of each rebalance went, by stage, and how long iterations took around it.
+"""The time that each rebalance took, by stage, and the time of iterations before and after it.
 
 Shapes: R rebalances.
 """
@@ -34,20 +34,20 @@ _STAGES = {
 
 
 def seconds_by_stage(run: Run, width: float = WIDE) -> Figure:
-    """Stacked bars: seconds of each rebalance by stage, on rank 0; and where known the median iteration around it.
+    """Stacked bars of each rebalance's seconds by stage, on rank 0, and the median iteration before and after it.
 
     Args:
-        run: with events.
-        width: inches.
+        run: a run with events.
+        width: width in inches.
 
     Raises:
         DistplbError: if there are no events.
     """
     figure, (stages, iterations) = axes_by_rebalance(run, width)
-    dress(stages, "A rebalance, by stage", "rebalance at iteration", "seconds")
+    dress(stages, "Time of a rebalance, by stage", "rebalance at iteration", "seconds")
     handles = stack(stages, _seconds_of_stages(run), {stage: COLOURS[colour] for stage, colour in _STAGES.items()})
     _clip_first_bar(stages, [sum(event.seconds.values()) for event in run.events])
-    dress(iterations, "The median iteration", "rebalance at iteration", "seconds")
+    dress(iterations, "Median iteration", "rebalance at iteration", "seconds")
     handles += _draw_iterations(iterations, run)
     legend_below(figure, handles, width)
     return figure
@@ -59,15 +59,16 @@ def _caption(run: Run) -> str:
     longest = max(parts, key=lambda stage: parts[stage])
     text = (
         f"{plural(len(totals), 'rebalance')} took {seconds(sum(totals))} on rank 0, the median one "
-        f"{seconds(float(np.median(totals)))}; {percent(parts[longest] / max(sum(totals), 1e-12))} of it in the stage "
-        f"“{longest}”. The first one also compiles and measures what later ones use."
+        f"{seconds(float(np.median(totals)))}; the longest stage, “{longest}”, took "
+        f"{percent(parts[longest] / max(sum(totals), 1e-12))} of the total. The first rebalance also compiles and "
+        "measures for the later ones."
     )
     timed = [event for event in run.events if event.iteration_seconds and event.iteration_seconds_next]
     if timed:
         text += (
             f" The median iteration took {seconds(timed[0].iteration_seconds)} before the first rebalance and "
-            f"{seconds(timed[-1].iteration_seconds_next or 0)} after the last one: where filled dots lie below hollow "
-            "ones, iterations became faster (that axis does not begin at 0)."
+            f"{seconds(timed[-1].iteration_seconds_next or 0)} after the last one. Where a filled dot is below the "
+            "hollow one, iterations became faster; the axis of these dots does not start at 0."
         )
     return text
 
@@ -75,11 +76,11 @@ def _caption(run: Run) -> str:
 def _lacks(run: Run) -> str:
     if not run.events:
         return NO_EVENTS
-    return "" if any(event.seconds for event in run.events) else "The events have no seconds by stage."
+    return "" if any(event.seconds for event in run.events) else "The events have no times by stage."
 
 
 def _clip_first_bar(axes: Axes, totals: Sequence[float]) -> None:
-    """Where the first bar would make all others flat, it is cut off, and its height is written beside it."""
+    """Cut off the first bar if it would flatten all others, and write its height next to it."""
     later = max(totals[1:], default=0.0)
     if later > 0 and totals[0] > 3 * later:
         axes.set_ylim(0, 1.25 * later)
@@ -87,7 +88,7 @@ def _clip_first_bar(axes: Axes, totals: Sequence[float]) -> None:
 
 
 def _seconds_of_stages(run: Run) -> dict[str, list[float]]:
-    """`[R]` by stage, in the order of a rebalance; stages with other names are added up as "other"."""
+    """`[R]` seconds by stage, in the order of a rebalance; stages with other names are summed as "other"."""
     parts = {stage: [event.seconds.get(stage, 0.0) for event in run.events] for stage in _STAGES}
     parts["other"] = [sum(value for stage, value in e.seconds.items() if stage not in _STAGES) for e in run.events]
     return {stage: values for stage, values in parts.items() if any(values)} or {"count": [0.0] * len(run.events)}
@@ -118,4 +119,4 @@ def _draw_iterations(axes: Axes, run: Run) -> list[Any]:
     ]
 
 
-SECONDS_BY_STAGE = ReportFigure("Where the time went", seconds_by_stage, _caption, _lacks)
+SECONDS_BY_STAGE = ReportFigure("Time by stage", seconds_by_stage, _caption, _lacks)

@@ -1,4 +1,4 @@
-"""How all figures look: sizes, colours that colour-blind readers tell apart, and the frame of an axes."""
+"""The look of all figures: sizes, colours that colour-blind readers can tell apart, and the frame of the axes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = [
     "two_axes",
 ]
 
-WIDE, NARROW = 10.0, 3.75  # inches; at 96 pixels an inch a laptop's column and a phone's
+WIDE, NARROW = 10.0, 3.75  # inches: a laptop's column and a phone's, at 96 pixels an inch
 FONT = 8.6  # points: 11.5 pixels on a screen
 # Okabe and Ito, Color Universal Design, 2008.
 COLOURS = {
@@ -43,23 +43,23 @@ _LINES = "#dddddd"
 
 
 def is_narrow(width: float) -> bool:
-    """Whether two axes have no room side by side."""
+    """Whether a figure is too narrow for two axes side by side."""
     return width < 6.5
 
 
 def empty(width: float, height: float) -> Figure:
-    """A figure without axes, in inches, of which pyplot knows nothing."""
+    """A figure without axes, with its size in inches, not registered with pyplot."""
     return Figure(figsize=(width, height), layout="constrained", facecolor="white")
 
 
 def two_axes(figure: Figure, stacked: bool, **options: Any) -> list[Axes]:
-    """Two axes side by side, or one under the other."""
+    """Two axes, side by side or stacked."""
     shape = (2, 1) if stacked else (1, 2)
     return list(figure.subplots(*shape, squeeze=False, **options).flat)
 
 
 def dress(axes: Axes, title: str = "", x: str = "", y: str = "", grid: str = "y") -> None:
-    """Titles, labels and lines, in the report's size and colours."""
+    """Set title, labels and grid lines in the report's sizes and colours."""
     axes.set_title(title, fontsize=FONT + 0.6, fontweight="bold", loc="left", color=COLOURS["black"])
     axes.set_xlabel(x, fontsize=FONT, color=COLOURS["black"])
     axes.set_ylabel(y, fontsize=FONT, color=COLOURS["black"])
@@ -72,7 +72,7 @@ def dress(axes: Axes, title: str = "", x: str = "", y: str = "", grid: str = "y"
 
 
 def legend_below(figure: Figure, handles: Sequence[Any], width: float) -> None:
-    """One legend for the whole figure, under it."""
+    """Add one legend for the whole figure, below it."""
     rows = -(-len(handles) // (2 if is_narrow(width) else 6))
     figure.legend(
         handles=list(handles),
@@ -87,7 +87,7 @@ def legend_below(figure: Figure, handles: Sequence[Any], width: float) -> None:
 
 
 def mark_each(axes: Axes, along: str, names: Sequence[str], max_ticks: int) -> None:
-    """Ticks 0, 1, ... with names, evenly thinned to `max_ticks` at most."""
+    """Set ticks 0, 1, ... with names, thinned evenly to at most `max_ticks`."""
     axis = axes.xaxis if along == "x" else axes.yaxis
     if len(names) <= max_ticks:
         places = list(range(len(names)))

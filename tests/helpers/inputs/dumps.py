@@ -34,15 +34,15 @@ def _safetensors(header: dict[str, Any], data: bytes) -> bytes:
 CASES: list[Case] = [
     counts_case(
         ".npy of 4 dims",
-        "refused: a.npy has shape (1, 1, 1, 2), 4 dims; sum over the ranks, or whatever is beside steps, "
-        "layers and experts, and pass counts, [layers, experts] or [steps, layers, experts]",
+        "refused: a.npy has shape (1, 1, 1, 2), 4 dims; sum over the ranks, or over any dim that is not steps, "
+        "layers or experts, and pass counts as [layers, experts] or [steps, layers, experts]",
         "a.npy",
         array([[[[5, 3]]]]),
     ),
     counts_case(
         ".npy of float16, 4096",
-        "refused: a.npy has 4096.0 at [0, 0] (1 such); counts must be at most 2048 in float16, which "
-        "rounds others: use int64",
+        "refused: a.npy has 4096.0 at [0, 0] (1 such value); counts must be at most 2048 in float16, which rounds "
+        "larger ones: use int64",
         "a.npy",
         array([[4096, 1]], np.float16),
     ),
@@ -61,8 +61,8 @@ CASES: list[Case] = [
     ),
     counts_case(
         "SGLang's .pt of mode per_pass",
-        "refused: a.pt: 'records' is of single passes and ranks, as SGLang's mode per_pass writes: "
-        "record in mode stat; pass [layers][experts] or [steps][layers][experts] as 'load'",
+        "refused: a.pt: 'records' holds single passes and ranks, as SGLang's mode per_pass writes them: record in "
+        "mode stat; pass [layers][experts] or [steps][layers][experts] as 'load'",
         "a.pt",
         _tensors({"records": [], "last_physical_to_logical_map": torch.tensor([[0]])}),
     ),
@@ -88,28 +88,28 @@ CASES: list[Case] = [
     ),
     counts_case(
         "JSON: expert_load of one layer",
-        "refused: a.json has dtype int64 and shape (2,); pass counts, [layers, experts] or [steps, "
-        "layers, experts], none empty",
+        "refused: a.json has dtype int64 and shape (2,); pass counts as [layers, experts] or [steps, layers, "
+        "experts], none empty",
         "a.json",
         '{"expert_load": [5, 3]}',
     ),
     counts_case(
         "JSON: expert_load of rank 3",
-        "refused: a.json has 'rank' beside 'expert_load', and is of one rank; add up all ranks",
+        "refused: a.json has 'rank' next to 'expert_load', so it belongs to one rank; sum over all ranks",
         "a.json",
         '{"rank": 3, "expert_load": [[5, 3]]}',
     ),
     counts_case(
         "JSON: vLLM's expert_load_window",
-        "refused: a.json: 'expert_load_window' is a ring of one rank's tokens on physical experts: add "
-        "up the ranks and the replicas; pass [layers][experts] or [steps][layers][experts] as 'load'",
+        "refused: a.json: 'expert_load_window' is a ring buffer of one rank's tokens on physical experts: sum over "
+        "the ranks and replicas; pass [layers][experts] or [steps][layers][experts] as 'load'",
         "a.json",
         '{"expert_load_window": [[[5, 3]]]}',
     ),
     counts_case(
         "JSON: load_history of ranks",
-        "refused: a.json has shape (1, 2, 1, 2), 4 dims; sum over the ranks, or whatever is beside "
-        "steps, layers and experts, and pass counts, [layers, experts] or [steps, layers, experts]",
+        "refused: a.json has shape (1, 2, 1, 2), 4 dims; sum over the ranks, or over any dim that is not steps, "
+        "layers or experts, and pass counts as [layers, experts] or [steps, layers, experts]",
         "a.json",
         '{"load_history": [[[[5, 3]], [[1, 7]]]]}',
     ),
@@ -121,8 +121,8 @@ CASES: list[Case] = [
     ),
     counts_case(
         "JSON: an object of objects",
-        "refused: a.json: '0' is an object, as pandas writes them, and may be a layer or an expert; pass "
-        "a list of counts for each layer",
+        "refused: a.json: '0' is an object, as pandas writes it, and may be a layer or an expert; pass a list of "
+        "counts for each layer",
         "a.json",
         '{"0": {"0": 5, "1": 3}}',
     ),
@@ -134,7 +134,7 @@ CASES: list[Case] = [
     ),
     counts_case(
         "JSON: a placement",
-        "refused: a.json: 'expert_of_slot' is a placement, which --current and Placement.load take; pass "
+        "refused: a.json: 'expert_of_slot' is a placement, which --current and Placement.load read; pass "
         "[layers][experts] or [steps][layers][experts] as 'load'",
         "a.json",
         placement_text(),
@@ -155,8 +155,8 @@ CASES: list[Case] = [
     ),
     counts_case(
         "TensorRT-LLM's .safetensors of one rank",
-        "refused: a.safetensors has names such as '100_3', as TensorRT-LLM's statistics of one rank "
-        "have; add up all ranks' files, and pass [iterations, layers, experts] as 'load'",
+        "refused: a.safetensors has names such as '100_3', as in TensorRT-LLM's statistics of one rank; sum over "
+        "the files of all ranks, and pass [iterations, layers, experts] as 'load'",
         "a.safetensors",
         _safetensors({"100_3": {"dtype": "I32", "shape": [2], "data_offsets": [0, 8]}}, bytes(8)),
     ),

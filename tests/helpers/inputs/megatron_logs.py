@@ -100,22 +100,20 @@ CASES: list[Case] = [
     ),
     Case(
         "Megatron: each micro-batch twice in a row",
-        "[[[10, 6]], [[3, 13]]] [warning: rank0.jsonl: 1 of 1 iterations have each micro-batch's counts "
-        "twice, as a job that recomputes activations writes them; each is used once]",
+        "[[[10, 6]], [[3, 13]]] [warning: rank0.jsonl: iterations in which each micro-batch is counted twice, as "
+        "with activation recomputation: 1 of 1; each micro-batch is used once]",
         read(line(1, 0, [A, A, B, B])),
     ),
     Case(
         "Megatron: each micro-batch twice, as in a pipeline",
-        "[[[10, 6]], [[3, 13]], [[5, 11]]] [warning: rank0.jsonl: 1 of 1 iterations have each "
-        "micro-batch's counts twice, as a job that recomputes activations writes them; each is used "
-        "once]",
+        "[[[10, 6]], [[3, 13]], [[5, 11]]] [warning: rank0.jsonl: iterations in which each micro-batch is counted "
+        "twice, as with activation recomputation: 1 of 1; each micro-batch is used once]",
         read(line(1, 0, [A, B, A, C, B, C])),
     ),
     Case(
         "Megatron: one of two layers is recomputed",
-        "[[[10, 6], [5, 11]], [[3, 13], [7, 9]]] [warning: rank0.jsonl: 1 of 1 iterations have each "
-        "micro-batch's counts twice, as a job that recomputes activations writes them; each is used "
-        "once]",
+        "[[[10, 6], [5, 11]], [[3, 13], [7, 9]]] [warning: rank0.jsonl: iterations in which each micro-batch is "
+        "counted twice, as with activation recomputation: 1 of 1; each micro-batch is used once]",
         read(line(1, 0, [A, A, B, B]) + line(1, 1, [C, D])),
     ),
     Case(
@@ -131,23 +129,23 @@ CASES: list[Case] = [
     ),
     Case(
         "Megatron: rank 1 died an iteration early",
-        "iterations [1] [warning: 1 of 2 iterations are left out: rank1.jsonl lacks iteration 2 of decoder.layers.0]",
+        "iterations [1] [warning: left out 1 of 2 iterations: rank1.jsonl lacks iteration 2 of decoder.layers.0]",
         read(line(1, 0, [A]) + line(2, 0, [B]), line(1, 0, [C]), show=iterations),
     ),
     Case(
         "Megatron: rank 1 died in the middle of a line",
-        "iterations [1] [warning: rank1.jsonl: line 2, of iteration 2, breaks off; 1 of 2 iterations "
-        "are left out: rank1.jsonl lacks iteration 2 of decoder.layers.0]",
+        "iterations [1] [warning: rank1.jsonl: line 2 (iteration 2) is truncated; left out 1 of 2 iterations: "
+        "rank1.jsonl lacks iteration 2 of decoder.layers.0]",
         read(line(1, 0, [A]) + line(2, 0, [B]), line(1, 0, [C]) + line(2, 0, [D])[:45], show=iterations),
     ),
     Case(
         "Megatron: rank 0 died between two layers",
-        "iterations [1] [warning: 1 of 2 iterations are left out: rank0.jsonl lacks iteration 2 of decoder.layers.1]",
+        "iterations [1] [warning: left out 1 of 2 iterations: rank0.jsonl lacks iteration 2 of decoder.layers.1]",
         read(line(1, 0, [A]) + line(1, 1, [B]) + line(2, 0, [C]), show=iterations),
     ),
     Case(
         "Megatron: the job died in the middle of a line, and continued on that line",
-        "iterations [1, 2, 3] [warning: rank0.jsonl: line 2, of iteration 2, breaks off]",
+        "iterations [1, 2, 3] [warning: rank0.jsonl: line 2 (iteration 2) is truncated]",
         read(line(1, 0, [A]) + line(2, 0, [B])[:45] + line(2, 0, [C]) + line(3, 0, [D]), show=iterations),
     ),
     Case(
@@ -157,37 +155,37 @@ CASES: list[Case] = [
     ),
     Case(
         "Megatron: only rank 0 wrote iteration 2 again before the job died",
-        "iterations [1] [warning: 1 of 2 iterations are left out: rank1.jsonl or rank0.jsonl has "
-        "iteration 2 of an earlier life of the job]",
+        "iterations [1] [warning: left out 1 of 2 iterations: rank1.jsonl or rank0.jsonl has iteration 2 from an "
+        "earlier run of the job]",
         read(line(1, 0, [A]) + line(2, 0, [B]) + line(2, 0, [C]), line(1, 0, [A]) + line(2, 0, [B]), show=iterations),
     ),
     Case(
         "Megatron: the file of rank 0 is empty",
-        "refused: rank0.jsonl has no whole line; pass the files of ranks that have written some",
+        "refused: rank0.jsonl has no complete line; pass files that have at least one",
         read("", line(1, 0, [A])),
     ),
     Case(
         "Megatron: ranks without a common iteration",
-        "refused: rank1.jsonl lacks iteration 1 of decoder.layers.0, and no iteration is whole on all "
-        "ranks; pass the files of one job, and pipeline_parallel as in it",
+        "refused: rank1.jsonl lacks iteration 1 of decoder.layers.0, and no iteration is complete on all ranks; "
+        "pass the files of one job and its pipeline_parallel",
         read(line(1, 0, [A]), line(2, 0, [A])),
     ),
     Case(
         "Megatron: a line of another kind of layer",
-        "refused: rank0.jsonl, line 2 is not a line of tokens per expert (block is 'encoder'); cut off "
-        "what is damaged, in the files of all ranks",
+        "refused: rank0.jsonl, line 2 is not a line of tokens per expert (block is 'encoder'); remove what is "
+        "damaged from the files of all ranks",
         read(line(1, 0, [A]) + line(2, 0, [A]).replace("decoder", "encoder")),
     ),
     Case(
         "Megatron: a negative count",
-        "refused: rank0.jsonl, line 1 is not a line of tokens per expert (tpe has -2, and counts are "
-        "non-negative); cut off what is damaged, in the files of all ranks",
+        "refused: rank0.jsonl, line 1 is not a line of tokens per expert (tpe has -2, but counts must be "
+        "non-negative); remove what is damaged from the files of all ranks",
         read(line(1, 0, [[4, -2]])),
     ),
     Case(
         "Megatron: a line without counts",
-        "refused: rank0.jsonl, line 1 is not a line of tokens per expert (it has no 'tpe'); cut off what "
-        "is damaged, in the files of all ranks",
+        "refused: rank0.jsonl, line 1 is not a line of tokens per expert (it has no 'tpe'); remove what is damaged "
+        "from the files of all ranks",
         read(line(1, 0, [A]).replace("tpe", "counts")),
     ),
     Case(
@@ -197,13 +195,13 @@ CASES: list[Case] = [
     ),
     Case(
         "Megatron: tokens_per_expert.log without rank 0",
-        "refused: tokens_per_expert.log has no line of rank 0, but of rank 1; pass all ranks'",
+        "refused: tokens_per_expert.log has lines of rank 1, but not of rank 0; pass a log of all ranks",
         read_text(text_line(1, 1, 0, A)),
     ),
     Case(
         "Megatron: tokens_per_expert.log with a tensor",
-        "refused: tokens_per_expert.log, line 1 is not a line of tokens per expert ('Rank=0 "
-        "iter=1 layer=0 tokens_per_expert=tensor([1])'); cut off what is damaged, in the files of all ranks",
+        "refused: tokens_per_expert.log, line 1 is not a line of tokens per expert ('Rank=0 iter=1 layer=0 "
+        "tokens_per_expert=tensor([1])'); remove what is damaged from the files of all ranks",
         read_text("Rank=0 iter=1 layer=0 tokens_per_expert=tensor([1])\n"),
     ),
     Case(

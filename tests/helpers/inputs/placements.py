@@ -218,12 +218,12 @@ CASES: list[Case] = [
     Case("replay of a .npy file with --gpus-per-node", "40 steps of 40 iterations", _replayed),
     Case(
         "replay of a .npy file without --gpus-per-node",
-        "exit 2: [Error: a.npy has counts, and no placement; pass --gpus-per-node, and --nodes, as well]",
+        "exit 2: [Error: a.npy has counts but no placement; also pass --gpus-per-node and, if needed, --nodes]",
         _without_gpus,
     ),
     Case(
         "replay of shape [layers, experts]",
-        "exit 2: [Error: a.npy has one step alone, [layers, experts]; pass [steps, layers, experts] here]",
+        "exit 2: [Error: a.npy has counts of a single step, [layers, experts]; pass [steps, layers, experts]]",
         _one_step,
     ),
 ]

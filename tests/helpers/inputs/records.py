@@ -132,12 +132,12 @@ def written(name: str, text: str) -> Callable[[Path], object]:
 CASES: list[Case] = [
     Case(
         "events: record 2 is cut off before the end of its line",
-        "[1, 3, 4] [warning: events.jsonl: line 2 is not whole, and left out]",
+        "[1, 3, 4] [warning: events.jsonl: line 2 is incomplete and left out]",
         events(f"{record(1)}\n{record(2)[:90]}\n{record(3)}\n{record(4)}\n"),
     ),
     Case(
         "events: record 2 is cut off, and record 3 follows on the same line",
-        "[1, 3, 4] [warning: events.jsonl: line 2 is not whole, and left out]",
+        "[1, 3, 4] [warning: events.jsonl: line 2 is incomplete and left out]",
         events(f"{record(1)}\n{record(2)[:90]}{record(3)}\n{record(4)}\n"),
     ),
     Case("events: two whole records on one line", "[1, 2, 3]", events(f"{record(1)}\n{record(2)}{record(3)}\n")),
@@ -149,8 +149,8 @@ CASES: list[Case] = [
     Case("events: a record with a field from a later version", "[1]", events(record(1)[:-1] + ', "colour": 3}\n')),
     Case(
         "events: a record of version 2",
-        "refused: events.jsonl, line 1: it is 'distplb.event', version 2; this distplb reads "
-        "distplb.event 1; pass a file that an EventLog wrote",
+        "refused: events.jsonl, line 1: it is 'distplb.event', version 2; this distplb reads 'distplb.event', "
+        "version 1; pass a file that an EventLog wrote",
         events(record(1).replace('"version": 1', '"version": 2') + "\n"),
     ),
     Case(
@@ -168,17 +168,18 @@ CASES: list[Case] = [
     Case("events: an empty file", "[]", events("")),
     Case(
         "events: a file of another kind",
-        "refused: events.jsonl, line 1: it is no line of JSON; pass a file that an EventLog wrote",
+        "refused: events.jsonl, line 1: it is not JSON; pass a file that an EventLog wrote",
         events("iteration,decision\n1,moved\n"),
     ),
     Case(
         "events: a line of a gigabyte",
-        "refused: events.jsonl, line 1 has more than 16777216 bytes; cut it off, or pass a file that an EventLog wrote",
+        "refused: events.jsonl, line 1 has more than 16777216 bytes; remove it, or pass a file that an EventLog wrote",
         large(1 << 30),
     ),
     Case(
         "events: a file of 100 GB",
-        "refused: events.jsonl has 100000000000 bytes, 1073741824 are allowed; pass a larger max_bytes if you trust it",
+        "refused: events.jsonl has 100000000000 bytes, but max_bytes allows 1073741824; pass a larger max_bytes if "
+        "you trust it",
         large(100 * 10**9),
     ),
     Case(
@@ -194,32 +195,31 @@ CASES: list[Case] = [
     Case("trace: a part that was never finished", "iterations [1, 2]", half_written),
     Case(
         "trace: a part that is cut off",
-        "refused: 000000000002.npz cannot be read (File is not a zip file); pass a trace written by "
-        "Trace.save or TraceWriter; or move 000000000002.npz away, to read the parts beside it",
+        "refused: 000000000002.npz cannot be read (File is not a zip file); pass a trace written by Trace.save or "
+        "TraceWriter; or move 000000000002.npz away to read the other parts",
         damaged,
     ),
     Case(
         "trace: parts of two jobs",
-        "refused: 5.npz has other layers than 000000000001.npz; pass parts of one job, and of one stage of a pipeline",
+        "refused: 5.npz has other layers than 000000000001.npz; pass parts of one job and one pipeline stage",
         mixed,
     ),
     Case("record= a folder with a trace of this job", "continued", recorded_beside(own_trace)),
     Case(
         "record= a folder with a trace of another job",
-        "refused: record: 000000000001.npz is of another job: it has layers: 1 ('moe'), experts: 2, "
-        "GPUs: 2; this one layers: 1 ('moe'), experts: 4, GPUs: 1; record in a folder of its own, or "
-        "move the files away",
+        "refused: record: 000000000001.npz belongs to another job: it has layers: 1 ('moe'), experts: 2, GPUs: 2; "
+        "this job has layers: 1 ('moe'), experts: 4, GPUs: 1; record in another folder, or move the files away",
         recorded_beside(of_other_experts),
     ),
     Case(
         "record= a folder with events of another job",
-        "refused: record: events.jsonl is of another job: it has layers ['a', 'b'], this one ['moe']; "
-        "record in a folder of its own, or move the file away",
+        "refused: record: events.jsonl belongs to another job: it has layers ['a', 'b'], this job has ['moe']; "
+        "record in another folder, or move the file away",
         recorded_beside(written("events.jsonl", record(1, layers=("a", "b")) + "\n")),
     ),
     Case(
         "record= a folder with an events.jsonl of another kind",
-        "refused: record: events.jsonl is no log of rebalances; record in a folder of its own, or move the file away",
+        "refused: record: events.jsonl is not a log of rebalances; record in another folder, or move the file away",
         recorded_beside(written("events.jsonl", "a,b\n")),
     ),
 ]

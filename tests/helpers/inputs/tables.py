@@ -27,7 +27,8 @@ CASES: list[Case] = [
     ),
     counts_case(
         "CSV: columns e0,e2",
-        "refused: a.csv, line 1 has column 'e0' and 1 more, and none of number 1; pass a column for each expert",
+        "refused: a.csv, line 1 numbers experts as in 'e0', but has no column with number 1; pass a column for each "
+        "expert",
         "a.csv",
         "e0,e2\n5,3\n",
     ),
@@ -39,7 +40,7 @@ CASES: list[Case] = [
     ),
     counts_case(
         "CSV: a wrong total",
-        "refused: a.csv, line 2: the experts have 8 tokens, and the total is 9; correct it, or leave the column out",
+        "refused: a.csv, line 2: the counts add up to 8, but the total is 9; correct it, or leave the column out",
         "a.csv",
         "layer,0,1,total\n3,5,3,9\n",
     ),
@@ -51,8 +52,8 @@ CASES: list[Case] = [
     ),
     counts_case(
         "CSV: columns rank, layer, 0, 1",
-        "refused: a.csv, line 1: column 'rank' says that rows are of one rank each; add up the ranks, "
-        "and pass a row for each layer",
+        "refused: a.csv, line 1: column 'rank' means that each row belongs to one rank; sum over the ranks, and "
+        "pass a row for each layer",
         "a.csv",
         "rank,layer,0,1\n0,x,5,3\n1,x,1,7\n",
     ),
@@ -64,7 +65,7 @@ CASES: list[Case] = [
     ),
     counts_case(
         "CSV: a step without one of the layers",
-        "refused: a.csv has no row of layer 'y' in step 8; pass all layers of each step",
+        "refused: a.csv has no row for layer 'y' in step 8; pass all layers of each step",
         "a.csv",
         "step,layer,0,1\n7,x,5,3\n7,y,1,7\n8,x,4,4\n",
     ),
@@ -76,14 +77,14 @@ CASES: list[Case] = [
     ),
     counts_case(
         "CSV: the same without a count of 0",
-        "refused: a.csv has no count of expert 0 in layer '1'; pass zeros too",
+        "refused: a.csv has no count for expert 0 in layer '1'; pass zeros too",
         "a.csv",
         "layer,expert,count\n0,0,5\n0,1,3\n1,1,7\n",
     ),
     counts_case(
         "CSV: rows named expert_0, expert_1",
-        "refused: a.csv: 'expert_0' names an expert where a layer is expected; pass a row for each layer "
-        "and a column for each expert, of all ranks together",
+        "refused: a.csv: 'expert_0' names an expert where a layer is expected; pass a row for each layer and a "
+        "column for each expert, summed over all ranks",
         "a.csv",
         "expert_0,5,3\nexpert_1,1,7\n",
     ),
@@ -98,8 +99,8 @@ CASES: list[Case] = [
     ),
     counts_case(
         "CSV without a header: rows begin with 0, 1, 2",
-        "refused: a.csv: the first column counts the rows from 0; put a header above it, 'layer,0,1,2' "
-        "and so on if it is the number of the layer, '0,1,2' if it is a count",
+        "refused: a.csv: the first column numbers the rows from 0; add a header: 'layer,0,1,2' and so on if that "
+        "column is the layer's index, '0,1,2' and so on if it has counts",
         "a.csv",
         "0,5,3\n1,1,7\n2,4,4\n",
     ),
@@ -117,42 +118,42 @@ CASES: list[Case] = [
     ),
     counts_case(
         "CSV: moe,0,1,2 above counts",
-        "refused: a.csv, line 1 has 'moe' and the numbers from 0 to 2, and may be a header or counts; name its "
-        "first column 'layer' or 'step' if it is a header, else put one above it",
+        "refused: a.csv, line 1 has 'moe' and the numbers from 0 to 2, so it may be a header or counts; if it is a "
+        "header, name its first column 'layer' or 'step', else add a header above it",
         "a.csv",
         "moe,0,1,2\nx,5,3,4\n",
     ),
     counts_case(
         "CSV: columns epoch, layer, e0, e1",
-        "refused: a.csv, line 1 has column 'epoch', which does not number an expert as 'e0' does; leave it "
-        "out, or name it 'layer' or 'step' if it is that",
+        "refused: a.csv, line 1 has column 'epoch', which does not number an expert as 'e0' does; leave it out, or "
+        "name it 'layer' or 'step' if that is what it holds",
         "a.csv",
         "epoch,layer,e0,e1\n0,x,5,3\n",
     ),
     counts_case(
         "CSV: columns layer, 0, 1, mean",
-        "refused: a.csv, line 1 has column 'mean' beside experts that are numbered; leave it out, or name it "
-        "'layer' or 'step' if it is that",
+        "refused: a.csv, line 1 has column 'mean' next to numbered experts; leave it out, or name it 'layer' or "
+        "'step' if that is what it holds",
         "a.csv",
         "layer,0,1,mean\nx,5,3,4\n",
     ),
     counts_case(
         "JSON: pandas columns, each a list",
-        "refused: a.json: 'layer' is what a column is named, and stands where a layer's name is expected; pass "
-        "a list of counts for each layer, or rows with names of columns above them",
+        "refused: a.json: 'layer' is the name of a column where the name of a layer is expected; pass a list of "
+        "counts for each layer, or rows below a header",
         "a.json",
         '{"layer": [0, 0], "expert": [0, 1], "count": [5, 3]}',
     ),
     counts_case(
         "JSON: load of ep_rank 3",
-        "refused: a.json has 'ep_rank' beside 'load', and is of one rank; add up all ranks",
+        "refused: a.json has 'ep_rank' next to 'load', so it belongs to one rank; sum over all ranks",
         "a.json",
         '{"ep_rank": 3, "load": [[5, 3]]}',
     ),
     counts_case(
         "JSON: a setting among the layers",
-        "refused: a.json: 'epoch' is 3 where a list of counts is expected; pass a list of counts for each "
-        "layer, all as long, or name [steps][layers][experts] 'load' (it has 'epoch', 'x')",
+        "refused: a.json: 'epoch' is 3 where a list of counts is expected; pass a list of counts for each layer, "
+        "all of equal length, or name [steps][layers][experts] 'load' (the file has 'epoch', 'x')",
         "a.json",
         '{"epoch": 3, "x": [5, 3]}',
     ),
@@ -182,13 +183,13 @@ CASES: list[Case] = [
     ),
     counts_case(
         "CSV with semicolons and 5,0",
-        "refused: a.csv has commas and semicolons; begin it with a line 'sep=;' that names what parts the cells",
+        "refused: a.csv has commas and semicolons; begin it with a line such as 'sep=;' that names the separator",
         "a.csv",
         "layer;0;1\nx;5,0;3,0\n",
     ),
     counts_case(
         'CSV: "1,234"',
-        "refused: a.csv, line 2, column 2: '1,234' may be 1234, or 1 and 234 thousandths; write counts as digits alone",
+        "refused: a.csv, line 2, column 2: '1,234' may be 1234, or 1 and 234 thousandths; write counts in digits only",
         "a.csv",
         'layer,0,1\nx,"1,234",5\n',
     ),
@@ -197,13 +198,13 @@ CASES: list[Case] = [
     ),
     counts_case(
         "CSV: 1.23E+05",
-        "refused: a.csv, line 2, column 2: '1.23E+05' may be rounded; write counts as digits alone",
+        "refused: a.csv, line 2, column 2: '1.23E+05' may be rounded; write counts in digits only",
         "a.csv",
         "layer,0,1\nx,1.23E+05,5\n",
     ),
     counts_case(
         "CSV: 0.5",
-        "refused: a.csv, line 2, column 2: '0.5' is not whole; pass tokens, not shares or means of them",
+        "refused: a.csv, line 2, column 2: '0.5' is not an integer; pass tokens, not fractions or means of them",
         "a.csv",
         "layer,0,1\nx,0.5,0.5\n",
     ),

@@ -1,4 +1,4 @@
-"""Writes what a job leaves behind, with the distplb that is imported: `python tests/records/data/write.py FOLDER`."""
+"""Writes the files of a job with the distplb that is imported: `python tests/records/data/write.py FOLDER`."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ NEXT = {"imbalance_next": (1.0, 1.25), "iteration_seconds_next": 0.25, "repaid":
 
 
 def write(folder: Path) -> None:
-    """A trace of two parts, a placement, and the records of two rebalances where this distplb has any."""
+    """Write a trace of two parts, a placement, and the records of two rebalances if this distplb has records."""
     placements = [distplb.Placement(torch.tensor(table), 4, 2) for table in TABLES]
     load = torch.arange(64).reshape(8, 2, 4) % 37
     with distplb.TraceWriter(folder, layers=LAYERS, note="a run") as writer:
