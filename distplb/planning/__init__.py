@@ -1,4 +1,4 @@
-"""Load and topology in, placement out: pure, but for `plan`, which has the collectives between the stages.
+"""Turn a load and a topology into a placement. All of it is pure but `plan`, which runs collectives between stages.
 
 May import `packing`, `comm` and `core`.
 """

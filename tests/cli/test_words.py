@@ -340,5 +340,5 @@ def test_a_plan_on_one_rank_raises_the_error_itself() -> None:
     """It raised another with the same text, which no command line could put into its words."""
     with pytest.raises(OptionError) as refused:
         distplb.plan(torch.ones(1, 8, dtype=torch.int64), Topology(1, 2), num_slots=9)
-    assert "pass --slots 10, 2 more than experts" in refused.value.told(as_option)
+    assert "pass --slots 10 (2 for replicas)" in refused.value.told(as_option)
     assert isinstance(refused.value, DistplbError)

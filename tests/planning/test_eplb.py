@@ -201,18 +201,18 @@ def test_weights_that_are_none_are_refused(weight: Tensor, wording: str) -> None
     [
         (
             (5, 1, 1, 2),
-            "5 slots cannot be spread evenly over 2 GPUs (1 nodes × 2); pass num_slots=6, 2 more than experts",
+            "5 slots cannot be spread evenly over 2 GPUs (1 node × 2); pass num_slots=6 (2 for replicas), or",
         ),
         (
             (2, 1, 1, 2),
             "num_slots is 2 for 4 experts; it counts the slots of all GPUs, and every expert needs one: "
-            "pass num_slots=6 for 2 more than experts, or num_slots=4 for 2 on each of 2 GPUs",
+            "pass num_slots=6 (2 for replicas), or num_slots=4 (2 on each of 2 GPUs)",
         ),
-        ((6, 3, 1, 2), "num_groups is 3, which does not divide 4 experts; pass the number of groups of the router"),
-        ((6, 0, 1, 2), "num_groups is 0, which does not divide 4 experts; pass the number of groups of the router"),
+        ((6, 3, 1, 2), "num_groups is 3, which does not divide 4 experts; pass the router's number of groups"),
+        ((6, 0, 1, 2), "num_groups is 0, which does not divide 4 experts; pass the router's number of groups"),
         ((6, 1, 2, 3), "3 GPUs cannot be spread evenly over 2 nodes"),
         ((6, 1, 0, 2), "2 GPUs cannot be spread evenly over 0 nodes"),
-        ((6, 1, 1, 0), "0 GPUs cannot be spread evenly over 1 nodes"),
+        ((6, 1, 1, 0), "0 GPUs cannot be spread evenly over 1 node"),
     ],
 )
 def test_numbers_that_do_not_divide_are_refused(numbers: tuple[int, ...], wording: str) -> None:

@@ -41,14 +41,14 @@ REFUSED = {
         {"num_slots": 8},
         "num_slots is 8 for 12 experts; it counts the slots of all GPUs, and every expert needs one: "
         "pass at least num_slots=12, "
-        "or num_slots=20 for 8 more than experts, or num_slots=32 for 8 on each of 4 GPUs",
+        "or num_slots=20 (8 for replicas), or num_slots=32 (8 on each of 4 GPUs)",
     ),
     "fewer slots than experts, and not a multiple": (
         (1, 5),
         {"num_slots": 10},
         "num_slots is 10 for 12 experts; it counts the slots of all GPUs, and every expert needs one: "
         "pass at least num_slots=15, "
-        "or num_slots=25 for 13 more than experts, or num_slots=50 for 10 on each of 5 GPUs",
+        "or num_slots=25 (13 for replicas), or num_slots=50 (10 on each of 5 GPUs)",
     ),
     "no slots": (
         (2, 2),
@@ -59,19 +59,19 @@ REFUSED = {
     "slots of no GPU": (
         (2, 2),
         {"num_slots": 14},
-        "14 slots cannot be spread evenly over 4 GPUs (2 nodes × 2); pass num_slots=16, 4 more than experts, "
+        "14 slots cannot be spread evenly over 4 GPUs (2 nodes × 2); pass num_slots=16 (4 for replicas), "
         "or num_nodes and gpus_per_node whose product divides 14",
     ),
     "experts of no GPU": (
         (1, 5),
         {},
-        "12 slots cannot be spread evenly over 5 GPUs (1 nodes × 5); pass num_slots=15, 3 more than experts, "
+        "12 slots cannot be spread evenly over 5 GPUs (1 node × 5); pass num_slots=15 (3 for replicas), "
         "or num_nodes and gpus_per_node whose product divides 12",
     ),
     "replicas in mode permute": (
         (1, 4),
         {"num_slots": 16, "mode": "permute"},
-        "num_slots is 16 for 12 experts, and mode 'permute' knows no replicas; pass mode='remap', or num_slots=12",
+        "num_slots is 16 for 12 experts, and mode 'permute' does not support replicas; pass mode='remap', or num_slots=12",
     ),
     "replicas that must share": (
         (1, 2),
@@ -88,13 +88,17 @@ REFUSED = {
     "groups of no expert": (
         (1, 2),
         {"num_groups": 5},
-        "num_groups is 5, which does not divide 12 experts; pass the number of groups of the router, or leave it out",
+        "num_groups is 5, which does not divide 12 experts; pass the router's number of groups, or leave it out",
     ),
-    "no groups": ((1, 2), {"num_groups": 0}, "num_groups is 0, which does not divide 12 experts; pass the number"),
+    "no groups": (
+        (1, 2),
+        {"num_groups": 0},
+        "num_groups is 0, which does not divide 12 experts; pass the router's number",
+    ),
     "minus a group": (
         (1, 2),
         {"num_groups": -1},
-        "num_groups is -1, which does not divide 12 experts; pass the number",
+        "num_groups is -1, which does not divide 12 experts; pass the router's number",
     ),
     "groups of no node": (
         (2, 2),
@@ -105,7 +109,7 @@ REFUSED = {
         (2, 2),
         {"num_groups": 6, "mode": "permute"},
         "a block of 2 slots (num_groups is 6) neither fills whole GPUs of 3 slots nor divides them, so no block "
-        "permutation evens out the GPUs; use a number of GPUs that divides 6 or is a multiple of it",
+        "permutation balances the GPUs; use a number of GPUs that divides 6 or is a multiple of it",
     ),
     "blocks that end inside another GPU": (
         (2, 2),
@@ -135,21 +139,21 @@ REFUSED = {
     "classes and replicas": (
         (1, 2),
         {"slot_class": torch.zeros(12, dtype=torch.int64), "num_slots": 14},
-        "slot_class goes with neither replicas nor groups: leave out num_slots and num_groups, or slot_class",
+        "slot_class cannot be combined with replicas or groups; leave out num_slots and num_groups, or slot_class",
     ),
     "classes and groups": (
         (1, 2),
         {"slot_class": torch.zeros(12, dtype=torch.int64), "num_groups": 2},
-        "slot_class goes with neither replicas nor groups: leave out num_slots and num_groups, or slot_class",
+        "slot_class cannot be combined with replicas or groups; leave out num_slots and num_groups, or slot_class",
     ),
     "another mode": ((1, 2), {"mode": "swap"}, "mode is 'swap'; pass 'permute' or 'remap'"),
     "no candidates": ((1, 2), {"num_candidates": 0}, "num_candidates is 0; pass 1 to 2^22"),
     "candidates beyond their bits": ((1, 2), {"num_candidates": 2**22 + 1}, "is 4194305; pass 1 to 2^22"),
-    "a negative seed": ((1, 2), {"seed": -1}, "seed is -1; pass a whole number in [0, 2^62)"),
+    "a negative seed": ((1, 2), {"seed": -1}, "seed is -1; pass an integer in [0, 2^62)"),
     "a seed that does not fit": (
         (1, 2),
         {"seed": 2**62},
-        "seed is 4611686018427387904; pass a whole number in [0, 2^62)",
+        "seed is 4611686018427387904; pass an integer in [0, 2^62)",
     ),
     "another engine": (
         (1, 2),
@@ -170,20 +174,20 @@ REFUSED = {
         f"the price {price!r}": (
             (1, 2),
             {"move_price": price, "current": random_placement(1, 12, 12, 2)},
-            f"move_price is {price!r}; pass tokens of the window for each moved slot, at least 0: one number, or a ",
+            f"move_price is {price!r}; pass tokens of the window per moved slot, at least 0: one number, or a ",
         )
         for price in NO_PRICES
     },
     "current with replicas": (
         (1, 2),
         {"current": random_placement(1, 12, 14, 2)},
-        "current has (layers, experts, slots, GPUs) = (1, 12, 14, 2), the load and topology (1, 12, 12, 2); "
-        "pass the placement in force of the same model",
+        "current has (layers, experts, slots, GPUs) = (1, 12, 14, 2), load and topology have (1, 12, 12, 2); "
+        "pass the placement in force for the same model",
     ),
     "current without them": (
         (1, 2),
         {"current": random_placement(1, 12, 12, 2), "num_slots": 14},
-        "current has (layers, experts, slots, GPUs) = (1, 12, 12, 2), the load and topology (1, 12, 14, 2)",
+        "current has (layers, experts, slots, GPUs) = (1, 12, 12, 2), load and topology have (1, 12, 14, 2)",
     ),
 }
 

@@ -187,7 +187,7 @@ ODD: dict[str, tuple[dict[str, Any], str]] = {
     "type": ({"load": "no tensor"}, "rank 2: "),
     "replicas in mode permute": (
         {"num_slots": 48, "mode": "permute"},
-        "rank 2: num_slots is 48 for 32 experts, and mode 'permute' knows no replicas; pass mode='remap'",
+        "rank 2: num_slots is 48 for 32 experts, and mode 'permute' does not support replicas; pass mode='remap'",
     ),
 }
 # The same, where all ranks start from what is in force, and moves have a price.
@@ -204,14 +204,14 @@ PRICED: dict[str, tuple[dict[str, Any], str]] = {
     "no price": ({"move_price": 0.0}, "ranks disagree on move_price inside a node (in 2^-16): 0 on one, 163840"),
     "no current": ({"move_price": 0.0, "current": None}, "ranks disagree on the current placement (digest): -1 on one"),
     "curve": ({"time_curve": CURVE}, "ranks disagree on time_curve (digest): -1 on one, "),
-    "no number": ({"move_price": float("nan")}, "rank 2: move_price is nan; pass tokens of the window for each moved "),
+    "no number": ({"move_price": float("nan")}, "rank 2: move_price is nan; pass tokens of the window per moved "),
     "a price of nothing": ({"current": None}, "rank 2: move_price is 2.5 without current; pass the placement in force"),
 }
 # What all ranks do alike.
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "slots": (
         {"topology": Topology(1, 5)},
-        "32 slots cannot be spread evenly over 5 GPUs (1 nodes × 5); pass num_slots=35, 3 more than experts",
+        "32 slots cannot be spread evenly over 5 GPUs (1 node × 5); pass num_slots=35 (3 for replicas), or",
     ),
     "candidates": ({"num_candidates": 0}, "num_candidates is 0; pass 1 to 2^22"),
     "engine": ({"engine": "magic"}, "engine 'magic' is not there; pass one of reference, cpu, cuda, or engine=None"),

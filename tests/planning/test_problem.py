@@ -287,5 +287,5 @@ def test_a_current_placement_of_another_model_is_refused(current: Placement) -> 
     sizes = (current.num_layers, current.num_experts, current.num_slots, current.num_gpus)
     with pytest.raises(DistplbError) as refused:
         Problem(torch.ones(1, 2, 4, dtype=torch.int64), Topology(1, 2), PlanOptions(current=current))
-    assert f"(layers, experts, slots, GPUs) = {sizes}, the load and topology (2, 4, 4, 2)" in str(refused.value)
-    assert "pass the placement in force of the same model" in str(refused.value)
+    assert f"(layers, experts, slots, GPUs) = {sizes}, load and topology have (2, 4, 4, 2)" in str(refused.value)
+    assert "pass the placement in force for the same model" in str(refused.value)

@@ -287,7 +287,7 @@ CASES: list[Case] = [
     ),
     Case(
         "`distplb replay` of a trace without tokens",
-        "exit 2: [Error: the trace has no tokens; pass one of a job that trains]",
+        "exit 2: [Error: the trace has no tokens; pass the trace of a job that trains]",
         lambda folder: command("replay", traced(folder, NOTHING)),
     ),
     Case(
