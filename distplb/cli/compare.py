@@ -162,15 +162,15 @@ def _in_order_of_layers(loads: Loads, path: Path, request: PlanRequest) -> Tenso
             (request.path, path, loads.layers) if unseen_has_names else (path, request.path, request.layers)
         )
         raise DistplbError(
-            f"{without} has no layer names, but {with_} has, such as {layers[0]!r}; pass two files with names, or two "
-            "without"
+            f"{without} has no layer names, but {with_} has some, such as {layers[0]!r}; pass two files with names, "
+            "or two without"
         )
     row = {name: at for at, name in enumerate(loads.layers)}
     missing = [name for name in request.layers if name not in row]
     if missing:
         own = ", ".join(map(repr, loads.layers[:3])) + ", ..." * (len(loads.layers) > 3)
         raise DistplbError(
-            f"{path} has no layer {missing[0]!r}, unlike {request.path}, but has {own}; pass two loads of the same "
+            f"{path} has no layer {missing[0]!r}, which {request.path} has (it has {own}); pass two loads of the same "
             "model"
         )
     return unseen[:, [row[name] for name in request.layers]]

@@ -25,7 +25,7 @@ def load_hints(load: Tensor, *, before: float | None, is_trace: bool) -> list[st
 
     >>> import torch
     >>> load_hints(torch.tensor([[[9, 7, 0, 0]], [[0, 0, 8, 6]]]), before=2.0, is_trace=True)[0]
-    "no expert has tokens in more than one of 2 steps: if they are the counts of one rank's experts each, add them up"
+    "no expert has tokens in more than one of 2 steps: if each step counts only one rank's experts, add the steps up"
 
     Args:
         load: `[T, L, E]` int64.
@@ -44,8 +44,8 @@ def _hints(load: Tensor, before: float | None, is_trace: bool) -> Iterator[str]:
         yield "there is one step: the plan is judged on the step it was made from; record more steps"
     if _steps_are_disjoint(load):
         yield (
-            f"no expert has tokens in more than one of {len(load)} steps: if they are the counts of one rank's experts "
-            "each, add them up"
+            f"no expert has tokens in more than one of {len(load)} steps: if each step counts only one rank's experts, "
+            "add the steps up"
         )
     if before is not None and before <= _EVEN:
         yield (
@@ -58,7 +58,7 @@ def _hints(load: Tensor, before: float | None, is_trace: bool) -> Iterator[str]:
         experts, extra_tokens = extra
         yield (
             f"in every layer {experts} at least {extra_tokens:,} token{'s' * (extra_tokens != 1)} more than the next "
-            "one, about equally many in all layers: if padding is routed, leave it out of the counts"
+            "one, about equally many in all layers: if this is padding, leave it out of the counts"
         )
 
 

@@ -1,4 +1,4 @@
-"""What `plan` takes and what it refuses: with the value that it found, and what to pass instead.
+"""`plan` accepts or refuses its options; a refusal names the value and what to pass instead.
 
 Shapes: T steps, L layers, E experts, P slots.
 """
@@ -23,7 +23,7 @@ LOAD = torch.tensor([[9, 1, 5, 5, 7, 2, 8, 3, 1, 1, 4, 6]])  # 12 experts
 
 
 def random_placement(num_layers: int, num_experts: int, num_slots: int, num_gpus: int) -> Placement:
-    """Every expert, and some more than once."""
+    """Every expert, some of them more than once."""
     random_ = random.Random(num_slots)
     spare = [random_.choices(range(num_experts), k=num_slots - num_experts) for _ in range(num_layers)]
     table = [random_.sample([*range(num_experts), *more], num_slots) for more in spare]
@@ -71,7 +71,8 @@ REFUSED = {
     "replicas in mode permute": (
         (1, 4),
         {"num_slots": 16, "mode": "permute"},
-        "num_slots is 16 for 12 experts, and mode 'permute' does not support replicas; pass mode='remap', or num_slots=12",
+        "num_slots is 16 for 12 experts, and mode 'permute' does not support replicas; pass mode='remap', or "
+        "num_slots=12",
     ),
     "replicas that must share": (
         (1, 2),
@@ -236,7 +237,7 @@ def test_what_is_not_a_load_is_refused_with_the_value_and_a_remedy(load: Tensor,
         assert wording in str(refused.value)
 
 
-# --- what is taken ----------------------------------------------------------------------------------------------
+# --- accepted ---------------------------------------------------------------------------------------------------
 
 
 def test_the_least_and_the_largest_numbers_are_taken() -> None:
@@ -263,7 +264,7 @@ def test_the_least_and_the_largest_numbers_are_taken() -> None:
     ):
         assert plan(LOAD, Topology(1, 2), **options).num_slots == options.get("num_slots", 12)
     PlanOptions(num_candidates=2**22).check(Topology(1, 2), 1, 12)
-    # Any number of groups goes with one GPU, and any that divides the experts with one block a GPU.
+    # One GPU accepts any number of groups, and one block per GPU any number that divides the experts.
     PlanOptions(num_groups=4, mode="permute").check(Topology(1, 1), 1, 12)
     PlanOptions(num_groups=3, mode="permute").check(Topology(3, 1), 1, 12)
 
@@ -280,7 +281,7 @@ def test_classes_may_be_of_any_integer_type(dtype: torch.dtype) -> None:
 
 
 def all_options() -> list[tuple[Topology, dict[str, Any]]]:
-    """Every combination that is taken, for 16 experts in 3 layers."""
+    """Every accepted combination, for 16 experts in 3 layers."""
     choices = itertools.product(
         (Topology(1, 4), Topology(2, 4)),
         (None, 16, 24, 48),
@@ -317,7 +318,7 @@ def test_no_tokens_at_all_are_planned_under_every_combination_of_options() -> No
             price = 0.0 if options["current"] is None else num_candidates - 0.75
             placement = plan(load, topology, num_candidates=num_candidates, move_price=price, **options)
             assert placement.num_slots == (options["num_slots"] or 16)  # a Placement has checked the rest itself
-            if options["current"] is not None:  # what breaks the rules may not stay
+            if options["current"] is not None:  # a placement that breaks the rules may not stay
                 priced = PlanOptions(move_price=price, **options)
                 stays = Problem(torch.zeros(1, 3, 16, dtype=torch.int64), topology, priced)._may_stay
                 kept = (placement.expert_of_slot == options["current"].expert_of_slot).all(1)
@@ -336,7 +337,7 @@ def test_some_layers_without_tokens_change_nothing_in_the_others() -> None:
         assert torch.equal(partly_empty[[0, 2]], expected[[0, 2]])
 
 
-# --- what all ranks must share ----------------------------------------------------------------------------------
+# --- equal on all ranks -----------------------------------------------------------------------------------------
 
 
 def test_every_option_but_the_engine_is_a_field_of_its_own() -> None:
@@ -365,7 +366,7 @@ def test_every_option_but_the_engine_is_a_field_of_its_own() -> None:
         assert option == "engine" or option.replace("current", "the current") in differing[0]
         changed_fields |= set(differing)
     assert changed_fields | {name for name in plain if name.startswith("move_price")} == set(plain)
-    # Left out, P is E.
+    # By default, P is E.
     assert PlanOptions(12, **one).fields(12) == plain
 
 
@@ -384,7 +385,7 @@ def test_prices_are_told_apart_to_the_last_bit_and_mean_nothing_without_a_curren
     assert pair["move_price inside a node (in 2^-16)"] == 2.5 * 2**16
     assert pair["move_price between nodes (in 2^-16)"] == 1e9 * 2**16
     assert fields(3) == fields(3.0) == fields((3.0, 3.0))
-    assert fields(float("inf")) == fields(10**400) == fields(1e300)  # all is saturated
+    assert fields(float("inf")) == fields(10**400) == fields(1e300)  # all saturate
     assert PlanOptions(move_price=5.0).prices == (0.0, 0.0)
 
 

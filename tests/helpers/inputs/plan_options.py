@@ -206,20 +206,20 @@ CASES: list[Case] = [
     ),
     Case(
         "`--move-price 1,2,3`",
-        "exit 2: [Error: Invalid value for '--move-price': '1,2,3' is no price; pass tokens, at least 0: "
-        "one number, or INSIDE,BETWEEN. Try 'distplb plan --help'.]",
+        "exit 2: [Error: Invalid value for '--move-price': '1,2,3' is not a price; pass tokens, at least "
+        "0: one number, or INSIDE,BETWEEN. Try 'distplb plan --help'.]",
         planned("--move-price", "1,2,3"),
     ),
     Case(
         "`--move-price nan`",
-        "exit 2: [Error: Invalid value for '--move-price': 'nan' is no price; pass tokens, at least 0: "
+        "exit 2: [Error: Invalid value for '--move-price': 'nan' is not a price; pass tokens, at least 0: "
         "one number, or INSIDE,BETWEEN. Try 'distplb plan --help'.]",
         planned("--move-price", "nan"),
     ),
     Case(
         "`--move-price -1`",
-        "exit 2: [Error: Invalid value for '--move-price': '-1' is no price; pass tokens, at least 0: one"
-        " number, or INSIDE,BETWEEN. Try 'distplb plan --help'.]",
+        "exit 2: [Error: Invalid value for '--move-price': '-1' is not a price; pass tokens, at least 0: "
+        "one number, or INSIDE,BETWEEN. Try 'distplb plan --help'.]",
         planned("--move-price", -1),
     ),
     Case(
@@ -238,19 +238,19 @@ CASES: list[Case] = [
     ),
     Case(
         "`--current -`",
-        "exit 2: [Error: Invalid value for '--current': '-' is no path, and the standard input is not "
-        "read; pass a file, or ./- for one of this name. Try 'distplb plan --help'.]",
+        "exit 2: [Error: Invalid value for '--current': '-' is not a path, and standard input is not "
+        "read; pass a file, or ./- for a file of this name. Try 'distplb plan --help'.]",
         planned("--current", "-"),
     ),
     Case(
         "`plan -`",
-        "exit 2: [Error: Invalid value for 'LOADS': '-' is no path, and the standard input is not read; "
-        "pass a file, or ./- for one of this name. Try 'distplb plan --help'.]",
+        "exit 2: [Error: Invalid value for 'LOADS': '-' is not a path, and standard input is not read; "
+        "pass a file, or ./- for a file of this name. Try 'distplb plan --help'.]",
         run_words("plan", "-", *TWO),
     ),
     Case(
         '`plan ""`',
-        "exit 2: [Error: Invalid value for 'LOADS': '' is no path; pass one. Try 'distplb plan --help'.]",
+        "exit 2: [Error: Invalid value for 'LOADS': '' is not a path; pass one. Try 'distplb plan --help'.]",
         run_words("plan", "", *TWO),
     ),
     Case(
@@ -270,26 +270,26 @@ CASES: list[Case] = [
     ),
     Case(
         "`--output runs`, a folder",
-        "exit 2: [Error: Invalid value for '--output': runs is a folder; pass the file to write, as "
+        "exit 2: [Error: Invalid value for '--output': runs is a folder; pass the file to write, such as "
         "runs/name. Try 'distplb plan --help'.]",
         written("--output", "{folder}/runs"),
     ),
     Case(
         "`--output missing/placement.json`",
-        "exit 2: [Error: Invalid value for '--output': there is no folder missing; make it, or pass "
+        "exit 2: [Error: Invalid value for '--output': there is no folder missing; create it, or pass "
         "another file. Try 'distplb plan --help'.]",
         written("--output", "{folder}/missing/placement.json"),
     ),
     Case(
         "`--output load.npy/placement.json`",
-        "exit 2: [Error: Invalid value for '--output': load.npy is no folder; pass another file. Try "
+        "exit 2: [Error: Invalid value for '--output': load.npy is not a folder; pass another file. Try "
         "'distplb plan --help'.]",
         written("--output", "{folder}/load.npy/placement.json"),
     ),
     Case(
         "`plan load.npy --output load.npy`",
-        "exit 2: [Error: Invalid value for --output: load.npy is what is read, and would be lost; pass "
-        "another file. Try 'distplb plan --help'.]",
+        "exit 2: [Error: Invalid value for --output: load.npy is the command's input and would be "
+        "overwritten; pass another file. Try 'distplb plan --help'.]",
         written("--output", "{folder}/load.npy"),
     ),
     Case(
