@@ -1,4 +1,4 @@
-"""Turn a load and a topology into a placement. All of it is pure but `plan`, which runs collectives between stages.
+"""Turn a load and a topology into a placement. Only `plan`, which runs collectives between stages, is not pure.
 
 May import `packing`, `comm` and `core`.
 """

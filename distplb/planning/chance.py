@@ -70,7 +70,7 @@ def even_by_chance(load: Tensor, placement: Placement) -> Tensor:
 def _is_small(squares: int, steps: Sequence[int], num_gpus: int, shift: int, fine: int) -> bool:
     """Whether chance explains a sum of squares of M × (tokens − mean), each shifted right by `shift`; exact.
 
-    What is squared is in units of 2^-`fine` tokens; `steps` holds tokens.
+    The squared values are in units of 2^-`fine` tokens, `steps` in tokens.
     """
     total, square = sum(steps), sum(tokens**2 for tokens in steps)
     freedom = (num_gpus - 1) * (total**2 // max(1, square))

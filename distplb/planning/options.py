@@ -167,8 +167,8 @@ class PlanOptions:
             return
         if self.mode == "permute":
             raise OptionError(
-                "{num_slots} is {value} for {experts} experts, and {mode} 'permute' does not support replicas; "
-                "pass {mode:'remap'}, or {num_slots:{experts}}",
+                f"{{num_slots}} is {{value}} for {{experts}} expert{'s' * (num_experts != 1)}, and {{mode}} 'permute' "
+                "does not support replicas; pass {mode:'remap'}, or {num_slots:{experts}}",
                 value=num_slots,
                 experts=num_experts,
             )
@@ -190,8 +190,8 @@ class PlanOptions:
         if all_ == num_experts or (self._may_have_replicas and num_experts < all_ <= _MAX_SLOTS):
             remedies.append("{num_slots:{all_}} ({value} on each of {gpus} GPUs)")
         return OptionError(
-            "{num_slots} is {value} for {experts} experts; it counts the slots of all GPUs, and every expert needs "
-            f"one: pass {', or '.join(remedies)}",
+            f"{{num_slots}} is {{value}} for {{experts}} expert{'s' * (num_experts != 1)}; it counts the slots of all "
+            f"GPUs, and every expert needs one: pass {', or '.join(remedies)}",
             value=num_slots,
             experts=num_experts,
             gpus=gpus,
@@ -206,7 +206,7 @@ class PlanOptions:
         num_slots = self.slots(num_experts)
         fits = _next_multiple(num_slots, topology.num_gpus)
         what = (
-            "{slots} slots cannot be spread evenly over {gpus} GPUs "
+            f"{{slots}} slot{'s' * (num_slots != 1)} cannot be spread evenly over {{gpus}} GPUs "
             f"({{nodes}} node{'s' * (topology.num_nodes != 1)} × {{each}}); pass "
         )
         replicas = "{num_slots:{fits}} ({extra} for replicas), or "
@@ -227,8 +227,8 @@ class PlanOptions:
             return
         if groups < 1 or num_experts % groups:
             raise OptionError(
-                "{num_groups} is {groups}, which does not divide {experts} experts; pass the router's number of "
-                "groups, or leave it out",
+                f"{{num_groups}} is {{groups}}, which does not divide {{experts}} expert{'s' * (num_experts != 1)}; "
+                "pass the router's number of groups, or leave it out",
                 groups=groups,
                 experts=num_experts,
             )

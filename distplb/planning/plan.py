@@ -81,12 +81,12 @@ def plan(
         slot_class: `[P]` integers; an expert stays in slots of the same class as its present slot. Not with replicas
             or groups.
         current: the placement in force. Odd candidates start from it, the GPUs of a plan are renumbered so that few
-            experts move, and a layer keeps it unless the plan costs less or it breaks a rule of the other options.
+            experts move, and a layer keeps it unless a plan costs less, or it breaks a rule of the other options.
         move_price: tokens of the whole window for each slot whose expert comes from another GPU; or a pair, inside a
             node and between nodes. `MoveModel.price` computes it from seconds. Requires `current`.
         time_curve: maps an expert's tokens to its time, which is then balanced instead of tokens; `move_price` stays
             in tokens, converted at the curve's last point.
-        num_candidates: K starts per layer, dealt round-robin to the ranks; if None, 1, or 4 with `current`. For one
+        num_candidates: K starts per layer, dealt round-robin to the ranks; None for 1, or 4 with `current`. For one
             step of load without a price, K fresh ones are never worse than `balanced_packing` with K.
         seed: seed of all random choices.
         engine: "reference", "cpu" or "cuda"; None for the fastest that is available. "cuda" first runs a trial, once

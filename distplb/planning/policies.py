@@ -47,7 +47,7 @@ class Policy(Protocol):
         """The constraints in words, to follow "must have"."""
 
     def allows(self, table: Tensor, *, layer: Tensor) -> Tensor:
-        """`[X]` bool: whether each table, of layer `layer [X]`, keeps the constraints; it must place every expert."""
+        """`[X]` bool: whether a table that places every expert keeps the constraints; `layer [X]` is each one's layer."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class Hierarchy:
     """Groups pinned to nodes, DeepSeek's hierarchical policy: a node holds B / N whole groups and all their replicas.
 
     (1) Groups are packed into nodes, once greedily and once refined. Inside each node (2) replicas are created and
-    (3) packed into its GPUs, as `Flat` does. The better of the two tables is kept.
+    (3) packed onto its GPUs, as `Flat` does. The better of the two tables is kept.
 
     Args:
         inside: the policy of one node, with M / N GPUs and P / N slots.
@@ -196,8 +196,8 @@ class Hierarchy:
 class Blocks:
     """Block permutations: experts stay in their group's block of slots, and blocks are moved as a whole.
 
-    Under group-limited routing and without replicas, only these leave the model unchanged. A block that spans several
-    GPUs is packed into them; if a GPU holds several blocks, blocks are packed into GPUs.
+    Under group-limited routing and without replicas, only these leave the model unchanged. If a block spans several
+    GPUs, its experts are packed onto them; if a GPU holds several blocks, blocks are packed onto GPUs.
 
     Args:
         engine: the engine that packs.

@@ -98,7 +98,7 @@ class Problem:
         self._load, shift = time >> excess[:, None], -excess
         prices = options.prices[0] * token, options.prices[1] * token
         if options.slots(load.shape[2]) > load.shape[2] or any(prices):
-            # Shares are integer divisions and prices may be fractions: what rounding loses must not matter.
+            # Shares are integer divisions and prices may be fractions: rounding errors must not matter.
             spare = spare_bits(self._load)
             self._load, shift = self._load << spare[:, None], shift + spare
         self._weight = self._load.sum(0) if len(self._load) > 1 else self._load[0]  # [L, E]

@@ -77,7 +77,7 @@ def verdict(
 ) -> Verdict:
     """Answer yes, no, or that the trace is too short to tell.
 
-    Yes if plans that pay for their moves save 1 % or more, and the 95 % interval is above 0. No if a GPU holds one
+    Yes if plans that pay for their moves save 1 % or more, and the 95 % interval is above 0. No if each GPU holds one
     expert, if no placement could save 1 %, if plans save nothing, if the interval ends below 1 %, or if they save less
     than 1 % and the router already balances. Otherwise, or with too few intervals, the trace does not tell.
 
