@@ -47,7 +47,7 @@ class Policy(Protocol):
         """The constraints in words, to follow "must have"."""
 
     def allows(self, table: Tensor, *, layer: Tensor) -> Tensor:
-        """`[X]` bool: whether a table that places every expert keeps the constraints; `layer [X]` is each one's layer."""
+        """`[X]` bool: whether a table that places every expert keeps the constraints; `layer [X]` is its layer."""
 
 
 @dataclass(frozen=True)
