@@ -1,3 +1,3 @@
-"""The command line: `main`, a file for each command, and what commands share: `shared_options`, `param_types`,
+"""The command line: `main`, one file per command, and what commands share: `shared_options`, `param_types`,
 `plan_request`, `output` and others. May import everything.
 """

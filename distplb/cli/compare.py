@@ -1,4 +1,4 @@
-"""`distplb compare`: planners side by side, on the steps they planned on and on steps that they had not seen.
+"""`distplb compare`: compare planners, on the steps they planned on and on steps they had not seen.
 
 Shapes: T steps, L layers, E experts, P slots.
 """
@@ -37,7 +37,7 @@ from distplb.records.read_loads import Loads, read_loads
 __all__ = ["compare"]
 
 _MANY_CANDIDATES = 16  # candidates of the last planner
-_MIN_WIDTH = 52  # columns; below, moves and seconds have no room
+_MIN_WIDTH = 52  # columns; a narrower terminal has no room for moves and seconds
 _EXAMPLE = """\b
 Example:
   distplb compare monday.npz --unseen tuesday.npz --nodes 2 --gpus-per-node 8
@@ -45,19 +45,19 @@ Example:
 
 
 class _Steps(NamedTuple):
-    """What is planned on and what is judged, which are the same where there is one step alone."""
+    """The steps to plan on, and unseen steps to judge on: None if there is only one step."""
 
     planned: Tensor  # [T, L, E]
     unseen: Tensor | None  # [T', L, E]
     description: str
-    unseen_empty_parts: EmptyParts | None  # of a file of its own
+    unseen_empty_parts: EmptyParts | None  # of the file of --unseen
 
 
 class _Imbalance(NamedTuple):
     """Means over the steps that have tokens."""
 
     mean: float  # over layers that have tokens
-    worst: float  # layer
+    worst: float  # of all layers
 
     @classmethod
     def of(cls, by_layer: Tensor) -> _Imbalance:
@@ -74,7 +74,7 @@ class _Row(NamedTuple):
 
 @click.command(epilog=_EXAMPLE)
 @click.argument("loads", type=NamedPath())
-@click.option("--unseen", type=NamedPath(), help="Judge on this load, which no planner has seen.")
+@click.option("--unseen", type=NamedPath(), help="Load to judge plans on, which no planner sees.")
 @planning_options
 @json_option
 def compare(
@@ -85,11 +85,11 @@ def compare(
     current: Path | None,
     as_json: bool,
 ) -> None:
-    """Plan for LOADS with several planners and show them side by side.
+    """Plan for LOADS with several planners and compare them.
 
-    Plans are judged on steps that they have not seen: those of --unseen, or else the second half of LOADS, of which
-    the first half is planned on then. A load of one step is judged on itself. Layers of two files are the same by their
-    names, or by position where neither has names. Files, and hints, as for `distplb plan`.
+    Plans are judged on steps they have not seen: those of --unseen, or else the second half of LOADS, in which case
+    they are made from the first half. A load of one step is judged on itself. Layers of the two files are matched by
+    name, or by position if neither file has names. File formats and hints are those of `distplb plan`.
     """
     request = PlanRequest.read(loads, topology, options, current)
     _refuse_without_tokens(loads, request.empty_parts)
@@ -101,7 +101,7 @@ def compare(
     rows: list[_Row] = []
     with progress("comparing") as update:
         planners = _planners(request, len(steps.planned), with_current=current is not None)
-        for number in (1, 2):  # of steps: the first plan of either kind loads machine code, which is not timed
+        for number in (1, 2):  # steps; the first plan of either kind loads compiled code, which must not be timed
             _plan(steps.planned[:number], request, request.options)
         for name, planner in planners.items():
             update(len(rows), len(planners))
@@ -121,55 +121,56 @@ def compare(
 
 
 def _halves(load: Tensor) -> _Steps:
-    """The first half, and the second one unseen."""
+    """Plan on the first half of the steps, and judge on the second."""
     half = len(load) // 2
     if not half:
-        description = "judged on the one step that was planned on, so not what it is worth on others"
+        description = "judged on the one step that was planned on, which says nothing about other steps"
         return _Steps(load, None, description, None)
     first, second = load[:half], load[half:]
-    description = f"planned on the first {_count(first)}, unseen are the {_count(second)} after them"
+    description = f"planned on the first half ({_count(first)}), unseen: the second half ({_count(second)})"
     return _Steps(first, second, description, None)
 
 
 def _two_files(request: PlanRequest, path: Path) -> _Steps:
-    """All steps of the load, and unseen those of another file."""
+    """Plan on all steps of the load, and judge on those of another file."""
     load = _in_order_of_layers(read_loads(path), path, request)
     empty_parts = EmptyParts.of(load, request.layers)
     _refuse_without_tokens(path, empty_parts)
     unseen = steps_with_tokens(load)
-    description = f"planned on {_count(request.load)} of {request.path}, unseen are {_count(unseen)} of {path}"
+    description = f"planned on {_count(request.load)} of {request.path}, unseen: {_count(unseen)} of {path}"
     return _Steps(request.load, unseen, description, empty_parts)
 
 
 def _refuse_without_tokens(path: Path, empty_parts: EmptyParts) -> None:
     if not empty_parts.counted_steps:
-        raise DistplbError(f"{path} has no tokens, so every placement is as good; pass counts of steps that ran")
+        raise DistplbError(f"{path} has no tokens, so all placements are equally good; pass counts of steps that ran")
 
 
 def _in_order_of_layers(loads: Loads, path: Path, request: PlanRequest) -> Tensor:
-    """`[T', L, E]` of the layers that are planned for, in their order: by name, or by position where there are none."""
+    """`[T', L, E]`: the planned layers in their order, matched by name, or by position if there are no names."""
     unseen, load = as_tokens(loads.load), request.load
     has_names, unseen_has_names = (one != tuple(map(str, range(len(one)))) for one in (request.layers, loads.layers))
     same_layers = unseen.shape[1] == load.shape[1] or has_names or unseen_has_names
     if unseen.shape[2] != load.shape[2] or not same_layers:
         raise DistplbError(
-            f"{path} has {unseen.shape[1]} layers of {unseen.shape[2]} experts, {request.path} has {load.shape[1]} of "
-            f"{load.shape[2]}; pass two loads of the same model"
+            f"{path} has {unseen.shape[1]} layer{'s' * (unseen.shape[1] != 1)} of {unseen.shape[2]} "
+            f"expert{'s' * (unseen.shape[2] != 1)}, {request.path} has {load.shape[1]} of {load.shape[2]}; pass two "
+            "loads of the same model"
         )
     if has_names != unseen_has_names:
         without, with_, layers = (
             (request.path, path, loads.layers) if unseen_has_names else (path, request.path, request.layers)
         )
         raise DistplbError(
-            f"{without} has no names of layers, {with_} has {layers[0]!r} and others; pass two files with names, or "
-            "two without"
+            f"{without} has no layer names, but {with_} has some, such as {layers[0]!r}; pass two files with names, "
+            "or two without"
         )
     row = {name: at for at, name in enumerate(loads.layers)}
     missing = [name for name in request.layers if name not in row]
     if missing:
         own = ", ".join(map(repr, loads.layers[:3])) + ", ..." * (len(loads.layers) > 3)
         raise DistplbError(
-            f"{path} has no layer {missing[0]!r}, which {request.path} has; it has {own}: pass two loads of the same "
+            f"{path} has no layer {missing[0]!r}, which {request.path} has (it has {own}); pass two loads of the same "
             "model"
         )
     return unseen[:, [row[name] for name in request.layers]]
@@ -181,11 +182,11 @@ def _count(load: Tensor) -> str:
 
 # --- planners ---------------------------------------------------------------------------------------------------
 
-Planner = Callable[[Tensor], Placement]  # of a load [T, L, E]
+Planner = Callable[[Tensor], Placement]  # for a load [T, L, E]
 
 
 def _planners(request: PlanRequest, num_steps: int, *, with_current: bool) -> Mapping[str, Planner]:
-    """By name, those that go with the options; what is in force comes first."""
+    """The planners that fit the options, by name; the placement in force comes first."""
     topology, options, experts = request.topology, request.options, request.in_force.num_experts
     slots, groups = options.slots(experts), options.num_groups
 
@@ -194,7 +195,7 @@ def _planners(request: PlanRequest, num_steps: int, *, with_current: bool) -> Ma
 
     planners: dict[str, Planner] = {"current": lambda _: request.in_force} if with_current else {}
     planners["contiguous"] = lambda load: placed(contiguous(load[0], topology, slots))
-    if groups is None or options.mode == "remap":  # the others take groups apart, or out of their blocks
+    if groups is None or options.mode == "remap":  # permuted groups stay in blocks, which greedy ignores
         planners["greedy (EPLB)"] = lambda load: placed(greedy_numpy(load.sum(0), topology, slots, num_groups=groups))
     if groups is None and slots == experts:
         planners["balanced_packing"] = lambda load: placed(_packed(load.sum(0), topology))
@@ -208,7 +209,7 @@ def _planners(request: PlanRequest, num_steps: int, *, with_current: bool) -> Ma
 
 
 def _packed(weight: Tensor, topology: Topology) -> Tensor:
-    """`[L, P]` of `[L, E]`."""
+    """`[L, P]`: the table of `balanced_packing` for `weight [L, E]`."""
     pack, rank = balanced_packing(weight, topology.num_gpus)
     return (pack * topology.slots_per_gpu(weight.shape[1]) + rank).argsort(1)
 
@@ -235,7 +236,7 @@ def _bound(request: PlanRequest, steps: _Steps) -> _Row:
     return _Row("bound", _Imbalance.of(request.bound(steps.planned)), unseen, None, None)
 
 
-# --- what is printed --------------------------------------------------------------------------------------------
+# --- output -----------------------------------------------------------------------------------------------------
 
 
 def _table(steps: _Steps, rows: list[_Row], *, narrow: bool) -> Table:

@@ -1,4 +1,4 @@
-"""`distplb doctor`: whether everything is there, fits together, and is as fast as it should be."""
+"""`distplb doctor`: check that everything is installed, fits together, and is as fast as it should be."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ Examples:
 )
 @json_option
 def doctor(deadline: float, as_json: bool) -> None:
-    """Look at versions, devices, backends and engines; under torchrun, time collectives and a small move too.
+    """Check the installation; under torchrun, also time collectives and a small move.
 
-    Each finding is one line: ok, note, or WRONG with what to set. Rank 0 prints. All ranks exit with 0, or with 1 where
-    something is WRONG.
+    Versions, devices, backends and engines are checked. Each finding is one line: ok, note, or WRONG with what to set.
+    Only rank 0 prints. All ranks exit with 0, or with 1 if anything is WRONG.
     """
     examination = examine(deadline)
     if all(os.environ.get(name, "0") == "0" for name in _RANKS):

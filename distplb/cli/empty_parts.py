@@ -1,4 +1,4 @@
-"""The parts of a load that have no tokens, and the sentence by which commands say that they are left out.
+"""The parts of a load that have no tokens, and the sentence in which commands report that they are left out.
 
 Shapes: T steps, L layers, E experts.
 """
@@ -16,14 +16,14 @@ _MAX_NAMES = 8
 
 
 class EmptyParts(NamedTuple):
-    """Steps in which no layer has tokens, layers that have tokens in no step, and the rest.
+    """Steps in which no layer has tokens, layers that have tokens in no step, and other pairs without tokens.
 
     Args:
         num_steps: T.
         empty_steps: number of steps without tokens.
         num_layers: L.
         empty_layers: names of the layers without tokens.
-        empty_pairs: number of pairs of another step and another layer that have no tokens.
+        empty_pairs: number of (step, layer) pairs without tokens in the other steps and layers.
     """
 
     num_steps: int
@@ -34,7 +34,7 @@ class EmptyParts(NamedTuple):
 
     @classmethod
     def of(cls, load: Tensor, layers: Sequence[str]) -> EmptyParts:
-        """Those of a load `[T, L, E]` with these L names."""
+        """Find the empty parts of a load `[T, L, E]` whose L layers have these names."""
         has_tokens = load.any(2)  # [T, L]
         steps, columns = has_tokens.any(1), has_tokens.any(0)
         names = tuple(name for name, counted in zip(layers, columns.tolist(), strict=True) if not counted)
@@ -43,17 +43,17 @@ class EmptyParts(NamedTuple):
 
     @property
     def counted_steps(self) -> int:
-        """Steps that have tokens."""
+        """Number of steps that have tokens."""
         return self.num_steps - self.empty_steps
 
     def sentence(self, where: str = "") -> str:
-        """What is left out, in one line; empty where nothing or everything is.
+        """Say in one line what is left out; empty if that is nothing or everything.
 
         >>> EmptyParts(4, 3, 61, ("a", "b"), 0).sentence()
-        '3 of 4 steps had no tokens and are left out. 2 of 61 layers had no tokens: a, b; means are of the other 59.'
+        '3 of 4 steps had no tokens and are left out. 2 of 61 layers had no tokens: a, b; means are over the other 59.'
 
         Args:
-            where: a name of the load, where there are two.
+            where: a name for the load, if there are two.
         """
         of, parts = f" of {where}" if where else "", []
         if 0 < self.empty_steps < self.num_steps:
@@ -64,17 +64,17 @@ class EmptyParts(NamedTuple):
             more = len(self.empty_layers) - _MAX_NAMES
             names += f" and {more} more" if more > 0 else ""
             parts.append(
-                f"{len(self.empty_layers)} of {self.num_layers} layers{of} had no tokens: {names}; means are of the "
+                f"{len(self.empty_layers)} of {self.num_layers} layers{of} had no tokens: {names}; means are over the "
                 f"other {self.num_layers - len(self.empty_layers)}."
             )
         if self.empty_pairs:
             times = "once" if self.empty_pairs == 1 else f"{self.empty_pairs} times"
-            other = "nother" if parts else ""
-            parts.append(f"A{other} step{of} had no tokens in a layer {times}, and is left out there.")
+            other = "other" if parts else "some"
+            parts.append(f"In {other} steps{of}, a layer had no tokens ({times}) and is left out there.")
         return " ".join(parts)
 
     def as_json(self) -> dict[str, Any]:
-        """Fields of a command's object."""
+        """Fields of a command's JSON object."""
         return {
             "steps_without_tokens": self.empty_steps,
             "layers_without_tokens": list(self.empty_layers),

@@ -1,4 +1,4 @@
-"""Hints that a load does not look like that of a job; the result beside them is right for the load as it is.
+"""Hints that a load does not look like that of a job; the results are right for the load as given.
 
 Shapes: T steps, L layers, E experts.
 """
@@ -11,25 +11,25 @@ from torch import Tensor
 
 __all__ = ["load_hints"]
 
-_EVEN = 1.005  # no job waits longer for half a percent
-_MIN_TOKENS = 4  # of a count that is not zero, on average; thinner steps have other experts by chance
+_EVEN = 1.005  # no job would notice half a percent
+_MIN_TOKENS = 4  # mean of the counts that are not zero; sparser steps use different experts by chance
 _MIN_LAYERS = 3  # in two, the same extra may be chance
-# (factor, share): a layer's largest counts are an extra if they are more than `factor` times the next one, and in all
-# layers at least `share` of the greatest; where they are of the same experts in all layers, and where they are of any.
+# (factor, share): a layer's largest counts are an extra if they are more than `factor` times the next one and, in all
+# layers, at least `share` of the greatest. _SAME if they belong to the same experts in all layers, _ANY if not.
 _SAME, _ANY = (2.5, 0.6), (3.0, 0.8)
 _MAX_EXTRA = 1 / 4  # of the experts
 
 
 def load_hints(load: Tensor, *, before: float | None, is_trace: bool) -> list[str]:
-    """What is unusual about a load, a sentence each; most loads have none.
+    """List what is unusual about a load, in one sentence each; most loads have none.
 
     >>> import torch
     >>> load_hints(torch.tensor([[[9, 7, 0, 0]], [[0, 0, 8, 6]]]), before=2.0, is_trace=True)[0]
-    'no expert has tokens in more than one of 2 steps: counts of single ranks, each of its own experts? add them up'
+    "no expert has tokens in more than one of 2 steps: if each step counts only one rank's experts, add the steps up"
 
     Args:
         load: `[T, L, E]` int64.
-        before: the mean imbalance under the placement in force; None where it does not matter.
+        before: the mean imbalance under the placement in force; None if it does not matter.
         is_trace: whether the load has steps; a sum over steps has no hint about their number.
     """
     has_tokens = load > 0
@@ -37,33 +37,33 @@ def load_hints(load: Tensor, *, before: float | None, is_trace: bool) -> list[st
 
 
 def _hints(load: Tensor, before: float | None, is_trace: bool) -> Iterator[str]:
-    """Of steps and layers that have tokens."""
+    """Hints for a load whose steps and layers all have tokens."""
     if not load.numel():
         return
     if len(load) == 1 and is_trace:
-        yield "there is one step: a plan for it is judged on what it was made from; record some more"
+        yield "there is one step: the plan is judged on the step it was made from; record more steps"
     if _steps_are_disjoint(load):
         yield (
-            f"no expert has tokens in more than one of {len(load)} steps: counts of single ranks, each of its own "
-            "experts? add them up"
+            f"no expert has tokens in more than one of {len(load)} steps: if each step counts only one rank's experts, "
+            "add the steps up"
         )
     if before is not None and before <= _EVEN:
         yield (
-            f"the GPUs are even already: the busiest has {100 * (before - 1):.1f} % more than the mean, so there is "
-            "nothing to gain"
+            f"the GPUs are already balanced: the busiest has {100 * (before - 1):.1f} % more than the mean, so there "
+            "is nothing to gain"
         )
     elif _layers_are_alike(load):
-        yield f"all {load.shape[1]} layers have the same counts: one layer, recorded for all of them?"
+        yield f"all {load.shape[1]} layers have the same counts: was one layer recorded for all of them?"
     elif extra := _extra_experts(load):
         experts, extra_tokens = extra
         yield (
-            f"in every layer {experts} at least {extra_tokens:,} tokens more than the next one, about as many in all "
-            "layers: padding that is routed? leave it out of the counts"
+            f"in every layer {experts} at least {extra_tokens:,} token{'s' * (extra_tokens != 1)} more than the next "
+            "one, about equally many in all layers: if this is padding, leave it out of the counts"
         )
 
 
 def _steps_are_disjoint(load: Tensor) -> bool:
-    """Whether each step has experts of its own in every layer, and that is not chance."""
+    """Whether no expert has tokens in two steps, in any layer, and that is not chance."""
     has_tokens = load > 0
     if int(has_tokens.any(2).sum(0).min()) < 2 or bool((has_tokens.sum(0) > 1).any()):
         return False

@@ -1,10 +1,10 @@
-"""`distplb`: the commands, and what becomes of an error.
+"""`distplb`: the commands, their errors and their exit codes.
 
-Exit codes: 0 done, 1 the answer is no (`doctor` found a fault, `replay --exit-code` advises against it), 2 wrong use or
-input, or not enough memory for it, 70 a fault of distplb, 130 interrupted, 141 nobody reads any more.
+Exit codes: 0 done, 1 the answer is no (`doctor` found something wrong, `replay --exit-code` advises against installing
+it), 2 wrong usage or input, or out of memory, 70 a bug in distplb, 130 interrupted, 141 broken pipe.
 
-An exception of torch, NumPy, Numba or Python is a fault of distplb: one line asks to
-report it. In Python's development mode, `python -X dev -m distplb`, its traceback is shown instead.
+An exception from torch, NumPy, Numba or Python is a bug in distplb: one line asks the user to report it. In Python's
+development mode, `python -X dev -m distplb`, its traceback is shown instead.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
 
 class _Refused(click.ClickException):
-    """An error in one line."""
+    """A one-line error."""
 
     exit_code = 2
 
@@ -50,7 +50,7 @@ class _Refused(click.ClickException):
 
 
 class _Fault(_Refused):
-    """A fault of distplb."""
+    """A bug in distplb."""
 
     exit_code = 70  # EX_SOFTWARE of sysexits.h
 
@@ -68,7 +68,7 @@ class _Commands(click.Group):
 
 @contextmanager
 def _in_one_line() -> Iterator[None]:
-    """Warnings and errors become one line, errors with an exit code."""
+    """Turn each warning and error into one line, and errors into an exit code."""
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _warn
@@ -86,7 +86,7 @@ def _in_one_line() -> Iterator[None]:
     except DistplbError as error:
         raise _Refused(str(error)) from error
     except BrokenPipeError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is flushed at the end goes there
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # takes the final flush
         raise Exit(_CLOSED_PIPE) from error
     except (KeyboardInterrupt, click.Abort) as stopped:
         click.echo("Interrupted.", err=True)
@@ -98,11 +98,11 @@ def _in_one_line() -> Iterator[None]:
 
 
 def _unforeseen(error: BaseException) -> _Refused:
-    """An error that was not foreseen, in one line; in development mode it is raised with its traceback."""
+    """An unexpected error as one line; in development mode it is raised with its traceback."""
     if isinstance(error, OSError):
         return _Refused(f"{error.filename or 'the system'}: {error.strerror or error}")
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error))):
-        return _Refused("there is not enough memory for this; pass fewer steps, slots or candidates")
+        return _Refused("not enough memory; pass fewer steps, slots or candidates")
     if sys.flags.dev_mode:
         raise error
     frames = traceback.extract_tb(error.__traceback__)
@@ -110,8 +110,8 @@ def _unforeseen(error: BaseException) -> _Refused:
     where = f" at {Path(own[-1].filename).relative_to(_PACKAGE)}:{own[-1].lineno}" if own else ""
     message = str(error).strip().split("\n")[0]
     return _Fault(
-        f"distplb has a fault: {type(error).__name__}{where}{f' ({message})' if message else ''}; please report this "
-        "line with the command and its input. `python -X dev -m distplb` in place of `distplb` shows the traceback"
+        f"bug in distplb: {type(error).__name__}{where}{f' ({message})' if message else ''}; please report this line "
+        "with the command and its input. `python -X dev -m distplb` instead of `distplb` shows the traceback"
     )
 
 

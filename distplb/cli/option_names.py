@@ -1,4 +1,4 @@
-"""What the arguments of Python are called on the command line, for messages that name one."""
+"""The command-line options of Python arguments, for messages that name one."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 __all__ = ["as_option"]
 
-# Arguments whose options have other names; the others have their own, with dashes.
+# Arguments whose options have other names; all others keep their name, with dashes.
 _OPTIONS: Mapping[str, str] = {
     "num_slots": "slots",
     "num_groups": "groups",
@@ -20,7 +20,7 @@ _PYTHON_ONLY = {"max_bytes"}
 
 
 def as_option(name: str, value: str) -> str:
-    """How the command line passes what `OptionError` names: `--slots`, and `--slots 8` with a value."""
+    """The option for an argument that `OptionError` names: `--slots`, or `--slots 8` with a value."""
     if name in _PYTHON_ONLY:
         return f"{name} in Python"
     option = f"--{_OPTIONS.get(name, name).replace('_', '-')}"

@@ -1,4 +1,4 @@
-"""What all commands print with: tables for people, JSON for scripts, progress where somebody watches."""
+"""Output of all commands: tables for people, JSON for scripts, and a progress bar on a terminal."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ __all__ = [
     "table",
 ]
 
-_MAX_LETTERS = 600  # of a message, whose beginning says what is wrong and whose end what to pass
+_MAX_LETTERS = 600  # of a message: its beginning says what is wrong, its end what to pass
 _PIPE_WIDTH = 200  # columns; in a pipe nothing is cut off and lines are not wrapped
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -44,11 +44,11 @@ class _Console(Console):
         overflow: OverflowMethod | None = None,
         **_: Any,
     ) -> Text:
-        """Every string is shown as it is: rich would take brackets for markup, and names between colons for emoji."""
+        """Show every string as it is: rich would treat brackets as markup, and names between colons as emoji."""
         return Text(printable(text), style=style, justify=justify, overflow=overflow)
 
     def on_broken_pipe(self) -> None:
-        raise BrokenPipeError  # rich would end the process with 1, which means something here
+        raise BrokenPipeError  # rich would exit with 1, which has a meaning here
 
 
 def json_option(command: Command) -> Command:
@@ -57,24 +57,24 @@ def json_option(command: Command) -> Command:
 
 
 def console() -> Console:
-    """Standard output for a person; plain and wide in a pipe."""
+    """Standard output for people; plain and wide in a pipe."""
     watched = sys.stdout.isatty()
     return _Console(highlight=False, width=None if watched else _PIPE_WIDTH, soft_wrap=not watched)
 
 
 def printable(text: str) -> str:
-    """In one line, and without what would control a terminal: names come from files."""
+    """Put a text on one line, without control characters: names come from files."""
     return "".join(letter if letter.isprintable() else "?" for letter in " ".join(text.split()))
 
 
 def one_line(text: str) -> str:
-    """`printable`, and of a length that can be read: the middle is left out."""
+    """`printable`, and short enough to read: the middle is left out."""
     text = printable(text)
     return text if len(text) <= _MAX_LETTERS else f"{text[: _MAX_LETTERS - 205]} ... {text[-200:]}"
 
 
 def table(first: str, *others: str, title: str | None = None) -> Table:
-    """Names on the left, which wrap, and numbers on the right, which do not; rows come by `add_row`."""
+    """A table with names on the left, which wrap, and numbers on the right, which do not; add rows with `add_row`."""
     lines = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     if title is not None:
         lines.title, lines.title_justify, lines.title_style = title, "left", ""
@@ -85,19 +85,19 @@ def table(first: str, *others: str, title: str | None = None) -> Table:
 
 
 def print_json(document: Mapping[str, Any]) -> None:
-    """One object on standard output, and nothing else."""
+    """Print one object on standard output, and nothing else."""
     click.echo(json.dumps(document, indent=2, allow_nan=False))
 
 
 def print_hints(hints: Sequence[str]) -> None:
-    """One line each on standard error."""
+    """Print one line per hint on standard error."""
     for hint in hints:
         click.echo(f"Hint: {one_line(hint)}", err=True)
 
 
 @contextmanager
 def progress(activity: str) -> Iterator[Callable[[int, int], None]]:
-    """A function to call with (done, total) now and then; it draws a bar on standard error if that is a terminal."""
+    """Yield a function to call with (done, total); it draws a bar on standard error if that is a terminal."""
     if not sys.stderr.isatty():
         yield lambda done, total: None
         return

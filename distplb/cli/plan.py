@@ -1,4 +1,4 @@
-"""`distplb plan`: a placement for a load, and what it is worth on that load.
+"""`distplb plan`: plan a placement for a load, and show what it is worth on that load.
 
 Shapes: T steps, L layers.
 """
@@ -27,7 +27,7 @@ from distplb.planning.plan import plan_in_stages
 __all__ = ["plan"]
 
 _MAX_ROWS = 24
-_EVEN = 1e-9  # a smaller distance from the bound shows in no digit
+_EVEN = 1e-9  # a smaller distance from the bound is not visible in any digit
 _EXAMPLE = """\b
 Example:
   distplb plan trace.npz --nodes 2 --gpus-per-node 8 --output placement.json
@@ -52,7 +52,7 @@ class _Row(NamedTuple):
 @click.command(epilog=_EXAMPLE)
 @click.argument("loads", type=NamedPath())
 @planning_options
-@click.option("--output", type=OutputFile(), help="Write the placement there, as JSON by layer.")
+@click.option("--output", type=OutputFile(), help="File to write the placement to, as JSON by layer.")
 @click.option("--all", "show_all", is_flag=True, help=f"Show all layers, not only the {_MAX_ROWS} most uneven.")
 @json_option
 def plan(
@@ -64,12 +64,12 @@ def plan(
     show_all: bool,
     as_json: bool,
 ) -> None:
-    """Plan a placement for LOADS and say what it is worth.
+    """Plan a placement for LOADS and show what it is worth.
 
-    LOADS are tokens of each expert: a distplb trace, or counts as .npy, .npz, .csv, .tsv, .txt, .json, .yaml, .pt or
-    .safetensors, [layers, experts] or [steps, layers, experts]. Imbalance is the busiest GPU over the mean GPU, the
-    mean over steps that have tokens. A load that looks like none of a job's is hinted at, on the standard error, or as
-    "hints" of the JSON.
+    LOADS are the tokens of each expert: a distplb trace, or counts [layers, experts] or [steps, layers, experts] as
+    .npy, .npz, .csv, .tsv, .txt, .json, .yaml, .pt or .safetensors. Imbalance is busiest GPU / mean GPU, averaged over
+    the steps that have tokens. If the load does not look like that of a job, a hint says so, on standard error or in
+    the JSON field "hints".
     """
     refuse_overwriting(output, loads)
     request = PlanRequest.read(loads, topology, options, current)
@@ -96,7 +96,7 @@ def _rows(request: PlanRequest, placement: Placement) -> list[_Row]:
 
 
 def _total(rows: list[_Row], name: str) -> _Row:
-    """The mean of what is a ratio, the sum of what is counted."""
+    """The mean of ratios, the sum of counts."""
     _, before, after, bound, inside, between = zip(*rows, strict=True)
     level, level_after, level_bound = map(mean_of_layers, (before, after, bound))
     return _Row(name, level, level_after, level_bound, sum(inside), sum(between))
@@ -118,7 +118,7 @@ def _document(request: PlanRequest, engine: str, rows: list[_Row], output: Path 
     }
 
 
-# --- for a person -----------------------------------------------------------------------------------------------
+# --- tables -----------------------------------------------------------------------------------------------------
 
 
 def _print(request: PlanRequest, rows: list[_Row], show_all: bool, output: Path | None) -> None:
@@ -156,13 +156,13 @@ def _summary(rows: list[_Row], *, num_steps: int) -> str:
         [value for value in values if value is not None] for values in zip(*levels, strict=True)
     )
     if not before:
-        return "The load has no tokens at all, so every placement is as good."
+        return "The load has no tokens, so all placements are equally good."
     if all(level <= limit + _EVEN for level, limit in zip(before, bound, strict=True)):
-        return "The placement in force meets the bound already: there is nothing to gain on this load."
+        return "The placement in force already meets the bound: there is nothing to gain on this load."
     is_met = all(level <= limit + _EVEN for level, limit in zip(after, bound, strict=True))
     met = " The plan meets the bound." if is_met else ""
-    over = f", mean over {num_steps} steps," if num_steps > 1 else ""
+    over = f", mean over {num_steps} steps" if num_steps > 1 else ""
     return (
         f"Busiest GPU / mean GPU{over} of the load that was planned on.{met} "
-        "What a plan is worth on steps that it has not seen: distplb compare --unseen."
+        "To judge a plan on steps it has not seen, run distplb compare --unseen."
     )

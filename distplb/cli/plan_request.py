@@ -1,4 +1,4 @@
-"""What `plan` and `compare` are asked for: a load, the placement in force, and options that fit both.
+"""The input of `plan` and `compare`: a load, the placement in force, and options that fit both.
 
 Shapes: T steps, L layers, E experts.
 """
@@ -26,17 +26,17 @@ __all__ = ["PlanRequest"]
 
 @dataclass(frozen=True, eq=False)
 class PlanRequest:
-    """A load and what is to be planned for it.
+    """A load and everything needed to plan for it.
 
     Args:
-        path: of the load.
-        load: `[T, L, E]` int64; its steps that have tokens, or all where none has.
+        path: file of the load.
+        load: `[T, L, E]` int64; only the steps that have tokens, or all if none has.
         layers: L names.
-        topology: of the EP group.
-        options: of the search, with the placement in force as `current`.
-        in_force: that placement.
-        has_steps: whether the file has steps; a file without is one step, a sum over some.
-        empty_parts: of the load as it was read.
+        topology: topology of the EP group.
+        options: options of the search, with the placement in force as `current`.
+        in_force: the placement in force.
+        has_steps: whether the file has steps; if not, it is one step, the sum over several.
+        empty_parts: parts without tokens of the load as read.
     """
 
     path: Path
@@ -50,10 +50,10 @@ class PlanRequest:
 
     @classmethod
     def read(cls, path: Path, topology: Topology, options: PlanOptions, current: Path | None) -> PlanRequest:
-        """Read the load, and the placement in force: contiguous where there is no file of it.
+        """Read the load, and the placement in force, which is contiguous if there is no file.
 
         Raises:
-            DistplbError: for a file that cannot be read, and for options that do not go together.
+            DistplbError: if a file cannot be read, or options do not fit together.
         """
         loads = read_loads(path)
         load = as_tokens(loads.load, layers=loads.layers)
@@ -72,14 +72,14 @@ class PlanRequest:
         return cls(path, load, loads.layers, topology, options, in_force, loads.load.dim() == 3, empty_parts)
 
     def bound(self, load: Tensor) -> Tensor:
-        """`[L]` float64: what no placement of these options can beat on a load."""
+        """`[L]` float64: lower bound of the imbalance of any placement with these options on a load."""
         groups, experts = self.options.num_groups, load.shape[-1]
         if groups is not None and groups % self.topology.num_nodes:
-            groups = None  # blocks of whole GPUs, which mode "permute" keeps, may spread a group over nodes
+            groups = None  # in mode "permute", a block of whole GPUs may spread a group over nodes
         return lower_bound(load, self.topology, self.options.slots(experts), groups)
 
     def cluster_as_json(self) -> dict[str, Any]:
-        """Fields of a command's object: what is planned for."""
+        """Fields of a command's JSON object: the cluster that is planned for."""
         return {
             "nodes": self.topology.num_nodes,
             "gpus_per_node": self.topology.gpus_per_node,

@@ -1,4 +1,4 @@
-"""`distplb replay`: what rebalancing would have saved on a recorded trace, and whether to install it."""
+"""`distplb replay`: estimate what rebalancing would have saved on a trace, and advise whether to install it."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from distplb.study.what_if import PRICED, STATIC, STEPS, SUM, WINDOW_STEPS, Stud
 __all__ = ["replay"]
 
 _JOB = AssumedJob()
-_MIN_REBALANCES = 12  # with the interval that is the default
+_MIN_REBALANCES = 12  # at the default interval
 _FACTORS = (0.25, 0.5, 2, 4)  # of `every`: other intervals to replay
 
 _EPILOG = """\b
@@ -60,16 +60,16 @@ def _amount(name: str, text: str, default: float | None = None, maximum: float =
 
 _trace_options = option_group(
     _count("--nodes", "Nodes of the EP group.", 1),
-    _count("--gpus-per-node", "GPUs of the EP group on each node; those of the trace where left out."),
-    _count("--megatron-ep", "Expert-parallel size of Megatron-Core's files; all ranks where left out."),
-    _count("--megatron-pipeline", "Their pipeline stages.", 1),
-    _count("--megatron-expert-tp", "Their expert tensor parallel size.", 1),
+    _count("--gpus-per-node", "GPUs of the EP group on each node; default: those of the trace."),
+    _count("--megatron-ep", "Expert-parallel size of Megatron-Core's files; default: all ranks."),
+    _count("--megatron-pipeline", "Pipeline stages of Megatron-Core's files.", 1),
+    _count("--megatron-expert-tp", "Expert tensor-parallel size of Megatron-Core's files.", 1),
 )
 _search_options = option_group(
-    _count("--every", "Iterations between rebalances; at most a twelfth of the trace where left out."),
-    _count("--window", "The most steps that a plan is made from.", WINDOW_STEPS),
-    _count("--candidates", "Starts for each layer; 4 where left out."),
-    click.option("--engine", metavar="NAME", help="reference, cpu or cuda; the fastest that is there where left out."),
+    _count("--every", "Iterations between rebalances; default: at most 1/12 of the trace."),
+    _count("--window", "Most steps that a plan is made from.", WINDOW_STEPS),
+    _count("--candidates", "Randomised starts per layer; default: 4."),
+    click.option("--engine", metavar="NAME", help="reference, cpu or cuda; default: the fastest available."),
 )
 _MEGATRON = ("megatron_ep", "megatron_pipeline", "megatron_expert_tp")
 _COSTS = (
@@ -81,18 +81,22 @@ _COSTS = (
     "bandwidth_between",
 )
 _job_options = option_group(
-    _amount("--expert-parameters", "Of one expert; by default DeepSeek-V3's.", EXPERT_PARAMETERS),
-    _amount("--bytes-per-parameter", "That move: weight, master copy, two moments.", BYTES_PER_PARAMETER),
+    _amount("--expert-parameters", "Parameters of one expert, as in DeepSeek-V3.", EXPERT_PARAMETERS),
+    _amount(
+        "--bytes-per-parameter", "Bytes moved per parameter: weight, master copy, two moments.", BYTES_PER_PARAMETER
+    ),
     _amount("--tflops", "TFLOP/s that a GPU reaches in experts.", FLOPS / 1e12),
-    _amount("--tokens-per-gpu", "Of the mean GPU in a step and layer, once for each expert.", _JOB.tokens_per_gpu),
-    _amount("--bandwidth-inside", "GB/s of each GPU inside a node, all at once.", _JOB.bandwidth_inside / 1e9),
-    _amount("--bandwidth-between", "GB/s of each GPU between nodes, all at once.", _JOB.bandwidth_between / 1e9),
+    _amount(
+        "--tokens-per-gpu", "Tokens of the mean GPU in a step and layer, counted once per expert.", _JOB.tokens_per_gpu
+    ),
+    _amount("--bandwidth-inside", "GB/s of each GPU inside a node, while all send.", _JOB.bandwidth_inside / 1e9),
+    _amount("--bandwidth-between", "GB/s of each GPU between nodes, while all send.", _JOB.bandwidth_between / 1e9),
     _amount(
         "--expert-share",
-        "Of an iteration that experts take, as 0.35; without it, the time in experts is told.",
+        "Share of an iteration spent in experts, such as 0.35; default: savings refer to the time in experts.",
         maximum=1,
     ),
-    _amount("--stands-for", "Steps of the job for each recorded one; as iterations tell where left out."),
+    _amount("--stands-for", "Steps of the job that a recorded step stands for; default: derived from iterations."),
 )
 
 
@@ -101,7 +105,7 @@ _job_options = option_group(
 @_trace_options
 @_search_options
 @_job_options
-@click.option("--exit-code", is_flag=True, help="Exit with 1 where the answer is no.")
+@click.option("--exit-code", is_flag=True, help="Exit with 1 if the answer is no.")
 @json_option
 def replay(
     *,
@@ -116,14 +120,14 @@ def replay(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Say what rebalancing would have saved on a recorded trace, and whether to install it.
+    """Show what rebalancing would have saved on a trace, and advise whether to install it.
 
-    TRACE is a .npz file or the folder of Rebalancer(record=...), or Megatron-Core's folder tokens_per_expert, its files
-    rank<number>.jsonl, or its earlier tokens_per_expert.log; or counts [steps, layers, experts] as distplb plan reads
-    them, with --gpus-per-node, whose steps are iterations. Every step is judged under a plan that had not seen it.
-    What tokens and moves cost is as the job measured it, where the folder has priced events and no other costs are
-    named; else it is assumed. Exits with 0; with 1 under --exit-code where the answer is no; with 2 for wrong use or
-    input. Hints as for `distplb plan`.
+    TRACE is a .npz file or the folder of Rebalancer(record=...); or Megatron-Core's folder tokens_per_expert, its files
+    rank<number>.jsonl, or its earlier tokens_per_expert.log; or counts [steps, layers, experts] in a format of distplb
+    plan, with --gpus-per-node and one step per iteration. Every step is judged under a plan that had not seen it. The
+    costs of tokens and moves are those that the job measured, if the folder has priced events and you pass no other
+    costs; else they are assumed. Exits with 0; with 1 under --exit-code if the answer is no; with 2 for wrong usage or
+    input. Hints are those of `distplb plan`.
     """
     gpus = None if gpus_per_node is None else nodes * gpus_per_node
     trace, side_by_side = _read(paths, gpus, megatron_ep, megatron_expert_tp, megatron_pipeline)
@@ -151,23 +155,23 @@ def replay(
         sys.exit(1)
 
 
-# --- what is read -----------------------------------------------------------------------------------------------
+# --- input ------------------------------------------------------------------------------------------------------
 
 
 def _read(paths: Sequence[Path], gpus: int | None, ep: int | None, expert_tp: int, pipeline: int) -> tuple[Trace, int]:
-    """The trace, and how many EP groups have their steps of the same time in it."""
+    """The trace, and the number of EP groups (copies of the same experts) whose simultaneous steps it holds."""
     if is_megatron(paths):
         trace = Trace.from_megatron(*paths, num_gpus=ep, expert_tensor_parallel=expert_tp, pipeline_parallel=pipeline)
         return trace, num_ranks(paths) // (trace.placements[0].num_gpus * expert_tp * pipeline)
     if passed := _passed(_MEGATRON):
-        raise DistplbError(f"{passed[0]} is of Megatron-Core's files, and {paths[0]} is none; leave it out")
+        raise DistplbError(f"{passed[0]} is for Megatron-Core's files, and {paths[0]} is not one; leave it out")
     if len(paths) > 1:
-        raise DistplbError(f"{len(paths)} traces were named; pass one, or all ranks' files of Megatron-Core")
+        raise DistplbError(f"{len(paths)} traces were passed; pass one, or Megatron-Core's files of all ranks")
     return read_trace(paths[0], gpus), 1
 
 
 def _passed(names: Sequence[str]) -> list[str]:
-    """The options on the command line, of those whose parameters have these names."""
+    """Of the options whose parameters have these names, those on the command line."""
     source = click.get_current_context().get_parameter_source
     return [as_option(name, "") for name in names if source(name) is ParameterSource.COMMANDLINE]
 
@@ -175,15 +179,18 @@ def _passed(names: Sequence[str]) -> list[str]:
 def _topology(trace: Trace, nodes: int, gpus_per_node: int | None) -> Topology:
     num_gpus = trace.placements[0].num_gpus
     if gpus_per_node is None and num_gpus % nodes:
-        raise DistplbError(f"the trace's {num_gpus} GPUs do not go evenly on {nodes} nodes; pass --gpus-per-node")
+        raise DistplbError(
+            f"the trace's {num_gpus} GPU{'s' * (num_gpus != 1)} cannot be spread evenly over {nodes} nodes; pass "
+            "--gpus-per-node"
+        )
     topology = Topology(nodes, num_gpus // nodes if gpus_per_node is None else gpus_per_node)
     if topology.num_gpus == 1:
-        raise DistplbError("one GPU has nothing to balance; pass --gpus-per-node of the job, and --nodes")
+        raise DistplbError("there is nothing to balance on one GPU; pass --nodes and --gpus-per-node of the job")
     return topology
 
 
 def _recorded(run: Path) -> Costs | None:
-    """Those of a run's events, unless the command line names others."""
+    """The costs in a run's events, unless others are on the command line."""
     log = run / "events.jsonl"
     if not log.is_file() or _passed(_COSTS):
         return None
@@ -216,18 +223,18 @@ def _study(trace: Trace, side_by_side: int, topology: Topology, costs: Costs, op
     )
 
 
-# --- what is replayed -------------------------------------------------------------------------------------------
+# --- replay -----------------------------------------------------------------------------------------------------
 
 
 def _default_interval(study: Study) -> int:
-    """Iterations between rebalances, a round number: 1, 2, 5, 10, 20, 50 and so on."""
+    """A round number of iterations between rebalances: 1, 2, 5, 10, 20, 50 and so on."""
     maximum = max(1, study.iterations // _MIN_REBALANCES)
     round_ones: list[int] = [digit * 10**zeros for zeros in range(len(str(maximum))) for digit in (1, 2, 5)]
     return max(study.minimum_interval, *(number for number in round_ones if number <= maximum))
 
 
 def _replay(study: Study, every: int) -> tuple[dict[str, WhatIf], list[WhatIf]]:
-    """Planners by name; and other intervals between rebalances, with the price."""
+    """Outcomes of the planners by name; and of plans with the price, by interval between rebalances."""
     names = (STATIC, SUM, STEPS, PRICED)
     study.cuts_of(every)  # raises for an interval that cannot be replayed
     candidates = sorted({round(every * factor) for factor in _FACTORS} - {every})

@@ -1,4 +1,4 @@
-"""What `distplb replay` prints: tables and a paragraph, or one JSON object."""
+"""Output of `distplb replay`: tables and a paragraph, or one JSON object."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["Costs", "ReplayResult", "document", "print_tables"]
 
 
 class Costs(NamedTuple):
-    """What tokens and moves cost; with the assumed job, or None where a job has recorded them."""
+    """The costs of tokens and moves, with the assumed job, or None if a job recorded them."""
 
     model: MoveModel
     curve: TimeCurve | None
@@ -27,16 +27,16 @@ class Costs(NamedTuple):
 
 
 class ReplayResult(NamedTuple):
-    """What `distplb replay` found.
+    """The result of `distplb replay`.
 
     Args:
-        study: of the trace.
-        costs: of tokens and moves.
-        planners: their outcomes, by name.
+        study: study of the trace.
+        costs: costs of tokens and moves.
+        planners: outcomes of the planners, by name.
         intervals: outcomes of plans with the price, by interval between rebalances.
-        bound: of all placements.
-        verdict: whether to install it.
-        empty_parts: of the trace.
+        bound: lower bound of any placement.
+        verdict: the advice whether to install it.
+        empty_parts: parts of the trace without tokens.
     """
 
     study: Study
@@ -71,14 +71,14 @@ def document(result: ReplayResult) -> dict[str, Any]:
 
 
 def print_tables(result: ReplayResult) -> None:
-    """Two tables, what was assumed, and the advice."""
+    """Print two tables, the costs, and the advice."""
     study, costs, planners, intervals, bound, verdict, empty_parts = result
     out = console()
     trace, cluster = study.trace, study.topology
     out.print(
         f"{trace.num_steps} steps of {study.iterations} iterations, {trace.num_layers} "
         f"layer{'s' * (trace.num_layers != 1)} of {trace.num_experts} experts on {cluster.num_gpus} GPUs "
-        f"({cluster.num_nodes} × {cluster.gpus_per_node})"
+        f"({cluster.num_nodes} node{'s' * (cluster.num_nodes != 1)} × {cluster.gpus_per_node})"
     )
     if left_out := empty_parts.sentence():
         out.print(left_out)
@@ -95,7 +95,8 @@ def print_tables(result: ReplayResult) -> None:
 def _planner_table(planners: Mapping[str, WhatIf], bound: float) -> Table:
     lines = table(
         *("planner", "imbalance", "worst step", "slots moved", "computing (s)", "moving (s)", "saved"),
-        title=f"A rebalance every {planners[PRICED].every} iterations; every step under a plan that had not seen it",
+        title=f"{planners[PRICED].every} iteration{'s' * (planners[PRICED].every != 1)} between rebalances; "
+        "each step is judged under a plan that had not seen it",
     )
     for name, one in planners.items():
         numbers = (f"{one.imbalance:.3f}", f"{one.worst_step:.2f}", f"{one.slots_moved}")
@@ -122,17 +123,17 @@ def _interval_table(intervals: Sequence[WhatIf]) -> Table:
 
 def _cost_sentence(study: Study, costs: Costs) -> str:
     job, model = costs.job, costs.model
-    stands = f"a recorded step stands for {study.stands_for:.3g} of the job's (--stands-for)."
+    stands = f"each recorded step stands for {study.stands_for:.3g} of the job's steps (--stands-for)."
     if job is None:
         return (
-            f"As the job recorded: {model.bytes_per_slot / 1e6:.3g} MB an expert with its state, "
-            f"{model.seconds_per_token * 1e6:.3g} µs a token, {model.bandwidth_inside / 1e9:.3g} GB/s of all GPUs "
-            f"inside nodes and {model.bandwidth_between / 1e9:.3g} between them; {stands}"
+            f"Recorded by the job: {model.bytes_per_slot / 1e6:.3g} MB per expert with its state, "
+            f"{model.seconds_per_token * 1e6:.3g} µs per token, {model.bandwidth_inside / 1e9:.3g} GB/s over all GPUs "
+            f"inside nodes and {model.bandwidth_between / 1e9:.3g} between nodes; {stands}"
         )
     mean = tokens_of_mean_gpu(study.trace.load, study.topology.num_gpus)
     return (
-        f"Assumed: {job.bytes_per_slot / 1e6:.0f} MB an expert with its state, {job.seconds_per_token * 1e6:.2f} µs a "
-        f"token, {job.bandwidth_inside / 1e9:g} GB/s a GPU inside a node and {job.bandwidth_between / 1e9:g} between "
-        f"nodes; {job.tokens_per_gpu:g} tokens on the mean GPU in a step and layer (the trace has {mean:.0f}, "
-        f"--tokens-per-gpu {mean:.0f} takes them as they are); {stands}"
+        f"Assumed: {job.bytes_per_slot / 1e6:.0f} MB per expert with its state, {job.seconds_per_token * 1e6:.2f} µs "
+        f"per token, {job.bandwidth_inside / 1e9:g} GB/s per GPU inside a node and {job.bandwidth_between / 1e9:g} "
+        f"between nodes; {job.tokens_per_gpu:g} tokens on the mean GPU in a step and layer (the trace has {mean:.0f}; "
+        f"pass --tokens-per-gpu {mean:.0f} to use that); {stands}"
     )

@@ -1,4 +1,4 @@
-"""`distplb report`: what a job left behind, as one page and as figures."""
+"""`distplb report`: the records of a job, as one page and as figures."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ Examples:
     type=OutputFile(),
     default="report.html",
     show_default=True,
-    help="The page to write.",
+    help="HTML file to write.",
 )
-@click.option("--png", type=NamedPath(file_okay=False), help="A folder for the figures as PNG.")
+@click.option("--png", type=NamedPath(file_okay=False), help="Folder for the figures as PNG.")
 @click.option(
     "--every", type=_AT_LEAST_1, multiple=True, help="Iterations between rebalances to try on the trace; repeatable."
 )
 @click.option("--nodes", type=_AT_LEAST_1, default=1, help="Nodes of the EP group, with --gpus-per-node.")
-@click.option("--gpus-per-node", type=_AT_LEAST_1, help="GPUs of the EP group on each; the run's where left out.")
+@click.option("--gpus-per-node", type=_AT_LEAST_1, help="GPUs of the EP group on each node; default: the run's.")
 @json_option
 def report(
     run: Path,
@@ -49,7 +49,7 @@ def report(
     """Write the report of a RUN as one HTML file that needs no network.
 
     RUN is the folder of Rebalancer(record=...), its events.jsonl, a trace (.npz), or counts as for distplb replay.
-    Other intervals between rebalances are tried where there is a trace.
+    Other intervals between rebalances are tried if there is a trace.
     """
     refuse_overwriting(output, run)
     if nodes > 1 and gpus_per_node is None:
@@ -58,7 +58,7 @@ def report(
         from distplb.report.page import write_figures, write_report
         from distplb.report.summary import Summary
     except ImportError as missing:
-        raise DistplbError(f"{missing}; pip install 'distplb[report]' brings what a report needs") from missing
+        raise DistplbError(f"{missing}; pip install 'distplb[report]' installs what a report needs") from missing
     topology = None if gpus_per_node is None else Topology(nodes, gpus_per_node)
     with progress("trying other intervals") as update:
         run_with_trials = write_report(run, output, topology=topology, every=every, progress=update)

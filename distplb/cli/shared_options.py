@@ -18,13 +18,13 @@ _AT_LEAST_1 = WholeNumber()
 
 
 def _parse_price(_context: click.Context, _parameter: click.Parameter, text: str) -> float | tuple[float, float]:
-    """Tokens for each moved slot: one number, or a pair."""
+    """Parse tokens per moved slot: one number, or a pair."""
     try:
         prices = tuple(float(part) for part in text.split(","))
     except ValueError:
         prices = ()
     if len(prices) not in (1, 2) or not all(price >= 0 for price in prices):  # a NaN is refused too
-        raise click.BadParameter(f"{text!r} is no price; pass tokens, at least 0: one number, or INSIDE,BETWEEN")
+        raise click.BadParameter(f"{text!r} is not a price; pass tokens, at least 0: one number, or INSIDE,BETWEEN")
     return prices[0] if len(prices) == 1 else (prices[0], prices[1])
 
 
@@ -45,7 +45,7 @@ _add_planning_options = option_group(
     click.option(
         "--slots",
         type=_AT_LEAST_1,
-        help="Slots of all GPUs; more than experts for replicas, as many where left out.",
+        help="Slots of all GPUs together; more than experts for replicas. Default: as many as experts.",
     ),
     click.option("--groups", type=_AT_LEAST_1, help="Groups of experts of a group-limited router."),
     click.option(
@@ -53,12 +53,12 @@ _add_planning_options = option_group(
         type=click.Choice(["remap", "permute"]),
         default="remap",
         show_default=True,
-        help="How the plan will be applied: by a table after the router, or by moving its rows too.",
+        help="How the plan will be applied: by a table after the router, or by moving the router's rows too.",
     ),
     click.option(
         "--current",
         type=NamedPath(),
-        help="The placement in force, as --output or another project writes it; contiguous where left out.",
+        help="Placement in force, as written by --output or another project; default: contiguous.",
     ),
     click.option(
         "--move-price",
@@ -67,14 +67,14 @@ _add_planning_options = option_group(
         metavar="TOKENS",
         help="Tokens of the whole load that a moved slot must save: one number, or INSIDE,BETWEEN nodes.",
     ),
-    click.option("--candidates", type=_AT_LEAST_1, help="Starts for each layer; 4 where left out."),
-    click.option("--seed", type=WholeNumber(0), default=0, show_default=True, help="Of all that is random."),
-    click.option("--engine", help="reference, cpu or cuda; the fastest that is there where left out."),
+    click.option("--candidates", type=_AT_LEAST_1, help="Randomised starts per layer; default: 4."),
+    click.option("--seed", type=WholeNumber(0), default=0, show_default=True, help="Seed of all random choices."),
+    click.option("--engine", help="reference, cpu or cuda; default: the fastest available."),
 )
 
 
 def planning_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """What `distplb.plan` takes beside the load, as `topology` and `options`; and `--current`, a path, as `current`."""
+    """Pass the options of `distplb.plan` on as `topology` and `options`, and the path of `--current` as `current`."""
 
     @functools.wraps(command)
     def with_options(

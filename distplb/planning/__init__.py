@@ -1,4 +1,4 @@
-"""Load and topology in, placement out: pure, but for `plan`, which has the collectives between the stages.
+"""Turn a load and a topology into a placement. Only `plan`, which runs collectives between stages, is not pure.
 
 May import `packing`, `comm` and `core`.
 """

@@ -1,4 +1,4 @@
-"""The engine that a plan is searched with: chosen by name or speed, `cuda` only after a trial on a small plan.
+"""Choose the engine that searches a plan, by name or by speed; `cuda` only after a trial on a small plan.
 
 Shapes: T steps, L layers, E experts, P slots.
 """
@@ -20,25 +20,25 @@ from distplb.planning.problem import Problem
 __all__ = ["engine_for"]
 
 _LAYERS, _CANDIDATES = 3, 4  # a dozen rows
-_TOKENS = 1 << 10  # of an expert in a step, fewer than that
+_TOKENS = 1 << 10  # more than any expert gets in a step
 
 
 def engine_for(
     options: PlanOptions, topology: Topology, shape: tuple[int, int, int], device: torch.device
 ) -> tuple[str, Engine]:
-    """The engine of the options, or the fastest on `device`, with its name; `cuda` only if it passes a trial.
+    """Name and engine that the options request, or else the fastest on `device`; `cuda` only if it passes a trial.
 
-    The trial is a small problem with the same experts, slots, GPUs, groups, classes and steps, so that its kernels are
-    those that the plans to come need. It runs once for each process and shape.
+    The trial is a small problem with the same experts, slots, GPUs, groups, classes and steps, so that it compiles the
+    kernels that later plans need. It runs once per process and shape.
 
     Args:
-        options: of the search.
-        topology: of the EP group.
-        shape: (T, L, E) of the load. Kernels are compiled for numbers of steps up to the next power of two.
-        device: of the load, where the search runs.
+        options: options of the search.
+        topology: topology of the EP group.
+        shape: (T, L, E) of the load. Kernels are compiled for T rounded up to a power of two.
+        device: device of the load, on which the search runs.
 
     Raises:
-        DistplbError: if the engine that the options name is not there.
+        DistplbError: if the engine that the options name is not available.
     """
     num_steps, _, num_experts = shape
     classes = None if options.slot_class is None else tuple(options.slot_class.tolist())
@@ -60,7 +60,7 @@ def engine_for(
 
 @dataclass(frozen=True, kw_only=True)
 class _PlanTrial:
-    """What the calls of a plan depend on, but for numbers that kernels are not compiled for; see `Trial`."""
+    """Everything that the kernels of a plan are compiled for; see `Trial`."""
 
     num_steps: int
     num_experts: int
@@ -76,8 +76,10 @@ class _PlanTrial:
 
     def __str__(self) -> str:
         return (
-            f"{self.num_experts} experts in {self.num_slots} slots of {self.topology.num_gpus} GPUs, "
-            f"{self.num_steps} steps"
+            f"{self.num_experts} expert{'s' * (self.num_experts != 1)} in "
+            f"{self.num_slots} slot{'s' * (self.num_slots != 1)} of "
+            f"{self.topology.num_gpus} GPU{'s' * (self.topology.num_gpus != 1)}, "
+            f"{self.num_steps} step{'s' * (self.num_steps != 1)}"
         )
 
     def run(self, engine: Engine) -> None:
@@ -100,7 +102,7 @@ class _PlanTrial:
         problem.polish(problem.build(cost.argmin(0)))
 
     def _load(self) -> torch.Tensor:
-        """`[T, L, E]`: some experts are hot in all steps, all waver, and the last layer is full of ties."""
+        """`[T, L, E]`: some experts are hot in all steps, all fluctuate, and the last layer is full of ties."""
         number = torch.arange(self.num_steps * _LAYERS * self.num_experts, device=self.device)
         number = number.view(self.num_steps, _LAYERS, self.num_experts)
         zero = torch.zeros_like(number)

@@ -1,14 +1,14 @@
 """Baselines: experts in order, and the greedy algorithm of DeepSeek's expert-parallel load balancer (EPLB).
 
-Greedy is written here from its description:
+Greedy is written from its description:
 
-1. Groups of experts, where there are any, go to nodes: in descending order of load, each to the lightest node that
+1. Groups of experts, if any, are assigned to nodes: in descending order of load, each goes to the lightest node that
    is not full.
 2. Each spare slot of a node goes to the expert with the largest load / replicas.
-3. The node's slots go to its GPUs as the groups went to the nodes.
+3. The node's slots are assigned to its GPUs in the same way as groups to nodes.
 
 Without groups, or with groups that cannot be spread evenly over the nodes, all GPUs count as one node and step 1 is
-void.
+skipped.
 Shapes: L layers, E experts, P slots, M GPUs, G = P / M slots on each, X = layers × nodes, n items, m packs.
 """
 
@@ -30,12 +30,12 @@ __all__ = ["Pack", "Replicate", "contiguous", "greedy_numpy", "in_three_steps", 
 # (weight [X, n], slots, most replicas of an expert) -> expert of each slot [X, slots], replicas [X, n]
 Replicate = Callable[[Tensor, int, int], tuple[Tensor, Tensor]]
 # (load [X, n], kind [X, n] or None, m) -> the item at each place [X, n], pack by pack. Items of one kind do not share
-# a pack; with None they may.
+# a pack; if kind is None, all may.
 Pack = Callable[[Tensor, Tensor | None, int], Tensor]
 
 
 def contiguous(weight: Tensor, topology: Topology, num_slots: int) -> Tensor:
-    """`[L, P]` int64, what a job starts with: experts in order; where P > E, spare slots repeat experts evenly.
+    """`[L, P]` int64, the placement that a job starts with: experts in order; if P > E, they are repeated evenly.
 
     >>> contiguous(torch.ones(1, 4), Topology(num_nodes=1, gpus_per_node=2), num_slots=6)
     tensor([[0, 0, 1, 2, 2, 3]])
@@ -53,17 +53,17 @@ def greedy_numpy(
     num_groups: int | None = None,
     allow_shared_replicas: bool = True,
 ) -> Tensor:
-    """Greedy on all layers at once: the only loops are over slots.
+    """Run greedy on all layers at once; the only loops are over slots.
 
     >>> greedy_numpy(torch.tensor([[1, 9, 5, 3, 6, 4]]), Topology(num_nodes=1, gpus_per_node=2), 6)
     tensor([[1, 5, 0, 4, 2, 3]])
 
     Args:
         weight: `[L, E]` tokens of each expert.
-        topology: of the EP group; its GPUs divide the slots.
+        topology: topology of the EP group; its number of GPUs divides the slots.
         num_slots: P.
-        num_groups: of consecutive experts.
-        allow_shared_replicas: whether replicas of an expert may share a GPU; the published program lets them.
+        num_groups: number of groups of consecutive experts.
+        allow_shared_replicas: whether replicas of an expert may share a GPU; the published program allows it.
 
     Returns:
         `[L, P]` int64, the expert of each slot.
@@ -83,7 +83,7 @@ def in_three_steps(
     replicate: Replicate,
     pack: Pack,
 ) -> Tensor:
-    """Steps 1 to 3, with two functions that do the work."""
+    """Run steps 1 to 3 with these implementations of `Replicate` and `Pack`."""
     topology.slots_per_gpu(num_slots)
     layers, experts = weight.shape
     groups = 1 if num_groups is None or num_groups % topology.num_nodes else num_groups
@@ -91,7 +91,10 @@ def in_three_steps(
     gpus = topology.num_gpus // nodes
     apart = not allow_shared_replicas and num_slots > experts
     if apart and num_slots > experts * gpus:
-        raise DistplbError(f"{num_slots} slots: {experts} experts have at most {gpus} replicas each; pass fewer slots")
+        raise DistplbError(
+            f"{num_slots} slots are too many for {experts} expert{'s' * (experts != 1)} with at most "
+            f"{gpus} replica{'s' * (gpus != 1)} each; pass fewer slots"
+        )
     weight = weight.double()
     group_at = pack(weight.unflatten(1, (groups, -1)).sum(2), None, nodes)  # [L, groups], node by node
     members = torch.arange(experts // groups, device="cpu")
@@ -160,10 +163,10 @@ def _exchange(
     light: int,
     item: int,
 ) -> int:
-    """Put the item in the place of another, which is returned: it is to go to the pack `light`.
+    """Put the item in the place of another one, and return that one, which must go to pack `light`.
 
-    All packs that are not full hold the item's kind. It takes the place of the item of nearest load, among those whose
-    pack does not hold its kind and whose own kind the lightest pack does not hold.
+    Every pack that is not full holds the item's kind. The item replaces the one with the nearest load, among those in
+    packs without its kind whose own kind pack `light` does not hold.
     """
     inside, kind = content[row], kinds[row]  # [m, size], [n]
     possible = (inside >= 0) & ~held[row, :, kind[item], None] & ~held[row, light, kind[inside]]

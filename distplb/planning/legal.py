@@ -1,4 +1,4 @@
-"""Which placements do not change what the model computes. Pure.
+"""Check that a placement does not change what the model computes. Pure.
 
 Shapes: X rows, L layers, E experts, P slots, B groups.
 """
@@ -15,7 +15,7 @@ __all__ = ["check_legal", "class_of_expert", "keeps_blocks"]
 
 
 def keeps_blocks(table: Tensor, num_groups: int) -> Tensor:
-    """`[X]` bool: whether in tables `[X, P]` each block of P / B slots holds the experts of one group.
+    """`[X]` bool: whether each block of P / B slots in a table of `[X, P]` holds the experts of one group.
 
     >>> keeps_blocks(torch.tensor([[2, 3, 1, 0], [0, 2, 1, 3]]), num_groups=2)
     tensor([ True, False])
@@ -39,21 +39,21 @@ def check_legal(
     """Refuse a placement that group-limited routing or the layout does not allow.
 
     Args:
-        placement: to come; without replicas.
-        current: in force, which tells the experts' classes.
-        num_groups: of the router, whose rows move; None where there are none.
-        slot_class: `[P]`, as of `plan`.
+        placement: the next placement, without replicas.
+        current: the placement in force, which defines the experts' classes.
+        num_groups: number of groups of the router, whose rows move; None for a router without groups.
+        slot_class: `[P]`, as in `plan`.
 
     Raises:
-        DistplbError: with the first layer that breaks the rule.
+        DistplbError: for the first layer that breaks a rule.
     """
     if num_groups is not None:
         broken = (~keeps_blocks(placement.expert_of_slot, num_groups)).nonzero()
         if len(broken):
             raise DistplbError(
-                f"layer {int(broken[0])} of the placement takes experts of one routing group apart: with {num_groups} "
-                f"groups, each block of {placement.num_slots // num_groups} slots must hold the experts of one group, "
-                "or the router would choose others than before"
+                f"layer {int(broken[0])} of the placement splits a routing group: with {num_groups} groups, each block "
+                f"of {placement.num_slots // num_groups} slots must hold the experts of one group, or the router would "
+                "choose other experts than before"
             )
     if slot_class is not None:
         classes = torch.as_tensor(slot_class, device="cpu")
@@ -62,7 +62,7 @@ def check_legal(
         if len(broken):
             layer, expert = broken[0].tolist()
             raise DistplbError(
-                f"layer {layer} of the placement takes expert {expert} from a slot of class "
-                f"{int(before[layer, expert])} to one of class {int(after[layer, expert])}; slot_class keeps experts "
-                "within their class"
+                f"layer {layer} of the placement moves expert {expert} from a slot of class "
+                f"{int(before[layer, expert])} to one of class {int(after[layer, expert])}; slot_class keeps every "
+                "expert in its class"
             )

@@ -1,4 +1,4 @@
-"""What a plan pays for the experts that it moves: nothing on the same GPU, less inside a node than between nodes.
+"""Price the experts that a plan moves: nothing on the same GPU, less inside a node than between nodes.
 
 Shapes: X rows, L layers, E experts, P slots, M GPUs, G slots on each.
 """
@@ -18,9 +18,9 @@ __all__ = ["cost_of_moves", "distances", "price_by_distance"]
 
 
 def distances(current: Placement, topology: Topology) -> Tensor:
-    """`[L, E, M]` int8: 0 where a GPU holds an expert, 1 where another of its node does, else 2.
+    """`[L, E, M]` int8: 0 where a GPU holds an expert, 1 where another GPU of its node does, else 2.
 
-    A GPU that holds an expert copies it to as many of its slots as it likes.
+    A GPU that holds an expert can copy it to any number of its slots at distance 0.
 
     >>> distances(Placement.contiguous(num_layers=1, num_experts=3, num_gpus=3), Topology(3, 1))
     tensor([[[0, 2, 2],
@@ -38,11 +38,13 @@ def distances(current: Placement, topology: Topology) -> Tensor:
 
 
 def price_by_distance(move_price: tuple[float, float], shift: Tensor) -> Tensor:
-    """`[L, 3]` int64: the price of a slot by its expert's distance 0, 1 or 2, in the units of a load shifted left.
+    """`[L, 3]` int64: the price of a moved slot at distance 0, 1 and 2, in units of a load shifted left.
+
+    Prices saturate at 2^41 − 1, and a positive price stays at least 1.
 
     Args:
-        move_price: tokens, inside a node and between nodes.
-        shift: `[L]`, in bits; negative to the right. Saturates at 2^41 − 1, and what costs anything costs 1 or more.
+        move_price: tokens per slot, inside a node and between nodes.
+        shift: `[L]`, bits by which the load is shifted left; negative for right.
     """
     rows = [[0, *(_in_units(price, bits) for price in move_price)] for bits in shift.tolist()]
     return torch.tensor(rows, device=shift.device)
@@ -55,12 +57,12 @@ def _in_units(price: float, bits: int) -> int:
 
 
 def cost_of_moves(table: Tensor, distance: Tensor, price: Tensor) -> Tensor:
-    """`[..., L]` int64: what the moves to a table `[..., L, P]` cost, summed over its slots.
+    """`[..., L]` int64: the cost of the moves to a table `[..., L, P]`, summed over its slots.
 
     Args:
         table: the expert of each slot.
-        distance: `[L, E, M]` int8, as from `distances`.
-        price: `[L, 3]` int64, as from `price_by_distance`.
+        distance: `[L, E, M]` int8, from `distances`.
+        price: `[L, 3]` int64, from `price_by_distance`.
     """
     num_gpus = distance.shape[2]
     gpu = torch.arange(table.shape[-1], device=table.device) // (table.shape[-1] // num_gpus)

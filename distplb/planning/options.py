@@ -1,4 +1,4 @@
-"""The options that determine a plan, together with the load and the topology, and which of them are refused.
+"""The options that determine a plan together with the load and the topology, and the checks that refuse bad ones.
 
 Shapes: L layers, E experts, P slots, M GPUs, G slots on each.
 """
@@ -23,13 +23,13 @@ from distplb.packing.noise import CANDIDATE_BITS
 
 __all__ = ["PlanOptions"]
 
-_MAX_SLOTS = 1 << 20  # of a layer; tables of more would not fit anywhere
-_MAX_PRICE = 2.0**200  # more than any load, in tokens or in time, and finite: 0 where a curve takes no time
+_MAX_SLOTS = 1 << 20  # per layer; larger tables would not fit in memory
+_MAX_PRICE = 2.0**200  # above any load, in tokens or time; finite, because times 0 ns per token it must give 0
 
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """Options of `plan`, which explains them."""
+    """The options of `plan`, where they are explained."""
 
     num_slots: int | None = None
     num_groups: int | None = None
@@ -44,7 +44,7 @@ class PlanOptions:
     time_curve: TimeCurve | None = None
 
     def __post_init__(self) -> None:
-        # Numbers of NumPy and torch become Python's; wrong types are refused by `check`, on all ranks together.
+        # NumPy and torch numbers become Python's here; `check` refuses wrong types, on all ranks together.
         for name in ("num_slots", "num_groups", "num_candidates", "seed", "allow_shared_replicas"):
             object.__setattr__(self, name, plain(getattr(self, name)))
         price = self.move_price
@@ -59,12 +59,12 @@ class PlanOptions:
 
     @property
     def candidates(self) -> int:
-        """K; by default one, or with a current placement four: two fresh starts, and two from that placement."""
+        """K; by default 1, or 4 with a current placement: two fresh starts and two from that placement."""
         return (1 if self.current is None else 4) if self.num_candidates is None else self.num_candidates
 
     @property
     def prices(self) -> tuple[float, float]:
-        """Tokens of a slot that is moved inside a node, and between nodes; 0 where there is nothing to move from."""
+        """Price in tokens of a slot moved inside a node, and between nodes; 0 without a current placement."""
         if self.current is None:
             return 0.0, 0.0
         inside, between = self._price_pair
@@ -78,7 +78,7 @@ class PlanOptions:
         """Refuse options that do not fit together.
 
         Raises:
-            DistplbError: with the value and what to pass instead.
+            DistplbError: if an option is wrong; it names the value and what to pass instead.
         """
         refuse_wrong_types({"topology": (topology, (Topology,), "a Topology, such as Topology.from_env()")})
         self._check_types()
@@ -93,7 +93,7 @@ class PlanOptions:
         return self.mode == "remap" and self.slot_class is None
 
     def fields(self, num_experts: int) -> dict[str, int]:
-        """What all ranks must share, as integers by name; the engine may differ."""
+        """The values that must be equal on all ranks, as integers by name; the engine may differ."""
         return {
             "num_slots": self.slots(num_experts),
             "num_groups": -1 if self.num_groups is None else self.num_groups,
@@ -112,7 +112,7 @@ class PlanOptions:
         }
 
     def _check_types(self) -> None:
-        whole, maybe = "a whole number", (int, None)
+        whole, maybe = "an integer", (int, None)
         refuse_wrong_types(
             {
                 "num_slots": (self.num_slots, maybe, whole),
@@ -133,14 +133,14 @@ class PlanOptions:
                 "{num_candidates} is {value}; pass 1 to 2^{bits}", value=self.num_candidates, bits=CANDIDATE_BITS
             )
         if not 0 <= self.seed < 1 << 62:
-            raise OptionError("{seed} is {value}; pass a whole number in [0, 2^62)", value=self.seed)
+            raise OptionError("{seed} is {value}; pass an integer in [0, 2^62)", value=self.seed)
         if not isinstance(self.mode, str) or self.mode not in ("permute", "remap"):
             raise OptionError("{mode} is {value}; pass 'permute' or 'remap'", value=shown(self.mode))
         prices = self._price_pair
         if len(prices) != 2 or not all(_is_price(price) for price in prices):
             raise OptionError(
-                "{move_price} is {value!r}; pass tokens of the window for each moved slot, at least 0: one number, or "
-                "a pair (inside a node, between nodes)",
+                "{move_price} is {value!r}; pass tokens of the window per moved slot, at least 0: one number, or a "
+                "pair (inside a node, between nodes)",
                 value=self.move_price,
             )
         if any(prices) and self.current is None:
@@ -167,31 +167,31 @@ class PlanOptions:
             return
         if self.mode == "permute":
             raise OptionError(
-                "{num_slots} is {value} for {experts} experts, and {mode} 'permute' knows no replicas; "
-                "pass {mode:'remap'}, or {num_slots:{experts}}",
+                f"{{num_slots}} is {{value}} for {{experts}} expert{'s' * (num_experts != 1)}, and {{mode}} 'permute' "
+                "does not support replicas; pass {mode:'remap'}, or {num_slots:{experts}}",
                 value=num_slots,
                 experts=num_experts,
             )
         nodes = topology.num_nodes if self.num_groups is not None else 1
         if not self.allow_shared_replicas and size > num_experts // nodes:
             raise DistplbError(
-                f"{size} slots on each GPU for {num_experts // nodes} experts: some GPU must hold an expert twice; "
-                "pass allow_shared_replicas=True or fewer slots"
+                f"{size} slots on each GPU for {num_experts // nodes} expert{'s' * (num_experts // nodes != 1)}: some "
+                "GPU must hold an expert twice; pass allow_shared_replicas=True or fewer slots"
             )
 
     def _too_few_slots(self, topology: Topology, num_experts: int) -> OptionError:
-        """Fewer than experts: perhaps the slots of one GPU were meant, or those beyond one for each expert."""
+        """Error for fewer slots than experts: perhaps the slots of one GPU were meant, or only the extra ones."""
         num_slots, gpus = self.slots(num_experts), topology.num_gpus
         minimum, all_ = _next_multiple(num_experts, gpus), num_slots * gpus
         more = _next_multiple(num_experts + num_slots, gpus)
         remedies = [] if all_ == minimum else ["at least {num_slots:{minimum}}"]
         if num_slots > 0 and self._may_have_replicas and more <= _MAX_SLOTS:
-            remedies.append("{num_slots:{more}} for {extra} more than experts")
+            remedies.append("{num_slots:{more}} ({extra} for replicas)")
         if all_ == num_experts or (self._may_have_replicas and num_experts < all_ <= _MAX_SLOTS):
-            remedies.append("{num_slots:{all_}} for {value} on each of {gpus} GPUs")
+            remedies.append("{num_slots:{all_}} ({value} on each of {gpus} GPUs)")
         return OptionError(
-            "{num_slots} is {value} for {experts} experts; it counts the slots of all GPUs, and every expert needs "
-            f"one: pass {', or '.join(remedies)}",
+            f"{{num_slots}} is {{value}} for {{experts}} expert{'s' * (num_experts != 1)}; it counts the slots of all "
+            f"GPUs, and every expert needs one: pass {', or '.join(remedies)}",
             value=num_slots,
             experts=num_experts,
             gpus=gpus,
@@ -202,11 +202,14 @@ class PlanOptions:
         )
 
     def _uneven_slots(self, topology: Topology, num_experts: int) -> OptionError:
-        """GPUs cannot share these slots evenly."""
+        """Error for slots that the GPUs cannot share evenly."""
         num_slots = self.slots(num_experts)
         fits = _next_multiple(num_slots, topology.num_gpus)
-        what = "{slots} slots cannot be spread evenly over {gpus} GPUs ({nodes} nodes × {each}); pass "
-        replicas = "{num_slots:{fits}}, {extra} more than experts, or "
+        what = (
+            f"{{slots}} slot{'s' * (num_slots != 1)} cannot be spread evenly over {{gpus}} GPUs "
+            f"({{nodes}} node{'s' * (topology.num_nodes != 1)} × {{each}}); pass "
+        )
+        replicas = "{num_slots:{fits}} ({extra} for replicas), or "
         may_have = self._may_have_replicas and fits <= _MAX_SLOTS
         return OptionError(
             f"{what}{replicas if may_have else ''}{{num_nodes}} and {{gpus_per_node}} whose product divides {{slots}}",
@@ -224,8 +227,8 @@ class PlanOptions:
             return
         if groups < 1 or num_experts % groups:
             raise OptionError(
-                "{num_groups} is {groups}, which does not divide {experts} experts; pass the number of groups of the "
-                "router, or leave it out",
+                f"{{num_groups}} is {{groups}}, which does not divide {{experts}} expert{'s' * (num_experts != 1)}; "
+                "pass the router's number of groups, or leave it out",
                 groups=groups,
                 experts=num_experts,
             )
@@ -240,7 +243,7 @@ class PlanOptions:
         if self.mode == "permute" and block % size and size % block:
             raise OptionError(
                 "a block of {block} slots ({num_groups} is {groups}) neither fills whole GPUs of {size} slots nor "
-                "divides them, so no block permutation evens out the GPUs; use a number of GPUs that divides "
+                "divides them, so no block permutation balances the GPUs; use a number of GPUs that divides "
                 "{groups} or is a multiple of it",
                 block=block,
                 groups=groups,
@@ -255,13 +258,13 @@ class PlanOptions:
         expected = (num_layers, num_experts, self.slots(num_experts), topology.num_gpus)
         if sizes != expected:
             differ = [at for at in range(4) if sizes[at] != expected[at]]
-            remedy = "pass the placement in force of the same model"
+            remedy = "pass the placement in force for the same model"
             if differ == [2]:
                 remedy += ", or {num_slots:{slots}}"
             elif differ == [3]:
-                remedy += ", or {num_nodes} and {gpus_per_node} of {gpus} GPUs"
+                remedy += f", or {{num_nodes}} and {{gpus_per_node}} of {{gpus}} GPU{'s' * (current.num_gpus != 1)}"
             raise OptionError(
-                "{current} has (layers, experts, slots, GPUs) = {sizes}, the load and topology {expected}; " + remedy,
+                "{current} has (layers, experts, slots, GPUs) = {sizes}, load and topology have {expected}; " + remedy,
                 sizes=sizes,
                 expected=expected,
                 slots=current.num_slots,
@@ -277,12 +280,13 @@ class PlanOptions:
             raise DistplbError(f"slot_class is {classes.dtype} of shape {tuple(classes.shape)}; pass {expected}")
         if self.slots(num_experts) != num_experts or self.num_groups is not None:
             raise DistplbError(
-                "slot_class goes with neither replicas nor groups: leave out num_slots and num_groups, or slot_class"
+                "slot_class cannot be combined with replicas or groups; leave out num_slots and num_groups, or "
+                "slot_class"
             )
 
 
 def _is_price(price: object) -> bool:
-    return isinstance(price, int | float) and not isinstance(price, bool) and price >= 0  # nor is a NaN
+    return isinstance(price, int | float) and not isinstance(price, bool) and price >= 0  # also False for a NaN
 
 
 def _price_field(price: float) -> int:

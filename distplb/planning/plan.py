@@ -1,4 +1,4 @@
-"""`plan`: the three calls of a planning problem, with the collectives between them.
+"""`plan`: the three calls of a `Problem`, with the collectives between them.
 
 Stages, numbered as in the README: (1) count, (2) search, (3) choose, (4) polish, (5) share.
 Shapes: T steps, L layers, E experts, P slots, K candidates.
@@ -57,11 +57,11 @@ def plan(
     allow_shared_replicas: bool = True,
     mode: str = "remap",
 ) -> Placement:
-    """Search, on all ranks together, the placement that costs least; the same plan comes out on all of them.
+    """Search for the cheapest placement on all ranks together; all of them return the same plan.
 
-    Same load and same options give the same plan to the bit, whatever the number of ranks, the engine and the
-    device. The cost of a layer is the busiest GPU's tokens, added up over the steps, and what its moves are priced at;
-    replicas share their expert's tokens evenly.
+    The same load and options give the same plan bit for bit, whatever the number of ranks, the engine and the device.
+    The cost of a layer is the busiest GPU's tokens, summed over the steps, plus the price of its moves; replicas share
+    their expert's tokens evenly.
 
     >>> load = torch.tensor([[9, 1, 5, 5]])
     >>> plan(load, Topology(num_nodes=1, gpus_per_node=2)).expert_of_slot
@@ -70,29 +70,30 @@ def plan(
     tensor([[0, 1, 2, 0, 2, 3]])
 
     Args:
-        load: `[L, E]` or `[T, L, E]` tokens of each expert as counted **on this rank**, of any type that is exact; the
-            ranks' counts are added up, so a load that one rank knows already goes in there and zeros elsewhere. Of one
-            rank, without a price and a curve, it may be weights with fractions.
-        topology: of one EP group; its GPUs divide the slots.
+        load: `[L, E]` or `[T, L, E]` tokens of each expert as counted **on this rank**, in any exact type. The counts
+            of all ranks are added up, so if one rank already has the total, the others pass zeros. A single rank
+            without a price or curve may pass fractional weights.
+        topology: topology of one EP group; its number of GPUs divides the slots.
         comm: the ranks that plan together; None for this process alone.
-        num_slots: P, at least E; E where None. What is above E is given to replicas of hot experts.
+        num_slots: P, at least E; E if None. Slots beyond E hold replicas of hot experts.
         num_groups: groups of consecutive experts of a group-limited router. In mode "remap" each node gets whole
-            groups (DeepSeek's hierarchical policy), in mode "permute" only block permutations come out.
-        slot_class: `[P]` integers; an expert stays in slots of the class of its present slot. Without replicas.
-        current: the placement in force: odd candidates start from it, the plan is named so that few experts move, and
-            a layer keeps it unless the plan costs less, or what it holds breaks a rule of the other options.
+            groups (DeepSeek's hierarchical policy); mode "permute" produces only block permutations.
+        slot_class: `[P]` integers; an expert stays in slots of the same class as its present slot. Not with replicas
+            or groups.
+        current: the placement in force. Odd candidates start from it, the GPUs of a plan are renumbered so that few
+            experts move, and a layer keeps it unless a plan costs less, or it breaks a rule of the other options.
         move_price: tokens of the whole window for each slot whose expert comes from another GPU; or a pair, inside a
-            node and between nodes. `MoveModel.price` makes it from seconds. Takes `current`.
-        time_curve: from an expert's tokens to its time, which is then what is balanced; `move_price` stays in tokens,
-            of the curve's last point. Tokens themselves where None.
-        num_candidates: K starts for each layer, dealt round-robin to the ranks; 1 where None, or 4 with `current`. From
-            one step of load without a price, K fresh ones are never worse than `balanced_packing` with K.
-        seed: of all that is random.
-        engine: "reference", "cpu" or "cuda"; None for the fastest that is there. "cuda" is tried first, once in a
-            process and shape of the load; where its plans differ or it fails, which is logged, "cpu" plans the same.
-        allow_shared_replicas: whether replicas of an expert may share a GPU, where that lowers the cost.
-        mode: how the plan will be applied. "remap" routes tokens through a table and takes any plan; "permute" moves
-            rows of experts and router, so there are no replicas, and groups stay together in blocks.
+            node and between nodes. `MoveModel.price` computes it from seconds. Requires `current`.
+        time_curve: maps an expert's tokens to its time, which is then balanced instead of tokens; `move_price` stays
+            in tokens, converted at the curve's last point.
+        num_candidates: K starts per layer, dealt round-robin to the ranks; None for 1, or 4 with `current`. For one
+            step of load without a price, K fresh ones are never worse than `balanced_packing` with K.
+        seed: seed of all random choices.
+        engine: "reference", "cpu" or "cuda"; None for the fastest that is available. "cuda" first runs a trial, once
+            per process and load shape; if its plans differ or it fails, this is logged and "cpu" makes the same plans.
+        allow_shared_replicas: whether replicas of an expert may share a GPU where that lowers the cost.
+        mode: how the plan will be applied. "remap" routes tokens through a table and accepts any plan; "permute" moves
+            rows of experts and router, so it has no replicas and keeps groups together in blocks.
 
     Raises:
         DistplbError: on every rank, if any rank's load or options are refused or differ from the others'.
@@ -117,7 +118,7 @@ def plan(
 def plan_in_stages(
     load: Counts, topology: Topology, comm: Comm, options: PlanOptions, *, stages: Stages | None = None
 ) -> PlanResult:
-    """`plan` with its options as one value, which also returns the load and the engine.
+    """`plan` with its options as one value; also returns the load and the engine.
 
     Args:
         load, topology, comm, options: as for `plan`.
@@ -131,7 +132,7 @@ def plan_in_stages(
 
 
 class StagedPlan:
-    """A plan under way, in five stages: the constructor counts; then call `search`, `choose`, `polish` and `share`.
+    """A plan in progress, in five stages: the constructor counts; then call `search`, `choose`, `polish` and `share`.
 
     Counting, choosing and sharing are collective. Searching and polishing are local, may run in another thread, and do
     not raise: the collective that follows raises their error on all ranks.
@@ -139,8 +140,8 @@ class StagedPlan:
     Args:
         load, topology, comm, options: as for `plan`.
         stages: receives the seconds of each stage.
-        fields: more integers that all ranks must share, agreed on in the same header.
-        error: of the caller on this rank; all ranks then raise it instead of planning.
+        fields: more integers that must be equal on all ranks, checked in the same header.
+        error: an error of the caller on this rank; all ranks then raise it instead of planning.
     """
 
     def __init__(
@@ -161,17 +162,17 @@ class StagedPlan:
             self._load = _agreed_load(load, topology, comm, options, dict(fields or {}), error)
             comm.all_reduce_sum(self._load)
         _, num_layers, num_experts = self._load.shape
-        # Negative entries say that a rank failed, and which.
+        # A negative entry means that a rank failed, and encodes which one.
         self._key = torch.full((num_layers,), -1 - comm.rank, device=self._load.device)
         self._table = torch.full((num_layers, options.slots(num_experts)), -1, device=comm.device)
 
     @cached_property
     def load(self) -> Tensor:
-        """`[T, L, E]`, of all ranks, on the host; copied at the first access, which waits for the device."""
+        """`[T, L, E]` of all ranks, on the host; the first access copies it and waits for the device."""
         return self._load.to("cpu")
 
     def search(self) -> None:
-        """(2) This rank's share of the candidates."""
+        """(2) Search this rank's share of the candidates."""
         with self._stages.stage("search"):
             try:
                 steps, layers, experts = self._load.shape
@@ -182,7 +183,7 @@ class StagedPlan:
                 self._error = in_stage("search", caught)
 
     def choose(self) -> None:
-        """(3) The best candidate of every layer, over all ranks."""
+        """(3) Choose the best candidate of every layer over all ranks."""
         with self._stages.stage("choose"):
             self._comm.all_reduce_min(self._key)
             worst = int(self._key.min())
@@ -190,10 +191,10 @@ class StagedPlan:
                 raise_everywhere(self._comm, -1 - worst, self._error)
             self._engine_name = self._problem.engine_name
             if self._comm.rank != 0:
-                del self._problem  # while the root polishes, not while all wait for what comes after
+                del self._problem  # freed while the root polishes, not later, when all ranks would wait for it
 
     def polish(self) -> None:
-        """(4) The root's refinement of the winners; nothing on other ranks."""
+        """(4) Refine the winners on the root; a no-op on other ranks."""
         with self._stages.stage("polish"):
             if self._comm.rank != 0:
                 return
@@ -204,7 +205,7 @@ class StagedPlan:
                 self._error = in_stage("polish", caught)
 
     def share(self) -> PlanResult:
-        """(5) The root's placement, on all ranks."""
+        """(5) Send the root's placement to all ranks."""
         with self._stages.stage("share"):
             self._comm.broadcast(self._table, 0)
             if int(self._table.min()) < 0:
@@ -221,12 +222,12 @@ def _agreed_load(
     fields: dict[str, int],
     error: Exception | None,
 ) -> Tensor:
-    """This rank's tokens `[T, L, E]` on the communicator's device, once all ranks agree on everything else."""
+    """This rank's tokens `[T, L, E]` on the communicator's device, after all ranks have agreed on everything else."""
     fields |= dict.fromkeys(_LOAD_FIELDS, 0) | dict.fromkeys(PlanOptions().fields(0), 0)
     try:
         if error is not None:
             raise error
-        # What ranks add up, and what has a price or a time in tokens, is tokens.
+        # A load that ranks add up, or that has a price or a curve in tokens, must be tokens.
         is_free = isinstance(options.move_price, int | float) and options.move_price == 0
         has_unit = comm.size > 1 or not is_free or options.time_curve is not None
         tokens = as_tokens(load) if has_unit else as_load(load)
@@ -234,9 +235,9 @@ def _agreed_load(
         options.check(topology, num_layers, num_experts)
         values = (steps, num_layers, num_experts, topology.num_nodes, topology.gpus_per_node)
         fields |= dict(zip(_LOAD_FIELDS, values, strict=True)) | options.fields(num_experts)
-        # With a world of one the search stays where the counts are.
+        # With one rank, the search stays on the device of the counts.
         tokens = _copied(tokens, tokens.device if isinstance(comm, WorldOfOne) else comm.device)
-    except Exception as caught:  # also where memory runs out, before the others wait for these counts
+    except Exception as caught:  # even out of memory, before other ranks wait for these counts
         error = in_stage("count", caught)
     agree(comm, fields, error)
     return tokens

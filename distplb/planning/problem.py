@@ -1,4 +1,4 @@
-"""One planning problem: a load, a topology, and the three calls that every search is made of.
+"""One planning problem: a load, a topology, and the three calls that make up every search.
 
 Shapes: T steps, L layers, E experts, P slots, M GPUs, K candidates, X rows (layers, or layers times candidates).
 """
@@ -30,14 +30,14 @@ from distplb.planning.warm_start import reassign_replicas
 __all__ = ["Problem"]
 
 _EVEN_BITS = 13
-_LAST_CEILING = 1 << 14  # of the last exchanges on what was chosen: a quarter
+_LAST_CEILING = 1 << 14  # of the last exchanges, on the chosen table: a quarter of the height, in units of 2^-16
 
 
 class Problem:
     """Costs of candidates, the table of a candidate, and the polish of a table; all of it pure.
 
-    An even candidate starts afresh, an odd one from the placement in force, where there is one that keeps the rules.
-    Steps without any tokens are left out, so that a plan does not depend on them.
+    Even candidates start afresh; odd ones start from the placement in force, if there is one and it keeps the rules.
+    Steps without tokens are left out, so a plan does not depend on them.
 
     >>> problem = Problem(torch.tensor([[[9, 1, 5, 5]]]), Topology(1, 2))
     >>> problem.costs(torch.tensor([0, 1]))
@@ -46,12 +46,12 @@ class Problem:
 
     Args:
         load: `[T, L, E]` int64 tokens, the same on every rank; the search runs on its device.
-        topology: of the EP group.
-        options: what else fixes the plan.
-        engine: what packs, and its name; those of the options where None.
+        topology: topology of the EP group.
+        options: everything else that determines the plan.
+        engine: name and engine that packs; the one that the options request if None.
 
     Raises:
-        DistplbError: if load, topology and options do not fit together, or the engine is not there.
+        DistplbError: if load, topology and options do not fit together, or the engine is not available.
     """
 
     def __init__(
@@ -73,32 +73,32 @@ class Problem:
         num_slots = options.slots(load.shape[2])
         self.engine_name, packing = engine_named(options.engine, load.device) if engine is None else engine
         self._policy = _policy(options, topology, num_slots, load.shape[1], packing)
-        # The same with replicas apart, where there are any, they may share, and there is room to keep them apart.
+        # The same with replicas kept apart, if there are replicas that may share a GPU and room to keep them apart.
         self._apart: Policy | None = None
         nodes = topology.num_nodes if options.num_groups is not None else 1
         roomy = num_slots // topology.num_gpus <= load.shape[2] // nodes
         if num_slots > load.shape[2] and options.allow_shared_replicas and roomy:
             apart = replace(options, allow_shared_replicas=False)
             self._apart = _policy(apart, topology, num_slots, load.shape[1], packing)
-        # What a layer keeps where nothing legal costs less: what is in force, or else the experts in order.
+        # A layer keeps this unless a legal table costs less: the placement in force, or else the experts in order.
         self._kept = contiguous(load[0], topology, num_slots) if self.current is None else self.current.expert_of_slot
         self._kept = self._kept.to(load.device)  # [L, P]
         self._may_be_kept = self._allows(self._kept)  # [L]
         self._may_stay = self._may_be_kept & (self.current is not None)
         counted = steps_with_tokens(load)
         self._measure(counted if len(counted) else load[:1], topology, options)
-        # The cheapest table of each layer so far, so that the root need not build it a second time.
+        # The cheapest table of each layer so far, so that the root need not build it again.
         self._cheapest: tuple[Tensor, Tensor, Tensor] | None = None  # candidate [L], cost [L], table [L, P]
 
     def _measure(self, load: Tensor, topology: Topology, options: PlanOptions) -> None:
-        """What is minimised, in units that leave room: at most 2^40 in a layer's window."""
+        """Set up the objective, in units that leave headroom: at most 2^40 in a layer's window."""
         time = load if options.time_curve is None else options.time_curve.time(load)
         token = 1.0 if options.time_curve is None else options.time_curve.nanoseconds_per_token
         excess = excess_bits(time)
         self._load, shift = time >> excess[:, None], -excess
         prices = options.prices[0] * token, options.prices[1] * token
         if options.slots(load.shape[2]) > load.shape[2] or any(prices):
-            # Shares are integer divisions, and prices may be fractions: the rest must not count.
+            # Shares are integer divisions and prices may be fractions: rounding errors must not matter.
             spare = spare_bits(self._load)
             self._load, shift = self._load << spare[:, None], shift + spare
         self._weight = self._load.sum(0) if len(self._load) > 1 else self._load[0]  # [L, E]
@@ -106,7 +106,7 @@ class Problem:
         if self.current is not None and any(prices):
             self._distance = distances(self.current, topology).to(load.device)
             self._price = price_by_distance(prices, shift)
-            # A layer that must move may have to move everything: its costs would saturate, and none be the least.
+            # A layer that must move may have to move everything: without this, all its costs could saturate and tie.
             dearest = self._price.amax(1) * options.slots(load.shape[2])
             self._coarser = excess_bits(dearest[None, :, None], COST_BITS - 1).masked_fill(self._may_stay, 0)
             self._cost_of_current = self._cost(self.current.expert_of_slot.to(load.device))  # [L]
@@ -115,13 +115,13 @@ class Problem:
             self._terms = self._coarse_terms()
 
     def _coarse_terms(self) -> Terms:
-        """What is minimised, in the units of steps 10 and 11."""
+        """The objective, in the units of steps 10 and 11."""
         shift = excess_bits(self._load, MOST_BITS)  # [L]
         load = (self._load >> shift[:, None]).transpose(0, 1).contiguous()
         terms = Terms(load, self._policy.region.to(load.device), apart=not self._shares)
         if self._price is None:
             return terms
-        up = (1 << shift[:, None]) - 1  # what costs anything costs 1 or more
+        up = (1 << shift[:, None]) - 1  # rounds up, so that a positive price stays at least 1
         price = ((self._price + up) >> shift[:, None]).clamp(max=1 << MOST_BITS)
         return terms._replace(distance=self._distance, price=price)
 
@@ -137,7 +137,7 @@ class Problem:
         return cost
 
     def build(self, candidate: Tensor) -> Tensor:
-        """`[L, P]`: the table of one candidate for each layer, `[L]`."""
+        """`[L, P]`: the table of one candidate per layer, `candidate [L]`."""
         candidate = candidate.to(self._weight.device)
         layer = torch.arange(len(candidate), device=candidate.device)
         if self._cheapest is None:
@@ -149,43 +149,43 @@ class Problem:
         return table
 
     def polish(self, table: Tensor) -> Tensor:
-        """`[L, P]`: more exchanges where they cost no more; then GPUs renumbered so that most experts stay in place.
+        """`[L, P]`: the table after more exchanges, with GPUs renumbered so that most experts stay in place.
 
-        A layer whose current placement keeps the rules and costs no more keeps it. Where there is none, that is so of
-        experts in order.
+        Each change is kept only where it costs no more. A layer keeps its current placement, or without one the
+        experts in order, if that keeps the rules and costs no more.
 
         Raises:
-            DistplbError: if a layer breaks the rules, which no table of a candidate does.
+            DistplbError: if a layer breaks the rules; a candidate's table never does.
         """
         table = self._polished(table)
         broken = (~self._allows(table)).nonzero()
         if len(broken):
             raise DistplbError(
-                f"internal: layer {int(broken[0])} of the plan must have {self._policy.rule}, and does not; please "
+                f"internal: layer {int(broken[0])} of the plan must have {self._policy.rule}, but does not; please "
                 "report this with the load and the options"
             )
         return table
 
     def _polished(self, table: Tensor) -> Tensor:
-        """`polish`, unchecked."""
+        """`polish` without the check."""
         rows = self._uneven(table)
         if len(rows):
             polished = table.clone()
             polished[rows] = self._finished(table[rows], rows)
-            # Steps 10 and 11 count in coarser units, and step 9 knows no price.
+            # Steps 10 and 11 count in coarser units and step 9 ignores the price: the result may cost more.
             table = self._no_dearer(polished, table)
         if self.current is not None:
             table = self._no_dearer(self._named_as(table), table)
         return torch.where(self._may_be_kept[:, None], self._no_dearer(self._kept, table), table)
 
     def _finished(self, table: Tensor, layer: Tensor) -> Tensor:
-        """`[X, P]`: step 9 on one step of load, steps 10 and 11 once more on several."""
+        """`[X, P]`: the table after step 9 for one step of load, after steps 10 and 11 again for several."""
         if self._terms is None or len(self._load) == 1:
             return self._policy.polish(self._weight[layer], table)
         return self._policy.settle(self._terms, table, layer=layer, ceiling=torch.full_like(layer, _LAST_CEILING))
 
     def _candidates(self, names: Names) -> Tensor:
-        """`[X, P]`: the tables of rows."""
+        """`[X, P]`: the table of each row's candidate."""
         layer, candidate = names["layer"], names["candidate"]
         table = torch.empty(len(layer), self._policy.region.shape[0], dtype=torch.int64, device=layer.device)
         warm = (candidate % 2 == 1) & self._may_stay[layer]
@@ -204,9 +204,9 @@ class Problem:
         return table
 
     def _unless_dearer(self, settled: Tensor, unsettled: Tensor, layer: Tensor) -> Tensor:
-        """`[X, P]`: the tables after steps 10 and 11, or before them where a layer must move and is cheaper so.
+        """`[X, P]`: the tables after steps 10 and 11, or before them if a layer must move and that is cheaper.
 
-        It may be where blocks change places as wholes: those steps price a block by one of its experts.
+        That happens where whole blocks are exchanged: those steps price a block by one of its experts.
         """
         rows = (~self._may_stay[layer]).nonzero()[:, 0]
         if len(rows):
@@ -217,15 +217,15 @@ class Problem:
     def _may_gain(self, layer: Tensor, table: Tensor) -> Tensor:
         """`[X]` bool: whether steps 10 and 11 may improve a fresh table enough to be chosen."""
         if self._price is None or self._distance is None or self._cost_of_current is None:
-            # One step of load without a price is what the fresh search is for.
+            # For one step of load without a price, the fresh search has already minimised the cost.
             return torch.full_like(layer, len(self._load) > 1, dtype=torch.bool)
-        # Where its moves alone cost more than staying, and the layer may stay, it is no candidate.
+        # A table cannot win if the layer may stay, and its moves with perfect balance cost as much as staying.
         moves = cost_of_moves(table, self._distance[layer], self._price[layer])
         minimum = moves + self._weight.sum(1)[layer] // self.num_gpus
         return (minimum < self._cost_of_current[layer]) | ~self._may_stay[layer]
 
     def _from_current(self, layer: Tensor, candidate: Tensor) -> Tensor:
-        """`[X, P]`: what stands now; every second candidate goes on with other replica counts, if there are any."""
+        """`[X, P]`: the placement in force; every second candidate gets other replica counts, if there are replicas."""
         assert self.current is not None
         table = self.current.expert_of_slot.to(layer.device)[layer]
         rows = (candidate % 4 == 3).nonzero()[:, 0]
@@ -235,9 +235,9 @@ class Problem:
         return table
 
     def _afresh(self, weight: Tensor, names: Names) -> Tensor:
-        """`[X, P]`: searched on the sum over the steps; replicas share a GPU only where that costs less.
+        """`[X, P]`: tables searched on the sum over the steps; replicas share a GPU only where that costs less.
 
-        Where moving has a price, GPUs are renumbered so that most experts stay in place.
+        If moves have a price, GPUs are renumbered so that most experts stay in place.
         """
         table = self._policy.search(weight, **names)
         if self._apart is not None and len(rows := crowded(table, self.num_gpus).nonzero()[:, 0]):
@@ -250,7 +250,7 @@ class Problem:
         return table if self._price is None else self._named_as(table, names["layer"])
 
     def _named_as(self, table: Tensor, layer: Tensor | None = None) -> Tensor:
-        """`[X, P]`: the same experts on one GPU, GPUs renumbered so that most experts stay in place."""
+        """`[X, P]`: the same experts on each GPU, with GPUs renumbered so that most experts stay in place."""
         assert self.current is not None
         num_experts = self._weight.shape[1]
         current = self.current
@@ -261,7 +261,7 @@ class Problem:
         return named.expert_of_slot.to(table.device)
 
     def _remember(self, candidate: Tensor, cost: Tensor, tables: Tensor) -> None:
-        first = cost.argmin(0)  # ties stay with the first
+        first = cost.argmin(0)  # of equals, the first
         layer = torch.arange(len(first), device=cost.device)
         cheapest = candidate[first], cost[first, layer], tables[first, layer]
         if self._cheapest is not None:
@@ -274,7 +274,7 @@ class Problem:
         self._cheapest = cheapest
 
     def _cost(self, table: Tensor, layer: Tensor | slice = slice(None)) -> Tensor:
-        """`[..., X]` int64: of tables `[..., X, P]` of these layers (all in turn), with the price of their moves."""
+        """`[..., X]` int64: the cost of tables `[..., X, P]` of these layers (all by default), moves included."""
         cost = layer_cost(self._load[:, layer], table, self.num_gpus)
         if self._distance is None or self._price is None or self._coarser is None:
             return cost
@@ -282,7 +282,7 @@ class Problem:
         return ((cost + moves) >> self._coarser[layer]).clamp(max=MAX_COST)
 
     def _uneven(self, table: Tensor) -> Tensor:
-        """The layers whose busiest GPUs are more than 2^-13 above the mean, which no job would notice."""
+        """The layers whose busiest GPUs are more than 2^-13 above the mean; no job would notice less."""
         cost, total = layer_cost(self._load, table, self.num_gpus), self._weight.sum(1)
         return (cost - total // self.num_gpus > total // self.num_gpus >> _EVEN_BITS).nonzero()[:, 0]
 
@@ -296,7 +296,7 @@ class Problem:
 
 
 def _policy(options: PlanOptions, topology: Topology, num_slots: int, num_layers: int, engine: Engine) -> Policy:
-    """What the options ask for."""
+    """The policy that the options request."""
     groups, nodes = options.num_groups, topology.num_nodes
     if options.slot_class is not None:
         start = Placement.contiguous(num_layers, num_slots, topology.num_gpus)

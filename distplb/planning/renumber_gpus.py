@@ -25,19 +25,19 @@ def relabelled(
     slot_class: Table | None = None,
     gpus_per_node: int | None = None,
 ) -> Placement:
-    """The same experts together as in `fresh`, in the cells (and slots) that leave most of them in place.
+    """Keep experts together as in `fresh`, in the cells (and slots) that leave most of them in place.
 
-    Cells are matched by optimal assignment (scipy), the largest first and the smaller inside them, by the experts
-    that both hold. Which experts share a cell does not change, so neither does the balance. An expert that stays in
-    its smallest cell keeps its slot.
+    Cells are matched by optimal assignment (scipy) on the number of experts that both hold, the largest first and
+    smaller ones inside them. Experts that share a cell still do, so the balance does not change. An expert that stays
+    in its smallest cell keeps its slot.
 
     Args:
-        fresh, current: of the same layers, experts, slots and GPUs.
-        cells: slots of the cells that may change places, each a divisor of the one before: (P / N, G) for nodes and
-            GPUs; none if nothing may.
-        slot_class: `[P]`, the same for all cells, if experts may only stand in slots of their class.
-        gpus_per_node: where cells smaller than a node change places freely, and of equals the way is better that
-            leaves more experts on their node.
+        fresh, current: placements with the same layers, experts, slots and GPUs.
+        cells: sizes in slots of the cells that may be swapped, each a divisor of the one before: (P / N, G) for nodes
+            and GPUs; empty if none may.
+        slot_class: `[P]`, the same for all cells, if experts must stay in slots of their class.
+        gpus_per_node: for cells smaller than a node that may be swapped between nodes: of equal matchings, one that
+            leaves more experts on their node is better.
     """
     classes = np.zeros(fresh.num_slots, dtype=np.int64) if slot_class is None else slot_class
     node = np.arange(fresh.num_slots) // (fresh.slots_per_gpu * (gpus_per_node or fresh.num_gpus))
@@ -49,7 +49,7 @@ def relabelled(
 
 
 def _relabelled_row(new: Table, old: Table, cells: list[int], classes: Table, node: Table) -> Table:
-    """One layer, or one cell of it: `[p]` each; `node` is each slot's."""
+    """Renumber one layer, or one cell of it: `[p]` each; `node` is each slot's node."""
     if not cells:
         return new
     parts, before = new.reshape(-1, cells[0]), old.reshape(-1, cells[0])  # [n, cell]
@@ -59,7 +59,7 @@ def _relabelled_row(new: Table, old: Table, cells: list[int], classes: Table, no
     if (nodes == nodes[:, :1]).all() and nodes[0, 0] != nodes[-1, 0]:
         around = np.stack([holding[nodes[:, 0] == one].sum(0) for one in nodes[:, 0]])  # [n, E]
         worth = worth * (len(new) + 1) + _common(held, around)
-    from scipy.optimize import linear_sum_assignment  # when first used: it takes a third as long to import as torch
+    from scipy.optimize import linear_sum_assignment  # on first use: importing it takes a third as long as torch
 
     _, takes = linear_sum_assignment(worth, maximize=True)  # the place of each part
     placed = np.empty_like(parts)
@@ -84,14 +84,14 @@ def _counts(*tables: Table) -> list[Table]:
 
 
 def _common(held: Table, holding: Table) -> Table:
-    """`[n, m]`: the slots of each pair of cells that could stay, an expert as often as both hold it."""
+    """`[n, m]`: how many slots could stay for each pair of cells; an expert counts as often as both hold it."""
     if held.max() == holding.max() == 1:
         return np.asarray(held @ holding.T)
     return np.stack([np.minimum(count, holding).sum(1) for count in held])
 
 
 def _in_place(new: Table, old: Table) -> Table:
-    """The experts of `new [g]`, those that `old` holds in its slots, the rest in the free ones in their order."""
+    """The experts of `new [g]`: those that `old` holds in their slots there, the rest in the free slots, in order."""
     left = {int(expert): int(count) for expert, count in zip(*np.unique(new, return_counts=True), strict=True)}
     table = np.full_like(new, -1)
     for slot, expert in enumerate(old.tolist()):

@@ -1,4 +1,4 @@
-"""The policy that keeps experts within their class of slots, for layouts that exchange only equal slot numbers.
+"""The policy that keeps experts in slots of their class, for layouts that exchange only slots of the same index.
 
 Shapes: X rows, E = P experts and slots, M GPUs, G slots on each, C classes.
 """
@@ -22,17 +22,16 @@ _ROUNDS = 40
 
 @dataclass(frozen=True)
 class SlotClasses:
-    """An expert may stand only in slots of the class of its present slot; there are no replicas.
+    """Keeps every expert in slots of its present slot's class; there are no replicas.
 
-    One slot a GPU of one class at a time is emptied, and its experts are dealt anew, the heaviest to the GPU that is
-    lightest without them, which for these slots is the best there is. Where a GPU has several slots of a class, the
-    slot that takes part changes from round to round.
+    For one class at a time, one slot per GPU is emptied and its experts are dealt again, the heaviest to the GPU that
+    is lightest without them; for these slots that is optimal. If a GPU has several slots of a class, they take turns.
 
     Args:
-        engine: what settles; the search itself takes none.
+        engine: the engine that settles; the search itself uses none.
         num_gpus: M.
         slot_class: `[P]` int64.
-        start: `[L, P]` int64, the placement in force, which tells each expert's class.
+        start: `[L, P]` int64, the placement in force, which defines each expert's class.
     """
 
     engine: Engine
@@ -42,18 +41,18 @@ class SlotClasses:
 
     @property
     def cells(self) -> tuple[int, ...]:
-        """GPUs, where all have the same classes in the same order; else nothing changes places as a whole."""
+        """GPUs, if all have the same classes in the same order; else no cell may be swapped as a whole."""
         by_gpu = self.slot_class.view(self.num_gpus, -1)
         return (by_gpu.shape[1],) if bool((by_gpu == by_gpu[0]).all()) else ()
 
     def search(self, weight: Tensor, *, layer: Tensor, candidate: Tensor, seed: int) -> Tensor:
-        """As `Policy`; a candidate's noise decides the order that it starts from."""
+        """See `Policy`; a candidate's noise decides the order of its first round."""
         table = self.start.to(weight.device)[layer]
         key = noisy_keys(weight, layer=layer, candidate=candidate, seed=seed)
         return self._lowered(key, weight, table)
 
     def polish(self, weight: Tensor, table: Tensor) -> Tensor:
-        """As `Policy`."""
+        """See `Policy`."""
         return self._lowered(weight, weight, table)
 
     @property
@@ -62,16 +61,16 @@ class SlotClasses:
         return torch.as_tensor(self.slot_class, device="cpu").to(torch.int64)
 
     def settle(self, terms: Terms, table: Tensor, *, layer: Tensor, ceiling: Tensor) -> Tensor:
-        """As `Policy`."""
+        """See `Policy`."""
         return self.engine.settle(terms, table, self.num_gpus, layer=layer, ceiling=ceiling)
 
     @property
     def rule(self) -> str:
-        """As `Policy`."""
+        """See `Policy`."""
         return "every expert in a slot of its class"
 
     def allows(self, table: Tensor, *, layer: Tensor) -> Tensor:
-        """As `Policy`.
+        """See `Policy`.
 
         The placement in force is always allowed: an expert's class is that of its slot there.
         """
@@ -79,7 +78,7 @@ class SlotClasses:
         return (class_of_expert(start, classes).gather(1, table) == classes).all(1)
 
     def _lowered(self, key: Tensor, weight: Tensor, table: Tensor) -> Tensor:
-        """The best of the tables that are dealt until some rounds over the classes make no GPU lighter."""
+        """The best of the tables dealt until several rounds over the classes in a row do not improve on it."""
         best = table.clone()
         lowest = self._loads(weight, table).sort(dim=1, descending=True).values  # [X, M]
         # Rounds without improvement, counted row by row, so that a row does not depend on the others.
@@ -97,12 +96,12 @@ class SlotClasses:
         return best
 
     def _most_of_a_class(self) -> int:
-        """Slots of one class on one GPU: rounds in which each of them takes part once."""
+        """The most slots of one class on one GPU: after this many rounds each has taken part once."""
         by_gpu = self.slot_class.to("cpu").view(self.num_gpus, -1).sort(dim=1).values
         return max(int(row.unique(return_counts=True)[1].max()) for row in by_gpu)
 
     def _taking_part(self, number: int, turn: int) -> Tensor:
-        """`[m]`: a slot of that class on every GPU that has one, another one each turn."""
+        """`[m]`: one slot of class `number` on every GPU that has one, a different one each turn."""
         slots = (self.slot_class.to("cpu") == number).view(self.num_gpus, -1)  # [M, G]
         size = slots.shape[1]
         chosen = []
@@ -112,7 +111,7 @@ class SlotClasses:
         return torch.tensor(chosen, device="cpu")
 
     def _dealt(self, key: Tensor, weight: Tensor, table: Tensor, slots: Tensor) -> Tensor:
-        """The experts of `slots [m]`, the heaviest by key to the GPU that is lightest without its own."""
+        """Deal the experts of `slots [m]` again, the heaviest by `key` to the GPU that is lightest without them."""
         slots = slots.to(table.device)
         gpu = slots // (table.shape[1] // self.num_gpus)
         experts = table[:, slots]  # [X, m]
@@ -128,7 +127,7 @@ class SlotClasses:
 
 
 def _earlier(one: Tensor, other: Tensor) -> Tensor:
-    """`[X]` bool: whether one row of loads comes before the other in the order of a dictionary."""
+    """`[X]` bool: whether one row of loads precedes the other in lexicographic order."""
     differ = one != other
     first = differ.to(torch.int8).argmax(1, keepdim=True)
     return (one.gather(1, first) < other.gather(1, first))[:, 0]

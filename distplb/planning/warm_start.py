@@ -1,4 +1,4 @@
-"""How a candidate that starts from the placement in force gets other replica counts.
+"""Give other replica counts to a candidate that starts from the placement in force.
 
 Shapes: X rows, E experts, P slots, M GPUs, G slots on each.
 """
@@ -10,19 +10,19 @@ from torch import Tensor
 
 __all__ = ["reassign_replicas"]
 
-_MARGIN_BITS = 4  # a replica goes to another expert only where that one's share is 2^-4 above the giver's afterwards
+_MARGIN_BITS = 4  # a replica changes experts only if the taker's share is more than 2^-4 above the giver's new share
 
 
 def reassign_replicas(weight: Tensor, table: Tensor, region: Tensor, num_gpus: int) -> Tensor:
-    """`[X, P]`: replicas go, one at a time, from the expert that needs them least to the one that needs them most.
+    """`[X, P]`: pass replicas, one at a time, from the expert that needs them least to the one that needs them most.
 
     The expert whose replicas have the largest share takes a slot from the one whose replicas would have the smallest
-    share with one fewer: of its slots, the one on the lightest GPU that does not hold the taker. A row stops where
-    there is no such slot, or where the two shares are about equal.
+    share with one fewer: its slot on the lightest GPU that does not hold the taker. A row stops when no such slot is
+    left, or when the two shares are about equal.
 
     Args:
         weight: `[X, E]` int64.
-        table: `[X, P]`, the slots as they are.
+        table: `[X, P]`, the table to change; it is copied.
         region: `[P]`; experts and their replicas stay in their region.
         num_gpus: M.
     """

@@ -1,1 +1,1 @@
-"""What rebalancing would have been worth on a recorded trace. May import `planning`, `records` and `core`."""
+"""Estimate what rebalancing would have saved on a recorded trace. May import `planning`, `records` and `core`."""

@@ -1,4 +1,4 @@
-"""What tokens and moves cost in a job: as its events record it, or as assumed where only a trace is known."""
+"""The cost of tokens and moves in a job: as its events recorded it, or assumed if there is only a trace."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ __all__ = [
 # A job of the size of DeepSeek-V3 in bfloat16 on H100s.
 EXPERT_PARAMETERS = 3 * 7168 * 2048  # of one expert: gate, up and down
 BYTES_PER_PARAMETER = 2 + 4 + 4 + 4  # weight, master copy, two moments
-OPERATIONS = 6  # floating-point operations of a parameter and token, forward and backward
-FLOPS = 400e12  # that a GPU reaches in them, in a second
+OPERATIONS = 6  # floating-point operations per parameter and token, forward and backward
+FLOPS = 400e12  # per second, that a GPU reaches in experts
 
 
 @dataclass(frozen=True, kw_only=True)
 class AssumedJob:
-    """What tokens and moves cost where they were not measured; by default in a job of the size of DeepSeek-V3 on H100s.
+    """Assumed cost of tokens and moves that were not measured; by default, a job of the size of DeepSeek-V3 on H100s.
 
     Args:
-        seconds_per_token: of one expert, forward and backward.
-        bytes_per_slot: of one expert, with its optimizer state.
-        tokens_per_gpu: of the mean GPU in a step and layer that has any, each token counted once for each of its
-            experts. A trace's tokens are scaled to it: those of a small job stand for those of a large one.
-        bandwidth_inside: bytes per second that each GPU sends and receives inside a node while all do: NVLink.
-        bandwidth_between: likewise between nodes: 400 Gbit/s.
+        seconds_per_token: time of a token in one expert, forward and backward.
+        bytes_per_slot: bytes of one expert with its optimizer state.
+        tokens_per_gpu: tokens of the mean GPU in a step and layer that has any; a token counts once for each of its
+            experts. A trace's tokens are scaled to this number, so that a small job can stand for a large one.
+        bandwidth_inside: bytes per second that each GPU sends and receives inside a node while all GPUs do: NVLink.
+        bandwidth_between: the same between nodes: 400 Gbit/s.
     """
 
     seconds_per_token: float = OPERATIONS * EXPERT_PARAMETERS / FLOPS
@@ -50,14 +50,14 @@ class AssumedJob:
     bandwidth_between: float = 40e9
 
     def model(self, trace: Trace, num_gpus: int) -> MoveModel:
-        """In the tokens of a trace, each of which stands for several where the traced job was small.
+        """The model in tokens of a trace; if the traced job was small, each of them stands for several.
 
         Raises:
             DistplbError: if the trace has no tokens, or one of the numbers is not positive.
         """
         mean = tokens_of_mean_gpu(trace.load, num_gpus)
         if not mean:
-            raise DistplbError("the trace has no tokens; pass one of a job that trains")
+            raise DistplbError("the trace has no tokens; pass the trace of a job that trains")
         return MoveModel(
             seconds_per_token=self.seconds_per_token * self.tokens_per_gpu / mean,
             bytes_per_slot=self.bytes_per_slot,
@@ -67,7 +67,7 @@ class AssumedJob:
 
 
 def tokens_of_mean_gpu(load: Tensor, num_gpus: int) -> float:
-    """In a step and layer, over those that have tokens; 0 where none has.
+    """Mean tokens per GPU in a step and layer, over those that have tokens; 0 if none has.
 
     Args:
         load: `[T, L, E]`, tokens of each expert.
@@ -78,7 +78,7 @@ def tokens_of_mean_gpu(load: Tensor, num_gpus: int) -> float:
 
 
 def recorded_costs(events: Iterable[RebalanceEvent]) -> tuple[MoveModel, TimeCurve | None] | None:
-    """The model and curve that priced the last priced rebalance of a job; None where no rebalance had a model."""
+    """The model and curve of a job's last priced rebalance; None if no rebalance had a model."""
     costs = None
     for event in events:
         token, slot, trust = event.seconds_per_token, event.bytes_per_slot, event.trust
@@ -89,15 +89,16 @@ def recorded_costs(events: Iterable[RebalanceEvent]) -> tuple[MoveModel, TimeCur
 
 
 def steps_stood_for(trace: Trace, side_by_side: int = 1) -> float:
-    """How many steps, one after the other, each recorded step stands for, as far as the iterations tell.
+    """How many consecutive steps each recorded step stands for, as far as the iterations show.
 
-    A window keeps a sample of the steps, and Megatron-LM writes every so many iterations: of iterations that are
-    so far apart only one was recorded. Steps that a window left out within an iteration are not known of.
+    A window keeps a sample of the steps, and Megatron-LM writes only every few iterations, so recorded iterations may
+    be far apart. Steps that a window left out inside an iteration do not show.
 
     Args:
-        trace: with its iterations, also those without tokens: that a row is empty does not make the others last longer.
-        side_by_side: EP groups whose steps at the same time are all in the trace, as in Megatron-LM's files; 1 for
-            a `Rebalancer`'s, where each step is that of one group.
+        trace: the trace with all its iterations, also those without tokens: empty rows do not make others stand for
+            more.
+        side_by_side: number of EP groups (copies of the same experts) whose simultaneous steps are all in the trace, as
+            in Megatron-LM's files; 1 for a `Rebalancer`'s trace, where each step belongs to one group.
     """
     distinct = len(trace.iteration.unique())
     span = int(trace.iteration[-1] - trace.iteration[0])

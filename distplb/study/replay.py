@@ -1,4 +1,4 @@
-"""`replay`: a planner on a recorded job, with every step judged under a plan that was made without it.
+"""`replay`: run a planner on a recorded job, and judge every step under a plan that was made without it.
 
 Shapes: S steps, T steps of a window, L layers, E experts, P slots, M GPUs, R rebalances.
 """
@@ -24,23 +24,23 @@ __all__ = ["Planner", "Replay", "chosen_steps", "replay", "run_planner", "withou
 
 Planner = Callable[[Tensor, Placement], Placement]  # tokens [T, L, E] and the placement in force -> the next one
 
-_STEPS_AT_ONCE = 32  # of the loads by slot, which are as many times as large as one step
+_STEPS_AT_ONCE = 32  # steps whose loads by slot are in memory at a time
 
 
 @dataclass(frozen=True, eq=False)
 class Replay:
-    """What each step cost under the plan that was in force, and what the moves cost.
+    """The cost of each step under the plan in force, and the cost of the moves.
 
     Args:
-        imbalance: `[S, L]` float64, busiest GPU over mean GPU, of what `busiest` counts; NaN where a step has no tokens
-            in a layer.
-        busiest: `[S, L]`, of the busiest GPU: tokens, or nanoseconds where a curve was given; 0 where a step has no
-            tokens in a layer. int64, or float64 where a placement holds replicas, whose shares may be fractions.
+        imbalance: `[S, L]` float64, busiest GPU / mean GPU, of the quantity in `busiest`; NaN where a step has no
+            tokens in a layer.
+        busiest: `[S, L]`, load of the busiest GPU: tokens, or nanoseconds if a curve was given; 0 where a step has no
+            tokens in a layer. int64, or float64 if a placement holds replicas, whose shares may be fractions.
         moved: `[R, 2]` int64, slots that each rebalance moved inside nodes and between them, over all layers.
         rebalance_steps: `[R]`, the first step under each new plan.
-        placements: R + 1, the one at the start first.
-        compute_seconds: modelled: the busiest GPU of every step and layer, all added up.
-        move_seconds: modelled, of all moves.
+        placements: R + 1 placements, the one at the start first.
+        compute_seconds: modelled time of the busiest GPU, summed over all steps and layers.
+        move_seconds: modelled time of all moves.
     """
 
     imbalance: Tensor
@@ -53,17 +53,17 @@ class Replay:
 
     @property
     def seconds(self) -> float:
-        """Modelled, of computing and moving."""
+        """Modelled time of computing and moving."""
         return self.compute_seconds + self.move_seconds
 
     @property
     def slots_moved(self) -> int:
-        """By all rebalances, inside nodes and between them, over all layers."""
+        """Slots moved by all rebalances, inside nodes and between them, over all layers."""
         return int(self.moved.sum())
 
     @property
     def mean_imbalance(self) -> float:
-        """Over all steps and layers that have tokens; NaN where none has."""
+        """Mean over all steps and layers that have tokens; NaN if none has."""
         return float(mean_of_known(self.imbalance))
 
 
@@ -79,12 +79,12 @@ def replay(
     start: Placement | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Replay:
-    """Call a planner every so many steps with what it would have seen by then, and judge its plan on the steps after.
+    """Call a planner at regular intervals with the load it would have seen, and judge each plan on the steps after it.
 
-    As in a job, it is called between two iterations: steps of one iteration, its micro-batches and EP groups side by
-    side, are all seen by a plan or all judged under it.
+    As in a job, it is called between two iterations. All steps of an iteration (its micro-batches, and the EP groups
+    that hold copies of the same experts) are either seen by a plan or judged under it.
 
-    The trace's own placements play no part: its loads are of experts, wherever those were.
+    The trace's own placements do not matter: its loads are per expert, wherever the experts were.
 
     >>> trace = Trace(torch.tensor([[[6, 6, 1, 1]]] * 4), (Placement.contiguous(1, 4, 2),), torch.zeros(4).long(),
     ...               torch.arange(4))
@@ -97,20 +97,20 @@ def replay(
     (19.0, 8.0)
 
     Args:
-        trace: S steps.
-        planner: gets `[T, L, E]` tokens and the placement in force, and returns the next; the same if it would stay.
-        topology: of the EP group that is modelled, which need not be that of the trace.
-        every: steps between its calls, each of which is put off to the end of the iteration.
-        model: what tokens and moves cost in seconds.
-        curve: from an expert's tokens to its time, in place of the model's seconds per token; replicas share tokens
-            evenly, and the time of a fraction lies on the line between those of the whole tokens beside it.
-        window: the most steps that the planner gets, whole iterations (but of the last one, if that is longer), the
-            last of those since its last call; all where None.
-        start: the placement of the first steps, contiguous where None; it may hold replicas.
-        progress: called with the steps that are done and S.
+        trace: a trace of S steps.
+        planner: gets `[T, L, E]` tokens and the placement in force, and returns the next placement, or the same one.
+        topology: topology of the modelled EP group, which may differ from the trace's.
+        every: steps between calls; each call is put off to the end of the iteration.
+        model: cost of tokens and moves in seconds.
+        curve: maps an expert's tokens to its time, in place of the model's seconds per token; replicas share tokens
+            evenly, and fractions of a token are interpolated linearly.
+        window: the most steps that the planner gets: the last whole iterations since its last call, or part of the
+            last iteration if that is longer; all steps since then if None.
+        start: the placement of the first steps, contiguous if None; it may hold replicas.
+        progress: called with the number of finished steps and S.
 
     Raises:
-        DistplbError: for a number below 1, or a placement of another model or cluster than the trace and topology.
+        DistplbError: if a number is below 1, or a placement does not fit the trace and topology.
     """
     every = whole_number("replay: every", every, 1, "steps, at least 1")
     window = None if window is None else whole_number("replay: window", window, 1, "steps, at least 1")
@@ -145,10 +145,10 @@ def _check_types(
 
 
 def _cuts(trace: Trace, every: int) -> list[int]:
-    """Every so many steps, the first step of the iteration that begins there or next."""
+    """For each multiple of `every` steps, the first step of the iteration that begins there or next."""
     steps = torch.arange(0, trace.num_steps, every, device="cpu")[1:]
     cuts = trace.begins[torch.searchsorted(trace.begins, steps).clamp(max=len(trace.begins) - 1)]
-    later: list[int] = cuts[cuts >= steps].unique().tolist()  # the last iteration may begin before, and none follows
+    later: list[int] = cuts[cuts >= steps].unique().tolist()  # the last iteration may begin earlier, and none follows
     return later
 
 
@@ -164,7 +164,7 @@ def run_planner(
     start: Placement | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Replay:
-    """`replay` for chosen steps: `cuts`, ascending, each the first step of its iteration, are planned before."""
+    """`replay` that plans before given steps: `cuts`, ascending, each the first step of an iteration."""
     current = Placement.contiguous(trace.num_layers, trace.num_experts, topology.num_gpus) if start is None else start
     _check(current, "start", trace, topology)
     placements, moved, parts = [current], [], []
@@ -193,7 +193,7 @@ def run_planner(
 
 
 def _window(trace: Trace, last: int, begin: int, window: int | None) -> int:
-    """The first step of a window that ends where a rebalance begins, and begins no earlier than the last one did."""
+    """The first step of a window that ends where a rebalance begins, and starts no earlier than the last rebalance."""
     first = last if window is None else max(last, begin - window)
     whole = trace.begins[(trace.begins >= first) & (trace.begins < begin)]
     return int(whole[0]) if len(whole) else first
@@ -206,7 +206,7 @@ def _check(placement: Placement, name: str, trace: Trace, topology: Topology) ->
     if sizes != expected:
         raise DistplbError(
             f"replay: {name} has {sizes} layers, experts and GPUs, the trace and topology have {expected}; "
-            "pass one of the same model and cluster"
+            "pass a placement of the same model and cluster"
         )
 
 
@@ -214,15 +214,18 @@ def without_empty_steps(trace: Trace) -> Trace:
     """The trace without the steps in which no layer has tokens, such as rows of a buffer that were never filled.
 
     Raises:
-        DistplbError: if there is none.
+        DistplbError: if no step has tokens.
     """
     steps = trace.load.flatten(1).any(1).nonzero()[:, 0]
     if not len(steps):
-        raise DistplbError(f"the trace has {trace.num_steps} steps and no tokens in any; pass one of a job that trains")
+        raise DistplbError(
+            f"the trace has no tokens in {trace.num_steps} step{'s' * (trace.num_steps != 1)}; pass the trace of a job "
+            "that trains"
+        )
     return trace if len(steps) == trace.num_steps else chosen_steps(trace, steps)
 
 
 def chosen_steps(trace: Trace, steps: Tensor | slice) -> Trace:
-    """The same trace with some of its steps only."""
+    """The same trace with only these steps."""
     names = ("load", "placement_of_step", "iteration")
     return replace(trace, **{name: getattr(trace, name)[steps] for name in names})

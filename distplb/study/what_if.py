@@ -1,4 +1,4 @@
-"""What rebalancing would have saved on a recorded trace: several planners, and other intervals between rebalances.
+"""Estimate what rebalancing would have saved on a recorded trace: several planners, and other intervals.
 
 Shapes: S steps, T steps of a window, L layers, E experts, R rebalances.
 """
@@ -28,28 +28,28 @@ from distplb.study.replay import Planner, Replay, chosen_steps, run_planner, wit
 __all__ = ["PRICED", "STATIC", "STEPS", "SUM", "WINDOW_STEPS", "Study", "WhatIf", "evenly"]
 
 STATIC, SUM, STEPS, PRICED = "static", "plan on the sum", "plan on the steps", "plan with the price"
-WINDOW_STEPS = 64  # that a plan is made from, as in a `Rebalancer`
+WINDOW_STEPS = 64  # that a plan is made from at most, as in a `Rebalancer`
 Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class WhatIf:
-    """The outcome of a planner on a trace, judged on steps after its first plan, none of which it had seen before.
+    """The outcome of a planner on a trace after its first plan, judged on steps that the plans had not seen.
 
-    Means are over what has tokens.
+    Means are over steps and layers that have tokens.
 
     Args:
         every: iterations between rebalances.
-        rebalances: R, each with one interval after it that is judged.
-        imbalance: busiest GPU over mean GPU, mean over layers and steps.
-        imbalance_seen: likewise of the steps that the plans were made from.
+        rebalances: R, each followed by one interval that is judged.
+        imbalance: busiest GPU / mean GPU, mean over layers and steps.
+        imbalance_seen: the same on the steps that the plans were made from.
         worst_step: the largest mean over the layers of one step.
-        slots_moved: by all rebalances, over all layers.
-        compute_seconds: modelled, of the busiest GPU of every step and layer.
-        move_seconds: modelled, of all moves.
-        static_seconds: modelled, of the same steps under the contiguous placement.
-        saved: share of `static_seconds` that computing and moving take less; below 0 where they take more.
-        low: with `high`, the 95 % interval of `saved`; None where there are too few rebalances to estimate it.
+        slots_moved: slots moved by all rebalances, over all layers.
+        compute_seconds: modelled time of the busiest GPU, summed over steps and layers.
+        move_seconds: modelled time of all moves.
+        static_seconds: modelled time of the same steps under the contiguous placement.
+        saved: share of `static_seconds` that is saved, moves included; negative if computing and moving take longer.
+        low: with `high`, the 95 % interval of `saved`; None if there are too few rebalances to estimate it.
         high: see `low`.
     """
 
@@ -68,23 +68,24 @@ class WhatIf:
 
 
 class Study:
-    """Replays of one trace, each judged on the steps after its first rebalance, against the contiguous placement there.
+    """Replays of one trace, each compared with the contiguous placement on the steps after its first rebalance.
 
-    Steps without tokens are left out first, and iterations that have no others do not count: of a buffer of which a
-    part was filled, that part is replayed, and a move has as many steps to repay itself as if the rest were not there.
+    Steps without tokens are left out first, and iterations that have no other steps do not count: of a partly filled
+    buffer only the filled part is replayed, and moves have as many steps to pay off as if the rest did not exist.
 
     Args:
-        trace: whose loads are replayed; its placements play no part.
-        topology: of the EP group.
-        model: what a token and a move cost, as from `AssumedJob.model`.
-        curve: from an expert's tokens to its time, in place of the model's seconds per token.
-        window: the most steps that a plan is made from, an even sample of those since the last one.
-        stands_for: steps of the job, one after the other, that each step of the trace stands for; where None, as its
-            iterations tell.
-        num_candidates, engine: as of `plan`.
+        trace: the trace whose loads are replayed; its placements do not matter.
+        topology: topology of the EP group.
+        model: cost of tokens and moves, as from `AssumedJob.model`.
+        curve: maps an expert's tokens to its time, in place of the model's seconds per token.
+        window: the most steps that a plan is made from: an even sample of those since the last plan.
+        stands_for: consecutive steps of the job that each step of the trace stands for; if None, derived from its
+            iterations.
+        num_candidates, engine: as in `plan`.
 
     Raises:
-        DistplbError: if the experts do not go evenly on the GPUs, a number is not positive, or no step has tokens.
+        DistplbError: if the experts cannot be spread evenly over the GPUs, a number is not positive, or no step has
+            tokens.
     """
 
     def __init__(
@@ -101,12 +102,12 @@ class Study:
     ) -> None:
         self.stands_for = steps_stood_for(trace) if stands_for is None else stands_for
         if not self.stands_for > 0 or window < 1:
-            raise DistplbError(f"stands_for is {self.stands_for}, window {window}; pass steps, more than 0")
+            raise DistplbError(f"stands_for is {self.stands_for}, window is {window}; pass more than 0 steps")
         topology.experts_per_gpu(trace.num_experts)
         self._recorded = trace.iteration.unique()
         self.trace, self.topology, self.window, self._curve = without_empty_steps(trace), topology, window, curve
         self._second = model.seconds_per_token if curve is None else 1e-9
-        # A step that stands for many has moves that last as many times as long: each takes that part of a move's time.
+        # Times are first counted per recorded step: one that stands for several steps bears that fraction of a move.
         self._model = replace(
             model,
             seconds_per_token=model.seconds_per_token if curve is None else curve.nanoseconds_per_token * 1e-9,
@@ -118,60 +119,64 @@ class Study:
 
     @property
     def iterations(self) -> int:
-        """Of the job that the trace covers, recorded or not, but for those that were recorded without any tokens."""
+        """Iterations of the job that the trace covers, recorded or not, except those recorded without tokens."""
         recorded, counted = self._recorded, len(self.trace.iteration.unique())
         span = int(recorded[-1] - recorded[0])
         return round(span * counted / (len(recorded) - 1)) if len(recorded) > 1 else 1
 
     @property
     def minimum_interval(self) -> int:
-        """The fewest iterations between rebalances: recorded iterations may lie far apart."""
+        """The fewest iterations between rebalances: recorded iterations may be far apart."""
         return -(-self.iterations // len(self.trace.begins))
 
     def cuts_of(self, every: int) -> list[int]:
-        """The first step of each rebalance's interval, and the end of the last: whole iterations, as many in each.
+        """The first step of each rebalance's interval, and the end of the last; all have equally many whole iterations.
 
         Raises:
-            DistplbError: if the trace has no iteration in so many, or not twice as many.
+            DistplbError: if the trace has fewer iterations than one in `every`, or fewer than two intervals.
         """
         begins = self.trace.begins
         recorded = round(every * len(begins) / self.iterations)
         if recorded < 1:
             minimum = self.minimum_interval
-            raise DistplbError(f"the trace has no step in {every} iterations; rebalance every {minimum} or more")
+            raise DistplbError(
+                f"the trace has no step in {every} iteration{'s' * (every != 1)}; rebalance every {minimum} or more"
+            )
         if len(begins) < 2:
-            raise DistplbError("the trace covers one iteration: to plan on, and to judge, takes two; record for longer")
+            raise DistplbError(
+                "the trace covers one iteration, but it takes two, one to plan on and one to judge; record for longer"
+            )
         if 2 * recorded > len(begins):
             raise DistplbError(
-                f"the trace covers {self.iterations} iterations, and a rebalance every {every} takes twice as many: to "
-                f"plan on, and to judge; rebalance every {self.iterations // 2} or less, or record for longer"
+                f"the trace covers {self.iterations} iterations, but rebalancing every {every} takes two intervals, "
+                f"one to plan on and one to judge; rebalance every {self.iterations // 2} or less, or record for longer"
             )
-        # Whole intervals only: one that is cut off would pay for moves that it has no time to repay.
+        # Whole intervals only: in one that is cut off, moves would not have the time to pay off.
         return [*begins.tolist(), self.trace.num_steps][recorded::recorded]
 
     def allows(self, every: int) -> bool:
-        """Whether a rebalance every so many iterations can be replayed."""
+        """Whether a rebalance every `every` iterations can be replayed."""
         try:
             return bool(self.cuts_of(every))
         except DistplbError:
             return False
 
     def bound(self, every: int) -> float:
-        """What no placement can beat: mean imbalance over layers and an even sample of the steps that are judged."""
+        """Lower bound of any placement's mean imbalance, over layers and an even sample of the judged steps."""
         sample = evenly(self.trace.load[self.cuts_of(every)[0] :], WINDOW_STEPS)
         return float(mean_of_known(lower_bound(sample, self.topology, self.trace.num_experts)))
 
     def run(self, trials: Sequence[tuple[str, int]], progress: Progress | None = None) -> list[WhatIf]:
-        """Replay each pair of a planner, by name, and iterations between rebalances.
+        """Replay each pair of a planner's name and iterations between rebalances.
 
         Args:
-            trials: of `STATIC`, `SUM`, `STEPS` or `PRICED`, whose plans pay for their moves; intervals are at most half
-                of the iterations that the trace covers.
-            progress: called with the steps that are done and all that there are to do.
+            trials: pairs of `STATIC`, `SUM`, `STEPS` or `PRICED` (whose plans pay for their moves) and an interval of
+                at most half of the iterations that the trace covers.
+            progress: called with the number of finished steps and of all steps to replay.
 
         Raises:
-            DistplbError: for an interval in which the trace has no step, or that is longer than half of it, before
-                anything is replayed.
+            DistplbError: before anything is replayed, if the trace has no step in an interval, or an interval is longer
+                than half of the trace.
         """
         cuts, total = [self.cuts_of(every) for _, every in trials], self.trace.num_steps
         outcomes = []
@@ -193,7 +198,7 @@ class Study:
             [self._model.seconds(*moved) for moved in replayed.moved.tolist()], dtype=torch.float64, device="cpu"
         )
         if not bool(static.sum()):
-            raise DistplbError("the time curve gives no time to the tokens of the trace; pass one that was measured")
+            raise DistplbError("the time curve gives 0 ns for the tokens of the trace; pass a measured curve")
         gain = estimate_gain((compute + moves).tolist(), static.tolist())
         uneven = mean_of_known(replayed.imbalance[cuts[0] :], dim=1)
         return WhatIf(
@@ -228,7 +233,7 @@ class Study:
 
 
 class _SamplingPlanner:
-    """A planner that is given an even sample of the steps, and the mean imbalance of those under its plans."""
+    """A planner that gets an even sample of the steps, and records their mean imbalance under its plans."""
 
     def __init__(self, planner: Planner, window: int, curve: TimeCurve | None) -> None:
         self._planner, self._window, self._curve = planner, window, curve
@@ -246,7 +251,7 @@ class _SamplingPlanner:
 
 
 def evenly(rows: Tensor, limit: int) -> Tensor:
-    """An even sample of at most so many rows, in their order."""
+    """An even sample of at most `limit` rows, in order."""
     number = min(limit, len(rows))
     return rows[torch.arange(number, device="cpu") * len(rows) // number]
 

@@ -110,7 +110,7 @@ def test_no_expert_has_more_replicas_than_gpus_where_they_may_not_share(plan: Ca
     assert (plan(load, Topology(1, 2), 8)[0] == 0).sum() == 5
     table = plan(load, Topology(1, 2), 8, allow_shared_replicas=False)
     assert table.view(2, 4).sort().values.tolist() == [[0, 1, 2, 3], [0, 1, 2, 3]]
-    with pytest.raises(DistplbError, match="4 experts have at most 2 replicas each; pass fewer slots"):
+    with pytest.raises(DistplbError, match="4 experts with at most 2 replicas each; pass fewer slots"):
         plan(load, Topology(1, 2), 10, allow_shared_replicas=False)
 
 

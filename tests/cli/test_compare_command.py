@@ -1,4 +1,4 @@
-"""What `distplb compare` judges, and on which steps.
+"""`distplb compare`: its planners, and the steps they are judged on.
 
 Shapes: T steps, L layers, E experts, P slots.
 """
@@ -49,7 +49,7 @@ def test_compare_on_a_second_file(tmp_path: Path) -> None:
     assert (result["steps_planned_on"], result["steps_unseen"]) == (6, 2)
     levels = distplb.imbalance(drawn(steps=2).flip(2), Placement.contiguous(3, 8, 2)).mean(0)
     assert result["planners"][0]["unseen"]["mean"] == pytest.approx(float(levels.mean()))
-    assert f"planned on 6 steps of {load}, unseen are 2 steps of {other}" in " ".join(
+    assert f"planned on 6 steps of {load}, unseen: 2 steps of {other}" in " ".join(
         printed("compare", load, "--unseen", other, *GPUS).split()
     )
 
@@ -60,12 +60,12 @@ def test_compare_on_one_step_says_that_it_is_judged_on_itself(tmp_path: Path) ->
     assert [row["planner"] for row in result["planners"]][-3:] == ["plan", "plan, 16 candidates", "bound"]
     assert all(row["unseen"] is None for row in result["planners"])
     shown = " ".join(printed("compare", load, *GPUS).split())
-    assert "judged on the one step that was planned on, so not what it is worth on others." in shown
+    assert "judged on the one step that was planned on, which says nothing about other steps." in shown
     assert "unseen" not in shown
 
 
 def test_compare_of_a_buffer_that_is_filled_in_part_is_that_of_what_was_filled(tmp_path: Path) -> None:
-    """Empty rows were even steps: every planner, and the bound, had nearly 1."""
+    """Empty rows counted as balanced steps: every planner and the bound had almost 1."""
     filled = drawn(steps=6)
     filled[:, 1] = 0
     buffer = torch.cat([torch.zeros(20, 3, 8, dtype=torch.int64), filled[:4], torch.zeros_like(filled), filled[4:]])
@@ -75,11 +75,11 @@ def test_compare_of_a_buffer_that_is_filled_in_part_is_that_of_what_was_filled(t
         for row in one["planners"]:
             del row["seconds"]
     assert result["planners"] == expected["planners"]
-    assert result["judged"] == "planned on the first 3 steps, unseen are the 3 steps after them"
+    assert result["judged"] == "planned on the first half (3 steps), unseen: the second half (3 steps)"
     assert (result["steps_planned_on"], result["steps_unseen"], result["steps_without_tokens"]) == (3, 3, 26)
     assert result["layers_without_tokens"] == expected["layers_without_tokens"] == ["1"]
     left_out = (
-        "26 of 32 steps had no tokens and are left out. 1 of 3 layers had no tokens: 1; means are of the other 2."
+        "26 of 32 steps had no tokens and are left out. 1 of 3 layers had no tokens: 1; means are over the other 2."
     )
     assert left_out in printed("compare", whole_path, *GPUS)
     shown = printed("compare", filled_path, "--unseen", whole_path, *GPUS)

@@ -18,5 +18,5 @@ def test_an_input_is_answered(case: Case, tmp_path: Path) -> None:
 
 
 def test_the_page_has_every_input() -> None:
-    """`(cd tests/helpers && python -m inputs > ../../docs/inputs.md)` writes it anew."""
+    """To regenerate it: `(cd tests/helpers && python -m inputs > ../../docs/inputs.md)`."""
     assert PAGE.read_text() == page()

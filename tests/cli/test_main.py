@@ -1,4 +1,4 @@
-"""What all commands have: help, interrupts, warnings, closed pipes, encodings, narrow tables, and a bar."""
+"""Common to all commands: help, interrupts, warnings, closed pipes, encodings, narrow tables and the progress bar."""
 
 from __future__ import annotations
 
@@ -99,12 +99,12 @@ def test_in_a_pipe_there_is_no_bar(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def all_of(terminal: int, process: subprocess.Popen[bytes], seconds: float = 120) -> str:
-    """What a process shows on its terminal, which holds little of it at a time, until it ends."""
+    """All output of a process on its terminal, read until it ends, because the terminal's buffer is small."""
     shown, until = b"", time.monotonic() + seconds
     try:
         while select.select([terminal], [], [], max(0.0, until - time.monotonic()))[0]:
             shown += os.read(terminal, 1 << 16)
-    except OSError:  # how Linux tells that nobody writes any more
+    except OSError:  # how Linux reports that all writers are gone
         process.wait(30)
     finally:
         process.kill()
@@ -125,5 +125,5 @@ def test_as_a_process_with_a_terminal_for_errors_and_a_pipe_for_results(tmp_path
     assert json.loads((tmp_path / "result.json").read_text())["output"] == str(placement)
     assert "planning" in shown
     assert "━" in shown
-    assert shown.endswith("\x1b[2K")  # the bar is gone in the end
+    assert shown.endswith("\x1b[2K")  # the bar is erased at the end
     assert Placement.load(placement, ["a", "b", "c"]).num_gpus == 2

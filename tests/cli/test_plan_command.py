@@ -1,4 +1,4 @@
-"""What `distplb plan` prints and writes.
+"""The output of `distplb plan`.
 
 Shapes: T steps, L layers, E experts, P slots.
 """
@@ -44,7 +44,7 @@ def test_plan_as_a_table(tmp_path: Path) -> None:
         assert line.split() == [row["layer"], *numbers, str(row["moved_inside"])]
     total = result["all_layers"]
     assert lines[7].split() == ["all", "3", *(f"{total[name]:.4f}" for name in ("before", "after", "bound")), "12"]
-    assert lines[8].startswith("Busiest GPU / mean GPU, mean over 6 steps, of the load that was planned on. ")
+    assert lines[8].startswith("Busiest GPU / mean GPU, mean over 6 steps of the load that was planned on. ")
     assert lines[8].endswith("distplb compare --unseen.")
     assert lines[9:] == [f"Written to {placement}."]
 
@@ -90,8 +90,8 @@ def test_plan_shows_the_most_uneven_of_many_layers(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("load", "words"),
     [
-        ([[0, 0, 0, 0]], "The load has no tokens at all"),
-        ([[1, 1, 1, 1]], "meets the bound already: there is nothing to gain"),
+        ([[0, 0, 0, 0]], "The load has no tokens, so"),
+        ([[1, 1, 1, 1]], "already meets the bound: there is nothing to gain"),
         ([[2, 2, 1, 1]], "of the load that was planned on. The plan meets the bound."),
         ([[5, 4, 4, 3, 3, 3, 1, 1]], "GPU of the load that was planned on."),
     ],
@@ -111,10 +111,11 @@ def test_steps_without_tokens_in_some_layer_are_left_out_there(tmp_path: Path) -
     assert [row["before"] for row in result["layers"]] == pytest.approx([float(mean) for mean in means])
     assert result["all_layers"]["before"] == pytest.approx(float(sum(means)) / 3)
     assert (result["steps"], result["steps_without_tokens"], result["pairs_without_tokens"]) == (4, 0, 3)
-    assert "A step had no tokens in a layer 3 times, and is left out there." in printed("plan", path, *GPUS)
+    assert "In some steps, a layer had no tokens (3 times) and is left out there." in printed("plan", path, *GPUS)
     padded = saved(tmp_path / "padded.npy", torch.cat([load[:2], load[:1] * 0]))
     sentence = (
-        "1 of 3 steps had no tokens and is left out. Another step had no tokens in a layer once, and is left out there."
+        "1 of 3 steps had no tokens and is left out. In other steps, a layer had no tokens (once) and is left out "
+        "there."
     )
     assert sentence in printed("plan", padded, *GPUS)
 

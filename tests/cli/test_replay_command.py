@@ -1,4 +1,4 @@
-"""What `distplb replay` reads."""
+"""The input of `distplb replay`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from commands import GPUS, assert_refused, document, drawn, run, saved, traced
 
 
 def test_replay_of_counts_is_that_of_the_same_trace(tmp_path: Path) -> None:
-    """Counts were no trace, and a trace could only be made by a job."""
+    """Counts were refused, and only a job could make a trace."""
     load = drawn()
     rows = [
         f"{step},{layer},{','.join(map(str, row))}"

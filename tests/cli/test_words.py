@@ -1,4 +1,4 @@
-"""What the command line says: options by its own names, in one line, all as it is, and hints to odd loads.
+"""The command line's messages: options by their own names, on one line, text shown as it is, and hints at odd loads.
 
 Shapes: T steps, L layers, E experts.
 """
@@ -41,7 +41,7 @@ from distplb.doctor.local_checks import local_ranks
 from distplb.errors import OptionError, in_stage
 
 PACKAGE = Path(distplb.__file__).parent
-# As an argument is named and passed in Python; `record=...` names one of Rebalancer, which has no option.
+# Names of arguments and how Python passes them; `record=...`, of Rebalancer, is allowed: it has no option.
 PYTHON = re.compile(r"\bnum_\w+|\bgpus_per_node|\bmove_price|\bmax_bytes(?! in Python)|\b\w+=(?!\.\.\.)\w")
 
 
@@ -56,7 +56,7 @@ def load(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def named_options() -> set[str]:
-    """By the templates of all option errors in the package, and by what is added up or chosen to make one."""
+    """The options that the templates of all option errors in the package name, or the strings they are built from."""
     fields, values = set(), set()
     for path in PACKAGE.rglob("*.py"):
         if "raise OptionError" not in (text := path.read_text()) and "return OptionError" not in text:
@@ -112,7 +112,7 @@ def test_any_value_of_any_option_plans_or_is_one_line_in_the_words_of_the_comman
         if int(options["candidates"]) <= 2**22:
             options["candidates"] = "2"
     if options.get("slots", "").isdecimal() and 64 < int(options["slots"]) <= 2**20:
-        options["slots"] = "64"  # as many as were drawn once took 20 GB, and minutes
+        options["slots"] = "64"  # a larger drawn number once took 20 GB, and minutes
     options = {"gpus-per-node": "2", "engine": "reference", "candidates": "2"} | options
     result = run("plan", load, "--json", *(f"--{name}={value}" for name, value in options.items()))
     if result.exit_code == 0:
@@ -152,7 +152,7 @@ def endless() -> int:
     return endless() + 1
 
 
-# What is none of distplb's errors, as the libraries raise it; and what the line says of it.
+# Errors that distplb did not raise, but the libraries, and how the line reports them.
 FAULTS: dict[str, tuple[Callable[[], object], str]] = {
     "torch": (lambda: torch.zeros(2).view(3), r"RuntimeError .*\(shape '\[3\]' is invalid"),
     "numpy": (lambda: np.zeros(2).reshape(3), "ValueError .*cannot reshape"),
@@ -186,7 +186,7 @@ def test_a_fault_is_one_line_that_asks_to_report_it(
     error = raised(make)
     result = failing(monkeypatch, in_stage("search", error) if in_a_stage else error)
     assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (70, "", 1)
-    assert re.match(rf"Error: distplb has a fault: {words}.*; please report this line", result.stderr), result.stderr
+    assert re.match(rf"Error: bug in distplb: {words}.*; please report this line", result.stderr), result.stderr
     assert "`python -X dev -m distplb`" in result.stderr
 
 
@@ -196,14 +196,14 @@ def test_want_of_memory_is_no_fault(name: str, in_a_stage: bool, monkeypatch: py
     error = raised(NO_MEMORY[name])
     result = failing(monkeypatch, in_stage("search", error) if in_a_stage else error)
     assert result.exit_code == 2
-    assert result.stderr == "Error: there is not enough memory for this; pass fewer steps, slots or candidates\n"
+    assert result.stderr == "Error: not enough memory; pass fewer steps, slots or candidates\n"
 
 
 def test_a_fault_says_where_it_is(load: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("distplb.cli.plan.moved_slots", lambda *_: torch.zeros(1, 2))
     result = run("plan", load, *GPUS)
     assert result.exit_code == 70
-    assert re.search(r"has a fault: ValueError at cli/plan\.py:\d+ \(", result.stderr), result.stderr
+    assert re.search(r"bug in distplb: ValueError at cli/plan\.py:\d+ \(", result.stderr), result.stderr
 
 
 def test_development_mode_shows_the_traceback() -> None:
@@ -223,7 +223,7 @@ ODD = ["[/]", "[fast]", "[red]x[/red]", ":warning:", "[link=x]", "\\[x]", "100 %
 
 @pytest.mark.parametrize("text", ODD)
 def test_whatever_is_printed_is_shown_as_it_is(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`pip install 'distplb[fast]'` lost its end, and OMP_NUM_THREADS='[/]' ended `distplb doctor`."""
+    """`pip install 'distplb[fast]'` lost its end, and OMP_NUM_THREADS='[/]' crashed `distplb doctor`."""
     out = io.StringIO()
     monkeypatch.setattr(sys, "stdout", out)
     shown = console()
@@ -242,7 +242,7 @@ def test_whatever_is_printed_is_shown_as_it_is(text: str, monkeypatch: pytest.Mo
 
 
 def test_only_one_file_prints_through_rich() -> None:
-    """Its console takes no string for markup, so nothing that is printed needs to be looked at."""
+    """Its console treats no string as markup, so printed text needs no checks."""
     for path in PACKAGE.rglob("*.py"):
         text = path.read_text()
         if path.name != "output.py":
@@ -251,7 +251,7 @@ def test_only_one_file_prints_through_rich() -> None:
 
 
 def test_a_launcher_that_tells_of_no_ranks_is_taken_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """LOCAL_WORLD_SIZE=0 ended `distplb doctor` with a division by zero."""
+    """LOCAL_WORLD_SIZE=0 crashed `distplb doctor` with a division by zero."""
     for text in ("0", "", "-1", "two"):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", text)
         assert local_ranks() == 1
@@ -265,7 +265,7 @@ def hinted(load: Tensor, before: float = 1.3) -> list[str]:
 
 
 def of_ranks(ranks: int, own: int, seed: int) -> Tensor:
-    """`[ranks, 3, ranks × own]`: in each step the counts of one rank, of the experts that are its own, in any order."""
+    """`[ranks, 3, ranks × own]`: each step has the counts of one rank's own experts, in any order."""
     random = np.random.default_rng(seed)
     load = np.zeros((ranks, 3, ranks * own), dtype=np.int64)
     for layer in range(3):
@@ -290,7 +290,7 @@ def test_thin_steps_have_other_experts_by_chance() -> None:
     load[0, 0, 3] = load[1, 0, 5] = 1
     assert hinted(load) == []
     assert hinted(load * 0) == []
-    assert hinted(torch.full((2, 2, 4), 5), before=1.0) == ["the GPUs are even already"]
+    assert hinted(torch.full((2, 2, 4), 5), before=1.0) == ["the GPUs are already balanced"]
     assert hinted(torch.full((2, 2, 4), 5), before=1.02) == ["all 2 layers have the same counts"]
 
 
@@ -325,8 +325,8 @@ def test_hints_stand_beside_the_result(command: str, tmp_path: Path) -> None:
     printed = run(*words)
     assert printed.exit_code == 0
     assert printed.stderr == (
-        "Hint: no expert has tokens in more than one of 4 steps: counts of single ranks, each of its own experts? add "
-        "them up\n"
+        "Hint: no expert has tokens in more than one of 4 steps: if each step counts only one rank's experts, add "
+        "the steps up\n"
     )
     as_json = run(*words, "--json")
     assert as_json.stderr == ""
@@ -337,8 +337,8 @@ def test_hints_stand_beside_the_result(command: str, tmp_path: Path) -> None:
 
 
 def test_a_plan_on_one_rank_raises_the_error_itself() -> None:
-    """It raised another with the same text, which no command line could put into its words."""
+    """It raised another error with the same text, in which the command line could not name its own options."""
     with pytest.raises(OptionError) as refused:
         distplb.plan(torch.ones(1, 8, dtype=torch.int64), Topology(1, 2), num_slots=9)
-    assert "pass --slots 10, 2 more than experts" in refused.value.told(as_option)
+    assert "pass --slots 10 (2 for replicas)" in refused.value.told(as_option)
     assert isinstance(refused.value, DistplbError)

@@ -22,7 +22,7 @@ def pickled(path: Path) -> None:
     np.save(path, np.array([[{}]], dtype=object), allow_pickle=True)
 
 
-# A file that is no load: how it is written, and the message.
+# Files that are not loads: how each is written, and the message.
 FILES: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing.npz": (lambda path: None, "there is no file missing.npz; pass"),
     "empty.npz": (Path.touch, "empty.npz is empty; pass"),
@@ -56,27 +56,27 @@ def test_a_file_that_is_no_load(command: str, name: str, tmp_path: Path, monkeyp
     assert_refused(run(command, name, *GPUS), words)
 
 
-# Options that do not go with a load of 3 layers of 8 experts, and the message.
+# Options that do not fit a load of 3 layers of 8 experts, and the message.
 OPTIONS: dict[str, str] = {
     "": r"Missing option '--gpus-per-node'\. Try 'distplb \w+ --help'",
     "--gpus-per-node 0": "'--gpus-per-node': 0 is not in the range x>=1",
     "--gpus-per-node two": "'--gpus-per-node': 'two' is not a valid integer",
-    "--gpus-per-node 3": "8 slots cannot be spread evenly over 3 GPUs .*; pass --slots 9, 1 more than experts",
+    "--gpus-per-node 3": "8 slots cannot be spread evenly over 3 GPUs .*; pass --slots 9 \\(1 for replicas\\)",
     "--gpus-per-node 16": "8 slots cannot be spread evenly over 16 GPUs",
     "--gpus-per-node 2 --nodes -1": "'--nodes': -1 is not in the range",
-    "--gpus-per-node 2 --slots 6": "--slots is 6 for 8 experts; it .*: pass at least --slots 8, or --slots 14 for",
+    "--gpus-per-node 2 --slots 6": "--slots is 6 for 8 experts; it .*: pass at least --slots 8, or --slots 14 \\(",
     "--gpus-per-node 2 --slots 9": "9 slots cannot be spread evenly over 2 GPUs",
     "--gpus-per-node 2 --groups 3": "--groups is 3, which does not divide 8 experts; pass",
     "--gpus-per-node 2 --nodes 2 --groups 1": "--groups is 1, which 2 nodes cannot share evenly; pass",
-    "--gpus-per-node 2 --mode permute --slots 10": "--mode 'permute' knows no replicas; pass --mode remap, or --",
+    "--gpus-per-node 2 --mode permute --slots 10": "--mode 'permute' does not support replicas; pass --mode remap, or",
     "--gpus-per-node 2 --mode swap": "'swap' is not one of 'remap', 'permute'",
     "--gpus-per-node 2 --candidates 0": "'--candidates': 0 is not in the range",
     "--gpus-per-node 2 --candidates 9999999": r"--candidates is 9999999; pass 1 to 2\^22",
-    "--gpus-per-node 2 --seed 9223372036854775808": r"--seed is 9223372036854775808; pass a whole number",
+    "--gpus-per-node 2 --seed 9223372036854775808": r"--seed is 9223372036854775808; pass an integer",
     "--gpus-per-node 2 --engine warp": "--engine 'warp' is unknown; pass one of reference, cpu, cuda, or no --engine",
-    "--gpus-per-node 2 --move-price cheap": "'cheap' is no price; pass tokens, at least 0: one number, or INSIDE,BETW",
-    "--gpus-per-node 2 --move-price 1,2,3": "'1,2,3' is no price",
-    "--gpus-per-node 2 --move-price nan": "'nan' is no price",
+    "--gpus-per-node 2 --move-price cheap": "'cheap' is not a price; pass tokens, at least 0: one number, or INSIDE",
+    "--gpus-per-node 2 --move-price 1,2,3": "'1,2,3' is not a price",
+    "--gpus-per-node 2 --move-price nan": "'nan' is not a price",
     "--gpus-per-node 2 --current missing.json": "there is no file missing.json; pass one written by",
     "--gpus-per-node 2 --current empty.json": "empty.json is empty; pass one written by",
     "--gpus-per-node 2 --current deep.json": "deep.json is not a placement file .*recursion.*; pass one written by",
@@ -116,7 +116,10 @@ OTHERS = [
     ("doctor now", r"unexpected extra argument \(now\)"),
     ("doctor --deadline 0", "'--deadline': 0.0 is not in the range"),
     ("--loud plan", r"No such option.* '?--loud'?.*Try 'distplb --help'"),
-    ("plan load.npy --gpus-per-node 2 --output no/folder/placement.json", "there is no folder no/folder; make it, or"),
+    (
+        "plan load.npy --gpus-per-node 2 --output no/folder/placement.json",
+        "there is no folder no/folder; create it, or",
+    ),
     (
         "compare load.npy --gpus-per-node 2 --unseen other.npy",
         "other.npy has 3 layers of 6 experts, load.npy has 3 of 8",

@@ -625,7 +625,7 @@ def do_apply_illegal(world: World, seed: int) -> None:
     row = torch.randperm(EXPERTS, generator=torch.Generator().manual_seed(seed)).tolist()
     placement = Placement(torch.tensor([row, list(range(EXPERTS))]), EXPERTS, world.setup.ep)
     if not world.setup.is_legal(row):
-        refused(world, lambda: world.rebalancer.apply(placement), "of the placement takes expert")
+        refused(world, lambda: world.rebalancer.apply(placement), "of the placement moves expert")
 
 
 def do_restore(world: World) -> None:

@@ -1,4 +1,4 @@
-"""A plan from one candidate is never worse than greedy, DeepSeek's algorithm, in any of thousands of rows.
+"""A plan from one candidate is not worse than greedy, DeepSeek's algorithm, in any of thousands of rows.
 
 Shapes: L layers, E experts, P slots, N nodes, B groups.
 """
@@ -34,7 +34,7 @@ def thousand_rows(num_experts: int) -> Tensor:
 # (E, P, N, GPUs on each, B)
 CLUSTERS = [
     (8, 8, 1, 2, None),
-    (8, 16, 1, 16, None),  # one slot a GPU
+    (8, 16, 1, 16, None),  # one slot per GPU
     (8, 12, 1, 4, None),
     (8, 28, 1, 4, None),
     (5, 9, 1, 3, None),
@@ -42,8 +42,8 @@ CLUSTERS = [
     (16, 16, 2, 2, 4),
     (16, 24, 2, 4, 4),
     (16, 32, 2, 8, 4),
-    (16, 24, 2, 4, 2),  # one group a node
-    (12, 24, 4, 2, 12),  # one expert a group
+    (16, 24, 2, 4, 2),  # one group per node
+    (12, 24, 4, 2, 12),  # one expert per group
     (9, 18, 3, 3, 3),
     (32, 48, 4, 2, 8),
     (64, 64, 2, 4, 8),
@@ -55,19 +55,19 @@ CLUSTERS = [
 def both_imbalances(
     load: Tensor, cluster: tuple[int, int, int, int, int | None], shared: bool
 ) -> tuple[Tensor, Tensor]:
-    """`[L]` each: of a plan from one candidate, and of greedy under the same rules."""
+    """`[L]` each: the imbalance of a plan from one candidate, and of greedy under the same rules."""
     num_experts, num_slots, nodes, gpus, groups = cluster
     topology, options = Topology(nodes, gpus), {"num_groups": groups, "allow_shared_replicas": shared}
     greedy = Placement(greedy_numpy(load, topology, num_slots, **options), num_experts, topology.num_gpus)
     planned = plan(load, topology, num_slots=num_slots, **options)
-    counted = load.any(1)  # a row without tokens is neither
+    counted = load.any(1)  # a row without tokens has no imbalance
     return imbalance(load, planned)[0, counted], imbalance(load, greedy)[0, counted]
 
 
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("cluster", CLUSTERS)
 def test_a_plan_is_never_worse_than_greedy(cluster: tuple[int, int, int, int, int | None], shared: bool) -> None:
-    """In every one of 1,000 rows, replicas sharing a GPU or not, with one candidate."""
+    """In every one of 1,000 rows, with one candidate, whether or not replicas share a GPU."""
     load = thousand_rows(cluster[0])
     planned, greedy = both_imbalances(load, cluster, shared)
     worse = (planned > greedy * (1 + 1e-9)).nonzero()[:, 0]
@@ -92,8 +92,8 @@ def test_a_plan_is_never_worse_than_greedy(cluster: tuple[int, int, int, int, in
 def test_ties_among_groups_do_not_make_it_worse_than_greedy(
     load: list[int], cluster: tuple[int, int, int, int, int | None], shared: bool
 ) -> None:
-    """Greedy takes equal experts of a node in the order in which the node got their groups. A search that took them in
-    ascending order ended, in a few rows in 100,000, in a dead end up to a fifth worse than where greedy did."""
+    """Greedy takes equal experts of a node in the order in which the node got their groups. In a few rows in 100,000,
+    a search that took them in ascending order ended up to a fifth worse than greedy."""
     planned, greedy = both_imbalances(torch.tensor([load]), cluster, shared)
     assert float(planned) <= float(greedy) * (1 + 1e-9)
 

@@ -1,4 +1,4 @@
-"""What chance makes of equally likely experts is known for chance, and nothing else is.
+"""Differences between equally likely experts are recognised as chance, and no other differences are.
 
 Shapes: T steps, L layers, E experts, M GPUs.
 """
@@ -18,7 +18,7 @@ from distplb.planning.chance import even_by_chance
 
 
 def drawn(seed: int, steps: int, layers: int, experts: int, tokens: float, popular: Tensor | None = None) -> Tensor:
-    """`[T, L, E]`: `tokens` a step and expert on average, each drawn by itself."""
+    """`[T, L, E]`: on average `tokens` per step and expert, drawn independently."""
     mean = torch.full((layers, experts), tokens) * (1.0 if popular is None else popular)
     return torch.poisson(mean.expand(steps, -1, -1), generator=torch.Generator().manual_seed(seed)).long()
 
@@ -29,7 +29,7 @@ def shuffled(seed: int, layers: int, experts: int, gpus: int) -> Placement:
 
 
 def plain(load: Tensor, placement: Placement) -> list[bool]:
-    """The same in floats, one layer after the other."""
+    """The same in floats, layer by layer."""
     is_even_by_layer, size, gpus = [], placement.slots_per_gpu, placement.num_gpus
     for layer, table in enumerate(placement.expert_of_slot.tolist()):
         steps = load[:, layer].tolist()
@@ -50,14 +50,14 @@ def plain(load: Tensor, placement: Placement) -> list[bool]:
 @pytest.mark.parametrize("steps", [1, 3, 20])
 @pytest.mark.parametrize("gpus", [1, 2, 6])
 def test_the_rule_is_pearsons_sum_in_plain_python(gpus: int, steps: int) -> None:
-    """Around the limit: popularities differ by a few standard deviations of a window's tokens."""
+    """Near the limit: popularities differ by a few standard deviations of a window's tokens."""
     layers, experts, is_even = 40, 12, []
     for tokens in (3.0, 200.0, 5000.0):
         generator = torch.Generator().manual_seed(steps)
         noise = torch.randn(layers, experts, generator=generator) * torch.linspace(0, 9, layers)[:, None]
         popular = (1 + noise / (tokens * steps) ** 0.5).clamp(min=0)
         load = drawn(gpus, steps, layers, experts, tokens, popular)
-        load[: steps // 2] //= 3  # steps of unlike totals
+        load[: steps // 2] //= 3  # steps with unequal totals
         placement = shuffled(gpus, layers, experts, gpus)
         is_even += even_by_chance(load, placement).tolist()
         assert is_even[-layers:] == plain(load, placement)
@@ -73,7 +73,7 @@ def test_what_chance_makes_of_equally_likely_experts_is_even(gpus: int) -> None:
 
 @pytest.mark.parametrize(("gpus", "experts"), [(8, 64), (8, 256), (32, 64)])
 def test_a_search_finds_moves_in_an_even_load_and_none_is_worth_it(gpus: int, experts: int) -> None:
-    """Each rebalance moved up to half of the slots, and the steps to come were as uneven as before."""
+    """Each rebalance moved up to half of the slots, and later steps were as uneven as before."""
     placement, topology = Placement.contiguous(4, experts, gpus), Topology(1, gpus)
     for seed in range(3):
         load = drawn(seed, 8, 4, experts, 2048 * gpus / experts)
@@ -88,7 +88,7 @@ def test_what_differs_for_good_and_what_differs_from_step_to_step_is_not_even() 
     popular = torch.ones(4, experts)
     popular[1, :8] = 1.04  # one GPU has 4 % more in every step, of 4,096 tokens: two standard deviations of a step
     load = drawn(3, steps, 4, experts, 512.0, popular)
-    # One GPU after the other has half as much again, so that all have the same after eight steps.
+    # In every eighth step, a GPU gets half as much again, so that all have the same after eight steps.
     for step in range(steps):
         at = step % gpus * 8
         load[step, 2, at : at + 8] = load[step, 2, at : at + 8] * 3 // 2
@@ -96,7 +96,7 @@ def test_what_differs_for_good_and_what_differs_from_step_to_step_is_not_even() 
 
 
 def test_a_plan_has_the_chance_of_its_own_window_in_it() -> None:
-    """Experts that differ are evened out by a plan, which the next window finds as even as chance leaves it."""
+    """A plan evens out experts that differ; on the next window, it is as even as chance allows."""
     gpus, experts = 8, 64
     popular = torch.randn(8, experts, generator=torch.Generator().manual_seed(0)).mul(0.7).exp().clamp(max=2)
     current, topology = Placement.contiguous(8, experts, gpus), Topology(1, gpus)
@@ -126,7 +126,7 @@ def test_steps_without_tokens_are_none() -> None:
 
 @pytest.mark.parametrize("factor", [1, 10**6])
 def test_few_tokens_of_replicas_are_not_lost(factor: int) -> None:
-    """Shares were whole tokens, so that one token of two replicas was on no GPU, and even GPUs looked far from even."""
+    """Shares were whole tokens, so one token of two replicas was on no GPU, and even GPUs looked far from even."""
     halves = Placement(torch.tensor([[0, 1, 2, 3, 4, 5, 6, 7] * 2]), 8, 4)
     load = torch.ones(200, 1, 8, dtype=torch.int64) * factor
     assert even_by_chance(load, halves).tolist() == [True]

@@ -1,4 +1,4 @@
-"""Plans from a placement in force: they never cost more, start from it in turn, and do not keep it against the rules.
+"""Plans from a placement in force: they never cost more, every other one starts from it, and none breaks the rules.
 
 Shapes: T steps, L layers, E experts, P slots, M GPUs.
 """
@@ -71,7 +71,7 @@ def test_a_layer_without_tokens_stays_unless_it_breaks_the_rules(policy: str) ->
 
 
 def gpu_contents(table: Tensor, num_gpus: int) -> list[list[list[int]]]:
-    """By layer, what is together on a GPU, in an order that does not depend on GPUs or slots."""
+    """By layer, the experts on each GPU, in an order that does not depend on GPUs or slots."""
     return [sorted(sorted(gpu) for gpu in row) for row in table.unflatten(1, (num_gpus, -1)).tolist()]
 
 
@@ -79,7 +79,7 @@ def gpu_contents(table: Tensor, num_gpus: int) -> list[list[list[int]]]:
 def test_the_current_placement_changes_names_and_not_costs_of_what_starts_afresh(num_slots: int) -> None:
     load = skewed(8, 1, 20, 16)
     table = torch.cat([torch.arange(16), torch.arange(num_slots - 16)]).expand(20, -1)
-    current = Placement(table, 16, 4)  # nowhere as good
+    current = Placement(table, 16, 4)  # worse in every layer
     free, bound = (
         searched(Problem(load, Topology(1, 4), PlanOptions(num_slots=num_slots, current=each)), 1)
         for each in (None, current)
@@ -105,7 +105,7 @@ def test_even_candidates_start_afresh_and_odd_ones_from_the_current_placement(po
 
     for candidate in (0, 2, 4):
         assert torch.equal(table_of(warm, candidate), table_of(free, candidate)) or "slot_class" in options
-    # Where all experts are equal and there is nothing to gain, an odd candidate is what it started from.
+    # Where all experts are equal and there is nothing to gain, an odd candidate keeps the placement it starts from.
     assert torch.equal(table_of(even, 1), current.expert_of_slot) or replicas
     begun = current.expert_of_slot
     before = plain_costs(load, begun, topology.num_gpus)
@@ -113,7 +113,7 @@ def test_even_candidates_start_afresh_and_odd_ones_from_the_current_placement(po
         table = table_of(warm, candidate)
         counts = [[Counter(row) for row in each.tolist()] for each in (table, begun)]
         assert (counts[0] != counts[1]) == (replicas and candidate % 4 == 3)
-        if candidate % 4 == 1:  # exchanges, in units that are a little coarser
+        if candidate % 4 == 1:  # exchanges, in slightly coarser units
             after = plain_costs(load, table, topology.num_gpus)
             assert all(a <= b * (1 + 2**-20) for a, b in zip(after, before, strict=True))
             assert sum(after) < sum(before) or policy == "one slot a GPU"
@@ -122,7 +122,7 @@ def test_even_candidates_start_afresh_and_odd_ones_from_the_current_placement(po
 @pytest.mark.parametrize("num_steps", [1, 3])
 @pytest.mark.parametrize("policy", POLICIES)
 def test_every_candidate_and_every_plan_keeps_the_rules(policy: str, num_steps: int) -> None:
-    """Starting from what keeps them; and from what breaks them, which a layer once kept where it cost no more."""
+    """From a placement that keeps them, and from one that breaks them; a layer once kept that if it cost no more."""
     topology, options = POLICIES[policy]
     load = skewed(13, num_steps, 12, 16)
     for current in (placement_of(policy, load.flip(2)), breaking_rules(policy, 4, 12)):
@@ -136,7 +136,7 @@ def test_every_candidate_and_every_plan_keeps_the_rules(policy: str, num_steps: 
 
 
 def whole_groups_unevenly() -> list[list[int]]:
-    """Two layers of 16 experts in 4 groups and 32 slots on 2 nodes: 3 groups and 1; and 2 and 2, but one split."""
+    """Two layers of 16 experts in 4 groups and 32 slots on 2 nodes: 3 groups and 1; 2 and 2, but one of them split."""
     three, one = [*range(12), 0, 1, 2, 3], [12, 13, 14, 15] * 4
     split = [*range(8), *range(8)], [*range(8, 16), *range(9, 16), 0]
     return [three + one, split[0] + split[1]]
@@ -144,7 +144,7 @@ def whole_groups_unevenly() -> list[list[int]]:
 
 @pytest.mark.parametrize("num_steps", [1, 3])
 def test_from_what_breaks_the_rules_all_candidates_start_afresh(num_steps: int) -> None:
-    """Three groups on a node and one on the other were once taken for a placement that keeps them."""
+    """Three groups on one node and one on the other once passed as legal."""
     broken = {
         "replicas apart": [[*range(16), *range(16), *range(7), 6], [*range(16), *range(16), *range(8)]],
         "groups on nodes": [random.Random(1).sample(range(16), 16) for _ in range(2)],
@@ -176,7 +176,7 @@ BOUND = ["replicas apart", "groups on nodes", "groups on nodes with replicas", "
 @pytest.mark.parametrize("num_steps", [1, 3])
 @pytest.mark.parametrize("policy", BOUND)
 def test_what_must_move_costs_no_more_than_any_candidate(policy: str, num_steps: int) -> None:
-    """Also where moves cost more than 2^41 by far: all candidates were alike then, and the polish knew no price."""
+    """Also where moves cost far more than 2^41: all candidates had the same cost then, and the polish no price."""
     topology, options = POLICIES[policy]
     load = skewed(22, num_steps, 12, 16)
     current, total = breaking_rules(policy, 8, 12), int(load.sum()) / 12
@@ -192,13 +192,13 @@ def test_what_must_move_costs_no_more_than_any_candidate(policy: str, num_steps:
         assert all(a <= b < 2**41 - 1 for a, b in zip(final, costs.amin(0).tolist(), strict=True))
         moved.append(int(moved_slots(current, Placement(table, 16, topology.num_gpus), topology).sum()))
     assert moved[0] >= moved[1] > moved[4] == moved[5]
-    assert moved[3] <= moved[4] * 1.1  # a total for a move is as good as never
+    assert moved[3] <= moved[4] * 1.1  # a price of all tokens is as good as infinite
 
 
 @pytest.mark.parametrize("num_steps", [1, 3])
 @pytest.mark.parametrize("policy", BOUND)
 def test_what_must_move_is_settled_although_it_costs_more_than_what_may_not_stay(policy: str, num_steps: int) -> None:
-    """A fresh candidate was only named anew where its moves cost more than staying would."""
+    """A fresh candidate was only renumbered if its moves cost more than staying."""
     topology, options = POLICIES[policy]
     load = skewed(23, num_steps, 12, 16)
     priced = PlanOptions(current=breaking_rules(policy, 9, 12), move_price=float(load.sum()), **options)

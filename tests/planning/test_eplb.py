@@ -1,6 +1,6 @@
-"""The drop-in for DeepSeek's EPLB: what its three results mean, and that they are no worse than the published ones.
+"""The replacement for DeepSeek's EPLB: its three results mean the same and are no worse than the published ones.
 
-Shapes: L layers, E experts, P slots, R the most replicas of one expert, B groups, N nodes, M GPUs.
+Shapes: L layers, E experts, P slots, R the largest number of replicas of an expert, B groups, N nodes, M GPUs.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ PUBLISHED = [
 SHAPES = [
     (12, 16, 4, 2, 8),
     (8, 8, 1, 1, 4),
-    (8, 8, 8, 8, 8),  # one slot a GPU
+    (8, 8, 8, 8, 8),  # one slot per GPU
     (16, 24, 4, 2, 4),
     (16, 16, 8, 4, 8),
     (6, 30, 2, 2, 6),
@@ -45,7 +45,7 @@ def uneven_weight(seed: int, num_experts: int) -> Tensor:
 
 
 def check(results: tuple[Tensor, Tensor, Tensor], num_layers: int, num_experts: int, num_slots: int) -> None:
-    """The three say the same, in the published form."""
+    """Check that the three results agree, in the published form."""
     phy2log, log2phy, logcnt = results
     assert {result.dtype for result in results} == {torch.int64}
     assert {result.device.type for result in results} == {"cpu"}
@@ -61,7 +61,7 @@ def check(results: tuple[Tensor, Tensor, Tensor], num_layers: int, num_experts: 
 
 
 def groups_are_whole(phy2log: Tensor, num_experts: int, groups: int, nodes: int) -> bool:
-    """Whether each group of experts is on one node, and each node has as many."""
+    """Whether each group of experts is on one node, and all nodes have equally many."""
     of_node = (phy2log * groups // num_experts).unflatten(1, (nodes, -1)).tolist()
     return all(
         sum(len(set(node)) for node in layer) == groups and len(set(layer[0])) == groups // nodes for layer in of_node
@@ -123,7 +123,7 @@ def test_names_of_arguments_are_the_published_ones() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int32, torch.float16, torch.bfloat16])
 def test_whole_numbers_of_any_type_are_placed_alike(dtype: torch.dtype) -> None:
-    weight = torch.tensor(WEIGHT)  # whole numbers up to 256 are exact in all of these
+    weight = torch.tensor(WEIGHT)  # integers up to 256 are exact in all of these types
     for one, other in zip(
         rebalance_experts(weight.to(dtype), 16, 4, 2, 8), rebalance_experts(weight, 16, 4, 2, 8), strict=True
     ):
@@ -132,11 +132,11 @@ def test_whole_numbers_of_any_type_are_placed_alike(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("scale", [1e-3, 1e-30, 1e-300, 1e30, 1e290])
 def test_only_the_proportions_of_fractions_count(scale: float) -> None:
-    """Tiny ones too, which as tokens would be none."""
+    """Also of tiny ones, which would be 0 tokens."""
     weight = uneven_weight(3, 16).double() / 7
     expected = Placement(rebalance_experts(weight, 24, 4, 2, 4)[0], 16, 4)
     scaled = Placement(rebalance_experts(weight * scale, 24, 4, 2, 4)[0], 16, 4)
-    # A scale that is no power of two changes last digits, and which of equals comes first.
+    # A scale that is not a power of two changes last digits, and with them the order of equals.
     load = uneven_weight(3, 16)
     assert imbalance(load, scaled)[0] == pytest.approx(imbalance(load, expected)[0], rel=0.01, nan_ok=True)
     assert imbalance(load, scaled).nanmean() < 1.5
@@ -201,18 +201,18 @@ def test_weights_that_are_none_are_refused(weight: Tensor, wording: str) -> None
     [
         (
             (5, 1, 1, 2),
-            "5 slots cannot be spread evenly over 2 GPUs (1 nodes × 2); pass num_slots=6, 2 more than experts",
+            "5 slots cannot be spread evenly over 2 GPUs (1 node × 2); pass num_slots=6 (2 for replicas), or",
         ),
         (
             (2, 1, 1, 2),
             "num_slots is 2 for 4 experts; it counts the slots of all GPUs, and every expert needs one: "
-            "pass num_slots=6 for 2 more than experts, or num_slots=4 for 2 on each of 2 GPUs",
+            "pass num_slots=6 (2 for replicas), or num_slots=4 (2 on each of 2 GPUs)",
         ),
-        ((6, 3, 1, 2), "num_groups is 3, which does not divide 4 experts; pass the number of groups of the router"),
-        ((6, 0, 1, 2), "num_groups is 0, which does not divide 4 experts; pass the number of groups of the router"),
+        ((6, 3, 1, 2), "num_groups is 3, which does not divide 4 experts; pass the router's number of groups"),
+        ((6, 0, 1, 2), "num_groups is 0, which does not divide 4 experts; pass the router's number of groups"),
         ((6, 1, 2, 3), "3 GPUs cannot be spread evenly over 2 nodes"),
         ((6, 1, 0, 2), "2 GPUs cannot be spread evenly over 0 nodes"),
-        ((6, 1, 1, 0), "0 GPUs cannot be spread evenly over 1 nodes"),
+        ((6, 1, 1, 0), "0 GPUs cannot be spread evenly over 1 node"),
     ],
 )
 def test_numbers_that_do_not_divide_are_refused(numbers: tuple[int, ...], wording: str) -> None:

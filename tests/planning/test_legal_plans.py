@@ -1,6 +1,6 @@
 """Every plan keeps the rules of its options, whatever is in force and whatever a move costs.
 
-Cases are drawn at random, and judged by a checker that shares no line with the package.
+Cases are drawn at random, and judged by a checker that shares no code with the package.
 Shapes: T steps, L layers, E experts, P slots, M GPUs, G slots on each GPU, N nodes, B groups.
 """
 
@@ -24,12 +24,12 @@ from distplb.planning.options import PlanOptions
 from distplb.planning.problem import Problem
 
 Row = list[int]  # [P], the expert of each slot of one layer
-EXAMPLES = 300  # of each property; 20,000 were run once, with other seeds
+EXAMPLES = 300  # per property; 20,000 were run once, with other seeds
 
 
 @dataclass(frozen=True)
 class Rules:
-    """What one layer's row must keep."""
+    """The rules for one layer's row."""
 
     experts: int
     gpus: int
@@ -40,7 +40,7 @@ class Rules:
     shared: bool = True
 
     def broken(self, row: Row, start: Row) -> str | None:
-        """The first rule that a row breaks; `start` is what was there, which tells the classes of experts."""
+        """The first rule that a row breaks; `start` is the previous row, which defines the experts' classes."""
         for expert in range(self.experts):
             if expert not in row:
                 return "an expert has no slot"
@@ -108,7 +108,7 @@ class Case:
 
     @property
     def starts(self) -> list[Row]:
-        """What tells the classes: what is in force, or else experts in order."""
+        """The rows that define the classes: the placement in force, or else experts in order."""
         return [[*range(self.slots)]] * self.load.shape[1] if self.current is None else self.current
 
     def planned(self, engine: str) -> list[Row]:
@@ -130,7 +130,7 @@ class Case:
 
 @st.composite
 def rules_and_slots(draw: st.DrawFn) -> tuple[Topology, Rules, int]:
-    """All that `plan` does not refuse, with the number of slots."""
+    """Any rules that `plan` does not refuse, with the number of slots."""
     kind = draw(
         st.sampled_from(["free", "apart", "apart", "groups", "groups", "groups on one node", "blocks", "classes"])
     )
@@ -145,13 +145,13 @@ def rules_and_slots(draw: st.DrawFn) -> tuple[Topology, Rules, int]:
         return topology, Rules(slots, gpus, nodes, slot_class=slot_class, shared=shared), slots
     if kind == "blocks":
         even = [block for block in range(1, slots + 1) if slots % block == 0 == min(block % size, size % block)]
-        block = draw(st.sampled_from(even + 2 * even[1:-1]))  # an expert a block, and all experts in one, bind nothing
+        block = draw(st.sampled_from(even + 2 * even[1:-1]))  # blocks of one expert or of all experts bind nothing
         return topology, Rules(slots, gpus, nodes, slots // block, "permute", shared=shared), slots
     if kind in ("free", "apart"):
         mode = draw(st.sampled_from(["remap", "permute"])) if kind == "free" else "remap"
         minimum = slots if mode == "permute" else 1 if shared else size
         return topology, Rules(draw(st.integers(minimum, slots)), gpus, nodes, None, mode, shared=shared), slots
-    # Groups on nodes: of each node's slots, the least number of experts leaves room for replicas apart.
+    # Groups on nodes: the fewest experts that a node can hold must leave room to keep replicas apart.
     per_node = slots // nodes
     ways = [
         (groups, of_group)
@@ -165,7 +165,7 @@ def rules_and_slots(draw: st.DrawFn) -> tuple[Topology, Rules, int]:
 
 
 def dealt(random_: random.Random, experts: list[int], gpus: int, slots: int, shared: bool) -> Row:
-    """Experts with replicas; apart, where they must be, because an expert's replicas are dealt one after another."""
+    """Experts with replicas, dealt one after another, which keeps an expert's replicas apart where they must be."""
     experts = random_.sample(experts, len(experts))
     count = dict.fromkeys(experts, 1)
     for _ in range(slots - len(experts)):
@@ -193,14 +193,14 @@ def legal_row(random_: random.Random, rules: Rules, slots: int) -> Row:
 
 
 def any_row(random_: random.Random, rules: Rules, slots: int) -> Row:
-    """A layer in which every expert is placed, and no other rule is kept but by chance."""
+    """A layer in which every expert is placed; other rules are kept only by chance."""
     return random_.sample(
         [*range(rules.experts), *random_.choices(range(rules.experts), k=slots - rules.experts)], slots
     )
 
 
 def uneven_row(random_: random.Random, rules: Rules, slots: int) -> Row:
-    """Of groups on nodes a layer that keeps them whole, with more on some nodes; of other rules one that is legal."""
+    """For groups on nodes, a layer that keeps them whole but has more on some nodes; for other rules, a legal one."""
     groups, nodes = rules.groups or 1, rules.nodes
     of_group, fewest = rules.experts // groups, 1 if rules.shared else slots // rules.gpus
     room = fewest <= of_group * (groups // nodes - 1) <= slots // nodes - 2 * of_group
@@ -216,7 +216,7 @@ def uneven_row(random_: random.Random, rules: Rules, slots: int) -> Row:
 
 
 def nearly_legal_row(random_: random.Random, rules: Rules, slots: int) -> Row:
-    """A legal layer, of which two slots have changed places."""
+    """A legal layer in which two slots were swapped."""
     row = legal_row(random_, rules, slots)
     one, other = random_.randrange(slots), random_.randrange(slots)
     row[one], row[other] = row[other], row[one]
@@ -256,7 +256,7 @@ def cases(draw: st.DrawFn) -> Case:
 @settings(derandomize=True, deadline=None, max_examples=EXAMPLES)
 @given(cases())
 def test_a_plan_keeps_the_rules_whatever_is_in_force(case: Case) -> None:
-    """It once came back as it went in where what is in force breaks them and nothing costs less."""
+    """A placement in force that broke the rules was once returned unchanged if no plan cost less."""
     rows = case.planned("cpu")
     assert [case.rules.broken(row, start) for row, start in zip(rows, case.starts, strict=True)] == [None] * len(rows)
     assert case.planned("reference") == rows
@@ -276,7 +276,7 @@ def test_a_plan_keeps_the_rules_whatever_is_in_force(case: Case) -> None:
 def test_the_search_takes_for_legal_what_keeps_the_rules(
     drawn: tuple[Topology, Rules, int], maker: str, seed: int
 ) -> None:
-    """What it may start from and keep, and what it checks last. Of classes, what it starts from says what is legal."""
+    """It decides what to start from and keep, and is checked last. For classes, the start defines what is legal."""
     (topology, rules, slots), random_ = drawn, random.Random(seed)
     start, rows = any_row(random_, rules, slots), [MAKERS[maker](random_, rules, slots) for _ in range(3)]
     load = torch.ones(1, 4, rules.experts, dtype=torch.int64)
@@ -293,7 +293,7 @@ def test_the_search_takes_for_legal_what_keeps_the_rules(
 def test_what_plans_are_compared_with_keeps_the_rules_that_it_takes(
     drawn: tuple[Topology, Rules, int], tokens: str, seed: int
 ) -> None:
-    """Greedy takes groups on nodes and replicas apart, the drop-in for EPLB groups on nodes."""
+    """Greedy supports groups on nodes and replicas apart, the replacement for EPLB groups on nodes."""
     (topology, rules, slots), random_ = drawn, random.Random(seed)
     if rules.mode == "permute" or rules.slot_class:
         return
@@ -346,7 +346,7 @@ def test_the_checker_passes_what_is_legal(rules: Rules, row: Row) -> None:
 
 
 def test_random_layers_break_every_rule_and_those_that_were_made_legal_break_none() -> None:
-    """Else the properties above would be about nothing."""
+    """Otherwise the properties above would prove nothing."""
     random_, broke = random.Random(0), set()
     for rules, row, _ in BROKEN[2:]:
         start = [*range(len(row))]

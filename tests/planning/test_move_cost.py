@@ -20,7 +20,7 @@ SHAPES = [(1, 1, 4, 4), (1, 4, 8, 8), (2, 2, 8, 8), (3, 2, 6, 12), (2, 3, 5, 18)
 
 
 def random_table(random_: random.Random, num_layers: int, num_experts: int, num_slots: int) -> torch.Tensor:
-    """`[L, P]`: every expert, and some more than once."""
+    """`[L, P]`: every expert, some of them more than once."""
     spare = [random_.choices(range(num_experts), k=num_slots - num_experts) for _ in range(num_layers)]
     return torch.tensor([random_.sample([*range(num_experts), *more], num_slots) for more in spare])
 
@@ -64,7 +64,7 @@ def test_the_cost_of_moves_is_summed_over_the_slots(shape: tuple[int, ...]) -> N
     assert costs.dtype == torch.int64
     assert costs.tolist() == expected
     assert torch.equal(cost_of_moves(tables[2], distances(current, topology), price), costs[2])
-    # What a plan pays for is what an event counts.
+    # A plan pays for the moves that an event counts.
     for table in tables:
         moved = moved_slots(current, Placement(table, num_experts, topology.num_gpus), topology)
         for column in (0, 1):

@@ -1,4 +1,4 @@
-"""What `plan` takes and what it refuses: with the value that it found, and what to pass instead.
+"""`plan` accepts or refuses its options; a refusal names the value and what to pass instead.
 
 Shapes: T steps, L layers, E experts, P slots.
 """
@@ -23,7 +23,7 @@ LOAD = torch.tensor([[9, 1, 5, 5, 7, 2, 8, 3, 1, 1, 4, 6]])  # 12 experts
 
 
 def random_placement(num_layers: int, num_experts: int, num_slots: int, num_gpus: int) -> Placement:
-    """Every expert, and some more than once."""
+    """Every expert, some of them more than once."""
     random_ = random.Random(num_slots)
     spare = [random_.choices(range(num_experts), k=num_slots - num_experts) for _ in range(num_layers)]
     table = [random_.sample([*range(num_experts), *more], num_slots) for more in spare]
@@ -41,14 +41,14 @@ REFUSED = {
         {"num_slots": 8},
         "num_slots is 8 for 12 experts; it counts the slots of all GPUs, and every expert needs one: "
         "pass at least num_slots=12, "
-        "or num_slots=20 for 8 more than experts, or num_slots=32 for 8 on each of 4 GPUs",
+        "or num_slots=20 (8 for replicas), or num_slots=32 (8 on each of 4 GPUs)",
     ),
     "fewer slots than experts, and not a multiple": (
         (1, 5),
         {"num_slots": 10},
         "num_slots is 10 for 12 experts; it counts the slots of all GPUs, and every expert needs one: "
         "pass at least num_slots=15, "
-        "or num_slots=25 for 13 more than experts, or num_slots=50 for 10 on each of 5 GPUs",
+        "or num_slots=25 (13 for replicas), or num_slots=50 (10 on each of 5 GPUs)",
     ),
     "no slots": (
         (2, 2),
@@ -59,19 +59,20 @@ REFUSED = {
     "slots of no GPU": (
         (2, 2),
         {"num_slots": 14},
-        "14 slots cannot be spread evenly over 4 GPUs (2 nodes × 2); pass num_slots=16, 4 more than experts, "
+        "14 slots cannot be spread evenly over 4 GPUs (2 nodes × 2); pass num_slots=16 (4 for replicas), "
         "or num_nodes and gpus_per_node whose product divides 14",
     ),
     "experts of no GPU": (
         (1, 5),
         {},
-        "12 slots cannot be spread evenly over 5 GPUs (1 nodes × 5); pass num_slots=15, 3 more than experts, "
+        "12 slots cannot be spread evenly over 5 GPUs (1 node × 5); pass num_slots=15 (3 for replicas), "
         "or num_nodes and gpus_per_node whose product divides 12",
     ),
     "replicas in mode permute": (
         (1, 4),
         {"num_slots": 16, "mode": "permute"},
-        "num_slots is 16 for 12 experts, and mode 'permute' knows no replicas; pass mode='remap', or num_slots=12",
+        "num_slots is 16 for 12 experts, and mode 'permute' does not support replicas; pass mode='remap', or "
+        "num_slots=12",
     ),
     "replicas that must share": (
         (1, 2),
@@ -88,13 +89,17 @@ REFUSED = {
     "groups of no expert": (
         (1, 2),
         {"num_groups": 5},
-        "num_groups is 5, which does not divide 12 experts; pass the number of groups of the router, or leave it out",
+        "num_groups is 5, which does not divide 12 experts; pass the router's number of groups, or leave it out",
     ),
-    "no groups": ((1, 2), {"num_groups": 0}, "num_groups is 0, which does not divide 12 experts; pass the number"),
+    "no groups": (
+        (1, 2),
+        {"num_groups": 0},
+        "num_groups is 0, which does not divide 12 experts; pass the router's number",
+    ),
     "minus a group": (
         (1, 2),
         {"num_groups": -1},
-        "num_groups is -1, which does not divide 12 experts; pass the number",
+        "num_groups is -1, which does not divide 12 experts; pass the router's number",
     ),
     "groups of no node": (
         (2, 2),
@@ -105,7 +110,7 @@ REFUSED = {
         (2, 2),
         {"num_groups": 6, "mode": "permute"},
         "a block of 2 slots (num_groups is 6) neither fills whole GPUs of 3 slots nor divides them, so no block "
-        "permutation evens out the GPUs; use a number of GPUs that divides 6 or is a multiple of it",
+        "permutation balances the GPUs; use a number of GPUs that divides 6 or is a multiple of it",
     ),
     "blocks that end inside another GPU": (
         (2, 2),
@@ -135,21 +140,21 @@ REFUSED = {
     "classes and replicas": (
         (1, 2),
         {"slot_class": torch.zeros(12, dtype=torch.int64), "num_slots": 14},
-        "slot_class goes with neither replicas nor groups: leave out num_slots and num_groups, or slot_class",
+        "slot_class cannot be combined with replicas or groups; leave out num_slots and num_groups, or slot_class",
     ),
     "classes and groups": (
         (1, 2),
         {"slot_class": torch.zeros(12, dtype=torch.int64), "num_groups": 2},
-        "slot_class goes with neither replicas nor groups: leave out num_slots and num_groups, or slot_class",
+        "slot_class cannot be combined with replicas or groups; leave out num_slots and num_groups, or slot_class",
     ),
     "another mode": ((1, 2), {"mode": "swap"}, "mode is 'swap'; pass 'permute' or 'remap'"),
     "no candidates": ((1, 2), {"num_candidates": 0}, "num_candidates is 0; pass 1 to 2^22"),
     "candidates beyond their bits": ((1, 2), {"num_candidates": 2**22 + 1}, "is 4194305; pass 1 to 2^22"),
-    "a negative seed": ((1, 2), {"seed": -1}, "seed is -1; pass a whole number in [0, 2^62)"),
+    "a negative seed": ((1, 2), {"seed": -1}, "seed is -1; pass an integer in [0, 2^62)"),
     "a seed that does not fit": (
         (1, 2),
         {"seed": 2**62},
-        "seed is 4611686018427387904; pass a whole number in [0, 2^62)",
+        "seed is 4611686018427387904; pass an integer in [0, 2^62)",
     ),
     "another engine": (
         (1, 2),
@@ -170,20 +175,20 @@ REFUSED = {
         f"the price {price!r}": (
             (1, 2),
             {"move_price": price, "current": random_placement(1, 12, 12, 2)},
-            f"move_price is {price!r}; pass tokens of the window for each moved slot, at least 0: one number, or a ",
+            f"move_price is {price!r}; pass tokens of the window per moved slot, at least 0: one number, or a ",
         )
         for price in NO_PRICES
     },
     "current with replicas": (
         (1, 2),
         {"current": random_placement(1, 12, 14, 2)},
-        "current has (layers, experts, slots, GPUs) = (1, 12, 14, 2), the load and topology (1, 12, 12, 2); "
-        "pass the placement in force of the same model",
+        "current has (layers, experts, slots, GPUs) = (1, 12, 14, 2), load and topology have (1, 12, 12, 2); "
+        "pass the placement in force for the same model",
     ),
     "current without them": (
         (1, 2),
         {"current": random_placement(1, 12, 12, 2), "num_slots": 14},
-        "current has (layers, experts, slots, GPUs) = (1, 12, 12, 2), the load and topology (1, 12, 14, 2)",
+        "current has (layers, experts, slots, GPUs) = (1, 12, 12, 2), load and topology have (1, 12, 14, 2)",
     ),
 }
 
@@ -232,7 +237,7 @@ def test_what_is_not_a_load_is_refused_with_the_value_and_a_remedy(load: Tensor,
         assert wording in str(refused.value)
 
 
-# --- what is taken ----------------------------------------------------------------------------------------------
+# --- accepted ---------------------------------------------------------------------------------------------------
 
 
 def test_the_least_and_the_largest_numbers_are_taken() -> None:
@@ -259,7 +264,7 @@ def test_the_least_and_the_largest_numbers_are_taken() -> None:
     ):
         assert plan(LOAD, Topology(1, 2), **options).num_slots == options.get("num_slots", 12)
     PlanOptions(num_candidates=2**22).check(Topology(1, 2), 1, 12)
-    # Any number of groups goes with one GPU, and any that divides the experts with one block a GPU.
+    # One GPU accepts any number of groups, and one block per GPU any number that divides the experts.
     PlanOptions(num_groups=4, mode="permute").check(Topology(1, 1), 1, 12)
     PlanOptions(num_groups=3, mode="permute").check(Topology(3, 1), 1, 12)
 
@@ -276,7 +281,7 @@ def test_classes_may_be_of_any_integer_type(dtype: torch.dtype) -> None:
 
 
 def all_options() -> list[tuple[Topology, dict[str, Any]]]:
-    """Every combination that is taken, for 16 experts in 3 layers."""
+    """Every accepted combination, for 16 experts in 3 layers."""
     choices = itertools.product(
         (Topology(1, 4), Topology(2, 4)),
         (None, 16, 24, 48),
@@ -313,7 +318,7 @@ def test_no_tokens_at_all_are_planned_under_every_combination_of_options() -> No
             price = 0.0 if options["current"] is None else num_candidates - 0.75
             placement = plan(load, topology, num_candidates=num_candidates, move_price=price, **options)
             assert placement.num_slots == (options["num_slots"] or 16)  # a Placement has checked the rest itself
-            if options["current"] is not None:  # what breaks the rules may not stay
+            if options["current"] is not None:  # a placement that breaks the rules may not stay
                 priced = PlanOptions(move_price=price, **options)
                 stays = Problem(torch.zeros(1, 3, 16, dtype=torch.int64), topology, priced)._may_stay
                 kept = (placement.expert_of_slot == options["current"].expert_of_slot).all(1)
@@ -332,7 +337,7 @@ def test_some_layers_without_tokens_change_nothing_in_the_others() -> None:
         assert torch.equal(partly_empty[[0, 2]], expected[[0, 2]])
 
 
-# --- what all ranks must share ----------------------------------------------------------------------------------
+# --- equal on all ranks -----------------------------------------------------------------------------------------
 
 
 def test_every_option_but_the_engine_is_a_field_of_its_own() -> None:
@@ -361,7 +366,7 @@ def test_every_option_but_the_engine_is_a_field_of_its_own() -> None:
         assert option == "engine" or option.replace("current", "the current") in differing[0]
         changed_fields |= set(differing)
     assert changed_fields | {name for name in plain if name.startswith("move_price")} == set(plain)
-    # Left out, P is E.
+    # By default, P is E.
     assert PlanOptions(12, **one).fields(12) == plain
 
 
@@ -380,7 +385,7 @@ def test_prices_are_told_apart_to_the_last_bit_and_mean_nothing_without_a_curren
     assert pair["move_price inside a node (in 2^-16)"] == 2.5 * 2**16
     assert pair["move_price between nodes (in 2^-16)"] == 1e9 * 2**16
     assert fields(3) == fields(3.0) == fields((3.0, 3.0))
-    assert fields(float("inf")) == fields(10**400) == fields(1e300)  # all is saturated
+    assert fields(float("inf")) == fields(10**400) == fields(1e300)  # all saturate
     assert PlanOptions(move_price=5.0).prices == (0.0, 0.0)
 
 

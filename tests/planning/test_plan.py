@@ -1,4 +1,4 @@
-"""A plan is the same on every rank and for every number of ranks; what is wrong on one is told by all.
+"""A plan is the same on every rank and for every number of ranks; all ranks raise the error of one.
 
 Shapes: T steps, L layers, E experts, P slots.
 """
@@ -29,7 +29,7 @@ from distplb.planning.problem import Problem
 
 
 def shared_plans(whole: Tensor) -> dict[str, list[list[int]]]:
-    """Plan from counts that are spread unevenly over the ranks; their sum is `whole`."""
+    """Plan from counts that are spread unevenly over the ranks and sum to `whole`."""
     rank, size = dist.get_rank(), dist.get_world_size()
     mine = whole // size if rank else whole - (size - 1) * (whole // size)
     comm = TorchComm()
@@ -38,7 +38,7 @@ def shared_plans(whole: Tensor) -> dict[str, list[list[int]]]:
 
 @pytest.fixture(scope="module")
 def plans_of_ranks() -> dict[int, list[dict[str, list[list[int]]]]]:
-    """By number of ranks, each rank's plans."""
+    """Each rank's plans, by number of ranks."""
     return {ranks: on_ranks(ranks, shared_plans, skewed_load()) for ranks in (1, 2, 4)}
 
 
@@ -52,7 +52,7 @@ def test_plans_of_1_2_and_4_ranks_are_equal_to_the_bit(
 
 
 def replayed(record: str) -> int:
-    """The digest of the plan that a record tells of, in a process that knows nothing else."""
+    """The digest of the plan of a record, in a process that has only the record."""
     data = json.loads(record)
     options = {name: value for name, value in data["options"].items() if value is not None}
     if "time_curve" in options:
@@ -65,7 +65,7 @@ def replayed(record: str) -> int:
 
 
 def test_a_plan_is_replayed_from_its_load_and_options() -> None:
-    """What was measured comes back from a text to the last bit, prices and curves included."""
+    """Measured values come back from text to the last bit, prices and curves included."""
     start = random_placement(48)
     price, curve = (1 / 3, 1e3 * 2**0.5), TimeCurve.through([100, 1000, 4000], [1e-6 / 3, 2e-5 / 7, 1e-4 / 9])
     fresh = {"num_slots": 48, "num_candidates": 2, "seed": 11, "time_curve": curve}
@@ -94,20 +94,20 @@ def test_a_plan_is_better_than_contiguous_on_steps_it_has_not_seen() -> None:
 
 @pytest.mark.parametrize("move_price", [0.0, 2.0, 1e30])
 def test_a_current_placement_that_takes_groups_apart_is_not_kept(move_price: float) -> None:
-    """It was, where no plan cost less: what is in force was taken for something that may stay. Here its GPUs are as
-    full as they can be, and every block holds experts of two groups."""
+    """It was, if no plan cost less, because the placement in force was assumed legal. Here its GPUs are perfectly
+    balanced, and every block holds experts of two groups."""
     load, current = torch.tensor([[4, 6, 4, 6, 1, 3, 1, 3]]), Placement(torch.tensor([[0, 3, 4, 7, 1, 2, 5, 6]]), 8, 2)
     options = {"num_groups": 4, "mode": "permute", "current": current, "move_price": move_price}
     row = plan(load, Topology(1, 2), **options).expert_of_slot[0].tolist()
     assert [row[at] // 2 == row[at + 1] // 2 for at in range(0, 8, 2)] == [True] * 4
-    # Pairs that stand on two GPUs: one of each must move, and no pair can be found to leave 14 tokens each.
+    # Pairs are split over two GPUs: one expert of each must move, which leaves 14 tokens on each GPU.
     assert sum(load[0, row[:4]].tolist()) == 14
     assert sum(expert in current.expert_of_slot[0, :4] for expert in row[:4]) == 2
 
 
 @pytest.mark.parametrize("move_price", [0.0, 2.0, 1e30])
 def test_a_current_placement_whose_replicas_share_a_gpu_is_not_kept_where_they_must_not(move_price: float) -> None:
-    """It was, where no plan cost less."""
+    """It was, if no plan cost less."""
     load, current = torch.tensor([[6, 6, 6, 0]]), Placement(torch.tensor([[0, 0, 1, 1, 2, 3]]), 4, 3)
     options = {"num_slots": 6, "allow_shared_replicas": False, "current": current, "move_price": move_price}
     row = plan(load, Topology(1, 3), **options).expert_of_slot[0].tolist()
@@ -122,12 +122,12 @@ def test_the_seed_and_nothing_global_decides() -> None:
     torch.manual_seed(1)
     assert plan(load, Topology(1, 8), seed=1, num_candidates=8) == one
     assert plan(load, Topology(1, 8), seed=2, num_candidates=8) != one
-    # Of one candidate nothing is random.
+    # With one candidate, nothing is random.
     assert plan(load, Topology(1, 8), seed=1) == plan(load, Topology(1, 8), seed=2)
 
 
 def collective_calls() -> list[tuple[str, tuple[int, ...]]]:
-    """What a plan sends, call by call."""
+    """The collectives of a plan, call by call."""
     calls = []
 
     class Counting(TorchComm):
@@ -159,7 +159,7 @@ def test_a_plan_costs_a_header_and_three_collectives() -> None:
 
 WRONG_ENTRY = torch.zeros(STEPS, LAYERS, EXPERTS, dtype=torch.bool)
 WRONG_ENTRY[1, 2, 3] = True
-# What the last of three ranks does otherwise than the others, and what all of them are told.
+# How the last of three ranks differs from the others, and the error that all of them raise.
 ODD: dict[str, tuple[dict[str, Any], str]] = {
     "seed": ({"seed": 3}, "ranks disagree on seed: 0 on one, 3 on another"),
     "candidates": ({"num_candidates": 5}, "ranks disagree on num_candidates: 4 on one, 5 on another"),
@@ -187,10 +187,10 @@ ODD: dict[str, tuple[dict[str, Any], str]] = {
     "type": ({"load": "no tensor"}, "rank 2: "),
     "replicas in mode permute": (
         {"num_slots": 48, "mode": "permute"},
-        "rank 2: num_slots is 48 for 32 experts, and mode 'permute' knows no replicas; pass mode='remap'",
+        "rank 2: num_slots is 48 for 32 experts, and mode 'permute' does not support replicas; pass mode='remap'",
     ),
 }
-# The same, where all ranks start from what is in force, and moves have a price.
+# The same, when all ranks start from a placement in force, and moves have a price.
 PRICED: dict[str, tuple[dict[str, Any], str]] = {
     "price": (
         {"move_price": 3.5},
@@ -204,14 +204,14 @@ PRICED: dict[str, tuple[dict[str, Any], str]] = {
     "no price": ({"move_price": 0.0}, "ranks disagree on move_price inside a node (in 2^-16): 0 on one, 163840"),
     "no current": ({"move_price": 0.0, "current": None}, "ranks disagree on the current placement (digest): -1 on one"),
     "curve": ({"time_curve": CURVE}, "ranks disagree on time_curve (digest): -1 on one, "),
-    "no number": ({"move_price": float("nan")}, "rank 2: move_price is nan; pass tokens of the window for each moved "),
+    "no number": ({"move_price": float("nan")}, "rank 2: move_price is nan; pass tokens of the window per moved "),
     "a price of nothing": ({"current": None}, "rank 2: move_price is 2.5 without current; pass the placement in force"),
 }
-# What all ranks do alike.
+# Errors that all ranks make alike.
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "slots": (
         {"topology": Topology(1, 5)},
-        "32 slots cannot be spread evenly over 5 GPUs (1 nodes × 5); pass num_slots=35, 3 more than experts",
+        "32 slots cannot be spread evenly over 5 GPUs (1 node × 5); pass num_slots=35 (3 for replicas), or",
     ),
     "candidates": ({"num_candidates": 0}, "num_candidates is 0; pass 1 to 2^22"),
     "engine": ({"engine": "magic"}, "engine 'magic' is unknown; pass one of reference, cpu, cuda, or engine=None"),
@@ -222,7 +222,7 @@ CASES = {"odd": ODD, "priced": PRICED, "wrong": WRONG}
 
 
 def refusals() -> dict[str, str]:
-    """The errors of one plan after another; a rank left waiting would take the next one's calls for its own."""
+    """The errors of one plan after another; a rank left waiting would mistake the next plan's calls for its own."""
     comm, messages = TorchComm(), {}
     for kind, cases in CASES.items():
         for case, (changed, _) in cases.items():

@@ -1,4 +1,4 @@
-"""A plan is the same over every communicator, costs as many collectives whatever is planned, and can be made again.
+"""A plan is the same over every communicator, always takes equally many collectives, and can be repeated.
 
 gloo on 1, 2 and 4 ranks is in test_plan.py, MPI in test_mpi.py. Shapes: T steps, L layers, E experts.
 """
@@ -25,7 +25,7 @@ Plans = dict[str, list[list[int]]]
 
 
 class Counted:
-    """A communicator that keeps the names of the collectives that are called on it."""
+    """A communicator that records the names of the collectives called on it."""
 
     def __init__(self, comm: Comm) -> None:
         self._comm = comm
@@ -63,21 +63,21 @@ def plans_of_three_and_of_grids() -> list[Plans]:
 
 
 def calls_of_a_plan(num_layers: int) -> list[list[str]]:
-    """By what has been called: a group, the rows of a grid, its columns."""
+    """The calls by communicator: a group, the rows of a grid, its columns."""
     load = torch.randint(1, 1000, (3, num_layers, 16), generator=torch.Generator().manual_seed(1))
     mesh = mesh_of("edp ep")
     group, inner, outer = (Counted(TorchComm(part)) for part in (None, mesh["ep"], mesh["edp"]))
     grid = GridComm(inner, outer)
-    inner.calls.clear()  # of its making
+    inner.calls.clear()  # those of its construction
     outer.calls.clear()
     for comm in (group, grid):
         plan(load, Topology(1, 4), comm=comm, num_candidates=4, engine="reference")
     return [group.calls, inner.calls, outer.calls]
 
 
-# --- made again from its record --------------------------------------------------------------------------------------
+# --- repeated from its record ----------------------------------------------------------------------------------------
 
-EXPERTS, EVERY, REBALANCES = 48, 3, 3  # so many experts that another seed gives another plan
+EXPERTS, EVERY, REBALANCES = 48, 3, 3  # enough experts that another seed gives another plan
 CURVE = TimeCurve((0, 20, 180, 2000), (0, 20, 140, 1240))
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -87,7 +87,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def recorded(folder: str) -> dict[str, list[RebalanceEvent]]:
-    """The events of jobs of two EP groups on a grid, whose windows rank 0 writes down."""
+    """The events of jobs of two EP groups on a grid, whose windows rank 0 records."""
     by_variant = {}
     for name, options in VARIANTS.items():
         events: list[RebalanceEvent] = []
@@ -114,11 +114,11 @@ def recorded(folder: str) -> dict[str, list[RebalanceEvent]]:
     return by_variant
 
 
-# --- what ranks did --------------------------------------------------------------------------------------------------
+# --- results of the ranks --------------------------------------------------------------------------------------------
 
 
 def all_of_it(folder: str) -> dict[str, Any]:
-    """In one start of four processes."""
+    """Everything in one start of four processes."""
     return {
         "plans": plans_of_three_and_of_grids(),
         "calls": [calls_of_a_plan(num_layers) for num_layers in (1, 40)],
@@ -128,7 +128,7 @@ def all_of_it(folder: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
-    """The folder of the windows, and what each rank found."""
+    """The folder of the windows, and each rank's results."""
     folder = tmp_path_factory.mktemp("windows")
     return folder, on_ranks(4, all_of_it, str(folder))
 

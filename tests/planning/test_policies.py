@@ -1,4 +1,4 @@
-"""What each policy promises of its placements, and how near the best there is they come where that can be looked up.
+"""What each policy promises of its placements, and how close they are to the optimum where it can be enumerated.
 
 Shapes: T steps, L layers, E experts, P slots, M GPUs, G slots on each GPU, N nodes, B groups, W placements.
 """
@@ -34,13 +34,13 @@ def rows_of_every_kind(seed: int, num_experts: int, repeats: int = 10) -> Tensor
 
 
 def steps_of(load: Tensor, num_steps: int) -> Tensor:
-    """`[T, L, E]`: the load `[L, E]` with its experts up and down from step to step."""
+    """`[T, L, E]`: the load `[L, E]`, with experts that fluctuate from step to step."""
     wobble = torch.randn(num_steps, *load.shape, generator=torch.Generator().manual_seed(len(load)))
     return load[None] if num_steps == 1 else (load * wobble.mul(0.5).exp()).long()
 
 
 def random_placement(seed: int, num_layers: int, num_experts: int, num_slots: int, num_gpus: int) -> Placement:
-    """Every expert, and some more than once."""
+    """Every expert, some of them more than once."""
     random_ = random.Random(seed)
     spare = [random_.choices(range(num_experts), k=num_slots - num_experts) for _ in range(num_layers)]
     table = [random_.sample([*range(num_experts), *more], num_slots) for more in spare]
@@ -55,9 +55,9 @@ def costs(load: Tensor, placement: Placement) -> Tensor:
 
 
 def assert_no_dearer_than_afresh(load: Tensor, topology: Topology, other: Placement, options: dict) -> Placement:
-    """A plan from `other`: no dearer than what of its candidates starts afresh. Returns the plan."""
+    """Assert that a plan from `other` costs no more than its candidates that start afresh. Returns the plan."""
     one, fresh = (plan(load, topology, current=each, **options | {"num_candidates": 1}) for each in (other, None))
-    assert (costs(load, one) <= costs(load, fresh) * (1 + 1e-9)).all()  # cells are named anew as wholes
+    assert (costs(load, one) <= costs(load, fresh) * (1 + 1e-9)).all()  # whole cells are renumbered
     planned = plan(load, topology, current=other, **options)
     names = {name: value for name, value in options.items() if name != "num_candidates"}
     minimum = Problem(load, topology, PlanOptions(**names)).costs(torch.arange(0, options["num_candidates"], 2)).amin(0)
@@ -82,10 +82,10 @@ def minimum_costs(load: Tensor, parts: Tensor) -> Tensor:
 GROUPS = [
     # (N, GPUs on each, E, P, B)
     (2, 2, 16, 16, 4),
-    (2, 4, 16, 32, 2),  # one group a node
+    (2, 4, 16, 32, 2),  # one group per node
     (2, 4, 12, 24, 6),
     (4, 2, 32, 48, 8),
-    (3, 3, 9, 18, 9),  # one expert a group
+    (3, 3, 9, 18, 9),  # one expert per group
     (2, 3, 6, 30, 2),
     (1, 4, 16, 24, 4),  # one node: groups mean nothing
 ]
@@ -101,7 +101,7 @@ def test_a_node_holds_whole_groups_with_all_their_replicas(shape: tuple[int, ...
     options = {"num_slots": num_slots, "num_groups": groups, "num_candidates": 3}
     fresh = plan(load, topology, **options)
     again = assert_no_dearer_than_afresh(load, topology, plan(load.flip(2), topology, **options), options)
-    # What is in force may break the rule: it is not kept, though nothing cost less, nor mixed with the new.
+    # A placement in force may break the rule: it is not kept, even if nothing costs less, nor mixed with a new one.
     mended = plan(load, topology, current=current, **options)
     for placement in (fresh, again, mended):
         group = placement.expert_of_slot * groups // num_experts  # [L, P]
@@ -112,7 +112,7 @@ def test_a_node_holds_whole_groups_with_all_their_replicas(shape: tuple[int, ...
 
 
 def test_the_nodes_are_the_best_there_are_where_groups_are_few() -> None:
-    """With one expert a group and one GPU a node, groups are packed to nodes and nothing else is."""
+    """With one expert per group and one GPU per node, packing groups into nodes is the whole problem."""
     load = rows_of_every_kind(2, 8)[None]
     planned = plan(load, Topology(2, 1), num_groups=8, num_candidates=8)
     assert torch.equal(costs(load, planned), minimum_costs(load, parts_of_experts(8, 8, 2, shared=False)))
@@ -124,13 +124,13 @@ BLOCKS = [
     # (E, M, B)
     (16, 8, 4),  # a block over two GPUs
     (16, 8, 2),  # over four
-    (16, 4, 4),  # a block a GPU
-    (16, 2, 8),  # four blocks a GPU
+    (16, 4, 4),  # one block per GPU
+    (16, 2, 8),  # four blocks per GPU
     (12, 3, 6),
     (24, 2, 2),
     (24, 12, 2),
     (16, 4, 1),  # one group: any permutation
-    (12, 4, 12),  # one expert a group: any permutation
+    (12, 4, 12),  # one expert per group: any permutation
     (18, 3, 9),
 ]
 
@@ -170,7 +170,7 @@ def test_polish_evens_out_blocks_and_keeps_them(shape: tuple[int, int, int]) -> 
 
 
 def ways_to_pack(items: tuple[int, ...], size: int) -> list[list[tuple[int, ...]]]:
-    """Every way to split items into sets of `size`; the sets have no names."""
+    """Every way to split items into sets of `size`, whatever the order of the sets."""
     if not items:
         return [[]]
     first, rest = items[0], items[1:]
@@ -182,7 +182,7 @@ def ways_to_pack(items: tuple[int, ...], size: int) -> list[list[tuple[int, ...]
 
 
 def block_permutations(num_experts: int, num_gpus: int, groups: int) -> Tensor:
-    """`[W, M, E]`: each GPU's part of each expert, for all block permutations up to names."""
+    """`[W, M, E]`: each GPU's part of each expert, for all block permutations up to renumbering."""
     size = num_experts // groups
     members = [tuple(range(group * size, (group + 1) * size)) for group in range(groups)]
     if groups <= num_gpus:
@@ -203,7 +203,7 @@ def parts_of(tables: Tensor, num_experts: int, num_gpus: int) -> Tensor:
 
 
 def ratio_to_minimum(load: Tensor, planned: Placement, minimum: Tensor) -> Tensor:
-    """`[layers with tokens]`: the cost in units of the least, which no placement undercuts."""
+    """`[layers with tokens]`: the cost in units of the minimum, which no placement undercuts."""
     ratio = (costs(load, planned) / minimum)[minimum > 0]
     assert (ratio > 1 - 1e-9).all()
     return ratio
@@ -211,7 +211,7 @@ def ratio_to_minimum(load: Tensor, planned: Placement, minimum: Tensor) -> Tenso
 
 @pytest.mark.parametrize("shape", [(8, 4, 2), (12, 6, 3), (16, 4, 8), (12, 3, 6), (8, 8, 4), (12, 2, 6)])
 def test_block_permutations_are_the_best_there_are_where_all_can_be_looked_at(shape: tuple[int, int, int]) -> None:
-    """Measured: the least cost in all 50 rows."""
+    """Measured: the minimum cost in all 50 rows."""
     num_experts, num_gpus, groups = shape
     load = rows_of_every_kind(1, num_experts)[None]
     minimum = minimum_costs(load, block_permutations(num_experts, num_gpus, groups))
@@ -228,7 +228,7 @@ CLASSES = [
     (4, [0, 1, 0, 1, 0, 1, 0, 1]),
     (3, [0, 1, 1, 0, 1, 1, 0, 1, 1]),  # two slots of a class on each GPU
     (2, [7, 7, 7, -3, 7, 7, 7, -3]),
-    (3, [0, 1, 1, 0, 0, 1]),  # other classes on each GPU
+    (3, [0, 1, 1, 0, 0, 1]),  # different classes on each GPU
     (4, [0, 0, 0, 1, 1, 1, 1, 1]),
     (2, [0, 1, 1, 1, 1, 1, 0, 1]),
     (2, [0, 0, 0, 1, 1, 1]),  # nothing can move to another GPU
@@ -267,8 +267,8 @@ def class_permutations(start: list[int], classes: list[int]) -> Tensor:
 
 @pytest.mark.parametrize(("num_gpus", "classes"), CLASSES)
 def test_experts_in_their_classes_are_nearly_as_even_as_can_be(num_gpus: int, classes: list[int]) -> None:
-    """Measured: the least cost where no GPU has two slots of a class; 1.013 times that elsewhere, or 1.041 if all are
-    of one class; with 8 candidates 1.019."""
+    """Measured: the minimum cost if no GPU has two slots of a class; otherwise 1.013 times that, or 1.041 if all slots
+    are of one class; with 8 candidates 1.019."""
     num_slots = len(classes)
     load = rows_of_every_kind(1, num_slots)[None]
     row = random.Random(2).sample(range(num_slots), num_slots)
@@ -301,8 +301,8 @@ REPLICAS = [
 
 @pytest.mark.parametrize("shape", REPLICAS)
 def test_replicas_that_must_not_share_a_gpu_do_not(shape: tuple) -> None:
-    """Also where experts are few, the packs that have room hold the last ones already, or what is in force has them
-    share."""
+    """Also if experts are few, if packs with room already hold the last ones, or if they share in the placement in
+    force."""
     nodes, gpus, num_experts, num_slots, groups = shape
     current = random_placement(3, 50, num_experts, num_slots, nodes * gpus)
     assert sharing(current).any()
@@ -323,7 +323,7 @@ def test_replicas_that_must_not_share_a_gpu_do_not(shape: tuple) -> None:
 @pytest.mark.parametrize("num_steps", [1, 4])
 @pytest.mark.parametrize("shape", [shape for shape in REPLICAS if shape[3] < shape[1] * shape[2]])
 def test_a_candidate_lets_replicas_share_a_gpu_only_where_that_costs_less(shape: tuple, num_steps: int) -> None:
-    """With several steps all tables are settled afterwards, in which replicas may also come together or part."""
+    """With several steps, all tables are settled afterwards, which may also join or separate replicas."""
     nodes, gpus, num_experts, num_slots, groups = shape
     load, topology = steps_of(rows_of_every_kind(1, num_experts), num_steps), Topology(nodes, gpus)
 
@@ -336,10 +336,10 @@ def test_a_candidate_lets_replicas_share_a_gpu_only_where_that_costs_less(shape:
     (free, apart), any_share = problems(), False
     for problem in (free, apart):
         assert (problem._terms is None) == (num_steps == 1)
-        problem._terms = None  # what is searched, before it is settled
+        problem._terms = None  # leaves the searched tables unsettled
     for candidate in range(3):
         cost, cost_apart = (problem.costs(torch.tensor([candidate]))[0] for problem in (free, apart))
-        assert num_steps > 1 or (cost <= cost_apart).all()  # what is searched is the sum over the steps
+        assert num_steps > 1 or (cost <= cost_apart).all()  # the search is on the sum over the steps
         names = torch.full((load.shape[1],), candidate)
         tables = [problem.build(names) for problem in (free, apart)]
         together = sharing(Placement(tables[0], num_experts, topology.num_gpus))
@@ -353,11 +353,11 @@ def test_a_candidate_lets_replicas_share_a_gpu_only_where_that_costs_less(shape:
     assert any_share
 
 
-# --- the best there is ------------------------------------------------------------------------------------------
+# --- the optimum ------------------------------------------------------------------------------------------------
 
 
 def parts_of_experts(num_experts: int, num_slots: int, num_gpus: int, *, shared: bool) -> Tensor:
-    """`[W, M, E]`: each GPU's part of each expert, for all replica counts and packings; GPUs have no names."""
+    """`[W, M, E]`: each GPU's part of each expert, for all replica counts and packings up to renumbering GPUs."""
     size = num_slots // num_gpus
     gpus = [g for g in combinations_with_replacement(range(num_experts), size) if shared or len(set(g)) == size]
     ways = combinations_with_replacement(gpus, num_gpus)
@@ -366,8 +366,8 @@ def parts_of_experts(num_experts: int, num_slots: int, num_gpus: int, *, shared:
 
 
 SMALL = [
-    # (E, P, M), and the mean ratio to the least cost that was measured with one candidate: where replicas may share a
-    # GPU, and where not. Rows are ties and a few tokens too, in which one token makes the ratio 4/3 or 3/2.
+    # (E, P, M), and the measured mean ratio to the minimum cost with one candidate, if replicas may share a GPU, and if
+    # not. Some rows are ties or hold few tokens, so that one token makes the ratio 4/3 or 3/2.
     ((8, 8, 2), 1.000, None),
     ((8, 8, 4), 1.000, None),
     ((9, 9, 3), 1.001, None),

@@ -1,4 +1,4 @@
-"""The finish on the chosen tables: it never costs more, keeps experts in order where nothing is gained, and is legal.
+"""The polish of the chosen tables: it never costs more, keeps experts in order if nothing is gained, and is legal.
 
 Shapes: T steps, L layers, E experts, P slots, M GPUs.
 """
@@ -30,7 +30,7 @@ from distplb.planning.problem import Problem
 @pytest.mark.parametrize("num_steps", [1, 6])
 @pytest.mark.parametrize("num_slots", [12, 18])
 def test_polish_never_costs_more_than_what_it_was_given(num_slots: int, num_steps: int) -> None:
-    """One step of load is finished by step 9, several are settled once more, under a ceiling of a quarter."""
+    """One step of load is polished by step 9; several are settled again, under a ceiling of a quarter."""
     random_, load = random.Random(4), skewed(4, num_steps, 60, 12)
     problem = Problem(load, Topology(1, 3), PlanOptions(num_slots=num_slots))
     start = random_table(random_, 60, 12, num_slots)
@@ -43,7 +43,7 @@ def test_polish_never_costs_more_than_what_it_was_given(num_slots: int, num_step
     if num_steps == 1:
         assert torch.equal(polished, on_the_sum)
         return
-    assert sum(after) < 0.98 * sum(plain_costs(load, on_the_sum, 3))  # what one polish would lose, the other has
+    assert sum(after) < 0.98 * sum(plain_costs(load, on_the_sum, 3))  # a polish on the sum misses this
     ceiling, terms = torch.full((60,), 1 << 14), problem._terms
     settled = problem._policy.settle(terms, start, layer=torch.arange(60), ceiling=ceiling)
     dearer = [a > b for a, b in zip(plain_costs(load, settled, 3), before, strict=True)]
@@ -52,7 +52,7 @@ def test_polish_never_costs_more_than_what_it_was_given(num_slots: int, num_step
 
 
 def test_what_is_even_enough_is_not_polished() -> None:
-    """A step whose busiest GPU is 2^-13 above the mean costs nobody anything that would be noticed."""
+    """No job would notice a busiest GPU that is 2^-13 above the mean."""
     load = torch.tensor([[[10**6 + 220, 10**6, 10**6, 10**6], [10**6 + 1000, 10**6, 10**6, 10**6 + 990]]] * 2)
     problem = Problem(load, Topology(1, 2))
     start = torch.tensor([[0, 1, 2, 3], [0, 3, 1, 2]])
@@ -63,7 +63,7 @@ def test_what_is_even_enough_is_not_polished() -> None:
 
 @pytest.mark.parametrize("num_slots", [12, 18])
 def test_polish_never_costs_more_with_the_price_of_its_moves(num_slots: int) -> None:
-    """Step 9 knows no price, and its moves may be dearer than what they gain."""
+    """Step 9 ignores the price, and its moves may cost more than they gain."""
     for num_steps in (1, 4):
         load, random_ = skewed(5, num_steps, 60, 12), random.Random(5)
         current, start = (random_table(random_, 60, 12, num_slots) for _ in range(2))
@@ -88,7 +88,7 @@ def test_polish_never_costs_more_than_a_candidate_under_any_policy(policy: str) 
     topology, options = POLICIES[policy]
     for num_steps in (1, 3):
         load = torch.stack([rows_of_every_kind(seed, 16) for seed in range(num_steps)])
-        far = breaking_rules(policy, 6, load.shape[1])  # in which nothing could be kept for its low cost
+        far = breaking_rules(policy, 6, load.shape[1])  # breaks the rules, so that no layer may keep it
         for current, price in ((None, 0.0), (far, 40.0)):
             problem = Problem(load, topology, PlanOptions(current=current, move_price=price, **options))
             for candidate in (0, 1):
@@ -126,7 +126,7 @@ def test_experts_stay_in_order_where_no_legal_plan_costs_less(policy: str) -> No
     load = torch.ones(3, 6, 16, dtype=torch.int64)
     load[:, 1] = 0
     load[:, 2] = 7 * 2**40
-    load[:, 3, 0] = 10**6  # one hot expert, which is the busiest GPU wherever it is
+    load[:, 3, 0] = 10**6  # one hot expert makes its GPU the busiest, wherever it is
     load[:, 4:] = torch.randint(0, 3, (3, 2, 16), generator=torch.Generator().manual_seed(1))
     in_order = contiguous(load[0], topology, options.get("num_slots", 16))
     is_legal = keeps_rules(policy, in_order[0].tolist(), list(range(16)))
@@ -146,7 +146,7 @@ def test_experts_stay_in_order_where_no_legal_plan_costs_less(policy: str) -> No
 
 
 def test_a_plan_that_breaks_the_rules_is_not_given_out() -> None:
-    """None is known to; a fault of the search would else be found by a router, or by the exchange of experts."""
+    """No plan is known to; otherwise a bug in the search would first show in a router, or while experts move."""
     broken = {
         "replicas apart": "replicas of an expert on different GPUs",
         "groups on nodes": "4 whole groups on each of 2 nodes",
@@ -163,7 +163,7 @@ def test_a_plan_that_breaks_the_rules_is_not_given_out() -> None:
             if not keeps_rules(policy, row := breaking_rules(policy, seed, 1).expert_of_slot[0].tolist(), [*range(16)])
         )
         table[1] = torch.tensor(wrong)
-        with pytest.raises(DistplbError, match=f"^internal: layer 1 of the plan must have {rule}, and does not; "):
+        with pytest.raises(DistplbError, match=f"^internal: layer 1 of the plan must have {rule}, but does not; "):
             problem.polish(table)
     both = POLICIES["groups on nodes with replicas"][1] | {"allow_shared_replicas": False}
     rule = Problem(skewed(24, 1, 3, 16), Topology(2, 4), PlanOptions(**both))._policy.rule

@@ -1,4 +1,4 @@
-"""Plans that pay for their moves: the dearer a move, the fewer there are, and between nodes the fewest.
+"""Plans that pay for their moves: the more a move costs, the fewer there are, above all between nodes.
 
 Shapes: T steps, L layers, E experts, P slots, M GPUs.
 """
@@ -20,7 +20,7 @@ from distplb.planning.problem import Problem
 @pytest.mark.parametrize("num_steps", [1, 3])
 @pytest.mark.parametrize("policy", POLICIES)
 def test_what_starts_from_the_current_placement_moves_only_what_pays(policy: str, num_steps: int) -> None:
-    """Also whole blocks, each of whose experts has its price; in units that are a little coarser."""
+    """Also whole blocks, each expert of which has its price; in slightly coarser units."""
     topology, options = POLICIES[policy]
     load = skewed(19, num_steps, 40, 16)
     current, total = placement_of(policy, load.flip(2)), int(load.sum()) / 40
@@ -48,7 +48,7 @@ def test_what_costs_anything_costs_something_in_coarser_units_too() -> None:
 
 
 def drifted(seed: int, num_steps: int, num_layers: int, num_experts: int) -> tuple[Tensor, Tensor]:
-    """Two loads `[T, L, E]`, the second after each expert's share has gone up or down by about a third."""
+    """Two loads `[T, L, E]`; in the second, each expert's share is about a third higher or lower."""
     generator = torch.Generator().manual_seed(seed)
     mean = torch.randn(1, num_layers, num_experts, generator=generator).mul(1.2).exp() * 3000
     wobble = (
@@ -63,7 +63,7 @@ MOVING = [(slots, steps) for slots in (32, 48) for steps in (1, 4)]
 
 @pytest.mark.parametrize(("num_slots", "num_steps"), MOVING)
 def test_without_a_price_a_plan_is_as_even_as_one_that_starts_afresh(num_slots: int, num_steps: int) -> None:
-    """Measured: 1.001 times its cost at most, on the mean, and 1.011 in a layer; what stood had 1.06 to 1.29."""
+    """Measured: at most 1.001 times its cost on average, 1.011 in a layer; the placement in force had 1.06 to 1.29."""
     old, new = drifted(30, num_steps, 60, 32)
     topology = Topology(2, 4)
     placed = Placement(searched(Problem(old, topology, PlanOptions(num_slots)), 1), 32, 8)
@@ -79,7 +79,7 @@ def test_without_a_price_a_plan_is_as_even_as_one_that_starts_afresh(num_slots: 
 
 @pytest.mark.parametrize(("num_slots", "num_steps"), MOVING)
 def test_the_dearer_a_move_the_fewer_there_are(num_slots: int, num_steps: int) -> None:
-    """No plan costs more than what stands, with its price, and it costs as much only where it is that."""
+    """With the price, no plan costs more than the placement in force, and only that placement costs as much."""
     old, new = drifted(31, num_steps, 40, 32)
     topology = Topology(2, 4)
     placed = Placement(searched(Problem(old, topology, PlanOptions(num_slots)), 1), 32, 8)
@@ -100,7 +100,7 @@ def test_the_dearer_a_move_the_fewer_there_are(num_slots: int, num_steps: int) -
 
 @pytest.mark.parametrize("num_slots", [32, 48])
 def test_where_moves_have_a_price_a_fresh_candidate_takes_the_names_that_keep_most(num_slots: int) -> None:
-    """Its cost would else hide how even it is. Measured: 0.74 and 0.71 of the moves under the names that it had."""
+    """Otherwise its cost would hide how even it is. Measured: 0.74 and 0.71 of the moves without renumbering."""
     old, new = drifted(34, 1, 40, 32)
     topology = Topology(2, 4)
     placed = Placement(searched(Problem(old, topology, PlanOptions(num_slots)), 1), 32, 8)
@@ -131,7 +131,7 @@ def test_a_pair_of_prices_moves_experts_inside_nodes_rather(num_slots: int) -> N
 @pytest.mark.parametrize("num_steps", [1, 3])
 @pytest.mark.parametrize("policy", POLICIES)
 def test_under_a_saturated_price_nothing_moves(policy: str, num_steps: int) -> None:
-    """What stands is kept; but replicas that may share a GPU may come together, for a GPU copies what it holds."""
+    """The placement in force is kept, but replicas may come to share a GPU, which copies the experts it holds."""
     topology, options = POLICIES[policy]
     load = skewed(15, num_steps, 20, 16)
     shares = options.get("num_slots", 16) > 16 and options.get("allow_shared_replicas", True)
@@ -144,7 +144,7 @@ def test_under_a_saturated_price_nothing_moves(policy: str, num_steps: int) -> N
 
 
 def test_replica_counts_follow_the_load_where_that_pays_for_the_moves() -> None:
-    """Measured: in 45 of 60 layers where moves are free, in 28 where they are not."""
+    """Measured: in 45 of 60 layers if moves are free, in 28 if they are not."""
     old, new = drifted(33, 1, 60, 32)
     topology = Topology(2, 4)
     apart = PlanOptions(48, allow_shared_replicas=False)

@@ -1,6 +1,6 @@
-"""The planning problem: what candidates cost, the table behind each, and what is never lost by them.
+"""The planning problem: the cost of candidates, the table of each, and the bounds that they always keep.
 
-`build` and `polish` take and return tables `[L, P]`; a `Placement` is made of the last one only.
+`build` and `polish` take and return tables `[L, P]`; only the last one becomes a `Placement`.
 Shapes: T steps, L layers, E experts, P slots, M GPUs, G slots on each GPU, B groups, K candidates.
 """
 
@@ -52,7 +52,7 @@ def test_costs_add_up_the_busiest_gpu_of_every_step(policy: str, num_steps: int)
 @pytest.mark.parametrize("num_steps", [1, 3])
 @pytest.mark.parametrize("policy", POLICIES)
 def test_costs_add_the_price_of_every_slot_that_comes_from_another_gpu(policy: str, num_steps: int) -> None:
-    """Also where loads are beyond 2^40, where there are none, and where all is beyond 2^41."""
+    """Also for loads beyond 2^40, for empty loads, and where all costs are beyond 2^41."""
     topology, options = POLICIES[policy]
     load = skewed(21, num_steps, 6, 16)
     load[:, 3], load[:, 4:] = 0, load[:, 4:] << 34
@@ -73,12 +73,12 @@ def test_costs_add_the_price_of_every_slot_that_comes_from_another_gpu(policy: s
         terms = current, price, topology.gpus_per_node, stays
         assert costs.tolist() == [plain_costs(load, table, topology.num_gpus, *terms) for table in tables]
         saturated += int((costs == 2**41 - 1).sum())
-    assert saturated > 5 or policy in ("one slot a GPU", "large classes")  # which need not move, or cannot far
+    assert saturated > 5 or policy in ("one slot a GPU", "large classes")  # which need not move, or not far
 
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_candidate_is_the_same_beside_any_others_and_whatever_was_searched_before(policy: str) -> None:
-    """`costs` keeps the cheapest table of each layer; `build` takes it from there, and must not be told apart."""
+    """`costs` keeps the cheapest table of each layer, which `build` reuses; the result must be the same."""
     topology, options = POLICIES[policy]
     load, candidates = skewed(2, 3, 4, 16), [7, 0, 3, 2**22 - 1]
     options = {"current": placement_of(policy, load.flip(2)), "move_price": (2.0, 30.0), **options}
@@ -117,7 +117,7 @@ def test_what_was_met_in_several_calls_is_the_cheapest_of_all() -> None:
 
 
 def test_the_cheapest_tables_that_were_met_are_not_searched_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The root of a plan would else spend the time of a candidate more."""
+    """Otherwise the root of a plan would spend the time of another candidate."""
     problem = Problem(skewed(4, 1, 20, 16), Topology(1, 4), PlanOptions(num_slots=24))
     costs = torch.cat([problem.costs(torch.arange(4) + first) for first in (0, 4)])
     expected = problem.build(costs.argmin(0))
@@ -129,7 +129,7 @@ def test_the_cheapest_tables_that_were_met_are_not_searched_again(monkeypatch: p
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_layer_alone_is_planned_as_among_others(policy: str) -> None:
-    """Rows are worked on together, and each must stop by itself."""
+    """Rows are processed together, and each must stop on its own."""
     topology, options = POLICIES[policy]
     load = rows_of_every_kind(4, 16)[None]
     together = Problem(load, topology, PlanOptions(**options))
@@ -159,7 +159,7 @@ def test_a_layer_alone_starts_from_the_current_placement_as_among_others(policy:
         one = slice(layer, layer + 1)
         alone = Problem(load[:, one], topology, options_of(start[one]))
         table = alone.build(torch.ones(1, dtype=torch.int64))
-        # The noise of a fresh start depends on the layer's number.
+        # The noise of a fresh start depends on the layer's index.
         if layer == 0 or bool(alone._may_stay[0]):
             assert torch.equal(table[0], first[layer])
         assert torch.equal(alone.polish(first[one])[0], polished[layer])
@@ -178,7 +178,7 @@ def test_the_seed_changes_every_candidate_but_the_plain_one() -> None:
 
 
 CURVE = TimeCurve((0, 100, 200, 1000), (0, 900, 950, 4000))
-# What a plan starts from and pays for.
+# What a plan starts from, and what it pays for.
 VARIANTS = {
     "fresh": {},
     "current": {"current": True},
@@ -188,7 +188,7 @@ VARIANTS = {
 
 
 def variant_of(variant: str, policy: str, load: Tensor) -> dict:
-    """Options, with a placement in force for `load [T, L, E]`, which keeps the policy's rules in all layers but one."""
+    """Options with a placement in force for `load [T, L, E]` that keeps the policy's rules in all layers but one."""
     options = POLICIES[policy][1] | VARIANTS[variant]
     if options.get("current"):
         table = placement_of(policy, load.flip(2)).expert_of_slot
@@ -222,11 +222,11 @@ def test_nodes_times_gpus_is_all_that_the_search_needs_of_a_topology_without_gro
         assert torch.equal(one, other)
 
 
-# --- the floor --------------------------------------------------------------------------------------------------------
+# --- lower limit ------------------------------------------------------------------------------------------------------
 
 
 def test_a_plan_is_never_worse_than_balanced_packing_with_as_many_candidates() -> None:
-    """For one step of load and one slot for each expert, with seed 0: in any row."""
+    """For one step of load, one slot per expert and seed 0, in any row."""
     lighter = 0
     for num_experts, num_gpus in [*SIZES, (16, 8), (24, 8), (64, 8), (96, 8), (34, 2)]:
         load = rows_of_every_kind(num_gpus, num_experts)
@@ -243,7 +243,7 @@ def test_a_plan_is_never_worse_than_balanced_packing_with_as_many_candidates() -
 @pytest.mark.parametrize("num_slots", [12, 18])
 def test_layers_of_more_tokens_than_the_search_counts_with_are_planned_as_their_shape_is(num_slots: int) -> None:
     load = skewed(7, 3, 20, 12)
-    large = torch.cat([load, load << 22, load << 32], 1)  # [T, 3L, E]: as it is, beyond 2^30, beyond 2^40
+    large = torch.cat([load, load << 22, load << 32], 1)  # [T, 3L, E]: unscaled, beyond 2^30, beyond 2^40
     assert large[:, :20].sum((0, 2)).max() < 2**30 < large[:, 20:40].sum((0, 2)).min()
     assert large[:, 20:40].sum((0, 2)).max() < 2**40 < large[:, 40:].sum((0, 2)).min()
     planned = searched(Problem(large, Topology(1, 3), PlanOptions(num_slots=num_slots)), 1)
@@ -287,5 +287,5 @@ def test_a_current_placement_of_another_model_is_refused(current: Placement) -> 
     sizes = (current.num_layers, current.num_experts, current.num_slots, current.num_gpus)
     with pytest.raises(DistplbError) as refused:
         Problem(torch.ones(1, 2, 4, dtype=torch.int64), Topology(1, 2), PlanOptions(current=current))
-    assert f"(layers, experts, slots, GPUs) = {sizes}, the load and topology (2, 4, 4, 2)" in str(refused.value)
-    assert "pass the placement in force of the same model" in str(refused.value)
+    assert f"(layers, experts, slots, GPUs) = {sizes}, load and topology have (2, 4, 4, 2)" in str(refused.value)
+    assert "pass the placement in force for the same model" in str(refused.value)

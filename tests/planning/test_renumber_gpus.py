@@ -1,4 +1,4 @@
-"""GPUs are renumbered so that most experts stay: experts of one GPU stay together, and as few slots as can be change.
+"""GPUs are renumbered so that most experts stay: experts of a GPU stay together, and the fewest slots change.
 
 Shapes: L layers, E experts, P slots, M GPUs, G slots on each GPU, N nodes.
 """
@@ -24,14 +24,14 @@ SIZES += [(6, 12, 3), (5, 20, 4), (8, 12, 4), (3, 10, 5), (16, 24, 2)]
 
 
 def random_placement(random_: random.Random, num_layers: int, num_experts: int, num_slots: int, gpus: int) -> Placement:
-    """Every expert, and some more than once."""
+    """Every expert, some of them more than once."""
     spare = [random_.choices(range(num_experts), k=num_slots - num_experts) for _ in range(num_layers)]
     table = [random_.sample([*range(num_experts), *more], num_slots) for more in spare]
     return Placement(torch.tensor(table), num_experts, gpus)
 
 
 def contents(placement: Placement, *cells: int) -> list:
-    """By layer, what is in each cell, and in the cells inside it, whatever their order and that of the slots."""
+    """By layer, the contents of each cell and of the cells inside it, whatever the order of cells and slots."""
 
     def inside(row: list[int], sizes: tuple[int, ...]) -> list:
         if not sizes:
@@ -47,9 +47,9 @@ def moved(placement: Placement, current: Placement) -> Tensor:
 
 
 def fewest_moves(fresh: list[int], current: list[int], size: int) -> int:
-    """Slots that change their expert under the best of all ways to name the cells of one layer.
+    """Slots that change their expert under the best of all numberings of one layer's cells.
 
-    An expert that both cells hold stays in place, as often as both hold it.
+    An expert stays in place as often as both cells hold it.
     """
     parts, held = ([Counter(row[at : at + size]) for at in range(0, len(row), size)] for row in (fresh, current))
     stay = [[(part & before).total() for before in held] for part in parts]  # [cells, cells]
@@ -75,7 +75,7 @@ def test_gpus_keep_their_contents_and_as_few_slots_change_as_under_any_names(
 # (E, P, N, M)
 @pytest.mark.parametrize("shape", [(16, 16, 2, 8), (12, 24, 3, 6), (8, 32, 4, 16), (24, 24, 2, 4), (9, 18, 3, 9)])
 def test_nodes_keep_their_gpus_and_each_is_named_as_well_as_can_be(shape: tuple[int, int, int, int]) -> None:
-    """First the nodes are, then the GPUs in each."""
+    """Nodes first, then the GPUs in each."""
     num_experts, num_slots, nodes, num_gpus = shape
     random_ = random.Random(num_slots)
     fresh, current = (random_placement(random_, 20, num_experts, num_slots, num_gpus) for _ in range(2))
@@ -94,9 +94,9 @@ def test_nodes_keep_their_gpus_and_each_is_named_as_well_as_can_be(shape: tuple[
 
 
 def stays(fresh: list[int], current: list[int], size: int, gpus_per_node: int) -> list[tuple[int, int]]:
-    """For every way to name the GPUs of one layer: the slots that could stay on their GPU, and on their node.
+    """For every numbering of one layer's GPUs: the slots that could stay on their GPU, and on their node.
 
-    An expert that both hold stays as often as both hold it; a GPU of `fresh` at a time, for the node too.
+    An expert stays as often as both hold it, counted for one GPU of `fresh` at a time, for nodes too.
     """
     parts, held = ([Counter(row[at : at + size]) for at in range(0, len(row), size)] for row in (fresh, current))
     nodes = [held[at : at + gpus_per_node] for at in range(0, len(held), gpus_per_node)]
@@ -125,11 +125,11 @@ def test_of_equal_ways_to_name_gpus_that_one_is_taken_under_which_most_stay_on_t
     size, gpus = num_slots // num_gpus, num_gpus // nodes
     named, blind = relabelled(fresh, current, (size,), None, gpus), relabelled(fresh, current, (size,))
     assert contents(named, size) == contents(fresh, size)
-    assert torch.equal(moved(named, current), moved(blind, current))  # first as few as possible change their GPU
+    assert torch.equal(moved(named, current), moved(blind, current))  # the fewest changes of GPU come first
     better = 0
     for layer in range(20):
         new, old, other = (each.expert_of_slot[layer].tolist() for each in (named, current, blind))
-        with_nodes, without = (stays(row, old, size, gpus)[0] for row in (new, other))  # under the names they have
+        with_nodes, without = (stays(row, old, size, gpus)[0] for row in (new, other))  # as numbered
         best = max(stays(fresh.expert_of_slot[layer].tolist(), old, size, gpus))
         assert with_nodes == best
         better += without < best
@@ -145,7 +145,7 @@ def test_of_equal_ways_to_name_gpus_that_one_is_taken_under_which_most_stay_on_t
     "shape", [(36, 12, 2, 2), (24, 12, 2, 6), (24, 12, 4, 6), (24, 12, 2, 4), (24, 12, 4, 4), (24, 4, 8, 2)]
 )
 def test_blocks_of_any_size_are_named_on_nodes_of_any_size(shape: tuple[int, int, int, int]) -> None:
-    """Blocks that were larger than a node and no multiple of it ended in a reshape that failed."""
+    """Blocks larger than a node, but not a multiple of it, ended in a failing reshape."""
     num_experts, num_gpus, groups, gpus = shape
     random_, block, size = random.Random(f"{shape}"), num_experts // groups, num_experts // num_gpus
     cells = tuple(sorted({block, size}, reverse=True))
@@ -174,7 +174,7 @@ def test_one_slot_a_gpu_is_the_current_placement_under_other_names() -> None:
 
 
 def shuffled(random_: random.Random, row: list[int], cells: tuple[int, ...]) -> list[int]:
-    """The cells of one layer in another order, and those in them, and the slots in the smallest."""
+    """Shuffle the cells of one layer, the cells inside them, and the slots in the smallest."""
     if not cells:
         return random_.sample(row, len(row))
     parts = [shuffled(random_, row[at : at + cells[0]], cells[1:]) for at in range(0, len(row), cells[0])]
@@ -199,7 +199,7 @@ def test_without_cells_nothing_changes_its_name() -> None:
 
 @pytest.mark.parametrize("classes", [[0, 1, 2, 3], [0, 1, 1, 0], [5, 5, -2, 5], [0, 0, 0, 0]])
 def test_experts_stay_in_slots_of_their_class(classes: list[int]) -> None:
-    """GPUs change places as wholes; inside one, an expert changes its slot for another of the same class only."""
+    """GPUs are swapped as a whole; inside one, an expert moves only to a slot of the same class."""
     slot_class = np.array(classes * 5)
     random_ = random.Random(4)
     start = random_placement(random_, 20, 20, 20, 5)
@@ -221,7 +221,7 @@ def test_experts_stay_in_slots_of_their_class(classes: list[int]) -> None:
     ]
     assert (of_class[0] == of_class[1]).all()
     tables = zip(fresh.expert_of_slot.tolist(), start.expert_of_slot.tolist(), strict=True)
-    # An expert of this GPU before and after is in a slot of its class both times, so it can keep its slot.
+    # An expert on this GPU before and after is in a slot of its class both times, so it can keep its slot.
     assert moved(named, start).tolist() == [fewest_moves(new, old, 4) for new, old in tables]
 
 

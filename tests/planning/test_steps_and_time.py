@@ -1,4 +1,4 @@
-"""What is planned step by step: experts that are hot together, steps without tokens, few tokens, and time by a curve.
+"""Planning step by step: experts that are hot together, steps without tokens, few tokens, and time by a curve.
 
 Shapes: T steps, L layers, E experts, P slots, M GPUs.
 """
@@ -22,7 +22,7 @@ from distplb.planning.problem import Problem
 
 
 def hot_together(seed: int, num_steps: int, size: int) -> Tensor:
-    """`[T, 12, 32]`: in each step some sets of experts have eight times as much; on the mean all are equal."""
+    """`[T, 12, 32]`: in each step some sets of experts have eight times as much; on average all are equal."""
     generator = torch.Generator().manual_seed(seed)
     hot = torch.rand(num_steps, 12, 32 // size, generator=generator) < 0.25
     tokens = torch.where(hot, 800.0, 100.0).repeat_interleave(size, 2)
@@ -46,7 +46,7 @@ def test_experts_that_are_hot_in_the_same_steps_are_kept_apart(size: int, bound:
 
 
 def test_one_step_without_a_current_placement_is_never_settled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its plan is that of steps 1 to 9, or experts in order where these do as well."""
+    """Its plan is that of steps 1 to 9, or experts in order if they are as good."""
 
     def refuse(*_: object, **__: object) -> Tensor:
         raise AssertionError("settled")
@@ -76,7 +76,7 @@ def test_one_step_without_a_current_placement_is_never_settled(monkeypatch: pyte
 @pytest.mark.parametrize("num_candidates", [1, 4])
 @pytest.mark.parametrize("policy", POLICIES)
 def test_steps_without_tokens_do_not_change_a_plan(policy: str, num_candidates: int) -> None:
-    """One step and an empty one was planned by steps 10 and 11, as several steps are."""
+    """One step plus an empty one was planned by steps 10 and 11, as several steps are."""
     topology, options = POLICIES[policy]
     current = Placement(placement_of(policy, skewed(31, 1, 3, 16)).expert_of_slot, 16, topology.num_gpus)
     for load in (skewed(30, 1, 3, 16), skewed(30, 4, 3, 16)):
@@ -112,7 +112,7 @@ TILES = TimeCurve((0, 1000, 2000, 20000), (0, 50000, 60000, 2000000))  # a step,
 @pytest.mark.parametrize("num_slots", [16, 24])
 @pytest.mark.parametrize("num_steps", [1, 3])
 def test_with_a_time_curve_a_plan_balances_time(num_slots: int, num_steps: int) -> None:
-    """As if time had been counted, and a move priced at the time of its tokens.
+    """As if time had been counted, and moves priced at the time of their tokens.
 
     Measured: 0.92 to 0.97 of the time that a plan on tokens takes.
     """
@@ -135,7 +135,7 @@ def test_with_a_time_curve_a_plan_balances_time(num_slots: int, num_steps: int) 
 @pytest.mark.parametrize("num_slots", [16, 24])
 @pytest.mark.parametrize("num_steps", [1, 3])
 def test_a_linear_curve_gives_the_plan_of_none(num_slots: int, num_steps: int) -> None:
-    """To the bit for a power of two where prices or replicas make units fine; else up to noise and rounding.
+    """Bit for bit, for a power of two, if prices or replicas make units fine; else up to noise and rounding.
 
     Measured: the cost, in tokens, within 0.0024.
     """

@@ -1,4 +1,4 @@
-"""Where candidates start from: other replica counts than those in force, and the ceilings that they begin under.
+"""Where candidates start: with other replica counts than those in force, and under different ceilings.
 
 Shapes: X rows, E experts, P slots, M GPUs, G slots on each GPU.
 """
@@ -41,7 +41,7 @@ def rows_of_weights(random_: random.Random, num_experts: int, rows: int) -> list
 
 
 def plain_reassigned(weight: list[int], table: list[int], region: list[int], num_gpus: int) -> list[int]:
-    """One row, an exchange of hands at a time, from the docstring's text."""
+    """One row, one replica at a time, written from the docstring."""
     table, size = list(table), len(table) // num_gpus
     home = {expert: region[slot] for slot, expert in enumerate(table)}
     for _ in range(len(table) - len(weight)):
@@ -84,7 +84,7 @@ def test_replicas_go_from_those_that_need_them_least_to_those_that_need_them_mos
 
 
 def test_the_largest_share_is_never_larger_afterwards_and_far_smaller_where_loads_have_shifted() -> None:
-    """Measured: 0.48 of it, on the mean."""
+    """Measured: 0.48 of it on average."""
     random_ = random.Random(3)
     weight = torch.tensor([[int(random_.lognormvariate(8, 1.2)) for _ in range(16)] for _ in range(200)])
     table = torch.tensor([in_regions(random_, 16, 32, 1) for _ in range(200)])
@@ -100,7 +100,7 @@ def test_the_largest_share_is_never_larger_afterwards_and_far_smaller_where_load
 
 
 def test_counts_that_fit_stay_as_they_are() -> None:
-    """A replica more or less is worth a move only where shares are a sixteenth apart."""
+    """A replica is worth moving only if shares are a sixteenth apart."""
     region = torch.zeros(8, dtype=torch.int64)
     table = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]])
 
@@ -125,7 +125,7 @@ def test_the_first_two_candidates_begin_under_an_eighth_and_the_others_anywhere_
     assert abs(float(others.mean()) - 9 * 2**10) < 200
     bits = hashed(torch.zeros(1, dtype=torch.int64), 2**40 + 3, 2**8, torch.tensor([7]), torch.tensor([4]))
     assert int(ceiling[(layer == 7) & (candidate == 4)]) == 2**11 + (7 * 2**11 * int(bits) >> 32)
-    # By name and seed alone, whatever stands beside it.
+    # Determined by layer, candidate and seed alone, whatever the other rows.
     order = torch.randperm(3000, generator=torch.Generator().manual_seed(0))
     assert torch.equal(ceilings(layer=layer[order], candidate=candidate[order], seed=2**40 + 3), ceiling[order])
     other = ceilings(layer=layer, candidate=candidate, seed=3)

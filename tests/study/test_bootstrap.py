@@ -1,4 +1,4 @@
-"""The interval of a gain: none where intervals are few, none wide where all are alike, and about as sure as it says."""
+"""The interval of a gain: None for few intervals, of width 0 if all are equal, and about as reliable as it says."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_the_interval_holds_the_truth_about_as_often_as_it_says(number: int, ali
 
 
 def test_intervals_that_took_no_time_are_in_no_share() -> None:
-    """What is saved was a fraction of nothing."""
+    """The saved share was a fraction of 0."""
     assert estimate_gain([1, 2], [0, 0]) == Gain(0.0, None, None)
     gain = estimate_gain([0, 0, 0, 0, 0, 0, 0, 9], [0, 0, 0, 0, 0, 0, 0, 10])
     assert gain.low == gain.high == pytest.approx(0.1)

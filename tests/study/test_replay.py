@@ -1,4 +1,4 @@
-"""Replays against plain loops, and that no plan is judged on a step that it saw.
+"""Replays equal plain loops, and no plan is judged on a step that it saw.
 
 Shapes: S steps, T steps of a window, L layers, E experts, P slots, M GPUs, R rebalances.
 """
@@ -49,7 +49,7 @@ def replayed(load: Tensor, planner: Any = stay, **options: Any) -> Replay:
 
 
 def plain_gpus(tokens: list[int], table: list[int], curve: TimeCurve | None) -> list[Fraction]:
-    """`[M]`, what each GPU has to do in one step of one layer."""
+    """`[M]`: the load of each GPU in one step of one layer."""
     share = [Fraction(tokens[expert], table.count(expert)) for expert in table]
     work = share if curve is None else [between(value, curve) for value in share]
     size = len(table) // 4
@@ -57,7 +57,7 @@ def plain_gpus(tokens: list[int], table: list[int], curve: TimeCurve | None) -> 
 
 
 def between(tokens: Fraction, curve: TimeCurve) -> Fraction:
-    """The time of a fraction, on the line between its neighbours."""
+    """The time of a fraction, interpolated linearly."""
     whole = tokens.numerator // tokens.denominator
     low, high = curve.time(torch.tensor([whole, whole + 1])).tolist()
     return low + (high - low) * (tokens - whole)
@@ -102,7 +102,7 @@ def test_without_a_curve_it_is_the_cost_and_the_imbalance_of_the_library() -> No
     assert torch.equal(result.imbalance, imbalance(load, start))
     scaled = (
         layer_cost(load << 20, start.expert_of_slot, 4).double() / 2**20
-    )  # whose integer shares lose next to nothing
+    )  # so that integer shares lose almost nothing
     assert torch.allclose(result.busiest.sum(0), scaled, rtol=1e-6)
     straight = replayed(load)
     assert torch.allclose(straight.imbalance, imbalance(load, Placement.contiguous(2, 8, 4)), rtol=1e-12)
@@ -112,7 +112,7 @@ def test_without_a_curve_it_is_the_cost_and_the_imbalance_of_the_library() -> No
 @pytest.mark.parametrize("curve", [None, CURVE])
 @pytest.mark.parametrize("num_slots", [8, 12])
 def test_steps_without_tokens_take_no_time_and_have_no_imbalance(num_slots: int, curve: TimeCurve | None) -> None:
-    """By a curve an idle expert may take time, but nothing is run where a layer has no tokens at all."""
+    """A curve may give time to an idle expert, but a layer without any tokens runs nothing."""
     start, load = random_placement(random.Random(3), num_slots), random_load(3, steps=4)
     load[:, 1] = 0
     padded = torch.cat([load[:2], torch.zeros_like(load), load[2:]])
@@ -126,7 +126,7 @@ def test_steps_without_tokens_take_no_time_and_have_no_imbalance(num_slots: int,
 
 
 def test_a_token_of_two_replicas_is_not_lost() -> None:
-    """Shares were integer divisions: eight experts of one token, with two replicas each, were 0 tokens in 0 s."""
+    """Shares were integer divisions: eight experts of one token and two replicas each had 0 tokens and took 0 s."""
     halves = Placement(torch.tensor([[0, 1, 2, 3, 4, 5, 6, 7] * 2] * 2), 8, 4)
     ones = torch.ones(1, 2, 8, dtype=torch.int64)
     result = replayed(ones, start=halves)
@@ -146,7 +146,7 @@ def test_a_few_tokens_of_many_experts_are_replayed_as_they_are_judged() -> None:
     assert 1 < result.mean_imbalance < 1.3
 
 
-# --- what the planner sees --------------------------------------------------------------------------------------
+# --- the planner's input ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("every", "window", "length"), [(5, None, 5), (5, 3, 3), (5, 9, 5), (23, 1, 1), (1, 1, 1)])
@@ -212,7 +212,7 @@ def test_progress_is_told() -> None:
     assert calls == [(5, 12), (10, 12), (12, 12)]
 
 
-# --- what is refused --------------------------------------------------------------------------------------------
+# --- refusals ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -234,14 +234,14 @@ def test_what_does_not_fit_is_refused(options: dict[str, Any], wording: str) -> 
 
 
 def iterations_of(lengths: list[int], gap: int = 1) -> list[int]:
-    """An iteration for each step; each iteration has so many."""
+    """`[S]`: the iteration of each step; iteration n has `lengths[n]` steps."""
     return [gap * nth for nth, length in enumerate(lengths) for _ in range(length)]
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=9), st.integers(1, 12), st.none() | st.integers(1, 8))
 def test_no_iteration_is_on_both_sides_of_a_plan(lengths: list[int], every: int, window: int | None) -> None:
-    """Micro-batches of one iteration were seen by a plan, and others of it judged under it."""
+    """A plan once saw some micro-batches of an iteration and was judged on its others."""
     iteration, windows = iterations_of(lengths), list[list[int]]()
     load = torch.arange(1, len(iteration) + 1)[:, None, None] * torch.ones(1, 2, 8, dtype=torch.int64)
     trace = Trace(load, trace_of(load).placements, torch.zeros(len(load)).long(), torch.tensor(iteration))

@@ -1,4 +1,4 @@
-"""`distplb replay`: answers on traces that are shipped, made, or of other programs; costs; wrong input in one line."""
+"""`distplb replay`: answers on shipped, made and foreign traces; costs; wrong input in one line."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def document_of(result: Result) -> dict[str, Any]:
 def test_the_traces_that_are_shipped_have_the_answers_that_they_should(name: str, every: int, answer: str) -> None:
     result = replayed(TRACES / f"{name}.npz", "--every", every, "--candidates", 2)
     assert result.exit_code == 0, result.output
-    opening = {"yes": "Install it.", "no": "Do not install it. The router already balances"}[answer]
+    opening = {"yes": "Install it.", "no": "Do not install it. The router already balances the load"}[answer]
     assert opening in result.stdout
-    for text in (STATIC, SUM, STEPS, PRICED, "bound", "Assumed: 617 MB an expert", "stands for 1 of the job's"):
+    for text in (STATIC, SUM, STEPS, PRICED, "bound", "Assumed: 617 MB per expert", "stands for 1 of the job's"):
         assert text in result.stdout
 
 
@@ -80,7 +80,7 @@ def test_options_of_the_job_reach_the_model(tmp_path: Path) -> None:
         "bandwidth_between": 5e8,
     }
     assert (document["every"], document["stands_for"]) == (5, 3)
-    # 35 steps, each of three, of 12 tokens at 1 µs.
+    # 35 steps that stand for three each, of 12 tokens at 1 µs.
     assert document["planners"][STATIC]["static_seconds"] == pytest.approx(3 * 35 * 12e-6)
 
 
@@ -99,11 +99,11 @@ def test_a_runs_own_costs_are_taken_unless_others_are_named(tmp_path: Path) -> N
     other = document_of(replayed(tmp_path, "--json", "--every", 5, "--tflops", 6))
     assert other["assumed"] is not None
     assert other["costs"] != document["costs"]
-    assert "As the job recorded: 1e-05 MB an expert" in replayed(tmp_path, "--every", 5).stdout
+    assert "Recorded by the job: 1e-05 MB per expert" in replayed(tmp_path, "--every", 5).stdout
 
 
 def test_megatrons_files_are_read_and_ep_groups_side_by_side_are_known(tmp_path: Path) -> None:
-    # Four ranks, two EP groups of two; every hundredth iteration, two micro-batches of each.
+    # Four ranks in two EP groups; every hundredth iteration is recorded, with two micro-batches of each group.
     for rank in range(4):
         counts = [[6, 6], [6, 6]] if rank % 2 == 0 else [[1, 1], [1, 1]]
         lines = [{"iter": 100 * at, "block": "decoder", "layer": 1, "tpe": counts} for at in range(1, 11)]
@@ -139,10 +139,10 @@ def test_wrong_input_is_one_line(tmp_path: Path) -> None:
         "without .npz files": [tmp_path / "empty"],
         "cut.npz cannot be read": [tmp_path / "cut.npz"],
         "4 experts cannot be spread evenly over 3 GPUs": [good, "--gpus-per-node", 3],
-        "do not go evenly on 3 nodes": [good, "--nodes", 3],
-        "covers 20 iterations, and a rebalance every 21": [good, "--every", 21],
-        "one GPU has nothing to balance": [good, "--gpus-per-node", 1],
-        "2 traces were named": [good, good],
+        "cannot be spread evenly over 3 nodes": [good, "--nodes", 3],
+        "covers 20 iterations, but rebalancing every 21": [good, "--every", 21],
+        "nothing to balance on one GPU": [good, "--gpus-per-node", 1],
+        "2 traces were passed": [good, good],
         "engine 'abacus' is unknown": [good, "--engine", "abacus"],
         "0.0 is not in the range": [good, "--tflops", 0],
     }

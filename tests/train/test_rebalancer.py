@@ -120,7 +120,7 @@ def refused(case: str) -> str:
 
 
 CASES = {
-    "experts": "7 slots cannot be spread evenly over 2 GPUs (1 nodes × 2); pass num_nodes and gpus_per_node",
+    "experts": "7 slots cannot be spread evenly over 2 GPUs (1 node × 2); pass num_nodes and gpus_per_node",
     "every": "ranks disagree on every: 2 on one, 3 on another",
     "candidates": "ranks disagree on num_candidates: 5 on one, 16 on another",
     "curve": "ranks disagree on time_curve (digest)",  # one rank would measure links while the other plans: a deadlock

@@ -37,7 +37,7 @@ def test_group_limited_routing_lets_only_whole_groups_change_places() -> None:
     job = Job(ranks=1)
     rebalancer = job.rebalancer(job.layers(num_groups=4), every=1)
     before = job.values()
-    with pytest.raises(DistplbError, match="layer 1 of the placement takes experts of one routing group apart: with 4"):
+    with pytest.raises(DistplbError, match="layer 1 of the placement splits a routing group: with 4"):
         rebalancer.apply(placed(REVERSED, MIXED))
     assert all(torch.equal(a, b) for a, b in zip(before, job.values(), strict=True))
     rebalancer.apply(placed(REVERSED, REVERSED))
@@ -84,7 +84,7 @@ def test_over_two_gpus_groups_stay_together_and_classes_in_their_slots() -> None
 def test_an_expert_does_not_leave_its_class_of_slots() -> None:
     job = Job(ranks=1)
     rebalancer = job.rebalancer(every=1, slot_class=torch.tensor([0, 0, 0, 0, 1, 1, 1, 1]))
-    with pytest.raises(DistplbError, match="layer 0 of the placement takes expert 0 from a slot of class 0 to one of"):
+    with pytest.raises(DistplbError, match="layer 0 of the placement moves expert 0 from a slot of class 0 to one of"):
         rebalancer.apply(placed(REVERSED, REVERSED))
     rebalancer.apply(placed([3, 2, 1, 0, 4, 5, 6, 7], [0, 1, 2, 3, 7, 4, 5, 6]))
 

@@ -205,8 +205,8 @@ CASES: list[Case] = [
     Case(
         "`distplb plan` of the same: its note",
         (
-            "3 of 4 steps had no tokens and are left out. [Hint: there is one step: a plan for it is judged on what "
-            "it was made from; record some more]"
+            "3 of 4 steps had no tokens and are left out. [Hint: there is one step: the plan is judged on the "
+            "step it was made from; record more steps]"
         ),
         lambda folder: command(
             "plan", saved(folder, steps([[100, 200]], empty=3)), *ON_TWO, show=line_with("no tokens")
@@ -215,9 +215,9 @@ CASES: list[Case] = [
     Case(
         "`distplb plan` of a model with 61 layers, 3 of them dense: its note",
         (
-            "3 of 61 layers had no tokens: 0, 1, 2; means are of the other 58. [Hint: there is one step: a plan for it "
-            "is judged on what it was made from; record some more] [Hint: all 58 layers have the same counts: one "
-            "layer, recorded for all of them?]"
+            "3 of 61 layers had no tokens: 0, 1, 2; means are over the other 58. [Hint: there is one step: "
+            "the plan is judged on the step it was made from; record more steps] [Hint: all 58 layers have "
+            "the same counts: was one layer recorded for all of them?]"
         ),
         lambda folder: command("plan", saved(folder, dense(61, 0, 1, 2)), *ON_TWO, show=line_with("no tokens")),
     ),
@@ -237,7 +237,7 @@ CASES: list[Case] = [
     ),
     Case(
         "`distplb plan` of counts that are all 0",
-        "The load has no tokens at all, so every placement is as good.",
+        "The load has no tokens, so all placements are equally good.",
         lambda folder: command("plan", saved(folder, NOTHING), *ON_TWO, show=line_with("no tokens")),
     ),
     Case(
@@ -249,17 +249,17 @@ CASES: list[Case] = [
     ),
     Case(
         "`distplb compare` of the same: which steps are planned on and judged",
-        '"planned on the first 30 steps, unseen are the 30 steps after them"',
+        '"planned on the first half (30 steps), unseen: the second half (30 steps)"',
         lambda folder: command("compare", saved(folder, ring(60, 1000)), *ON_TWO, "--json", show=field("judged")),
     ),
     Case(
         "`distplb compare` of counts that are all 0",
-        "exit 2: [Error: counts.npy has no tokens, so every placement is as good; pass counts of steps that ran]",
+        "exit 2: [Error: counts.npy has no tokens, so all placements are equally good; pass counts of steps that ran]",
         lambda folder: command("compare", saved(folder, NOTHING), *ON_TWO),
     ),
     Case(
         "`distplb compare --unseen` with counts that are all 0",
-        "exit 2: [Error: later.npy has no tokens, so every placement is as good; pass counts of steps that ran]",
+        "exit 2: [Error: later.npy has no tokens, so all placements are equally good; pass counts of steps that ran]",
         lambda folder: command(
             "compare",
             saved(folder, ring(4, 4)),
@@ -287,7 +287,7 @@ CASES: list[Case] = [
     ),
     Case(
         "`distplb replay` of a trace without tokens",
-        "exit 2: [Error: the trace has no tokens; pass one of a job that trains]",
+        "exit 2: [Error: the trace has no tokens; pass the trace of a job that trains]",
         lambda folder: command("replay", traced(folder, NOTHING)),
     ),
     Case(

@@ -213,8 +213,8 @@ CASES: list[Case] = [
     Case(
         "distplb replay --every 10 of iterations 10, 20, 30, 40",
         (
-            "8 steps of 40 iterations, 1 layer of 4 experts on 2 GPUs (1 × 2) [Hint: the GPUs are even already: the "
-            "busiest has 0.0 % more than the mean, so there is nothing to gain]"
+            "8 steps of 40 iterations, 1 layer of 4 experts on 2 GPUs (1 node × 2) [Hint: the GPUs are "
+            "already balanced: the busiest has 0.0 % more than the mean, so there is nothing to gain]"
         ),
         command_replays("--every", 10),
     ),

@@ -70,19 +70,19 @@ CASES: list[Case] = [
     ),
     Case(
         "counts of four ranks, one per step, each of its own experts",
-        "a table [Hint: no expert has tokens in more than one of 4 steps: counts of single ranks, each of"
-        " its own experts? add them up]",
+        "a table [Hint: no expert has tokens in more than one of 4 steps: if each step counts only one "
+        "rank's experts, add the steps up]",
         hinted(of_single_ranks()),
     ),
     Case(
         "`compare --unseen ranks.npy`, with these counts",
-        "a table [Hint: ranks.npy: no expert has tokens in more than one of 4 steps: counts of single "
-        "ranks, each of its own experts? add them up]",
+        "a table [Hint: ranks.npy: no expert has tokens in more than one of 4 steps: if each step counts "
+        "only one rank's experts, add the steps up]",
         judged_on_ranks,
     ),
     Case(
         "their sum",
-        "a table [Hint: there is one step: a plan for it is judged on what it was made from; record some more]",
+        "a table [Hint: there is one step: the plan is judged on the step it was made from; record more steps]",
         hinted(of_single_ranks().sum(0, keepdims=True)),
     ),
     Case(
@@ -93,18 +93,18 @@ CASES: list[Case] = [
     Case(
         "20,000 tokens of padding on expert 0 in each of 4 layers",
         "a table [Hint: in every layer expert 0 has at least 58,402 tokens more than the next one, about "
-        "as many in all layers: padding that is routed? leave it out of the counts]",
+        "equally many in all layers: if this is padding, leave it out of the counts]",
         hinted(padded(4)),
     ),
     Case(
         "the same counts in all 4 layers",
-        "a table [Hint: all 4 layers have the same counts: one layer, recorded for all of them?]",
+        "a table [Hint: all 4 layers have the same counts: was one layer recorded for all of them?]",
         hinted(np.repeat(counts(3, 1, 8), 4, axis=1)),
     ),
     Case(
         "the same number of tokens on every expert",
-        "a table [Hint: the GPUs are even already: the busiest has 0.0 % more than the mean, so there is "
-        "nothing to gain]",
+        "a table [Hint: the GPUs are already balanced: the busiest has 0.0 % more than the mean, so there "
+        "is nothing to gain]",
         hinted(np.full((3, 2, 8), 100)),
     ),
     Case(

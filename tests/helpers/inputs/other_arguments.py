@@ -211,12 +211,12 @@ CASES: list[Case] = [
     ),
     Case(
         "plan(num_slots=6.0)",
-        "refused: num_slots is 6.0; pass a whole number",
+        "refused: num_slots is 6.0; pass an integer",
         lambda _: planned([[8, 1, 2, 1]], num_slots=6.0),
     ),
     Case(
         "plan(seed=True)",
-        "refused: seed is True; pass a whole number",
+        "refused: seed is True; pass an integer",
         lambda _: planned([[8, 1, 2, 1]], seed=True),
     ),
     Case(

@@ -96,13 +96,13 @@ CASES: list[Case] = [
     ),
     Case(
         "`compare --unseen`, without layer `b`",
-        "exit 2: [Error: tuesday.npz has no layer 'b', which monday.npz has; it has 'c', 'a', 'x': pass "
+        "exit 2: [Error: tuesday.npz has no layer 'b', which monday.npz has (it has 'c', 'a', 'x'); pass "
         "two loads of the same model]",
         unseen(["a", "b", "c"], ["c", "a", "x"]),
     ),
     Case(
         "`compare` of layers `a` and `b`, `--unseen` an array of two layers",
-        "exit 2: [Error: tuesday.npy has no names of layers, monday.npz has 'a' and others; pass two "
+        "exit 2: [Error: tuesday.npy has no layer names, but monday.npz has some, such as 'a'; pass two "
         "files with names, or two without]",
         against("tuesday.npy", (4, 2, 8)),
     ),
@@ -124,8 +124,8 @@ CASES: list[Case] = [
     ),
     Case(
         "`replay --every 1000000000000000000`",
-        "exit 2: [Error: the trace covers 24 iterations, and a rebalance every 1000000000000000000 takes "
-        "twice as many: to plan on, and to judge; rebalance every 12 or less, or record for longer]",
+        "exit 2: [Error: the trace covers 24 iterations, but rebalancing every 1000000000000000000 takes "
+        "two intervals, one to plan on and one to judge; rebalance every 12 or less, or record for longer]",
         replayed("--every", 10**18),
     ),
     Case(
@@ -159,7 +159,7 @@ CASES: list[Case] = [
     ),
     Case(
         "`replay trace.npz --megatron-ep 64`",
-        "exit 2: [Error: --megatron-ep is of Megatron-Core's files, and trace.npz is none; leave it out]",
+        "exit 2: [Error: --megatron-ep is for Megatron-Core's files, and trace.npz is not one; leave it out]",
         replayed("--megatron-ep", 64),
     ),
     Case(
@@ -174,8 +174,8 @@ CASES: list[Case] = [
     ),
     Case(
         "`report --every 1000000000000000000`",
-        "exit 2: [Error: the trace covers 24 iterations, and a rebalance every 1000000000000000000 takes "
-        "twice as many: to plan on, and to judge; rebalance every 12 or less, or record for longer]",
+        "exit 2: [Error: the trace covers 24 iterations, but rebalancing every 1000000000000000000 takes "
+        "two intervals, one to plan on and one to judge; rebalance every 12 or less, or record for longer]",
         reported("--every", 10**18),
     ),
     Case(

@@ -68,27 +68,26 @@ def in_force(slots: int, gpus: int) -> Run:
 CASES: list[Case] = [
     Case(
         "`plan --nodes 3 --gpus-per-node 8`, 160 experts",
-        "exit 2: [Error: 160 slots cannot be spread evenly over 24 GPUs (3 nodes × 8); pass --slots 168, "
-        "8 more than experts, or --nodes and --gpus-per-node whose product divides 160]",
+        "exit 2: [Error: 160 slots cannot be spread evenly over 24 GPUs (3 nodes × 8); pass --slots 168 "
+        "(8 for replicas), or --nodes and --gpus-per-node whose product divides 160]",
         planned(shape=(1, 2, 160), gpus=("--nodes", 3, "--gpus-per-node", 8)),
     ),
     Case(
         "`plan(load, Topology(3, 8))`, 160 experts",
-        "refused: 160 slots cannot be spread evenly over 24 GPUs (3 nodes × 8); pass num_slots=168, 8 "
-        "more than experts, or num_nodes and gpus_per_node whose product divides 160",
+        "refused: 160 slots cannot be spread evenly over 24 GPUs (3 nodes × 8); pass num_slots=168 (8 "
+        "for replicas), or num_nodes and gpus_per_node whose product divides 160",
         called((1, 2, 160), Topology(3, 8)),
     ),
     Case(
         "`plan --gpus-per-node 16 --slots 16`, 256 experts",
         "exit 2: [Error: --slots is 16 for 256 experts; it counts the slots of all GPUs, and every expert"
-        " needs one: pass --slots 272 for 16 more than experts, or --slots 256 for 16 on each of 16 GPUs]",
+        " needs one: pass --slots 272 (16 for replicas), or --slots 256 (16 on each of 16 GPUs)]",
         planned("--slots", 16, shape=(1, 2, 256), gpus=("--gpus-per-node", 16)),
     ),
     Case(
         "`plan(load, Topology(1, 16), num_slots=16)`, 256 experts",
         "refused: num_slots is 16 for 256 experts; it counts the slots of all GPUs, and every expert "
-        "needs one: pass num_slots=272 for 16 more than experts, or num_slots=256 for 16 on each of 16 "
-        "GPUs",
+        "needs one: pass num_slots=272 (16 for replicas), or num_slots=256 (16 on each of 16 GPUs)",
         called((1, 2, 256), Topology(1, 16), num_slots=16),
     ),
     Case(
@@ -98,8 +97,8 @@ CASES: list[Case] = [
     ),
     Case(
         "`--gpus-per-node 2 --slots 9`, 8 experts",
-        "exit 2: [Error: 9 slots cannot be spread evenly over 2 GPUs (1 nodes × 2); pass --slots 10, 2 "
-        "more than experts, or --nodes and --gpus-per-node whose product divides 9]",
+        "exit 2: [Error: 9 slots cannot be spread evenly over 2 GPUs (1 node × 2); pass --slots 10 (2 "
+        "for replicas), or --nodes and --gpus-per-node whose product divides 9]",
         planned("--slots", 9),
     ),
     Case(
@@ -125,7 +124,7 @@ CASES: list[Case] = [
     ),
     Case(
         "`--gpus-per-node 1000000000`, 8 experts",
-        "exit 2: [Error: 8 slots cannot be spread evenly over 1000000000 GPUs (1 nodes × 1000000000); "
+        "exit 2: [Error: 8 slots cannot be spread evenly over 1000000000 GPUs (1 node × 1000000000); "
         "pass --nodes and --gpus-per-node whose product divides 8]",
         planned(gpus=("--gpus-per-node", 10**9)),
     ),
@@ -142,14 +141,14 @@ CASES: list[Case] = [
     ),
     Case(
         "`--groups 3`, 8 experts",
-        "exit 2: [Error: --groups is 3, which does not divide 8 experts; pass the number of groups of the"
-        " router, or leave it out]",
+        "exit 2: [Error: --groups is 3, which does not divide 8 experts; pass the router's number of "
+        "groups, or leave it out]",
         planned("--groups", 3),
     ),
     Case(
         "`plan(load, Topology(1, 2), num_groups=3)`, 8 experts",
-        "refused: num_groups is 3, which does not divide 8 experts; pass the number of groups of the "
-        "router, or leave it out",
+        "refused: num_groups is 3, which does not divide 8 experts; pass the router's number of "
+        "groups, or leave it out",
         called((2, 3, 8), Topology(1, 2), num_groups=3),
     ),
     Case(
@@ -160,8 +159,8 @@ CASES: list[Case] = [
     ),
     Case(
         "`--mode permute --slots 10`, 8 experts",
-        "exit 2: [Error: --slots is 10 for 8 experts, and --mode 'permute' knows no replicas; pass --mode"
-        " remap, or --slots 8]",
+        "exit 2: [Error: --slots is 10 for 8 experts, and --mode 'permute' does not support replicas; pass "
+        "--mode remap, or --slots 8]",
         planned("--mode", "permute", "--slots", 10),
     ),
     Case(
@@ -187,7 +186,7 @@ CASES: list[Case] = [
     ),
     Case(
         "`--seed 1180591620717411303424`",
-        "exit 2: [Error: --seed is 1180591620717411303424; pass a whole number in [0, 2^62)]",
+        "exit 2: [Error: --seed is 1180591620717411303424; pass an integer in [0, 2^62)]",
         planned("--seed", 2**70),
     ),
     Case(
@@ -207,26 +206,26 @@ CASES: list[Case] = [
     ),
     Case(
         "`--move-price 1,2,3`",
-        "exit 2: [Error: Invalid value for '--move-price': '1,2,3' is no price; pass tokens, at least 0: "
-        "one number, or INSIDE,BETWEEN. Try 'distplb plan --help'.]",
+        "exit 2: [Error: Invalid value for '--move-price': '1,2,3' is not a price; pass tokens, at least "
+        "0: one number, or INSIDE,BETWEEN. Try 'distplb plan --help'.]",
         planned("--move-price", "1,2,3"),
     ),
     Case(
         "`--move-price nan`",
-        "exit 2: [Error: Invalid value for '--move-price': 'nan' is no price; pass tokens, at least 0: "
+        "exit 2: [Error: Invalid value for '--move-price': 'nan' is not a price; pass tokens, at least 0: "
         "one number, or INSIDE,BETWEEN. Try 'distplb plan --help'.]",
         planned("--move-price", "nan"),
     ),
     Case(
         "`--move-price -1`",
-        "exit 2: [Error: Invalid value for '--move-price': '-1' is no price; pass tokens, at least 0: one"
-        " number, or INSIDE,BETWEEN. Try 'distplb plan --help'.]",
+        "exit 2: [Error: Invalid value for '--move-price': '-1' is not a price; pass tokens, at least 0: "
+        "one number, or INSIDE,BETWEEN. Try 'distplb plan --help'.]",
         planned("--move-price", -1),
     ),
     Case(
         "`--current` with 10 slots, without `--slots`",
-        "exit 2: [Error: --current has (layers, experts, slots, GPUs) = (3, 8, 10, 2), the load and "
-        "topology (3, 8, 8, 2); pass the placement in force of the same model, or --slots 10]",
+        "exit 2: [Error: --current has (layers, experts, slots, GPUs) = (3, 8, 10, 2), load and "
+        "topology have (3, 8, 8, 2); pass the placement in force for the same model, or --slots 10]",
         in_force(10, 2),
     ),
     Case(
@@ -239,19 +238,19 @@ CASES: list[Case] = [
     ),
     Case(
         "`--current -`",
-        "exit 2: [Error: Invalid value for '--current': '-' is no path, and the standard input is not "
-        "read; pass a file, or ./- for one of this name. Try 'distplb plan --help'.]",
+        "exit 2: [Error: Invalid value for '--current': '-' is not a path, and standard input is not "
+        "read; pass a file, or ./- for a file of this name. Try 'distplb plan --help'.]",
         planned("--current", "-"),
     ),
     Case(
         "`plan -`",
-        "exit 2: [Error: Invalid value for 'LOADS': '-' is no path, and the standard input is not read; "
-        "pass a file, or ./- for one of this name. Try 'distplb plan --help'.]",
+        "exit 2: [Error: Invalid value for 'LOADS': '-' is not a path, and standard input is not read; "
+        "pass a file, or ./- for a file of this name. Try 'distplb plan --help'.]",
         run_words("plan", "-", *TWO),
     ),
     Case(
         '`plan ""`',
-        "exit 2: [Error: Invalid value for 'LOADS': '' is no path; pass one. Try 'distplb plan --help'.]",
+        "exit 2: [Error: Invalid value for 'LOADS': '' is not a path; pass one. Try 'distplb plan --help'.]",
         run_words("plan", "", *TWO),
     ),
     Case(
@@ -271,26 +270,26 @@ CASES: list[Case] = [
     ),
     Case(
         "`--output runs`, a folder",
-        "exit 2: [Error: Invalid value for '--output': runs is a folder; pass the file to write, as "
+        "exit 2: [Error: Invalid value for '--output': runs is a folder; pass the file to write, such as "
         "runs/name. Try 'distplb plan --help'.]",
         written("--output", "{folder}/runs"),
     ),
     Case(
         "`--output missing/placement.json`",
-        "exit 2: [Error: Invalid value for '--output': there is no folder missing; make it, or pass "
+        "exit 2: [Error: Invalid value for '--output': there is no folder missing; create it, or pass "
         "another file. Try 'distplb plan --help'.]",
         written("--output", "{folder}/missing/placement.json"),
     ),
     Case(
         "`--output load.npy/placement.json`",
-        "exit 2: [Error: Invalid value for '--output': load.npy is no folder; pass another file. Try "
+        "exit 2: [Error: Invalid value for '--output': load.npy is not a folder; pass another file. Try "
         "'distplb plan --help'.]",
         written("--output", "{folder}/load.npy/placement.json"),
     ),
     Case(
         "`plan load.npy --output load.npy`",
-        "exit 2: [Error: Invalid value for --output: load.npy is what is read, and would be lost; pass "
-        "another file. Try 'distplb plan --help'.]",
+        "exit 2: [Error: Invalid value for --output: load.npy is the command's input and would be "
+        "overwritten; pass another file. Try 'distplb plan --help'.]",
         written("--output", "{folder}/load.npy"),
     ),
     Case(
