@@ -98,6 +98,6 @@ def test_a_rank_that_does_not_come_in_time_is_named_and_nobody_goes_on(tmp_path:
         assert at_once
     # The others had said that they were there when they gave up.
     assert slow[0] == []
-    assert slow[1].startswith("the ranks lost each other (waited 0.")
+    assert slow[1].startswith("a collective failed (waited 0.")
     assert f"deadline {DEADLINE:g} s, when others had given up)" in slow[1]
     assert slow[2]
