@@ -120,8 +120,8 @@ class HalfMovedError(DistplbError):
 class LostRanksError(DistplbError):
     """Ranks missed the deadline of a collective, or the connection to them broke.
 
-    The communicator accepts no further calls: if some ranks have timed out of a collective, the next call of a late
-    rank would be paired with a different one. Stop the process; its launcher resumes the job from the last checkpoint.
+    The communicator accepts no further calls, because after a timeout a late rank's collective would be paired with a
+    different one. Stop the process; its launcher resumes the job from the last checkpoint.
 
     Attributes:
         missing: the ranks of the communicator that did not answer; empty if all answered or could not be asked.

@@ -79,9 +79,7 @@ def lower_bound(load: Counts, topology: Topology, num_slots: int, num_groups: in
         of_step = (of_step * mean * (1 - _ROUNDING)).ceil() / mean.clamp(min=_TINY)
     of_step = of_step.clamp(min=1).masked_fill(~is_busy, math.nan)
     of_mean = of_mean[0].clamp(min=1).masked_fill(busy == 0, math.nan)
-    bound = torch.maximum(mean_of_known(of_step, dim=0), of_mean).amin(
-        -1
-    )  # [L]; groups are dealt the same way in all steps
+    bound = torch.maximum(mean_of_known(of_step, dim=0), of_mean).amin(-1)  # [L]; one way to deal for all steps
     # Rounding errors of a float sum must not lift the bound above an imbalance that a placement reaches.
     return (bound * (1 - _ROUNDING)).clamp(min=1)
 

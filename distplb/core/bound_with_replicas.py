@@ -30,7 +30,7 @@ def busiest_of_replicas(weight: Tensor, num_gpus: int, num_slots: int) -> Tensor
     Replicas share their expert's tokens evenly. The bound is the largest of
 
     (a) the mean GPU;
-    (f) the largest share if each further replica goes to the expert with the largest share, which is the minimum;
+    (f) the largest share if each further replica goes to the expert with the largest share, which minimises it;
 
     and any λ that one of these proves too low for the busiest GPU:
 

@@ -54,7 +54,7 @@ def layer_cost(load: Tensor, expert_of_slot: Tensor, num_gpus: int) -> Tensor:
 def gpu_units(load: Tensor, expert_of_slot: Tensor, num_gpus: int) -> Tensor:
     """`[T, L, M]` int64: the load of each GPU, in units so small that the remainders of shares are negligible.
 
-    Integers make all ranks compute the same result; `gpu_tokens` is for display.
+    Integer arithmetic gives all ranks the same result; `gpu_tokens` is for display.
 
     Args:
         load: `[T, L, E]` int64; replicas share their expert's load by integer division.

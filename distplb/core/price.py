@@ -30,7 +30,7 @@ _LINEAR_TOKENS = 1 << 20
 
 @dataclass(frozen=True)
 class TimeCurve:
-    """The nanoseconds that an expert needs for a number of tokens: piecewise linear and never falling.
+    """The nanoseconds that an expert needs for a number of tokens: piecewise linear and non-decreasing.
 
     >>> curve = TimeCurve(tokens=(0, 10, 110), nanoseconds=(0, 500, 1500))
     >>> curve.time(torch.tensor([0, 5, 10, 60, 210]))
@@ -101,7 +101,7 @@ class TimeCurve:
 
     @classmethod
     def through(cls, tokens: Sequence[int], seconds: Sequence[float]) -> TimeCurve:
-        """The least-squares fit of a curve that never falls to measured points in any order.
+        """The non-decreasing least-squares fit to measured points, which may be in any order.
 
         Points with the same number of tokens are averaged. Without a point for 0 tokens, an idle expert takes no time.
 
@@ -176,8 +176,8 @@ class MoveModel:
         bandwidth_inside: bytes per second of the whole EP group between GPUs of the same node, when all of them
             exchange at once.
         bandwidth_between: the same between nodes.
-        trust: the share, in (0, 1], of a plan's saving on the window that it is expected to save on later steps. 0.5
-            did best over the traces and generators of `benchmarks/study/bench_replay.py`.
+        trust: the share, in (0, 1], of a plan's saving on the window that is expected on later steps. 0.5 did best over
+            the traces and generators of `benchmarks/study/bench_replay.py`.
 
     Raises:
         DistplbError: if an argument is not a positive number, or `trust` is above 1.
@@ -224,7 +224,7 @@ def _check_positive(name: str, value: float) -> None:
 
 
 def moved_slots(old: Placement, new: Placement, topology: Topology) -> Tensor:
-    """`[L, 2]` int64: how many slots of `new` get their expert from another GPU of the node, and from other nodes.
+    """`[L, 2]` int64: how many slots of `new` get their expert from another GPU of the node, or else from another node.
 
     A GPU that holds an expert can copy it to any number of its slots; these copies do not count.
 

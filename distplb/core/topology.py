@@ -104,7 +104,7 @@ class Topology:
 
         Args:
             mesh: a device mesh with one axis, as in `mesh["ep"]`.
-            gpus_per_node: GPUs of the whole job on each node; None to ask the launcher, as in `from_env`.
+            gpus_per_node: GPUs of the whole job on each node; None for the launcher's number, as in `from_env`.
 
         Raises:
             DistplbError: if the mesh has several axes, or its ranks are not spread evenly.
@@ -202,7 +202,7 @@ _TASKS = re.compile(r"(\d+)(?:\(x(\d+)\))?")  # a number of tasks, and for how m
 
 
 def _job(environment: Mapping[str, str]) -> _Job:
-    """The number of ranks, and of ranks on each node: it must be the same on all, and ranks must go node by node."""
+    """The job's ranks and ranks on each node; all nodes must have equally many, numbered node by node."""
     launcher = next((one for one in _LAUNCHERS if one.ranks_of_node in environment), None)
     if launcher is None:
         raise DistplbError(

@@ -155,7 +155,7 @@ def test_training_goes_on_where_a_refusal_is_to_be_skipped() -> None:
 WRONG: dict[str, tuple[Any, str]] = {
     "model": (5, "Moves: model is 5; pass a MoveModel"),
     "slot_class": ([0, 1] * (EXPERTS // 2), "slot_class is a list; pass a tensor of integers, one for each slot"),
-    "seed": (1.5, "seed is 1.5; pass a whole number"),
+    "seed": (1.5, "seed is 1.5; pass an integer"),
     "num_candidates": ("16", "num_candidates is '16'; pass a whole number"),
     "engine": (1, "engine is 1; pass the name of an engine, or None for the fastest"),
     "time_curve": (2.5, "time_curve is 2.5; pass a TimeCurve, such as measured_curve returns"),

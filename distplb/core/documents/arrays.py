@@ -27,10 +27,10 @@ def read_npy(path: Path, max_bytes: int) -> NDArray[Any]:
 
     Args:
         path: path of the file.
-        max_bytes: limit of the bytes that they take as int64.
+        max_bytes: the most bytes that they may take as int64.
 
     Raises:
-        DistplbError: with the file, if it is not a `.npy` file, damaged, a pickle or too large.
+        DistplbError: naming the file, if it is not a `.npy` file, or is damaged, a pickle or too large.
     """
     with path.open("rb") as file:
         if file.read(1) == b"\x80":  # the first byte of a pickle
@@ -65,7 +65,7 @@ def array_names(path: Path) -> list[str]:
     """The names of all arrays in a `.npz` file, at least one.
 
     Raises:
-        DistplbError: with the file, if it is not such an archive, is empty or holds anything but arrays.
+        DistplbError: naming the file, if it is not such an archive, is empty or holds anything but arrays.
     """
     try:
         with zipfile.ZipFile(path) as archive:

@@ -51,7 +51,7 @@ def read_pt(path: Path, max_bytes: int) -> Any:
 
     Args:
         path: path of the file.
-        max_bytes: limit of the bytes of the file, and of each tensor as int64.
+        max_bytes: the most bytes that the file, and each tensor as int64, may take.
 
     Raises:
         DistplbError: if it holds anything but tensors and plain values, is damaged or too large.
@@ -145,7 +145,7 @@ def read_safetensors(path: Path, max_bytes: int) -> dict[str, NDArray[Any]]:
 
     Args:
         path: path of the file.
-        max_bytes: limit of the bytes that they take as int64.
+        max_bytes: the most bytes that they may take as int64.
 
     Raises:
         DistplbError: if it is not such a file, its header does not match its content, or it is too large.
