@@ -169,9 +169,9 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "not.safetensors": (lambda path: path.write_bytes(b"12345"), "has no safetensors header"),
     "long.safetensors": (lambda path: headed(path, {}, length=2**62), "has no safetensors header or is cut off"),
-    "text.safetensors": (lambda path: headed(path, b"[1, 2"), "has a header that is not valid in safetensors"),
-    "list.safetensors": (lambda path: headed(path, [1, 2]), "has a header that is not valid in safetensors"),
-    "deep.safetensors": (lambda path: headed(path, b"[" * 100_000), "has a header that is not valid in safetensors"),
+    "text.safetensors": (lambda path: headed(path, b"[1, 2"), "has an invalid safetensors header"),
+    "list.safetensors": (lambda path: headed(path, [1, 2]), "has an invalid safetensors header"),
+    "deep.safetensors": (lambda path: headed(path, b"[" * 100_000), "has an invalid safetensors header"),
     "complex.safetensors": (
         lambda path: headed(path, {"load": TENSOR | {"dtype": "C64"}}, bytes(16)),
         "dtype C64 cannot be counts",

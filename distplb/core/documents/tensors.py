@@ -160,9 +160,7 @@ def read_safetensors(path: Path, max_bytes: int) -> dict[str, NDArray[Any]]:
             tensors = {name: one for name, one in header.items() if name != "__metadata__"}
             places = {name: _place(one) for name, one in tensors.items()}
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise DistplbError(
-                f"{path} has a header that is not valid in safetensors ({_line(error)}); write it again"
-            ) from error
+            raise DistplbError(f"{path} has an invalid safetensors header ({_line(error)}); write it again") from error
         total = sum(math.prod(shape) * max(8, dtype.itemsize) for _, dtype, shape, _, _ in places.values())
         if total > max_bytes:
             raise DistplbError(f"{path} would take more than {max_bytes} bytes; pass only the counts")
@@ -173,7 +171,7 @@ _Place = tuple[str, "np.dtype[Any]", tuple[int, ...], int, int]
 
 
 def _place(tensor: Mapping[str, Any]) -> _Place:
-    """The kind, dtype, shape, first byte and end of a tensor, the byte after its last."""
+    """A tensor's kind, dtype and shape, its first byte and the byte after its last."""
     kind, shape, (begin, end) = tensor["dtype"], tuple(tensor["shape"]), tensor["data_offsets"]
     if kind not in _KINDS:
         raise ValueError(f"dtype {str(kind)[:20]} cannot be counts")
