@@ -1,4 +1,4 @@
-"""The one exception family that distplb raises on purpose."""
+"""The exceptions that distplb raises on purpose, all of one family."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ __all__ = [
     "in_stage",
 ]
 
-Naming = Callable[[str, str], str]  # of an option's name and a value of it, "" for none: how the reader passes it
+Naming = Callable[[str, str], str]  # an option's name and a value for it ("" for no value), as the reader passes them
 
 
 class DistplbError(RuntimeError):
-    """Something that distplb refuses or could not do; the text names the value found and the remedy.
+    """distplb refuses an input or could not complete a task; the text gives the value found and the remedy.
 
-    Raised on every rank of a collective call, with the same text, even where only one rank saw the cause.
+    A collective call raises it on every rank with the same text, even if only one rank saw the cause.
     """
 
 
 def in_python(name: str, value: str) -> str:
-    """As an argument: `num_slots`, and `num_slots=8` with a value."""
+    """Name an option as a Python argument: `num_slots`, or `num_slots=8` with a value."""
     return f"{name}={value}" if value else name
 
 
 class OptionError(DistplbError):
-    """Options that do not fit, which each reader knows by another name: an argument, or an option of a command.
+    """Options are refused; the text names them as the reader passes them, as arguments or on the command line.
 
     >>> error = OptionError("{num_slots} is {found}; pass {num_slots:8}", found=6)
     >>> str(error)
@@ -43,9 +43,9 @@ class OptionError(DistplbError):
     '--slots is 6; pass --slots 8'
 
     Args:
-        template: as of `str.format`. A name that has no value here is an option's, by its name in Python; what follows
-            its colon is a value to pass, None for leaving it out.
-        values: of the other names.
+        template: a template of `str.format`. A name without a value here is the Python name of an option; the text
+            after its colon is a value to pass, None to leave the option out.
+        values: the values of all other names.
     """
 
     def __init__(self, template: str, **values: object) -> None:
@@ -53,7 +53,7 @@ class OptionError(DistplbError):
         self._values = values
 
     def told(self, naming: Naming) -> str:
-        """The text with options named so."""
+        """The text, with options named by `naming`."""
         return str(self.args[0]).format_map(_Values(self._values, naming))
 
     def __str__(self) -> str:
@@ -88,14 +88,14 @@ class _Option(NamedTuple):
 
 
 class UnforeseenError(DistplbError):
-    """A stage met an exception that is none of distplb's, its `__cause__`: want of memory, or a fault to report."""
+    """A stage raised an exception that is not distplb's (its `__cause__`): out of memory, or a bug to report."""
 
 
 class DisagreementError(DistplbError):
-    """Ranks differ in something that they must share.
+    """Ranks differ in a value that must be the same on all of them.
 
     Attributes:
-        field: its name.
+        field: the name of that value.
     """
 
     def __init__(self, text: str, field: str) -> None:
@@ -107,26 +107,26 @@ class DisagreementError(DistplbError):
 
 
 class UntrainedError(DistplbError):
-    """No gradient comes to what was declared: it may be none of the model's tensors any more."""
+    """Declared tensors receive no gradient; they may no longer belong to the model."""
 
 
 class HalfMovedError(DistplbError):
-    """Experts may be written on some ranks and not on others: the model in memory is no longer whole.
+    """Experts may have been written on some ranks and not on others, so the model in memory is inconsistent.
 
-    Resume from the last checkpoint. A `Rebalancer` that met this refuses to write one.
+    Resume from the last checkpoint. A `Rebalancer` that raised this refuses to write one.
     """
 
 
 class LostRanksError(DistplbError):
-    """Ranks did not come to a collective before its deadline, or the connection to them broke.
+    """Ranks missed the deadline of a collective, or the connection to them broke.
 
-    The communicator takes no further call: where some ranks have given a collective up, the next one of those that
-    come late would be paired with another. Stop the process; its launcher resumes the job from the last checkpoint.
+    The communicator accepts no further calls, because after a timeout a late rank's collective would be paired with a
+    different one. Stop the process; its launcher resumes the job from the last checkpoint.
 
     Attributes:
-        missing: the ranks of the communicator that did not answer; empty where all did, or nobody could be asked.
-        stage: in which this rank waited; None outside a rebalance.
-        why: for how long it waited, and what the library said.
+        missing: the ranks of the communicator that did not answer; empty if all answered or could not be asked.
+        stage: the stage in which this rank waited; None outside a rebalance.
+        why: how long this rank waited, and the library's message.
     """
 
     def __init__(self, missing: Sequence[int], why: str, stage: str | None = None) -> None:
@@ -137,13 +137,13 @@ class LostRanksError(DistplbError):
         who = f"rank{'s' * (len(self.missing) > 1)} {', '.join(map(str, self.missing))} did not answer"
         where = f"in stage {self.stage}: " if self.stage else ""
         return (
-            f"{where}{who if self.missing else 'the ranks lost each other'} ({self.why}); stop this process and "
+            f"{where}{who if self.missing else 'a collective failed'} ({self.why}); stop this process and "
             "resume the job from its last checkpoint"
         )
 
 
 def in_stage(name: str, error: Exception) -> DistplbError:
-    """What went wrong in a stage, for all ranks to raise: what nobody foresaw is told with the stage's name."""
+    """The error that all ranks raise for a failed stage: distplb's own, or an `UnforeseenError` that names it."""
     if isinstance(error, DistplbError):
         return error
     unforeseen = UnforeseenError(f"in stage {name}: {error!r}")

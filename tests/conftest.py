@@ -1,4 +1,4 @@
-"""Which tests run, and in which order: all with --long; the files that take longest first, so that none ends alone."""
+"""Which tests run and in which order: all with --long; the longest files first, so that no worker ends late."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ LEFT_OUT = pytest.StashKey[int]()  # tests marked `long`, in a run without --lon
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Handed on by launch/test.sh, as all its arguments are."""
-    parser.addoption("--long", action="store_true", help="run what repeats a case at another size, too")
+    """Add --long, which launch/test.sh passes on like all its arguments."""
+    parser.addoption("--long", action="store_true", help="also run tests that repeat a case at another size")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """A file's tests stay together, in their order; a long one runs if --long or its own name asks for it."""
+    """A file's tests stay together, in their order; a long one runs only with --long or if it is named."""
     items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
     if config.getoption("long"):
         return
@@ -54,23 +54,25 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def is_named(item: pytest.Item, arguments: list[str]) -> bool:
-    """Whether an argument of the command line is the test's id, with its parameters or without."""
+    """Whether a command-line argument is the test's id, with or without its parameters."""
     return item.nodeid in arguments or item.nodeid.partition("[")[0] in arguments
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """A worker of xdist tells the process that prints, which collects nothing itself."""
+    """Report from an xdist worker to the process that prints, which collects no tests itself."""
     if hasattr(session.config, "workeroutput"):
         session.config.workeroutput["left out"] = session.config.stash.get(LEFT_OUT, 0)
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
-    """All workers collect the same."""
+    """Take the number from any worker, as all collect the same tests."""
     node.config.stash[LEFT_OUT] = getattr(node, "workeroutput", {}).get("left out", 0)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Says what did not run."""
+    """Print how many tests did not run."""
     if number := config.stash.get(LEFT_OUT, 0):
-        terminalreporter.write_line(f"{number} long tests were left out; launch/test.sh --long runs them, too")
+        terminalreporter.write_line(
+            f"{number} long test{' was' if number == 1 else 's were'} left out; launch/test.sh --long runs all"
+        )

@@ -1,4 +1,4 @@
-"""Checks arguments where they come in: a wrong type is refused by name, before the value is used."""
+"""Check arguments on entry: a wrong type is refused by name, before the value is used."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ __all__ = ["listed", "plain", "refuse_wrong_types", "shown", "whole_number"]
 def refuse_wrong_types(arguments: Mapping[str, tuple[Any, tuple[Any, ...], str]]) -> None:
     """Check the type of each argument.
 
-    >>> refuse_wrong_types({"seed": (1.5, (int,), "a whole number")})
+    >>> refuse_wrong_types({"seed": (1.5, (int,), "an integer")})
     Traceback (most recent call last):
-    distplb.errors.DistplbError: seed is 1.5; pass a whole number
+    distplb.errors.DistplbError: seed is 1.5; pass an integer
 
     Args:
-        arguments: by name the value, the types that it may have (None for None itself), and these in words. A bool is
-            no number.
+        arguments: for each name, the value, its allowed types (None for None itself) and these types in words. A bool
+            does not count as a number.
 
     Raises:
-        DistplbError: for the first of another type.
+        DistplbError: for the first argument of another type.
     """
     for name, (value, types, words) in arguments.items():
         kinds = tuple(kind for kind in types if kind is not None)
@@ -35,7 +35,7 @@ def refuse_wrong_types(arguments: Mapping[str, tuple[Any, tuple[Any, ...], str]]
 
 
 def plain(value: Any) -> Any:
-    """A scalar of NumPy or torch as Python's own number; everything else as it is.
+    """A NumPy or torch scalar as a Python number; any other value unchanged.
 
     >>> import torch
     >>> plain(torch.tensor(4)), plain(np.float32(0.5)), plain("4")
@@ -51,32 +51,32 @@ def plain(value: Any) -> Any:
 
 
 def whole_number(name: str, value: Any, minimum: int | None = None, expected: str = "") -> int:
-    """A whole number of Python, NumPy or torch, as Python's own; 4.0 and True are none.
+    """A Python, NumPy or torch integer as a Python int; 4.0 and True are refused.
 
     >>> whole_number("num_slots", np.int64(4))
     4
     >>> whole_number("num_slots", 4.0)
     Traceback (most recent call last):
-    distplb.errors.DistplbError: num_slots is 4.0; pass a whole number
+    distplb.errors.DistplbError: num_slots is 4.0; pass an integer
 
     Args:
-        name: of the argument.
-        value: of the argument.
-        minimum: the smallest number that is accepted; none where None.
-        expected: what to pass, in words; a whole number of at least `minimum` where empty.
+        name: the argument's name.
+        value: the argument's value.
+        minimum: the smallest value that is accepted; None for no minimum.
+        expected: what to pass, in words; if empty, an integer of at least `minimum`.
 
     Raises:
-        DistplbError: for what is none, or less.
+        DistplbError: if the value is not an integer, or is less than `minimum`.
     """
     number = plain(value)
     if not isinstance(number, int) or isinstance(number, bool) or (minimum is not None and number < minimum):
-        expected = expected or ("a whole number" if minimum is None else f"a whole number of at least {minimum}")
+        expected = expected or ("an integer" if minimum is None else f"an integer of at least {minimum}")
         raise DistplbError(f"{name} is {shown(value)}; pass {expected}")
     return number
 
 
 def shown(value: Any) -> str:
-    """A value in a few words: a number or text as it is, and of everything else the type.
+    """A value in a few words: numbers and text as they are, anything else by its type.
 
     >>> shown("gloo"), shown([1, 2])
     ("'gloo'", 'a list')
@@ -92,7 +92,7 @@ def shown(value: Any) -> str:
 
 
 def listed(names: Iterable[object]) -> str:
-    """Names read from a file, in quotes and cut to fit a message: the first eight.
+    """The first eight names from a file, quoted and shortened to fit a message.
 
     >>> listed(["load", "iteration"])
     "'load', 'iteration'"

@@ -16,17 +16,17 @@ __all__ = ["balancedness_sglang", "balancedness_vllm", "max_violation"]
 
 
 def balancedness_vllm(of_gpu: Tensor) -> float:
-    """Tokens of the mean GPU over those of the busiest, both added up over layers and steps: a ratio of sums.
+    """Tokens of the mean GPU over tokens of the busiest GPU, each summed over layers and steps: a ratio of sums.
 
-    Where all layers have as many tokens it is 1 / the mean imbalance. vLLM logs it of one step, without replicas'
-    shares made equal. Its source means "for each layer: mean over ranks / max over ranks"; releases whose tensor is
-    `[layers, ranks]` reduce the other dim, so that what they log is something else.
+    If all layers and steps have the same number of tokens, it is 1 / the mean imbalance. vLLM logs it for one step,
+    without making the shares of replicas equal. Its source intends "for each layer: mean over ranks / max over ranks";
+    releases whose tensor is `[layers, ranks]` reduce the other dim, so they log a different value.
 
     >>> balancedness_vllm(torch.tensor([[[3, 1], [2, 2]]]))
     0.8
 
     Args:
-        of_gpu: `[T, L, M]`, tokens of each GPU, as from `distplb.core.cost.gpu_tokens`.
+        of_gpu: `[T, L, M]`, tokens of each GPU, as returned by `distplb.core.cost.gpu_tokens`.
 
     Source: `EplbState.step` in vllm/distributed/eplb/eplb_state.py.
     """
@@ -35,7 +35,7 @@ def balancedness_vllm(of_gpu: Tensor) -> float:
 
 
 def balancedness_sglang(of_gpu: Tensor) -> float:
-    """The mean over layers and steps that have tokens of mean GPU / busiest GPU.
+    """Mean GPU / busiest GPU, averaged over the layers and steps that have tokens.
 
     >>> balancedness_sglang(torch.tensor([[[3, 1], [2, 2]]]))
     0.8333333333333333
@@ -43,16 +43,16 @@ def balancedness_sglang(of_gpu: Tensor) -> float:
     Args:
         of_gpu: as for `balancedness_vllm`.
 
-    Source: `compute_utilization_rate` in sglang/srt/eplb/expert_distribution.py, which adds 1e-5 to both.
+    Source: `compute_utilization_rate` in sglang/srt/eplb/expert_distribution.py, which adds 1e-5 to both terms.
     """
     busiest, mean = of_gpu.amax(-1).double(), of_gpu.double().mean(-1)  # [T, L]
     return float(mean_of_known(torch.where(busiest > 0, mean / busiest.clamp(min=1e-300), math.nan)))
 
 
 def max_violation(load: Tensor) -> float:
-    """MaxVio: the mean over layers and steps that have tokens of hottest expert / mean expert - 1.
+    """MaxVio: hottest expert / mean expert - 1, averaged over the layers and steps that have tokens.
 
-    It tells how well the *router* balances, and no placement changes it.
+    It measures how well the *router* balances; no placement changes it.
 
     >>> max_violation(torch.tensor([[[3, 1], [2, 2]]]))
     0.25
@@ -60,8 +60,8 @@ def max_violation(load: Tensor) -> float:
     Args:
         load: `[T, L, E]`, tokens of each expert.
 
-    Source: Wang et al. 2024, Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts, arXiv:2408.15664; per
-    step it is their MaxVio of a batch.
+    Source: Wang et al. 2024, Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts, arXiv:2408.15664; for
+    one step it is their MaxVio of a batch.
     """
     busiest, mean = load.amax(-1).double(), load.double().mean(-1)  # [T, L]
     return float(mean_of_known(torch.where(mean > 0, busiest / mean.clamp(min=1e-300) - 1, math.nan)))

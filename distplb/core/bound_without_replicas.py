@@ -15,16 +15,16 @@ __all__ = ["heaviest_pack"]
 
 
 def heaviest_pack(weight: Tensor, num_packs: int) -> Tensor:
-    """`[X]`: a lower bound of the busiest of M packs of G items, of rows `[X, n]`.
+    """`[X]`: a lower bound of the heaviest of M packs of G items, for rows `[X, n]`.
 
-    For every k and j that make sense:
+    For all valid k and j:
 
     (a) the mean pack;
-    (b) the k heaviest items are in k packs, beside at least the lightest others: their mean; or two are in one pack;
-    (c) the k heaviest items are in k packs, and one has j of the heavier part of the others; or two are in one;
-    (d) of the k + j(M − k) + 1 heaviest, one of the lighter ones joins one of the k heaviest, or j + 1 are in one pack.
+    (b) the k heaviest items are in k packs, at best with the lightest others: the mean of these; or two share a pack;
+    (c) the k heaviest items are in k packs, one of which has j of the heavier part of the others; or two share a pack;
+    (d) of the k + j(M − k) + 1 heaviest, a lighter one joins one of the k heaviest, or j + 1 lighter ones share a pack.
 
-    Two items a pack are decided by (c): it is the optimum.
+    With two items in each pack, (c) is the optimum.
     """
     size = weight.shape[1] // num_packs
     mean = weight.sum(-1) / num_packs  # (a)
@@ -33,7 +33,7 @@ def heaviest_pack(weight: Tensor, num_packs: int) -> Tensor:
         return torch.maximum(mean, heavy[:, 0])
     # Running totals, [X, n + 1]: of the k heaviest, and of the k lightest.
     top, low = pad(heavy.cumsum(-1), (1, 0)), pad(heavy.flip(-1).cumsum(-1), (1, 0))
-    # A difference of two totals loses digits that the bound must not gain.
+    # The rounding error of a difference of totals must not raise the bound.
     lost = weight.shape[1] * 2.0**-52 * top[:, -1]  # [X]
     bounds = [mean, _separate(heavy, top, low, size, lost), _crowded(heavy, top, low, size, lost)]
     return torch.stack(bounds).amax(0)
@@ -42,13 +42,13 @@ def heaviest_pack(weight: Tensor, num_packs: int) -> Tensor:
 def _separate(heavy: Tensor, top: Tensor, low: Tensor, size: int, lost: Tensor) -> Tensor:
     """`[X]`: (b) and (c), the largest over k = 1 ... M."""
     k = torch.arange(1, heavy.shape[1] // size + 1, device=heavy.device)
-    # Two of the k heaviest in one pack: at least the two lightest of them with the lightest G − 2 of all.
+    # A pack with two of the k heaviest has at least the two lightest of these and the lightest G − 2 of all.
     together = heavy[:, k[1:] - 2] + heavy[:, k[1:] - 1] + low[:, size - 2, None]
-    together = pad(together, (1, 0), value=math.inf)  # [X, M]; one alone cannot be two
-    # (b) Else they are in k packs, with k(G − 1) others.
+    together = pad(together, (1, 0), value=math.inf)  # [X, M]; for k = 1 there are no two
+    # (b) Otherwise they are in k packs, with k(G − 1) others.
     mean = (top[:, k] + low[:, k * (size - 1)]) / k
-    # (c) Of those others, all but the k(G − j) − 1 lightest are k(j − 1) + 1: one of the k packs has j of them. It has
-    # one of the k heaviest too, and G − 1 − j more.
+    # (c) Without the k(G − j) − 1 lightest, k(j − 1) + 1 of these others are left, so one of the k packs has j of them.
+    # It also has one of the k heaviest, and G − 1 − j more.
     j = torch.arange(1, size, device=heavy.device)
     skipped = k[:, None] * (size - j) - 1  # [M, G − 1]
     heavier = low[:, skipped + j] - low[:, skipped] - lost[:, None, None]
@@ -57,14 +57,14 @@ def _separate(heavy: Tensor, top: Tensor, low: Tensor, size: int, lost: Tensor) 
 
 
 def _crowded(heavy: Tensor, top: Tensor, low: Tensor, size: int, lost: Tensor) -> Tensor:
-    """`[X]`: (d), the largest over k = 0 ... M − 1 and j = 1 ... G − 1; pigeonholes where k = 0."""
+    """`[X]`: (d), the largest over k = 0 ... M − 1 and j = 1 ... G − 1; k = 0 is the pigeonhole principle."""
     num_packs = heavy.shape[1] // size
     k = torch.arange(num_packs, device=heavy.device)[:, None]
     j = torch.arange(1, size, device=heavy.device)
-    last = k + j * (num_packs - k) + 1  # [M, G − 1], how many of the heaviest
-    # One of the lighter joins one of the k heaviest, or two of those are together, which is no less.
+    last = k + j * (num_packs - k) + 1  # [M, G − 1], the number of heaviest items
+    # A lighter one joins one of the k heaviest, or two of those share a pack, which weighs no less.
     joined = heavy[:, k[1:] - 1] + heavy[:, last[1:] - 1] + low[:, size - 2, None, None]
-    joined = pad(joined, (0, 0, 1, 0), value=math.inf)  # [X, M, G − 1]; of none, none joins
-    # Else the lighter, j(M − k) + 1 of them, are all in the other M − k packs.
+    joined = pad(joined, (0, 0, 1, 0), value=math.inf)  # [X, M, G − 1]; for k = 0 there is nothing to join
+    # Otherwise all j(M − k) + 1 lighter ones are in the other M − k packs.
     crowd = top[:, last] - top[:, last - j - 1] - lost[:, None, None] + low[:, None, size - 1 - j]
     return torch.minimum(joined, crowd).amax((-2, -1))

@@ -1,4 +1,4 @@
-"""What a placement costs, and how uneven it leaves the GPUs.
+"""The cost of a placement, and the imbalance that it leaves.
 
 Shapes: T steps, L layers, E experts, P slots, M GPUs, G slots on each GPU.
 """
@@ -37,7 +37,7 @@ MAX_COST = (1 << COST_BITS) - 1
 
 
 def layer_cost(load: Tensor, expert_of_slot: Tensor, num_gpus: int) -> Tensor:
-    """`[..., L]` int64: the busiest GPU's tokens, added up over the steps; saturates at 2^41 − 1.
+    """`[..., L]` int64: the busiest GPU's tokens, summed over the steps; saturates at 2^41 − 1.
 
     Args:
         load: `[T, L, E]` int64; replicas share an expert's tokens by integer division.
@@ -46,18 +46,18 @@ def layer_cost(load: Tensor, expert_of_slot: Tensor, num_gpus: int) -> Tensor:
     """
     shape, replicas = expert_of_slot.shape, _replicas(load.shape[-1], expert_of_slot)
     cost = torch.zeros(shape[:-1], dtype=torch.int64, device=load.device)
-    for step in load:  # [L, E]; a step at a time: the whole would be T times as large
+    for step in load:  # [L, E]; one step at a time, as all at once would take T times the memory
         cost += _of_gpus(step, expert_of_slot, replicas, num_gpus).amax(-1)
     return cost.clamp_(max=MAX_COST)
 
 
 def gpu_units(load: Tensor, expert_of_slot: Tensor, num_gpus: int) -> Tensor:
-    """`[T, L, M]` int64: the load of each GPU, in units so small that the remainders of shares do not count.
+    """`[T, L, M]` int64: the load of each GPU, in units so small that the remainders of shares are negligible.
 
-    It stays in integers, so that all ranks compute the same; people are shown `gpu_tokens`.
+    Integer arithmetic gives all ranks the same result; `gpu_tokens` is for display.
 
     Args:
-        load: `[T, L, E]` int64; replicas share what their expert has by integer division.
+        load: `[T, L, E]` int64; replicas share their expert's load by integer division.
         expert_of_slot: `[L, P]`.
         num_gpus: M.
     """
@@ -66,7 +66,7 @@ def gpu_units(load: Tensor, expert_of_slot: Tensor, num_gpus: int) -> Tensor:
 
 
 def gpu_tokens(load: Tensor, expert_of_slot: Tensor, num_gpus: int) -> Tensor:
-    """`[T, L, M]`: the tokens of each GPU; int64 where there are no replicas, else float64, as shares may be fractions.
+    """`[T, L, M]`: the tokens of each GPU; int64 without replicas, else float64, as shares may be fractions.
 
     >>> gpu_tokens(torch.tensor([[[5, 4]]]), torch.tensor([[0, 1]]), num_gpus=2)
     tensor([[[5, 4]]])
@@ -86,7 +86,7 @@ def gpu_tokens(load: Tensor, expert_of_slot: Tensor, num_gpus: int) -> Tensor:
 
 
 def _replicas(num_experts: int, table: Tensor) -> Tensor | None:
-    """`[..., L, P]`: replicas of the expert of each slot of a table `[..., L, P]`; None where there are none."""
+    """`[..., L, P]`: for each slot of a table `[..., L, P]`, how many slots hold its expert; None without replicas."""
     if table.shape[-1] == num_experts:
         return None
     counts = torch.zeros((*table.shape[:-1], num_experts), dtype=torch.int64, device=table.device)
@@ -114,48 +114,48 @@ def imbalance(load: Counts, placement: Placement) -> Tensor:
     tensor(1.3333, dtype=torch.float64)
 
     Args:
-        load: `[T, L, E]` or `[L, E]`, tokens of each expert, of any type that is exact, or weights with fractions;
-            replicas share them evenly.
-        placement: of the same layers and experts.
+        load: `[T, L, E]` or `[L, E]`, tokens of each expert, in any exact type, or weights with fractions; replicas
+            share them evenly.
+        placement: a placement of the same layers and experts.
 
     Returns:
-        `[T, L]` float64. A step without tokens is no step: `nanmean` is the mean of those that are.
+        `[T, L]` float64. A step without tokens does not count: `nanmean` is the mean of the others.
 
     Raises:
-        DistplbError: if the load is not one of tokens or its shape is not the placement's.
+        DistplbError: if `load` is neither token counts nor weights, or its shape does not match the placement.
     """
     tokens = as_load(load)
     refuse_wrong_types({"placement": (placement, (Placement,), "a Placement")})
     if tuple(tokens.shape[1:]) != (placement.num_layers, placement.num_experts):
         raise DistplbError(
-            f"load has {tokens.shape[1]} layers of {tokens.shape[2]} experts, the placement "
-            f"{placement.num_layers} of {placement.num_experts}; pass the load of the same model"
+            f"load has [layers, experts] = {list(tokens.shape[1:])}, but the placement has "
+            f"{[placement.num_layers, placement.num_experts]}; pass the load of the same model"
         )
     busiest = gpu_tokens(tokens, placement.expert_of_slot.to(tokens.device), placement.num_gpus).amax(-1)  # [T, L]
     return over_mean(busiest, tokens.sum(-1).double() / placement.num_gpus)
 
 
 def busiest_gpu(load: Tensor, placement: Placement, curve: TimeCurve | None) -> tuple[Tensor, Tensor]:
-    """`[T, L]` each: the busiest GPU, in tokens or nanoseconds, and its ratio to the mean; 0 and NaN without tokens.
+    """`[T, L]` each: the busiest GPU's tokens or nanoseconds, and their ratio to the mean; 0 and NaN without tokens.
 
     Args:
         load: `[T, L, E]` int64 tokens.
-        placement: of the same layers and experts.
-        curve: from an expert's tokens to its time; replicas share tokens evenly, and the time of a fraction lies on the
-            line between those of the whole tokens beside it.
+        placement: a placement of the same layers and experts.
+        curve: an expert's time for its tokens; None to count tokens. Replicas share tokens evenly, and the time of a
+            fractional share is interpolated between whole tokens.
     """
     total = load.sum(2)  # [T, L]
     if curve is None:
         of_gpu, mean = gpu_tokens(load, placement.expert_of_slot, placement.num_gpus), total.double()
     else:
-        of_gpu = _gpu_times(load, placement, curve).masked_fill((total == 0)[..., None], 0)  # nothing is run
+        of_gpu = _gpu_times(load, placement, curve).masked_fill((total == 0)[..., None], 0)  # no tokens, no time
         mean = of_gpu.sum(2).double()
     busiest = of_gpu.amax(2)
     return busiest, over_mean(busiest, mean / placement.num_gpus)
 
 
 def _gpu_times(load: Tensor, placement: Placement, curve: TimeCurve) -> Tensor:
-    """`[T, L, M]`: nanoseconds of each GPU; int64 where there are no replicas, else float64."""
+    """`[T, L, M]`: nanoseconds of each GPU; int64 without replicas, else float64."""
     if placement.has_replicas:
         whole, rest = load // placement.replicas, load % placement.replicas  # [T, L, E]
         time = curve.time(whole).double()
@@ -176,7 +176,7 @@ def over_mean(busiest: Tensor, mean: Tensor) -> Tensor:
 
 
 def steps_with_tokens(load: Tensor) -> Tensor:
-    """`[T', L, E]`: the steps in which any layer of `[T, L, E]` has tokens; none where there are none.
+    """`[T', L, E]`: the steps of `[T, L, E]` in which some layer has tokens.
 
     >>> steps_with_tokens(torch.tensor([[[1, 2]], [[0, 0]], [[3, 0]]])).tolist()
     [[[1, 2]], [[3, 0]]]
@@ -185,14 +185,14 @@ def steps_with_tokens(load: Tensor) -> Tensor:
 
 
 def mean_of_known(values: Tensor, dim: int | None = None) -> Tensor:
-    """The mean over steps, layers or both, without the NaN of those that have no tokens; NaN where all are.
+    """The mean over steps, layers or both, without those that are NaN for lack of tokens; NaN if all are.
 
     >>> mean_of_known(torch.tensor([[1.0, torch.nan], [2.0, torch.nan]]), dim=0)
     tensor([1.5000,    nan])
 
     Args:
-        values: float, of any shape.
-        dim: that is reduced; all where None.
+        values: a float tensor of any shape.
+        dim: the dim to reduce; None for all.
     """
     is_known, filled = ~values.isnan(), values.nan_to_num(nan=0.0)
     if dim is None:
@@ -201,12 +201,12 @@ def mean_of_known(values: Tensor, dim: int | None = None) -> Tensor:
 
 
 def nan_to_none(values: Tensor) -> tuple[float | None, ...]:
-    """`[L]` as a tuple, with None for NaN, as events and JSON have it."""
+    """`[L]` as a tuple, with None for NaN, as in events and JSON."""
     return tuple(None if math.isnan(value) else value for value in values.tolist())
 
 
 def mean_of_layers(values: Iterable[float | None]) -> float | None:
-    """The mean of the layers that have tokens; None where none has.
+    """The mean over the layers that have tokens; None if no layer has any.
 
     >>> mean_of_layers((1.0, None, 2.0))
     1.5

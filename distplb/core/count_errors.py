@@ -1,4 +1,4 @@
-"""Why a number is no count, in words: the errors of `distplb.core.counts`, and how far a float dtype counts."""
+"""The errors of `distplb.core.counts`: why a number is not a count, and up to where a float dtype is exact."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from distplb.errors import DistplbError
 
 __all__ = ["below_int64", "exact_limit", "layer_in_words", "non_negative", "refuse_counts", "refuse_weights"]
 
-# What counts must be, in words, of the first value that is not.
+# From the first bad value to what counts must be, in words.
 _Requirement = Callable[[Any], str]
 
 
 def exact_limit(dtype: torch.dtype) -> int:
-    """Up to which a float dtype has every whole number: 256, 2,048, 2^24, 2^53.
+    """The number up to which a float dtype represents every integer: 256, 2,048, 2^24 or 2^53.
 
     >>> exact_limit(torch.bfloat16)
     256
@@ -27,17 +27,17 @@ def exact_limit(dtype: torch.dtype) -> int:
 
 
 def refuse_counts(name: str, value: Tensor, tokens: Tensor, dims: Sequence[str], layers: Sequence[str]) -> None:
-    """Raise for the first value that is no count; there is one.
+    """Raise for the first value that is not a count; the caller has found that there is one.
 
     Args:
-        name: of the argument.
-        value: as it came in.
-        tokens: the same, cast to int64; of uint64 the bits.
-        dims: what is counted along each dim; nothing that has a name where empty.
-        layers: names, where they are known.
+        name: the argument's name.
+        value: the tensor as passed.
+        tokens: the same tensor cast to int64; for uint64, its bits.
+        dims: what each dim stands for; empty if the dims have no names.
+        layers: the layers' names, if known.
 
     Raises:
-        DistplbError: with its place, what it is and what counts must be.
+        DistplbError: with the value, its place and what counts must be.
     """
     if value.dtype == torch.uint64:
         is_wrong = tokens < 0
@@ -45,14 +45,14 @@ def refuse_counts(name: str, value: Tensor, tokens: Tensor, dims: Sequence[str],
     for is_wrong, requirement in _requirements(value):
         if bool(is_wrong.any()):
             raise _error(name, is_wrong, lambda place: _short(value[place]), requirement, dims, layers)
-    raise AssertionError(f"{name} has values that are no counts, and none of them was found")
+    raise AssertionError(f"{name} was refused although all its values are counts")
 
 
 def refuse_weights(name: str, value: Tensor, dims: Sequence[str]) -> None:
-    """Refuse floats that are not finite, or negative.
+    """Refuse floats that are negative or not finite.
 
     Raises:
-        DistplbError: as `refuse_counts`.
+        DistplbError: as in `refuse_counts`.
     """
     for is_wrong, requirement in ((~value.isfinite(), _finite), (value < 0, non_negative(value.dtype))):
         if bool(is_wrong.any()):
@@ -60,7 +60,7 @@ def refuse_weights(name: str, value: Tensor, dims: Sequence[str]) -> None:
 
 
 def layer_in_words(number: int, layers: Sequence[str]) -> str:
-    """A layer's name in quotes, or its number where names are not known."""
+    """A layer's name in quotes, or its index if names are not known."""
     return repr(layers[number]) if layers else str(number)
 
 
@@ -68,7 +68,7 @@ def layer_in_words(number: int, layers: Sequence[str]) -> str:
 
 
 def _requirements(value: Tensor) -> list[tuple[Tensor, _Requirement]]:
-    """Where each requirement is not met."""
+    """The requirements of counts, each with a mask of the values that do not meet it."""
     negative = (value < 0, non_negative(value.dtype))
     if not value.is_floating_point():
         return [negative]
@@ -82,25 +82,27 @@ def _requirements(value: Tensor) -> list[tuple[Tensor, _Requirement]]:
 
 
 def _finite(value: float) -> str:
-    return "finite: check the counter that made them"
+    return "finite: check the counter that produced them"
 
 
 def non_negative(dtype: torch.dtype) -> _Requirement:
-    """In words, of a negative value."""
+    """Say what a negative value should be, and whether it looks like an overflow of its dtype."""
     bits = 8 * dtype.itemsize if dtype in (torch.int8, torch.int16) else 32
 
     def words(value: float) -> str:
-        # Counting on from the smallest number of a signed type, a counter seldom comes far before it is looked at.
+        # An overflowed counter continues from the smallest value of its type and seldom gets far before it is read.
         if -(2 ** (bits - 1)) <= value <= -(2 ** (bits - 8)):
-            return f"non-negative: a {bits}-bit counter that overflowed shows {int(value) + 2**bits} so; count in int64"
-        return "non-negative: check the counter that made them"
+            return (
+                f"non-negative: an overflowed {bits}-bit counter shows this for {int(value) + 2**bits}; count in int64"
+            )
+        return "non-negative: check the counter that produced them"
 
     return words
 
 
 def _whole(value: float) -> str:
     return (
-        "whole tokens: multiply frequencies by the tokens they stand for, and of means over steps pass the sums "
+        "whole tokens: multiply frequencies by the number of tokens, and pass sums over steps instead of means "
         "(mean × steps)"
     )
 
@@ -108,13 +110,13 @@ def _whole(value: float) -> str:
 def _exact(dtype: torch.dtype) -> _Requirement:
     limit = exact_limit(dtype)
     return lambda value: (
-        f"exact: {dtype} has every whole number up to {limit} only, and a larger one may be rounded; count in int64"
+        f"exact: {dtype} represents every integer only up to {limit}, and may round larger ones; count in int64"
     )
 
 
 def below_int64(value: int) -> str:
-    """In words, of an unsigned value."""
-    return "below 2^63: check the counter that made them"
+    """Say what an unsigned value too large for int64 should be."""
+    return "below 2^63: check the counter that produced them"
 
 
 # --- messages ---------------------------------------------------------------------------------------------------
@@ -132,8 +134,8 @@ def _error(
     place = tuple(places[0].tolist())
     value = value_at(place)
     return DistplbError(
-        f"{name} has {value} for {_place_in_words(place, dims, layers)} ({len(places)} such); "
-        f"counts must be {requirement(value)}"
+        f"{name} has {value} for {_place_in_words(place, dims, layers)} "
+        f"({len(places)} such value{'s' * (len(places) != 1)}); counts must be {requirement(value)}"
     )
 
 
@@ -144,11 +146,11 @@ def _short(value: Tensor) -> Any:
 
 
 def _place_in_words(place: Sequence[int], dims: Sequence[str], layers: Sequence[str]) -> str:
-    """As in: expert 3 of layer 'moe.0' in step 7."""
+    """A place in words, such as "expert 3 of layer 'moe.0' in step 7"."""
     if not dims:
-        return f"place {list(place)}"
+        return f"index {list(place)}"
     parts = [
         f"{dim} {layer_in_words(at, layers) if dim == 'layer' else at}" for dim, at in zip(dims, place, strict=True)
-    ]  # the outermost first
+    ]  # outermost first
     innermost = " of ".join(reversed(parts[-2:]))
     return " in ".join([innermost, *reversed(parts[:-2])])

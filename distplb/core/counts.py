@@ -1,7 +1,7 @@
-"""The one door for counts: whatever they are held in becomes int64 tokens, or is refused by name, place and value.
+"""The single entry for counts: any container becomes int64 tokens, or is refused with name, place and value.
 
-Integers of every type are counts, and so are floats that are whole numbers which their dtype counts exactly. Floats
-with fractions are weights: right where one process plans or judges them, refused where counts are added up.
+Integers of every type are counts, and so are floats without fractions, as far as their dtype represents every integer.
+Floats with fractions are weights: accepted where one process plans or evaluates, refused where counts are added up.
 
 Shapes: T steps, L layers, E experts; X rows of n items.
 """
@@ -39,14 +39,14 @@ __all__ = [
     "refuse_marked",
 ]
 
-# What counts may be held in; nested sequences may hold numbers, arrays or tensors.
+# Containers of counts; nested sequences may hold numbers, arrays or tensors.
 Counts = Tensor | NDArray[Any] | Sequence[Any]
 
-# Each rank's own total stays below this, so that the sum over 2^14 of them cannot leave an int64.
+# Each rank's total stays below this, so that the sum over 2^14 ranks fits into an int64.
 _MAX_RANK_TOTAL = 2.0**48
 _DIMS = ("step", "layer", "expert")
-_LAYOUTS = "[layers, experts] or [steps, layers, experts], none empty"
-# What stands in a window for a number that is no count, by the dtype that it came in. No counter gets there.
+_LAYOUTS = "[layers, experts] or [steps, layers, experts], with no empty dim"
+# What a window holds in place of a bad count, by the dtype that it came in. No counter reaches these values.
 _MARKED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.uint64)
 _MARKS = {dtype: -(2**63) + 1 + nth for nth, dtype in enumerate(_MARKED_DTYPES)}
 
@@ -55,18 +55,18 @@ _MARKS = {dtype: -(2**63) + 1 + nth for nth, dtype in enumerate(_MARKED_DTYPES)}
 
 
 def as_tokens(load: Counts, name: str = "load", layers: Sequence[str] = ()) -> Tensor:
-    """`[T, L, E]` int64 from `[L, E]` or `[T, L, E]` of any type that is exact.
+    """`[T, L, E]` int64 from `[L, E]` or `[T, L, E]` of any exact type.
 
     >>> as_tokens([[3.0, 1.0]])
     tensor([[[3, 1]]])
 
     Args:
-        load: a tensor, an array of NumPy or nested lists.
-        name: of the argument.
-        layers: the L names, where they are known.
+        load: a tensor, a NumPy array or nested lists.
+        name: the argument's name.
+        layers: the names of the L layers, if known.
 
     Raises:
-        DistplbError: for another shape, what is no count, or too many tokens, with its place and value.
+        DistplbError: for another shape, a value that is not a count, or too many tokens, with place and value.
     """
     values = as_tensor(name, load)
     if values.dim() not in (2, 3) or 0 in values.shape:
@@ -74,29 +74,29 @@ def as_tokens(load: Counts, name: str = "load", layers: Sequence[str] = ()) -> T
     layers = layers if len(layers) == values.shape[-2] else ()
     tokens = as_counts(name, values, _DIMS[3 - values.dim() :], layers)
     tokens = tokens if tokens.dim() == 3 else tokens[None]
-    upper_limit = int(tokens.max()) * tokens.shape[0] * tokens.shape[2]  # exact sums only where they may matter
+    upper_limit = int(tokens.max()) * tokens.shape[0] * tokens.shape[2]  # sums only if they can be too large
     if upper_limit >= _MAX_RANK_TOTAL:
         total = tokens.double().sum((0, 2))  # [L]
         layer = int(total.argmax())
         if float(total[layer]) >= _MAX_RANK_TOTAL:
             raise DistplbError(
                 f"{name} has {float(total[layer]):.3g} tokens in layer {layer_in_words(layer, layers)}; "
-                "2^48 on each rank is the most that can be added up"
+                "pass fewer than 2^48 tokens per layer on each rank"
             )
     return tokens
 
 
 def as_load(load: Counts, name: str = "load") -> Tensor:
-    """As `as_tokens`, for a load that is not added up: floats with fractions are weights, scaled to integers.
+    """Like `as_tokens`, for a load that is not added up: floats with fractions are weights, scaled to integers.
 
-    A layer with fractions is multiplied by a power of two, the same in all steps, so that what is rounded is a part of
-    2^39 of its total. Ratios, as an imbalance is one, are what they were.
+    A layer with fractions is multiplied by a power of two, the same in all steps, so that each value is rounded by at
+    most 2^-39 of the layer's total. Ratios, such as an imbalance, do not change.
 
     >>> as_load([[0.5, 0.5, 0.5, 1.5]]) / 2**37
     tensor([[[0.5000, 0.5000, 0.5000, 1.5000]]])
 
     Raises:
-        DistplbError: as of `as_tokens`, fractions apart.
+        DistplbError: as in `as_tokens`, except for fractions.
     """
     values = as_tensor(name, load)
     if not values.is_floating_point() or values.dim() not in (2, 3) or bool((values == values.round()).all()):
@@ -113,13 +113,13 @@ def as_counts(name: str, value: Any, dims: Sequence[str], layers: Sequence[str] 
     """Tokens of any shape as int64, on their device.
 
     Args:
-        name: of the argument.
-        value: a tensor, an array of NumPy or nested lists.
-        dims: what is counted along each dim, as in ("layer", "expert"); nothing that has a name where empty.
-        layers: names, where they are known.
+        name: the argument's name.
+        value: a tensor, a NumPy array or nested lists.
+        dims: what each dim stands for, as in ("layer", "expert"); empty if the dims have no names.
+        layers: the layers' names, if known.
 
     Raises:
-        DistplbError: for what is not a finite, whole, non-negative number that its dtype counts exactly.
+        DistplbError: for a value that is not a non-negative integer, or is beyond the exact range of its dtype.
     """
     value = as_tensor(name, value)
     tokens = _int64(value)
@@ -132,11 +132,11 @@ def as_step_counts(name: str, value: Any, layers: Sequence[str] = ()) -> Tensor:
     """`[T, L, E]` int64 on its device, from a load that has all three dims; nothing is added up.
 
     Raises:
-        DistplbError: for another shape, or what is no count, with its place and value.
+        DistplbError: for another shape, or a value that is not a count, with place and value.
     """
     value = as_tensor(name, value)
     if value.dim() != 3 or 0 in value.shape:
-        raise DistplbError(f"{name} has shape {list(value.shape)}; pass [steps, layers, experts], none 0")
+        raise DistplbError(f"{name} has shape {list(value.shape)}; pass [steps, layers, experts], with no empty dim")
     return as_counts(name, value, _DIMS, layers if len(layers) == value.shape[1] else ())
 
 
@@ -149,7 +149,7 @@ def as_weights(name: str, value: Any, dims: Sequence[str] = ("row", "item")) -> 
     value = as_tensor(name, value)
     if value.dim() != 2 or 0 in value.shape:
         raise DistplbError(
-            f"{name} has shape {tuple(value.shape)}; pass numbers of shape [{dims[0]}s, {dims[1]}s], none empty"
+            f"{name} has shape {tuple(value.shape)}; pass numbers of shape [{dims[0]}s, {dims[1]}s], with no empty dim"
         )
     if not value.is_floating_point():
         return as_counts(name, value, dims)
@@ -159,18 +159,18 @@ def as_weights(name: str, value: Any, dims: Sequence[str] = ("row", "item")) -> 
 
 
 def as_integers(name: str, value: Any, expected: str) -> Tensor:
-    """Whole numbers of either sign that are no counts, such as numbers of experts or iterations: int64.
+    """int64 from integers of either sign that are not counts, such as expert ids or iterations.
 
     >>> as_integers("iteration", range(3), "integers")
     tensor([0, 1, 2])
 
     Args:
-        name: of the argument.
-        value: a tensor, an array of NumPy or a sequence, of integers.
+        name: the argument's name.
+        value: a tensor, a NumPy array or a sequence of integers.
         expected: what to pass, in words.
 
     Raises:
-        DistplbError: for floats, bools and what has no numbers.
+        DistplbError: for floats, bools and anything that is not numbers.
     """
     value = as_tensor(name, value)
     if value.dtype not in INTEGERS and value.numel():
@@ -185,18 +185,19 @@ def as_integers(name: str, value: Any, expected: str) -> Tensor:
 
 
 def marked(tokens: Tensor) -> Tensor:
-    """int64, where what is no count is negative. Never waits for the device; NaN there is whatever a cast makes of it.
+    """The counts as int64, with a negative mark in place of each bad one. Never waits for the device.
 
-    Three operations more for floats, four for half floats, two for uint64; none for other integers, which keep their
-    values.
+    Marking takes three operations for floats, four for half floats, two for uint64, and none for other integers, which
+    keep their values.
     """
     if tokens.dtype == torch.uint64:
         bits = _int64(tokens)
         return bits.masked_fill(bits < 0, _MARKS[tokens.dtype])
     if not tokens.is_floating_point():
         return tokens.to(torch.int64)
-    # A remainder is another number for all that is negative or too large, and NaN for what is not finite. It is by the
-    # next number that the dtype has. Half floats are compared as wider ones, where no integer is infinite.
+    # A remainder differs from a value that is negative or too large, and is NaN for one that is not finite; NaN is cast
+    # to an arbitrary integer, which differs as well. The divisor is the next number that the dtype represents. Half
+    # floats are compared as wider floats, in which no integer becomes infinite.
     above, mark = exact_limit(tokens.dtype) + 2, _MARKS[tokens.dtype]
     tokens = tokens if tokens.dtype.itemsize > 2 else tokens.float()
     whole = tokens.remainder(above).to(torch.int64)
@@ -204,32 +205,32 @@ def marked(tokens: Tensor) -> Tensor:
 
 
 def refuse_marked(load: Tensor, steps: Tensor, layers: Sequence[str]) -> None:
-    """Refuse a window's `[T, L, E]` int64 where `marked` or a counter left something negative.
+    """Refuse a window's `[T, L, E]` int64 if it has marks of `marked` or negative counts.
 
     Args:
-        load: that was kept.
-        steps: `[T]`, their numbers.
+        load: the window's counts.
+        steps: `[T]`, the number of each step.
         layers: the L layers, in words.
 
     Raises:
-        DistplbError: with layer, step and expert, and what was wrong.
+        DistplbError: with layer, step and expert, and what is wrong.
     """
     if not load.numel() or int(load.min()) >= 0:
         return
     places = (load < 0).nonzero()
     step, layer, expert = places[0].tolist()
     value = int(load[step, layer, expert])
-    place = f"for expert {expert} in step {int(steps[step])} ({len(places)} such)"
+    place = f"for expert {expert} in step {int(steps[step])} ({len(places)} such value{'s' * (len(places) != 1)})"
     dtypes = [dtype for dtype, mark in _MARKS.items() if mark == value]
     if not dtypes:
         what = f"{value} {place}; counts must be {non_negative(torch.int64)(value)}"
     elif dtypes[0] == torch.uint64:
-        what = f"a number of {dtypes[0]} from 2^63 on {place}; counts must be {below_int64(value)}"
+        what = f"a {dtypes[0]} value of 2^63 or more {place}; counts must be {below_int64(value)}"
     else:
         limit = exact_limit(dtypes[0])
         what = (
-            f"a number of {dtypes[0]} that is no whole one from 0 to {limit} {place}; counts must be whole tokens, and "
-            f"{dtypes[0]} counts to {limit} only: check the counter that made them, or count in int64"
+            f"a {dtypes[0]} value that is not an integer from 0 to {limit} {place}; counts must be whole tokens, which "
+            f"{dtypes[0]} represents exactly only up to {limit}: check the counter, or count in int64"
         )
     raise DistplbError(f"LoadWindow: layer {layers[layer]} has {what}")
 
@@ -238,15 +239,15 @@ def refuse_marked(load: Tensor, steps: Tensor, layers: Sequence[str]) -> None:
 
 
 def _int64(value: Tensor) -> Tensor:
-    """The cast; of uint64 the bits, which are negative from 2^63 on."""
+    """Cast to int64; of uint64, take the bits, which are negative from 2^63 on."""
     return value.contiguous().view(torch.int64) if value.dtype == torch.uint64 else value.to(torch.int64)
 
 
 def _is_exact(value: Tensor, tokens: Tensor) -> bool:
-    """Whether `tokens`, cast from `value`, are the same numbers and counts. Waits for the device once."""
+    """Whether `tokens`, cast from `value`, are all counts and equal to it. Waits for the device once."""
     if not tokens.numel() or value.dtype in (torch.bool, torch.uint8, torch.uint16, torch.uint32):
         return True
     if not value.is_floating_point():
         return int(tokens.min()) >= 0
-    # A cast of what is not finite is any number, and none that is equal to it.
+    # NaN and infinity are cast to arbitrary integers, which are not equal to them.
     return not bool(((tokens != value) | (tokens < 0) | (tokens > exact_limit(value.dtype))).any())

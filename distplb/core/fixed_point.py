@@ -1,4 +1,4 @@
-"""Loads and weights as integers of a size that packing has room for: shifted, or times a power of two and rounded.
+"""Loads and weights as integers small enough for packing: shifted, or scaled by a power of two and rounded.
 
 Shapes: T steps, L layers, E experts; X rows of n weights.
 """
@@ -37,18 +37,18 @@ def scaled(load: Tensor) -> Tensor:
 
 
 def fixed_point(weights: Tensor) -> Tensor:
-    """`[X, n]` int64: each row of float64 times the power of two that brings its total just under 2^39, rounded.
+    """`[X, n]` int64: each row of float64, scaled by a power of two to a total just under 2^39, and rounded.
 
-    Whole numbers of a smaller total than 2^62 keep their own scale, so that they pack as the same integers would.
+    Rows of integers with a total below 2^62 keep their scale, so that they pack like the same integers in int64.
     """
     total = weights.sum(1)  # [X]
     whole = (weights == weights.round()).all(1) & (total < _MAX_WHOLE)
     exponent = (_WEIGHT_BITS - torch.frexp(total).exponent).masked_fill(whole, 0)  # [X]
-    half = exponent // 2  # in two steps, because 2 to the whole exponent may be beyond a float
+    half = exponent // 2  # in two steps, because 2^exponent may be out of a float's range
     scaled = weights * _power_of_two(half)[:, None] * _power_of_two(exponent - half)[:, None]
     return scaled.round().to(torch.int64)
 
 
 def _power_of_two(exponent: Tensor) -> Tensor:
-    """float64, exact on every device and torch, which `pow` and `ldexp` do not promise; from 2^-1022 to 2^1023."""
+    """float64 from 2^-1022 to 2^1023, exact on every device and torch, which `pow` and `ldexp` do not guarantee."""
     return ((exponent.to(torch.int64) + 1023) << 52).view(torch.float64)

@@ -1,4 +1,4 @@
-"""Hashes that are the same on every rank, machine and device: of integers, for what is random, and of bytes."""
+"""Hashes that are the same on every rank, machine and device: of integers, as random numbers, and of bytes."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ _MASK = (1 << 32) - 1
 
 
 def digest(data: bytes) -> int:
-    """A number in [0, 2^62), which differs where the bytes do.
+    """A hash of the bytes, in [0, 2^62).
 
-    It fits an int64 and its negative, so that a MIN all-reduce of both compares it on all ranks.
+    It and its negative fit into an int64, so that a MIN all-reduce of both compares it across ranks.
     """
     return int.from_bytes(hashlib.sha256(data).digest()[:8], "big") >> 2
 
 
 def hashed(state: Tensor, *parts: Tensor | int) -> Tensor:
-    """int64 in [0, 2^32) from a state and what it takes in, part by part; shapes are broadcast.
+    """Hash a state and `parts`, one after the other, to int64 in [0, 2^32); shapes are broadcast.
 
     >>> import torch
     >>> hashed(torch.zeros(2, dtype=torch.int64), 7, torch.tensor([0, 1]))
     tensor([2082769736, 3810755467])
 
     Args:
-        state: int64, of any shape: zeros, or an earlier hash, which `parts` continue.
-        parts: int64 or Python integers; of each the lowest 32 bits count.
+        state: int64 of any shape: zeros, or an earlier hash to continue.
+        parts: int64 or Python integers, of which only the lowest 32 bits count.
     """
     for part in parts:
         state = _mix((state ^ (part & _MASK)) + 0x9E3779B9)

@@ -1,7 +1,7 @@
-"""Numba's machine code: one folder on each node, where the first process compiles and all others load.
+"""Numba's machine code: one folder on each node, which the first process fills and all others load from.
 
-A module of Numba functions is imported through `compiled_module`, and only so: Numba reads where its cache lies when a
-function is decorated. The module and what it imports of its room are called `cpu_*.py` and lie in one folder.
+A module of Numba functions must be imported through `compiled_module`, because Numba reads the place of its cache when
+a function is decorated. The module and those that it imports from its package are named `cpu_*.py`, in one folder.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ _SOURCES = "cpu_*.py"
 
 
 def is_there() -> bool:
-    """Whether Numba is installed; it is not imported for that."""
+    """Whether Numba is installed, without importing it."""
     return find_spec("numba") is not None
 
 
 @cache
 def compiled_module(name: str) -> ModuleType:
-    """The module of that name, whose functions keep their machine code in this node's folder."""
+    """Import the module of that name; its functions keep their machine code in this node's folder."""
     import numba
 
-    config: Any = numba.config  # its settings are made at run time
+    config: Any = numba.config  # its settings are created at run time
     cache_dir = config.CACHE_DIR
     config.CACHE_DIR = str(_folder(name))
     try:
@@ -45,17 +45,17 @@ def compiled_module(name: str) -> ModuleType:
 
 
 def compile_lock(name: str) -> AbstractContextManager[object]:
-    """Held while the functions of that module are called for the first time: one process compiles, others wait."""
+    """A lock to hold while a module's functions are first called: one process compiles, the others wait."""
     from filelock import FileLock
 
     return FileLock(_folder(name) / "warm-up.lock")
 
 
 def _folder(name: str) -> Path:
-    """On this node's own disk, because a home may be on a network's; NUMBA_CACHE_DIR where that is set.
+    """The folder of a module's code: in NUMBA_CACHE_DIR if set, else on this node's disk, as home may be on a network.
 
     Raises:
-        DistplbError: if another user could write there: what lies in it is executed.
+        DistplbError: if another user could write there, because the code in it is executed.
     """
     cache_dir = os.environ.get("NUMBA_CACHE_DIR")
     folder = Path(cache_dir) if cache_dir else Path(tempfile.gettempdir()) / f"distplb-{os.getuid()}"
@@ -67,7 +67,7 @@ def _folder(name: str) -> Path:
             f"{folder} is not a folder that only you can write to, so compiled code cannot be kept there; "
             "remove it, or set NUMBA_CACHE_DIR to a folder of your own"
         )
-    # Numba looks for changes in a function's own file only; what it calls may be in another one.
+    # Numba checks only a function's own file for changes, not the files of the functions that it calls.
     spec = find_spec(name)
     assert spec is not None
     assert spec.origin is not None

@@ -30,14 +30,14 @@ _EXPECTED = "one written by Placement.save, or an object with physical_to_logica
 
 @dataclass(frozen=True, eq=False)
 class Placement:
-    """The expert of every slot, layer by layer; slot p lives on GPU `p // G`.
+    """The expert of every slot, layer by layer; slot p is on GPU `p // G`.
 
     >>> placement = Placement(torch.tensor([[2, 0, 1, 3]]), num_experts=4, num_gpus=2)
     >>> placement.inverse[..., 0]
     tensor([[1, 2, 0, 3]])
 
     Args:
-        expert_of_slot: `[L, P]` integers in [0, E); every expert at least once a layer. Copied.
+        expert_of_slot: `[L, P]` integers in [0, E), with every expert at least once in each layer. Copied.
         num_experts: E.
         num_gpus: M; divides P.
 
@@ -64,8 +64,8 @@ class Placement:
     def _check(self) -> None:
         if self.num_gpus < 1 or self.num_slots % self.num_gpus or self.num_slots < self.num_experts:
             raise DistplbError(
-                f"Placement: {self.num_slots} slots for {self.num_experts} experts on {self.num_gpus} GPUs; "
-                "the slots must be a multiple of the GPUs and at least as many as the experts"
+                f"Placement: num_slots={self.num_slots}, num_experts={self.num_experts}, num_gpus={self.num_gpus}; "
+                "num_slots must be a multiple of num_gpus, and at least num_experts"
             )
         table = self.expert_of_slot
         wrong = ((table < 0) | (table >= self.num_experts)).nonzero()
@@ -84,7 +84,7 @@ class Placement:
 
     @classmethod
     def contiguous(cls, num_layers: int, num_experts: int, num_gpus: int) -> Placement:
-        """Expert e in slot e of every layer: how jobs start."""
+        """The placement with which jobs start: expert e in slot e of every layer."""
         num_layers, num_experts = (
             whole_number(f"Placement: {name}", value, minimum=0)
             for name, value in (("num_layers", num_layers), ("num_experts", num_experts))
@@ -94,17 +94,17 @@ class Placement:
 
     @property
     def num_layers(self) -> int:
-        """L."""
+        """L, the number of layers."""
         return int(self.expert_of_slot.shape[0])
 
     @property
     def num_slots(self) -> int:
-        """P."""
+        """P, the number of slots."""
         return int(self.expert_of_slot.shape[1])
 
     @property
     def slots_per_gpu(self) -> int:
-        """G."""
+        """G, the slots on each GPU."""
         return self.num_slots // self.num_gpus
 
     @property
@@ -122,7 +122,7 @@ class Placement:
     def inverse(self) -> Tensor:
         """`[L, E, R]` int64: the slots of every expert in ascending order, −1 where it has fewer than R.
 
-        R is the largest number of replicas, 1 where there are none.
+        R is the largest number of slots that any expert has, 1 without replicas.
         """
         replicas = self.replicas
         most = int(replicas.max()) if self.num_layers else 1
@@ -148,16 +148,16 @@ class Placement:
         return self.digest()
 
     def digest(self) -> int:
-        """A number in [0, 2^62) that differs between different placements, equal on every machine."""
+        """A hash in [0, 2^62), the same on every machine, that differs between different placements."""
         head = torch.tensor([self.num_experts, self.num_gpus, *self.expert_of_slot.shape], device="cpu")
         data = torch.cat([head, self.expert_of_slot.flatten()]).numpy().astype("<i8").tobytes()
         return digest(data)
 
     def save(self, path: str | os.PathLike[str], layer_names: Sequence[str] | None = None) -> None:
-        """Write the placement as JSON, keyed by layer name ("0", "1", ... where none are given).
+        """Write the placement as JSON, keyed by layer name ("0", "1", ... by default).
 
         Raises:
-            DistplbError: if the names are not one for each layer, all different.
+            DistplbError: if `layer_names` is not one unique name for each layer.
         """
         refuse_wrong_types({"path": (path, (str, os.PathLike), "the path of a file")})
         names = _checked_names(layer_names, self.num_layers)
@@ -182,21 +182,22 @@ class Placement:
         num_experts: int | None = None,
         num_gpus: int | None = None,
     ) -> Placement:
-        """Read what `save` wrote, or a map that another project wrote; see the README's table of files.
+        """Read a file of `save`, or a map that another project wrote; see the README's table of files.
 
         Args:
-            path: of JSON, whatever it is named; or of YAML, `.pt`, `.safetensors` or `.npz` by its suffix.
-            layer_names: the rows' order; where None, the file's. Of a file of `save` they may be some of the layers, as
-                those of a pipeline stage; a map of another project must have these layers and no others.
-            num_experts: E, which must be the file's; where neither tells, all up to the largest that has a slot.
-            num_gpus: M, which must be the file's; maps of most projects do not tell it.
+            path: the file: YAML, `.pt`, `.safetensors` or `.npz` by its suffix, else JSON.
+            layer_names: the layers to read, in this order; None for the file's layers and order. From a file of `save`
+                they may be a part of the layers, such as a pipeline stage; a map of another project must have exactly
+                these layers.
+            num_experts: E, which must match the file; if neither gives it, one more than the largest expert id.
+            num_gpus: M, which must match the file; the maps of most projects do not contain it.
 
         Raises:
-            DistplbError: naming the file and the place, if it is no placement, or of other layers, experts or GPUs.
+            DistplbError: with the file and the place, if it is not a placement or has other layers, experts or GPUs.
         """
         refuse_wrong_types(
             {
-                "path": (path, (str, os.PathLike), "the path of a file that Placement.save wrote"),
+                "path": (path, (str, os.PathLike), "the path of a placement file"),
                 "layer_names": (layer_names, (Sequence, None), "the names of layers"),
             }
         )
@@ -208,13 +209,13 @@ class Placement:
 def load_placement(
     path: Path, layer_names: Sequence[str] | None, num_experts: int | None, num_gpus: int | None, *, all_layers: bool
 ) -> Placement:
-    """As `Placement.load`; with `all_layers`, `layer_names` are all layers of the file."""
+    """Like `Placement.load`; with `all_layers`, `layer_names` must name all layers of the file."""
     check_is_file(path, _EXPECTED)
     slot_map = _read(path)
-    experts = _agreed(path, "experts", num_experts, slot_map.num_experts)
-    gpus = _agreed(path, "GPUs", num_gpus, slot_map.num_gpus)
+    experts = _agreed(path, "num_experts", num_experts, slot_map.num_experts)
+    gpus = _agreed(path, "num_gpus", num_gpus, slot_map.num_gpus)
     if gpus is None:
-        raise DistplbError(f"{path} does not tell its number of GPUs; pass num_gpus, the size of the EP group")
+        raise DistplbError(f"{path} does not contain the number of GPUs; pass num_gpus, the size of the EP group")
     names = _names_in_file(path, slot_map, layer_names, all_layers=all_layers or slot_map.layer_keys != "names")
     table = torch.tensor([slot_map.rows[name] for name in names], device="cpu")
     try:
@@ -242,26 +243,27 @@ def _chosen(names: Sequence[str]) -> str:
 def _agreed(path: Path, what: str, expected: int | None, in_file: int | None) -> int | None:
     if expected is not None and in_file is not None and expected != in_file:
         raise DistplbError(
-            f"{path} is of {in_file} {what}, and {expected} are asked for; pass the placement of this model and cluster"
+            f"{path} has {what}={in_file} where {expected} is expected; pass the placement of this model and cluster"
         )
     return in_file if expected is None else expected
 
 
 def _names_in_file(path: Path, slot_map: SlotMap, layer_names: Sequence[str] | None, *, all_layers: bool) -> list[str]:
-    """The keys of the file's rows, in the order of the layers that are asked for."""
+    """The keys of the file's rows, in the order of `layer_names`."""
     rows = list(slot_map.rows)
     if layer_names is None:
         return rows
     names = [str(name) for name in layer_names]
     if not names:
-        raise DistplbError(f"{path}: no layer is asked for; name one of {_few(rows)}")
+        raise DistplbError(f"{path}: no layer is requested; pass at least one of {_few(rows)}")
     if len(set(names)) != len(names):
         twice = next(name for name in names if names.count(name) > 1)
-        raise DistplbError(f"{path}: layer {twice[:80]!r} is asked for twice; name each layer once")
+        raise DistplbError(f"{path}: layer {twice[:80]!r} is requested twice; pass each layer once")
     if slot_map.layer_keys == "order" and set(names) != set(rows):
         if len(names) != len(rows):
             raise DistplbError(
-                f"{path} has {len(rows)} layers without names, and {len(names)} are asked for; pass a map of these"
+                f"{path} has {len(rows)} unnamed layer{'s' * (len(rows) != 1)}, but {len(names)} "
+                f"{'is' if len(names) == 1 else 'are'} requested; pass a placement of exactly these layers"
             )
         return rows
     if slot_map.layer_keys == "numbers" and not set(names) & set(rows):
@@ -274,10 +276,14 @@ def _names_in_file(path: Path, slot_map: SlotMap, layer_names: Sequence[str] | N
     surplus = [name for name in rows if name not in names]
     if all_layers and surplus:
         raise DistplbError(
-            f"{path} also has layer {surplus[0][:80]!r}, which is not among {_few(names)}; pass one of these"
+            f"{path} also has layer {surplus[0][:80]!r}, which is not among {_few(names)}; "
+            "pass a placement of exactly these layers"
         )
     if len(set(names)) != len(names):
-        raise DistplbError(f"{path} numbers its layers, and two of {_few(list(layer_names))} have the same number")
+        raise DistplbError(
+            f"{path} numbers its layers, and two of {_few(list(layer_names))} have the same number; "
+            "pass names whose numbers differ"
+        )
     return names
 
 
@@ -290,6 +296,7 @@ def _checked_names(layer_names: Sequence[str] | None, num_layers: int) -> list[s
     names = [str(layer) for layer in (range(num_layers) if layer_names is None else layer_names)]
     if len(names) != num_layers or len(set(names)) != num_layers:
         raise DistplbError(
-            f"{len(set(names))} different layer names for {num_layers} layers; pass one of its own for each"
+            f"layer_names has {len(set(names))} unique name{'s' * (len(set(names)) != 1)} for {num_layers} "
+            f"layer{'s' * (num_layers != 1)}; pass one unique name for each layer"
         )
     return names

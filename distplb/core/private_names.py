@@ -1,8 +1,8 @@
-"""Private names of torch: what has no public name is read here, and nowhere else.
+"""Private names of torch without a public counterpart; no other module uses these.
 
-Beside `comm.private_names` and `comm.fsdp2`, which keep torch.distributed's. Each function is one name and what it
-is needed for. Seen in torch 2.6, 2.13 and 2.14; tests/house/test_private_names.py fails where one is gone, and says
-what went with it.
+Those of torch.distributed are in `comm.private_names` and `comm.fsdp2`. Each function wraps one name and says what it
+is for. Checked with torch 2.6, 2.13 and 2.14; tests/house/test_private_names.py fails if a name is gone, and reports
+what depends on it.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ __all__ = [
 
 
 def is_in_backward() -> bool:
-    """Whether this thread is inside of a backward pass: `torch._C._current_graph_task_id`."""
+    """Whether this thread is inside a backward pass: `torch._C._current_graph_task_id`."""
     return torch._C._current_graph_task_id() != -1
 
 
 def is_of_compiled_graph(context: Any) -> bool:
-    """Whether a context is that of the function that runs a graph of AOTAutograd: its class is CompiledFunction."""
+    """Whether a context belongs to the function that runs an AOTAutograd graph, by its class's name."""
     return type(context).__name__ == "CompiledFunctionBackward"
 
 
 def break_graph() -> None:
-    """Where a forward is compiled, run what follows without: `torch._dynamo.graph_break`. Refused in a full graph."""
+    """Run the rest of a compiled forward eagerly: `torch._dynamo.graph_break`, an error with fullgraph=True."""
     torch._dynamo.graph_break()
 
 
 def forward_pre_hooks(module: nn.Module) -> list[Any]:
-    """A module's, in the order in which they run: `Module._forward_pre_hooks`."""
+    """A module's forward pre-hooks, in the order in which they run: `Module._forward_pre_hooks`."""
     return list(module._forward_pre_hooks.values())
 
 
 def leaves(value: Any) -> list[Any]:
-    """All that containers hold, however deep: `torch.utils._pytree.tree_leaves`."""
+    """All leaves of nested containers: `torch.utils._pytree.tree_leaves`."""
     return torch.utils._pytree.tree_leaves(value)

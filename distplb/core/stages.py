@@ -17,7 +17,7 @@ _current: ContextVar[str | None] = ContextVar("distplb_stage", default=None)
 
 
 def current_stage() -> str | None:
-    """The stage that this thread is in; None outside all of them."""
+    """The stage that this thread is in; None outside any stage."""
     return _current.get()
 
 
@@ -29,7 +29,7 @@ class Stages:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Time what runs inside under `name`; the same name adds up. A `LostRanksError` from inside names it."""
+        """Add the time of the block to stage `name`. A `LostRanksError` raised inside gets the stage's name."""
         start, outer = time.perf_counter(), _current.set(name)
         try:
             with record_function(f"distplb::{name}"):

@@ -1,6 +1,6 @@
-"""Rows in threads, for work that runs without the GIL.
+"""Process rows in threads, for work that releases the GIL.
 
-Threads of our own, because Numba's threading aborts when two threads of a process enter it at once.
+Numba's own threading is not used, because it aborts when two threads of a process enter it at once.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from itertools import pairwise
 __all__ = ["in_threads"]
 
 _MAX_THREADS = 4
-_MIN_AMOUNT = 1 << 12  # below which threads cost more than they bring
+_MIN_AMOUNT = 1 << 12  # below this, threads cost more than they save
 
 
 def in_threads(work: Callable[[int, int], None], num_rows: int, amount: int) -> None:
-    """Call `work(begin, end)` on parts of all rows, in parallel where there is enough to do.
+    """Call `work(begin, end)` on parts of the rows, in parallel if there is enough to do.
 
-    The threads end with the call, so that nothing is left behind in a process that forks.
+    The threads end with the call, so that a process that forks later has none of them.
 
     Args:
-        work: on the rows from `begin` to `end`, of which no other call writes any.
-        num_rows: in all.
-        amount: elements that are worked on, in all.
+        work: processes the rows from `begin` to `end`; no other call writes these rows.
+        num_rows: the number of rows in total.
+        amount: the number of elements to process in total.
     """
     count = min(_num_threads(), num_rows) if amount >= _MIN_AMOUNT else 1
     if count == 1:
@@ -34,7 +34,7 @@ def in_threads(work: Callable[[int, int], None], num_rows: int, amount: int) -> 
     parts = iter(list(pairwise(ends)))
 
     def work_on_parts() -> None:
-        for begin, end in parts:  # whichever thread is free takes the next
+        for begin, end in parts:  # the next free thread takes the next part
             work(begin, end)
 
     with ThreadPoolExecutor(count - 1) as pool:

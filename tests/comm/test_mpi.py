@@ -98,6 +98,6 @@ def test_a_rank_that_does_not_come_in_time_is_named_and_nobody_goes_on(tmp_path:
         assert at_once
     # The others had checked in when they timed out.
     assert slow[0] == []
-    assert slow[1].startswith("the ranks lost each other (waited 0.")
+    assert slow[1].startswith("a collective failed (waited 0.")
     assert f"deadline {DEADLINE:g} s; other ranks had timed out)" in slow[1]
     assert slow[2]

@@ -1,4 +1,4 @@
-"""The lower bound against exhaustive search, optima that are known, and cases made by hand.
+"""The lower bound against exhaustive search, known optima and cases solved manually.
 
 Shapes: T steps, L layers, E experts, P slots, M GPUs, G slots on each GPU, N nodes, B groups.
 """
@@ -22,7 +22,7 @@ Table = tuple[tuple[int, ...], ...]  # the experts on each GPU
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
-    """Nothing here is large, and on a busy machine threads that wait for each other cost more than all of it."""
+    """Everything here is small; on a busy machine, threads that wait for each other would cost more than the work."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -42,7 +42,7 @@ def random_load(random_: random.Random, *shape: int) -> list:
 
 
 def all_tables(experts: tuple[int, ...], num_gpus: int, slots_per_gpu: int, shared: bool = True) -> list[Table]:
-    """Every way to give each GPU as many experts as it has slots, and each expert a slot; GPUs have no names."""
+    """Every way to fill each GPU's slots with experts and give each expert a slot; GPUs are interchangeable."""
     contents = (combinations_with_replacement if shared else combinations)(experts, slots_per_gpu)
     return [
         table
@@ -52,7 +52,7 @@ def all_tables(experts: tuple[int, ...], num_gpus: int, slots_per_gpu: int, shar
 
 
 def all_grouped_tables(num_experts: int, topology: Topology, num_slots: int, num_groups: int) -> list[Table]:
-    """Every way that keeps each group on a node, and as many groups on every node."""
+    """Every way that keeps each group on one node, with the same number of groups on every node."""
     size = num_experts // num_groups
     tables = []
     for node_of_group in product(range(topology.num_nodes), repeat=num_groups):
@@ -83,14 +83,14 @@ def smallest_mean_imbalance(load: np.ndarray, tables: np.ndarray) -> float:
 
 
 def without_nan(lower: np.ndarray, optimum: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Bounds and optima `[L]`, which both are unknown for a layer without tokens; there 1 takes their place."""
+    """Bounds and optima `[L]`, with 1 in place of NaN, which both must have for a layer without tokens."""
     assert (np.isnan(lower) == np.isnan(optimum)).all()
     return np.nan_to_num(lower, nan=1.0), np.nan_to_num(optimum, nan=1.0)
 
 
 # --- against exhaustive search ----------------------------------------------------------------------------------
 
-# (E, P, M), and how many of 100 loads of one step have a bound that is reached, at least, and one within 10 % of that.
+# (E, P, M), and for how many of 100 loads of one step, at least, the optimum is the bound, and is within 10 % of it.
 WITHOUT_REPLICAS = [
     ((6, 6, 2), 85, 100),
     ((8, 8, 2), 75, 100),
@@ -131,7 +131,7 @@ def test_no_placement_beats_the_lower_bound(
     lower, optimum = without_nan(lower, optimum)
     assert (lower >= 1).all()
     assert (lower <= optimum).all()
-    if num_steps == 1:  # the replicas of several steps that have nothing in common are another matter
+    if num_steps == 1:  # replicas for several unrelated steps are another matter
         assert (optimum <= lower * (1 + 1e-5)).sum() >= reached
         assert (optimum <= lower * 1.1).sum() >= near
 
@@ -146,14 +146,14 @@ def test_it_holds_where_replicas_may_not_share_a_gpu(shape: tuple[int, int, int]
 
 
 def test_it_holds_where_two_heavy_replicas_fit_on_a_gpu() -> None:
-    """Loads that are nearly even and three slots a GPU: (j) may not count heavy slots as if they were alone."""
+    """With nearly even loads and three slots a GPU, (j) must not treat heavy slots as if each were alone on its GPU."""
     load = np.array([[random.Random(layer).choices(range(90, 130), k=7) for layer in range(100)]])
     lower = lower_bound(torch.from_numpy(load), Topology(1, 3), 9).tolist()
     tables = np.array(all_tables(tuple(range(7)), 3, 3))
     assert not any(one > smallest_mean_imbalance(load[:, layer], tables) for layer, one in enumerate(lower))
 
 
-# (N, GPUs per node), (E, P), B, and how many of 50 loads of one step have a bound that is reached, and within 10 %.
+# (N, GPUs per node), (E, P), B, and the same two numbers for 50 loads of one step.
 GROUPED = [
     ((2, 1), (6, 6), 2, 50, 50),
     ((2, 2), (8, 8), 4, 50, 50),
@@ -197,7 +197,7 @@ def test_where_the_ways_to_deal_groups_are_too_many_the_bound_is_lower(
     assert float(by_ways.mean()) > float(by_nodes.mean()) > float(without.mean())
 
 
-# --- optima that are known --------------------------------------------------------------------------------------
+# --- known optima -----------------------------------------------------------------------------------------------
 
 
 def test_two_slots_a_gpu_without_replicas_are_decided() -> None:
@@ -228,11 +228,11 @@ def test_one_slot_a_gpu_with_replicas_is_decided() -> None:
         # Without replicas.
         ([[1, 1, 1, 1]], 4, 2, 1.0),
         ([[9, 7, 6, 5, 4, 3]], 6, 2, 1.0),  # (a)
-        ([[9, 1, 1, 1]], 4, 2, 10 / 6),  # (b) the heaviest and its lightest company
+        ([[9, 1, 1, 1]], 4, 2, 10 / 6),  # (b) the heaviest with the lightest
         ([[7, 0, 0, 0, 1, 2]], 6, 2, 7 / 5),
-        ([[10, 8, 3, 3, 3, 3, 2, 1, 0]], 9, 3, 12 / 11),  # (b) the two heaviest and theirs, 0 + 1 + 2 + 3
-        ([[9, 8, 5, 5, 4, 0]], 6, 2, 17 / 15.5),  # (c) 8 or 9, with two of the four others that are not the lightest
-        ([[4, 4, 3, 2, 2, 0]], 6, 3, 6 / 5),  # (c) 4 with one of those that are not the lightest
+        ([[10, 8, 3, 3, 3, 3, 2, 1, 0]], 9, 3, 12 / 11),  # (b) the two heaviest with the four lightest, 0 + 1 + 2 + 3
+        ([[9, 8, 5, 5, 4, 0]], 6, 2, 17 / 15.5),  # (c) 8 or 9 with two of the four others, without the lightest
+        ([[4, 4, 3, 2, 2, 0]], 6, 3, 6 / 5),  # (c) 4 with one that is not the lightest
         ([[5, 5, 5, 0, 0, 0]], 6, 2, 10 / 7.5),  # (d) three heavy experts on two GPUs
         ([[6, 5, 4, 1, 1, 1, 1, 1]], 8, 2, 11 / 10),  # (d) two of the three heaviest with the two lightest
         ([[8, 8, 7, 7, 6, 1, 1, 1]], 8, 2, 21 / 19.5),  # (d) three of the five heaviest with the lightest
@@ -245,16 +245,16 @@ def test_one_slot_a_gpu_with_replicas_is_decided() -> None:
         # With replicas.
         ([[6, 1, 1]], 4, 2, 1.0),  # (a)
         ([[3, 1, 0, 0, 0]], 6, 3, 1.5 / (4 / 3)),  # (f) two halves of 3
-        ([[3, 2, 1, 1]], 6, 3, 2.5 / (7 / 3)),  # (g) at less, 3 and 2 need two replicas more and then another
+        ([[3, 2, 1, 1]], 6, 3, 2.5 / (7 / 3)),  # (g) below it, 3 and 2 need two more replicas and then a third
         ([[1, 1, 0, 0]], 6, 3, 1 / (2 / 3)),  # (h) four halves on three GPUs, or more thirds
         ([[6, 4, 3, 2, 2]], 8, 4, (13 / 3) / (17 / 4)),  # (i)
-        ([[5, 1, 0, 0]], 6, 3, 2.5 / 2),  # (j) three thirds of 5 have only two zeros for company
+        ([[5, 1, 0, 0]], 6, 3, 2.5 / 2),  # (j) only two zeros for three thirds of 5
         ([[3, 1, 0]], 4, 2, 2.5 / 2),
         ([[0, 0, 0]], 6, 2, math.nan),
         # Steps.
-        ([[9, 1, 1, 1], [0, 0, 0, 0]], 4, 2, 10 / 6),  # a step without tokens is none
+        ([[9, 1, 1, 1], [0, 0, 0, 0]], 4, 2, 10 / 6),  # a step without tokens does not count
         ([[9, 1, 1, 1], [1, 9, 1, 1]], 4, 2, 10 / 6),
-        # Either step could be even by itself, with another companion of expert 0 each time: the bound of the mean step.
+        # Each step alone could be even, with a different expert beside expert 0: the bound of the mean step.
         ([[6, 0, 3, 3], [6, 3, 0, 3]], 4, 2, 5 / 4),
         ([[6, 0, 3, 3], [6, 3, 0, 3], [0, 0, 0, 0]], 4, 2, 5 / 4),
         ([[4, 0], [4, 0], [0, 0]], 4, 4, 4 / 3),
@@ -268,16 +268,16 @@ def test_it_is_reached_in_cases_made_by_hand(
     has_replicas = num_slots > tokens.shape[1]
     tables = all_tables(tuple(range(tokens.shape[1])), num_gpus, num_slots // num_gpus, shared=has_replicas)
     assert smallest_mean_imbalance(tokens, np.array(tables)) == pytest.approx(expected, rel=1e-9, nan_ok=True)
-    # Halving stops at a millionth.
+    # Bisection stops at a millionth.
     assert lower == pytest.approx(expected, rel=1e-6 if has_replicas else 1e-9, nan_ok=True)
 
 
 @pytest.mark.parametrize("num_groups", [None, 4])
 @pytest.mark.parametrize("num_slots", [8, 12])
 def test_steps_without_tokens_change_no_bound(num_slots: int, num_groups: int | None) -> None:
-    """They counted as even, which no placement has to be beaten for."""
+    """They counted as even, which lowered the bound."""
     load = torch.tensor(random_load(random.Random(num_slots), 3, 20, 8))  # [T, L, E]
-    load[1, 4:8] = 0  # of some layers
+    load[1, 4:8] = 0  # in some layers
     load[:, 8] = 0
     padded = torch.cat([load[:1], torch.zeros_like(load), load[1:]])
     lower, without = (lower_bound(one, Topology(2, 2), num_slots, num_groups) for one in (padded, load))
@@ -292,11 +292,11 @@ def test_steps_without_tokens_change_no_bound(num_slots: int, num_groups: int | 
     [
         # (k) Two of three heavy groups are on one node.
         ([[5, 5, 5, 5, 5, 5, 0, 0]], 8, (2, 1), 4, 20 / 15, 1.0),
-        # The group of 8 and its lightest company on two GPUs.
+        # The group of 8 and the lightest other group on two GPUs.
         ([[8, 2, 1, 1]], 8, (2, 2), 4, 4.5 / 3, 1.0),
-        # A group is a node: the hot expert with the lightest of its own group.
+        # Each group fills a node: the hot expert with the lightest of its group.
         ([[9, 3, 3, 3, 0, 0, 0, 0]], 8, (2, 2), 2, 12 / 4.5, 9 / 4.5),
-        # Each step could be even, and their mean, but the groups are dealt once: two hot ones meet in two of six steps.
+        # Each step and the mean step could be even, but groups are dealt once: two hot ones meet in two of six steps.
         (
             [[1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 0, 1], [0, 1, 1, 0], [0, 1, 0, 1], [0, 0, 1, 1]],
             4,
@@ -323,7 +323,7 @@ def test_it_is_reached_by_whole_groups(
     assert float(lower_bound(steps, nodes, num_slots)) == pytest.approx(without, rel=1e-6)
 
 
-# --- what it does not depend on, and digits ---------------------------------------------------------------------
+# --- what it does not depend on, and rounding -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("num_slots", "num_groups"), [(8, None), (12, None), (8, 4), (12, 4)])
@@ -349,7 +349,7 @@ def test_without_groups_or_with_one_node_only_the_number_of_gpus_counts(num_slot
 
 @pytest.mark.parametrize("num_replicas", [1, 3])
 def test_the_last_digits_do_not_lift_it_above_what_is_reached(num_replicas: int) -> None:
-    """One expert a GPU, and as many replicas of each: there is nothing to choose, and every digit is in play."""
+    """With one expert a GPU and equally many replicas of each, there is only one placement, so every digit counts."""
     load = torch.randint(2**40, (50, 40, 7), generator=torch.Generator().manual_seed(0))
     load = load // (load.sum(-1, keepdim=True) % 1000 + 1)  # many magnitudes
     table = torch.arange(7).repeat(40, num_replicas)
@@ -365,7 +365,7 @@ def test_the_last_digits_do_not_lift_it_above_what_is_reached(num_replicas: int)
     ("num_experts", "num_slots", "num_gpus"), [(64, 64, 8), (64, 64, 32), (64, 80, 16), (64, 72, 36), (64, 96, 96)]
 )
 def test_larger_placements_do_not_beat_it_either(num_experts: int, num_slots: int, num_gpus: int) -> None:
-    """Replicas to the largest share, then the heaviest slot to the lightest GPU with room, on the steps' sum."""
+    """Each replica goes to the largest share, then the heaviest slot to the lightest GPU with room, on summed steps."""
     random_ = random.Random(num_slots)
     mean = [random_.lognormvariate(6, 1) for _ in range(num_experts)]
     load = [[int(random_.lognormvariate(0, 0.1) * one) for one in mean] for _ in range(4)]  # [T, E]
@@ -404,7 +404,8 @@ def test_thousands_of_experts_are_no_trouble(num_slots: int, topology: tuple[int
             4,
             Topology(1, 2),
             None,
-            "4 slots for 8 experts: every expert needs at least one; pass num_slots of 8 or more, a multiple of 2 GPUs",
+            "num_slots is 4 for 8 experts, and every expert needs at least one slot; pass a num_slots of at least 8 "
+            "that is a multiple of the number of GPUs, 2",
         ),
         (
             8,

@@ -40,13 +40,13 @@ def random_load(random_: random.Random, *shape: int) -> list:
 
 
 def random_table(random_: random.Random, num_experts: int, num_slots: int) -> list[int]:
-    """`[P]`: every expert, and some twice."""
+    """`[P]`: every expert at least once, in random order."""
     extra = random_.choices(range(num_experts), k=num_slots - num_experts)
     return random_.sample([*range(num_experts), *extra], num_slots)
 
 
 def plain_gpu_loads(tokens: list[int], table: list[int], num_gpus: int) -> list[float]:
-    """`[M]`: what each GPU gets, replicas sharing evenly."""
+    """`[M]`: the load of each GPU; replicas share evenly."""
     size = len(table) // num_gpus
     return [
         sum(tokens[expert] / table.count(expert) for expert in table[gpu * size : (gpu + 1) * size])
@@ -84,7 +84,9 @@ def test_a_load_without_steps_is_one_step() -> None:
 
 
 def test_a_load_of_another_model_is_refused() -> None:
-    wording = "load has 1 layers of 4 experts, the placement 2 of 4; pass the load of the same model"
+    wording = (
+        r"load has \[layers, experts\] = \[1, 4\], but the placement has \[2, 4\]; pass the load of the same model"
+    )
     with pytest.raises(DistplbError, match=wording):
         imbalance(torch.ones(1, 4), Placement.contiguous(2, 4, 2))
 
@@ -93,7 +95,7 @@ def test_a_load_of_another_model_is_refused() -> None:
 
 
 def test_a_step_without_tokens_has_no_imbalance() -> None:
-    """It counted as even, so that a buffer that was filled in part looked balanced."""
+    """It counted as even, so that a partly filled buffer looked balanced."""
     load = torch.tensor([[[100, 200], [0, 0]], *[[[0, 0], [0, 0]]] * 3])
     result = imbalance(load, Placement.contiguous(2, 2, 2))
     assert result.shape == (4, 2)
@@ -129,7 +131,7 @@ def test_what_is_known_of_layers() -> None:
     assert mean_of_layers((2.0, None, 1.0)) == 1.5
     assert mean_of_layers((None, None)) is mean_of_layers(()) is None
     values = torch.rand(5, 3, dtype=torch.float64)
-    assert torch.equal(mean_of_known(values, dim=0), values.mean(0))  # to the bit, where all is known
+    assert torch.equal(mean_of_known(values, dim=0), values.mean(0))  # to the bit if all are known
     assert torch.equal(mean_of_known(values), values.mean())
 
 
@@ -143,7 +145,7 @@ def test_what_other_projects_report_is_unknown_without_tokens() -> None:
 
 @pytest.mark.parametrize(("num_slots", "num_gpus"), [(6, 3), (8, 2), (9, 3), (12, 4), (512, 8)])
 def test_the_tokens_of_gpus_are_exact_however_few_there_are(num_slots: int, num_gpus: int) -> None:
-    """Shares were integer divisions: a token of an expert with two replicas was on no GPU at all."""
+    """Shares were rounded down: a single token of an expert with two replicas was on no GPU at all."""
     random_, experts = random.Random(num_slots), 6 if num_slots < 100 else 256
     load = [[[random_.choice([0, 1, 1, 2, 3, 5]) for _ in range(experts)] for _ in range(2)] for _ in range(3)]
     tables = [random_table(random_, experts, num_slots) for _ in range(2)]
@@ -189,7 +191,9 @@ def test_cost_is_the_busiest_gpu_added_up_over_the_steps() -> None:
 
 def test_cost_shares_an_experts_tokens_out_by_integer_division() -> None:
     load = torch.tensor([[[5, 4, 2]]])
-    assert layer_cost(load, torch.tensor([[0, 1, 0, 2]]), 2).tolist() == [6]  # 2 + 4; of 5, two replicas have 2 each
+    assert layer_cost(load, torch.tensor([[0, 1, 0, 2]]), 2).tolist() == [
+        6
+    ]  # 2 + 4; of 5 tokens, two replicas get 2 each
 
 
 @pytest.mark.parametrize(("num_slots", "num_gpus"), [(8, 2), (9, 3), (12, 4), (12, 1)])

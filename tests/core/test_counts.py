@@ -1,4 +1,4 @@
-"""The one door for counts: the same numbers are the same load whatever they come in, and what is none is refused.
+"""The single entry for counts: the same numbers are the same load in any container, and anything else is refused.
 
 Shapes: T steps, L layers, E experts.
 """
@@ -77,7 +77,7 @@ def frozen(array: np.ndarray) -> np.ndarray:
 
 
 def held(kind: Any) -> Callable[[Tensor], Any]:
-    """From int64 to the same numbers in another type."""
+    """A function from int64 to the same numbers in another type or container."""
     if isinstance(kind, torch.dtype):
         return lambda load: load.to(kind)
     return {
@@ -105,7 +105,7 @@ HELD += ["not to be written"]
 
 
 def by_window(load: Any) -> Tensor:
-    """Of the first two steps of one layer."""
+    """A window's load of the first two steps of layer 1."""
     window = LoadWindow(1, 4, 4)
     for step in range(2):
         window.add(0, load[step][1], training=True)
@@ -143,7 +143,7 @@ DOORS: dict[str, Callable[[Any, Path], Any]] = {
 @pytest.mark.parametrize("door", DOORS)
 @pytest.mark.parametrize("kind", HELD, ids=str)
 def test_the_same_numbers_are_the_same_load_at_every_door(door: str, kind: Any, tmp_path: Path) -> None:
-    """uint16, as a trace's own file has it, was an error of torch's in `plan`; lists were one in `LoadWindow.add`."""
+    """uint16, as in a trace's own file, raised an error of torch in `plan`, and so did lists in `LoadWindow.add`."""
     load = small_load()
     expected, result = DOORS[door](load, tmp_path / "wanted"), DOORS[door](held(kind)(load), tmp_path / "found")
     assert result.dtype == expected.dtype
@@ -160,9 +160,9 @@ def test_bools_are_counts_of_one_token(door: str, convert: Callable[[Tensor], An
 
 @pytest.mark.parametrize("dtype", ["u2", "u4", "u8"])
 def test_what_a_trace_has_written_is_a_load(dtype: str, tmp_path: Path) -> None:
-    """Symptom: `plan(np.load("trace.npz")["load"], ...)` ended in an error of torch's.
+    """Symptom: `plan(np.load("trace.npz")["load"], ...)` raised an error of torch.
 
-    Cause: a trace holds the smallest unsigned integers, and torch has hardly an operation for those beyond uint8.
+    Cause: a trace holds the smallest unsigned integers, and torch has few operations for those beyond uint8.
     """
     load = small_load() << {"u2": 2, "u4": 15, "u8": 35}[dtype]
     Trace(load, (START,), [0, 0, 0], [3, 4, 5]).save(tmp_path / "trace.npz")
@@ -178,7 +178,9 @@ def test_floats_are_taken_up_to_what_they_count(dtype: torch.dtype) -> None:
     limit = {torch.float16: 2048, torch.bfloat16: 256, torch.float32: 2**24, torch.float64: 2**53}[dtype]
     assert exact_limit(dtype) == limit
     assert as_counts("load", torch.tensor([limit, 0, 1], dtype=dtype), ("expert",)).tolist() == [limit, 0, 1]
-    with pytest.raises(DistplbError, match=rf"load has {limit + 2}.0 for expert 1 \(1 such\); counts must be exact"):
+    with pytest.raises(
+        DistplbError, match=rf"load has {limit + 2}.0 for expert 1 \(1 such value\); counts must be exact"
+    ):
         as_counts("load", torch.tensor([1, limit + 2], dtype=dtype), ("expert",))
 
 
@@ -192,7 +194,7 @@ def test_whole_numbers_of_any_size_come_through(rows: list[list[int]]) -> None:
 @settings(derandomize=True, deadline=None, max_examples=50)
 @given(st.lists(st.floats(width=32) | st.integers(-3, 2**25).map(float), min_size=1, max_size=5))
 def test_a_float_is_a_count_or_refused_and_marked_where_nobody_may_wait(values: list[float]) -> None:
-    """`marked` is what an accelerator runs; it and the check on the host must agree on every number."""
+    """An accelerator runs `marked`, which must agree with the check on the host on every number."""
     tokens = torch.tensor(values)
     is_count = [one == one and 0 <= one <= 2**24 and one == int(one) for one in tokens.tolist()]
     result = marked(tokens)
@@ -204,7 +206,7 @@ def test_a_float_is_a_count_or_refused_and_marked_where_nobody_may_wait(values: 
             as_counts("load", tokens, ("expert",))
 
 
-# --- what is let in as a load -----------------------------------------------------------------------------------
+# --- what is accepted as a load ---------------------------------------------------------------------------------
 
 
 def test_a_load_becomes_int64_with_a_first_dim_of_steps() -> None:
@@ -215,15 +217,15 @@ def test_a_load_becomes_int64_with_a_first_dim_of_steps() -> None:
     assert as_tokens(torch.tensor([[2**48 - 1, 0], [2**48 - 1, 0]])).sum() == 2**49 - 2
 
 
-LAYOUTS = "pass [layers, experts] or [steps, layers, experts], none empty"
+LAYOUTS = "pass [layers, experts] or [steps, layers, experts], with no empty dim"
 WHOLE = (
-    "counts must be whole tokens: multiply frequencies by the tokens they stand for, and of means over steps pass the "
-    "sums (mean × steps)"
+    "counts must be whole tokens: multiply frequencies by the number of tokens, and pass sums over steps instead of "
+    "means (mean × steps)"
 )
-FINITE = "counts must be finite: check the counter that made them"
-NON_NEGATIVE = "counts must be non-negative: check the counter that made them"
-BELOW = "counts must be below 2^63: check the counter that made them"
-NUMBERS = "pass a tensor, an array of NumPy or nested lists, of numbers"
+FINITE = "counts must be finite: check the counter that produced them"
+NON_NEGATIVE = "counts must be non-negative: check the counter that produced them"
+BELOW = "counts must be below 2^63: check the counter that produced them"
+NUMBERS = "pass a tensor, a NumPy array or nested lists of numbers"
 MASKED = np.ma.masked_array([[1, 2]], mask=[[True, False]])
 
 REFUSED: dict[str, tuple[Any, str]] = {
@@ -258,23 +260,24 @@ REFUSED: dict[str, tuple[Any, str]] = {
     ),
     "a number of 70 bits": (
         [[2**70, 1]],
-        "load is an array of objects, a number beyond 2^63 at [0, 0]; pass counts as integers",
+        "load is an array of objects, a number outside the range of int64 at [0, 0]; pass counts as integers",
     ),
     "rows of different lengths": (
         [[1, 2], [3]],
-        "load[0] is a list of 2, load[1] is a list of 1; pass lists of equal length",
+        "load[0] is a list of length 2, load[1] is a list of length 1; pass lists of equal length",
     ),
     "steps of different lengths": (
         [[[1, 2], [3, 4]], [[1, 2], [3]]],
-        "load[1][0] is a list of 2, load[1][1] is a list of 1; pass lists of equal length",
+        "load[1][0] is a list of length 2, load[1][1] is a list of length 1; pass lists of equal length",
     ),
     "a number beside a row": (
         [[1, 2], 3],
-        "load[0] is a list of 2, load[1] is no list; pass lists of equal length",
+        "load[0] is a list of length 2, load[1] is not a list; pass lists of equal length",
     ),
     "tensors of different lengths": (
         [torch.ones(2), torch.ones(3)],
-        "load[0] is (2,) of torch.float32 on cpu, load[1] is (3,) of torch.float32 on cpu; pass parts that are alike",
+        "load[0] is torch.float32 of shape (2,) on cpu, load[1] is torch.float32 of shape (3,) on cpu; "
+        "pass parts of equal dtype, shape and device",
     ),
     "a masked array": (MASKED, "load is masked in 1 of 2 places; pass load.filled(0)"),
     "one number": (5, f"load is 5; {NUMBERS}"),
@@ -282,67 +285,67 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "a dict": ({"moe.0": [1, 2]}, f"load is a dict; {NUMBERS}"),
     "meta": (
         torch.ones(1, 2, device="meta"),
-        "load is on the device meta, which keeps no values; pass the counts themselves",
+        "load is on the meta device, which holds no values; pass real counts",
     ),
     "sparse": (torch.eye(2).to_sparse(), "load has the layout torch.sparse_coo; pass load.to_dense()"),
-    "NaN": ([[1.0, float("nan")]], f"load has nan for expert 1 of layer 0 (1 such); {FINITE}"),
+    "NaN": ([[1.0, float("nan")]], f"load has nan for expert 1 of layer 0 (1 such value); {FINITE}"),
     "infinite": (
         torch.tensor([[[1.0]], [[float("inf")]]]),
-        f"load has inf for expert 0 of layer 0 in step 1 (1 such); {FINITE}",
+        f"load has inf for expert 0 of layer 0 in step 1 (1 such value); {FINITE}",
     ),
     "minus infinite": (
         torch.tensor([[-float("inf")]], dtype=torch.float16),
-        f"load has -inf for expert 0 of layer 0 (1 such); {FINITE}",
+        f"load has -inf for expert 0 of layer 0 (1 such value); {FINITE}",
     ),
-    "negative": ([[4, -1, -2]], f"load has -1 for expert 1 of layer 0 (2 such); {NON_NEGATIVE}"),
-    "a negative float": ([[4.0, -1.0]], f"load has -1.0 for expert 1 of layer 0 (1 such); {NON_NEGATIVE}"),
+    "negative": ([[4, -1, -2]], f"load has -1 for expert 1 of layer 0 (2 such values); {NON_NEGATIVE}"),
+    "a negative float": ([[4.0, -1.0]], f"load has -1.0 for expert 1 of layer 0 (1 such value); {NON_NEGATIVE}"),
     "an overflowed counter": (
         [[4, 2_200_000_000 - 2**32]],
-        "load has -2094967296 for expert 1 of layer 0 (1 such); counts must be non-negative: a 32-bit counter that "
-        "overflowed shows 2200000000 so; count in int64",
+        "load has -2094967296 for expert 1 of layer 0 (1 such value); counts must be non-negative: an overflowed "
+        "32-bit counter shows this for 2200000000; count in int64",
     ),
     "an overflowed counter of 16 bits": (
         np.array([[40_000 - 2**16, 1]], dtype="i2"),
-        "load has -25536 for expert 0 of layer 0 (1 such); counts must be non-negative: a 16-bit counter that "
-        "overflowed shows 40000 so; count in int64",
+        "load has -25536 for expert 0 of layer 0 (1 such value); counts must be non-negative: an overflowed 16-bit "
+        "counter shows this for 40000; count in int64",
     ),
     "unsigned beyond int64": (
         np.array([[1, 2**63 + 5]], dtype="u8"),
-        f"load has 9223372036854775813 for expert 1 of layer 0 (1 such); {BELOW}",
+        f"load has 9223372036854775813 for expert 1 of layer 0 (1 such value); {BELOW}",
     ),
     "unsigned beyond int64, of torch": (
         torch.from_numpy(np.array([[2**64 - 1, 1]], dtype="u8")),
-        f"load has 18446744073709551615 for expert 0 of layer 0 (1 such); {BELOW}",
+        f"load has 18446744073709551615 for expert 0 of layer 0 (1 such value); {BELOW}",
     ),
-    "frequencies": ([[0.7, 0.1, 0.1, 0.1]], f"load has 0.7 for expert 0 of layer 0 (4 such); {WHOLE}"),
-    "means": ([[1.0, 2.5, 3.5]], f"load has 2.5 for expert 1 of layer 0 (2 such); {WHOLE}"),
+    "frequencies": ([[0.7, 0.1, 0.1, 0.1]], f"load has 0.7 for expert 0 of layer 0 (4 such values); {WHOLE}"),
+    "means": ([[1.0, 2.5, 3.5]], f"load has 2.5 for expert 1 of layer 0 (2 such values); {WHOLE}"),
     "bfloat16 beyond 256": (
         torch.tensor([[3.0, 300.0]], dtype=torch.bfloat16),
-        "load has 300.0 for expert 1 of layer 0 (1 such); counts must be exact: torch.bfloat16 has every whole number "
-        "up to 256 only, and a larger one may be rounded; count in int64",
+        "load has 300.0 for expert 1 of layer 0 (1 such value); counts must be exact: torch.bfloat16 represents every "
+        "integer only up to 256, and may round larger ones; count in int64",
     ),
     "float16 beyond 2,048": (
         np.array([[2050.0, 1]], dtype="f2"),
-        "load has 2050.0 for expert 0 of layer 0 (1 such); counts must be exact: torch.float16 has every whole number "
-        "up to 2048 only, and a larger one may be rounded; count in int64",
+        "load has 2050.0 for expert 0 of layer 0 (1 such value); counts must be exact: torch.float16 represents every "
+        "integer only up to 2048, and may round larger ones; count in int64",
     ),
     "float32 beyond 2^24": (
         torch.tensor([[2.0**24 + 2]]),
-        "load has 16777218.0 for expert 0 of layer 0 (1 such); counts must be exact: torch.float32 has every whole "
-        "number up to 16777216 only, and a larger one may be rounded; count in int64",
+        "load has 16777218.0 for expert 0 of layer 0 (1 such value); counts must be exact: torch.float32 represents "
+        "every integer only up to 16777216, and may round larger ones; count in int64",
     ),
     "float64 beyond 2^53": (
         [[1e300, 0.0]],
-        "load has 1e+300 for expert 0 of layer 0 (1 such); counts must be exact: torch.float64 has every whole number "
-        "up to 9007199254740992 only, and a larger one may be rounded; count in int64",
+        "load has 1e+300 for expert 0 of layer 0 (1 such value); counts must be exact: torch.float64 represents every "
+        "integer only up to 9007199254740992, and may round larger ones; count in int64",
     ),
     "too many tokens of a layer": (
         [[2**47, 2**47], [0, 1]],
-        "load has 2.81e+14 tokens in layer 0; 2^48 on each rank is the most that can be added up",
+        "load has 2.81e+14 tokens in layer 0; pass fewer than 2^48 tokens per layer on each rank",
     ),
     "too many tokens of steps": (
         [[[1], [2**47]], [[1], [2**47]]],
-        "load has 2.81e+14 tokens in layer 1; 2^48 on each rank is the most that can be added up",
+        "load has 2.81e+14 tokens in layer 1; pass fewer than 2^48 tokens per layer on each rank",
     ),
 }
 
@@ -355,14 +358,14 @@ def test_what_is_not_a_load_is_refused_by_its_place_and_value(case: str) -> None
     assert str(refused.value) == words
 
 
-@pytest.mark.filterwarnings("ignore")  # of torch, about what these tensors are
+@pytest.mark.filterwarnings("ignore")  # torch warns about these kinds of tensors
 def test_tensors_whose_numbers_cannot_be_read_are_refused() -> None:
     ragged = torch.nested.nested_tensor([torch.ones(1), torch.ones(2)])
     rounded = torch.quantize_per_tensor(torch.ones(1, 2), 0.1, 0, torch.quint8)
     for value, words in (
         (torch.eye(2).to_sparse_csr(), "load has the layout torch.sparse_csr; pass load.to_dense()"),
         (ragged, "load is a nested tensor; pass rows of equal length"),
-        (rounded, "load is quantized (torch.quint8), and so rounded; pass the counts themselves"),
+        (rounded, "load is quantized (torch.quint8), which rounds counts; pass exact counts"),
     ):
         with pytest.raises(DistplbError) as refused:
             as_tokens(value)
@@ -373,7 +376,7 @@ def test_tensors_whose_numbers_cannot_be_read_are_refused() -> None:
 
 
 def doors_of(value: Any) -> Iterator[Callable[[], object]]:
-    """Whatever takes a load `[L, E]` or counts `[E]`."""
+    """Calls of everything that takes a load `[L, E]` or counts `[E]`."""
     yield lambda: plan(value, TOPOLOGY)
     yield lambda: imbalance(value, Placement.contiguous(1, 2, 2))
     yield lambda: lower_bound(value, TOPOLOGY, 2)
@@ -387,7 +390,7 @@ def doors_of(value: Any) -> Iterator[Callable[[], object]]:
 @pytest.mark.parametrize("case", REFUSED)
 def test_no_door_lets_an_error_of_numpy_or_torch_through(case: str) -> None:
     for door in doors_of(REFUSED[case][0]):
-        with suppress(DistplbError):  # some take what others do not: weights may be fractions, a window takes one dim
+        with suppress(DistplbError):  # some accept more: weights may be fractions, and a window takes one dim
             door()
 
 
@@ -403,11 +406,13 @@ def test_weights_may_be_fractions_and_are_refused_alike_otherwise(case: str) -> 
 
 
 def test_fractions_are_weights_where_nobody_adds_up() -> None:
-    """An imbalance was 2.0 here: each half was rounded to an even number."""
+    """The imbalance was 2.0 here, because each half was rounded to an even number."""
     start = Placement.contiguous(1, 4, 2)
     assert imbalance([[0.5, 0.5, 0.5, 1.5]], start).item() == 4 / 3
     assert lower_bound([[0.5, 0.5, 0.5, 1.5]], TOPOLOGY, 4).item() == pytest.approx(4 / 3)
-    with pytest.raises(DistplbError, match=r"load has 0\.5 for expert 0 of layer 0 \(3 such\); counts must be whole"):
+    with pytest.raises(
+        DistplbError, match=r"load has 0\.5 for expert 0 of layer 0 \(3 such values\); counts must be whole"
+    ):
         plan([[0.5, 0.5, 0.5, 2]], TOPOLOGY, time_curve=TimeCurve.linear(1.0))
 
 
@@ -441,7 +446,7 @@ def test_weights_that_have_no_proportion_are_refused() -> None:
 
 
 def test_a_layer_is_named_where_its_name_is_known() -> None:
-    with pytest.raises(DistplbError, match=r"load has -5 for expert 1 of layer 'moe\.1' \(1 such\)"):
+    with pytest.raises(DistplbError, match=r"load has -5 for expert 1 of layer 'moe\.1' \(1 such value\)"):
         as_tokens([[1, 2], [3, -5]], layers=("moe.0", "moe.1"))
     with pytest.raises(DistplbError, match=r"Trace: load has 0\.5 for expert 0 of layer 'moe' in step 1"):
         Trace([[[1.0, 1.0]], [[0.5, 1.0]]], (Placement.contiguous(1, 2, 1),), [0, 0], [0, 1], ("moe",))
@@ -454,7 +459,7 @@ def test_a_layer_is_named_where_its_name_is_known() -> None:
 
 @pytest.fixture
 def alone(tmp_path: Path) -> Iterator[Any]:
-    """A mesh of this process alone."""
+    """A mesh of only this process."""
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
     try:
         yield init_device_mesh("cpu", (1,))
@@ -509,13 +514,13 @@ BAD = {
     [*((case, "eager") for case in BAD), ("NaN", "compiled"), ("a negative integer", "compiled")],
 )
 def test_on_the_host_what_is_no_count_is_refused_when_it_is_added(case: str, how: str) -> None:
-    """NaN became −2^63 and a fraction 0, which nobody noticed before a plan was made of it, or never."""
+    """NaN became −2^63 and a fraction became 0, which went unnoticed until a plan used it, or for good."""
     counts, must_be = BAD[case]
     window = LoadWindow(2, 2, 2)
     torch._dynamo.reset()
     add = window.add if how == "eager" else torch.compile(window.add, backend="eager", fullgraph=True)
     with pytest.raises(
-        DistplbError, match=rf"LoadWindow.add: layer 1 has .* for expert 1 \(1 such\); counts must be {must_be}"
+        DistplbError, match=rf"LoadWindow.add: layer 1 has .* for expert 1 \(1 such value\); counts must be {must_be}"
     ):
         add(1, counts, training=True)
     assert window._written.tolist() == [0, 0]
@@ -523,7 +528,7 @@ def test_on_the_host_what_is_no_count_is_refused_when_it_is_added(case: str, how
 
 @pytest.mark.parametrize("case", BAD)
 def test_where_nobody_waits_the_window_names_layer_step_and_expert(case: str) -> None:
-    """`marked` is what `add` does on an accelerator. −2^63 told nobody where it came from."""
+    """`add` runs `marked` on an accelerator. −2^63 did not show where it came from."""
     window = LoadWindow(2, 2, 4)
     for step in range(3):
         for layer in range(2):
@@ -535,11 +540,11 @@ def test_where_nobody_waits_the_window_names_layer_step_and_expert(case: str) ->
         window.load()
     text = str(refused.value)
     assert text.startswith("LoadWindow: layer 'moe.1' has ")
-    assert "for expert 1 in step 2 (1 such); counts must be " in text
+    assert "for expert 1 in step 2 (1 such value); counts must be " in text
     assert "-9223372036854775" not in text
     if counts.is_floating_point():
         limit = exact_limit(counts.dtype)
-        assert f"a number of {counts.dtype} that is no whole one from 0 to {limit}" in text
+        assert f"a {counts.dtype} value that is not an integer from 0 to {limit}" in text
     else:
         assert f"counts must be {must_be}" in text
     window.clear()
@@ -548,7 +553,7 @@ def test_where_nobody_waits_the_window_names_layer_step_and_expert(case: str) ->
 
 def test_an_overflowed_counter_is_told_from_a_wrong_one() -> None:
     load = torch.tensor([[[5, 3_000_000_000 - 2**32]]])
-    with pytest.raises(DistplbError, match="a 32-bit counter that overflowed shows 3000000000 so; count in int64"):
+    with pytest.raises(DistplbError, match="an overflowed 32-bit counter shows this for 3000000000; count in int64"):
         refuse_marked(load, torch.tensor([7]), ("0",))
 
 
@@ -579,7 +584,7 @@ def test_a_window_takes_one_dim_of_an_entry_for_each_output(counts: Any) -> None
 
 
 def test_counts_without_values_are_refused_in_training() -> None:
-    """The window went to the device meta with them, and everything in it was lost."""
+    """The window moved to the meta device with them, and everything in it was lost."""
     window = LoadWindow(1, 2, 2)
     with pytest.raises(DistplbError, match="counts are on the device meta, which keeps no values"):
         window.add(0, torch.ones(2, device="meta"), training=True)
@@ -598,7 +603,7 @@ def test_on_a_gpu_nothing_is_waited_for_and_the_window_tells(case: str) -> None:
         window.add(0, counts, training=True)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    with pytest.raises(DistplbError, match=r"LoadWindow: layer 0 has .* for expert 1 in step 0 \(1 such\)"):
+    with pytest.raises(DistplbError, match=r"LoadWindow: layer 0 has .* for expert 1 in step 0 \(1 such value\)"):
         window.load()
 
 
@@ -611,7 +616,7 @@ TRACE = Trace(LOAD.expand(4, 2, 4), (START,), [0] * 4, range(4))
 
 
 def whole_numbers(of: Callable[[int], Any]) -> list[Any]:
-    """What comes of every option that takes a whole number, each given as `of` has it."""
+    """The result of every call that takes integers, which `of` converts."""
     groups = plan(LOAD, TOPOLOGY, num_slots=of(4), num_groups=of(2), num_candidates=of(2), seed=of(3))
     window = LoadWindow(of(1), of(2), of(3), seed=of(5), max_bytes=of(100))
     window.add(of(0), torch.tensor([1, 2]), training=True)
@@ -638,7 +643,7 @@ def whole_numbers(of: Callable[[int], Any]) -> list[Any]:
 
 @pytest.mark.parametrize("of", SCALARS)
 def test_whole_numbers_of_numpy_and_torch_are_whole_numbers(of: Callable[[int], Any]) -> None:
-    """`Topology(np.int64(1), 8)` was refused, and other numbers went on into tables as they were."""
+    """`Topology(np.int64(1), 8)` was refused, and other numbers were put into tables unconverted."""
     assert whole_numbers(of) == whole_numbers(int)
 
 
@@ -647,7 +652,7 @@ def test_prices_of_numpy_and_torch_are_prices(price: Any) -> None:
     assert plan(LOAD, TOPOLOGY, current=START, move_price=price) == plan(LOAD, TOPOLOGY, current=START, move_price=0.5)
 
 
-# Arguments of every public function; what they are called with here is right.
+# Valid arguments of every public function.
 CALLS: dict[str, tuple[Callable[..., object], dict[str, Any]]] = {
     "plan": (
         plan,
@@ -754,7 +759,7 @@ CALLS: dict[str, tuple[Callable[..., object], dict[str, Any]]] = {
         },
     ),
 }
-# A text or a fraction is right there.
+# Arguments that may be text or fractions.
 TEXTS = {"path", "folder", "note", "name", "layers"}
 FRACTIONAL = {"move_price", "nanoseconds_per_token", "seconds_per_token", "bandwidth_inside", "bandwidth_between"}
 FRACTIONAL |= {"steps_until_next", "window_steps", "bytes_per_slot", "move_seconds"}
@@ -763,7 +768,7 @@ ARGUMENTS = [(call, name) for call, (_, arguments) in CALLS.items() for name in 
 
 @pytest.mark.parametrize(("call", "argument"), ARGUMENTS)
 def test_an_argument_of_a_wrong_type_is_refused_by_its_name(call: str, argument: str) -> None:
-    """Many were an AttributeError or a TypeError from inside of torch, NumPy or Numba."""
+    """Many raised an AttributeError or a TypeError from inside torch, NumPy or Numba."""
     function, arguments = CALLS[call]
     wrong: list[Any] = [object(), {"a": 1}] if argument not in ("experts", "router", "shards") else [object(), 7]
     wrong += [] if argument in TEXTS else ["nonsense"]

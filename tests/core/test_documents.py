@@ -1,4 +1,4 @@
-"""Files of other people: dumps, tensors, YAML; nothing is run, and memory is taken only for what is allowed.
+"""Untrusted files: dumps, tensors, YAML; no code is run, and memory is allocated only within limits.
 
 Shapes: T steps, L layers, E experts.
 """
@@ -32,7 +32,7 @@ STEPS = [COUNTS, [[1, 1, 1, 1], [0, 9, 0, 0]]]  # [T, L, E]
 
 
 def safetensors(path: Path, tensors: dict[str, tuple[str, Any]]) -> None:
-    """By name: the kind as safetensors names it, and the array of its bytes."""
+    """Write tensors by name, each given by its kind in safetensors and the array of its bytes."""
     header, data = {}, b""
     for name, (kind, values) in tensors.items():
         part = np.ascontiguousarray(values).tobytes()
@@ -113,7 +113,7 @@ def test_what_other_people_write_is_read(name: str, tmp_path: Path) -> None:
 
 
 def rewritten(path: Path, tensor: torch.Tensor, compression: int = zipfile.ZIP_STORED, most: int | None = None) -> None:
-    """What torch.save writes, in another archive; of the tensor's bytes only the first `most`."""
+    """Write the content of torch.save to another archive, with only the first `most` of the tensor's bytes."""
     file = io.BytesIO()
     torch.save(tensor, file)
     with zipfile.ZipFile(file) as whole, zipfile.ZipFile(path, "w", compression) as other:
@@ -134,7 +134,7 @@ def headed(path: Path, header: object, data: bytes = b"", length: int | None = N
 
 
 def large_header(path: Path) -> None:
-    """An array of NumPy's format 2.0, whose header is said to have, and has, 64 MiB of zeros."""
+    """Write an array of NumPy's format 2.0 with a header of 64 MiB of zeros."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("load.npy", b"\x93NUMPY\x02\x00" + (1 << 26).to_bytes(4, "little") + bytes(1 << 26))
 
@@ -142,19 +142,22 @@ def large_header(path: Path) -> None:
 TENSOR = {"dtype": "I64", "shape": [1, 2], "data_offsets": [0, 16]}
 REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "code.pt": (saved({"load": Fraction(1, 2)}), r"holds fractions.Fraction, and unpickling that can run code; pass"),
-    "model.pt": (saved(torch.nn.Linear(2, 2)), "and unpickling that can run code; pass torch.save of tensors"),
+    "model.pt": (saved(torch.nn.Linear(2, 2)), "and unpickling that can run code; pass a torch.save file of tensors"),
     "old.pt": (
         lambda path: torch.save(torch.tensor(COUNTS), path, _use_new_zipfile_serialization=False),
-        "is no archive of torch.save, as torch 1.6 and later write",
+        "is not an archive of torch.save in torch 1.6 or later, and",
     ),
     "packed.pt": (lambda path: rewritten(path, torch.tensor(COUNTS), zipfile.ZIP_DEFLATED), "is compressed, which"),
     "short.pt": (lambda path: rewritten(path, torch.arange(4000)[None], most=8), "torch.save"),
-    "damaged.pt": (damaged, "is damaged at '.*data/0'; write it anew with torch.save"),
-    "wide.pt": (saved(torch.ones(1).long().expand(100_000, 100_000)), r"of shape \[100000, 100000\], more than"),
+    "damaged.pt": (damaged, "is damaged at '.*data/0'; write it again with torch.save"),
+    "wide.pt": (
+        saved(torch.ones(1).long().expand(100_000, 100_000)),
+        r"of shape \[100000, 100000\], which takes more than",
+    ),
     "sparse.pt": (saved(torch.eye(2).to_sparse()), "pass dense integers"),
     "complex.pt": (saved(torch.ones(2, 2).cfloat()), "pass dense integers"),
-    "deep.pt": (saved([[[[[[[[[[torch.ones(1)]]]]]]]]]]), "has lists in lists, more than 8"),
-    "twice.pt": (saved({1: torch.ones(2), "1": torch.ones(2)}), "names something twice"),
+    "deep.pt": (saved([[[[[[[[[[torch.ones(1)]]]]]]]]]]), "has more than 8 levels of nested lists"),
+    "twice.pt": (saved({1: torch.ones(2), "1": torch.ones(2)}), "has two keys that read the same"),
     "ragged.pt": (saved([torch.ones(2), torch.ones(3)]), "has arrays of different shapes"),
     "passes.pt": (saved({"records": [{"rank": 0}]}), "'records' holds single passes and ranks, as SGLang's"),
     "map.pt": (saved({"physical_to_logical_map": torch.tensor([[0, 1]])}), "is a placement, which --current and"),
@@ -167,26 +170,26 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
         saved({"a": torch.ones(2, 4), "b": torch.ones(2, 4)}),
         r"'a' has shape \[2, 4\]; pass a list of counts",
     ),
-    "not.safetensors": (lambda path: path.write_bytes(b"12345"), "has no header of safetensors"),
-    "long.safetensors": (lambda path: headed(path, {}, length=2**62), "has no header of safetensors, or is cut off"),
-    "text.safetensors": (lambda path: headed(path, b"[1, 2"), "has a header that is not safetensors'"),
-    "list.safetensors": (lambda path: headed(path, [1, 2]), "has a header that is not safetensors'"),
-    "deep.safetensors": (lambda path: headed(path, b"[" * 100_000), "has a header that is not safetensors'"),
+    "not.safetensors": (lambda path: path.write_bytes(b"12345"), "has no safetensors header"),
+    "long.safetensors": (lambda path: headed(path, {}, length=2**62), "has no safetensors header or is cut off"),
+    "text.safetensors": (lambda path: headed(path, b"[1, 2"), "has an invalid safetensors header"),
+    "list.safetensors": (lambda path: headed(path, [1, 2]), "has an invalid safetensors header"),
+    "deep.safetensors": (lambda path: headed(path, b"[" * 100_000), "has an invalid safetensors header"),
     "complex.safetensors": (
         lambda path: headed(path, {"load": TENSOR | {"dtype": "C64"}}, bytes(16)),
-        "dtype C64 is no number that counts",
+        "dtype C64 cannot be counts",
     ),
     "negative.safetensors": (
         lambda path: headed(path, {"load": TENSOR | {"shape": [-1, -2]}}, bytes(16)),
-        "shapes and offsets are whole",
+        "shapes and offsets must be non-negative integers",
     ),
     "cut.safetensors": (
         lambda path: headed(path, {"load": TENSOR}, bytes(15)),
-        r"at bytes 0 to 16 of 15: it is damaged",
+        r"at bytes 0 to 16 of 15; it is damaged",
     ),
     "other.safetensors": (
         lambda path: headed(path, {"load": TENSOR | {"shape": [1, 1]}}, bytes(16)),
-        r"shape \[1, 1\] is said to be at",
+        r"the header puts tensor 'load' of shape \[1, 1\] at",
     ),
     "huge.safetensors": (
         lambda path: headed(path, {"load": TENSOR | {"shape": [1 << 30, 1 << 30]}}, bytes(16)),
@@ -196,20 +199,20 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda path: safetensors(path, {"100_3": ("I32", np.ones(2, "i4"))}),
         "as in TensorRT-LLM's statistics of one rank",
     ),
-    "alias.yaml": (lambda path: path.write_text("a: &x [1, 2]\nb: *x\n"), "line 1 is referred to elsewhere"),
-    "octal.yaml": (lambda path: path.write_text("a: [1, 2]\nb: [010, 3]\n"), "line 2 has '010', which is no plain"),
-    "minutes.yaml": (lambda path: path.write_text("[[1:30, 2]]"), "line 1 has '1:30', which is no plain"),
-    "tag.yaml": (lambda path: path.write_text("!!python/object/apply:os.getcwd []"), "is not YAML that can be read"),
-    "twice.yaml": (lambda path: path.write_text("a: [1, 2]\na: [3, 4]\n"), "an object names 'a' twice"),
-    "deep.yaml": (lambda path: path.write_text("[" * 1_000), "is not YAML that can be read .*recursion"),
+    "alias.yaml": (lambda path: path.write_text("a: &x [1, 2]\nb: *x\n"), "line 1 is used again by an alias"),
+    "octal.yaml": (lambda path: path.write_text("a: [1, 2]\nb: [010, 3]\n"), "line 2 has '010', which is not a plain"),
+    "minutes.yaml": (lambda path: path.write_text("[[1:30, 2]]"), "line 1 has '1:30', which is not a plain"),
+    "tag.yaml": (lambda path: path.write_text("!!python/object/apply:os.getcwd []"), "cannot be read as YAML"),
+    "twice.yaml": (lambda path: path.write_text("a: [1, 2]\na: [3, 4]\n"), "an object has the name 'a' twice"),
+    "deep.yaml": (lambda path: path.write_text("[" * 1_000), "cannot be read as YAML .*recursion"),
     "control.yaml": (lambda path: path.write_text("a: \x01"), "unacceptable character #x0001"),
-    "cut.yaml": (lambda path: path.write_text("a: [1,\n"), r"is not YAML that can be read \(line 2: "),
+    "cut.yaml": (lambda path: path.write_text("a: [1,\n"), r"cannot be read as YAML \(line 2: "),
     "one-rank.npz": (lambda path: np.savez(path, load=COUNTS, rank=1), "has 'rank' next to 'load', so it belongs to"),
     "two.npz": (
         lambda path: np.savez(path, load_history=COUNTS, counts=COUNTS),
         "counts, 'load_history', 'counts'; keep",
     ),
-    "large-header.npz": (large_header, "NumPy's format 2.0 is not known for numbers"),
+    "large-header.npz": (large_header, "NumPy's format 2.0 is not used for numbers"),
     "float16.npy": (lambda path: np.save(path, np.array([[4096, 1]], "f2")), "at most 2048 in float16, which rounds"),
     "float32.npy": (lambda path: np.save(path, np.array([[2**25, 1]], "f4")), "at most 16777216 in float32"),
     "one-rank.json": (
@@ -219,9 +222,9 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "objects.json": (lambda path: path.write_text('{"0": {"0": 1}}'), "'0' is an object, as pandas writes it"),
     "unlike.json": (lambda path: path.write_text('[{"0": 1}, {"1": 1}]'), "object 1 has other names than the first"),
     "holes.json": (lambda path: path.write_text('[{"0": 1, "1": null}]'), "object 0: null is not a count"),
-    "zip.csv": (lambda path: path.write_bytes(b"PK\x03\x04"), "is no text but a zip archive, such as an Excel"),
-    "npy.json": (lambda path: np.save(path.open("wb"), COUNTS), "is no text but a NumPy array: name it .npy"),
-    "zeros.csv": (lambda path: path.write_bytes(b"1,2\0"), r"is no text \(byte 3 is 0\)"),
+    "zip.csv": (lambda path: path.write_bytes(b"PK\x03\x04"), "is not text but a zip archive, such as an Excel"),
+    "npy.json": (lambda path: np.save(path.open("wb"), COUNTS), "is not text but a NumPy array: rename it to .npy"),
+    "zeros.csv": (lambda path: path.write_bytes(b"1,2\0"), r"is not text \(byte 3 is 0\)"),
     "utf-16.tsv": (lambda path: path.write_bytes("1\t2".encode("utf-16")), "UTF-16: save it as UTF-8"),
 }
 
@@ -239,7 +242,7 @@ def test_what_is_not_certain_or_not_safe_is_refused_in_one_line(name: str, tmp_p
 
 @pytest.mark.parametrize("name", ["wide.pt", "long.safetensors", "huge.safetensors", "large-header.npz"])
 def test_what_is_too_large_is_refused_before_memory_is_taken(name: str, tmp_path: Path) -> None:
-    """The header of an array was read whole, however long a small archive said that it is."""
+    """An array's header was read whole, whatever length a small archive claimed for it."""
     make, words = REFUSED[name]
     make(tmp_path / name)
     tracemalloc.start()
@@ -266,13 +269,15 @@ def test_every_format_has_a_limit(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", those_of_pyyaml_marked(SUFFIXES))
 def test_ten_gigabytes_are_refused_unread(suffix: str, tmp_path: Path) -> None:
-    """A file of text was refused above a limit, and a placement was read whole, whatever it was."""
+    """A text file above a limit was refused, but a placement of any size was read whole."""
     path = tmp_path / f"a{suffix}"
     with path.open("wb") as file:
         file.truncate(10 << 30)  # sparse: it takes no room
     tracemalloc.start()
     for read in (read_loads, Placement.load):
-        with pytest.raises(DistplbError, match=f"a{suffix} .*(has 10737418240 bytes|cannot be read|has no header)"):
+        with pytest.raises(
+            DistplbError, match=f"a{suffix} .*(has 10737418240 bytes|cannot be read|has no safetensors header)"
+        ):
             read(path)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
@@ -304,7 +309,7 @@ def test_damaged_files_are_errors_of_ours_or_still_counts(
     try:
         result = read_loads(tmp_path / name).load.tolist()
     except DistplbError as refused:
-        result = str(refused).splitlines()[1:]  # none
+        result = str(refused).splitlines()[1:]  # empty
     assert result in ([], expected) or name in ("named.safetensors", "named.yaml")  # which have no checksum
 
 
@@ -347,7 +352,7 @@ CONTENTS = (
     suffix=st.sampled_from(SUFFIXES),
     content=CONTENTS,
 )
-@example(".csv", b'\t""0')  # csv names the separator as it is
+@example(".csv", b'\t""0')  # csv names the separator unescaped
 def test_whatever_a_file_holds_no_other_error_comes_out(tmp_path: Path, suffix: str, content: bytes) -> None:
     path = tmp_path / f"a{suffix}"
     path.write_bytes(content)

@@ -1,4 +1,4 @@
-"""Where machine code is kept, and for which sources."""
+"""Where machine code is kept, and which changes of sources it depends on."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_machine_code_is_not_kept_where_others_can_write(tmp_path: Path, monkeyp
 
 
 def test_a_change_of_any_of_the_modules_makes_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Numba looks at a function's own file only, and would go on with machine code of steps that have changed."""
+    """Numba checks only a function's own file, and would keep using machine code of steps that have changed."""
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "code"))
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     for name in ("cpu_these_kernels", "cpu_these_steps", "other"):

@@ -1,4 +1,4 @@
-"""`Placement`: what it checks, derives, and survives on disk.
+"""`Placement`: its checks, what it derives, and its files.
 
 Shapes: L layers, E experts, P slots, M GPUs, R replicas.
 """
@@ -123,7 +123,7 @@ def test_placements_that_differ_anywhere_are_unequal_and_have_other_digests(perm
 
 
 def test_digests_fit_62_bits_and_are_what_they_were_when_pinned(replicated: Placement) -> None:
-    """Checkpoints and events carry the digest from machine to machine and release to release."""
+    """Checkpoints and events carry the digest across machines and releases."""
     assert Placement.contiguous(2, 4, 2).digest() == 2095924722463093457
     assert replicated.digest() == 3096344521394965420
     digests = [Placement(torch.randperm(64)[None], 64, 8).digest() for _ in range(200)]
@@ -145,9 +145,9 @@ def test_a_placement_is_frozen(permuted: Placement) -> None:
         ([0, 1], 2, 1, r"expert_of_slot is torch.int64 of shape \(2,\); pass integers of shape \[layers, slots\]"),
         ([[0.0, 1.0]], 2, 1, r"expert_of_slot is torch.float32 of shape \(1, 2\); pass integers"),
         ([[True, False]], 2, 1, "expert_of_slot is torch.bool"),
-        ([[0, 1, 2]], 3, 2, "3 slots for 3 experts on 2 GPUs; the slots must be a multiple of the GPUs and at least"),
-        ([[0, 1, 2]], 3, 0, "3 slots for 3 experts on 0 GPUs; the slots must be a multiple"),
-        ([[0, 1]], 4, 2, "2 slots for 4 experts on 2 GPUs; the slots must be a multiple of the GPUs and at least as m"),
+        ([[0, 1, 2]], 3, 2, "num_slots=3, num_experts=3, num_gpus=2; num_slots must be a multiple of num_gpus, and at"),
+        ([[0, 1, 2]], 3, 0, "num_slots=3, num_experts=3, num_gpus=0; num_slots must be a multiple"),
+        ([[0, 1]], 4, 2, "num_slots=2, num_experts=4, num_gpus=2; .* multiple of num_gpus, and at least num_experts"),
         ([[0, 1], [1, 2]], 2, 2, "slot 1 of layer 1 holds expert 2; experts are numbered 0 to 1"),
         ([[0, -1]], 2, 2, "slot 1 of layer 0 holds expert -1; experts are numbered 0 to 1"),
         ([[0, 1, 2], [2, 0, 2]], 3, 3, "expert 1 has no slot in layer 1; every expert needs at least one"),
@@ -202,7 +202,7 @@ def test_a_layer_that_is_not_there_is_named_with_those_that_are(tmp_path: Path, 
 
 @pytest.mark.parametrize("names", [["a", "b"], ["a", "b", "a"], []])
 def test_layers_need_a_name_of_their_own_each(tmp_path: Path, permuted: Placement, names: list[str]) -> None:
-    wording = f"{len(set(names))} different layer names for 3 layers; pass one of its own for each"
+    wording = f"layer_names has {len(set(names))} unique names for 3 layers; pass one unique name for each layer"
     with pytest.raises(DistplbError, match=wording):
         permuted.save(tmp_path / "placement.json", names)
     assert not list(tmp_path.iterdir())
@@ -236,7 +236,7 @@ def test_another_version_is_refused_by_its_number(tmp_path: Path, permuted: Plac
     ids=range(10),
 )
 def test_a_file_that_is_no_placement_is_refused(tmp_path: Path, text: str) -> None:
-    """A table that was a list, or held words, came up as a bare TypeError or ValueError without the file's name."""
+    """A table that was a list or held words raised a bare TypeError or ValueError without the file's name."""
     path = tmp_path / "other.json"
     path.write_text(text)
     with pytest.raises(DistplbError, match=r"other.json is not a placement file \(.*\); pass one written by Placement"):
@@ -248,7 +248,7 @@ def test_a_file_without_layers_or_with_unequal_ones_is_refused(tmp_path: Path, t
     path = tmp_path / "odd.json"
     path.write_text(json.dumps({"version": 1, "num_experts": 2, "num_gpus": 1, "expert_of_slot": tables}))
     with pytest.raises(
-        DistplbError, match=r"odd.json is not a placement file \((it has no layers|layer '1' has 3 slots)"
+        DistplbError, match=r"odd.json is not a placement file \((it has no layers|layer '1' has length 3)"
     ):
         Placement.load(path)
 
@@ -284,38 +284,38 @@ def changed(**fields: object) -> str:
     return json.dumps(document | fields)
 
 
-# By file: what the error says beside its name.
+# The message for each file's content, after the file's name.
 WRONG = {
-    changed(num_experts=2.9): r"\(num_experts is 2.9; it must be a whole number",
-    changed(num_experts="2"): r"\(num_experts is '2'; it must be a whole number",
-    changed(num_gpus=True): r"\(num_gpus is True; it must be a whole number",
-    changed(num_gpus=0): r"\(num_gpus is 0; it must be a whole number, at least 1",
+    changed(num_experts=2.9): r"\(num_experts is 2.9; it must be an integer",
+    changed(num_experts="2"): r"\(num_experts is '2'; it must be an integer",
+    changed(num_gpus=True): r"\(num_gpus is True; it must be an integer",
+    changed(num_gpus=0): r"\(num_gpus is 0; it must be an integer from 1 to 2147483647",
     changed(format="somebody.else"): r"has format 'somebody.else'; this distplb reads 'distplb.placement'",
     changed(version=True): "has version True; this distplb reads version 1",
     changed(version="1"): "has version 1; this distplb reads version 1",
-    changed(expert_of_slot={"a": [0, 1], "b": [0]}): r"\(layer 'b' has 1 slots where the first has 2\)",
-    changed(expert_of_slot={"a": [0, True]}): r"\(layer 'a': slot 1 holds True; it must be the number of an expert",
-    changed(expert_of_slot={"a": [0, 1.0]}): r"\(layer 'a': slot 1 holds 1.0; it must be the number of an expert",
-    changed(expert_of_slot={"a": [0, "1"]}): r"\(layer 'a': slot 1 holds '1'; it must be the number of an expert",
+    changed(expert_of_slot={"a": [0, 1], "b": [0]}): r"\(layer 'b' has length 1 where the first layer has 2\)",
+    changed(expert_of_slot={"a": [0, True]}): r"\(layer 'a': slot 1 holds True; it must be an expert id",
+    changed(expert_of_slot={"a": [0, 1.0]}): r"\(layer 'a': slot 1 holds 1.0; it must be an expert id",
+    changed(expert_of_slot={"a": [0, "1"]}): r"\(layer 'a': slot 1 holds '1'; it must be an expert id",
     changed(expert_of_slot={"a": "01"}): r"\(layer 'a' is '01' where a list is expected\)",
     changed(expert_of_slot={"a": [0, 2]}): "slot 1 of layer 0 holds expert 2; experts are numbered 0 to 1",
-    changed().replace('"a": ', '"a": [1, 0], "a": '): r"\(it is not JSON .*an object names 'a' twice",
+    changed().replace('"a": ', '"a": [1, 0], "a": '): r"\(it cannot be read as JSON .*an object has the name 'a' twice",
     changed().replace(
         '"num_gpus"', '"num_gpus": 2, "num_gpus"'
-    ): r"\(it is not JSON .*an object names 'num_gpus' twice",
-    "[[0, 1]]": r"\(it has no names, and a bare table may also map from logical to physical; pass an object",
-    '{"a": [0, 1]}': r"\(it has 'a', and none of physical_to_logical_map, ",
-    '{"phy2log": [[0]], "layer_list": []}': r"\(it has 'phy2log', 'layer_list', and more than one of",
-    "\0" * 9000: r"\(it is no text \(byte 0 is 0\); pass text",
+    ): r"\(it cannot be read as JSON .*an object has the name 'num_gpus' twice",
+    "[[0, 1]]": r"\(it has no names, and a bare table may also map logical experts to slots; pass an object",
+    '{"a": [0, 1]}': r"\(it has 'a' where exactly one of physical_to_logical_map, ",
+    '{"phy2log": [[0]], "layer_list": []}': r"\(it has 'phy2log', 'layer_list' where exactly one of",
+    "\0" * 9000: r"\(it is not text \(byte 0 is 0\); pass text",
     "\xff" * 9000: r"\(it is not UTF-8 text \(byte 0\)",
 }
 
 
 @pytest.mark.parametrize("text", WRONG, ids=range(len(WRONG)))
 def test_what_is_no_placement_is_refused_with_the_place(tmp_path: Path, text: str) -> None:
-    """num_experts 2.9 and "2" were 2, true was 1, the second of two layers of one name won, and any format was ours.
+    """num_experts 2.9 and "2" were read as 2, true as 1, the second of two layers of one name, and any format.
 
-    Of a file that is no text, the error had all of the content.
+    The error for a file that is not text contained all of it.
     """
     (tmp_path / "p.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(DistplbError, match=WRONG[text]) as refused:
@@ -329,15 +329,15 @@ def test_layers_experts_and_gpus_that_are_asked_for_must_be_the_files(tmp_path: 
     path = tmp_path / "p.json"
     permuted.save(path, NAMES)
     assert Placement.load(path, NAMES, num_experts=6, num_gpus=permuted.num_gpus) == permuted
-    with pytest.raises(DistplbError, match=r"p.json is of 6 experts, and 8 are asked for"):
+    with pytest.raises(DistplbError, match=r"p.json has num_experts=6 where 8 is expected"):
         Placement.load(path, num_experts=8)
-    with pytest.raises(DistplbError, match=rf"p.json is of {permuted.num_gpus} GPUs, and 7 are asked for"):
+    with pytest.raises(DistplbError, match=rf"p.json has num_gpus={permuted.num_gpus} where 7 is expected"):
         Placement.load(path, num_gpus=7)
-    with pytest.raises(DistplbError, match=r"layer 'blocks.2.moe' is asked for twice"):
+    with pytest.raises(DistplbError, match=r"layer 'blocks.2.moe' is requested twice"):
         Placement.load(path, [NAMES[1], NAMES[1]])
-    with pytest.raises(DistplbError, match=r"no layer is asked for; name one of blocks.0.moe"):
+    with pytest.raises(DistplbError, match=r"no layer is requested; pass at least one of blocks.0.moe"):
         Placement.load(path, [])
-    with pytest.raises(DistplbError, match="1 different layer names for 3 layers"):
+    with pytest.raises(DistplbError, match="layer_names has 1 unique name for 3 layers"):
         permuted.save(path, [1, "1", "1"])  # type: ignore[list-item]
 
 
@@ -355,7 +355,7 @@ DEVICES = [[[0, 1], [2, 3], [0, 1]], [[0, 2], [0, 1], [0, 3]]]
 
 
 def expert_map(**fields: object) -> dict[str, Any]:
-    """As vllm-ascend reads it."""
+    """A map as vllm-ascend reads it."""
     layers = [
         {
             "layer_id": layer,
@@ -368,7 +368,7 @@ def expert_map(**fields: object) -> dict[str, Any]:
 
 
 def assignments(**fields: object) -> str:
-    """As TensorRT-LLM's generate_eplb_config.py writes it."""
+    """A map as TensorRT-LLM's generate_eplb_config.py writes it."""
     document = {"initial_global_assignments": dict(zip((3, 4), TABLE, strict=True)), "num_slots": 6} | fields
     return "".join(
         f"{name}:\n" + "".join(f"  {key}: {row}\n" for key, row in value.items())
@@ -399,31 +399,31 @@ def test_maps_of_other_projects_become_placements(tmp_path: Path, name: str) -> 
     assert Placement.load(tmp_path / name, num_experts=4, num_gpus=3) == expected
     backwards = ["layers.4.mlp", "layers.3.mlp"] if "trt" in name else ["1", "0"]
     assert Placement.load(tmp_path / name, backwards, num_gpus=3) == Placement(torch.tensor(TABLE[::-1]), 4, 3)
-    with pytest.raises(DistplbError, match=rf"{name} (also has layer '?|has 2 layers without names, and 1 are)"):
+    with pytest.raises(DistplbError, match=rf"{name} (also has layer '?|has 2 unnamed layers, but 1 is requested)"):
         Placement.load(tmp_path / name, backwards[:1] if "trt" in name else ["moe"], num_gpus=3)
     with pytest.raises(DistplbError, match=rf"{name}: expert 4 has no slot in layer 0"):
         Placement.load(tmp_path / name, num_experts=5, num_gpus=3)
     if name != "ascend.json":
-        with pytest.raises(DistplbError, match=rf"{name} does not tell its number of GPUs; pass num_gpus"):
+        with pytest.raises(DistplbError, match=rf"{name} does not contain the number of GPUs; pass num_gpus"):
             Placement.load(tmp_path / name)
 
 
 MAPS_REFUSED = {
     "physical_to_logical_map, layer 1 is 3 where a list is expected": {"physical_to_logical_map": [[0], 3]},
-    "layer '1' has 1 slots where the first has 2": {"physical_to_logical_map": [[0, 1], [0]]},
-    "layer 3 has 2 slots, and num_slots is 4": {"initial_global_assignments": {"3": [0, 1]}, "num_slots": 4},
-    "moe_layer_count is 3, and layer_list has 2 layers": expert_map(moe_layer_count=3),
-    "device_count of entry 0 of layer_list is 2, and it has 1 devices": {
+    "layer '1' has length 1 where the first layer has 2": {"physical_to_logical_map": [[0, 1], [0]]},
+    "layer 3 has length 2, but num_slots is 4": {"initial_global_assignments": {"3": [0, 1]}, "num_slots": 4},
+    "moe_layer_count is 3, but layer_list has length 2": expert_map(moe_layer_count=3),
+    "device_count of entry 0 of layer_list is 2, but its device_list has length 1": {
         "layer_list": [{"device_count": 2, "device_list": [{"device_expert": [0]}]}]
     },
-    "layer_id 0 comes twice": {"layer_list": [{"layer_id": 0, "device_list": [{"device_expert": [0]}]}] * 2},
-    r"device_id of entry 0 of layer_list are \[1\]; they must count from 0": {
+    "layer_id 0 occurs twice": {"layer_list": [{"layer_id": 0, "device_list": [{"device_expert": [0]}]}] * 2},
+    r"the device_ids of entry 0 of layer_list are \[1\]; they must count up from 0": {
         "layer_list": [{"device_list": [{"device_id": 1, "device_expert": [0]}]}]
     },
     "the devices of entry 0 of layer_list have different numbers": {
         "layer_list": [{"device_list": [{"device_expert": [0]}, {"device_expert": [0, 1]}]}]
     },
-    "its layers are on 1 and on 2 devices": {
+    "its layers are on 1 and 2 devices; pass the same number": {
         "layer_list": [{"device_list": [{"device_expert": [0]}] * number} for number in (1, 2)]
     },
 }

@@ -1,4 +1,4 @@
-"""Rows in threads: errors and interrupts come through."""
+"""Rows in threads: each is processed once, and errors and interrupts are raised."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_an_error_in_a_thread_is_raised(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_an_interrupted_call_does_not_wait_for_parts_that_no_thread_has_begun(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C took a minute to come through: the other threads went on to take all that was left."""
+    """Ctrl-C took a minute to take effect, because the other threads continued with all parts that were left."""
     monkeypatch.setattr(threads, "_num_threads", lambda: 2)
     begun, interrupted = [], threading.Event()
 
@@ -58,7 +58,7 @@ def test_an_interrupted_call_does_not_wait_for_parts_that_no_thread_has_begun(mo
             interrupted.set()
             raise KeyboardInterrupt
         assert interrupted.wait(60)
-        time.sleep(0.2)  # for the main thread to get as far as giving up
+        time.sleep(0.2)  # gives the main thread time to drop the remaining parts
 
     with pytest.raises(KeyboardInterrupt):
         in_threads(rows, 64, 1 << 20)

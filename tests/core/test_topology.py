@@ -1,4 +1,4 @@
-"""`Topology`: what it derives and what it refuses. Shapes: M GPUs, P slots, G slots on each GPU."""
+"""`Topology`: what it derives and refuses. Shapes: M GPUs, P slots, G slots on each GPU."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_slots_that_cannot_be_spread_evenly_are_refused(num_slots: int) -> None:
 @pytest.mark.parametrize("name", ["num_nodes", "gpus_per_node"])
 def test_what_is_not_a_positive_whole_number_is_refused_by_its_name(name: str, value: object) -> None:
     numbers = {"num_nodes": 2, "gpus_per_node": 2} | {name: value}
-    with pytest.raises(DistplbError, match=f"Topology: {name} is {value!r}; pass a whole number of at least 1"):
+    with pytest.raises(DistplbError, match=f"Topology: {name} is {value!r}; pass an integer of at least 1"):
         Topology(**numbers)  # type: ignore[arg-type]
 
 
@@ -47,7 +47,7 @@ def test_a_topology_is_a_frozen_value() -> None:
         topology.num_nodes = 3  # type: ignore[misc]
 
 
-# --- what launchers tell -------------------------------------------------------------------------------------------
+# --- what launchers report -----------------------------------------------------------------------------------------
 
 TORCHRUN = {"LOCAL_WORLD_SIZE": "8", "WORLD_SIZE": "32", "RANK": "13", "LOCAL_RANK": "5", "GROUP_WORLD_SIZE": "4"}
 SLURM = {
@@ -69,7 +69,7 @@ OPEN_MPI = {
 
 @pytest.fixture
 def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """Without anything that a launcher of the tests themselves may have set."""
+    """Remove the variables that a launcher of the tests themselves may have set."""
     for name in list(os.environ):
         if name.startswith(("SLURM_", "PMI_", "MPI_", "OMPI_")) or name in TORCHRUN:
             monkeypatch.delenv(name)
@@ -86,7 +86,7 @@ def set_all(environment: pytest.MonkeyPatch, *variables: dict[str, str]) -> None
     [
         ([TORCHRUN], 4, 8),
         ([SLURM], 4, 8),
-        ([SLURM, STEP], 2, 4),  # the step that this process is of, not the whole allocation
+        ([SLURM, STEP], 2, 4),  # the step that this process belongs to, not the whole allocation
         ([SLURM, {"SLURM_TASKS_PER_NODE": "8(x3),8"}], 4, 8),
         ([HYDRA], 3, 2),
         ([OPEN_MPI], 1, 4),
@@ -104,9 +104,11 @@ def test_an_ep_group_is_found_on_the_nodes_of_its_ranks(environment: pytest.Monk
     set_all(environment, TORCHRUN)
     assert Topology.from_env(range(8, 16)) == Topology(1, 8)
     assert Topology.from_env(range(1, 32, 4)) == Topology(4, 2)
-    with pytest.raises(DistplbError, match=r"ranks \[32, -1\] of the EP group are none of the job's 32; pass global"):
+    with pytest.raises(
+        DistplbError, match=r"the EP group has ranks \[32, -1\], but the job has ranks 0 to 31; pass global"
+    ):
         Topology.from_env([31, 32, -1])
-    with pytest.raises(DistplbError, match="not evenly node by node"):
+    with pytest.raises(DistplbError, match="not evenly and node by node"):
         Topology.from_env([0, 1, 8])
 
 
@@ -115,18 +117,21 @@ def test_an_ep_group_is_found_on_the_nodes_of_its_ranks(environment: pytest.Monk
     [
         (
             [],
-            "no launcher has set LOCAL_WORLD_SIZE, SLURM_STEP_TASKS_PER_NODE, SLURM_TASKS_PER_NODE, MPI_LOCALNRANKS, ",
+            "no launcher has set any of LOCAL_WORLD_SIZE, SLURM_STEP_TASKS_PER_NODE, SLURM_TASKS_PER_NODE, MPI_LOCALN",
         ),
-        ([{"WORLD_SIZE": "4", "RANK": "0"}], "no launcher has set LOCAL_WORLD_SIZE"),
-        ([SLURM, {"SLURM_TASKS_PER_NODE": "8(x3),4"}], "the nodes have different numbers of ranks, or ranks do not"),
+        ([{"WORLD_SIZE": "4", "RANK": "0"}], "no launcher has set any of LOCAL_WORLD_SIZE"),
+        ([SLURM, {"SLURM_TASKS_PER_NODE": "8(x3),4"}], "the nodes have different numbers of ranks, or ranks are not"),
         ([SLURM, {"SLURM_NTASKS": "28"}], "'SLURM_NTASKS': '28'.* the nodes have different numbers of ranks"),
         ([SLURM, {"SLURM_TASKS_PER_NODE": "8(y4)"}], r"'8\(y4\)'.* cannot be read; pass Topology\(num_nodes"),
         ([HYDRA, {"MPI_LOCALNRANKS": "0"}], "cannot be read; pass Topology"),
         ([{"LOCAL_WORLD_SIZE": "8"}], "'WORLD_SIZE': None.* cannot be read; pass Topology"),
-        # 2 + 4 ranks, as those on the first node are told.
-        ([TORCHRUN, {"LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "6", "GROUP_WORLD_SIZE": "2"}], "start as many on each"),
-        # Dealt in turns: the second rank is the first of the second node.
-        ([SLURM, {"SLURM_PROCID": "1", "SLURM_LOCALID": "0"}], "do not follow each other node by node"),
+        # 2 + 4 ranks, as the first node's ranks see it.
+        (
+            [TORCHRUN, {"LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "6", "GROUP_WORLD_SIZE": "2"}],
+            "start the same number on each",
+        ),
+        # Dealt cyclically: the second rank is the first of the second node.
+        ([SLURM, {"SLURM_PROCID": "1", "SLURM_LOCALID": "0"}], "are not numbered node by node"),
     ],
 )
 def test_what_is_uneven_or_unknown_is_refused_with_what_was_found(
@@ -138,7 +143,7 @@ def test_what_is_uneven_or_unknown_is_refused_with_what_was_found(
 
 
 class Mesh:
-    """What `from_mesh` asks for."""
+    """The part of a device mesh that `from_mesh` needs."""
 
     def __init__(self, *ranks: Any) -> None:
         self.mesh = torch.tensor(ranks)
@@ -153,12 +158,12 @@ def test_a_mesh_is_of_one_axis_and_its_nodes_come_from_the_launcher_if_not_given
         Topology.from_mesh(Mesh(3, 7, 11, 15))
     set_all(environment, TORCHRUN)
     assert Topology.from_mesh(Mesh(3, 7, 11, 15)) == Topology(2, 2)
-    with pytest.raises(DistplbError, match=r"the mesh has 2 axes; pass that of the EP group, as in mesh\['ep'\]"):
+    with pytest.raises(DistplbError, match=r"the mesh has 2 axes; pass the axis of the EP group, as in mesh\['ep'\]"):
         Topology.from_mesh(Mesh([0, 1], [2, 3]), gpus_per_node=2)
 
 
 def of_axes() -> list[list[int]]:
-    """Of each axis of a real mesh: one strided, one not; two GPUs on a node."""
+    """The topology of each axis of a real mesh, one strided and one not, with two GPUs on a node."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("strided", "together"))
     result = [Topology.from_mesh(mesh[axis], gpus_per_node=2) for axis in ("strided", "together")]
     return [[topology.num_nodes, topology.gpus_per_node] for topology in result]

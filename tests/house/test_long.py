@@ -43,7 +43,7 @@ def test_long_tests_run_where_they_are_asked_for(
     )
     assert run.returncode == 0, run.stdout + run.stderr
     assert f"{passed} passed" in run.stdout
-    message = f"{left_out} long tests were left out; launch/test.sh --long runs them, too"
+    message = f"{left_out} long tests were left out; launch/test.sh --long runs all"
     assert (message in run.stdout) == (left_out > 0)
 
 

@@ -174,19 +174,19 @@ def test_large_counts_are_placed_as_small_ones() -> None:
     [
         (
             torch.tensor([[1.0, float("nan"), 1, 1]]),
-            "weight has nan for expert 1 of layer 0 (1 such); counts must be finite",
+            "weight has nan for expert 1 of layer 0 (1 such value); counts must be finite",
         ),
         (
             torch.tensor([[1.0, 1, float("inf"), 1]]),
-            "weight has inf for expert 2 of layer 0 (1 such); counts must be finite",
+            "weight has inf for expert 2 of layer 0 (1 such value); counts must be finite",
         ),
         (
             torch.tensor([[1.0, 1, 1, -2]]),
-            "weight has -2.0 for expert 3 of layer 0 (1 such); counts must be non-negative",
+            "weight has -2.0 for expert 3 of layer 0 (1 such value); counts must be non-negative",
         ),
-        (torch.ones(4), "weight has shape (4,); pass numbers of shape [layers, experts], none empty"),
+        (torch.ones(4), "weight has shape (4,); pass numbers of shape [layers, experts], with no empty dim"),
         (torch.ones(1, 1, 4), "weight has shape (1, 1, 4); pass numbers of shape [layers, experts]"),
-        (torch.ones(0, 4), "weight has shape (0, 4); pass numbers of shape [layers, experts], none empty"),
+        (torch.ones(0, 4), "weight has shape (0, 4); pass numbers of shape [layers, experts], with no empty dim"),
         (torch.full((1, 4), 2**61), "weight has a row whose total is 9.22e+18, too large to add up; divide"),
     ],
 )

@@ -206,27 +206,30 @@ def test_what_does_not_go_together_is_refused_with_the_value_and_a_remedy(case: 
     [
         (
             torch.tensor([[1.0, float("nan")]]),
-            "load has nan for expert 1 of layer 0 (1 such); counts must be finite: check",
+            "load has nan for expert 1 of layer 0 (1 such value); counts must be finite: check",
         ),
         (
             torch.tensor([[float("inf"), 1.0]]),
-            "load has inf for expert 0 of layer 0 (1 such); counts must be finite: check",
+            "load has inf for expert 0 of layer 0 (1 such value); counts must be finite: check",
         ),
         (
             torch.tensor([[-float("inf"), 1.0]]),
-            "load has -inf for expert 0 of layer 0 (1 such); counts must be finite: check",
+            "load has -inf for expert 0 of layer 0 (1 such value); counts must be finite: check",
         ),
         (
             torch.tensor([[[4, 1]], [[4, -1]]]),
-            "load has -1 for expert 1 of layer 0 in step 1 (1 such); counts must be non-negative: check",
+            "load has -1 for expert 1 of layer 0 in step 1 (1 such value); counts must be non-negative: check",
         ),
         (torch.ones(1, 2, dtype=torch.complex64), "load has dtype torch.complex64; pass counts as integers"),
-        (torch.ones(2), "load has shape (2,); pass [layers, experts] or [steps, layers, experts], none empty"),
+        (torch.ones(2), "load has shape (2,); pass [layers, experts] or [steps, layers, experts], with no empty dim"),
         (torch.ones(1, 1, 1, 2), "load has shape (1, 1, 1, 2); pass [layers, experts] or [steps, layers, experts]"),
-        (torch.ones(1, 0), "load has shape (1, 0); pass [layers, experts] or [steps, layers, experts], none empty"),
+        (
+            torch.ones(1, 0),
+            "load has shape (1, 0); pass [layers, experts] or [steps, layers, experts], with no empty dim",
+        ),
         (
             torch.ones(0, 1, 2),
-            "load has shape (0, 1, 2); pass [layers, experts] or [steps, layers, experts], none empty",
+            "load has shape (0, 1, 2); pass [layers, experts] or [steps, layers, experts], with no empty dim",
         ),
     ],
 )

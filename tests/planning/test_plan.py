@@ -178,11 +178,11 @@ ODD: dict[str, tuple[dict[str, Any], str]] = {
     "layers": ({"load": skewed_load()[:, :4]}, "ranks disagree on the load's layers: 4 on one, 5 on another"),
     "NaN": (
         {"load": skewed_load().double().masked_fill(WRONG_ENTRY, float("nan"))},
-        "rank 2: load has nan for expert 3 of layer 2 in step 1 (1 such); counts must be finite: check the counter",
+        "rank 2: load has nan for expert 3 of layer 2 in step 1 (1 such value); counts must be finite: check the",
     ),
     "negative": (
         {"load": skewed_load().masked_fill(WRONG_ENTRY, -5)},
-        "rank 2: load has -5 for expert 3 of layer 2 in step 1 (1 such); counts must be non-negative: check the",
+        "rank 2: load has -5 for expert 3 of layer 2 in step 1 (1 such value); counts must be non-negative: check the",
     ),
     "type": ({"load": "no tensor"}, "rank 2: "),
     "replicas in mode permute": (

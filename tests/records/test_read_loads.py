@@ -158,10 +158,10 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "texts.npy": (lambda path: npy(path, [["a", "b"]]), "has dtype <U1"),
     "pickle.npy": (
         pickled,
-        "holds Python objects as a pickle, which is refused, because reading a pickle can run code",
+        "holds Python objects as a pickle, which is refused because reading a pickle can run code",
     ),
     "bare-pickle.npy": (lambda path: path.write_bytes(pickle.dumps(RunsCode())), "is a pickle, which is refused"),
-    "claims.npy": (lambda path: claims(path, (1 << 40, 58, 256)), "it is damaged or cut off; write it anew"),
+    "claims.npy": (lambda path: claims(path, (1 << 40, 58, 256)), "it is damaged or cut off: write it again"),
     "below-zero.npy": (lambda path: claims(path, (-1, -8)), "it is damaged or cut off"),
     "cut.npy": (lambda path: cut(path, lambda path: npy(path, STEPS), 0.9), "it is damaged or cut off"),
     "cut-header.npy": (lambda path: cut(path, lambda path: npy(path, STEPS), 0.1), "cannot be read"),
@@ -203,8 +203,8 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "latin-1.csv": (lambda path: path.write_bytes(b"caf\xe9,1,2\n"), r"is not UTF-8 text \(byte 3\)"),
     "quote.csv": (lambda path: text(path, '1,"2\n3,4'), "line 2: unexpected end of data; pass counts separated by"),
     # --- JSON
-    "cut.json": (lambda path: text(path, "[[1, 2], [3"), "is not JSON that can be read"),
-    "deep.json": (lambda path: text(path, "[" * 100_000), "is not JSON that can be read .*recursion"),
+    "cut.json": (lambda path: text(path, "[[1, 2], [3"), "cannot be read as JSON"),
+    "deep.json": (lambda path: text(path, "[" * 100_000), "cannot be read as JSON .*recursion"),
     "flat.json": (lambda path: text(path, "[1, 2]"), r"shape \(2,\); pass counts as \[layers, experts\] or"),
     "number.json": (lambda path: text(path, "7"), r"has dtype int64 and shape \(\)"),
     "empty-list.json": (lambda path: text(path, "[[]]"), r"has lists of shape \[1, 0\]; .*none empty"),
@@ -216,7 +216,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "nan.json": (lambda path: text(path, "[[1, NaN]]"), "counts must be finite"),
     "large.json": (lambda path: text(path, f"[[1, {10**30}]]"), r"has 10+ at \[0, 1\] .*must be below 2\^63"),
     "low.json": (lambda path: text(path, f"[[1, {-(10**30)}]]"), r"has -10+ at \[0, 1\] .*must be non-negative"),
-    "twice.json": (lambda path: text(path, '{"a": [1], "a": [2]}'), "an object names 'a' twice"),
+    "twice.json": (lambda path: text(path, '{"a": [1], "a": [2]}'), "an object has the name 'a' twice"),
     "settings.json": (lambda path: text(path, '{"a": 3}'), "pass a list of counts for each layer"),
     "latin-1.json": (lambda path: path.write_bytes(b'{"caf\xe9": [1]}'), r"is not UTF-8 text \(byte 5\)"),
 }

@@ -134,8 +134,8 @@ CASES = {
     "undeclared": "moe.0 has 1 expert tensor, 0 router tensors and no table; declare all expert tensors, and either",
     "no counts": "the window has no step that all layers have counted; have each layer's forward call window.add(index",
     "counts": (
-        "rank 1: LoadWindow: layer 'moe.0' has a number of torch.float32 that is no whole one from 0 to 16777216 for "
-        "expert 0 in step 1 (16 such); counts must be whole tokens, and torch.float32 counts to 16777216 only"
+        "rank 1: LoadWindow: layer 'moe.0' has a torch.float32 value that is not an integer from 0 to 16777216 for "
+        "expert 0 in step 1 (16 such values); counts must be whole tokens, which torch.float32 represents exactly"
     ),
     "adafactor": "moe.0.experts.w:col_var of Adafactor is torch.float32 of shape (4, 1, 12), the parameter (4, 6, 12)",
     "8-bit": "moe.0.experts.w:absmax1 of Blockwise8bit is torch.float32 of shape (18,), the parameter (4, 6, 12)",

@@ -168,7 +168,7 @@ WRONG: dict[str, tuple[Any, str]] = {
     "on_event": ("print", "Record: on_event is 'print'; pass a function"),
     "on_refusal": ("ignore", "Moves: on_refusal is 'ignore'; pass 'raise' or 'skip'"),
     "every": (2.0, "every is 2.0; pass iterations, at least 1"),
-    "max_bytes": (1e9, "Moves: max_bytes is 1000000000.0; pass a whole number of at least 0"),
+    "max_bytes": (1e9, "Moves: max_bytes is 1000000000.0; pass an integer of at least 0"),
     "comm": (
         "gloo",
         "comm is 'gloo'; pass a communicator, such as TorchComm(group) from distplb.comm.torchdist, or None for this "

@@ -461,7 +461,7 @@ def test_large_counts_of_int32_are_added_up_without_overflow() -> None:
 @pytest.mark.parametrize("name", ["num_layers", "num_experts", "num_steps"])
 def test_an_empty_window_is_refused_by_the_name_of_what_is_missing(name: str) -> None:
     sizes = {"num_layers": 2, "num_experts": 2, "num_steps": 2} | {name: 0}
-    with pytest.raises(DistplbError, match=f"LoadWindow: {name} is 0; pass a whole number of at least 1"):
+    with pytest.raises(DistplbError, match=f"LoadWindow: {name} is 0; pass an integer of at least 1"):
         LoadWindow(**sizes)
 
 

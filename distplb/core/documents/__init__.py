@@ -1,4 +1,4 @@
-"""Reads files that may come from anywhere: sizes are checked before memory is taken, nothing is run.
+"""Read untrusted files: sizes are checked before memory is allocated, and no code is run.
 
 May import `core.arguments` and `errors`.
 """

@@ -1,4 +1,4 @@
-"""`read_document`: the content of a file, whatever its kind."""
+"""`read_document`: the content of a file of any supported format."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ SUFFIXES = (*_READERS, ".npz")
 def read_document(
     path: Path, choose: Callable[[Sequence[str]], str], max_bytes: int, otherwise: str | None = None
 ) -> Any:
-    """The content as nested lists, objects, arrays, numbers and texts; the suffix says how to read it.
+    """The content as nested lists, objects, arrays, numbers and text; the suffix decides the format.
 
     Args:
-        path: of a file with one of `SUFFIXES`, in small or large letters.
-        choose: of a `.npz`, the one array that is meant.
-        otherwise: the suffix that others are read as.
-        max_bytes: refuse what would take more memory than this; nothing has been unpacked then.
+        path: path of a file with one of `SUFFIXES`, in lower or upper case.
+        choose: picks an array of a `.npz` by name.
+        otherwise: the suffix to assume for any other.
+        max_bytes: refuse a file that would take more memory than this, before anything is unpacked.
 
     Raises:
-        DistplbError: in one line that begins with the file, if it cannot be read.
+        DistplbError: if the file cannot be read; one line that begins with its path.
     """
     suffix = path.suffix.lower()
     suffix = otherwise if otherwise and suffix not in SUFFIXES else suffix
@@ -47,7 +47,7 @@ def read_document(
 
 
 def check_is_file(path: Path, expected: str) -> None:
-    """Refuse what is no file, or an empty one; `expected` says what to pass."""
+    """Refuse a missing or empty file; `expected` says what to pass."""
     with reading(path):
         if not path.is_file():
             raise DistplbError(f"there is no file {path}; pass {expected}")
@@ -57,7 +57,7 @@ def check_is_file(path: Path, expected: str) -> None:
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Errors of the operating system inside become ones that name the file."""
+    """Turn errors of the operating system into errors that name the file."""
     try:
         yield
     except OSError as error:

@@ -1,13 +1,13 @@
-"""Which expert each slot holds, read from a file of ours or of another project.
+"""Which expert each slot holds, read from a file of distplb or of another project.
 
-What they write, as read in their sources in November 2026:
+The formats of other projects, according to their sources in November 2026:
 
 - SGLang, `--init-expert-location` in python/sglang/srt/eplb/expert_location.py, and vLLM, `EplbState`: an object with
   "physical_to_logical_map" `[layers, slots]`; SGLang's recorder of single passes: "last_physical_to_logical_map". EPLB
   names it `phy2log`.
-- TensorRT-LLM, examples/wide_ep/ep_load_balancer: "initial_global_assignments", a list of slots for each layer's
-  number, and "num_slots"; of some versions "ep_size".
-- vllm-ascend, `expert_map_path` in vllm_ascend/ops/expert_load_balancer.py: "layer_list", of "device_list", of
+- TensorRT-LLM, examples/wide_ep/ep_load_balancer: "initial_global_assignments", a list of slots for each layer
+  number, "num_slots", and in some versions "ep_size".
+- vllm-ascend, `expert_map_path` in vllm_ascend/ops/expert_load_balancer.py: "layer_list" of "device_list" of
   "device_expert".
 
 Shapes: L layers, P slots.
@@ -33,14 +33,14 @@ _MOST = 2**31  # experts and GPUs
 
 
 class SlotMap(NamedTuple):
-    """What a file says of a placement.
+    """A placement as a file describes it.
 
     Args:
-        rows: by layer, in the file's order, P experts each.
+        rows: the P experts of each layer, in the file's order.
         layer_keys: what the keys of `rows` are: names ("names"), numbers among all layers of the model ("numbers"), or
-            the order alone ("order").
-        num_experts: None where the file does not tell.
-        num_gpus: likewise.
+            just the order ("order").
+        num_experts: None if the file does not contain it.
+        num_gpus: None if the file does not contain it.
     """
 
     rows: dict[str, list[int]]
@@ -50,24 +50,22 @@ class SlotMap(NamedTuple):
 
 
 def parse_slot_map(path: Path, document: Any) -> SlotMap:
-    """The placement in a document, of whichever project wrote it.
+    """The placement in a document of any of these projects.
 
     Raises:
-        ValueError: with the place, for what is none.
-        DistplbError: for one of ours in a format or version that is not known.
+        ValueError: if it is not a placement; with the place.
+        DistplbError: if it is a distplb file of an unknown format or version.
     """
     if not isinstance(document, Mapping):
         raise ValueError(
-            "it has no names, and a bare table may also map from logical to physical; pass an object with "
+            "it has no names, and a bare table may also map logical experts to slots; pass an object with "
             "'physical_to_logical_map'"
         )
     names = [name for name in MAPS if name in document]
     if "version" in document or "format" in document or names == ["expert_of_slot"]:
         return _ours(path, document)
     if len(names) != 1:
-        raise ValueError(
-            f"it has {listed(document) or 'nothing'}, and {'more than one' if names else 'none'} of {', '.join(MAPS)}"
-        )
+        raise ValueError(f"it has {listed(document) or 'no names'} where exactly one of {', '.join(MAPS)} is expected")
     if names[0] == "layer_list":
         return _by_device(document)
     if names[0] == "initial_global_assignments":
@@ -78,7 +76,7 @@ def parse_slot_map(path: Path, document: Any) -> SlotMap:
 
 
 def _ours(path: Path, document: Mapping[str, Any]) -> SlotMap:
-    """What `Placement.save` wrote."""
+    """The format of `Placement.save`."""
     kind = document.get("format", FORMAT)
     if kind != FORMAT:
         raise DistplbError(f"{path} has format {str(kind)[:40]!r}; this distplb reads {FORMAT!r}")
@@ -96,23 +94,23 @@ def _ours(path: Path, document: Mapping[str, Any]) -> SlotMap:
 
 
 def _by_number(document: Mapping[str, Any]) -> SlotMap:
-    """TensorRT-LLM's."""
+    """The format of TensorRT-LLM."""
     table = _mapping(document["initial_global_assignments"])
     rows = {str(name): _row(row, f"layer {str(name)[:40]}") for name, row in table.items()}
     if "num_slots" in document:
         slots = _number(document["num_slots"], "num_slots")
         for name, row in rows.items():
             if len(row) != slots:
-                raise ValueError(f"layer {name[:40]} has {len(row)} slots, and num_slots is {slots}")
+                raise ValueError(f"layer {name[:40]} has length {len(row)}, but num_slots is {slots}")
     gpus = _number(document["ep_size"], "ep_size") if "ep_size" in document else None
     return _checked(SlotMap(rows, "numbers", None, gpus))
 
 
 def _by_device(document: Mapping[str, Any]) -> SlotMap:
-    """vllm-ascend's."""
+    """The format of vllm-ascend."""
     layers = _list(document["layer_list"], "layer_list")
     if "moe_layer_count" in document and _number(document["moe_layer_count"], "moe_layer_count") != len(layers):
-        raise ValueError(f"moe_layer_count is {document['moe_layer_count']}, and layer_list has {len(layers)} layers")
+        raise ValueError(f"moe_layer_count is {document['moe_layer_count']}, but layer_list has length {len(layers)}")
     rows: dict[str, list[int]] = {}
     gpus = set()
     for nth, layer in enumerate(layers):
@@ -120,19 +118,21 @@ def _by_device(document: Mapping[str, Any]) -> SlotMap:
         number = str(_number(_mapping(layer).get("layer_id", nth), f"layer_id of {place}", minimum=0))
         devices = _list(layer.get("device_list"), f"device_list of {place}")
         if "device_count" in layer and _number(layer["device_count"], f"device_count of {place}") != len(devices):
-            raise ValueError(f"device_count of {place} is {layer['device_count']}, and it has {len(devices)} devices")
+            raise ValueError(
+                f"device_count of {place} is {layer['device_count']}, but its device_list has length {len(devices)}"
+            )
         if number in rows:
-            raise ValueError(f"layer_id {number} comes twice")
+            raise ValueError(f"layer_id {number} occurs twice")
         ids = [_mapping(device).get("device_id", at) for at, device in enumerate(devices)]
         if ids != list(range(len(devices))):
-            raise ValueError(f"device_id of {place} are {str(ids)[:60]}; they must count from 0")
+            raise ValueError(f"the device_ids of {place} are {str(ids)[:60]}; they must count up from 0")
         parts = [_row(device.get("device_expert"), f"device {at} of {place}") for at, device in enumerate(devices)]
         if len({len(part) for part in parts}) > 1:
-            raise ValueError(f"the devices of {place} have different numbers of experts; pass as many on each")
+            raise ValueError(f"the devices of {place} have different numbers of experts; pass the same number on each")
         rows[number] = [expert for part in parts for expert in part]
         gpus.add(len(devices))
     if len(gpus) > 1:
-        raise ValueError(f"its layers are on {min(gpus)} and on {max(gpus)} devices")
+        raise ValueError(f"its layers are on {min(gpus)} and {max(gpus)} devices; pass the same number for each layer")
     in_order = [int(number) for number in rows] == list(range(len(rows)))
     return _checked(SlotMap(rows, "order" if in_order else "numbers", None, next(iter(gpus), None)))
 
@@ -141,15 +141,15 @@ def _checked(slot_map: SlotMap) -> SlotMap:
     first = next(iter(slot_map.rows.values()), [])
     for name, row in slot_map.rows.items():
         if len(row) != len(first):
-            raise ValueError(f"layer {name[:80]!r} has {len(row)} slots where the first has {len(first)}")
+            raise ValueError(f"layer {name[:80]!r} has length {len(row)} where the first layer has {len(first)}")
     if not first:
-        raise ValueError("it has no layers, or no slots")
+        raise ValueError("it has no layers or no slots")
     return slot_map
 
 
 def _number(value: Any, name: str, minimum: int = 1) -> int:
     if type(value) is not int or not minimum <= value < _MOST:
-        raise ValueError(f"{name} is {value!r:.40}; it must be a whole number, at least {minimum}")
+        raise ValueError(f"{name} is {value!r:.40}; it must be an integer from {minimum} to {_MOST - 1}")
     return value
 
 
@@ -157,7 +157,7 @@ def _row(values: Any, place: str) -> list[int]:
     row = _list(values, place)
     for slot, expert in enumerate(row):
         if type(expert) is not int or not -_MOST < expert < _MOST:
-            raise ValueError(f"{place}: slot {slot} holds {expert!r:.40}; it must be the number of an expert")
+            raise ValueError(f"{place}: slot {slot} holds {expert!r:.40}; it must be an expert id")
     return row
 
 

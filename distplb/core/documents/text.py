@@ -1,4 +1,4 @@
-"""Text, JSON and YAML that may come from anywhere: duplicate keys and aliases are refused."""
+"""Untrusted text, JSON and YAML: duplicate keys and aliases are refused."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from distplb.errors import DistplbError
 
 __all__ = ["parse_json", "read_json", "read_text", "read_yaml"]
 
-_GROWTH = 32  # bytes in memory, at the most, for each byte of text that is numbers
-_YAML_GROWTH = 256  # PyYAML has a node, and two marks, for each number
+_GROWTH = 32  # bytes in memory, at most, for each byte of text with numbers
+_YAML_GROWTH = 256  # PyYAML makes a node and two marks for each number
 _MOST_YAML = 1 << 24  # bytes
 _WHOLE = re.compile(r"-?(0|[1-9][0-9]*)")  # YAML 1.1 also reads 010 as 8 and 1:30 as 90
 
-# How files begin that are no text.
+# First bytes of files that are not text.
 _BINARY = {
-    b"PK\x03\x04": "a zip archive, such as an Excel workbook or a .npz: export it as CSV, or give it its suffix",
-    b"\x93NUMPY": "a NumPy array: name it .npy",
+    b"PK\x03\x04": "a zip archive, such as an Excel workbook or a .npz: export it as CSV, or rename it with its suffix",
+    b"\x93NUMPY": "a NumPy array: rename it to .npy",
     b"\x80": "a pickle, which can run code and is not read: save the numbers as .npy or JSON",
-    b"\x1f\x8b": "compressed by gzip: unpack it",
+    b"\x1f\x8b": "compressed with gzip: unpack it",
     b"\xff\xfe": "UTF-16: save it as UTF-8",
     b"\xfe\xff": "UTF-16: save it as UTF-8",
     b"\x89HDF": "HDF5: save the numbers as .npy",
@@ -33,18 +33,18 @@ def read_text(path: Path, max_bytes: int) -> str:
     """A file's text, without a byte order mark.
 
     Raises:
-        DistplbError: in one line, without the content, if it is no UTF-8 text, or would take more than `max_bytes` once
-            its numbers are read.
+        DistplbError: in one line, without the content, if it is not UTF-8 text, or would take more than `max_bytes`
+            once its numbers are read.
     """
     size, most = path.stat().st_size, max_bytes // _GROWTH
     if size > most:
-        raise DistplbError(f"{path} has {size} bytes of text, {most} are read; pass it as .npy")
+        raise DistplbError(f"{path} has {size} bytes of text, more than {most}; pass it as .npy")
     data = path.read_bytes()
     for begin, what in _BINARY.items():
         if data.startswith(begin):
-            raise DistplbError(f"{path} is no text but {what}")
+            raise DistplbError(f"{path} is not text but {what}")
     if b"\0" in data:
-        raise DistplbError(f"{path} is no text (byte {data.index(0)} is 0); pass text, or give the file its own suffix")
+        raise DistplbError(f"{path} is not text (byte {data.index(0)} is 0); pass text, or rename it with its suffix")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -52,24 +52,24 @@ def read_text(path: Path, max_bytes: int) -> str:
 
 
 def read_json(path: Path, max_bytes: int) -> Any:
-    """Lists, objects, numbers and strings.
+    """The lists, objects, numbers and strings of a JSON file.
 
     Raises:
-        DistplbError: if it is no JSON, or an object has a name twice.
+        DistplbError: if it is not JSON, or an object has a name twice.
     """
     text = read_text(path, max_bytes)
     try:
         return parse_json(text)
     except (ValueError, RecursionError) as error:
-        raise DistplbError(f"{path} is not JSON that can be read ({str(error)[:200]})") from error
+        raise DistplbError(f"{path} cannot be read as JSON ({str(error)[:200]})") from error
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Lists, objects, numbers and strings of a text in memory.
+    """The lists, objects, numbers and strings of a JSON text.
 
     Raises:
-        ValueError: if it is no JSON, or an object has a name twice.
-        RecursionError: if it is too deep.
+        ValueError: if it is not JSON, or an object has a name twice.
+        RecursionError: if it is nested too deeply.
     """
     return json.loads(text, object_pairs_hook=_different)
 
@@ -78,16 +78,16 @@ def _different(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     document: dict[str, Any] = {}
     for name, value in pairs:
         if name in document:
-            raise ValueError(f"an object names {name[:80]!r} twice")
+            raise ValueError(f"an object has the name {name[:80]!r} twice")
         document[name] = value
     return document
 
 
 def read_yaml(path: Path, max_bytes: int) -> Any:
-    """The same from YAML, where PyYAML is installed: plain values alone, no aliases, no tags.
+    """The same from YAML, if PyYAML is installed: plain values only, without aliases or tags.
 
     Raises:
-        DistplbError: if it is no such YAML, or PyYAML is not there.
+        DistplbError: if it is not such YAML, or PyYAML is not installed.
     """
     try:
         import yaml
@@ -100,16 +100,16 @@ def read_yaml(path: Path, max_bytes: int) -> Any:
         mark = getattr(error, "problem_mark", None)
         where = "" if mark is None else f"line {mark.line + 1}: "
         why = " ".join((getattr(error, "problem", None) or str(error)).split())
-        raise DistplbError(f"{path} is not YAML that can be read ({where}{why[:200]})") from error
+        raise DistplbError(f"{path} cannot be read as YAML ({where}{why[:200]})") from error
 
 
 def _plain(node: Any, visited: set[int]) -> Any:
-    """The value of a node of PyYAML. One that comes a second time is an alias: a few can stand for a large file."""
+    """The value of a PyYAML node. A node that occurs twice is an alias; a few aliases can expand to a huge document."""
     if node is None:
         return None
     line = node.start_mark.line + 1
     if id(node) in visited:
-        raise ValueError(f"line {line} is referred to elsewhere; write it out")
+        raise ValueError(f"line {line} is used again by an alias; write it out")
     visited.add(id(node))
     kind = node.tag.removeprefix("tag:yaml.org,2002:")
     if kind == "seq":
@@ -123,9 +123,9 @@ def _plain(node: Any, visited: set[int]) -> Any:
         return float(node.value)
     if kind == "bool":
         return node.value.lower() in ("true", "yes", "on")
-    if kind in ("str", "float"):  # .nan and .inf are texts here, which no count is
+    if kind in ("str", "float"):  # .nan and .inf become text, which is not a count
         return node.value
     if kind == "null":
         return None
     shown = f"{node.value!r:.40}" if isinstance(node.value, str) else "a tag"
-    raise ValueError(f"line {line} has {shown}, which is no plain number, text, list or object")
+    raise ValueError(f"line {line} has {shown}, which is not a plain number, text, list or object")

@@ -121,33 +121,33 @@ CASES: list[Case] = [
     Case(
         "imbalance of bfloat16 with 300",
         (
-            "refused: load has 300.0 for expert 0 of layer 0 (1 such); counts must be exact: torch.bfloat16 has "
-            "every whole number up to 256 only, and a larger one may be rounded; count in int64"
+            "refused: load has 300.0 for expert 0 of layer 0 (1 such value); counts must be exact: torch.bfloat16 "
+            "represents every integer only up to 256, and may round larger ones; count in int64"
         ),
         lambda _: _imbalance(torch.tensor([[300, 0, 128, 0]], dtype=torch.bfloat16)),
     ),
     Case(
         "imbalance of float16 with 4,000",
         (
-            "refused: load has 4000.0 for expert 0 of layer 0 (1 such); counts must be exact: torch.float16 has "
-            "every whole number up to 2048 only, and a larger one may be rounded; count in int64"
+            "refused: load has 4000.0 for expert 0 of layer 0 (1 such value); counts must be exact: torch.float16 "
+            "represents every integer only up to 2048, and may round larger ones; count in int64"
         ),
         lambda _: _imbalance(np.array([[4000, 0, 128, 0]], dtype="f2")),
     ),
     Case(
         "imbalance of float32 with 2^24 + 2",
         (
-            "refused: load has 16777218.0 for expert 0 of layer 0 (1 such); counts must be exact: torch.float32 "
-            "has every whole number up to 16777216 only, and a larger one may be rounded; count in int64"
+            "refused: load has 16777218.0 for expert 0 of layer 0 (1 such value); counts must be exact: "
+            "torch.float32 represents every integer only up to 16777216, and may round larger ones; count in int64"
         ),
         lambda _: _imbalance(torch.tensor([[2.0**24 + 2, 0, 1, 0]])),
     ),
     Case(
         "imbalance of float64 with 2^53 + 2",
         (
-            "refused: load has 9007199254740994.0 for expert 0 of layer 0 (1 such); counts must be exact: "
-            "torch.float64 has every whole number up to 9007199254740992 only, and a larger one may be rounded; "
-            "count in int64"
+            "refused: load has 9007199254740994.0 for expert 0 of layer 0 (1 such value); counts must be exact: "
+            "torch.float64 represents every integer only up to 9007199254740992, and may round larger ones; count "
+            "in int64"
         ),
         lambda _: _imbalance([[2.0**53 + 2, 0, 1, 0]]),
     ),
@@ -164,8 +164,8 @@ CASES: list[Case] = [
     Case(
         "the same with a price of moves, which is in tokens",
         (
-            "refused: load has 0.4 for expert 0 of layer 0 (4 such); counts must be whole tokens: multiply "
-            "frequencies by the tokens they stand for, and of means over steps pass the sums (mean × steps)"
+            "refused: load has 0.4 for expert 0 of layer 0 (4 such values); counts must be whole tokens: multiply "
+            "frequencies by the number of tokens, and pass sums over steps instead of means (mean × steps)"
         ),
         lambda _: plan(
             [[0.4, 0.3, 0.2, 0.1]],
@@ -178,69 +178,69 @@ CASES: list[Case] = [
     Case(
         "plan with NaN",
         (
-            "refused: load has nan for expert 1 of layer 0 (1 such); counts must be finite: check the counter "
-            "that made them"
+            "refused: load has nan for expert 1 of layer 0 (1 such value); counts must be finite: check the "
+            "counter that produced them"
         ),
         lambda _: planned([[9.0, float("nan"), 1.0, 5.0]]),
     ),
     Case(
         "plan with an infinite count",
         (
-            "refused: load has inf for expert 2 of layer 0 in step 1 (1 such); counts must be finite: check the "
-            "counter that made them"
+            "refused: load has inf for expert 2 of layer 0 in step 1 (1 such value); counts must be finite: check "
+            "the counter that produced them"
         ),
         lambda _: planned([[[9.0, 5.0, 1.0, 5.0]], [[9.0, 5.0, float("inf"), 5.0]]]),
     ),
     Case(
         "plan with a negative count",
         (
-            "refused: load has -1 for expert 2 of layer 0 (1 such); counts must be non-negative: check the "
-            "counter that made them"
+            "refused: load has -1 for expert 2 of layer 0 (1 such value); counts must be non-negative: check the "
+            "counter that produced them"
         ),
         lambda _: planned([[9, 5, -1, 5]]),
     ),
     Case(
         "plan of an int32 counter that overflowed",
         (
-            "refused: load has -1794967296 for expert 2 of layer 0 (1 such); counts must be non-negative: a "
-            "32-bit counter that overflowed shows 2500000000 so; count in int64"
+            "refused: load has -1794967296 for expert 2 of layer 0 (1 such value); counts must be non-negative: an "
+            "overflowed 32-bit counter shows this for 2500000000; count in int64"
         ),
         lambda _: planned(np.array([[9, 5, 2_500_000_000 - 2**32, 5]], dtype="i4")),
     ),
     Case(
         "plan of an int16 counter that overflowed",
         (
-            "refused: load has -25536 for expert 2 of layer 0 (1 such); counts must be non-negative: a 16-bit "
-            "counter that overflowed shows 40000 so; count in int64"
+            "refused: load has -25536 for expert 2 of layer 0 (1 such value); counts must be non-negative: an "
+            "overflowed 16-bit counter shows this for 40000; count in int64"
         ),
         lambda _: planned(np.array([[9, 5, 40_000 - 2**16, 5]], dtype="i2")),
     ),
     Case(
         "plan of uint64 with 2^63",
         (
-            "refused: load has 9223372036854775808 for expert 0 of layer 0 (1 such); counts must be below 2^63: "
-            "check the counter that made them"
+            "refused: load has 9223372036854775808 for expert 0 of layer 0 (1 such value); counts must be below "
+            "2^63: check the counter that produced them"
         ),
         lambda _: planned(np.array([[2**63, 1, 1, 1]], dtype="u8")),
     ),
     Case(
         "plan of more than 2^48 tokens in a layer",
-        "refused: load has 2.81e+14 tokens in layer 0; 2^48 on each rank is the most that can be added up",
+        "refused: load has 2.81e+14 tokens in layer 0; pass fewer than 2^48 tokens per layer on each rank",
         lambda _: planned([[2**47, 2**47, 1, 1]]),
     ),
     Case(
         "plan of shape [experts]",
-        "refused: load has shape (4,); pass [layers, experts] or [steps, layers, experts], none empty",
+        "refused: load has shape (4,); pass [layers, experts] or [steps, layers, experts], with no empty dim",
         lambda _: planned([9, 5, 1, 5]),
     ),
     Case(
         "plan of zero steps",
-        "refused: load has shape (0, 1, 4); pass [layers, experts] or [steps, layers, experts], none empty",
+        ("refused: load has shape (0, 1, 4); pass [layers, experts] or [steps, layers, experts], with no empty dim"),
         lambda _: planned(torch.zeros(0, 1, 4)),
     ),
     Case(
         "plan of rows of different lengths",
-        "refused: load[0] is a list of 4, load[1] is a list of 3; pass lists of equal length",
+        "refused: load[0] is a list of length 4, load[1] is a list of length 3; pass lists of equal length",
         lambda _: planned([[9, 5, 1, 5], [9, 5, 1]]),
     ),
     Case(
@@ -265,7 +265,7 @@ CASES: list[Case] = [
     ),
     Case(
         "plan of a tensor on the device meta",
-        "refused: load is on the device meta, which keeps no values; pass the counts themselves",
+        "refused: load is on the meta device, which holds no values; pass real counts",
         lambda _: planned(torch.ones(1, 4, device="meta")),
     ),
     Case(
@@ -275,12 +275,12 @@ CASES: list[Case] = [
     ),
     Case(
         "plan of a dict",
-        "refused: load is a dict; pass a tensor, an array of NumPy or nested lists, of numbers",
+        "refused: load is a dict; pass a tensor, a NumPy array or nested lists of numbers",
         lambda _: planned({"moe": [9, 5, 1, 5]}),
     ),
     Case(
         'plan("load.npy", ...), a path',
-        "refused: load is 'load.npy'; pass a tensor, an array of NumPy or nested lists, of numbers",
+        "refused: load is 'load.npy'; pass a tensor, a NumPy array or nested lists of numbers",
         lambda _: planned("load.npy"),
     ),
 ]

@@ -71,15 +71,19 @@ CASES: list[Case] = [
     ),
     counts_case(
         ".pt with a Fraction",
-        "refused: a.pt holds fractions.Fraction, and unpickling that can run code; pass torch.save of "
-        "tensors, lists and dicts of them, or .npy",
+        (
+            "refused: a.pt holds fractions.Fraction, and unpickling that can run code; pass a torch.save file of "
+            "tensors or lists and dicts of them, or a .npy file"
+        ),
         "a.pt",
         _tensors({"load": Fraction(1, 2)}),
     ),
     counts_case(
         "a pickle named .pt",
-        "refused: a.pt is no archive of torch.save, as torch 1.6 and later write; a pickle can run code "
-        "and is not read: pass torch.save of tensors, or .npy",
+        (
+            "refused: a.pt is not an archive of torch.save in torch 1.6 or later, and a pickle is not read because "
+            "it can run code; pass a torch.save file of tensors, or a .npy file"
+        ),
         "a.pt",
         pickle.dumps({"load": [[5, 3]]}),
     ),
@@ -128,7 +132,7 @@ CASES: list[Case] = [
     ),
     counts_case(
         "JSON: a layer twice",
-        "refused: a.json is not JSON that can be read (an object names 'x' twice)",
+        "refused: a.json cannot be read as JSON (an object has the name 'x' twice)",
         "a.json",
         '{"x": [5, 3], "x": [1, 7]}',
     ),
@@ -142,8 +146,10 @@ CASES: list[Case] = [
     counts_case("YAML", "[[5, 3], [1, 7]], layers: x, y", "a.yaml", "x: [5, 3]\ny: [1, 7]\n"),
     counts_case(
         "YAML: 010, which some readers take as 8",
-        "refused: a.yaml is not YAML that can be read (line 1 has '010', which is no plain number, text, "
-        "list or object)",
+        (
+            "refused: a.yaml cannot be read as YAML (line 1 has '010', which is not a plain number, text, list or "
+            "object)"
+        ),
         "a.yaml",
         "x: [010, 3]\n",
     ),
@@ -162,8 +168,10 @@ CASES: list[Case] = [
     ),
     counts_case(
         ".safetensors with a wrong header",
-        "refused: a.safetensors: tensor 'load' of shape [1048576, 64] is said to be at bytes 0 to "
-        "536870912 of 8: it is damaged or cut off; write it anew",
+        (
+            "refused: a.safetensors: the header puts tensor 'load' of shape [1048576, 64] at bytes 0 to 536870912 "
+            "of 8; it is damaged or cut off: write it again"
+        ),
         "a.safetensors",
         _safetensors({"load": {"dtype": "I64", "shape": [1 << 20, 64], "data_offsets": [0, 1 << 29]}}, bytes(8)),
     ),

@@ -75,8 +75,8 @@ CASES: list[Case] = [
     Case(
         "window.add of shares of tokens",
         (
-            "refused: LoadWindow.add: layer 0 has 0.699999988079071 for expert 0 (4 such); counts must be whole "
-            "tokens: multiply frequencies by the tokens they stand for, and of means over steps pass the sums "
+            "refused: LoadWindow.add: layer 0 has 0.699999988079071 for expert 0 (4 such values); counts must be "
+            "whole tokens: multiply frequencies by the number of tokens, and pass sums over steps instead of means "
             "(mean × steps)"
         ),
         lambda _: _window(torch.tensor([0.7, 0.1, 0.1, 0.1])),
@@ -84,25 +84,25 @@ CASES: list[Case] = [
     Case(
         "window.add with NaN",
         (
-            "refused: LoadWindow.add: layer 0 has nan for expert 2 (1 such); counts must be finite: check the "
-            "counter that made them"
+            "refused: LoadWindow.add: layer 0 has nan for expert 2 (1 such value); counts must be finite: check "
+            "the counter that produced them"
         ),
         lambda _: _window(torch.tensor([9.0, 5, float("nan"), 5])),
     ),
     Case(
         "window.add of NaN on an accelerator, reported by window.load()",
         (
-            "refused: LoadWindow: layer 'blocks.0.moe' has a number of torch.float32 that is no whole one from "
-            "0 to 16777216 for expert 2 in step 0 (1 such); counts must be whole tokens, and torch.float32 "
-            "counts to 16777216 only: check the counter that made them, or count in int64"
+            "refused: LoadWindow: layer 'blocks.0.moe' has a torch.float32 value that is not an integer from 0 to "
+            "16777216 for expert 2 in step 0 (1 such value); counts must be whole tokens, which torch.float32 "
+            "represents exactly only up to 16777216: check the counter, or count in int64"
         ),
         lambda _: _window_of_accelerator(torch.tensor([9.0, 5, float("nan"), 5])),
     ),
     Case(
         "window.add of -3 on an accelerator, reported by window.load()",
         (
-            "refused: LoadWindow: layer 'blocks.0.moe' has -3 for expert 2 in step 0 (1 such); counts must be "
-            "non-negative: check the counter that made them"
+            "refused: LoadWindow: layer 'blocks.0.moe' has -3 for expert 2 in step 0 (1 such value); counts must "
+            "be non-negative: check the counter that produced them"
         ),
         lambda _: _window_of_accelerator(torch.tensor([9, 5, -3, 5])),
     ),
@@ -113,7 +113,10 @@ CASES: list[Case] = [
     ),
     Case(
         "window.add of rows of different lengths",
-        "refused: LoadWindow.add: counts[0] is a list of 2, counts[1] is a list of 1; pass lists of equal length",
+        (
+            "refused: LoadWindow.add: counts[0] is a list of length 2, counts[1] is a list of length 1; pass lists "
+            "of equal length"
+        ),
         lambda _: _window([[9, 5], [1]]),
     ),
     Case(
@@ -139,8 +142,8 @@ CASES: list[Case] = [
     Case(
         "Trace of fractions, with a named layer",
         (
-            "refused: Trace: load has 9.5 for expert 0 of layer 'moe' in step 0 (1 such); counts must be whole "
-            "tokens: multiply frequencies by the tokens they stand for, and of means over steps pass the sums "
+            "refused: Trace: load has 9.5 for expert 0 of layer 'moe' in step 0 (1 such value); counts must be "
+            "whole tokens: multiply frequencies by the number of tokens, and pass sums over steps instead of means "
             "(mean × steps)"
         ),
         lambda _: Trace([[[9.5, 5, 1, 5]]], (ONE_LAYER,), [0], [7], ("moe",)),
@@ -153,8 +156,8 @@ CASES: list[Case] = [
     Case(
         "TraceWriter.add of a negative count",
         (
-            "refused: load has -1 for expert 2 of layer 0 in step 0 (1 such); counts must be non-negative: "
-            "check the counter that made them"
+            "refused: load has -1 for expert 2 of layer 0 in step 0 (1 such value); counts must be non-negative: "
+            "check the counter that produced them"
         ),
         lambda folder: _recorded(folder, [[[9, 5, -1, 5]]]),
     ),
@@ -171,8 +174,8 @@ CASES: list[Case] = [
     Case(
         "balanced_packing of a negative weight",
         (
-            "refused: weight has -5 for item 3 of row 0 (1 such); counts must be non-negative: check the "
-            "counter that made them"
+            "refused: weight has -5 for item 3 of row 0 (1 such value); counts must be non-negative: check the "
+            "counter that produced them"
         ),
         lambda _: balanced_packing([[9, 1, 5, -5]], 2),
     ),
@@ -184,8 +187,8 @@ CASES: list[Case] = [
     Case(
         "rebalance_experts with NaN",
         (
-            "refused: weight has nan for expert 2 of layer 0 (1 such); counts must be finite: check the counter "
-            "that made them"
+            "refused: weight has nan for expert 2 of layer 0 (1 such value); counts must be finite: check the "
+            "counter that produced them"
         ),
         lambda _: rebalance_experts([[8.0, 1.0, float("nan"), 1.0]], 6, 1, 1, 2),
     ),
@@ -196,12 +199,12 @@ CASES: list[Case] = [
     ),
     Case(
         "Topology(1, 8.0)",
-        "refused: Topology: gpus_per_node is 8.0; pass a whole number of at least 1",
+        "refused: Topology: gpus_per_node is 8.0; pass an integer of at least 1",
         lambda _: Topology(1, 8.0),  # type: ignore[arg-type]
     ),
     Case(
         "Topology(True, 8)",
-        "refused: Topology: num_nodes is True; pass a whole number of at least 1",
+        "refused: Topology: num_nodes is True; pass an integer of at least 1",
         lambda _: Topology(True, 8),
     ),
     Case(
@@ -249,14 +252,14 @@ CASES: list[Case] = [
     ),
     Case(
         "Spread(1, 2.5)",
-        "refused: Spread: share_after is 2.5; pass a whole number",
+        "refused: Spread: share_after is 2.5; pass an integer",
         lambda _: Spread(1, 2.5),  # type: ignore[arg-type]
     ),
     Case(
         "TimeCurve.time of half a token",
         (
-            "refused: load has 0.5 for place [0] (1 such); counts must be whole tokens: multiply frequencies by "
-            "the tokens they stand for, and of means over steps pass the sums (mean × steps)"
+            "refused: load has 0.5 for index [0] (1 such value); counts must be whole tokens: multiply frequencies "
+            "by the number of tokens, and pass sums over steps instead of means (mean × steps)"
         ),
         lambda _: TimeCurve((0, 10), (0, 700)).time([0.5]),  # type: ignore[arg-type]
     ),

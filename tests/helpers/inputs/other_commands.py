@@ -130,8 +130,10 @@ CASES: list[Case] = [
     ),
     Case(
         "`replay --gpus-per-node 3`, 8 experts",
-        "exit 2: [Error: 8 experts cannot be spread evenly over 3 GPUs (1 nodes × 3); make --nodes × "
-        "--gpus-per-node a divisor of 8]",
+        (
+            "exit 2: [Error: 8 experts cannot be spread evenly over 3 GPUs (1 node × 3); make --nodes × "
+            "--gpus-per-node a divisor of 8]"
+        ),
         replayed("--gpus-per-node", 3),
     ),
     Case(
@@ -180,8 +182,10 @@ CASES: list[Case] = [
     ),
     Case(
         "`report --gpus-per-node 3`, 8 experts",
-        "exit 2: [Error: 8 experts cannot be spread evenly over 3 GPUs (1 nodes × 3); make --nodes × "
-        "--gpus-per-node a divisor of 8]",
+        (
+            "exit 2: [Error: 8 experts cannot be spread evenly over 3 GPUs (1 node × 3); make --nodes × "
+            "--gpus-per-node a divisor of 8]"
+        ),
         reported("--gpus-per-node", 3),
     ),
     Case(

@@ -98,15 +98,19 @@ CASES: list[Case] = [
     ),
     _placement_case(
         "a placement with num_experts 4.9",
-        "refused: p.json is not a placement file (num_experts is 4.9; it must be a whole number, at "
-        "least 1); pass one written by Placement.save, or an object with physical_to_logical_map",
+        (
+            "refused: p.json is not a placement file (num_experts is 4.9; it must be an integer from 1 to "
+            "2147483647); pass one written by Placement.save, or an object with physical_to_logical_map"
+        ),
         "p.json",
         placement_text(num_experts=4.9),
     ),
     _placement_case(
         'a placement with num_gpus "2"',
-        "refused: p.json is not a placement file (num_gpus is '2'; it must be a whole number, at least "
-        "1); pass one written by Placement.save, or an object with physical_to_logical_map",
+        (
+            "refused: p.json is not a placement file (num_gpus is '2'; it must be an integer from 1 to "
+            "2147483647); pass one written by Placement.save, or an object with physical_to_logical_map"
+        ),
         "p.json",
         placement_text(num_gpus="2"),
     ),
@@ -118,22 +122,28 @@ CASES: list[Case] = [
     ),
     _placement_case(
         "a placement with layer a twice",
-        "refused: p.json is not a placement file (it is not JSON that can be read (an object names 'a' "
-        "twice)); pass one written by Placement.save, or an object with physical_to_logical_map",
+        (
+            "refused: p.json is not a placement file (it cannot be read as JSON (an object has the name 'a' "
+            "twice)); pass one written by Placement.save, or an object with physical_to_logical_map"
+        ),
         "p.json",
         placement_text().replace('"b"', '"a"'),
     ),
     _placement_case(
         "a placement with a shorter row",
-        "refused: p.json is not a placement file (layer 'b' has 2 slots where the first has 4); pass one "
-        "written by Placement.save, or an object with physical_to_logical_map",
+        (
+            "refused: p.json is not a placement file (layer 'b' has length 2 where the first layer has 4); pass "
+            "one written by Placement.save, or an object with physical_to_logical_map"
+        ),
         "p.json",
         placement_text(expert_of_slot={"a": [0, 1, 2, 3], "b": [0, 1]}),
     ),
     _placement_case(
         "a placement with `true` as an expert",
-        "refused: p.json is not a placement file (layer 'a': slot 1 holds True; it must be the number of "
-        "an expert); pass one written by Placement.save, or an object with physical_to_logical_map",
+        (
+            "refused: p.json is not a placement file (layer 'a': slot 1 holds True; it must be an expert id); pass "
+            "one written by Placement.save, or an object with physical_to_logical_map"
+        ),
         "p.json",
         placement_text(expert_of_slot={"a": [0, True, 2, 3]}),
     ),
@@ -146,15 +156,17 @@ CASES: list[Case] = [
     ),
     _placement_case(
         "the same without num_gpus",
-        "refused: p.json does not tell its number of GPUs; pass num_gpus, the size of the EP group",
+        "refused: p.json does not contain the number of GPUs; pass num_gpus, the size of the EP group",
         "p.json",
         '{"physical_to_logical_map": [[0, 1, 2, 0]]}',
     ),
     _placement_case(
         "a bare table",
-        "refused: p.json is not a placement file (it has no names, and a bare table may also map from "
-        "logical to physical; pass an object with 'physical_to_logical_map'); pass one written by "
-        "Placement.save, or an object with physical_to_logical_map",
+        (
+            "refused: p.json is not a placement file (it has no names, and a bare table may also map logical "
+            "experts to slots; pass an object with 'physical_to_logical_map'); pass one written by Placement.save, "
+            "or an object with physical_to_logical_map"
+        ),
         "p.json",
         "[[1, 2, 0]]",
         num_gpus=1,
@@ -172,7 +184,7 @@ CASES: list[Case] = [
     ),
     _placement_case(
         "TensorRT-LLM's YAML, for too few layers",
-        "refused: p.yaml also has layer '4', which is not among 3; pass one of these",
+        "refused: p.yaml also has layer '4', which is not among 3; pass a placement of exactly these layers",
         "p.yaml",
         _TRT,
         ["3"],
@@ -181,7 +193,7 @@ CASES: list[Case] = [
     _placement_case("vllm-ascend's JSON", "[[2, 0, 1, 2]], 3 experts, 2 GPUs", "p.json", json.dumps(_ASCEND)),
     _placement_case(
         "vllm-ascend's JSON, for 4 GPUs",
-        "refused: p.json is of 2 GPUs, and 4 are asked for; pass the placement of this model and cluster",
+        "refused: p.json has num_gpus=2 where 4 is expected; pass the placement of this model and cluster",
         "p.json",
         json.dumps(_ASCEND),
         num_gpus=4,
@@ -196,7 +208,7 @@ CASES: list[Case] = [
     ),
     _current_case(
         "--current with an additional layer",
-        "exit 2: [Error: p.json also has layer 'a', which is not among b; pass one of these]",
+        ("exit 2: [Error: p.json also has layer 'a', which is not among b; pass a placement of exactly these layers]"),
         "p.json",
         placement_text(),
         "layer,0,1,2,3\nb,9,1,1,1\n",

@@ -231,8 +231,8 @@ CASES: list[Case] = [
     Case(
         "`--current` for 4 GPUs, `--gpus-per-node 2`",
         (
-            "exit 2: [Error: placement.json is of 4 GPUs, and 2 are asked for; pass the placement of this model and "
-            "cluster]"
+            "exit 2: [Error: placement.json has num_gpus=4 where 2 is expected; pass the placement of this model "
+            "and cluster]"
         ),
         in_force(8, 4),
     ),

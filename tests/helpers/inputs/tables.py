@@ -159,8 +159,10 @@ CASES: list[Case] = [
     ),
     counts_case(
         "YAML with a Python tag",
-        "refused: a.yaml is not YAML that can be read (line 1 has a tag, which is no plain number, text, list "
-        "or object)",
+        (
+            "refused: a.yaml cannot be read as YAML (line 1 has a tag, which is not a plain number, text, list or "
+            "object)"
+        ),
         "a.yaml",
         "x: !!python/tuple [5, 3]\n",
     ),
@@ -217,14 +219,16 @@ CASES: list[Case] = [
     ),
     counts_case(
         "an Excel workbook named .csv",
-        "refused: a.csv is no text but a zip archive, such as an Excel workbook or a .npz: export it as "
-        "CSV, or give it its suffix",
+        (
+            "refused: a.csv is not text but a zip archive, such as an Excel workbook or a .npz: export it as CSV, "
+            "or rename it with its suffix"
+        ),
         "a.csv",
         b"PK\x03\x04\x14\x00",
     ),
     counts_case(
         "a .csv saved as UTF-16",
-        "refused: a.csv is no text but UTF-16: save it as UTF-8",
+        "refused: a.csv is not text but UTF-16: save it as UTF-8",
         "a.csv",
         "layer,0,1\nx,5,3\n".encode("utf-16"),
     ),
