@@ -202,8 +202,8 @@ def _expert_tensors(name: str, moe: MoE) -> dict[str, Tensor]:
     inner, num_experts = moe.routed_experts.inner_experts, moe.router.num_experts
     if type(inner).__module__.startswith("torchtitan.components.quantization"):
         raise DistplbError(
-            f"{name}: experts are a {type(inner).__qualname__}, whose grouped products are quantised, and moving those "
-            "was never run; train without that converter, or describe the layer yourself with distplb.MoELayer"
+            f"{name}: experts are a {type(inner).__qualname__} with quantised grouped products, which distplb never "
+            "moved; train without that converter, or describe the layer yourself with distplb.MoELayer"
         )
     tensors: dict[str, Any] = {**dict(inner.named_parameters()), **dict(inner.named_buffers())}
     for key, tensor in tensors.items():
@@ -266,7 +266,7 @@ def _refuse_what_routes_otherwise(name: str, moe: MoE, mode: Mode) -> None:
         )
     if mode == "remap" and not isinstance(dispatcher, AllToAllTokenDispatcher):
         raise DistplbError(
-            f"{name} dispatches with {type(dispatcher).__qualname__}, with which mode='remap' was never run; "
+            f"{name} dispatches with {type(dispatcher).__qualname__}, which was never run with mode='remap'; "
             "pass mode='permute', or use the dispatcher of moe_comm_backend='standard'"
         )
 

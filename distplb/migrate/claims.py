@@ -24,7 +24,7 @@ ExpertsBySlot = tuple[int, ...]  # [P], of one layer
 
 
 class _Record:
-    """Which claim one tensor is under, and where its rows are."""
+    """The claim on one tensor, and where its rows are."""
 
     def __init__(self, tensor: Tensor) -> None:
         key = id(tensor)
@@ -81,7 +81,7 @@ class Claim:
             if len(of_layer) > 1:
                 raise DistplbError(
                     f"in the layer of {self._first_names[number]}, an earlier Rebalancer moved the rows of only some "
-                    "tensors; declare every tensor that has a row for each expert, there and here"
+                    "tensors; declare every tensor that has a row for each expert, both there and here"
                 )
         return [next(iter(of_layer), None) for of_layer in rows]
 
@@ -110,7 +110,7 @@ def _is_held(record: _Record) -> bool:
 
 
 def _refuse_shared_memory(layers: Sequence[Sequence[RowTensor]]) -> None:
-    """Refuse rows that are declared twice, because they would be moved twice; shards may share memory with a tensor."""
+    """Refuse rows that are declared twice, because they would be moved twice; a shard may be part of its tensor."""
     ranges = sorted(
         (start, stop, row_tensor.name)
         for layer in layers

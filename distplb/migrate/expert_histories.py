@@ -1,8 +1,9 @@
 """Training histories of experts in tensors of their own; each history travels with its expert.
 
-An expert without tokens gets no gradient in that iteration, so its tensor has one optimizer step less than the others;
-an expert that never had a token has no optimizer state at all. State that is one number per tensor, such as `step`, and
-whether there is a gradient or state at all, then belongs to the expert. Experts that share a tensor share this history.
+An expert without tokens gets no gradient in that iteration, so its tensor gets one step fewer than the others;
+an expert that never had a token has no optimizer state at all. So state that is one number per tensor, such as `step`,
+belongs to the expert, and so does the presence of a gradient and of state. Experts that share a tensor share this
+history.
 Shapes: P slots.
 """
 

@@ -1,8 +1,8 @@
 """Turn the moves of a commit into the copies, messages and rounds of one rank. Pure.
 
-A rank lists only its own copies. The round of a message depends on how many messages its two ends exchange, with each
-other and with other ranks, and so on. These messages are counted for each pair of ranks, without listing the other
-ranks' copies, so all ranks compute the same rounds.
+A rank lists only its own copies. The round of a message depends on all messages of its two ranks, on those of the ranks
+that these exchange with, and so on. Such messages are counted for each pair of ranks, without listing other ranks'
+copies, so all ranks compute the same rounds.
 """
 
 from __future__ import annotations

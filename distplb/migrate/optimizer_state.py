@@ -201,7 +201,7 @@ def _betas(steppers: Sequence[tuple[Optimizer, Mapping[str, Any]]]) -> tuple[flo
 
 @cache
 def _last_step_that_matters(*betas: float) -> float:
-    """The step from which Adam's update no longer depends on the step, to the bit.
+    """The step from which Adam's update no longer depends on the step count, to the bit.
 
     The step enters only through the bias corrections 1 − beta^step, which are 1 as soon as beta^step is at most 2^-54.
     """

@@ -186,7 +186,7 @@ def _split(
 
 
 def _moves(layer: int, cells: list[Cell], table: Sequence[int], target: Sequence[int]) -> list[SlotMove]:
-    """List the moves into each cell from the next one; experts that stay there go to their final slots."""
+    """List the moves into each cell from the next one: experts that stay go to their final slots, others to any."""
     moves = []
     for receiver, source in zip(cells, cells[1:] + cells[:1], strict=True):
         slot_of = {table[slot]: slot for slot in source}

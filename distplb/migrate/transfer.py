@@ -1,4 +1,4 @@
-"""`Transfer`: carries out a schedule. It stages each commit, lets all ranks agree, and writes it in place.
+"""`Transfer`: carries out a schedule. It stages each commit, waits until all ranks agree, and writes it in place.
 
 No rank writes any of a commit until all ranks have staged it.
 """
