@@ -196,7 +196,7 @@ def test_experts_without_a_gradient_of_their_own_are_not_taken_for_replaced_ones
 def test_two_rebalancers_of_one_model_are_refused() -> None:
     job = Job(ranks=1)
     first = job.rebalancer(every=1)
-    with pytest.raises(DistplbError, match=r"moe.0.experts.w is moved by another Rebalancer .* close\(\) that one"):
+    with pytest.raises(DistplbError, match=r"moe.0.experts.w is moved by another Rebalancer .* close\(\) the other"):
         job.rebalancer(every=1)
     with pytest.raises(DistplbError, match="is moved by another Rebalancer"):  # also of some of its tensors
         job.rebalancer(job.layers()[1:], every=1, window=LoadWindow(1, EXPERTS, 4))
