@@ -1,9 +1,9 @@
-"""How far a run with moves is from the run without, in each framework; the figures behind what the tests assert.
+"""How far runs with moves differ from runs without, in each framework: the figures behind what the tests assert.
 
     python -m benchmarks.integrations.bench_agreement --output benchmarks/results/DATE-agreement.md
 
-The runs are those of the tests (30 AdamW steps in most, a rebalance every 5, gradient clipping, weight decay and a
-schedule on), in real processes over gloo, with the frameworks' own models; here their differences are written down.
+The runs are those of the tests (mostly 30 AdamW steps, with a rebalance every 5, gradient clipping, weight decay and a
+schedule), in real processes over gloo, with the frameworks' own models; this benchmark records their differences.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from benchmarks.shared.tables import command_line, header, markdown, progress, p
 HEAD = ["run", "ranks", "losses", "tensors", "slots moved by rebalances"]
 Line = list[str]
 TEXT = (
-    "Largest difference between a run in which experts move and the one in which they do not, relative to the largest "
-    "value: of the losses (of torchtitan absolute), and of weights and moments in logical order. Between rebalances, "
-    "which find nothing to do on one rank, random placements are applied. Rows that say what was left behind are "
-    "controls: a moment, a router row or main parameters that did not travel. Runs on CPU processes; differences do "
-    "not depend on how busy the machine was."
+    "Largest difference between a run in which experts move and the run in which they do not, relative to the largest "
+    "value (absolute for torchtitan's losses): of the losses, and of weights and moments in logical order. Random "
+    "placements are applied between rebalances, which have nothing to do on one rank. Rows with something left behind "
+    "are controls, in which a moment, a router row or main parameters did not travel. All runs use CPU processes; "
+    "differences do not depend on the load of the machine."
 )
 
 
 def main() -> None:
-    """Run, print, and write where that is asked for."""
+    """Run, print, and write the result if requested."""
     parser = argparse.ArgumentParser(description="Differences of runs with moves from runs without.")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the result there, as markdown")
     options = parser.parse_args()
@@ -49,12 +49,12 @@ def main() -> None:
 
 
 def parts_of(name: str) -> tuple[Callable[..., list[Any]], ModuleType]:
-    """What starts the ranks, and the tests of a framework, whose runs are these."""
+    """The function that starts ranks, and the tests of a framework, which define the runs."""
     return outside("tests/helpers", "ranks").on_ranks, outside("tests/integrations", name)
 
 
 def of_transformers() -> Iterator[Line]:
-    """Whole models in float64, whose routers compute in float32 but for gpt-oss; two ranks take batches in two ways."""
+    """Whole models in float64, with routers in float32 except that of gpt-oss; two ranks take batches in two ways."""
     on_ranks, tests = parts_of("test_huggingface")
     for name in tests.MODELS:
         for mode in tests.MODES:
@@ -71,13 +71,13 @@ def of_transformers() -> Iterator[Line]:
 
 
 def compared(what: str, ranks: str, differences: list[dict[str, Any]]) -> Line:
-    """A row, of the rank with the largest differences."""
+    """A row with the largest differences on any rank."""
     losses, tensors = (max(own[key] for own in differences) for key in ("loss", "state"))
     return [what, ranks, f"{losses:.1e}", f"{tensors:.1e}", str(differences[0]["slots"])]
 
 
 def of_torchtitan() -> Iterator[Line]:
-    """Qwen3 blocks of its MoE with group-limited routing and a balancing bias, in float64."""
+    """Qwen3 blocks with torchtitan's MoE and a balancing bias, in float64."""
     on_ranks, tests = parts_of("test_torchtitan")
     progress("torchtitan: two ranks")
     two = on_ranks(2, tests.on_two, deadline=400)
@@ -90,16 +90,16 @@ def of_torchtitan() -> Iterator[Line]:
     moved = four[0]["moved"]
     state = f"{max(rank['state'] for rank in four):.1e}"
     for key, what, tensors, slots in (
-        ("dim 0", "EP 2 × FSDP2 2 along dim 0, 40 steps", state, str(moved[0])),
+        ("dim 0", "EP 2 × FSDP2 2 along dim 0, 30 steps", state, str(moved[0])),
         ("dim 1", "EP 2 × FSDP2 2 along dim 1", "", str(moved[1])),
-        ("2 -> 4", "saved after 20 steps at EP 2, resumed at EP 4", "", ""),
-        ("4 -> 2", "saved after 20 steps at EP 4, resumed at EP 2, dim 1", "", ""),
+        ("2 -> 4", "saved after 15 steps at EP 2, resumed at EP 4", "", ""),
+        ("4 -> 2", "saved after 15 steps at EP 4, resumed at EP 2, dim 1", "", ""),
     ):
         yield [what, "4", f"{max(rank[key] for rank in four):.1e}", tensors, slots]
 
 
 def of_megatron() -> Iterator[Line]:
-    """GPT models with Megatron's optimizers and schedule; losses, gradient norms and experts are one figure."""
+    """GPT models with Megatron's optimizers and schedule; one figure covers losses, gradient norms and experts."""
     on_ranks, tests = parts_of("test_megatron")
     progress("megatron-core: two ranks")
     two = on_ranks(2, tests.two_ranks, deadline=400)

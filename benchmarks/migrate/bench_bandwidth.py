@@ -36,17 +36,17 @@ MIB = 1 << 20
 STATES = 3  # weight and two moments
 SECONDS = 600.0
 TEXT = (
-    f"One layer of {EXPERTS} experts, float32, with the two moments of AdamW; each change of placement is to a random "
-    "one, named as plans are: GPUs so that most experts stay, and those that stay keep their slots. Moving is the "
-    "whole of `Rebalancer.apply`: what travels is looked up, the schedule made, rows are staged, agreed upon and "
-    "written; `verify` is off. Bare is an exchange (isend, irecv) of the same messages between the same ranks in the "
-    "same rounds, from and to buffers that were there before, and nothing else. Needed is what a move cannot do "
-    "without: the same exchange from and to memory of each message's own, three agreements (all-reduces of eight "
-    "integers), and what has arrived written once more, to where it belongs. They take turns; bandwidth is the "
-    "bytes that cross from rank to rank over the slowest rank's seconds, a ratio that of one turn, each as median "
-    "and quartiles. Memory is the rise of the peak resident memory (VmHWM, reset before) above what was "
-    "resident, on the rank where it is largest, and the budget for what arrives in one commit. Link is the bandwidth "
-    "between hosts that a rebalancer measures, and what both links are limited to."
+    f"One layer of {EXPERTS} experts, float32, with the two moments of AdamW. Each move is to a random placement, "
+    "relabelled as plans are: GPUs are numbered so that most experts stay, and those that stay keep their slots. "
+    "Moving is all of `Rebalancer.apply`: it collects what travels, makes the schedule, and stages, agrees on and "
+    "writes the rows; `verify` is off. Bare is only an exchange (isend, irecv) of the same messages between the same "
+    "ranks in the same rounds, from and to existing buffers. Needed is the minimum of a move: the same exchange with "
+    "separate memory for each message, three agreements (all-reduces of eight integers), and one more write of what "
+    "has arrived, to its place. The three take turns. Bandwidth is the bytes sent between ranks over the slowest "
+    "rank's seconds, and a ratio is that of one turn; both are given as median and quartiles. Memory is the rise of "
+    "the peak resident memory (VmHWM, reset before) above what was resident, on the rank where it is largest, and the "
+    "budget for what arrives in one commit. Link is the bandwidth between hosts that a rebalancer measures, and the "
+    "limit of both links together."
 )
 
 
@@ -60,7 +60,7 @@ class Setting:
 
     @property
     def where(self) -> str:
-        """In words."""
+        """The ranks and links in words."""
         if self.megabits is None:
             return f"{self.ranks} on one host"
         return f"2 hosts × {self.ranks // 2}, {self.megabits:g} Mbit/s"
@@ -71,10 +71,10 @@ class Measurement:
     """The turns of one setting.
 
     Args:
-        bytes: that crossed in each turn.
+        bytes: bytes sent between ranks in each turn.
         moving, bare, needed: seconds of each turn.
-        commits: of a move.
-        staged, budget: bytes of memory: the largest rise of all ranks, and the limit of a commit.
+        commits: number of commits of a move.
+        staged, budget: bytes of memory: the largest rise on any rank, and the limit of a commit.
         between: bytes per second between hosts, as a rebalancer would measure them.
     """
 
@@ -88,7 +88,7 @@ class Measurement:
     between: int
 
     def ratios(self, to: str = "bare") -> list[float]:
-        """Of each turn, the bandwidth of moving over that of another exchange."""
+        """By turn, the bandwidth of moving over that of another exchange."""
         return [other / moving for other, moving in zip(getattr(self, to), self.moving, strict=True)]
 
 
@@ -97,7 +97,7 @@ SETTINGS += [Setting(ranks, 1, megabits) for megabits in (400.0, 1000.0) for ran
 
 
 def main() -> None:
-    """Measure, print, and write where that is asked for."""
+    """Measure, print, and write the result if requested."""
     options = parsed_options()
     if options.job:
         run_job(options.job, lambda task: measured(Setting(**task["setting"]), task["turns"]))
@@ -125,7 +125,7 @@ def main() -> None:
 def parsed_options() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description="Bandwidth and memory of moves.")
-    parser.add_argument("--turns", type=int, default=9, metavar="N", help="timed moves, after one that is not")
+    parser.add_argument("--turns", type=int, default=9, metavar="N", help="timed moves, after an untimed one")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the result there, as markdown, and a figure")
     parser.add_argument("--job", type=Path, metavar="FOLDER", help=argparse.SUPPRESS)  # a rank on its host
     return parser.parse_args()
@@ -135,7 +135,7 @@ def parsed_options() -> argparse.Namespace:
 
 
 class RecordingComm(TorchComm):
-    """Records the rounds that it exchanges: bytes and the other rank, of sends and of receives."""
+    """Records the rounds that it exchanges: bytes and peer of each send and receive."""
 
     def __init__(self) -> None:
         super().__init__(deadline=SECONDS / 2)
@@ -183,7 +183,7 @@ def measured(setting: Setting, turns: int) -> dict[str, object]:
         messages = prepared(comm.rounds)
         seconds_bare = timed(lambda messages=messages: exchange(messages))
         seconds_needed = timed(with_writes(comm.rounds, staging))
-        if turn:  # the first makes connections
+        if turn:  # the first one sets up connections
             moving.append(seconds)
             bare.append(seconds_bare)
             needed.append(seconds_needed)
@@ -200,7 +200,7 @@ Rounds = list[tuple[list[tuple[torch.Tensor, int]], list[tuple[torch.Tensor, int
 
 
 def prepared(rounds: list[tuple[list[tuple[int, int]], list[tuple[int, int]]]]) -> Rounds:
-    """Buffers for rounds of the same bytes, shared by the rounds and written once, so that no page is missing."""
+    """Buffers for rounds of the same bytes, shared by the rounds and written once, so that all pages are resident."""
     capacity = max((sum(size for size, _ in way) for both in rounds for way in both), default=0)
     buffers = [torch.zeros(capacity, dtype=torch.uint8) for _ in range(2)]
 
@@ -212,7 +212,7 @@ def prepared(rounds: list[tuple[list[tuple[int, int]], list[tuple[int, int]]]]) 
 
 
 def exchange(rounds: Rounds) -> None:
-    """Nothing but the library's calls."""
+    """Exchange messages with the library's calls only."""
     for sends, receives in rounds:
         operations = [dist.P2POp(dist.isend, data, to) for data, to in sends]
         operations += [dist.P2POp(dist.irecv, room, source) for room, source in receives]
@@ -224,12 +224,12 @@ def exchange(rounds: Rounds) -> None:
 def with_writes(
     rounds: list[tuple[list[tuple[int, int]], list[tuple[int, int]]]], staging: StagingMemory
 ) -> Callable[[], None]:
-    """What a move cannot do without, each message from and to memory of its own that was written before.
+    """Build the minimum of a move, with separate memory, already written once, for each message.
 
-    The memory is kept from turn to turn: gigabytes that are given back cost the process its time later, in a move.
+    The memory is kept from turn to turn: freeing gigabytes would cost the process time later, in a move.
     """
     flat = [[one for both in rounds for one in both[way]] for way in (0, 1)]
-    sizes = [size for way in (*flat, flat[1]) for size, _ in way]  # sent, received, and where that belongs
+    sizes = [size for way in (*flat, flat[1]) for size, _ in way]  # sent, received, and written to its place
     parts = iter(staging.room("needed", sum(sizes), torch.device("cpu")).fill_(0).split(sizes))
     sends, receives = ([(next(parts), rank) for _, rank in way] for way in flat)
     rows = list(parts)
@@ -248,7 +248,7 @@ def with_writes(
 
 
 def timed(run: Callable[[], object]) -> float:
-    """Seconds of the slowest rank; all begin together."""
+    """Seconds of the slowest rank; all ranks start together."""
     dist.barrier()
     start = time.perf_counter()
     run()
@@ -258,20 +258,20 @@ def timed(run: Callable[[], object]) -> float:
 
 
 def total(comm: TorchComm, number: int) -> int:
-    """Over all ranks."""
+    """The sum over all ranks."""
     numbers = torch.tensor([number])
     comm.all_reduce_sum(numbers)
     return int(numbers)
 
 
 def forget_peak() -> int:
-    """Bytes resident now, from which the peak is counted anew."""
+    """Reset the peak, and return the bytes resident now."""
     Path("/proc/self/clear_refs").write_text("5")
     return memory("VmRSS")
 
 
 def peak() -> int:
-    """Bytes that were resident at once, at most, since `forget_peak`."""
+    """The most bytes resident at once since `forget_peak`."""
     return memory("VmHWM")
 
 
@@ -285,13 +285,13 @@ def memory(entry: str) -> int:
 
 
 def on_one_host(setting: Setting, turns: int) -> Measurement:
-    """On this machine's loopback."""
+    """Measure on this machine's loopback."""
     ranks = outside("tests/helpers", "ranks")
     return Measurement(**ranks.on_ranks(setting.ranks, measured, setting, turns, deadline=SECONDS)[0])
 
 
 def over_links(setting: Setting, turns: int) -> Measurement | None:
-    """On two hosts; None, and why on the error stream, where none can be made."""
+    """Measure on two hosts; None, with the reason on the error stream, if they cannot be created."""
     if reason := outside("tests/helpers", "hosts").why_not("tbf"):
         print(f"left out {setting.where}: {reason}", file=sys.stderr)
         return None
@@ -330,7 +330,7 @@ def table(measurements: dict[Setting, Measurement]) -> str:
 
 
 def link(setting: Setting, measurement: Measurement) -> str:
-    """Between the hosts: what a rebalancer measures, and the limits of all of them together."""
+    """The bandwidth between hosts that a rebalancer measures, and the limit of both links together."""
     if setting.megabits is None:
         return ""
     return f"{measurement.between / 1e6:.0f} of {2 * setting.megabits / 8:.0f}"

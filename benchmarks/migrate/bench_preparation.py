@@ -1,8 +1,8 @@
-"""How long a rank takes to make a move ready: commits, its own copies, and the rounds that all ranks share.
+"""How long a rank takes to prepare a move: commits, its own copies, and the rounds that all ranks share.
 
     python -m benchmarks.migrate.bench_preparation --output benchmarks/results/DATE-ready.md
 
-Other ranks are simulated: layouts are made by hand, and the communicator only knows its size.
+Other ranks are simulated: layouts are built directly, and the communicator only has a size.
 Shapes: L layers, E experts, G slots on each GPU.
 """
 
@@ -31,15 +31,15 @@ MIB = 1 << 20
 WEIGHTS, STATES = 3, 3  # gate, up and down; each with two moments
 KINDS = ("copies", "FSDP2", "distributed optimizer")
 TEXT = (
-    "Seconds of `Transfer(...)` on one simulated rank: from two placements to its copies, the rounds and the bytes "
-    "that cross, for a change to a random placement, in which nearly every slot moves. Each expert has three weights, "
-    "each with two moments; router rows are on every rank. EP × data: so many EP groups side by side hold copies of "
-    "the same experts. Copies: everything is on every rank of its GPU. FSDP2: each row is cut over the ranks that hold "
-    "the same GPU's experts (its columns). Distributed optimizer: weights are copies, and the moments lie in one flat "
-    "buffer of the layer's three weights, which is cut over them in equal ranges. One commit: without a budget; "
-    "else commits of at most 256 MiB staged, where an expert's row of one tensor is 1 MiB. The first of several moves "
-    "is counted apart, as it looks at the layouts for the first time; of the others, the median. The rank is one in "
-    "the middle."
+    "Seconds of `Transfer(...)` on one simulated rank, in the middle of the job: from two placements to its copies, "
+    "the rounds and the bytes sent, for a move to a random placement, which changes nearly every slot. Each expert has "
+    "three weights, each with two moments; router rows are on every rank. EP × data: the GPUs of an EP group, and the "
+    "number of EP groups that hold copies of the same experts. Copies: each rank of a GPU has all of that GPU's "
+    "experts. FSDP2: the columns of each row are sharded over the ranks with the same GPU's experts. Distributed "
+    "optimizer: weights are copies, and the moments are in one flat buffer of the layer's three weights, which is cut "
+    "over these ranks in equal ranges. One commit: without a budget; otherwise each commit stages at most 256 MiB, "
+    "where an expert's row of one tensor is 1 MiB. The first of several moves is listed separately, because it "
+    "examines the layouts; for the others, the median is given."
 )
 
 
@@ -48,9 +48,9 @@ class Case:
     """One job.
 
     Args:
-        kind: of the layouts.
-        gpus, groups: of an EP group, and how many such groups hold copies of the same experts.
-        experts, layers: of the model.
+        kind: kind of the layouts.
+        gpus, groups: GPUs of an EP group, and how many EP groups hold copies of the same experts.
+        experts, layers: experts per layer, and layers of the model.
         in_one: whether a move is one commit, without a budget.
     """
 
@@ -69,7 +69,7 @@ CASES += [Case("copies", 8, 64, 64, 4, True), Case("copies", 8, 64, 256, 16, Fal
 
 
 def main() -> None:
-    """Measure, print, and write where that is asked for."""
+    """Measure, print, and write the result if requested."""
     options = parsed_options()
     if options.case:
         print(json.dumps(measured(Case(**json.loads(options.case)), options.turns)))
@@ -84,15 +84,15 @@ def main() -> None:
     progress("")
     head = ["EP × data", "layout", "experts", "layers", "commits", "first, s", "then, s"]
     command = command_line("migrate.bench_preparation", {"--turns": options.turns})
-    publish(f"{header('Making a move ready', TEXT, command, 'cpu')}\n\n{markdown(head, lines)}", options.output)
+    publish(f"{header('Preparing a move', TEXT, command, 'cpu')}\n\n{markdown(head, lines)}", options.output)
 
 
 def parsed_options() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description="Seconds to make a move ready.")
-    parser.add_argument("--turns", type=int, default=5, metavar="N", help="moves that are timed after the first")
+    parser = argparse.ArgumentParser(description="Seconds to prepare a move.")
+    parser.add_argument("--turns", type=int, default=5, metavar="N", help="timed moves after the first")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the result there, as markdown")
-    parser.add_argument("--case", help=argparse.SUPPRESS)  # one, in a process of its own: prints JSON
+    parser.add_argument("--case", help=argparse.SUPPRESS)  # run one case in its own process and print JSON
     return parser.parse_args()
 
 
@@ -100,7 +100,7 @@ def parsed_options() -> argparse.Namespace:
 
 
 def measured(case: Case, turns: int) -> dict[str, float]:
-    """Moves one after the other, all from the layouts that a job has agreed on once."""
+    """Prepare moves one after the other, with the layouts that a job agrees on once."""
     comm = WorldOfOne()
     comm.size = case.gpus * case.groups  # type: ignore[misc]
     comm.rank = case.groups // 2 * case.gpus + case.gpus // 2  # type: ignore[misc]
@@ -120,7 +120,7 @@ def measured(case: Case, turns: int) -> dict[str, float]:
 
 
 def job(case: Case, rank: int) -> list[TravellingLayer]:
-    """By layer, layouts and what travels on one rank; memory that is never touched."""
+    """By layer, layouts and what travels on one rank; its memory is never touched."""
     layouts = layouts_of(case)
     peers(list(layouts.values()), rank)  # done once, when the ranks agree on their layouts
     layers = []
@@ -138,7 +138,7 @@ def job(case: Case, rank: int) -> list[TravellingLayer]:
 
 
 def layouts_of(case: Case) -> dict[str, Layout]:
-    """Of one layer; equal layouts are one object, as where ranks have agreed on them."""
+    """The layouts of one layer; equal layouts are one object, as after the ranks' agreement."""
     row, own = MIB // 4, case.experts // case.gpus
     ranks = range(case.gpus * case.groups)
     copies = tuple((Part(r % case.gpus * own * row, (r % case.gpus + 1) * own * row, 0, row),) for r in ranks)
@@ -166,7 +166,7 @@ def layouts_of(case: Case) -> dict[str, Layout]:
 
 
 def flat(case: Case, weight: int, own: int, row: int) -> tuple[tuple[Part, ...], ...]:
-    """One weight's part of a buffer of all, cut into equal ranges."""
+    """By rank, one weight's part of a buffer of all weights that is cut into equal ranges."""
     size, held = own * row, []
     each = -(-WEIGHTS * size // case.groups)
     for rank in range(case.gpus * case.groups):

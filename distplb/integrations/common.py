@@ -1,6 +1,6 @@
-"""What adapters share: counts from hooks, scores within groups, and the error for a model that is not understood.
+"""Shared by adapters: counts from hooks, scores within groups, and the error for a model that is not understood.
 
-Shapes: N tokens, E experts, P slots, K experts of each token.
+Shapes: N tokens, E experts, P slots, K experts per token.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ Tell = Callable[..., None]
 
 
 def counts_of(module: nn.Module, read: Callable[[tuple[Any, ...], Any], Tensor]) -> Callable[[Tell], RemovableHandle]:
-    """For `MoELayer.counts`: after each forward of a module, the counts that `read(arguments, output)` finds in it.
+    """Build a `MoELayer.counts` that reports, after each forward of a module, the counts that `read` extracts.
 
     Args:
-        module: whose forward is watched. Recomputations and evaluations are left to the window to recognise.
-        read: from the forward's positional arguments and its output to the counts `[P]`.
+        module: the module whose forward is watched. The window recognises recomputations and evaluations.
+        read: maps the forward's positional arguments and its output to the counts `[P]`.
     """
 
     def subscribe(tell: Tell) -> RemovableHandle:
         def hook(watched: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
-            if watched is module:  # not a copy of the model, which has this hook as well
+            if watched is module:  # a copy of the model has this hook too
                 tell(read(arguments, output), training=watched.training)
 
         return module.register_forward_hook(hook)
@@ -54,7 +54,7 @@ def counts_of(module: nn.Module, read: Callable[[tuple[Any, ...], Any], Tensor])
 
 
 def tokens_of_experts(chosen: Tensor, num_experts: int) -> Tensor:
-    """`[E]` int64: how often each expert is among the chosen, `[N, K]` or of any shape. Never waits for the device.
+    """Count how often each expert was chosen, as `[E]` int64; `chosen` has any shape. Never waits for the device.
 
     >>> tokens_of_experts(torch.tensor([[0, 2], [2, 1]]), num_experts=4)
     tensor([1, 1, 2, 0])
@@ -64,30 +64,30 @@ def tokens_of_experts(chosen: Tensor, num_experts: int) -> Tensor:
 
 
 def check_mode(mode: str) -> None:
-    """Of an adapter: whether router rows move, or a table tells where experts are.
+    """Check an adapter's mode: either router rows move ("permute"), or a table maps experts to slots ("remap").
 
     Raises:
-        DistplbError: for another one.
+        DistplbError: for any other mode.
     """
     if mode not in ("permute", "remap"):
         raise DistplbError(f"mode is {mode!r}; pass 'permute' or 'remap'")
 
 
 class Remap:
-    """A forward pre-hook in which a module looks up the slots of the experts that the router has chosen.
+    """A forward pre-hook that replaces the experts chosen by the router with their slots.
 
     It stays when counting ends, because experts stay where they are.
 
     Args:
         table: `[E]`, the slot of each expert; written in place by the rebalancer.
-        arguments_by_slot: from the table and the forward's positional arguments to those with slots for experts.
+        arguments_by_slot: maps the table and the forward's positional arguments to arguments with slots for experts.
     """
 
     def __init__(self, table: Tensor, arguments_by_slot: Callable[[Tensor, tuple[Any, ...]], tuple[Any, ...]]) -> None:
         self.table, self._arguments_by_slot = table, arguments_by_slot
 
     def __call__(self, module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-        """What the forward gets."""
+        """Return the arguments that the forward gets."""
         return self._arguments_by_slot(self.table, arguments)
 
 
@@ -97,11 +97,9 @@ def table_of(
     device: torch.device,
     arguments_by_slot: Callable[[Tensor, tuple[Any, ...]], tuple[Any, ...]],
 ) -> Tensor:
-    """The table by which a module looks up experts, which it has from now on.
+    """Return the table with which a module looks up experts; add one if it has none.
 
-    The one that is there where it was asked for before, because two would both be applied.
-
-    Args: as of `Remap`.
+    An existing table is reused, because two would both be applied. For the arguments, see `Remap`.
     """
     remap = _remap_of(module)
     if remap is None:
@@ -115,32 +113,33 @@ def _remap_of(module: nn.Module) -> Remap | None:
 
 
 def refuse_moved(name: str, module: nn.Module) -> None:
-    """Refuse to permute a layer whose tokens go by an earlier table, unless that changes nothing. Waits for the device.
+    """Refuse to permute a layer whose experts were moved under mode='remap'. Waits for the device.
 
     Args:
-        name: of the layer.
-        module: that may look up its experts.
+        name: name of the layer.
+        module: the module that may look up its experts in a table.
 
     Raises:
-        DistplbError: if they are not where they began.
+        DistplbError: if the table has experts in other slots than at the start.
     """
     remap = _remap_of(module)
     slots = [] if remap is None else remap.table.tolist()
     if slots != sorted(slots):
         raise DistplbError(
-            f"{name}: experts were moved under mode='remap', and are looked up in a table (slot_of_expert is {slots}) "
-            "that permuting would not write; pass mode='remap', or call restore() of the Rebalancer that moved them"
+            f"{name}: experts were moved under mode='remap' and are looked up in a table (slot_of_expert is {slots}) "
+            "that mode='permute' does not update; pass mode='remap', or call restore() of the Rebalancer that moved "
+            "them"
         )
 
 
 def within_groups(scores: Tensor, num_groups: int, best: int, chosen: int) -> Tensor:
-    """`[N, E]`: scores of a group-limited router, −inf in the groups that it does not choose from.
+    """Mask the scores `[N, E]` of a group-limited router: −inf in the groups that it does not choose from.
 
     Args:
-        scores: `[N, E]`, that it chooses by.
-        num_groups: blocks of consecutive experts.
-        best: of its experts, whose scores add up to that of a group.
-        chosen: groups of each token.
+        scores: `[N, E]`, the scores that the router chooses by.
+        num_groups: number of groups, which are blocks of consecutive experts.
+        best: number of a group's best experts whose scores add up to the score of the group.
+        chosen: number of groups chosen for each token.
     """
     groups = scores.unflatten(-1, (num_groups, -1))  # [N, groups, E / groups]
     worth = groups.topk(best, -1).values.sum(-1)  # [N, groups]
@@ -151,14 +150,14 @@ def within_groups(scores: Tensor, num_groups: int, best: int, chosen: int) -> Te
 
 
 def gpus_of_a_node(given: int | None, otherwise: int | None = None) -> int:
-    """GPUs of the whole job on each node.
+    """Return the number of the job's GPUs on each node.
 
     Args:
-        given: by the user.
-        otherwise: what holds where neither the user nor torchrun says.
+        given: the user's value, or None.
+        otherwise: the value if neither the user nor torchrun gives one.
 
     Raises:
-        DistplbError: if nobody says.
+        DistplbError: if no value is given.
     """
     if given is not None:
         return given
@@ -169,17 +168,17 @@ def gpus_of_a_node(given: int | None, otherwise: int | None = None) -> int:
 
 
 def named_parts(model: nn.Module | Sequence[nn.Module]) -> list[nn.Module]:
-    """One model, or the parts of one that a pipeline stage holds, as a list."""
+    """Return a model, or the parts of it that a pipeline stage holds, as a list."""
     return [model] if isinstance(model, nn.Module) else list(model)
 
 
 def not_found(framework: str, looked_for: Sequence[str], parts: Iterable[nn.Module]) -> DistplbError:
-    """The error for a model without a layer that is understood: what was looked for, and what was found instead.
+    """Build the error for a model without a layer that is understood: what was looked for and what was found.
 
     Args:
-        framework: in words.
-        looked_for: what a layer needs, one each.
-        parts: of the model.
+        framework: name of the framework.
+        looked_for: the things that a layer needs.
+        parts: the parts of the model.
     """
     suspects = ("moe", "expert", "router", "gate")
     modules = [module for part in parts for module in part.modules()]
@@ -187,7 +186,7 @@ def not_found(framework: str, looked_for: Sequence[str], parts: Iterable[nn.Modu
     alike = {name: count for name, count in classes.items() if any(word in name.lower() for word in suspects)}
     found = ", ".join(f"{name} × {count}" for name, count in sorted(alike.items()))
     return DistplbError(
-        f"no MoE layer of {framework} was understood. Looked for: {'; '.join(looked_for)}. "
-        f"Found: {found or 'no module whose class name tells of experts, routers or gates'} "
-        f"(of {sum(classes.values())} modules); describe the layers yourself with distplb.MoELayer"
+        f"no MoE layer of {framework} was recognised. Looked for: {'; '.join(looked_for)}. "
+        f"Found: {found or 'no module whose class name suggests experts, routers or gates'} "
+        f"(among {len(modules)} module{'s' * (len(modules) != 1)}); describe the layers yourself with distplb.MoELayer"
     )

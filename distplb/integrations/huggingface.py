@@ -1,6 +1,6 @@
-"""Hugging Face Transformers 5: Mixtral, Qwen3-MoE, OLMoE, DeepSeek-V3, gpt-oss, under its own expert parallelism.
+"""Hugging Face Transformers 5: Mixtral, Qwen3-MoE, OLMoE, DeepSeek-V3, gpt-oss, with its own expert parallelism.
 
-Shapes: N tokens, E experts, P slots, K experts of each token.
+Shapes: N tokens, E experts, P slots, K experts per token.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ from distplb.train.rebalancer import Rebalancer
 
 __all__ = ["moe_layers", "rebalancer"]
 
-_EP_AXIS = "ep"  # what transformers calls it on the experts' mesh
+_EP_AXIS = "ep"  # its name in transformers' mesh of the experts
 
 
-# --- what is known of each model ---------------------------------------------------------------------------------
+# --- known models ------------------------------------------------------------------------------------------------
 
 
 def _softmax(router: nn.Module, logits: Tensor) -> Tensor:
@@ -53,15 +53,15 @@ def _logits(router: nn.Module, logits: Tensor) -> Tensor:
 
 
 def _within_groups(router: Any, logits: Tensor) -> Tensor:
-    """Those of groups that were not chosen are masked out: nobody ties with them."""
+    """Scores of groups that were not chosen are masked out, so that no expert ties with theirs."""
     return within_groups(logits.sigmoid() + router.e_score_correction_bias, router.num_group, 2, router.topk_group)
 
 
 class _Block(NamedTuple):
-    """What a class of MoE blocks calls its router, and the scores `[N, E]` that this chooses by, from its logits.
+    """The name of the router in a class of MoE blocks, and how its logits give the scores `[N, E]` that it chooses by.
 
-    Its experts it calls `experts`; they take (hidden states, chosen experts `[N, K]`, weights). A router gives back
-    (logits `[N, E]`, weights, chosen experts `[N, K]`). All that router and experts hold has a row for each expert.
+    The experts are called `experts`; they take (hidden states, chosen experts `[N, K]`, weights). A router returns
+    (logits `[N, E]`, weights, chosen experts `[N, K]`). Every tensor of router and experts has a row for each expert.
     """
 
     router: str
@@ -77,26 +77,27 @@ _BLOCKS: dict[type[nn.Module], _Block] = {
 }
 
 
-# --- the door ----------------------------------------------------------------------------------------------------
+# --- public functions --------------------------------------------------------------------------------------------
 
 
 def moe_layers(
     model: nn.Module | Sequence[nn.Module], *, mode: Literal["permute", "remap"] = "permute"
 ) -> list[MoELayer]:
-    """Every MoE layer of a model, in the order of its modules; for a `Rebalancer` made by hand.
+    """Return every MoE layer of a model, in the order of its modules; for a `Rebalancer` that you build yourself.
 
-    The model stays as it is, but for the tables of "remap", of which every expert module gets one and keeps it. Hooks
-    that count tokens and ties, and that refuse the auxiliary loss from forward to forward, come when the layers'
-    `counts` are subscribed to, as a `Rebalancer` does, and go with its `close`.
+    The model is not changed, except that under "remap" every expert module gets a table, which it keeps. When a
+    `Rebalancer` subscribes to the layers' `counts`, they add hooks that count tokens and ties, and that refuse the
+    auxiliary loss in each forward; its `close` removes them.
 
     Args:
-        model: any module with blocks of a known class somewhere in it, or the parts of one.
+        model: any module that contains blocks of a known class, or the parts of one.
         mode: "permute": router rows move with the experts, and the model's `router_logits` are by slot. "remap": the
-            router keeps its rows, and what it chose is looked up in a table on the way to the experts; any placement
-            is legal then, also for DeepSeek-V3, and so is the auxiliary loss of `output_router_logits`.
+            router keeps its rows, and the experts that it chose are looked up in a table on the way to the expert
+            module; any placement is then legal, also for DeepSeek-V3, and so is the auxiliary loss of
+            `output_router_logits`.
 
     Raises:
-        DistplbError: if there is none, or one that differs from what is known of its class.
+        DistplbError: if there is no such layer, or one differs from what is known of its class.
     """
     check_mode(mode)
     parts = named_parts(model)
@@ -118,10 +119,10 @@ def rebalancer(
     deadline: float = 300.0,
     **options: Any,
 ) -> Rebalancer:
-    """A `Rebalancer` for a model that transformers has made expert-parallel, or for a process alone.
+    """Build a `Rebalancer` for a model that transformers has made expert-parallel, or for a single process.
 
-    Made expert-parallel by `DistributedConfig(ep_size=...)`; the experts' mesh then tells the EP group, this rank's
-    GPU in it, and which ranks hold copies or shards of the same experts. In the loop::
+    `DistributedConfig(ep_size=...)` makes a model expert-parallel; the experts' mesh then gives the EP group, this
+    rank's GPU in it, and the ranks that hold copies or shards of the same experts. In the loop::
 
         rebalancer = huggingface.rebalancer(model, optimizer, every=100)
         ...
@@ -129,38 +130,37 @@ def rebalancer(
         optimizer.zero_grad()
         rebalancer.step()
         ...
-        with rebalancer.in_logical_order():  # everybody else knows experts by where they began
+        with rebalancer.in_logical_order():  # other programs expect the original order of experts
             model.save_pretrained(folder)
 
     Args:
-        model: or its parts.
-        optimizers: that step on it.
+        model: the model, or its parts.
+        optimizers: the optimizers that step on it.
         every: iterations between rebalances.
         group: process group of all ranks that hold the experts; the default group where None.
-        gpus_per_node: of the whole job; what `torchrun` says where None, or one node where nobody says.
-        mode: as of `moe_layers`.
-        deadline: seconds that a rank waits for the others, as of `TorchComm`.
-        **options: as of `Rebalancer`.
+        gpus_per_node: the job's GPUs on each node; where None, the value from `torchrun`, or one node if it gives none.
+        mode: see `moe_layers`.
+        deadline: seconds that a rank waits for the others; see `TorchComm`.
+        **options: options of `Rebalancer`.
 
     Raises:
-        DistplbError: as of `moe_layers` and `Rebalancer`; and if several ranks hold all experts each, because then
+        DistplbError: as `moe_layers` and `Rebalancer`; and if each of several ranks holds all experts, because then
             there is nothing to balance.
     """
     layers = moe_layers(model, mode=mode)
     name, mesh, comm = layers[0].name, _mesh(layers[0].experts), _comm(group, deadline)
     if mesh is None or _EP_AXIS not in (mesh.mesh_dim_names or ()):
         if comm is not None and comm.size > 1:
-            held = "whole" if mesh is None else f"in parts, on a mesh of axes {mesh.mesh_dim_names}"
+            held = "whole" if mesh is None else f"sharded over mesh axes {mesh.mesh_dim_names}"
             raise DistplbError(
-                f"{name}: each of {comm.size} ranks computes all experts, which it holds {held}: that is not expert "
-                "parallelism, and leaves nothing to balance; distribute the model with "
-                "transformers.distributed.DistributedConfig(ep_size=...)"
+                f"{name}: each of {comm.size} ranks computes all experts (held {held}), so there is nothing to "
+                "balance; make the model expert-parallel with transformers.distributed.DistributedConfig(ep_size=...)"
             )
         return Rebalancer(layers, optimizers, topology=Topology(1, 1), every=every, **options)
     if comm is None or comm.size != mesh.size():
         raise DistplbError(
-            f"{name}: the experts lie on {mesh.size()} ranks, the group has {1 if comm is None else comm.size}; "
-            "pass group=, the process group of exactly these ranks"
+            f"{name}: the experts are on {mesh.size()} rank{'s' * (mesh.size() != 1)}, but the group has "
+            f"{1 if comm is None else comm.size}; pass group=, the process group of exactly the experts' ranks"
         )
     ranks = mesh[_EP_AXIS].mesh.tolist()
     topology = Topology.of_ranks(ranks, gpus_of_a_node(gpus_per_node, otherwise=max(ranks) + 1))
@@ -180,7 +180,7 @@ def _layers_of(part: nn.Module, mode: str) -> Iterator[MoELayer]:
             continue
         block = _BLOCKS[known]
         router, experts = module.get_submodule(block.router), module.get_submodule("experts")
-        # The plan for expert parallelism puts a forward of its own on the experts: it takes and gives the same.
+        # Expert parallelism gives the experts a forward of its own, with the same arguments and results.
         written = {
             module: _forward_of(module),
             router: _forward_of(router),
@@ -189,21 +189,21 @@ def _layers_of(part: nn.Module, mode: str) -> Iterator[MoELayer]:
         for each, where in written.items():
             if where != known.__module__:
                 raise DistplbError(
-                    f"{name} is a {known.__name__}, but the forward of its {type(each).__qualname__} is that of "
-                    f"{where}: what it does with experts is not known; describe the layer yourself with "
+                    f"{name} is a {known.__name__}, but the forward of its {type(each).__qualname__} is defined in "
+                    f"{where}, and how it uses the experts is not known; describe the layer yourself with "
                     "distplb.MoELayer"
                 )
         yield _described(_plain(name) or known.__name__, module, block, router, experts, sharers, mode, guarded)
 
 
 def _with_loss_over_layers(part: nn.Module) -> list[nn.Module]:
-    """The models that may be asked for the auxiliary loss of transformers.
+    """Find the models that can compute the auxiliary loss of transformers.
 
-    It adds up each expert's tokens, and its probabilities, over all layers and multiplies the sums: what is expert 3 in
-    one layer is tied to expert 3 of the others, so that it changes when experts of one layer change places.
+    The loss sums each expert's tokens, and its probabilities, over all layers and multiplies the sums. This ties expert
+    3 of one layer to expert 3 of the others, so the loss changes when experts of one layer change places.
 
     Raises:
-        DistplbError: if one will be in every forward.
+        DistplbError: if a model computes it in every forward.
     """
     models: list[Any] = [module for module in part.modules() if getattr(module, "router_aux_loss_coef", 0)]
     for model in models:
@@ -212,12 +212,12 @@ def _with_loss_over_layers(part: nn.Module) -> list[nn.Module]:
 
 
 def _guard_against_loss_over_layers(model: nn.Module) -> RemovableHandle:
-    """Refuse it in the forwards to come, too, that ask for it themselves."""
+    """Also refuse the auxiliary loss in each later forward that requests it."""
 
     def look(watched: Any, arguments: tuple[Any, ...], options: Mapping[str, Any]) -> None:
         asked = options.get("output_router_logits")
         asked = watched.config.output_router_logits if asked is None else asked
-        # A copy of the model has this hook as well, and none of its experts is permuted.
+        # A copy of the model has this hook too, but its experts are not permuted.
         _refuse_loss_over_layers(watched is model and watched.training and asked, watched)
 
     return model.register_forward_pre_hook(look, with_kwargs=True)
@@ -227,20 +227,20 @@ def _refuse_loss_over_layers(asked: bool, model: Any) -> None:
     if asked:
         raise DistplbError(
             f"{type(model).__name__} is trained with output_router_logits and router_aux_loss_coef "
-            f"{model.router_aux_loss_coef}: this loss ties the experts of all layers to each other by their "
-            "numbers, which permuting changes; pass mode='remap', or make router_aux_loss_coef 0"
+            f"{model.router_aux_loss_coef}, a loss that ties the experts of all layers to each other by their ids, "
+            "which permuting changes; pass mode='remap', or set router_aux_loss_coef to 0"
         )
 
 
 def _plain(name: str) -> str:
-    """Without what torch.compile puts into it, so that a checkpoint is of the model either way."""
+    """Remove what torch.compile adds to a name, so that checkpoints fit the compiled and the plain model."""
     return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
 def _forward_of(module: nn.Module, *, of_class: bool = False) -> str:
-    """Where the forward that is run was written: a Python module, or "this object" if it was put there.
+    """Where the forward that runs is defined: a Python module, or "this object" if it is an attribute of the instance.
 
-    Wrappers such as FSDP2 derive a class without a forward; kernels from the hub put one on the object.
+    Wrappers such as FSDP2 derive a class without a forward; kernels from the hub set one on the instance.
     """
     if not of_class and "forward" in vars(module):
         return "this object"
@@ -285,29 +285,29 @@ def _described(
 
 
 def _rows(name: str, module: nn.Module, num_experts: int) -> dict[str, Tensor]:
-    """All that a module holds itself, each with a row for each expert.
+    """Return the parameters and buffers of a module itself, each of which must have a row for each expert.
 
     Raises:
-        DistplbError: if one has not.
+        DistplbError: if one does not.
     """
     found = dict([*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)])
     for key, tensor in found.items():
         if tensor.dim() == 0 or tensor.shape[0] != num_experts:
             raise DistplbError(
-                f"{name}.{key} has shape {tuple(tensor.shape)}, which is no row for each of {num_experts} experts, so "
-                "how it goes with them is not known; describe the layer yourself with distplb.MoELayer"
+                f"{name}.{key} has shape {tuple(tensor.shape)}, not a row for each of {num_experts} experts, so it is "
+                "not known how it belongs to them; describe the layer yourself with distplb.MoELayer"
             )
     return found
 
 
 def _num_groups(router: Any) -> int | None:
-    """Of a choice that is limited to the experts of some groups."""
+    """The number of groups, if the router limits its choice to some of them; else None."""
     groups = int(getattr(router, "num_group", 1))
     return groups if groups > 1 and int(router.topk_group) < groups else None
 
 
 def _arguments_by_slot(table: Tensor, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Of the experts' forward that expert parallelism puts in place, which takes the numbers of slots of all ranks."""
+    """Replace experts by slots in the arguments of the expert-parallel forward, which takes slots of all ranks."""
     hidden_states, chosen, *others = arguments
     return hidden_states, table[chosen], *others
 
@@ -316,7 +316,7 @@ def _arguments_by_slot(table: Tensor, arguments: tuple[Any, ...]) -> tuple[Any, 
 
 
 def _ranks_of_a_batch(part: nn.Module) -> int:
-    """How many ranks route the same tokens: those that are tensor-parallel outside of the experts."""
+    """The number of ranks that route the same tokens: those that are tensor-parallel outside the experts."""
     configs = (getattr(module, "config", None) for module in part.modules())
     distributed = (getattr(config, "distributed_config", None) for config in configs)
     return next((int(config.tp_size or 1) for config in distributed if config is not None), 1)
@@ -327,17 +327,17 @@ def _share_of_tokens(experts: Mapping[str, Tensor], sharers: int) -> slice:
     mesh = _mesh(experts)
     if mesh is None or _EP_AXIS not in (mesh.mesh_dim_names or ()):
         return slice(None)
-    # Ranks that route the same tokens follow each other, within an EP group.
+    # Ranks that route the same tokens are consecutive within an EP group.
     return slice(mesh.get_local_rank(_EP_AXIS) % sharers, None, sharers)
 
 
 def _mesh(experts: Mapping[str, Any]) -> Any:
-    """The device mesh that the experts lie on, None where each rank holds plain tensors."""
+    """The device mesh of the experts; None if each rank holds plain tensors."""
     return getattr(next(iter(experts.values())), "device_mesh", None)
 
 
 def _comm(group: Any, deadline: float) -> TorchComm | None:
-    """The ranks of a group, None where there is but this process."""
+    """The communicator of a group; None if this is the only process."""
     try:
         return TorchComm(group, deadline=deadline)
     except DistplbError:

@@ -1,4 +1,4 @@
-"""Megatron-Core's optimizers: the torch optimizers in them, and their copies and shards of each parameter."""
+"""Megatron-Core's optimizers: the torch optimizers inside them, and their copies and shards of each parameter."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from distplb.errors import DistplbError
 
 __all__ = ["Shards", "shards_of_layer", "shards_of_parameters", "torch_optimizers"]
 
-# By the parameter's id: what the optimizer steps on in its stead; None where this rank steps on nothing of it.
+# By the parameter's id: what the optimizer steps on instead; None if this rank steps on nothing of it.
 Shards = Mapping[int, FlatShard | None]
 
 
 def _megatron_optimizers(optimizer: Any) -> list[Any]:
-    """Megatron's optimizers in their chain, without those of nothing; torch optimizers as they are."""
+    """List Megatron's optimizers in their chain, without stubs; torch optimizers are listed unchanged."""
     if optimizer is None:
         return []
     if isinstance(optimizer, Sequence):
         return [each for one in optimizer for each in _megatron_optimizers(one)]
     if isinstance(optimizer, LayerWiseDistributedOptimizer):
         raise DistplbError(
-            "a LayerWiseDistributedOptimizer deals whole parameters to ranks, and the state of experts with them; "
-            "use DistributedOptimizer"
+            "a LayerWiseDistributedOptimizer distributes whole parameters over ranks, and the state of experts with "
+            "them; use DistributedOptimizer"
         )
     if isinstance(optimizer, ChainedOptimizer):
         return [each for one in optimizer.chained_optimizers for each in _megatron_optimizers(one)]
@@ -39,7 +39,7 @@ def _megatron_optimizers(optimizer: Any) -> list[Any]:
         return []
     inner = _inner(optimizer)
     if isinstance(inner, HybridDeviceOptimizer):
-        raise DistplbError("the optimizer is offloaded to the CPU, where copies of experts are kept; do not offload it")
+        raise DistplbError("the optimizer is offloaded to the CPU and keeps copies of experts there; do not offload it")
     if "Muon" in type(inner).__name__:
         raise DistplbError(f"{type(inner).__name__} was never run with distplb; use Adam or SGD")
     if not isinstance(inner, Optimizer):
@@ -48,19 +48,19 @@ def _megatron_optimizers(optimizer: Any) -> list[Any]:
         )
     if inner is not optimizer and optimizer.config.use_precision_aware_optimizer:
         raise DistplbError(
-            "use_precision_aware_optimizer keeps main parameters and moments in forms of its own; turn it off"
+            "use_precision_aware_optimizer keeps main parameters and moments in formats of its own; turn it off"
         )
     return [optimizer]
 
 
 def _inner(optimizer: Any) -> Any:
-    """The torch optimizer in one of Megatron's."""
+    """The torch optimizer inside one of Megatron's."""
     known = (DistributedOptimizer, Float16OptimizerWithFloat16Params, FP32Optimizer)
     return optimizer.optimizer if isinstance(optimizer, known) else optimizer
 
 
 def torch_optimizers(optimizer: Any) -> list[Optimizer]:
-    """The torch optimizers in what `get_megatron_optimizer` returned, or in a list; those of nothing left out.
+    """Return the torch optimizers inside what `get_megatron_optimizer` returned, or inside a list, without stubs.
 
     Raises:
         DistplbError: for an optimizer whose state is not understood.
@@ -69,7 +69,7 @@ def torch_optimizers(optimizer: Any) -> list[Optimizer]:
 
 
 def shards_of_parameters(optimizer: Any) -> Shards:
-    """Of all parameters that an optimizer does not step on itself, its copies or shards.
+    """Return the optimizer's copies or shards of all parameters that it does not step on directly.
 
     Raises:
         DistplbError: for an optimizer whose state is not understood.
@@ -85,7 +85,7 @@ def shards_of_parameters(optimizer: Any) -> Shards:
 
 
 def _shards_of_distributed(optimizer: Any) -> Shards:
-    """Of this rank's range of each buffer, the part that lies in each parameter."""
+    """The part of each parameter that is in this rank's range of its buffer."""
     found: dict[int, FlatShard | None] = {id(p): None for buffer in optimizer.buffers for p in buffer.params}
     groups = chain(
         zip(optimizer.model_float16_groups, optimizer.shard_fp32_from_float16_groups, strict=True),
@@ -101,15 +101,15 @@ def _shards_of_distributed(optimizer: Any) -> Shards:
 def shards_of_layer(
     name: str, declared: Mapping[str, ExpertTensor], shards: Shards
 ) -> dict[str, FlatShard | Sequence[FlatShard | None]]:
-    """For `MoELayer.shards`.
+    """Build the `MoELayer.shards` of a layer.
 
     Args:
-        name: of the layer.
+        name: name of the layer.
         declared: its tensors by name.
-        shards: of all parameters.
+        shards: the shards of all parameters.
 
     Raises:
-        DistplbError: where experts of one tensor are not stepped on alike.
+        DistplbError: if the optimizer does not step on all experts of one tensor alike.
     """
     found: dict[str, FlatShard | Sequence[FlatShard | None]] = {}
     for key, value in declared.items():
@@ -117,8 +117,8 @@ def shards_of_layer(
         sharded = [id(tensor) in shards for tensor in tensors]
         if any(sharded) and not all(sharded):
             raise DistplbError(
-                f"{name}: of {key}, the optimizer steps on itself for some experts and on a copy or shard for others; "
-                "experts that change places must be alike"
+                f"{name}: the optimizer steps on {key} itself for some experts and on a copy or shard for others; "
+                "train all experts of a layer alike"
             )
         if any(sharded):
             found[key] = [shards[id(tensor)] for tensor in tensors]

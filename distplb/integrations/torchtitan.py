@@ -1,10 +1,10 @@
 """torchtitan 0.3: the MoE layers of its decoders, and a `Rebalancer` for the ranks of its meshes.
 
-The layers are built from `torchtitan.models.common.moe`, as those of its DeepSeek-V3, Qwen3 and gpt-oss are. Their
-expert weights are DTensors over the mesh axis "ep", with FSDP2 along dim 0 or dim 1; the router's gate is sharded by
-FSDP2. Nothing of torchtitan is replaced: counts, ties and the table of `mode="remap"` hang on forward hooks.
+The layers are built from `torchtitan.models.common.moe`, like those of its DeepSeek-V3, Qwen3 and gpt-oss. Their expert
+weights are DTensors over the mesh axis "ep", with FSDP2 along dim 0 or dim 1; FSDP2 shards the router's gate. Nothing
+in torchtitan is replaced: forward hooks provide counts, ties and the table of `mode="remap"`.
 
-Shapes: B sequences, S tokens of each, K experts of each token, E experts, P slots.
+Shapes: B sequences, S tokens per sequence, K experts per token, E experts, P slots.
 """
 
 from __future__ import annotations
@@ -57,19 +57,19 @@ _LOOKED_FOR = (
 
 
 def moe_layers(model_parts: nn.Module | Sequence[nn.Module], *, mode: Mode = "permute") -> list[MoELayer]:
-    """The MoE layers of a parallelised model, or of the parts that this pipeline stage holds, in their order.
+    """Return the MoE layers of a parallelised model, or of the parts that this pipeline stage holds, in order.
 
-    Call it when the weights are there: after `parallelize_fn` or `pipelining_fn`, and `init_weights`. Names are those
-    of the whole model ("layers.3.moe"), so no two stages share one.
+    Call it once the weights exist: after `parallelize_fn` or `pipelining_fn`, and `init_weights`. Names are those of
+    the whole model ("layers.3.moe"), so no two stages share one.
 
     Args:
         model_parts: the model, or `Trainer.model_parts`.
-        mode: "permute" moves router rows and `expert_bias_E` along with the experts. "remap" leaves them, and puts a
-            table between the router's choice and the dispatcher; `tokens_per_expert_E` and `expert_bias_E` then stay
-            by expert.
+        mode: "permute" moves router rows and `expert_bias_E` along with the experts. "remap" leaves them in place and
+            puts a table between the router's choice and the dispatcher; `tokens_per_expert_E` and `expert_bias_E` then
+            remain by expert.
 
     Raises:
-        DistplbError: if nothing is found, or a layer is of a kind that cannot be moved; with its name and why.
+        DistplbError: if there is no MoE layer, or one is of a kind that cannot be moved; with its name and the reason.
     """
     check_mode(mode)
     parts = named_parts(model_parts)
@@ -90,7 +90,7 @@ def rebalancer(
     deadline: float = 300.0,
     **options: Any,
 ) -> Rebalancer:
-    """A `Rebalancer` for a torchtitan job. Collective: all ranks of all pipeline stages call it.
+    """Build a `Rebalancer` for a torchtitan job. Collective: all ranks of all pipeline stages call it.
 
     In a Trainer, once its optimizers are built::
 
@@ -107,22 +107,22 @@ def rebalancer(
         model_parts: the model, or `Trainer.model_parts`.
         optimizers: torchtitan's `OptimizersContainer`, or torch optimizers.
         every: iterations between rebalances.
-        parallel_dims: torchtitan's. Where None, the mesh is that of the experts' own weights, which a pipeline stage
-            without MoE layers does not have.
-        gpus_per_node: ranks on each node; what `torchrun` says where None.
-        mode: as of `moe_layers`.
-        deadline: seconds that a rank waits for the others, as of `TorchComm`.
-        options: of `Rebalancer`.
+        parallel_dims: torchtitan's `ParallelDims`. Where None, the mesh is that of the experts' weights, which a
+            pipeline stage without MoE layers does not have.
+        gpus_per_node: ranks on each node; the value from `torchrun` where None.
+        mode: see `moe_layers`.
+        deadline: seconds that a rank waits for the others; see `TorchComm`.
+        options: options of `Rebalancer`.
 
     Returns:
-        One that does nothing, on a pipeline stage without MoE layers.
+        The rebalancer, which does nothing on a pipeline stage without MoE layers.
 
     Raises:
-        DistplbError: as `moe_layers`; if experts are not spread over an EP group; or as `Rebalancer`.
+        DistplbError: as `moe_layers` and `Rebalancer`; and if experts are not sharded over an EP group.
     """
     parts = named_parts(model_parts)
     layers: list[MoELayer] = []
-    # A stage may lack MoE layers; a whole model that does is a mistake.
+    # A stage may lack MoE layers; a whole model without them is a mistake.
     if parallel_dims is None or not parallel_dims.pp_enabled or any(_alike(part) for part in parts):
         layers = moe_layers(parts, mode=mode)
     mesh = _mesh(layers, parallel_dims)
@@ -142,7 +142,7 @@ def rebalancer(
 
 
 def _found(parts: Sequence[nn.Module]) -> Iterator[tuple[str, MoE, nn.Module, list[Any]]]:
-    """Each MoE layer's name in the whole model, the layer, its part of the model, and the FSDP2 modules around it."""
+    """Yield the name of each MoE layer in the whole model, the layer, its part, and the FSDP2 modules around it."""
     for part in parts:
         modules = dict(part.named_modules())
         for name, module in modules.items():
@@ -155,7 +155,7 @@ def _found(parts: Sequence[nn.Module]) -> Iterator[tuple[str, MoE, nn.Module, li
 
 
 def _alike(part: nn.Module) -> bool:
-    """Whether some module's class tells of experts."""
+    """Whether some module's class name suggests experts."""
     return any(
         word in type(module).__qualname__.lower() for module in part.modules() for word in ("moe", "expert", "router")
     )
@@ -163,7 +163,7 @@ def _alike(part: nn.Module) -> bool:
 
 def _layer(name: str, moe: MoE, part: nn.Module, around: list[Any], mode: Mode) -> MoELayer:
     for module in around:
-        module.reshard()  # else the whole weights of a forward would be taken for this rank's own
+        module.reshard()  # else the gathered weights of a forward would be treated as this rank's own
     _refuse_what_routes_otherwise(name, moe, mode)
     experts, router = _expert_tensors(name, moe), _router_tensors(name, moe)
     ties = RouterTies(top_k=moe.router.top_k)
@@ -177,7 +177,7 @@ def _layer(name: str, moe: MoE, part: nn.Module, around: list[Any], mode: Mode) 
         for module in around:
             module.reshard()
         if table is None:
-            # Counts by slot, for the balancing bias: 0 anyway between its update and the next forward.
+            # Counts by slot, for the balancing bias; they are 0 anyway between its update and the next forward.
             _local(moe.tokens_per_expert_E).zero_()
 
     def subscribe(tell: Tell) -> Sequence[RemovableHandle]:
@@ -202,8 +202,8 @@ def _expert_tensors(name: str, moe: MoE) -> dict[str, Tensor]:
     inner, num_experts = moe.routed_experts.inner_experts, moe.router.num_experts
     if type(inner).__module__.startswith("torchtitan.components.quantization"):
         raise DistplbError(
-            f"{name}: experts are a {type(inner).__qualname__}, whose grouped products are quantised; moving those "
-            "was never run: train without that converter, or describe the layer yourself with distplb.MoELayer"
+            f"{name}: experts are a {type(inner).__qualname__} with quantised grouped products, which distplb never "
+            "moved; train without that converter, or describe the layer yourself with distplb.MoELayer"
         )
     tensors: dict[str, Any] = {**dict(inner.named_parameters()), **dict(inner.named_buffers())}
     for key, tensor in tensors.items():
@@ -225,23 +225,23 @@ def _expert_tensors(name: str, moe: MoE) -> dict[str, Tensor]:
             dim = getattr(placement, "dim", None)
             if (axis == "ep" and dim != 0) or axis not in _AXES or dim not in (None, 0, 1):
                 raise DistplbError(
-                    f"{where} lies as {placement} on the mesh axis {axis!r}; understood are dim 0 on 'ep', "
-                    "and dim 0, dim 1 or a copy on 'efsdp' and 'dp_replicate'"
+                    f"{where} has placement {placement} on the mesh axis {axis!r}; use dim 0 on 'ep', and dim 0, dim 1 "
+                    "or a copy on 'efsdp' and 'dp_replicate'"
                 )
     return tensors
 
 
 def _router_tensors(name: str, moe: MoE) -> dict[str, Tensor]:
-    """The router's rows, and the bias by which it is balanced."""
+    """The router's rows and its balancing bias."""
     tensors = {f"router.{key}": tensor for key, tensor in moe.router.named_parameters()}
     tensors |= dict(moe.router.named_buffers(prefix="router"))
-    # The layer's own, among them the running counts, which are dropped instead of moved.
+    # The layer's own tensors; the running counts among them are dropped instead of moved.
     own = {**dict(moe.named_parameters(recurse=False)), **dict(moe.named_buffers(recurse=False))}
     tensors |= {key: tensor for key, tensor in own.items() if key != "tokens_per_expert_E"}
     for key in tensors.keys() - {"router.gate.weight", "router.gate.bias", "expert_bias_E"}:
         raise DistplbError(
-            f"{name}.{key} is of a router that distplb does not know, so it cannot tell what of it belongs to which "
-            "expert; describe the layer yourself with distplb.MoELayer"
+            f"{name}.{key} belongs to a router that distplb does not know, so it is not known which part belongs to "
+            "which expert; describe the layer yourself with distplb.MoELayer"
         )
     return tensors
 
@@ -255,18 +255,18 @@ def _refuse_what_routes_otherwise(name: str, moe: MoE, mode: Mode) -> None:
         )
     if router._debug_force_load_balance:
         raise DistplbError(
-            f"{name}.router forces the load to be balanced, by the experts' numbers, so that moving experts would "
-            "change the model; unset debug.moe_force_load_balance"
+            f"{name}.router forces a balanced load by expert id, so moving experts would change the model; unset "
+            "debug.moe_force_load_balance"
         )
     capacity = getattr(dispatcher, "non_blocking_capacity_factor", None)
     if capacity is not None and capacity < 1:
         raise DistplbError(
-            f"{name} drops tokens above the capacity of a rank (non_blocking_capacity_factor {capacity}), so that what "
-            "is dropped depends on where experts are; set it to 1.0 or None"
+            f"{name} drops tokens above the capacity of a rank (non_blocking_capacity_factor {capacity}), so which "
+            "tokens are dropped depends on where experts are; set it to 1.0 or None"
         )
     if mode == "remap" and not isinstance(dispatcher, AllToAllTokenDispatcher):
         raise DistplbError(
-            f"{name} dispatches by {type(dispatcher).__qualname__}, with which mode='remap' was never run; "
+            f"{name} dispatches with {type(dispatcher).__qualname__}, which was never run with mode='remap'; "
             "pass mode='permute', or use the dispatcher of moe_comm_backend='standard'"
         )
 
@@ -275,32 +275,31 @@ def _refuse_what_routes_otherwise(name: str, moe: MoE, mode: Mode) -> None:
 
 
 class _Counts:
-    """`MoELayer.counts`: this rank's tokens of each slot (or expert), after each forward of the model.
+    """`MoELayer.counts`: reports this rank's tokens of each slot (or expert) after each forward of the model.
 
-    They are counted where the router has chosen, in the thread of the forward. Recomputations in a backward pass, which
-    another thread may make meanwhile for another micro-batch, are left out. Where the router's hook does not run,
-    because the block is compiled or replayed from a CUDA graph, the layer's own running counts tell: by what they grow
-    during the forward, recomputations in other threads included. They are only read, before torchtitan's optimizer hook
-    reduces and zeroes them.
+    Tokens are counted right after the router's choice, in the thread of the forward. Recomputations in a backward pass,
+    which another thread may run at the same time for another micro-batch, are left out. If the router's hook does not
+    run, because the block is compiled or replayed from a CUDA graph, the growth of the layer's own running counts
+    during the forward is reported instead; it includes recomputations in other threads. Running counts that torchtitan
+    uses are only read, before its optimizer hook reduces and zeroes them.
 
-    The counts are handed on by a hook of the whole model, outside of what is checkpointed, compiled or captured block
-    by block.
+    A hook on the whole model passes the counts on, because blocks may be checkpointed, compiled or captured one by one.
     """
 
     def __init__(self, part: nn.Module, moe: MoE, ties: RouterTies) -> None:
         self._part, self._moe, self._ties = part, moe, ties
 
     def __call__(self, tell: Tell) -> Sequence[RemovableHandle]:
-        """Tell of every forward from now on; tied scores go where the event finds them."""
+        """Report every forward from now on, and record tied scores for the event."""
         thread = _Forward()
 
-        # A copy of the model has these hooks as well: they look whose forward it is.
+        # A copy of the model has these hooks too, so they check whose forward it is.
         def begin(part: nn.Module, *_: Any) -> None:
             if part is not self._part:
                 return
             running = _local(self._moe.tokens_per_expert_E)  # [P]
             if self._moe.load_balance_coeff is None:
-                # Nobody reads or zeroes them then; in float32 they would lose tokens beyond 2^24.
+                # torchtitan neither reads nor zeroes them then; in float32 they would lose tokens beyond 2^24.
                 running.zero_()
             thread.running, thread.routed = running.clone(), None
 
@@ -317,14 +316,14 @@ class _Counts:
             counts = thread.routed
             if counts is None:
                 running = _local(self._moe.tokens_per_expert_E)
-                # From 2^24 on float32 may have lost tokens: what it grew by is no count then, as the window will tell.
+                # From 2^24 on float32 may have lost tokens: the growth is then no count, which the window reports.
                 inexact = running >= exact_limit(running.dtype)
                 counts = (running - thread.running).masked_fill_(inexact, math.nan)
             thread.running = thread.routed = None
             tell(counts, training=self._moe.training)
 
         return (
-            # Where the whole model is compiled, these two are not: compiled, they lost what the thread holds.
+            # These two are not compiled when the whole model is: compiled, they lost the state of the thread.
             self._part.register_forward_pre_hook(torch.compiler.disable(begin)),
             self._part.register_forward_hook(torch.compiler.disable(end)),
             self._moe.router.register_forward_hook(route),
@@ -344,14 +343,14 @@ class _Counts:
 
 
 class _Forward(threading.local):
-    """The forward that a thread is in."""
+    """The forward that a thread is running."""
 
     running: Tensor | None = None  # [P], the layer's running counts when it began
-    routed: Tensor | None = None  # [P], what it has routed so far
+    routed: Tensor | None = None  # [P], the tokens that it has routed so far
 
 
 def _arguments_by_slot(table: Tensor, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Of `RoutedExperts`."""
+    """Replace experts by slots in the arguments of `RoutedExperts`."""
     tokens, scores, experts, counts = arguments  # [B, S, K] experts, [E] counts
     by_slot = torch.empty_like(_local(counts)).scatter(0, table, _local(counts))  # [P]
     return tokens, scores, _like(experts, table[_local(experts)]), _like(counts, by_slot)
@@ -364,7 +363,7 @@ def _local(tensor: Any) -> Tensor:
 
 
 def _like(tensor: Any, local: Tensor) -> Any:
-    """A DTensor that lies as `tensor` does, if that is one."""
+    """Return `local` as a DTensor with the layout of `tensor`, if that is one."""
     if not hasattr(tensor, "to_local"):
         return local
     return tensor.from_local(
@@ -389,7 +388,7 @@ def _mesh(layers: Sequence[MoELayer], parallel_dims: ParallelDims | None) -> Any
 
 
 def _unwrapped(optimizers: Optimizer | Iterable[Optimizer]) -> list[Optimizer]:
-    """Torch's own optimizers."""
+    """List torch's own optimizers."""
     if isinstance(optimizers, OptimizersContainer):
         return list(optimizers.optimizers)
     return [optimizers] if isinstance(optimizers, Optimizer) else [one for o in optimizers for one in _unwrapped(o)]

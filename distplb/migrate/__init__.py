@@ -1,5 +1,7 @@
-"""Moving experts between GPUs: `optimizer_state` says what travels with an expert, `layout` who holds it, `schedule`
-which moves make a change, `transfer` carries it out, and `mover` is what the `Rebalancer` calls.
+"""Move experts between GPUs, with their gradients and optimizer state.
+
+`optimizer_state` collects what travels with an expert, `layout` describes which rank holds it, `schedule` splits a
+change of placement into moves, `transfer` carries them out, and `mover` is what the `Rebalancer` calls.
 
 May import `comm` and `core`.
 """

@@ -1,4 +1,4 @@
-"""Which moves of a plan to make where a budget limits them: those that save most for each slot that they move. Pure.
+"""Choose the moves of a plan that fit in a budget: those that save most per moved slot. Pure.
 
 Shapes: T steps, L layers, E experts, P slots.
 """
@@ -18,11 +18,12 @@ __all__ = ["within_budget"]
 def within_budget(
     load: Tensor, old: Placement, new: Placement, max_slots: int, num_groups: int | None = None
 ) -> Placement:
-    """The part of a change of placement that changes at most so many slots; without replicas.
+    """Return the part of a change of placement that changes at most `max_slots` slots; without replicas.
 
-    Whole layers first, those that save most for each slot; of the others single exchanges, as long as there is one
-    that saves anything and fits, again the one that saves most for each slot. An exchange is a closed cycle of slots
-    or, with routing groups, of blocks: whatever is left out, the placement keeps the rules that both keep.
+    Whole layers that fit come first, in descending order of what they save per slot. Then the remaining layers follow
+    in the same order; in each, as long as some exchange fits and saves anything, the one that saves most per slot is
+    made. An exchange is a closed cycle of slots or, with routing groups, of blocks, so the result keeps every rule that
+    both placements keep, whichever exchanges are left out.
 
     >>> load = torch.tensor([[[9, 9, 1, 1], [5, 4, 1, 1]]])
     >>> old = Placement.contiguous(num_layers=2, num_experts=4, num_gpus=2)
@@ -34,9 +35,9 @@ def within_budget(
     Args:
         load: `[T, L, E]` int64, tokens or times.
         old: the placement in force.
-        new: the plan.
-        max_slots: that may receive another expert, over all layers.
-        num_groups: of a router whose groups stay in blocks, as of `exchanges`.
+        new: the planned placement.
+        max_slots: how many slots may receive another expert, over all layers.
+        num_groups: number of routing groups, which stay in blocks; see `exchanges`.
     """
     table, target = old.expert_of_slot.clone(), new.expert_of_slot
     slots = (table != target).sum(1)  # [L]
@@ -60,7 +61,7 @@ def within_budget(
 def _best_exchanges(
     load: Tensor, table: Tensor, target: Tensor, num_gpus: int, left: int, num_groups: int | None
 ) -> int:
-    """Make some of a layer's exchanges in its `table [P]`, in place; the slots that change."""
+    """Make the best exchanges of a layer in its `table [P]`, in place; return how many slots change."""
     cells = exchanges(table.tolist(), target.tolist(), num_groups)
     still_open = [[slot for cell in cycle for slot in cell] for cycle in cells]
     changed = 0

@@ -1,7 +1,8 @@
-"""An integer checksum of every logical expert's tensors, wherever they lie.
+"""An integer checksum of every logical expert's tensors, wherever they are.
 
-Every 32-bit word of a row is multiplied by an odd weight of its own place and added up modulo 2^32, so the ranks'
-parts of a row add up to the row's checksum, and a row of another expert or with parts in the wrong places differs.
+Each 32-bit word of a row is multiplied by an odd weight that depends on its position, and the products are summed
+modulo 2^32. So the sums of the ranks' parts add up to the checksum of the row, while another expert's row, or a row
+with parts in the wrong places, has another checksum.
 Shapes: L layers, E experts, P slots.
 """
 
@@ -28,15 +29,15 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int32}
 def expert_checksums(
     tensors: Sequence[tuple[Sequence[RowTensor], Sequence[Traveller]]], placement: Placement, comm: Comm
 ) -> Tensor:
-    """`[L, E]` int64 on the host, equal on all ranks; two all-reduces.
+    """Compute checksums `[L, E]`, int64 on the host, equal on all ranks. Two all-reduces.
 
     Args:
-        tensors: by layer, the declared tensors and all that travels with them on this rank.
-        placement: the one in force.
+        tensors: by layer, the declared tensors and everything that travels with them on this rank.
+        placement: the placement in force.
         comm: the ranks that hold the tensors.
 
     Raises:
-        DistplbError: on all ranks, if one of them could not compute its part, as for want of memory.
+        DistplbError: on all ranks, if one of them could not compute its part, for example for lack of memory.
     """
     by_expert = torch.zeros(placement.num_layers, placement.num_experts, dtype=torch.int64, device="cpu")
     error: Exception | None = None
@@ -50,13 +51,13 @@ def expert_checksums(
 
 
 def _sums(tensors: Sequence[tuple[Sequence[RowTensor], Sequence[Traveller]]], placement: Placement) -> Tensor:
-    """`[L, P]`: of what this rank holds."""
+    """Checksums `[L, P]` of what this rank holds."""
     sums = torch.zeros(placement.num_layers, placement.num_slots, dtype=torch.int64, device="cpu")
     weights: dict[tuple[int, torch.device], Tensor] = {}
     for layer, (declared, travelling) in enumerate(tensors):
         for number, traveller in enumerate(travelling):
             row_tensor = declared[traveller.index]
-            salt = 2 * number + 1  # odd, so that it shows when two tensors of one expert change places
+            salt = 2 * number + 1  # odd, and another for each tensor, to detect that two tensors were swapped
             for slot, part in _slot_sums(traveller, row_tensor, weights):
                 sums[layer, slot] += (part * salt) & _MASK
     return sums
@@ -65,7 +66,7 @@ def _sums(tensors: Sequence[tuple[Sequence[RowTensor], Sequence[Traveller]]], pl
 def _slot_sums(
     traveller: Traveller, row_tensor: RowTensor, weights: dict[tuple[int, torch.device], Tensor]
 ) -> list[tuple[int, int]]:
-    """(slot, checksum of what is held of it), for each span that is held here."""
+    """(slot, checksum of the span) for each span that this rank holds."""
     slots, sums, base = [], [], 0
     words_each = max(1, traveller.dtype.itemsize // 4)
     for part in row_tensor.parts:
@@ -76,14 +77,14 @@ def _slot_sums(
             if key not in weights:
                 weights[key] = _odd_weights(*key)
             place = weights[key][span.start * words_each : span.stop * words_each]
-            sums.append((words * place).sum(dtype=torch.int64) & _MASK)  # int32 products wrap, as they should
+            sums.append((words * place).sum(dtype=torch.int64) & _MASK)  # int32 products wrap, as intended
             slots.append(span.slot)
         base += part.numel
     return list(zip(slots, torch.stack(sums).tolist(), strict=True)) if sums else []
 
 
 def _odd_weights(count: int, device: torch.device) -> Tensor:
-    """`[count]` int32: odd, and scattered enough that no two near places are alike (Knuth's multiplier)."""
+    """Odd weights `[count]` int32, scattered so that neighbouring positions differ (Knuth's multiplier)."""
     place = torch.arange(count, dtype=torch.int64, device=device)
     scattered = ((place + 1) * 2654435761) & _MASK
     scattered = ((scattered ^ (scattered >> 15)) * 0x846CA68B) & _MASK | 1

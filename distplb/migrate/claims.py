@@ -1,6 +1,6 @@
-"""`Claim`: which rebalancer of this process moves which tensors, and where a former one has left their rows.
+"""`Claim`: which rebalancer of this process moves which tensors, and where an earlier one left their rows.
 
-Rows do not show which expert they are, so this is remembered for as long as the tensors live.
+A row does not show which expert it holds, so this is recorded for the lifetime of the tensors.
 Shapes: L layers, P slots.
 """
 
@@ -24,7 +24,7 @@ ExpertsBySlot = tuple[int, ...]  # [P], of one layer
 
 
 class _Record:
-    """Who moves one tensor, and where its rows are."""
+    """The claim on one tensor, and where its rows are."""
 
     def __init__(self, tensor: Tensor) -> None:
         key = id(tensor)
@@ -33,18 +33,18 @@ class _Record:
         self.rows: ExpertsBySlot | None = None  # None until a rebalancer has moved it
 
 
-# Of the process on purpose: two rebalancers of one model know of each other through nothing else.
+# Global to the process on purpose: two rebalancers of one model have no other way to detect each other.
 _RECORDS: dict[int, _Record] = {}
 
 
 class Claim:
-    """The right to move some tensors, of one rebalancer at a time.
+    """The exclusive right of one rebalancer to move some tensors.
 
     Args:
         layers: by layer, the declared tensors.
 
     Raises:
-        DistplbError: if two of them share memory, or another rebalancer that has not been closed moves one of them.
+        DistplbError: if two of them share memory, or one is claimed by another rebalancer that has not been closed.
     """
 
     def __init__(self, layers: Sequence[Sequence[RowTensor]]) -> None:
@@ -54,18 +54,18 @@ class Claim:
         names = [[row_tensor.name for row_tensor in layer for _ in row_tensor.tensors] for layer in layers]
         records = [record for layer in self._layers for record in layer]
         if any(_is_held(record) for record in records):
-            gc.collect()  # a claim without references may not be freed yet
+            gc.collect()  # a claim without references may not have been freed yet
         for name, record in zip((name for layer in names for name in layer), records, strict=True):
             if _is_held(record):
                 raise DistplbError(
-                    f"{name} is moved by another Rebalancer of this process, and each would take the rows for where "
-                    "it has put them itself; close() that one first"
+                    f"{name} is moved by another Rebalancer of this process, and each would assume that the rows are "
+                    "where it put them itself; close() the other one first"
                 )
         for record in records:
             record.holder = weakref.ref(self)
 
     def inherited_rows(self) -> list[ExpertsBySlot | None]:
-        """By layer, where a former rebalancer has left the rows; None where there was none.
+        """Return, by layer, where an earlier rebalancer left the rows; None if there was none.
 
         Raises:
             DistplbError: if tensors of one layer were left in different places.
@@ -77,22 +77,22 @@ class Claim:
                 and None in of_layer
                 and all(one == tuple(range(len(one))) for one in of_layer if one)
             ):
-                of_layer.discard(None)  # rows that were never moved are where restored ones are
+                of_layer.discard(None)  # rows that were never moved are in the same places as restored ones
             if len(of_layer) > 1:
                 raise DistplbError(
-                    "rows of some tensors were moved by another Rebalancer and those of others were not, in the layer "
-                    f"of {self._first_names[number]}; declare all that has a row for each expert, there and here"
+                    f"in the layer of {self._first_names[number]}, an earlier Rebalancer moved the rows of only some "
+                    "tensors; declare every tensor that has a row for each expert, both there and here"
                 )
         return [next(iter(of_layer), None) for of_layer in rows]
 
     def note(self, placement: Placement) -> None:
-        """The rows are now where this placement says."""
+        """Record that the rows are now where this placement has them."""
         for layer, rows in zip(self._layers, map(tuple, placement.expert_of_slot.tolist()), strict=True):
             for record in layer:
                 record.rows = rows
 
     def release(self) -> None:
-        """Leave the tensors to others, with a note of where the rows are."""
+        """Release the tensors; the record of where their rows are stays."""
         for record in (record for layer in self._layers for record in layer):
             if record.holder is not None and record.holder() is self:
                 record.holder = None
@@ -100,7 +100,7 @@ class Claim:
 
 def _record(tensor: Tensor) -> _Record:
     record = _RECORDS.get(id(tensor))
-    if record is None or record.tensor() is not tensor:  # the id of a former tensor may be reused
+    if record is None or record.tensor() is not tensor:  # the id of a freed tensor may be reused
         record = _RECORDS[id(tensor)] = _Record(tensor)
     return record
 
@@ -110,7 +110,7 @@ def _is_held(record: _Record) -> bool:
 
 
 def _refuse_shared_memory(layers: Sequence[Sequence[RowTensor]]) -> None:
-    """Refuse rows that are declared twice, which would be moved twice; shards of a tensor may lie in it."""
+    """Refuse rows that are declared twice, because they would be moved twice; a shard may be part of its tensor."""
     ranges = sorted(
         (start, stop, row_tensor.name)
         for layer in layers
@@ -122,12 +122,12 @@ def _refuse_shared_memory(layers: Sequence[Sequence[RowTensor]]) -> None:
     for (_, stop, one), (start, _, other) in pairwise(ranges):
         if start < stop:
             raise DistplbError(
-                f"{one} and {other} share memory, so that moving one would move the other as well; declare each "
-                "tensor once, and give layers that share experts no Rebalancer"
+                f"{one} and {other} share memory, so moving one would also move the other; declare each tensor once, "
+                "and do not rebalance layers that share experts"
             )
 
 
 def _bytes(name: str, tensor: Tensor) -> tuple[int, int]:
-    """Where this rank's part, which is contiguous, begins and ends in memory."""
+    """Start and end address of this rank's part, which is contiguous."""
     local = local_like(name, tensor, tensor)
     return local.data_ptr(), local.data_ptr() + local.nbytes

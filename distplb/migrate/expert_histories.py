@@ -1,8 +1,9 @@
-"""Experts in tensors of their own: each has its own history of training, which travels with it.
+"""Training histories of experts in tensors of their own; each history travels with its expert.
 
-An expert without a token has no gradient in that iteration, and its tensor is stepped on once less than the others; one
-that never had a token has no optimizer state at all. What is one number for a tensor, such as its `step`, and whether
-there is a gradient or state at all, then belongs to the expert. Experts that share a tensor have it in common.
+An expert without tokens gets no gradient in that iteration, so its tensor gets one step fewer than the others;
+an expert that never had a token has no optimizer state at all. So state that is one number per tensor, such as `step`,
+belongs to the expert, and so does the presence of a gradient and of state. Experts that share a tensor share this
+history.
 Shapes: P slots.
 """
 
@@ -26,11 +27,11 @@ from distplb.migrate.row_tensors import RowTensor
 
 __all__ = ["ExpertHistories", "PerExpertTensor", "agreed_histories"]
 
-_MAX_SCALARS = 6  # of one tensor; with more its layer stays
+_MAX_SCALARS = 6  # per tensor; with more, its layer stays
 
 
 class StateNames(NamedTuple):
-    """Which state goes with a tensor: name and dtype of each kind that travels, and the names of its scalars."""
+    """The state of a tensor, by name: name and dtype of each kind that travels, and the names of its scalars."""
 
     kinds: tuple[tuple[str, str], ...]
     scalars: tuple[str, ...]
@@ -44,14 +45,14 @@ class SlotHistory(NamedTuple):
 
 
 class ExpertHistories:
-    """The histories of the experts that one declared tensor holds, as they travel.
+    """The histories of the experts in one declared tensor, which travel with the experts.
 
     Args:
         layer: index of the layer.
-        histories: by slot, of the expert that is in it.
-        states: by slot of this rank, what goes with its tensor.
-        examples: of each scalar, as the optimizer keeps it.
-        optimizers: by slot of this rank, the one that steps on its tensor; none where its shards are stepped on.
+        histories: by slot, the history of the expert in it.
+        states: by slot of this rank, the state of its tensor.
+        examples: by name, an example of each scalar as the optimizer keeps it.
+        optimizers: by slot of this rank, the optimizer that steps on its tensor; empty if it steps on shards.
 
     Attributes:
         layer: index of the layer.
@@ -74,15 +75,15 @@ class ExpertHistories:
         self._whole = {slot: dict(state.whole) for slot, state in states.items()}
         for slot, state in states.items():
             for kind, dtype in self._kinds:
-                if kind not in self._whole[slot]:  # so that another expert's can arrive there
+                if kind not in self._whole[slot]:  # room for another expert's
                     self._whole[slot][kind] = torch.zeros_like(state.tensor.detach(), dtype=_dtype(dtype))
 
     def travelling(self, index: int, name: str) -> list[Traveller]:
-        """What travels, with zeros where an expert has nothing of a kind.
+        """List what travels, with zeros where an expert has nothing of a kind.
 
         Args:
-            index: of the declared tensor in its layer.
-            name: of the tensor.
+            index: index of the declared tensor in its layer.
+            name: name of the tensor.
         """
         travellers = []
         for kind, dtype in self._kinds:
@@ -94,10 +95,10 @@ class ExpertHistories:
         return travellers
 
     def follow(self, source: Sequence[int]) -> None:
-        """Experts have changed slots: give each tensor of this rank the history of the expert that it now holds.
+        """Give each tensor of this rank the history of the expert that it holds after a move.
 
         Args:
-            source: `[P]`, the slot in which the expert of each slot was before.
+            source: `[P]`, the previous slot of the expert in each slot.
         """
         self._histories = [self._histories[slot] for slot in source]
         for slot in self._states:
@@ -109,11 +110,11 @@ class ExpertHistories:
         kinds = {kind for kind, _ in history.names.kinds}
         scalars = dict(zip(history.names.scalars, history.scalars, strict=True))
         tensor.grad = whole["grad"] if "grad" in kinds else None
-        if slot not in self._optimizers:  # only its shards are stepped on
+        if slot not in self._optimizers:  # the optimizer steps on shards only
             return
         state = self._optimizers[slot].state
         if not kinds - {"", "grad"} and not scalars:
-            state.pop(tensor, None)  # as of a tensor that was never stepped on
+            state.pop(tensor, None)  # as for a tensor that was never stepped on
             return
         of_tensor = state[tensor]
         for name in self._names:
@@ -127,7 +128,7 @@ class ExpertHistories:
 
 @dataclass(frozen=True)
 class PerExpertTensor:
-    """A declared tensor that is a tensor of its own for each expert, and what goes with it on this rank."""
+    """A declared tensor that is a tensor of its own for each expert, and its state on this rank."""
 
     layer: int
     index: int
@@ -136,7 +137,7 @@ class PerExpertTensor:
 
     @property
     def by_slot(self) -> dict[int, TensorState]:
-        """What goes with the tensor of each slot of this rank."""
+        """The state of the tensor in each slot of this rank."""
         return dict(zip(self.row_tensor.own_slots or (), self.state.of_tensors, strict=True))
 
 
@@ -147,18 +148,18 @@ def agreed_histories(
     optimizers: OptimizersById,
     comm: Comm,
 ) -> list[ExpertHistories | int | None]:
-    """The history of every expert, of any rank, for each of some declared tensors. Two all-reduces; none for none.
+    """Agree on the histories of all experts of all ranks, for each given tensor. Two all-reduces; none without tensors.
 
     Args:
-        tensors: the same on all ranks; each rank holds something of them.
-        every_state: what goes with any tensor of this rank: examples of what other ranks may have.
+        tensors: the same on all ranks; each rank holds a part of each.
+        every_state: the state of all tensors of this rank, as examples of what other ranks may have.
         num_slots: P.
-        optimizers: of each parameter; they keep its state.
+        optimizers: the optimizers of each parameter, which keep its state.
         comm: the ranks that hold the tensors.
 
     Returns:
-        For each tensor its histories; the number of a slot where ranks that hold copies of its expert differ; None
-        where a rank does not know the state that another has.
+        For each tensor, its histories; or the index of a slot if ranks differ in their copies of its expert; or None if
+        some rank does not know the state that another has.
 
     Raises:
         DistplbError: on all ranks, if one of them has no memory for what may arrive.
@@ -188,7 +189,7 @@ def agreed_histories(
 
 @dataclass(frozen=True)
 class _Examples:
-    """Of tensors that are trained alike: which state they may have, by its digest, and each scalar as it is kept."""
+    """What tensors that are trained alike may have: states by digest, and an example of each scalar as it is kept."""
 
     names: dict[int, StateNames] = field(default_factory=dict)
     scalars: dict[str, Any] = field(default_factory=dict)
@@ -201,7 +202,7 @@ class _Examples:
         itself = names.kinds[:1]
         gradient = ("grad", itself[0][1])
         of_optimizer = tuple(kind for kind in names.kinds if kind[0] not in ("", "grad"))
-        # One that has no gradient now, or was never stepped on, has less than this one.
+        # A tensor that has no gradient now, or was never stepped on, has less state than this one.
         for each in (
             names,
             StateNames((*itself, *of_optimizer), names.scalars),
@@ -213,7 +214,7 @@ class _Examples:
 
 
 def _examples_by_settings(every_state: Iterable[RowTensorState]) -> dict[int, _Examples]:
-    """By digest of the settings. Made once for all tensors: a rank has many, and few that differ."""
+    """Collect examples by digest of the settings, once for all tensors: a rank has many, but few of them differ."""
     by_settings: dict[int, _Examples] = {}
     known = set[tuple[int, StateNames]]()
     for row_tensor_state in every_state:
@@ -229,7 +230,7 @@ def _examples_by_settings(every_state: Iterable[RowTensorState]) -> dict[int, _E
 def _histories(
     tensor: PerExpertTensor, codes: Sequence[Sequence[int]], examples: _Examples, optimizers: OptimizersById
 ) -> ExpertHistories | None:
-    """From the codes of every slot; None where this rank does not know what they stand for."""
+    """Decode the codes of every slot; None if this rank does not know one of them."""
     histories = []
     for code, *scalars in codes:
         if code not in examples.names or len(examples.names[code].scalars) > _MAX_SCALARS:
@@ -240,7 +241,7 @@ def _histories(
     optimizer_of: dict[int, Optimizer] = {}
     for slot, state in states.items() if tensor.row_tensor.stepped else ():
         of_tensor = optimizers.get(id(state.tensor), [])
-        if len(of_tensor) != 1:  # what two of them keep under one key would be taken for the other's
+        if len(of_tensor) != 1:  # two optimizers may keep different state under the same key
             return None
         optimizer_of[slot] = of_tensor[0][0]
     return ExpertHistories(tensor.layer, histories, states, examples.scalars, optimizer_of)
@@ -251,7 +252,7 @@ def _names_of(state: TensorState) -> StateNames:
 
 
 def _with_value(held: Any, example: Any, value: float) -> Any:
-    """A scalar of the state, in place where it is a tensor that is there."""
+    """Return a scalar of the state with a new value, set in place if it is an existing tensor."""
     if isinstance(example, Tensor):
         return (torch.empty_like(example) if held is None else held).fill_(value)
     return type(example)(value)

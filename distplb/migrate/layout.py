@@ -1,9 +1,9 @@
 """`Layout`: which rank holds which elements of each slot's row.
 
-A tensor with a row for every slot is, over all ranks, one range of P rows. What a rank holds of it comes in parts,
-each contiguous in its memory: the rows of its slots, a flat range that cuts through rows (the shard of an
-optimizer), or the same columns of several rows (a tensor sharded along its second dim). Experts owned by one rank,
-copies on data-parallel ranks, and router rows on every rank are all of this kind.
+A tensor with a row for every slot is, over all ranks, one range of P rows. A rank holds parts of it, each contiguous in
+memory: the rows of its slots, a flat range that cuts through rows (an optimizer's shard), or the same columns of
+several rows (a tensor sharded along its second dim). This covers experts owned by one rank, copies on data-parallel
+ranks, and router rows on every rank.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["Layout", "Part", "Piece", "Span", "joined"]
 
 
 class Span(NamedTuple):
-    """Elements `start` to `stop` of a slot's row, held from element `offset` on of the part's memory."""
+    """Elements `start` to `stop` of a slot's row, which begin at element `offset` of the part's memory."""
 
     slot: int
     start: int
@@ -30,7 +30,7 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class Part:
-    """Of each slot's row the elements `low` to `high`; of these, slot after slot, the elements `start` to `stop`.
+    """Elements `start` to `stop` of the columns `low` to `high` of all slots' rows, counted slot after slot.
 
     >>> list(Part(4, 12, 0, 8).spans)  # a flat range that cuts through two rows of 8
     [Span(slot=0, start=4, stop=8, offset=0), Span(slot=1, start=0, stop=4, offset=4)]
@@ -45,18 +45,18 @@ class Part:
 
     @property
     def numel(self) -> int:
-        """Elements held."""
+        """Number of elements held."""
         return self.stop - self.start
 
     @property
     def slots(self) -> range:
-        """Those of which something is held."""
+        """The slots of which the part holds any element."""
         width = self.high - self.low
         return range(self.start // width, -(-self.stop // width)) if self.start < self.stop else range(0)
 
     @property
     def spans(self) -> Iterator[Span]:
-        """What is held, slot by slot."""
+        """The elements held, slot by slot."""
         width = self.high - self.low
         for slot in self.slots:
             first = slot * width
@@ -65,7 +65,7 @@ class Part:
 
 
 def joined(parts: Iterable[Part]) -> tuple[Part, ...]:
-    """Parts that follow each other in one rank's memory, those that continue each other as one; empty ones left out."""
+    """Merge the parts of one rank's memory that continue each other, and drop empty ones."""
     merged: list[Part] = []
     for part in parts:
         last = merged[-1] if merged else None
@@ -77,7 +77,7 @@ def joined(parts: Iterable[Part]) -> tuple[Part, ...]:
 
 
 class Piece(NamedTuple):
-    """Elements `start` to `stop` of one slot's row, held by `rank` from its local element `offset` on."""
+    """Elements `start` to `stop` of one slot's row, which begin at local element `offset` of `rank`."""
 
     rank: int
     start: int
@@ -87,19 +87,19 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """Who holds what of one tensor.
+    """Which rank holds which elements of one tensor.
 
-    >>> layout = Layout(row=4, num_slots=2, held=((Part(0, 4, 0, 4),), (Part(4, 8, 0, 4),)))  # a slot on each rank
+    >>> layout = Layout(row=4, num_slots=2, held=((Part(0, 4, 0, 4),), (Part(4, 8, 0, 4),)))  # one slot on each rank
     >>> layout.pieces[1]
     (Piece(rank=1, start=0, stop=4, offset=0),)
 
     Args:
-        row: elements of one slot.
+        row: number of elements per slot.
         num_slots: P.
-        held: by rank, its parts in the order of its memory; none where it holds nothing.
+        held: by rank, its parts in memory order; empty if it holds nothing.
 
     Raises:
-        DistplbError: if some element of a slot is held by no rank, or a part lies outside of all slots.
+        DistplbError: if no rank holds some element of a slot, or a part is outside all slots.
     """
 
     row: int
@@ -113,7 +113,7 @@ class Layout:
                 if not inside or not 0 <= part.start <= part.stop <= (part.high - part.low) * self.num_slots:
                     raise DistplbError(
                         f"rank {rank} holds elements {part.start} to {part.stop} of columns {part.low} to {part.high} "
-                        f"of {self.num_slots} slots × {self.row}, and there are no such; check `gpu` and the starts "
+                        f"of {self.num_slots} slots × {self.row}, which are out of range; check `gpu` and the starts "
                         "of the shards"
                     )
         for slot, pieces in enumerate(() if self.is_everywhere else self.pieces):
@@ -124,41 +124,41 @@ class Layout:
                 reached = max(reached, piece.stop)
             if reached != self.row:
                 raise DistplbError(
-                    f"element {reached} of the {self.row} of slot {slot} is held by no rank (slots held by rank: "
+                    f"no rank holds element {reached} (of {self.row}) of slot {slot} (slots held by rank: "
                     f"{[list(own) for own in self.slots]}); check `gpu`, the starts "
                     "of the shards, and that the communicator has all ranks that the tensor is sharded over"
                 )
 
     @cached_property
     def is_everywhere(self) -> bool:
-        """Whether every rank holds all of it, so that nothing ever crosses ranks."""
+        """Whether every rank holds the whole tensor, so that nothing ever crosses ranks."""
         return bool(self.held) and all(
             parts == (Part(0, self.row * self.num_slots, 0, self.row),) for parts in self.held
         )
 
     @cached_property
     def is_copied(self) -> bool:
-        """Whether some elements are held by more than one rank."""
+        """Whether more than one rank holds some element."""
         held = ([piece.stop - piece.start for piece in self.pieces[slot]] for slot in set(self.shapes))
         return self.is_everywhere or any(sum(counts) > self.row for counts in held)
 
     @property
     def has_empty_rank(self) -> bool:
-        """Whether some rank holds nothing of it."""
+        """Whether some rank holds nothing of the tensor."""
         return not all(self.held)
 
     @cached_property
     def slots(self) -> tuple[tuple[int, ...], ...]:
-        """By rank, the slots of which it holds something, in ascending order."""
+        """By rank, the slots of which it holds any element, in ascending order."""
         return tuple(tuple(sorted({slot for part in parts for slot in part.slots})) for parts in self.held)
 
     def is_by_gpu(self, slots_per_gpu: int) -> bool:
-        """Whether no rank holds anything of two GPUs' slots."""
+        """Whether each rank holds elements of only one GPU's slots."""
         return all(own[0] // slots_per_gpu == own[-1] // slots_per_gpu for own in self.slots if own)
 
     @cached_property
     def max_row(self) -> int:
-        """Elements of one slot's row on the rank that holds most of one."""
+        """The most elements of one slot's row that any rank holds."""
         if self.is_everywhere:
             return self.row
         held = Counter[tuple[int, int]]()
@@ -169,7 +169,7 @@ class Layout:
 
     @cached_property
     def shapes(self) -> tuple[int, ...]:
-        """For each slot, the first one that the same ranks hold in the same ranges, wherever in their memory."""
+        """For each slot, the first slot that the same ranks hold in the same ranges, at any offset in their memory."""
         if self.is_everywhere:
             return (0,) * self.num_slots
         first: dict[tuple[tuple[int, int, int], ...], int] = {}
@@ -179,7 +179,7 @@ class Layout:
 
     @cached_property
     def pieces(self) -> tuple[tuple[Piece, ...], ...]:
-        """For each slot its pieces, by start and then by rank. A range held by several ranks comes once for each."""
+        """The pieces of each slot, by start and then by rank. A range held by several ranks appears once for each."""
         by_slot: list[list[Piece]] = [[] for _ in range(self.num_slots)]
         for rank, parts in enumerate(self.held):
             base = 0

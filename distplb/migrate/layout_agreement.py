@@ -1,4 +1,4 @@
-"""Which rank holds what of each declared tensor, as all ranks agree on it once, before anything moves."""
+"""The ranks agree, once and before anything moves, on which rank holds what of each declared tensor."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ __all__ = ["AgreedTensor", "agreed_tensors"]
 
 
 class AgreedTensor(NamedTuple):
-    """A declared tensor as all ranks know it.
+    """A declared tensor as all ranks have agreed on it.
 
     Args:
         row_tensor: this rank's part of it.
-        layout: which rank holds what of it.
+        layout: which rank holds which elements of it.
         is_own: whether each expert is in a tensor of its own, on all ranks.
     """
 
@@ -32,13 +32,13 @@ class AgreedTensor(NamedTuple):
 
 
 def agreed_tensors(layers: Sequence[Sequence[RowTensor]], num_slots: int, comm: Comm) -> list[list[AgreedTensor]]:
-    """By layer, each declared tensor with its layout: every rank tells the others which parts it holds.
+    """Share which parts each rank holds; return each declared tensor with its layout, by layer.
 
     Three all-reduces: of the largest number of parts, of [tensors, ranks, parts, 4] integers, and of a bit for each
-    tensor. Then each rank connects to those that it may exchange experts with, so that no move has to.
+    tensor. Then each rank connects to all ranks that it may exchange experts with, so that no move has to.
 
     Raises:
-        DistplbError: if the ranks together do not hold a tensor whole.
+        DistplbError: if no rank holds some element of a tensor.
     """
     tensors = [tensor for layer in layers for tensor in layer]
     layouts = _agreed_layouts(tensors, num_slots, comm)

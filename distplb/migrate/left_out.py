@@ -1,4 +1,4 @@
-"""Why a layer stays as it is while others move: a sentence that names the tensor, the ranks and their steps."""
+"""Explain why a layer stays while others move, in a sentence that names the tensor, the ranks and their steps."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from distplb.migrate.row_tensors import RowTensor
 
 __all__ = ["LeftOut", "reasons_left_out"]
 
-_MOST_RANKS = 8  # that are named
+_MOST_RANKS = 8  # named in a sentence
 _NO_STEP = math.nan
 
 
 class LeftOut(NamedTuple):
-    """A declared tensor whose state keeps its layer where it is, and that state on this rank."""
+    """A declared tensor whose state keeps its layer from moving, and that state on this rank."""
 
     row_tensor: RowTensor
     state: RowTensorState
     is_own: bool  # whether each expert is in a tensor of its own
-    slot: int | None  # where copies of an expert differ
+    slot: int | None  # in which copies of an expert differ
 
 
 def reasons_left_out(cases: Sequence[LeftOut], comm: Comm) -> list[str]:
-    """For each case a sentence, the same on all ranks. One all-reduce; none where there are no cases."""
+    """Return a sentence for each case, the same on all ranks. One all-reduce; none without cases."""
     if not cases:
         return []
     # By case and rank: whether it holds the tensor, has state, has a gradient; its step.
@@ -47,7 +47,7 @@ def reasons_left_out(cases: Sequence[LeftOut], comm: Comm) -> list[str]:
 
 
 def _example(case: LeftOut) -> TensorState | None:
-    """The tensor of this rank that the sentence is about: of the expert in question, or of the one furthest behind."""
+    """Pick the tensor of this rank to report: that of the expert in question, or the one furthest behind."""
     if case.slot is not None:
         slots = case.row_tensor.own_slots or []
         return dict(zip(slots, case.state.of_tensors, strict=True)).get(case.slot)
@@ -68,12 +68,12 @@ def _sentence(case: LeftOut, table: Sequence[Sequence[int]]) -> str:
     where = f"{case.row_tensor.name}" + ("" if case.slot is None else f" in slot {case.slot}")
     apart = "; ".join(f"{words} on {_ranks(some)}" for words, some in groups.items())
     if case.slot is not None:
-        return f"{where}: copies of one expert differ ({apart}); step on all of them alike"
+        return f"{where}: copies of one expert differ ({apart}); take the same optimizer steps on all of them"
     if case.is_own:
-        return f"{where}: what its optimizer holds for an expert is not known on every rank ({apart} at the least)"
+        return f"{where}: some rank does not know the optimizer state that another has for an expert (at least {apart})"
     return (
-        f"{where}: {apart}. A tensor of several experts has one history for all of them; where a rank has no tokens, "
-        "let its experts take part with none, so that their gradient is zero, or hold each in a tensor of its own"
+        f"{where}: {apart}. A tensor of several experts has one history for all of them; on ranks without tokens, run "
+        "the experts on an empty batch, so that their gradient is zero, or keep each expert in a tensor of its own"
     )
 
 

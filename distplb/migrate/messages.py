@@ -1,8 +1,8 @@
-"""From the moves of a commit to what one rank copies, sends and receives, and in which rounds. Pure.
+"""Turn the moves of a commit into the copies, messages and rounds of one rank. Pure.
 
-A rank lists its own copies only. The round of a message depends on how many messages its two ends, and the ranks that
-these exchange with, have to send; these are counted, way by way, without listing the other ranks' copies. So all ranks
-come to the same rounds.
+A rank lists only its own copies. The round of a message depends on all messages of its two ranks, on those of the ranks
+that these exchange with, and so on. Such messages are counted for each pair of ranks, without listing other ranks'
+copies, so all ranks compute the same rounds.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from distplb.migrate.slot_routes import LayoutRoutes, Passage
 
 __all__ = ["Copy", "MessagePlanner", "RankCommit", "rounds"]
 
-Way = tuple[int, int]  # from rank to rank
+Way = tuple[int, int]  # (source rank, target rank)
 
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """`count` elements of tensor number `tensor`, from one rank's local offset to another's (or its own)."""
+    """`count` elements of tensor `tensor`, from a local offset on one rank to a local offset on another or the same."""
 
     tensor: int
     source_rank: int
@@ -35,15 +35,15 @@ class Copy:
 
 @dataclass(frozen=True)
 class RankCommit:
-    """One commit as one rank sees it. A message is one or more copies, whose bytes follow each other in it.
+    """One commit as one rank sees it. A message is one or more copies, whose bytes are consecutive.
 
     Args:
         local: copies from this rank to itself.
-        sends: by target rank, the messages in their order.
-        receives: by source rank, likewise.
-        rounds: (source rank, target rank) of every message that this rank sends or receives. All ranks number their
-            rounds alike, and leave out those that they have no message in.
-        crossing: bytes from rank to rank over all ranks, inside nodes and between them.
+        sends: by target rank, the messages in order.
+        receives: by source rank, the messages in order.
+        rounds: by round, (source rank, target rank) of every message that this rank sends or receives. All ranks order
+            their rounds alike; each omits the rounds in which it has no message.
+        crossing: bytes sent between ranks, over all ranks: (inside nodes, between nodes).
     """
 
     local: list[Copy]
@@ -57,23 +57,23 @@ class _SameLayout(NamedTuple):
     """Tensors of a layer that have the same layout."""
 
     routes: LayoutRoutes
-    sizes: Mapping[int, int]  # how many of them have elements of so many bytes
+    sizes: Mapping[int, int]  # number of tensors, by bytes of an element
 
 
-Passing = Mapping[tuple[int, int, int], int]  # moves, by number of `_SameLayout` and the shapes of both slots
+Passing = Mapping[tuple[int, int, int], int]  # number of moves, by index of `_SameLayout` and the shapes of both slots
 
 
 class MessagePlanner:
     """Plans the copies and messages of one rank, commit by commit.
 
     Args:
-        tensors: by layer, the number and the layout of each tensor that travels.
-        item_bytes: by number of a tensor, the bytes of an element.
-        rank: for which they are.
-        node_of_rank: of the communicator, to count bytes inside nodes and between them.
-        limit: operations on one rank in one round.
-        large_bytes: of a copy that is a message of its own, sent from where it lies. The smaller ones that go the same
-            way are one message, ahead of these.
+        tensors: by layer, the index and layout of each tensor that travels.
+        item_bytes: by index of a tensor, the bytes of an element.
+        rank: the rank to plan for.
+        node_of_rank: node of each rank of the communicator, to count bytes inside nodes and between them.
+        limit: maximum number of operations of one rank in one round.
+        large_bytes: a copy of at least this size is a message of its own, sent in place. The smaller copies between the
+            same two ranks are packed into one message, which goes first.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class MessagePlanner:
         layouts = {id(layout): layout for of_layer in tensors for _, layout in of_layer}
         self._routes = {key: LayoutRoutes(layout) for key, layout in layouts.items()}
         self._same_layout: list[_SameLayout] = []
-        self._of_layer: list[list[int]] = []  # their numbers
+        self._of_layer: list[list[int]] = []  # by layer, indices into `_same_layout`
         numbers: dict[object, int] = {}
         for of_layer in tensors:
             self._of_layer.append([])
@@ -103,17 +103,17 @@ class MessagePlanner:
         self._crosses: dict[Passage, tuple[int, int]] = {}
 
     def commit(self, moves: Sequence[SlotMove]) -> RankCommit:
-        """What the moves of one commit mean for this rank."""
+        """Plan the moves of one commit for this rank."""
         commit = RankCommit([], {}, {}, [], (0, 0))
         for are_copied in (True, False):
             commit = self._extended(commit, moves, are_copied)
         return commit
 
     def _extended(self, commit: RankCommit, moves: Sequence[SlotMove], are_copied: bool) -> RankCommit:
-        """The commit, and then the moves of the tensors that several ranks hold copies of, or of the others.
+        """Extend the commit with the moves of tensors that have copies on several ranks, or with those of all others.
 
-        Copies of experts only pass inside an EP group, shards between all ranks. Where these had rounds in common, the
-        messages of all groups would have to be counted.
+        Copies of experts travel only inside an EP group, shards between all ranks. If they shared rounds, every rank
+        would have to count the messages of all groups.
         """
         ways: dict[Way, list[list[Copy]]] = {}
         for copy in self.copies(moves, are_copied):
@@ -139,7 +139,7 @@ class MessagePlanner:
         )
 
     def copies(self, moves: Sequence[SlotMove], are_copied: bool) -> Iterator[Copy]:
-        """All copies from this rank or to it, in the order of moves and tensors."""
+        """Yield all copies from or to this rank, in the order of moves and tensors."""
         for move in moves:
             for number, layout in self._tensors[move.layer]:
                 if layout.is_copied != are_copied:
@@ -169,7 +169,7 @@ class MessagePlanner:
         return passing
 
     def _crossing(self, passing: Passing) -> tuple[int, int]:
-        """Bytes from rank to rank, over all ranks, inside nodes and between them."""
+        """Count the bytes sent between ranks, over all ranks: (inside nodes, between nodes)."""
         inside = between = 0
         for (number, source, target), moves in passing.items():
             routes, sizes = self._same_layout[number]
@@ -182,9 +182,11 @@ class MessagePlanner:
         return inside, between
 
     def _connected(self, passing: Passing) -> dict[Way, int]:
-        """The messages of each way between the ranks that this one exchanges with, those that these exchange with,
-        and so on: all that this rank's rounds depend on."""
-        at: dict[tuple[int, int], list[tuple[int, int, int]]] = {}  # what passes, by either of its slots
+        """Count the messages that this rank's rounds depend on, by way.
+
+        These are the messages between the ranks that it exchanges with, the ranks that those exchange with, and so on.
+        """
+        at: dict[tuple[int, int], list[tuple[int, int, int]]] = {}  # keys of `passing`, by the shape of either slot
         for number, source, target in passing:
             for shape in {source, target}:
                 at.setdefault((number, shape), []).append((number, source, target))
@@ -199,7 +201,7 @@ class MessagePlanner:
                 for route in routes.passage(*ends[1:]).of(rank):
                     way = route.source_rank, route.target_rank
                     others.update(way)
-                    if rank == route.target_rank:  # counted where it comes from
+                    if rank == route.target_rank:  # counted at its source
                         continue
                     for size, tensors in sizes.items():
                         if route.numel * size >= self._large_bytes:
@@ -208,34 +210,35 @@ class MessagePlanner:
                             small.add(way)
             waiting += others - reached
             reached |= others
-        # First all ranks to the next one, then all to the one after that: as many sends as receives on each.
+        # First every rank sends to the next one, then to the one after that: each sends as often as it receives.
         in_turn = sorted({*small, *large}, key=lambda way: ((way[1] - way[0]) % len(self._nodes), way))
         return {way: large[way] + (way in small) for way in in_turn}
 
     def _places(self, rank: int) -> Iterator[tuple[int, int]]:
-        """Numbers of `_SameLayout`, and the shapes of the slots of which the rank holds something in it."""
+        """Yield (index of `_SameLayout`, shape of a slot) for everything that the rank holds."""
         for number, (routes, _) in enumerate(self._same_layout):
             for shape in routes.shapes_of(rank):
                 yield number, shape
 
 
 def rounds(messages: Mapping[Way, int], limit: int) -> list[dict[Way, int]]:
-    """Rounds in which no rank has more than `limit` operations, as the number of messages of each way.
+    """Divide messages into rounds in which no rank has more than `limit` operations.
 
-    The ways take turns, and each message goes in the first round that has room for it at both ends.
+    A round gives the number of messages of each way. The ways take turns, and each message goes into the first round
+    that has room for it at both ends.
 
     >>> rounds({(0, 1): 3, (1, 0): 2}, limit=2)
     [{(0, 1): 1, (1, 0): 1}, {(0, 1): 1, (1, 0): 1}, {(0, 1): 1}]
 
     Args:
-        messages: of each way (source rank, target rank), in the order of their turns.
-        limit: 2 or more where messages go both ways at once.
+        messages: number of messages of each way (source rank, target rank), in the order in which the ways take turns.
+        limit: operations per rank and round; 2 or more if a rank is to send and receive in the same round.
     """
     ways_of = Counter(rank for way in messages for rank in way)
-    turn = max(1, limit // max(ways_of.values(), default=1))  # messages of one way, so that a round is a turn of all
+    turn = max(1, limit // max(ways_of.values(), default=1))  # messages per way, so that one turn of all fits a round
     planned: list[dict[Way, int]] = []
-    used: dict[int, list[int]] = {rank: [] for rank in ways_of}  # by round
-    full = dict.fromkeys(ways_of, 0)  # rounds before the first with room
+    used: dict[int, list[int]] = {rank: [] for rank in ways_of}  # operations of each rank, by round
+    full = dict.fromkeys(ways_of, 0)  # index of each rank's first round with room
     left = dict(messages)
     while left:
         for way in list(left):

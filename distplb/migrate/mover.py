@@ -1,4 +1,4 @@
-"""`Mover`: moves the experts of some layers, with all that travels with them, from one placement to another.
+"""`Mover`: moves the experts of some layers, with everything that travels with them, to a new placement.
 
 Shapes: L layers, E experts, P slots, M GPUs.
 """
@@ -34,28 +34,29 @@ __all__ = ["Mover"]
 
 
 class Mover:
-    """Knows what travels with the experts of each layer and who holds it; moves it, whole or not at all.
+    """Moves experts and everything that travels with them, commit by commit, once all ranks have agreed.
 
-    Making one is local to the rank, and refuses what cannot be moved; `agree_on_layouts` and `move` are collective. It
-    holds the tensors, and hooks on them, until it is closed.
+    The constructor is local to the rank and refuses tensors that cannot be moved; `agree_on_layouts`, `prepare` and
+    `move` are collective. A mover keeps references to the tensors, and hooks on them, until it is closed.
 
     Args:
         layers: the MoE layers.
-        optimizers: that step on their parameters.
+        optimizers: the optimizers that step on their parameters.
         comm: the ranks that hold the layers.
-        topology: of one EP group.
+        topology: topology of one EP group.
         num_slots: P.
-        gpu: which GPU of its EP group this rank is; None where the communicator is the EP group.
-        num_groups: of a router whose rows move, so that its groups stay in blocks; None where there are none.
+        gpu: index of this rank's GPU in its EP group; None if the communicator is the EP group.
+        num_groups: number of routing groups of routers whose rows move, so that groups stay in blocks; None if there
+            are none.
 
     Attributes:
-        gpu: which GPU of its EP group this rank is.
-        watch: of the gradients and steps between two moves.
-        broken: why the experts may not be whole any more; None while they are.
+        gpu: index of this rank's GPU in its EP group.
+        watch: watches gradients and optimizer steps between two moves.
+        broken: why the experts may no longer be whole; None while they are.
 
     Raises:
-        DistplbError: if a tensor, the slots or `gpu` do not fit, the optimizers do not know a parameter or train
-            experts of one layer differently, or another rebalancer of this process moves one of the tensors.
+        DistplbError: if a tensor, the slots or `gpu` do not fit, a parameter is in none of the optimizers, experts of
+            one layer are trained differently, or another rebalancer of this process moves one of the tensors.
     """
 
     def __init__(
@@ -83,32 +84,32 @@ class Mover:
         self.broken: str | None = None
 
     def digest(self) -> int:
-        """What must be equal on all ranks: names and rows of all declared tensors, as one number."""
+        """Return one number for the names and row sizes of all declared tensors, which must be equal on all ranks."""
         return digest([(tensor.name, tensor.row) for tensors in self._tensors for tensor in tensors])
 
     def agree_on_layouts(self) -> None:
-        """Learn which rank holds what, and that all train it alike; once, before anything moves."""
+        """Agree on which rank holds what, and check that all train it alike; once, before anything moves."""
         self._agreed = agreed_tensors(self._tensors, self._num_slots, self._comm)
         agree_on_settings(self._tensors, settings_by_id(self._optimizers), self._comm)
 
     def inherited_rows(self) -> list[ExpertsBySlot | None]:
-        """By layer, where a rebalancer before this one has left the rows of its tensors, as of `Claim`."""
+        """Return, by layer, where an earlier rebalancer left the rows of its tensors; see `Claim`."""
         return self._claim.inherited_rows()
 
     def note(self, placement: Placement) -> None:
-        """Remember, for whoever moves the rows after this one, that they lie as this says."""
+        """Record for the next rebalancer of these tensors that their rows are where `placement` has them."""
         self._claim.note(placement)
 
     def close(self) -> None:
-        """Leave the tensors to others, and take the hooks away."""
+        """Release the tensors and remove the hooks."""
         self._claim.release()
         self.watch.close()
 
     def collect_state(self) -> list[list[RowTensorState]]:
-        """All that goes with the experts on this rank now; what FSDP2 has derived from it is dropped.
+        """Collect everything that goes with the experts on this rank now; drop what FSDP2 derived from it.
 
         Raises:
-            DistplbError: if the tensors are none of the model's any more, a backward pass has begun, or state of the
+            DistplbError: if a tensor is no longer the model's, a backward pass has begun, or some state of these
                 optimizers, or of others that were not passed, could not travel.
         """
         self.watch.refuse_replaced()
@@ -119,9 +120,10 @@ class Mover:
         return [layer_state(tensors, self._optimizers, settings, by_id) for tensors in self._tensors]
 
     def bytes_per_slot(self, states: LayerStates) -> int:
-        """Of one expert's weights with all that travels with them on this rank, in the largest layer; 0 for none.
+        """Return the bytes of one expert, with everything that travels with it on this rank, in the largest layer.
 
-        Router rows travel too; they are on every rank and cross no link.
+        0 without layers. Router rows travel too but are not counted: unless they are sharded, every rank has them, and
+        they cross no link.
         """
         experts = [
             sum(state.nbytes for state, row_tensor in zip(of_layer, tensors, strict=True) if row_tensor.of_experts)
@@ -130,15 +132,15 @@ class Mover:
         return max(experts, default=0) // self._slots_per_gpu
 
     def prepare(self, states: LayerStates, error: Exception | None) -> AgreedState:
-        """Agree on what travels, and which layers have to stay. Collective, also where this rank cannot move.
+        """Agree on what travels and which layers have to stay. Collective, even if this rank cannot move.
 
         Args:
-            states: what goes with the experts on this rank.
-            error: why this rank cannot; all ranks then raise it.
+            states: the state that goes with the experts on this rank.
+            error: why this rank cannot move; all ranks then raise it.
 
         Raises:
-            DisagreementError: on all ranks, where experts are trained by other settings on some rank.
-            DistplbError: on all ranks, if any refuses.
+            DisagreementError: on all ranks, if some rank trains experts with other settings.
+            DistplbError: on all ranks, if any rank refuses.
         """
         try:
             by_id = optimizers_by_id(self._optimizers)
@@ -161,29 +163,29 @@ class Mover:
         untrained: Sequence[bool],
         may_move: bool,
     ) -> MoveTotals | None:
-        """Move from one placement to another, or make the beginning of it.
+        """Move from one placement to another, or as far towards it as `limits` allow.
 
         Args:
             old: the placement in force.
-            new: the placement to reach, in which the layers that are left out are as they were.
+            new: the placement to reach, in which layers that are left out are unchanged.
             agreed: what travels, as agreed since the last step.
-            node_of_rank: of the communicator.
+            node_of_rank: node of each rank of the communicator.
             on_commit: called with the placement in force after each commit.
-            verify: compare every expert's checksum before and after.
-            stages: receives the seconds.
-            error: why this rank cannot; all ranks then raise it.
-            limits: of what is done at once; all is where None.
-            untrained: by layer, whether `watch` has seen no gradients of it while its tokens were counted.
-            may_move: whether nothing on this rank speaks against moving now.
+            verify: whether to compare every expert's checksum before and after.
+            stages: receives the seconds of each stage.
+            error: why this rank cannot move; all ranks then raise it.
+            limits: how much to move at once; everything where None.
+            untrained: by layer, whether `watch` saw no gradients of it while its tokens were counted.
+            may_move: whether this rank allows a move now.
 
         Returns:
-            What was moved; None where some rank may not move now.
+            What was moved; None if some rank does not allow a move now.
 
         Raises:
-            DisagreementError: on all ranks, where their new placements differ.
-            DistplbError: on all ranks, if any refuses, before anything of the commit at hand is written; or if a layer
-                is untrained on all of them.
-            HalfMovedError: if the experts are not whole any more; `broken` then says why.
+            DisagreementError: on all ranks, if their new placements differ.
+            DistplbError: on all ranks, if any rank refuses before the current commit is written; or if a layer is
+                untrained on all of them.
+            HalfMovedError: if the experts are no longer whole; `broken` then gives the reason.
         """
         with stages.stage("move"):
             flags = [may_move, *untrained]
@@ -200,7 +202,7 @@ class Mover:
         return totals
 
     def _run(self, transfer: Transfer, agreed: AgreedState, on_commit: Callable[[Placement], None]) -> MoveTotals:
-        """Run the transfer, let the histories of experts follow it, and set `broken` where it breaks off."""
+        """Run the transfer, let the histories of experts follow it, and set `broken` if it is cut short."""
         self.broken = "a move was interrupted"
         in_force = transfer.placement
 
@@ -246,15 +248,15 @@ class Mover:
         for name, is_nowhere in zip(self._names, nowhere_trained, strict=False):
             if is_nowhere:
                 raise UntrainedError(
-                    f"no gradient comes any more to experts or router of {name} as they were declared, while tokens "
-                    "are counted and optimizers step. Where the model has other tensors now, as after "
-                    "load_state_dict(assign=True), close() this Rebalancer and make one of the model as it is; where "
-                    "it is not trained for a while, set enabled = False meanwhile"
+                    f"the declared experts or router of {name} no longer get gradients, although tokens are counted "
+                    "and optimizers step. If the model has other tensors now, as after load_state_dict(assign=True), "
+                    "close() this Rebalancer and build a new one; if the layer is not trained for a while, set "
+                    "enabled = False meanwhile"
                 )
         return transfer if all_may_move else None
 
     def _in_words(self, difference: DisagreementError) -> str:
-        """With the name and the settings of the tensor, where it is in these that ranks differ."""
+        """Describe a disagreement, with the tensor's name and settings if ranks differ in these."""
         try:
             agree_on_settings(self._tensors, settings_by_id(self._optimizers), self._comm)
         except LostRanksError:
@@ -264,7 +266,7 @@ class Mover:
         return str(difference)
 
     def _checksums(self, transfer: Transfer, agreed: AgreedState, stages: Stages) -> Tensor:
-        """`[L, E]`: of every expert of the layers that change, where the placement in force has it; else 0."""
+        """Checksums `[L, E]` of all experts in layers that change, by the placement in force; 0 in other layers."""
         with stages.stage("verify"):
             changing = [
                 of_layer if layer in transfer.layers else [] for layer, of_layer in enumerate(agreed.travellers)
@@ -272,26 +274,26 @@ class Mover:
             return expert_checksums(list(zip(self._tensors, changing, strict=True)), transfer.placement, self._comm)
 
     def _compare(self, before: Tensor, transfer: Transfer, agreed: AgreedState, stages: Stages) -> None:
-        """Check that every expert is what it was; where a rank has no memory for that, only warn."""
+        """Check that no expert has changed; only warn if a rank lacks the memory for that."""
         try:
             after = self._checksums(transfer, agreed, stages)
         except LostRanksError:
             raise
         except DistplbError as error:
-            warnings.warn(f"distplb has moved experts and could not verify them: {error}", RuntimeWarning, stacklevel=6)
+            warnings.warn(f"distplb moved experts but could not verify them: {error}", RuntimeWarning, stacklevel=6)
             return
         wrong = before.ne(after).nonzero()
         if len(wrong):
             layer, expert = wrong[0].tolist()
             self.broken = (
-                f"after the move, expert {expert} of {self._names[layer]} is not what it was ({len(wrong)} such); "
-                "resume from the last checkpoint with the rebalancer disabled, and report this"
+                f"expert {expert} of {self._names[layer]} has another checksum after the move (experts affected: "
+                f"{len(wrong)}); resume from the last checkpoint with the rebalancer disabled, and report this"
             )
             raise HalfMovedError(self.broken)
 
 
 def _sources(old: Placement, new: Placement, layer: int) -> list[int]:
-    """`[P]`: the slot in which the expert of each slot was before."""
+    """The previous slot `[P]` of the expert in each slot."""
     slot_of = {expert: slot for slot, expert in enumerate(old.expert_of_slot[layer].tolist())}
     return [slot_of[expert] for expert in new.expert_of_slot[layer].tolist()]
 
@@ -300,9 +302,9 @@ def _refuse_gathered(tensors: Sequence[RowTensor]) -> None:
     for row_tensor in tensors:
         if gathered_ids(row_tensor.tensors):
             raise DistplbError(
-                f"{row_tensor.name} is the whole weight that FSDP2 has gathered for a forward, which it drops at the "
-                "next reshard; call reshard() of the module that was passed to fully_shard, and declare the parameter "
-                "that the module then has"
+                f"{row_tensor.name} is the whole weight that FSDP2 gathered for a forward and drops at the next "
+                "reshard; call reshard() on the module that was passed to fully_shard, and declare the parameter that "
+                "the module then has"
             )
 
 
@@ -310,15 +312,15 @@ def _checked_gpu(gpu: int | None, comm: Comm, topology: Topology) -> int:
     num_gpus, size = topology.num_gpus, comm.size
     if size % num_gpus:
         raise DistplbError(
-            f"the topology has {num_gpus} GPUs, the communicator {size} ranks; pass a topology whose GPUs are "
-            "the ranks of one EP group, and a communicator of one or more whole EP groups"
+            f"the topology has {num_gpus} GPUs, but the communicator has {size} rank{'s' * (size != 1)}; pass a "
+            "topology whose GPUs are the ranks of one EP group, and a communicator of one or more whole EP groups"
         )
     if gpu is None and size != num_gpus:
         raise DistplbError(
-            f"{size} ranks hold {size // num_gpus} copies of the experts of {num_gpus} GPUs; pass gpu=, "
-            "this rank's number in its EP group"
+            f"{size} ranks hold {size // num_gpus} copies of the experts of {num_gpus} GPU{'s' * (num_gpus != 1)}; "
+            "pass gpu=, this rank's index in its EP group"
         )
     gpu = comm.rank if gpu is None else gpu
     if not 0 <= gpu < num_gpus:
-        raise DistplbError(f"gpu is {gpu}; pass this rank's number in its EP group, 0 to {num_gpus - 1}")
+        raise DistplbError(f"gpu is {gpu}; pass this rank's index in its EP group, 0 to {num_gpus - 1}")
     return gpu

@@ -1,5 +1,6 @@
-"""The settings that each declared tensor is trained by: they stay with the slots, so experts that change places must
-share them.
+"""The settings that each declared tensor is trained with.
+
+Settings stay with the slots, so experts that change places must share them.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ _KIND = "the optimizer"
 
 
 def settings_by_id(optimizers: Sequence[Optimizer]) -> SettingsById:
-    """The settings of every parameter that the optimizers step on."""
+    """Return the settings of every parameter that the optimizers step on."""
     by_id: SettingsById = {}
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -46,7 +47,7 @@ def settings_by_id(optimizers: Sequence[Optimizer]) -> SettingsById:
 
 
 def optimizers_by_id(optimizers: Sequence[Optimizer]) -> OptimizersById:
-    """The optimizers that step on each parameter."""
+    """Return the optimizers that step on each parameter."""
     by_id: OptimizersById = {}
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -56,11 +57,11 @@ def optimizers_by_id(optimizers: Sequence[Optimizer]) -> OptimizersById:
 
 
 def check_settings(tensors: Iterable[RowTensor], settings: SettingsById) -> None:
-    """Refuse tensors whose training does not let their experts change places, whatever their state is.
+    """Refuse tensors whose training does not let experts change places, whatever their state.
 
     Raises:
-        DistplbError: for a trained tensor that no optimizer knows, because its state could not be found and would stay
-            behind; for experts that are trained by other settings than others of the same tensor.
+        DistplbError: if a trained tensor is in none of the optimizers, because its state could not be found and would
+            stay behind; if experts of one tensor are trained with different settings.
     """
     for row_tensor in tensors:
         trained = [tensor for tensor in row_tensor.tensors if tensor.requires_grad or row_tensor.is_shard]
@@ -73,10 +74,10 @@ def check_settings(tensors: Iterable[RowTensor], settings: SettingsById) -> None
 
 
 def settings_of(row_tensor: RowTensor, settings: SettingsById) -> Settings:
-    """Those of a tensor on this rank, the same for all its experts; none where the rank holds nothing of it.
+    """Return the settings of a tensor on this rank, the same for all its experts; empty if the rank holds none of it.
 
     Raises:
-        DistplbError: if its experts differ: after a move they would be trained by each other's settings.
+        DistplbError: if its experts differ, because a move would leave each with another's settings.
     """
     each = [settings.get(id(tensor), {}) | {"requires_grad": tensor.requires_grad} for tensor in row_tensor.tensors]
     for other in each[1:]:
@@ -85,17 +86,17 @@ def settings_of(row_tensor: RowTensor, settings: SettingsById) -> Settings:
             if one != another:
                 raise DistplbError(
                     f"{row_tensor.name}: {name} is {one} for one expert and {another} for another, and would stay "
-                    "with the slots when experts change places; train all experts of a layer alike, such as in one "
+                    "with the slots when experts change places; train all experts of a layer alike, for example in one "
                     "param group of one optimizer"
                 )
     return each[0] if each else {}
 
 
 def agree_on_settings(layers: Sequence[Sequence[RowTensor]], settings: SettingsById, comm: Comm) -> None:
-    """Refuse, on all ranks, tensors that another rank trains by other settings. One all-reduce.
+    """Refuse, on all ranks, tensors that ranks train with different settings. One all-reduce.
 
     Raises:
-        DistplbError: naming the first tensor on which ranks differ, and this rank's settings of it.
+        DistplbError: naming the first tensor on which ranks differ, and this rank's settings for it.
     """
     tensors = [row_tensor for layer in layers for row_tensor in layer]
     own = [settings_of(row_tensor, settings) for row_tensor in tensors]
@@ -103,15 +104,15 @@ def agree_on_settings(layers: Sequence[Sequence[RowTensor]], settings: SettingsB
     minimum, maximum = min_and_max(comm, torch.tensor(codes, dtype=torch.int64, device="cpu"))
     for row_tensor, each, low, high in zip(tensors, own, minimum.tolist(), maximum.tolist(), strict=True):
         if low not in (ABSENT, high):
-            here = ", ".join(f"{name} {value}" for name, value in sorted(each.items())) or "none of it"
+            here = ", ".join(f"{name} {value}" for name, value in sorted(each.items())) or "holds none of it"
             raise DistplbError(
-                f"ranks differ in how they train {row_tensor.name} (rank {comm.rank}: {here}), which would stay with "
+                f"ranks differ in how they train {row_tensor.name} (rank {comm.rank}: {here}), but settings stay with "
                 "the slots when experts change places; give it the same settings on every rank"
             )
 
 
 def _comparable(value: Any) -> Any:
-    """A number or several as plain Python; None for what does not enter a step, such as a name."""
+    """Convert one or several numbers to plain Python; None for a value that a step does not use, such as a name."""
     if isinstance(value, Tensor):
         return value.tolist() if value.numel() == 1 else None
     if isinstance(value, bool | int | float):

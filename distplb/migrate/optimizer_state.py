@@ -1,7 +1,7 @@
-"""What travels with an expert: its weights, gradients and optimizer state, each understood or refused by its name.
+"""What travels with an expert: its weights, gradients and optimizer state; anything not understood is refused by name.
 
-State of the parameter's shape travels whatever the optimizer; scalars such as `step` are compared (`state_agreement`),
-or travel where each expert has a tensor of its own (`expert_histories`).
+State with the parameter's shape travels, whatever the optimizer. Scalars such as `step` are compared
+(`state_agreement`), or travel if each expert has a tensor of its own (`expert_histories`).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from distplb.migrate.row_tensors import RowTensor, check_plain
 
 __all__ = ["MAX_KINDS", "LayerStates", "RowTensorState", "TensorState", "Traveller", "layer_state"]
 
-MAX_KINDS = 14  # that travel with one tensor: itself, its gradient, its optimizer's state
+MAX_KINDS = 14  # per tensor: the tensor itself, its gradient, its optimizer state
 _ADAMS = (torch.optim.Adam, torch.optim.AdamW)
 
 
@@ -35,9 +35,9 @@ class Traveller:
     """One tensor that travels: a declared tensor, its gradient, or a part of its optimizer state.
 
     Args:
-        flats: `[n]` each, views of this rank's elements, one for each tensor that holds the declared one.
-        index: in its layer, of the declared tensor whose layout it shares.
-        dtype: of the elements.
+        flats: `[n]` each: views of this rank's elements, one for each tensor that holds the declared one.
+        index: index in its layer of the declared tensor whose layout it shares.
+        dtype: dtype of the elements.
     """
 
     flats: tuple[Tensor, ...]
@@ -49,7 +49,7 @@ class Traveller:
         return [0, *accumulate(flat.numel() for flat in self.flats)]
 
     def at(self, offset: int, count: int) -> Tensor:
-        """`[count]`: a view of elements from local element `offset` on, which no two tensors share."""
+        """A view `[count]` of the elements from local element `offset` on, all in one tensor."""
         if len(self.flats) == 1:
             return self.flats[0][offset : offset + count]
         number = bisect_right(self._starts, offset) - 1
@@ -59,14 +59,14 @@ class Traveller:
 
 @dataclass
 class TensorState:
-    """What goes with one tensor of this rank.
+    """The state that goes with one tensor of this rank.
 
     Args:
-        tensor: as the optimizer knows it.
+        tensor: the tensor as the optimizer knows it.
         whole: by kind, what travels: the tensor itself under "", its gradient, the parts of its optimizer state.
-        local: by kind, this rank's elements of these.
-        scalars: state that is one number for the whole tensor, such as its `step`; by name.
-        effect: by name, a number that is equal for two tensors where the scalar makes no difference to their training.
+        local: by kind, this rank's elements of `whole`.
+        scalars: by name, state that is one number for the whole tensor, such as `step`.
+        effect: by name, a number that is equal for two tensors if the scalar makes no difference to their training.
         raw: by name, the scalars as the optimizer keeps them.
     """
 
@@ -79,7 +79,7 @@ class TensorState:
 
     @property
     def kinds(self) -> tuple[tuple[str, str], ...]:
-        """Name and dtype of each kind that travels, in an order that depends on nothing else."""
+        """Name and dtype of each kind that travels, in an order that depends on the names only."""
         names = sorted(self.local, key=lambda name: (name != "", name != "grad", name))
         return tuple((name, str(self.local[name].dtype)) for name in names)
 
@@ -95,11 +95,11 @@ class TensorState:
 
 @dataclass(frozen=True)
 class RowTensorState:
-    """What goes with one declared tensor on this rank.
+    """The state that goes with one declared tensor on this rank.
 
     Args:
-        of_tensors: for each tensor that holds it, what goes with that; none where this rank holds nothing of it.
-        settings: by which its optimizers step on it.
+        of_tensors: the state of each tensor that holds it; empty if this rank holds nothing of it.
+        settings: the settings with which its optimizers step on it.
     """
 
     of_tensors: tuple[TensorState, ...]
@@ -107,7 +107,7 @@ class RowTensorState:
 
     @property
     def nbytes(self) -> int:
-        """Of all that travels."""
+        """Bytes of everything that travels."""
         return sum(part.nbytes for state in self.of_tensors for part in state.local.values())
 
 
@@ -117,17 +117,17 @@ LayerStates = Sequence[Sequence[RowTensorState]]  # by layer and declared tensor
 def layer_state(
     tensors: Sequence[RowTensor], optimizers: Sequence[Optimizer], settings: SettingsById, by_id: OptimizersById
 ) -> list[RowTensorState]:
-    """Everything that goes with each of a layer's declared tensors on this rank.
+    """Collect the state that goes with each of a layer's declared tensors on this rank.
 
     Args:
-        tensors: declared by one layer.
-        optimizers: that step on them.
-        settings: of these, now.
+        tensors: the tensors that one layer declares.
+        optimizers: the optimizers that step on them.
+        settings: the current settings of the optimizers' parameters.
         by_id: the optimizers of each parameter.
 
     Raises:
-        DistplbError: as `check_settings`; or if an optimizer holds a tensor for one of them that is neither a scalar
-            nor of its shape.
+        DistplbError: as `check_settings`; or if an optimizer's state for one of them has a tensor that is neither a
+            scalar nor of its shape, or more kinds than can travel.
     """
     check_settings(tensors, settings)
     return [
@@ -160,17 +160,17 @@ def _tensor_state(name: str, tensor: Tensor, optimizers: Sequence[Optimizer], by
                     state.effect[kind] = min(float(value), last_step)
     if len(state.local) > MAX_KINDS:
         raise DistplbError(
-            f"{name} has {len(state.local) - 1} tensors of state and gradient; experts move with at most "
-            f"{MAX_KINDS - 1}: use an optimizer with fewer"
+            f"{name} has {len(state.local) - 1} tensors of state and gradient, but experts move with at most "
+            f"{MAX_KINDS - 1}; use an optimizer with fewer"
         )
     return state
 
 
 def _travels(name: str, value: Any, tensor: Tensor, optimizer: Optimizer) -> bool:
-    """Whether a value of the optimizer's state has an element for each of the tensor's.
+    """Whether a value of the optimizer's state has one element for each element of the tensor.
 
     Raises:
-        DistplbError: if it is or has a tensor of any other shape but a scalar.
+        DistplbError: if it is any other tensor with more than one element, or a container with tensors in it.
     """
     if not isinstance(value, Tensor):
         _refuse_hidden_tensors(name, value, optimizer)
@@ -179,9 +179,9 @@ def _travels(name: str, value: Any, tensor: Tensor, optimizer: Optimizer) -> boo
         return True
     if value.numel() > 1:
         raise DistplbError(
-            f"{name} of {type(optimizer).__name__} is {value.dtype} of shape {tuple(value.shape)}, the "
-            f"parameter {tuple(tensor.shape)}: which elements belong to which expert is not known, "
-            "so nothing is moved; use an optimizer whose state has the parameter's shape (AdamW, SGD, ...)"
+            f"{name} of {type(optimizer).__name__} is {value.dtype} of shape {tuple(value.shape)} for a parameter of "
+            f"shape {tuple(tensor.shape)}, so it is not known which elements belong to which expert and nothing is "
+            "moved; use an optimizer whose state has the parameter's shape (AdamW, SGD, ...)"
         )
     return False
 
@@ -193,7 +193,7 @@ def _is_scalar(value: Any) -> bool:
 
 
 def _betas(steppers: Sequence[tuple[Optimizer, Mapping[str, Any]]]) -> tuple[float, ...]:
-    """Of Adam or AdamW, where it alone steps on a tensor; else none."""
+    """The betas of Adam or AdamW if it alone steps on a tensor; else empty."""
     if len(steppers) != 1 or type(steppers[0][0]) not in _ADAMS:
         return ()
     return tuple(float(beta) for beta in steppers[0][1]["betas"])
@@ -201,9 +201,9 @@ def _betas(steppers: Sequence[tuple[Optimizer, Mapping[str, Any]]]) -> tuple[flo
 
 @cache
 def _last_step_that_matters(*betas: float) -> float:
-    """The step from which on Adam's update does not depend on the number of the step, to the bit.
+    """The step from which Adam's update no longer depends on the step count, to the bit.
 
-    It enters by the bias corrections 1 − beta^step alone, which are 1 as soon as beta^step is at most 2^-54.
+    The step enters only through the bias corrections 1 − beta^step, which are 1 as soon as beta^step is at most 2^-54.
     """
     if not betas or not all(0 <= beta < 1 for beta in betas):
         return math.inf
@@ -213,6 +213,6 @@ def _last_step_that_matters(*betas: float) -> float:
 def _refuse_hidden_tensors(name: str, value: Any, optimizer: Optimizer) -> None:
     if any(isinstance(leaf, Tensor) for leaf in leaves(value)):
         raise DistplbError(
-            f"{name} of {type(optimizer).__name__} is a {type(value).__name__} with tensors in it, whose layout is not "
+            f"{name} of {type(optimizer).__name__} is a {type(value).__name__} with tensors whose layout is not "
             "understood, so nothing is moved; use an optimizer whose state has the parameter's shape (AdamW, SGD, ...)"
         )

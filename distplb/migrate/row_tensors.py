@@ -21,13 +21,13 @@ __all__ = ["RowTensor", "check_plain", "declared_tensors"]
 
 @dataclass(frozen=True)
 class RowTensor:
-    """A tensor that a layer declares, checked, and the part of all slots' rows that this rank holds of it.
+    """A checked tensor that a layer declares, and the part of all slots' rows that this rank holds of it.
 
     Args:
-        name: fully qualified.
-        tensors: that hold it, as the optimizer knows them: one, one for each slot, or none.
-        held: by tensor, which part of the slots' rows it is.
-        row: elements of one slot.
+        name: fully qualified name.
+        tensors: the tensors that hold it, as the optimizer knows them: one, one for each slot, or none.
+        held: by tensor, the part of the slots' rows that it holds.
+        row: number of elements per slot.
         stepped: whether the optimizer steps on it (and not on a shard of it).
         of_experts: whether it belongs to the experts (and not to the router).
         is_shard: whether it is the optimizer's shard of another declared tensor.
@@ -43,12 +43,12 @@ class RowTensor:
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        """What this rank holds, in the order of its memory."""
+        """The parts that this rank holds, in memory order."""
         return joined(self.held)
 
     @property
     def own_slots(self) -> list[int] | None:
-        """The slot of each of the tensors; None where one of them has parts of several slots."""
+        """The slot of each of the tensors; None if one of them has parts of several slots."""
         slots: list[int] = []
         for part in self.held:
             of_part = {span.slot for span in part.spans}
@@ -59,18 +59,23 @@ class RowTensor:
 
 
 def declared_tensors(layer: MoELayer, gpu: int, slots_per_gpu: int, num_gpus: int) -> list[RowTensor]:
-    """The layer's declared tensors on GPU number `gpu`, checked.
+    """Check and return the layer's declared tensors on GPU `gpu`.
 
     Raises:
-        DistplbError: if a tensor has not a row for each of its slots, is not contiguous, or is of a kind whose
+        DistplbError: if a tensor does not have a row for each of its slots, is not contiguous, or is of a kind whose
             rows cannot be moved as plain elements.
     """
     unknown = sorted(set(layer.shards) - set(layer.experts) - set(layer.router))
     if unknown:
-        raise DistplbError(f"{layer.name}: shards of {unknown[0]!r}, which is not among the layer's tensors")
+        raise DistplbError(
+            f"{layer.name}: shards has {unknown[0]!r}, which is not among the layer's tensors; use names from experts "
+            "or router"
+        )
     both = sorted(set(layer.experts) & set(layer.router) & set(layer.shards))
     if both:
-        raise DistplbError(f"{layer.name}: shards of {both[0]!r}, which is both an expert and a router tensor")
+        raise DistplbError(
+            f"{layer.name}: shards has {both[0]!r}, which is both an expert and a router tensor; rename one of them"
+        )
     tensors = []
     for key, declared in sorted(layer.experts.items()):
         name = f"{layer.name}.experts.{key}"
@@ -96,7 +101,7 @@ def _expert_rows(
         slots = {span.slot // slots_per_gpu for part in block.held for span in part.spans}
         if slots - {gpu}:
             raise DistplbError(
-                f"{name}: this rank is GPU {gpu} of its EP group, and holds experts of GPUs {sorted(slots)}; pass "
+                f"{name}: this rank is GPU {gpu} of its EP group, but holds experts of GPUs {sorted(slots)}; pass "
                 "gpu= as the coordinate on the mesh axis that the experts' dim 0 is sharded over, and a topology of "
                 "that axis"
             )
@@ -106,9 +111,12 @@ def _expert_rows(
         check_plain(name, tensors[0])
         if isinstance(declared, Rows):
             if not tensors[0].numel() or tensors[0].numel() % slots_per_gpu:
-                raise DistplbError(f"{name}: {tensors[0].numel()} elements are not {slots_per_gpu} equal rows")
+                raise DistplbError(
+                    f"{name} has {tensors[0].numel()} elements; pass a multiple of {slots_per_gpu}, with a row for "
+                    "each slot of this GPU"
+                )
         else:
-            _check_rows(name, tensors[0], slots_per_gpu, "this GPU's slots")
+            _check_rows(name, tensors[0], slots_per_gpu, "one row per slot of this GPU")
     else:
         tensors = tuple(declared)
         _check_alike(name, tensors, slots_per_gpu)
@@ -124,14 +132,14 @@ def _router_rows(name: str, tensor: Tensor, num_slots: int, stepped: bool) -> Ro
     if is_dtensor(tensor):
         return _block(name, tensor, num_slots, stepped, of_experts=False)
     check_plain(name, tensor)
-    _check_rows(name, tensor, num_slots, "the slots of all GPUs")
+    _check_rows(name, tensor, num_slots, "one row per slot of all GPUs")
     row = tensor.numel() // num_slots
     return RowTensor(name, (tensor,), (Part(0, tensor.numel(), 0, row),), row, stepped, of_experts=False)
 
 
 def _block(name: str, tensor: Tensor, num_slots: int, stepped: bool, of_experts: bool) -> RowTensor:
-    """What this rank holds of a DTensor."""
-    _check_rows(name, tensor, num_slots, "the slots of all GPUs, for a DTensor")
+    """The part of a DTensor that this rank holds."""
+    _check_rows(name, tensor, num_slots, "one row per slot of all GPUs, because it is a DTensor")
     block = block_of(name, tensor)
     check_plain(name, block.local)
     if not block.local.numel():
@@ -146,7 +154,10 @@ def _shards(name: str, whole: RowTensor, shards: FlatShard | Sequence[FlatShard 
     """The shards that the optimizer steps on in place of the declared tensor."""
     each = [shards] if isinstance(shards, FlatShard) else list(shards)
     if len(each) != len(whole.tensors):
-        raise DistplbError(f"{name}: {len(each)} shards of {len(whole.tensors)} tensors; pass one, or None, for each")
+        raise DistplbError(
+            f"{name}: {len(each)} shard{'s' * (len(each) != 1)} for {len(whole.tensors)} "
+            f"tensor{'s' * (len(whole.tensors) != 1)}; pass one shard, or None, for each tensor"
+        )
     tensors, held = [], []
     for shard, tensor, part in zip(each, whole.tensors, whole.held, strict=True):
         if shard is None or not shard.values.numel():
@@ -155,8 +166,8 @@ def _shards(name: str, whole: RowTensor, shards: FlatShard | Sequence[FlatShard 
         stop = shard.start + shard.values.numel()
         if is_dtensor(tensor) or not 0 <= shard.start < stop <= tensor.numel():
             raise DistplbError(
-                f"{name}: {shard.values.numel()} elements from {shard.start} on do not lie in the {tensor.numel()} of "
-                "the tensor; pass a flat range of a plain tensor"
+                f"{name}: the shard covers elements {shard.start} to {stop} of a tensor with {tensor.numel()}; pass a "
+                "flat range of a plain tensor"
             )
         tensors.append(shard.values)
         held.append(Part(part.start + shard.start, part.start + stop, 0, whole.row))
@@ -164,16 +175,16 @@ def _shards(name: str, whole: RowTensor, shards: FlatShard | Sequence[FlatShard 
 
 
 def _refuse_expert_numbers(name: str, tensor: Tensor, num_slots: int) -> None:
-    """Rows keep their values when they move; a value that is an expert's number would have to change."""
+    """Refuse rows with expert ids: rows keep their values when they move, but ids would have to change."""
     if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
         return
     values = local_like(name, tensor, tensor)
     if values.numel() and 0 <= int(values.min()) < int(values.max()) < num_slots:
         raise DistplbError(
-            f"{name} holds whole numbers from {int(values.min())} to {int(values.max())}, as numbers of experts would: "
-            "rows that move keep them, and would name other experts than before. A router that looks experts up in a "
-            "table of its own, as hash routing does, keeps its rows: leave router empty and pass slot_of_expert. "
-            "Where these are counts, zero them before, or keep them as floats"
+            f"{name} holds integers from {int(values.min())} to {int(values.max())}, which look like expert ids; rows "
+            "that move keep their values, so the ids would name other experts than before. If the router looks experts "
+            "up in a table of its own, as hash routing does, leave router empty and pass slot_of_expert; if these are "
+            "counts, zero them first or keep them as floats"
         )
 
 
@@ -184,13 +195,15 @@ def _check_rows(name: str, tensor: Tensor, rows: int, whose: str) -> None:
 
 def _check_alike(name: str, tensors: Sequence[Tensor], slots: int) -> None:
     if len(tensors) != slots:
-        raise DistplbError(f"{name} is {len(tensors)} tensors; pass one for each of this GPU's {slots} slots")
+        raise DistplbError(
+            f"{name} is {len(tensors)} tensor{'s' * (len(tensors) != 1)}; pass {slots}, one for each slot of this GPU"
+        )
     for tensor in tensors:
         check_plain(name, tensor)
         if (tensor.shape, tensor.dtype) != (tensors[0].shape, tensors[0].dtype) or not tensor.numel():
             raise DistplbError(
                 f"{name} has tensors of {tensors[0].dtype} {tuple(tensors[0].shape)} and of {tensor.dtype} "
-                f"{tuple(tensor.shape)}; experts that change places must be alike"
+                f"{tuple(tensor.shape)}; experts that change places must have the same dtype and shape"
             )
 
 

@@ -1,10 +1,10 @@
-"""From two placements to the moves between them: closed cycles, exchanges and commits. Pure.
+"""Split the change from one placement to another into exchanges and commits. Pure.
 
-A change of placement is a set of exchanges: closed cycles of cells, each of which receives what the next one holds. A
-cell is a slot or, where the router limits its choice to groups, a whole block of slots if another group moves in,
-because a block has to hold one group at any time. A commit is one or more exchanges that are staged together and then
-written together, so the placement after each commit keeps the same rules as the ones before and after the move. An
-exchange that is too long for the staging budget becomes several shorter ones, each closed.
+A change of placement is a set of exchanges: closed cycles of cells, in which each cell receives what the next one
+holds. A cell is a slot or, if the router limits its choice to groups, a whole block of slots when another group moves
+in, because a block must hold a single group at any time. A commit is one or more exchanges that are staged together and
+then written together, so the placement after each commit keeps the rules that hold before and after the move. An
+exchange that is too long for the staging budget is split into several shorter ones, each closed.
 Shapes: L layers, P slots, M GPUs.
 """
 
@@ -18,7 +18,7 @@ from distplb.core.placement import Placement
 
 __all__ = ["SlotMove", "commits", "cycles", "exchanges"]
 
-Cell = range  # consecutive slots whose experts go together
+Cell = range  # consecutive slots whose experts move together
 
 
 @dataclass(frozen=True)
@@ -31,14 +31,14 @@ class SlotMove:
 
 
 def cycles(old: Sequence[int], new: Sequence[int]) -> list[list[int]]:
-    """Closed cycles of slots: each slot receives what the next one holds, the last what the first holds.
+    """Find the closed cycles of slots: each slot receives what the next one holds, the last what the first holds.
 
     >>> cycles(old=[0, 1, 2, 3], new=[1, 2, 0, 3])
     [[0, 1, 2]]
 
     Args:
         old: the expert of each slot, each expert once.
-        new: the same experts, placed anew.
+        new: the same experts in their new slots.
     """
     slot_of = {expert: slot for slot, expert in enumerate(old)}
     closed, visited = [], [False] * len(old)
@@ -54,7 +54,7 @@ def cycles(old: Sequence[int], new: Sequence[int]) -> list[list[int]]:
 
 
 def exchanges(old: Sequence[int], new: Sequence[int], num_groups: int | None = None) -> list[list[Cell]]:
-    """The smallest exchanges that keep blocks of routing groups whole, and together lead from one table to another.
+    """Find the smallest exchanges that keep blocks of routing groups whole and together turn one table into another.
 
     >>> exchanges(old=[0, 1, 2, 3, 4, 5], new=[4, 5, 3, 2, 0, 1])
     [[range(0, 1), range(4, 5)], [range(1, 2), range(5, 6)], [range(2, 3), range(3, 4)]]
@@ -62,8 +62,9 @@ def exchanges(old: Sequence[int], new: Sequence[int], num_groups: int | None = N
     [[range(0, 2), range(4, 6)], [range(2, 3), range(3, 4)]]
 
     Args:
-        old, new: `[P]`, the expert of each slot, each expert once; with groups, both of whole blocks.
-        num_groups: blocks of P / `num_groups` slots hold the experts of one group each; no such rule where None.
+        old, new: `[P]`, the expert of each slot, each expert once; with groups, both in whole blocks.
+        num_groups: number of routing groups: each block of P / `num_groups` slots holds the experts of one group; None
+            without groups.
 
     Returns:
         Closed cycles of cells: each receives the experts that the next one holds, the last those of the first.
@@ -90,16 +91,19 @@ def commits(
     max_commits: int | None = None,
     num_groups: int | None = None,
 ) -> list[list[SlotMove]]:
-    """The moves of each commit, in order; none stages more than `budget` bytes on any rank if a swap of two cells fits.
+    """List the moves of each commit; none stages more than `budget` bytes on a rank if a swap of two cells fits.
 
     Args:
         old: the placement in force; without replicas.
         new: the placement to reach; without replicas.
-        gpu_bytes: by layer, what the GPU of a slot stages when that slot receives an expert.
-        router_bytes: by layer, what every rank stages besides for each slot that receives.
-        budget: in bytes, on each rank.
-        max_commits: only the first so many; all where None.
-        num_groups: of a router whose groups stay in blocks, as of `exchanges`.
+        gpu_bytes: by layer, the bytes that the GPU of a slot stages when the slot receives an expert.
+        router_bytes: by layer, the bytes that every rank stages in addition for each such slot.
+        budget: bytes on each rank.
+        max_commits: how many commits to return at most; all where None.
+        num_groups: number of routing groups, which stay in blocks; see `exchanges`.
+
+    Returns:
+        By commit, its moves, in order.
     """
     return list(islice(_all_commits(old, new, gpu_bytes, router_bytes, budget, num_groups), max_commits))
 
@@ -122,8 +126,8 @@ def _all_commits(
                 if batch and staged.peak_with(layer, slots) > budget:
                     yield batch
                     batch, staged = [], staged.empty()
-                # Parts of one exchange read what the one before writes. They never share a commit: an exchange is only
-                # cut where one more of its cells would exceed the budget.
+                # Each part of an exchange reads what the part before it writes. Parts never share a commit: an exchange
+                # is only cut where one more of its cells would exceed the budget.
                 batch += part
                 staged.add(layer, slots)
     if batch:
@@ -131,7 +135,7 @@ def _all_commits(
 
 
 class _StagedBytes:
-    """Bytes that are staged in one commit, as slots are added to it."""
+    """Bytes staged in one commit, updated as slots are added."""
 
     def __init__(self, gpu_bytes: Sequence[int], router_bytes: Sequence[int], slots_per_gpu: int) -> None:
         self._gpu_bytes, self._router_bytes, self._slots_per_gpu = gpu_bytes, router_bytes, slots_per_gpu
@@ -139,11 +143,11 @@ class _StagedBytes:
         self._busiest = self._everywhere = 0
 
     def empty(self) -> _StagedBytes:
-        """Those of a commit that has not begun."""
+        """Return the bytes of a commit without slots."""
         return _StagedBytes(self._gpu_bytes, self._router_bytes, self._slots_per_gpu)
 
     def add(self, layer: int, slots: Iterable[int]) -> None:
-        """These slots receive an expert too."""
+        """Add slots that receive an expert."""
         for slot in slots:
             gpu = slot // self._slots_per_gpu
             self._of_gpu[gpu] = self._of_gpu.get(gpu, 0) + self._gpu_bytes[layer]
@@ -151,7 +155,7 @@ class _StagedBytes:
             self._everywhere += self._router_bytes[layer]
 
     def peak_with(self, layer: int, slots: Iterable[int]) -> int:
-        """On the busiest rank, if these slots were added."""
+        """Bytes on the rank that stages most, if these slots were added."""
         more: dict[int, int] = {}
         busiest, everywhere = self._busiest, self._everywhere
         for slot in slots:
@@ -165,7 +169,7 @@ class _StagedBytes:
 def _split(
     layer: int, cells: list[Cell], table: list[int], target: Sequence[int], empty: _StagedBytes, budget: int
 ) -> Iterator[list[SlotMove]]:
-    """The exchange as closed cycles within the budget, whose sequence is the same change; written to `table`."""
+    """Split an exchange into closed cycles within the budget that together make the same change to `table`."""
     while len(cells) > 1:
         staged, length = empty.empty(), 2
         staged.add(layer, chain(*cells[:length]))
@@ -177,12 +181,12 @@ def _split(
         experts = [table[move.source] for move in part]
         for move, expert in zip(part, experts, strict=True):
             table[move.target] = expert
-        # The last cell of the part now holds what the first held, which the rest of the cycle still waits for.
+        # The last cell of the part now holds what the first one held, which the rest of the cycle still needs.
         cells = cells[length - 1 :] if length < len(cells) else []
 
 
 def _moves(layer: int, cells: list[Cell], table: Sequence[int], target: Sequence[int]) -> list[SlotMove]:
-    """Each cell receives from the next one: the experts that it holds at last in their places, others in any order."""
+    """List the moves into each cell from the next one: experts that stay go to their final slots, others to any."""
     moves = []
     for receiver, source in zip(cells, cells[1:] + cells[:1], strict=True):
         slot_of = {table[slot]: slot for slot in source}

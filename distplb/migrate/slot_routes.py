@@ -1,6 +1,6 @@
-"""Which rank sends which elements to which when one slot receives what another holds. Pure.
+"""Which rank sends which elements to which rank when one slot receives what another holds. Pure.
 
-Many slots are held alike, such as all slots of a GPU; the routes between two of them are computed once.
+Slots that are held alike, such as all slots of a GPU, share their routes, which are computed once.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from distplb.migrate.layout import Layout, Piece
 
 __all__ = ["LayoutRoutes", "Passage", "Route", "peers"]
 
-_FEW = 8  # routes, up to which listing them by rank does not pay
+_FEW = 8  # routes; up to this many, listing them by rank does not pay off
 
 
 class Route(NamedTuple):
     """`numel` elements of a row from one rank to another, or to itself.
 
     Args:
-        source_rank, target_rank: that send and receive.
-        source_piece, target_piece: numbers of the pieces, among those of the source slot and of the target slot.
+        source_rank, target_rank: the ranks that send and receive.
+        source_piece, target_piece: indices of the pieces, among those of the source slot and of the target slot.
         source_start, target_start: the first element, counted from the beginning of each piece.
-        numel: of elements.
+        numel: number of elements.
     """
 
     source_rank: int
@@ -40,14 +40,14 @@ class Passage:
     """All routes from one slot to another, in an order that all ranks share.
 
     Args:
-        routes: in that order.
+        routes: the routes, in that order.
     """
 
     __slots__ = ("_of_rank", "routes")
 
     def __init__(self, routes: Iterable[Route]) -> None:
         self.routes = tuple(routes)
-        self._of_rank: dict[int, list[Route]] | None = None  # None for a few
+        self._of_rank: dict[int, list[Route]] | None = None  # None if there are few
         if len(self.routes) > _FEW:
             self._of_rank = {}
             for route in self.routes:
@@ -55,13 +55,13 @@ class Passage:
                     self._of_rank.setdefault(rank, []).append(route)
 
     def of(self, rank: int) -> list[Route]:
-        """Those on which the rank sends or receives."""
+        """The routes on which the rank sends or receives."""
         if self._of_rank is not None:
             return self._of_rank.get(rank, [])
         return [route for route in self.routes if rank in (route.source_rank, route.target_rank)]
 
     def crossing(self, node_of_rank: Sequence[int]) -> tuple[int, int]:
-        """Elements that pass from rank to rank, inside nodes and between them."""
+        """Count the elements sent between ranks: (inside nodes, between nodes)."""
         inside = between = 0
         for route in self.routes:
             if node_of_rank[route.source_rank] != node_of_rank[route.target_rank]:
@@ -87,7 +87,7 @@ class LayoutRoutes:
         self._passages: dict[tuple[int, int], Passage] = {}
 
     def passage(self, source: int, target: int) -> Passage:
-        """From slot `source` to slot `target`; nothing passes where every rank holds all slots."""
+        """The passage from slot `source` to slot `target`; nothing crosses ranks if every rank holds all slots."""
         shapes = self.layout.shapes
         ends = shapes[source], shapes[target]
         if ends not in self._passages:
@@ -95,16 +95,16 @@ class LayoutRoutes:
         return self._passages[ends]
 
     def shapes_of(self, rank: int) -> set[int]:
-        """Those of the slots of which the rank holds something."""
+        """The shapes of the slots of which the rank holds any element."""
         return {self.layout.shapes[slot] for slot in self.layout.slots[rank]}
 
 
 def peers(layouts: Iterable[Layout], rank: int) -> list[int]:
-    """The other ranks that `rank` may exchange with, whichever experts change places; it is one of theirs.
+    """List the ranks that `rank` may exchange with, whichever experts change places; `rank` is also a peer of each.
 
     Args:
-        layouts: of all tensors that travel; equal ones are looked at once.
-        rank: whose peers these are.
+        layouts: layouts of all tensors that travel; equal ones are examined once.
+        rank: the rank whose peers to list.
     """
     ranks: set[int] = set()
     for layout in set(layouts):
@@ -121,7 +121,7 @@ def peers(layouts: Iterable[Layout], rank: int) -> list[int]:
 
 def _routes(sources: Sequence[Piece], targets: Sequence[Piece]) -> Iterator[Route]:
     holders = _Holders(sources)
-    twins: dict[tuple[int, int], list[int]] = {}  # of each range, the ranks that receive it
+    twins: dict[tuple[int, int], list[int]] = {}  # by range, the ranks that receive it
     for piece in targets:
         twins.setdefault((piece.start, piece.stop), []).append(piece.rank)
     places = {ends: {rank: nth for nth, rank in reversed([*enumerate(ranks)])} for ends, ranks in twins.items()}
@@ -138,8 +138,10 @@ def _routes(sources: Sequence[Piece], targets: Sequence[Piece]) -> Iterator[Rout
 
 
 class _Holders:
-    """The pieces that an element of a slot's row can come from: the receiving rank's own if it has one, else those of
-    the other holders in turn, so that none sends to all."""
+    """The pieces that an element of a slot's row can come from.
+
+    A receiving rank uses its own piece if it has one. Otherwise the holders take turns, so that none sends to all.
+    """
 
     def __init__(self, pieces: Sequence[Piece]) -> None:
         self._pieces = pieces
@@ -152,7 +154,7 @@ class _Holders:
         self._are_apart = all(one[1] <= other[0] for one, other in pairwise(ranges))
 
     def source(self, element: int, rank: int, nth: int) -> int:
-        """The number of the piece from which `rank`, the `nth` to receive this element, gets it."""
+        """Index of the piece from which `rank`, the `nth` rank to receive this element, gets it."""
         if self._are_apart:
             at = bisect_right(self._starts, element) - 1
             own = self._own[at].get(rank)

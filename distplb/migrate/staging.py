@@ -1,6 +1,6 @@
-"""The memory that a commit is staged in on this rank, and where in it each copy lies.
+"""The memory in which this rank stages a commit, and where each copy is in it.
 
-All that a commit moves is read into this memory or sent to another rank's, before anything is written.
+Everything that a commit moves is read into this memory, or sent to that of another rank, before anything is written.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ from distplb.migrate.optimizer_state import Traveller
 
 __all__ = ["KEPT_BYTES", "CommitStaging", "StagingMemory"]
 
-KEPT_BYTES = 256 << 20  # at least, of each room on the host
+KEPT_BYTES = 256 << 20  # at least, for each room on the host
 
 
 class StagingMemory:
-    """Memory to stage in. The host's is kept from move to move: its first touch takes longer than a fast link.
+    """Memory to stage in. Host memory is kept from move to move, because its first touch takes longer than a fast link.
 
-    Torch keeps a GPU's by itself, and lends it to others meanwhile.
+    Torch caches GPU memory itself, and other tensors can use it between moves.
     """
 
     def __init__(self) -> None:
         self._kept: dict[str, Tensor] = {}
 
     def room(self, name: str, size: int, device: torch.device) -> Tensor:
-        """`[size]` uint8, of any content; rooms that are in use at the same time have different names."""
+        """Return uninitialised uint8 memory `[size]`; rooms in use at the same time have different names."""
         if device.type != "cpu":
             return torch.empty(size, dtype=torch.uint8, device=device)
         kept = self._kept.pop(name, None)
         if kept is None or kept.numel() < size:
-            del kept  # before there is more
-            # Pages that are not touched take no memory: moves of other sizes use those that have been.
+            del kept  # free it before allocating more
+            # Untouched pages take no memory, and moves of other sizes reuse the pages that have been touched.
             kept = torch.empty(max(size, KEPT_BYTES) if size else 0, dtype=torch.uint8, device="cpu")
         self._kept[name] = kept
         return kept[:size]
@@ -46,13 +46,13 @@ class StagingMemory:
 class CommitStaging:
     """Stages the commits of one change of placement, one after the other, on this rank.
 
-    Making it takes the memory for the largest of them; what can fail for want of memory fails here.
+    The constructor allocates memory for the largest of them, so a lack of memory shows there.
 
     Args:
-        travellers: all that travels, in the order of their numbers.
-        commits: as this rank sees them.
+        travellers: everything that travels, in the order of tensor indices.
+        commits: the commits as this rank sees them.
         comm: the ranks that hold the tensors.
-        memory: to stage in.
+        memory: the memory to stage in.
     """
 
     def __init__(
@@ -63,8 +63,8 @@ class CommitStaging:
         self._devices = [each.flats[0].device if each.flats else comm.device for each in travellers]
         outgoing = self._largest(_all(self._packed(commit)) for commit in commits)
         self._outgoing = memory.room("outgoing", outgoing, comm.device)
-        # What arrives in a commit lies together, from this rank and from others, so that both are within the budget;
-        # but for a GPU's rows where the communicator wants its buffers on the host.
+        # Copies from this rank and from others share one room, so that both together are within the budget, unless
+        # rows are on a GPU and the communicator needs its buffers on the host.
         own = next((flat.device for each in travellers for flat in each.flats), comm.device)
         self._local: Tensor | None = None
         if own != comm.device:
@@ -74,7 +74,7 @@ class CommitStaging:
         self._arriving = memory.room("arriving", self._largest(arriving), comm.device)
 
     def pack(self, commit: RankCommit) -> None:
-        """Read what this rank sends, to itself and to others, before anything is written."""
+        """Read everything that this rank sends, to itself and to others, before anything is written."""
         sent = self._laid_out(_all(self._packed(commit)), self._outgoing)
         for copy, room in chain(self._laid_out(commit.local, self._rooms(commit)[0]), sent):
             room.copy_(self._source(copy))
@@ -104,7 +104,7 @@ class CommitStaging:
         )
 
     def write(self, commit: RankCommit) -> None:
-        """Write what is staged to its new places."""
+        """Write the staged copies to their new places."""
         for copy, staged in self._staged(commit):
             self._bytes(copy.tensor, copy.target_offset, copy.count).copy_(staged)
 
@@ -114,25 +114,28 @@ class CommitStaging:
         return chain(self._laid_out(commit.local, local), self._laid_out(_received(commit), arriving))
 
     def _rooms(self, commit: RankCommit) -> tuple[Tensor, Tensor]:
-        """Where copies inside this rank are staged, and those from others."""
+        """The memory that stages copies inside this rank, and the memory for those from others."""
         if self._local is not None:
             return self._local, self._arriving
         size = self._total(commit.local)
         return self._arriving[:size], self._arriving[size:]
 
     def _packed(self, commit: RankCommit) -> list[list[Copy]]:
-        """The messages that are put together before they are sent."""
+        """The messages that are packed before they are sent."""
         return [message for _, message in _each(commit.sends) if not self._is_sent_in_place(message)]
 
     def _is_sent_in_place(self, message: Sequence[Copy]) -> bool:
-        """Whether it is one range of memory that the communicator can read; until all have it, nobody writes there."""
+        """Whether a message is one range of memory that the communicator can read.
+
+        No rank writes there until all ranks have received their messages.
+        """
         return len(message) == 1 and self._devices[message[0].tensor] == self._comm.device
 
     def _source(self, copy: Copy) -> Tensor:
         return self._bytes(copy.tensor, copy.source_offset, copy.count)
 
     def _laid_out(self, copies: Sequence[Copy], room: Tensor) -> Iterator[tuple[Copy, Tensor]]:
-        """Each copy with its part of the room, one behind the other."""
+        """Each copy with its part of the room, one after the other."""
         start = 0
         for copy in copies:
             yield copy, room[start : start + self._size(copy)]

@@ -1,7 +1,7 @@
-"""What travels in the next move, as all ranks agree on it; and which layers have to stay.
+"""The ranks agree on what travels in the next move and which layers have to stay.
 
 State that differs between experts of one tensor, or between ranks, cannot travel with a tensor as a whole. It travels
-expert by expert where each has a tensor of its own (`expert_histories`), else its layer stays (`left_out`).
+expert by expert if each has a tensor of its own (`expert_histories`); otherwise the layer stays (`left_out`).
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from distplb.migrate.optimizer_state import MAX_KINDS, LayerStates, RowTensorSta
 
 __all__ = ["AgreedState", "agreed_state"]
 
-_CODES = 2 + MAX_KINDS  # of one tensor: its settings, its scalars, and its kinds
-_MIXED = (1 << 62) + 1  # in place of codes, where the tensors that hold it differ; no digest is as large
+_CODES = 2 + MAX_KINDS  # per tensor: its settings, its scalars, and its kinds
+_MIXED = (1 << 62) + 1  # replaces the codes if the tensors that hold it differ; larger than any digest
 _DTYPE_OF_SIZE = {1: torch.uint8, 2: torch.float16, 4: torch.float32, 8: torch.float64}
 
 
@@ -32,9 +32,9 @@ class AgreedState(NamedTuple):
     """What the ranks have agreed on before a move.
 
     Args:
-        travellers: by layer, all that travels; nothing of a layer that stays.
-        left_out: by layer that stays, why.
-        histories: of experts that differ in theirs.
+        travellers: by layer, everything that travels; empty for a layer that stays.
+        left_out: by index of a layer that stays, the reason.
+        histories: histories of experts that differ in them.
     """
 
     travellers: list[list[Traveller]]
@@ -50,21 +50,21 @@ def agreed_state(
     comm: Comm,
     error: Exception | None,
 ) -> AgreedState:
-    """What travels with the experts of each layer. Collective, also where this rank cannot move.
+    """Agree on what travels with the experts of each layer. Collective, even if this rank cannot move.
 
-    A layer stays where experts that may change places have had different histories that cannot travel.
+    A layer stays if experts that may change places have different histories that cannot travel.
 
     Args:
-        layers: the declared tensors.
-        states: what goes with each on this rank; anything where this rank has failed.
+        layers: by layer, the declared tensors.
+        states: the state that goes with each on this rank; anything if this rank has failed.
         num_slots: P.
-        optimizers: of each parameter.
+        optimizers: the optimizers of each parameter.
         comm: the ranks that hold the tensors.
         error: why this rank has failed, if it has.
 
     Raises:
-        DistplbError: on all ranks, with the error of one.
-        DisagreementError: on all ranks, if a tensor is trained by other settings on another rank.
+        DistplbError: on all ranks, if one has failed, with its error.
+        DisagreementError: on all ranks, if ranks train a tensor with different settings.
     """
     kinds = _agreed_kinds(layers, states, comm, error)
     stays: dict[int, LeftOut] = {}
@@ -103,7 +103,7 @@ def agreed_state(
 def _agreed_kinds(
     layers: Sequence[Sequence[AgreedTensor]], states: LayerStates, comm: Comm, error: Exception | None
 ) -> list[list[tuple[int, ...] | None]]:
-    """By layer and declared tensor, the codes of what travels with it, in order; None where it differs.
+    """Agree on the codes of what travels, by layer and declared tensor, in order; None if they differ.
 
     One all-reduce.
     """
@@ -124,7 +124,7 @@ def _agreed_kinds(
 
 
 def _agreed(name: str, minimum: Tensor, maximum: Tensor) -> tuple[int, ...] | None:
-    """The codes of the kinds of one tensor `[_CODES]`."""
+    """The codes of one tensor's kinds, from its reduced codes `[_CODES]`; None if these differ."""
     settings, *codes = minimum.tolist()
     if settings != maximum[0]:
         raise DisagreementError(f"ranks differ in how they train {name}", "the settings (digest)")
@@ -134,12 +134,12 @@ def _agreed(name: str, minimum: Tensor, maximum: Tensor) -> tuple[int, ...] | No
 
 
 def _travelling(index: int, state: RowTensorState, codes: Sequence[int]) -> list[Traveller]:
-    """What travels with a tensor, in the same order on all ranks; empty tensors where this rank holds nothing of it.
+    """List what travels with a tensor, in the same order on all ranks; without elements if this rank holds none of it.
 
     Args:
-        index: of the declared tensor in its layer.
-        state: what goes with it on this rank.
-        codes: of the kinds, agreed on by all ranks that hold the tensor.
+        index: index of the declared tensor in its layer.
+        state: the state that goes with it on this rank.
+        codes: codes of its kinds, agreed on by all ranks that hold the tensor.
     """
     if not state.of_tensors:
         return [Traveller((), index, _DTYPE_OF_SIZE[code & 15]) for code in codes]
@@ -151,7 +151,7 @@ def _travelling(index: int, state: RowTensorState, codes: Sequence[int]) -> list
 
 
 def _codes(state: RowTensorState) -> list[int]:
-    """`[_CODES]`: of settings, scalars and kinds."""
+    """Codes `[_CODES]` of settings, scalars and kinds."""
     settings = digest(sorted(state.settings.items()))
     distinct = {(one.kinds, tuple(sorted(one.effect.items()))) for one in state.of_tensors}
     if len(distinct) > 1:
@@ -162,5 +162,5 @@ def _codes(state: RowTensorState) -> list[int]:
 
 
 def _code(name: str, dtype: str, itemsize: int) -> int:
-    """A kind as one number, whose lowest bits are the bytes of an element."""
+    """Encode a kind as one number whose lowest bits are the bytes of an element."""
     return (digest((name, dtype)) >> 4 << 4) | itemsize

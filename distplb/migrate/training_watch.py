@@ -1,6 +1,6 @@
 """`TrainingWatch`: which declared tensors get gradients and which optimizers step, between two moves.
 
-Known from hooks, without reading anything from the device.
+Hooks record this, without reading anything from the device.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from distplb.migrate.row_tensors import RowTensor
 
 __all__ = ["TrainingWatch"]
 
-_IDLE = 2  # iterations without a gradient, after which the model is taken not to use a tensor any more
+_IDLE = 2  # iterations without a gradient after which the model is assumed not to use a tensor any more
 
 
 class TrainingWatch:
-    """Knows whether a backward pass has begun that no step has followed, and whether these tensors are trained.
+    """Tracks whether a backward pass has begun that no step has followed, and whether these tensors are trained.
 
     Args:
         layers: by layer, the declared tensors.
-        optimizers: those that were passed to the rebalancer.
+        optimizers: the optimizers that were passed to the rebalancer.
     """
 
     def __init__(self, layers: Sequence[Sequence[RowTensor]], optimizers: Sequence[Optimizer]) -> None:
@@ -42,21 +42,21 @@ class TrainingWatch:
         self._of_fsdp = sharded_ids(self._all_tensors())
         self._optimizers = list(optimizers)
         self._begun: dict[int, Tensor] = {}
-        self._sharded = set[int]()  # whose gradients accumulate in a buffer of the framework
-        # Experts and router of each layer: what is replaced may be one of them alone.
+        self._sharded = set[int]()  # tensors whose gradients accumulate in a buffer of the framework
+        # Experts and router of each layer apart, because a model may replace only one of them.
         self._parts = [
             [tensor for row_tensor in layer if row_tensor.of_experts is experts for tensor in row_tensor.tensors]
             for layer in layers
             for experts in (True, False)
         ]
-        self._idle = [0] * len(self._parts)  # iterations in a row in which optimizers stepped and no gradient came
-        self._reached = set[int]()  # parts to which gradients have come in this iteration
-        self._hooked = set[int]()  # parts whose hooks were called at any time
-        self._has_stepped = False  # any optimizer, in this iteration
-        self._stepped_last = False  # likewise, in the last iteration
-        self._others: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # that have stepped and were not passed
+        self._idle = [0] * len(self._parts)  # consecutive iterations with optimizer steps but no gradient
+        self._reached = set[int]()  # parts that got gradients in this iteration
+        self._hooked = set[int]()  # parts whose hooks have ever been called
+        self._has_stepped = False  # whether any optimizer stepped in this iteration
+        self._stepped_last = False  # the same for the last iteration
+        self._others: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # optimizers that stepped but were not passed
         self._handles: list[Any] = []
-        watch = weakref.ref(self)  # so that hooks keep neither the tensors nor the optimizers
+        watch = weakref.ref(self)  # so that hooks keep neither tensors nor optimizers alive
         for number, layer in enumerate(layers):
             for row_tensor in layer:
                 for tensor in row_tensor.tensors:
@@ -68,12 +68,12 @@ class TrainingWatch:
         for optimizer in optimizers:
             self._handles.append(optimizer.register_step_pre_hook(partial(_look_for_gradients, watch)))
             self._handles.append(optimizer.register_step_post_hook(partial(_forget, watch)))
-        # Of all optimizers of the process. Where nobody closes this watch the hook stays, and does nothing: taken away
-        # by the garbage collector, in the middle of a step perhaps, it would break the loop over the hooks.
+        # For all optimizers of the process. If this watch is never closed, the hook stays and does nothing: if the
+        # garbage collector removed it, perhaps in the middle of a step, it would break torch's loop over the hooks.
         self._handles.append(register_optimizer_step_post_hook(partial(_note_step, watch)))
 
     def refuse_if_begun(self) -> None:
-        """Raise if a backward pass of another step has begun."""
+        """Raise if a backward pass has begun since the last step."""
         if self._has_begun():
             raise DistplbError(
                 "a backward pass has begun since the optimizer's last step; call rebalancer.step() right after "
@@ -81,44 +81,44 @@ class TrainingWatch:
             )
 
     def may_have_skipped(self) -> bool:
-        """Whether a backward pass has begun, and no optimizer has stepped in the iteration that has ended.
+        """Whether a backward pass has begun, but no optimizer stepped in the iteration that has just ended.
 
-        As where a gradient scaler has skipped the step: its gradients are then dropped, which the next iteration shows.
+        This happens when a gradient scaler skips the step; the gradients are then dropped, as the next iteration shows.
         """
         return not self._stepped_last and self._has_begun()
 
     def _has_begun(self) -> bool:
-        # Where a step was skipped, as by a gradient scaler, the gradients have been dropped since.
+        # If a step was skipped, for example by a gradient scaler, the gradients have been dropped since.
         begun = any(map(self._holds_gradient, self._begun.values()))
         return begun or has_pending_gradients(param_groups(self._all_tensors()))
 
     def refuse_replaced(self) -> None:
-        """Raise if a tensor is not the parameter of its FSDP2 module any more."""
+        """Raise if a tensor is no longer the parameter of its FSDP2 module."""
         gone = self._of_fsdp - sharded_ids(self._all_tensors())
         if gone:
             raise DistplbError(
-                f"{self._names[min(gone)]} is not the parameter of its FSDP2 module any more, as after "
-                "load_state_dict(assign=True); close() this Rebalancer, and make one of the model as it is now"
+                f"{self._names[min(gone)]} is no longer the parameter of its FSDP2 module, as after "
+                "load_state_dict(assign=True); close() this Rebalancer and build a new one"
             )
 
     def refuse_other_optimizers(self) -> None:
-        """Raise if an optimizer that was not passed holds state of these tensors: it would stay behind."""
+        """Raise if an optimizer that was not passed holds state of these tensors, which would stay behind."""
         for optimizer in self._others:
             for key, tensor in ((key, tensor) for layer in self._tensors for key, tensor in layer.items()):
                 state = optimizer.state.get(tensor)
-                # Wrappers hold none, or share that of the optimizer inside.
+                # Wrappers hold no state, or share that of the optimizer inside.
                 if state and not any(known.state.get(tensor) is state for known in self._optimizers):
                     raise DistplbError(
-                        f"{self._names[key]} is stepped on by an optimizer ({type(optimizer).__name__}) that the "
-                        "rebalancer was not given, and whose state would stay behind when experts move; make a new "
-                        "Rebalancer with the optimizers that are in use, after close() of this one"
+                        f"{self._names[key]} is stepped on by an optimizer ({type(optimizer).__name__}) that was not "
+                        "passed to the Rebalancer, and whose state would stay behind when experts move; close() this "
+                        "Rebalancer and build a new one with all optimizers in use"
                     )
 
     def untrained(self) -> list[bool]:
-        """By layer, whether it has had no gradient in the last iterations, in which optimizers have stepped.
+        """By layer, whether it got no gradient in the last iterations, although optimizers stepped.
 
-        That is, none of all that is trained of the layer, or none of its experts or its router where these had some
-        before. Where that is so on all ranks, the model may compute with other tensors than the declared ones.
+        This means no gradient for any trained tensor of the layer, or none for its experts or its router if these got
+        gradients before. If it is so on all ranks, the model may compute with tensors other than the declared ones.
         """
         idle = [iterations >= _IDLE for iterations in self._idle]
         trained = [any(tensor.requires_grad for tensor in part) for part in self._parts]
@@ -130,7 +130,7 @@ class TrainingWatch:
         return untrained
 
     def iteration_ends(self) -> None:
-        """Count it for every part, and begin the next."""
+        """Update the idle iterations of every part, and begin the next iteration."""
         if self._has_stepped:
             for number, part in enumerate(self._parts):
                 is_trained = any(tensor.requires_grad for tensor in part)
@@ -139,7 +139,7 @@ class TrainingWatch:
         self._reached.clear()
 
     def close(self) -> None:
-        """Take the hooks away."""
+        """Remove the hooks."""
         while self._handles:
             self._handles.pop().remove()
 
@@ -147,7 +147,10 @@ class TrainingWatch:
         return [tensor for layer in self._tensors for tensor in layer.values()]
 
     def _holds_gradient(self, tensor: Tensor) -> bool:
-        """In `grad`, or in Megatron-Core's `main_grad`. Zeros do not count: a skipped step may leave them."""
+        """Whether a tensor has a gradient in Megatron-Core's `main_grad` or in `grad`.
+
+        Zeros in `grad` do not count, because a skipped step may leave them.
+        """
         if id(tensor) in self._sharded or getattr(tensor, "main_grad", None) is not None:
             return True
         return tensor.grad is not None and bool(local_like("", tensor.grad, tensor.grad).any())
@@ -164,7 +167,10 @@ def _note_gradient(watch: _Watch, part: int, tensor: Tensor) -> None:
 
 
 def _look_for_gradients(watch: _Watch, *_: Any) -> None:
-    """Gradients that were assigned by hand have called no hook. Where hooks are called, `grad` may hold old zeros."""
+    """Detect gradients that were assigned manually, which calls no hook.
+
+    Parts whose hooks are called are skipped: their `grad` may hold old zeros.
+    """
     if (watching := watch()) is not None:
         for number, part in enumerate(watching._parts):
             if number not in watching._hooked and any(tensor.grad is not None for tensor in part):

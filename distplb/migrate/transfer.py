@@ -1,6 +1,6 @@
-"""`Transfer`: acts on a schedule. It stages each commit, has all ranks agree, and writes it in place.
+"""`Transfer`: carries out a schedule. It stages each commit, waits until all ranks agree, and writes it in place.
 
-Nothing is half moved: until all ranks have staged a commit, nobody has written any of it.
+No rank writes any of a commit until all ranks have staged it.
 """
 
 from __future__ import annotations
@@ -23,53 +23,53 @@ from distplb.migrate.staging import KEPT_BYTES, CommitStaging, StagingMemory
 
 __all__ = ["Limits", "MoveTotals", "Transfer", "TravellingLayer"]
 
-_STAGING_BYTES = KEPT_BYTES  # in one commit on one rank, so that the memory that is kept is enough
-_OPERATIONS = 32  # in one round, on one rank
-_LARGE_BYTES = 1 << 18  # of a copy that is a message of its own: packing it would take longer than another message
+_STAGING_BYTES = KEPT_BYTES  # per commit and rank, so that the memory that is kept is enough
+_OPERATIONS = 32  # per round and rank
+_LARGE_BYTES = 1 << 18  # from this size, packing a copy would take longer than a message of its own
 
-TravellingLayer = tuple[Sequence[Layout], Sequence[Traveller]]  # of its declared tensors; all that travels with these
+TravellingLayer = tuple[Sequence[Layout], Sequence[Traveller]]  # layouts of its declared tensors; what travels
 
 
 class Limits(NamedTuple):
-    """How much of a change of placement is made at once; at least one commit of it is."""
+    """How much of a change of placement to make at once; at least one commit is made."""
 
     commits: int  # at most
-    bytes: int  # staged on a rank in one of them; more where the smallest exchange takes more
-    seconds: float  # after which no further one begins: when the first rank's time is over
+    bytes: int  # staged per commit and rank; more if the smallest exchange needs more
+    seconds: float  # no further commit begins once they are over on any rank
 
 
 class MoveTotals(NamedTuple):
     """What was moved."""
 
-    slots: int = 0  # that received another expert, over all layers
-    bytes_inside: int = 0  # that crossed from rank to rank of a node, over all ranks
-    bytes_between: int = 0  # that crossed from node to node
+    slots: int = 0  # slots that received another expert, over all layers
+    bytes_inside: int = 0  # bytes sent between ranks of a node, over all ranks
+    bytes_between: int = 0  # bytes sent between nodes
     commits: int = 0
 
     def plus(self, more: MoveTotals) -> MoveTotals:
-        """Both together."""
+        """The sum of both."""
         return MoveTotals(*(one + other for one, other in zip(self, more, strict=True)))
 
 
 class Transfer:
-    """A change of placement that is ready to run: scheduled, with the memory that its staging takes.
+    """A change of placement that is ready to run: scheduled, with its staging memory allocated.
 
-    Making one is local to the rank; running it is collective. What can fail for want of memory fails while it is
-    made, before the ranks agree to run it.
+    The constructor is local to the rank; running is collective. A lack of memory shows in the constructor, before the
+    ranks agree to run.
 
     Args:
-        old: the placement in force.
-        new: of the same shape; neither with replicas.
-        layers: layouts, and what travels on this rank.
+        old: the placement in force; without replicas.
+        new: the placement to reach, of the same shape; without replicas.
+        layers: by layer, the layouts, and what travels on this rank.
         comm: the ranks that hold the tensors.
-        node_of_rank: of the communicator, to count bytes inside nodes and between them.
-        memory: to stage in, kept from transfer to transfer.
-        limits: to do the beginning of it only; all of it where None.
-        num_groups: of a router whose groups stay in blocks, so that every commit keeps them; None where it has none.
+        node_of_rank: node of each rank of the communicator, to count bytes inside nodes and between them.
+        memory: the memory to stage in, kept from transfer to transfer.
+        limits: how much of the change to make; all of it where None.
+        num_groups: number of routing groups, which stay in blocks after every commit; None without groups.
 
     Attributes:
-        layers: indices of those in which slots receive another expert.
-        placement: in force; after each commit another one.
+        layers: indices of the layers in which slots receive another expert.
+        placement: the placement in force; every commit changes it.
     """
 
     def __init__(
@@ -96,18 +96,18 @@ class Transfer:
         self._staging = CommitStaging(travellers, self._rank_commits, comm, memory)
 
     def run(self, on_commit: Callable[[Placement], None]) -> MoveTotals:
-        """Bring experts and all that travels with them to their new slots, commit by commit.
+        """Move experts and everything that travels with them to their new slots, commit by commit.
 
         Args:
             on_commit: called with the placement in force after each commit, before the next begins.
 
         Returns:
-            What was moved: all that is scheduled, unless the time was over before.
+            What was moved: everything scheduled, unless time ran out.
 
         Raises:
-            DistplbError: if a commit could not be staged: it and those after it did not happen.
-            HalfMovedError: if one could not be written, or ranks were lost after the first had been staged: the
-                model is not whole any more.
+            DistplbError: if a commit could not be staged; it and all later ones are not made.
+            HalfMovedError: if a commit could not be written, or ranks were lost after the first one was staged; the
+                model is then no longer whole.
         """
         totals = MoveTotals()
         error: Exception | None = None
@@ -118,7 +118,7 @@ class Transfer:
             except Exception as caught:
                 error = error or in_stage("move", caught)
             try:
-                # Also when something has failed here: the others wait for this rank's part before they agree.
+                # Even if something failed here: the other ranks wait for this rank's part before they agree.
                 self._staging.exchange(commit)
             except LostRanksError as lost:
                 if not number:  # no rank writes before this one agrees
@@ -133,14 +133,14 @@ class Transfer:
                 totals = totals.plus(MoveTotals(len(moves), *commit.crossing, 1))
                 on_commit(self.placement)
             except Exception as caught:
-                error = HalfMovedError(f"in stage move: commit {number} was not written whole: {caught!r}")
+                error = HalfMovedError(f"in stage move: commit {number} was not fully written: {caught!r}")
             if not is_time_left:
                 break
         self._agree_on(totals.commits, error, False)
         return totals
 
     def _agree_on(self, number: int, error: Exception | None, is_time_left: bool) -> bool:
-        """Whether all ranks have time for another commit after this one."""
+        """Agree that this commit is staged; return whether all ranks have time for another one."""
         try:
             (all_have_time,) = agree(
                 self._comm, {"the number of the commit": number}, error, minimum=[int(is_time_left)]
@@ -148,14 +148,14 @@ class Transfer:
         except DistplbError as refused:
             if isinstance(refused, LostRanksError) and (number or error is None):
                 raise _half_moved(number, refused) from refused
-            raise  # where this rank has failed before it agreed, nobody has written the first commit
+            raise  # if this rank failed before it agreed, no rank has written the first commit
         except Exception as lost:
             raise _half_moved(number, lost) from lost
         return bool(all_have_time)
 
 
 def _half_moved(number: int, why: Exception) -> HalfMovedError:
-    """Without an answer no rank knows whether the others went on to write."""
+    """Build the error for a failed agreement, after which no rank knows whether the others went on to write."""
     if isinstance(why, LostRanksError):
         why.stage = "move"
     return HalfMovedError(f"the ranks could not agree on commit {number}: {why}")
@@ -170,7 +170,7 @@ def _after(placement: Placement, moves: Sequence[SlotMove]) -> Placement:
 
 
 def _numbered(layers: Sequence[TravellingLayer]) -> list[list[tuple[int, Layout]]]:
-    """By layer, the number of each tensor that travels, counted over all layers, and its layout."""
+    """By layer, the index of each tensor that travels, counted over all layers, and its layout."""
     number, by_layer = 0, []
     for layouts, travellers in layers:
         by_layer.append([(number + i, layouts[traveller.index]) for i, traveller in enumerate(travellers)])
@@ -179,7 +179,7 @@ def _numbered(layers: Sequence[TravellingLayer]) -> list[list[tuple[int, Layout]
 
 
 def _row_bytes(layers: Sequence[TravellingLayer], slots_per_gpu: int) -> tuple[list[int], list[int]]:
-    """By layer, the bytes of one slot's rows that a rank of its own GPU stages, and those that any rank may stage."""
+    """By layer, the bytes of one slot's rows that only ranks of its GPU stage, and those that any rank may stage."""
     own, every = [], []
     for layouts, travellers in layers:
         sizes = {True: 0, False: 0}
@@ -192,6 +192,6 @@ def _row_bytes(layers: Sequence[TravellingLayer], slots_per_gpu: int) -> tuple[l
 
 
 def _default_budget(own: Sequence[int], every: Sequence[int]) -> int:
-    """Bytes staged on a rank in one commit: 256 MiB, or a swap of two of the largest experts."""
+    """Bytes staged on a rank in one commit: 256 MiB, or more if a swap of two of the largest experts needs it."""
     largest = max((one + other for one, other in zip(own, every, strict=True)), default=0)
     return max(_STAGING_BYTES, 2 * largest)

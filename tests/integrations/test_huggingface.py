@@ -1,4 +1,4 @@
-"""Tiny models of Hugging Face Transformers compute and train the same wherever their experts lie.
+"""Tiny models of Hugging Face Transformers compute and train the same wherever their experts are.
 
 Shapes: L layers, E experts, P slots, M GPUs.
 """
@@ -69,8 +69,8 @@ CONFIGS: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 MODELS = list(CONFIGS)
 MODES = ["permute", "remap"]
-# Routers choose and weigh in float32 also where the model is float64, so that sums over experts are rounded in another
-# order; only that of gpt-oss keeps to the model's precision.
+# Routers choose and weigh in float32 even in a float64 model, so sums over experts are rounded in another order; only
+# the router of gpt-oss keeps the model's precision.
 CLOSE = dict.fromkeys(MODELS, 1e-6) | {"gpt_oss": 1e-12}
 
 
@@ -88,13 +88,13 @@ def made(name: str, *, implementation: str | None = None, **options: Any) -> Any
 
 
 def batch(iteration: int, rows: slice = slice(None)) -> Tensor:
-    """`[4, 12]` tokens, or some rows of them; some far more frequent than others, so that loads differ."""
+    """Tokens `[4, 12]`, or some rows of them; some tokens are far more frequent than others, so that loads differ."""
     generator = torch.Generator().manual_seed(iteration)
     return (VOCABULARY * torch.rand(4, 12, generator=generator) ** 3).long()[rows]
 
 
 def random_placement(like: Placement, generator: torch.Generator, groups: int = 1) -> Placement:
-    """Whole groups among the groups' blocks, and any order of experts within."""
+    """Shuffles whole groups over blocks, and the experts within each block."""
     size, tables = EXPERTS // groups, []
     for _ in range(like.num_layers):
         blocks = torch.randperm(groups, generator=generator).tolist()
@@ -103,7 +103,7 @@ def random_placement(like: Placement, generator: torch.Generator, groups: int = 
 
 
 def groups_of(name: str, mode: str) -> int:
-    """To which placements have to keep."""
+    """The number of groups that placements must keep whole."""
     return DEEPSEEK["n_group"] if (name, mode) == ("deepseek_v3", "permute") else 1
 
 
@@ -245,7 +245,7 @@ def test_a_model_without_known_layers_tells_what_was_looked_for_and_found() -> N
     with pytest.raises(DistplbError) as error:
         huggingface.moe_layers(nn.Sequential(nn.Linear(2, 2), OwnRouter(2, 2)))
     assert "Looked for: MixtralSparseMoeBlock with .gate and .experts; " in str(error.value)
-    assert "OwnRouter × 1 (of 3 modules)" in str(error.value)
+    assert "OwnRouter × 1 (among 3 modules)" in str(error.value)
 
 
 def test_a_block_that_differs_from_what_is_known_of_its_class_is_refused() -> None:
@@ -269,20 +269,18 @@ def test_a_block_that_differs_from_what_is_known_of_its_class_is_refused() -> No
         huggingface.moe_layers(model)
     layer.mlp = Named(config)
     layer.mlp.gate.forward = lambda hidden_states: hidden_states
-    with pytest.raises(DistplbError, match="the forward of its MixtralTopKRouter is that of this object"):
+    with pytest.raises(DistplbError, match="the forward of its MixtralTopKRouter is defined in this object"):
         huggingface.moe_layers(model)
     layer.mlp = Named(config)
     layer.mlp.gate.temperature = nn.Parameter(torch.ones(1))
-    with pytest.raises(
-        DistplbError, match=r"layers\.0\.mlp\.gate\.temperature has shape \(1,\), which is no row for each"
-    ):
+    with pytest.raises(DistplbError, match=r"layers\.0\.mlp\.gate\.temperature has shape \(1,\), not a row for each"):
         huggingface.moe_layers(model)
     with pytest.raises(DistplbError, match="mode is 'both'; pass 'permute' or 'remap'"):
         huggingface.moe_layers(model, mode="both")
 
 
 def test_a_loss_that_ties_experts_of_all_layers_by_their_numbers_is_refused_but_for_a_table() -> None:
-    """Permuted experts changed the auxiliary loss: transformers multiplies sums over layers, not sums of products."""
+    """Permuted experts changed the auxiliary loss, because transformers multiplies sums over all layers."""
     model = made("mixtral", output_router_logits=True)
     with pytest.raises(DistplbError, match=r"MixtralForCausalLM is trained with .*pass mode='remap'"):
         huggingface.moe_layers(model)
@@ -300,14 +298,14 @@ def test_a_loss_that_ties_experts_of_all_layers_by_their_numbers_is_refused_but_
         model.train()(batch(0), output_router_logits=True)
     model(batch(0))
     rebalancer.close()
-    model(batch(0), output_router_logits=True)  # experts will not be permuted any more
+    model(batch(0), output_router_logits=True)  # experts are no longer permuted
 
 
 # --- hooks --------------------------------------------------------------------------------------------------------
 
 
 def hooks(model: nn.Module) -> Counter[tuple[str, str]]:
-    """How many each module has of each kind."""
+    """The number of hooks of each kind in each module."""
     kinds = [kind for kind in vars(model) if kind.endswith("_hooks")]
     found = {(name, kind): len(getattr(module, kind)) for name, module in model.named_modules() for kind in kinds}
     return Counter({place: count for place, count in found.items() if count})
@@ -316,7 +314,7 @@ def hooks(model: nn.Module) -> Counter[tuple[str, str]]:
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", MODELS)
 def test_describing_a_model_hooks_nothing_but_its_table_and_closing_ends_the_rest(name: str, mode: str) -> None:
-    """Each description left hooks for ties, a look-up and a guard of its own, which nothing removed."""
+    """Each description added its own hooks for ties, lookup and guard, which nothing removed."""
     model = made(name)
     before = hooks(model)
     described = before.copy()
@@ -378,7 +376,7 @@ def test_tokens_are_looked_up_once_however_often_a_model_is_described() -> None:
 
 
 def test_a_second_rebalancer_goes_on_from_the_table_of_the_first() -> None:
-    """One table for both: written anew by the second, tokens would go to experts that had moved away."""
+    """Both share one table: if the second reset it, tokens would go to slots that their experts had left."""
     model = made("mixtral")
     before, generator = logits(model), torch.Generator().manual_seed(1)
     for _ in range(2):
@@ -399,7 +397,7 @@ def test_a_copy_of_a_model_has_tables_of_its_own() -> None:
 
 
 def test_forwards_of_a_copy_are_not_the_models_steps() -> None:
-    """A copy has the hooks, too: one that is trained beside the model was counted into its window."""
+    """A copy has the hooks too: when it was trained, its tokens were counted in the model's window."""
     model = made("mixtral").train()
     told, other = counted(model, "permute"), copy.deepcopy(model)
     other(batch(0), output_router_logits=True)
@@ -409,7 +407,7 @@ def test_forwards_of_a_copy_are_not_the_models_steps() -> None:
 
 
 def test_experts_that_a_table_has_moved_are_not_to_be_permuted() -> None:
-    """Tokens were then looked up in a table that nobody wrote any more."""
+    """Tokens were then looked up in a table that was no longer updated."""
     model = made("mixtral")
     first = rebalanced(model, "remap")
     subscribed(model)  # nothing has moved yet
@@ -428,7 +426,7 @@ def test_experts_that_a_table_has_moved_are_not_to_be_permuted() -> None:
 
 
 def subscribed(model: nn.Module) -> list[MoELayer]:
-    """The layers, which count as a `Rebalancer` has them do."""
+    """The layers, with their counts subscribed to as by a `Rebalancer`."""
     layers = huggingface.moe_layers(model)
     for layer in layers:
         assert layer.counts is not None
@@ -437,7 +435,7 @@ def subscribed(model: nn.Module) -> list[MoELayer]:
 
 
 def counted(model: Any, mode: str) -> list[tuple[Tensor, bool]]:
-    """What the first layer tells of its forwards, as `LoadWindow.add` would be told."""
+    """What the first layer reports of its forwards, as `LoadWindow.add` would receive it."""
     told: list[tuple[Tensor, bool]] = []
     subscribe = huggingface.moe_layers(model, mode=mode)[0].counts  # type: ignore[arg-type]  # one of MODES
     assert subscribe is not None
@@ -508,13 +506,13 @@ def test_of_many_tokens_in_bfloat16_some_tie_but_for_a_router_in_float32(name: s
 
 
 def distributed(model: Any, **sizes: int) -> Any:
-    """As `from_pretrained(distributed_config=...)` does, which needs a checkpoint."""
+    """Distribute a model as `from_pretrained(distributed_config=...)` does, which needs a checkpoint."""
     config, _, meshes = model.prepare_distribute_model(DistributedConfig(**sizes))
     return model.maybe_distribute_model(model, config, meshes)
 
 
 def by_mesh(model: nn.Module) -> list[list[nn.Parameter]]:
-    """Experts lie on another mesh than the rest, and one kernel or norm takes tensors of one mesh only."""
+    """Group parameters by mesh: experts are on a mesh of their own, and a kernel or norm takes tensors of one mesh."""
     found = defaultdict(list)
     for parameter in model.parameters():
         found[getattr(parameter, "device_mesh", None)].append(parameter)
@@ -542,7 +540,7 @@ def local(tensor: Any) -> Tensor:
 def trained(
     name: str, moves: bool, *, mode: str = "permute", left: str = "", layers: int = LAYERS, **sizes: int
 ) -> tuple[dict[str, Tensor], int]:
-    """Losses of this rank, and all parameters and moments where they began; and how many slots `step` moved."""
+    """Losses of this rank, all parameters and moments in logical order, and how many slots `step` moved."""
     model = made(name, implementation="eager", num_hidden_layers=layers).double().train()
     if sizes:
         model = distributed(model, **sizes)
@@ -599,7 +597,7 @@ def quiet_run(name: str, sizes: frozenset[tuple[str, int]]) -> dict[str, Tensor]
 
 
 def compared(name: str, mode: str = "permute", left: str = "", **sizes: int) -> dict[str, Any]:
-    """A run with moves against the one without: how far apart, and what of it shows that the test tests something."""
+    """Compare a run with moves to one without: how far apart they are, and evidence that the test tests something."""
     quiet = quiet_run(name, frozenset(sizes.items()))
     moved, slots = trained(name, moves=True, mode=mode, left=left, **sizes)
     apart = {key: furthest(tensor, moved[key]) / float(tensor.abs().max()) for key, tensor in quiet.items()}
@@ -613,7 +611,7 @@ def compared(name: str, mode: str = "permute", left: str = "", **sizes: int) -> 
     }
 
 
-# The others' routers choose as Mixtral's does; they are compared on two ranks.
+# The routers of the other models choose as Mixtral's does; these models are compared on two ranks.
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", ["mixtral", "deepseek_v3", "gpt_oss"])
 def test_a_run_with_moves_is_the_run_without(name: str, mode: str) -> None:
@@ -647,7 +645,7 @@ def all_compared(cases: list[Case], sizes: dict[str, int]) -> list[dict[str, Any
 
 
 def tokens_of_a_step(sizes: dict[str, int]) -> int:
-    """That this rank counts of a batch of 48 tokens, or of its half of it."""
+    """The tokens that this rank counts in a batch of 48, or in its half of the batch."""
     model = distributed(made("mixtral"), **sizes).train()
     told, rank = counted(model, "permute"), dist.get_rank()
     model(batch(0, slice(2 * rank, 2 * rank + 2) if "fsdp_size" in sizes else slice(None)))
@@ -662,7 +660,7 @@ def refused(group: Any = None, **sizes: int) -> str:
 
 
 def all_of_two_ranks(cases: list[Case] = CASES) -> dict[str, Any]:
-    """In one pair of processes, because importing transformers takes longer than most of what is done."""
+    """Run all cases in one pair of processes, because importing transformers takes longer than most of them."""
     alone = [dist.new_group([rank]) for rank in range(2)][dist.get_rank()]
     return {
         "tokens": [tokens_of_a_step(OWN_BATCHES), tokens_of_a_step(ONE_BATCH)],
@@ -705,12 +703,10 @@ def test_each_token_is_counted_once(two_ranks: list[dict[str, Any]]) -> None:
 
 def test_experts_that_all_ranks_compute_are_refused(two_ranks: list[dict[str, Any]]) -> None:
     for replicated, sharded, tensor_parallel, alone in (rank["refused"] for rank in two_ranks):
-        assert (
-            "each of 2 ranks computes all experts, which it holds whole: that is not expert parallelism" in replicated
-        )
-        assert "in parts, on a mesh of axes ('fsdp',)" in sharded
-        assert "in parts, on a mesh of axes ('tp',)" in tensor_parallel
-        assert "the experts lie on 2 ranks, the group has 1" in alone
+        assert "each of 2 ranks computes all experts (held whole), so there is nothing to balance" in replicated
+        assert "(held sharded over mesh axes ('fsdp',))" in sharded
+        assert "(held sharded over mesh axes ('tp',))" in tensor_parallel
+        assert "the experts are on 2 ranks, but the group has 1" in alone
 
 
 def test_a_run_with_two_shards_of_each_expert_and_moves_is_the_run_without() -> None:

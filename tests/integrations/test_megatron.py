@@ -1,6 +1,6 @@
-"""Megatron-Core's own models, DDP and optimizers: what the adapter says of them, and that moves change nothing.
+"""Megatron-Core's own models, DDP and optimizers: how the adapter describes them, and that moves change nothing.
 
-The processes are few and do much each, because Megatron-Core takes seconds to import.
+A few processes do all the work, because importing Megatron-Core takes seconds.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def rebalancer_of(job: Job, **options: Any) -> distplb.Rebalancer:
 
 
 def drawn(job: Job, generator: torch.Generator) -> distplb.Placement:
-    """Any legal placement: with groups, whole groups change places, and the experts within each."""
+    """A random legal placement: with groups, whole groups change places, and so do experts within each."""
     experts, groups_of = job.config.num_moe_experts, job.config.moe_router_num_groups or 1
     size, tables = experts // groups_of, []
     for _ in job.moes:
@@ -59,13 +59,13 @@ def drawn(job: Job, generator: torch.Generator) -> distplb.Placement:
 
 
 def logical(job: Job, placement: distplb.Placement) -> dict[str, Tensor]:
-    """What `Job.by_slot` tells, by expert."""
+    """The values of `Job.by_slot`, by expert."""
     slots = {moe.layer_number - 1: placement.inverse[i, :, 0] for i, moe in enumerate(job.moes)}
     return {key: value[slots[int(key.split()[1])]] for key, value in job.by_slot().items()}
 
 
 def furthest(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
-    """The largest difference of two runs, each tensor's relative to its largest element."""
+    """The largest difference between two runs, relative to the largest element of its tensor."""
     assert one.keys() == other.keys()
     return max(float((one[k] - other[k]).abs().max() / one[k].abs().max().clamp(min=1e-30)) for k in one)
 
@@ -81,15 +81,15 @@ def trained(
     pipeline: int = 1,
     **options: Any,
 ) -> dict[str, Tensor]:
-    """Losses, norms and, at the end, all that experts have, by expert.
+    """Losses, norms and everything that experts have at the end, by expert.
 
     Args:
-        moves: rebalance, and move at random in between.
-        leave_behind: "exp_avg" or "main": what is put back to where it was after each move at random.
-        iterations: of the run.
-        micro_batches: of each.
-        pipeline: stages.
-        options: of Job.
+        moves: whether to rebalance, with random moves in between.
+        leave_behind: what is put back in its old place after each random move: "exp_avg" or "main".
+        iterations: number of iterations.
+        micro_batches: micro-batches per iteration.
+        pipeline: number of pipeline stages.
+        options: options of `Job`.
     """
     told: list[distplb.RebalanceEvent] = []
     with groups(pipeline=pipeline):
@@ -112,7 +112,7 @@ def trained(
 
 
 def stepped_on(job: Job, what: str | None) -> list[tuple[Tensor, Tensor]]:
-    """Of all parameters, what the optimizers step on ("main") or keep for it, and copies of it."""
+    """The tensors that the optimizers step on ("main"), or one kind of their state; each with a copy."""
     inner = [one.optimizer for one in job.optimizer.chained_optimizers] if what else []
     tensors = [p for one in inner for group in one.param_groups for p in group["params"]]
     values = tensors if what == "main" else [one.state[p][what] for one in inner for p in one.state]
@@ -137,7 +137,7 @@ def two_ranks() -> dict[str, Any]:
 
 
 def logits_moved(options: dict[str, Any]) -> tuple[float, float]:
-    """How far logits are from those before after experts have moved, and after their router has gone back alone."""
+    """How far logits change after experts have moved, and after their router alone has been put back."""
     with groups():
         job = Job(num_layers=2, **options)
         job.train(0)
@@ -215,12 +215,12 @@ def four_ranks() -> dict[str, Any]:
 
 
 def furthest_loss(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
-    """Of the losses, as far as the shorter run goes."""
+    """The largest relative difference of the losses, up to the end of the shorter run."""
     return max(float((a - b).abs() / a) for a, b in zip(one["losses"], other["losses"], strict=False))
 
 
 def many_moves(moves: int) -> bool:
-    """Whether experts in bfloat16, with float32 main parameters and moments, are to the bit what they were."""
+    """Whether experts in bfloat16, with float32 main parameters and moments, are unchanged to the bit."""
     with groups():
         biased = {"moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True}
         job = Job(precision="bfloat16", num_layers=1, **biased)
@@ -289,7 +289,7 @@ def test_aligned_experts_keep_their_number_within_the_gpu(at_four: list[dict[str
             assert [expert % slots_per_gpu for expert in experts] == [slot % slots_per_gpu for slot in range(EXPERTS)]
 
 
-# --- what the adapter says ---------------------------------------------------------------------------------------
+# --- what the adapter describes ----------------------------------------------------------------------------------
 
 
 def told_of_layers() -> dict[str, Any]:
@@ -316,7 +316,7 @@ def told_of_layers() -> dict[str, Any]:
 
 
 def counts_are_what_experts_get(job: Job, layers: list[distplb.MoELayer]) -> bool:
-    """Over the ranks of an EP group, against the tokens that the dispatcher brings to each expert."""
+    """Compare counts, summed over an EP group, with the tokens that the dispatcher brings to each expert."""
     counted: list[Tensor] = []
     received: list[Tensor] = []
     assert layers[0].counts is not None
@@ -344,7 +344,7 @@ def shares_of_ties(job: Job) -> float | None:
 
 
 def how_shards_lie(job: Job, layers: list[distplb.MoELayer]) -> list[tuple[str, int, int, bool]]:
-    """Of each shard: its parameter, its range there, and whether its values are the parameter's in that range."""
+    """For each shard: its parameter, its range in it, and whether its values are the parameter's in that range."""
     found = []
     for layer in layers:
         for key, shards in layer.shards.items():
@@ -376,7 +376,7 @@ def as_megatron_says(job: Job, parameter: Any, shard: distplb.FlatShard) -> bool
 
 
 def refusals(job: Job) -> dict[str, str]:
-    """What is said of each kind of layer and optimizer that is not moved."""
+    """The error for each kind of layer and optimizer that is refused."""
     found: dict[str, str] = {}
 
     def told(what: str, *arguments: Any) -> None:
@@ -424,7 +424,7 @@ def refusals(job: Job) -> dict[str, str]:
 
 
 def names_of_te(job: Job) -> bool:
-    """Transformer Engine is not there: an empty TEGroupedMLP with parameters of its names, more than ten."""
+    """Without Transformer Engine: an empty TEGroupedMLP with more than ten parameters of the names that it uses."""
     moe, count = job.moes[0], 11
     experts = TEGroupedMLP.__new__(TEGroupedMLP)
     nn.Module.__init__(experts)
@@ -477,7 +477,7 @@ def test_shards_are_where_the_optimizers_have_them(at_four: list[dict[str, Any]]
                 whole = 384 if "fc1" in key else 192
                 assert [whole, whole] == [stop for _, stop in ranges] if kind == 2 else covers(ranges, whole)
     cut = {name for name, start, _, _ in at_four[0]["ranges"][0] + at_four[2]["ranges"][0] if start}
-    assert any("linear" in name for name in cut), "no shard begins within an expert, so that nothing is shown of it"
+    assert any("linear" in name for name in cut), "no shard begins within an expert, so that case is not tested"
 
 
 def covers(ranges: list[tuple[int, int]], whole: int) -> bool:
@@ -492,21 +492,21 @@ def test_tensors_of_transformer_engine_are_in_the_order_of_their_numbers(at_four
 @pytest.mark.parametrize(
     ("what", "wording"),
     [
-        ("fp8", "decoder.layers.0.mlp has fp8"),
-        ("fp4", "decoder.layers.0.mlp has fp4"),
+        ("fp8", "decoder.layers.0.mlp uses fp8"),
+        ("fp4", "decoder.layers.0.mlp uses fp4"),
         ("cuda_graph_impl", "nothing is counted"),
         ("moe_latent_size", "never run"),
         ("moe_shared_expert_overlap", "never run"),
         ("moe_enable_routing_replay", "recorded choices"),
         ("expert tensor parallelism", "a part of every row"),
-        ("unknown tensor of the experts", "['average'] is not understood"),
+        ("unknown tensor of the experts", "with ['average'], which is not understood"),
         ("unknown tensor of the router", "router.hits is not known"),
-        ("precision-aware", "forms of its own"),
-        ("layer-wise", "deals whole parameters"),
+        ("precision-aware", "formats of its own"),
+        ("layer-wise", "distributes whole parameters"),
         ("offloaded", "do not offload it"),
         ("no optimizer", "object is not understood"),
-        ("twice", "two MoE layers are called 'decoder.layers.0.mlp'"),
-        ("no MoE model", "no MoE layer of Megatron-Core was understood"),
+        ("twice", "two MoE layers are named 'decoder.layers.0.mlp'"),
+        ("no MoE model", "no MoE layer of Megatron-Core was recognised"),
         ("fully sharded", "whose shards of experts are not understood"),
     ],
 )

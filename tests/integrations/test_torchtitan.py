@@ -1,8 +1,8 @@
 """torchtitan's MoE layers under a `Rebalancer`: what is found and refused; runs with moves are the runs without.
 
-Real torchtitan models, small, on gloo processes: 2 ranks with expert parallelism (EP) alone, and 4 ranks with EP 2 ×
-FSDP 2, the experts sharded by FSDP along dim 0 and along dim 1. Many runs share one start of the processes, which takes
-longer than they do; each test looks at its own part of what they found.
+Small, real torchtitan models on gloo processes: 2 ranks with expert parallelism (EP) alone, and 4 ranks with EP 2 ×
+FSDP 2, with experts sharded by FSDP along dim 0 and along dim 1. Many runs share one start of the processes, which
+takes longer than the runs; each test checks its own part of the results.
 
 Shapes: L layers, E experts, P slots.
 """
@@ -62,7 +62,7 @@ def attached(job: Job, **options: Any) -> Any:
 
 
 def random_placement(generator: torch.Generator, groups: int | None, gpus: int, layers: int = 2) -> Placement:
-    """Of any experts; or of whole groups, and of experts inside their group's block."""
+    """A random placement: of any experts, or of whole groups and of experts inside their group's block."""
     size = EXPERTS // (groups or 1)
     tables = [
         torch.cat([block * size + torch.randperm(size, generator=generator) for block in blocks.tolist()])
@@ -77,7 +77,7 @@ def whole(tensor: Any) -> Tensor:
 
 
 def logical(job: Job, placement: Placement, mode: str = "permute") -> dict[str, Tensor]:
-    """All weights, biases and moments, the experts' rows in logical order. Collective."""
+    """All weights, biases and moments, with the experts' rows in logical order. Collective."""
     slot = placement.inverse[..., 0]  # [L, E]
     found = {name: whole(value) for name, value in job.model.state_dict().items()}
     names = {id(parameter): name for name, parameter in job.model.named_parameters()}
@@ -93,7 +93,7 @@ def logical(job: Job, placement: Placement, mode: str = "permute") -> dict[str, 
 
 
 def furthest(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
-    """The largest difference, relative to the largest number of its tensor."""
+    """The largest difference, relative to the largest element of its tensor."""
     assert one.keys() == other.keys()
     return max(
         float((one[name] - value).abs().max() / value.abs().max().clamp(min=1e-30)) for name, value in other.items()
@@ -111,7 +111,7 @@ def trained(
     mode: str = "permute",
     folder: str | None = None,
 ) -> dict[str, Any]:
-    """Losses and last state of a run; with moves: a rebalance every 5 iterations and a random placement every 7."""
+    """Losses and final state of a run; with moves: a rebalance every 5 iterations and a random placement every 7."""
     moved: list[int] = []
     balancer = balancer or attached(job, mode=mode, on_event=lambda event: moved.append(event.slots_moved))
     balancer.enabled = moves
@@ -145,7 +145,7 @@ def states(job: Job, balancer: Any) -> dict[str, Any]:
 
 
 def resumed(job: Job, folder: str) -> Tensor:
-    """The losses of a run's second half, from a checkpoint after the first, perhaps of other ranks."""
+    """The losses of a run's second half, from a checkpoint after the first half, perhaps of another EP size."""
     balancer = attached(job)
     dcp.load(states(job, balancer), checkpoint_id=folder)
     found: Tensor = trained(job, range(HALF, 2 * HALF), balancer=balancer)["loss"]
@@ -165,11 +165,11 @@ KINDS: dict[str, tuple[dict[str, Any], str, str]] = {
     "remap": ({}, "remap", "partial_dtensor"),
     "remap, groups": ({"groups": 4}, "remap", "full_dtensor"),
 }
-TO_THE_BIT = set(KINDS) - {"softmax"}  # whose sum over experts takes another order
+TO_THE_BIT = set(KINDS) - {"softmax"}  # which sums over experts in another order
 
 
 def logits_after_moves(kind: str) -> dict[str, Any]:
-    """How far logits change under random legal placements; what is said of an illegal one."""
+    """How far logits change under random legal placements, and the error for an illegal one."""
     options, mode, backend = KINDS[kind]
     job = Job(meshes(EP, backend), steps=4, **options)
     balancer = attached(job, mode=mode)
@@ -192,14 +192,14 @@ def logits_after_moves(kind: str) -> dict[str, Any]:
     weight: Any = next(iter(moe_layers(job.model)[0].experts.values()))
     with torch.no_grad():
         rows = weight.to_local()
-        rows.copy_(rows.roll(1, 0))  # alone, which has to show
+        rows.copy_(rows.roll(1, 0))  # this tensor alone, which must show
     torn = float((job.logits(1) - before).abs().max())
     return {"apart": max(apart), "refused": refused, "torn": torn, "largest": float(before.abs().max())}
 
 
 def counted(checkpointing: Any, *, compiled: bool = False) -> dict[str, Any]:
     """What is counted in two iterations of two forwards and one evaluation; and torchtitan's own running counts."""
-    options = BFLOAT16 if compiled else {}  # the exact experts look at numbers of tokens on the host
+    options = BFLOAT16 if compiled else {}  # the exact experts read token counts on the host
     job = Job(meshes(EP), steps=4, checkpointing=checkpointing, **options)
     if compiled:
         torch._dynamo.config.capture_scalar_outputs = True
@@ -222,13 +222,13 @@ def counted(checkpointing: Any, *, compiled: bool = False) -> dict[str, Any]:
 
 
 def hooks_of(job: Job) -> int:
-    """Of all modules, of all kinds."""
+    """The number of hooks of all kinds in all modules."""
     kinds = [kind for kind in vars(job.model) if kind.endswith("_hooks")]
     return sum(len(getattr(module, kind)) for module in job.model.modules() for kind in kinds)
 
 
 def hooks_of_two_rebalancers(mode: str) -> tuple[list[int], int]:
-    """Hooks beyond those of the job: described twice; and with each of two rebalancers and without; and tables."""
+    """Hooks beyond the job's own after two descriptions, and with and after each of two rebalancers; and tables."""
     job = Job(meshes(EP), steps=4)
     job.step(0)  # FSDP2 adds hooks of its own in the first forward
     job.optimizers.zero_grad()
@@ -246,7 +246,7 @@ def hooks_of_two_rebalancers(mode: str) -> tuple[list[int], int]:
 
 
 def after_a_table() -> tuple[str, bool]:
-    """What is said to permuting experts that a table has moved; and whether a second table's rebalancer leaves them."""
+    """The error for permuting experts that a table has moved; whether a second rebalancer with a table keeps logits."""
     job, said = Job(meshes(EP), steps=4), ""
     before, generator = job.logits(1), torch.Generator().manual_seed(3)
     first = attached(job, mode="remap")
@@ -263,7 +263,7 @@ def after_a_table() -> tuple[str, bool]:
 
 
 def refused(**options: Any) -> list[str]:
-    """What is said of models whose experts are not spread over an EP group: by the layers, and by all of it."""
+    """The errors for models whose experts are not sharded over an EP group, by `moe_layers` and by `rebalancer`."""
     dims = meshes(1, **options)
     job = Job(dims, steps=1)
     said = []
@@ -276,7 +276,7 @@ def refused(**options: Any) -> list[str]:
 
 
 def found_in(registry: Any, **options: Any) -> list[tuple[str, int | None, list[str]]]:
-    """Of torchtitan's own debug model, by its own `parallelize_fn`, and without weights: names, groups, tensors."""
+    """Names, groups and tensors of torchtitan's own debug model, by its own `parallelize_fn`, without weights."""
     parallelism = ParallelismConfig(expert_parallel_degree=EP, spmd_backend="partial_dtensor")
     spec = registry("debugmodel", moe_comm_backend="standard", **options)
     del spec.model.layers[3:]
@@ -314,7 +314,7 @@ def on_two() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def two() -> list[dict[str, Any]]:
-    """What each of two ranks found."""
+    """The results of each of two ranks."""
     return on_ranks(2, on_two, deadline=240)
 
 
@@ -342,17 +342,17 @@ def test_under_group_limited_routing_a_placement_across_groups_is_refused(two: l
 
 @pytest.mark.parametrize("checkpointing", ["no checkpointing", "full", "selective", "compiled"])
 def test_each_token_is_counted_once(two: list[dict[str, Any]], checkpointing: str) -> None:
-    tokens = 2 * SEQUENCE * TOP_K  # of a rank, in a forward
+    tokens = 2 * SEQUENCE * TOP_K  # per rank and forward
     for found in two:
         told = [(name, count) for name, count, training in found[checkpointing]["told"] if training]
         assert told == [("layers.0.moe", tokens), ("layers.1.moe", tokens)] * 4
         evaluated = [count for _, count, training in found[checkpointing]["told"] if not training]
-        if checkpointing == "compiled":  # torchtitan's own running count, which evaluations leave as it is
+        if checkpointing == "compiled":  # torchtitan's own running count, which evaluations do not change
             assert evaluated == [0] * 4
             assert found[checkpointing]["ties"] == [None, None]
             continue
         assert evaluated == [tokens] * 4
-        # Recomputed tokens are there to be counted twice.
+        # torchtitan's own counts include recomputed tokens, so distplb could have counted them twice.
         assert found[checkpointing]["own"] == [tokens * (4 if checkpointing in ("full", "selective") else 2)] * 2
         assert all(0 <= share <= 1 for share in found[checkpointing]["ties"])
 
@@ -373,7 +373,7 @@ def test_the_comparison_notices_a_moment_left_behind(two: list[dict[str, Any]]) 
 
 
 def test_describing_a_model_hooks_nothing_but_its_table_and_closing_ends_the_rest(two: list[dict[str, Any]]) -> None:
-    """Its three hooks for each layer counted on after `close`, because they were several."""
+    """Its three hooks per layer went on counting after `close`, because they were several."""
     for found in two:
         for mode, (hooks, tables) in found["hooks"].items():
             assert tables == (2 if mode == "remap" else 0)
@@ -397,12 +397,12 @@ def test_experts_that_every_rank_computes_are_refused(two: list[dict[str, Any]])
 
 
 def random_moves(dim_1: bool, moves: int, folder: Path) -> dict[str, Any]:
-    """Random moves, checkpoints being written meanwhile: how logical experts fare, and what is in the last one."""
+    """Random moves while checkpoints are written: how often logical experts differ, and what the last one holds."""
     job = Job(meshes(EP), steps=2, dim_1=dim_1, dense=(0,))
-    balancer = attached(job, verify="off")  # compared here instead, element by element: what is lost stays lost
+    balancer = attached(job, verify="off")  # compared here instead, element by element: a lost value stays lost
     job.step(0)
     job.optimizers.zero_grad()
-    writers = dist.new_group(backend="gloo")  # torchtitan, too, gives its writing thread a group of its own
+    writers = dist.new_group(backend="gloo")  # torchtitan also gives its writing thread its own group
     first, generator, differing, writing = logical(job, balancer.placement), torch.Generator().manual_seed(1), 0, None
     for number in range(moves):
         if number % SAVED_EVERY == 0:
@@ -440,7 +440,7 @@ def pipeline_stages() -> dict[str, Any]:
 
 
 def replicas() -> dict[str, Any]:
-    """EP 2 × two copies of each expert, the mesh read off the weights."""
+    """EP 2 × two copies of each expert, with the mesh read from the weights."""
     job = Job(meshes(EP, replicate=2), steps=4)
     balancer = attached(job, parallel_dims=None, every=1)
     before, generator = job.logits(0), torch.Generator().manual_seed(2)
@@ -478,7 +478,7 @@ def on_four(folder: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def four() -> list[dict[str, Any]]:
-    """What each of four ranks found."""
+    """The results of each of four ranks."""
     with tempfile.TemporaryDirectory() as folder:
         return on_ranks(4, on_four, Path(folder), deadline=400)
 
@@ -527,7 +527,7 @@ def test_copies_of_experts_move_alike(four: list[dict[str, Any]]) -> None:
 
 
 class Part(nn.Module):
-    """A model of one MoE layer that is recomputed, and of what comes after it in the forward."""
+    """A model of one MoE layer that is recomputed, with a call after it in the forward."""
 
     def __init__(self, *, bias: bool = True, use_reentrant: bool | None = False) -> None:
         super().__init__()
@@ -544,7 +544,7 @@ class Part(nn.Module):
 
 
 def filled(part: Part) -> LoadWindow:
-    """A window that the part fills by itself."""
+    """A window that the forwards of the part fill."""
     window = LoadWindow(1, EXPERTS, 9)
     _Counts(part, part.moe, RouterTies(TOP_K))(partial(window.add, 0))
     return window
@@ -567,7 +567,7 @@ def in_another_thread(call: Callable[[], object]) -> None:
 def test_a_recomputation_during_a_forward_is_not_counted(run: Any, use_reentrant: bool) -> None:
     """128 tokens were counted for 64 where a pipeline overlaps a forward with another micro-batch's backward.
 
-    What the layer's running counts grew by was taken for the forward's.
+    The growth of the layer's running counts was treated as the tokens of the forward.
     """
     part = Part(use_reentrant=use_reentrant)
     window, first = filled(part), micro_batch(0)
@@ -577,7 +577,7 @@ def test_a_recomputation_during_a_forward_is_not_counted(run: Any, use_reentrant
     part.after = lambda: run(loss.backward)
     part(micro_batch(1))
     assert first.grad is not None
-    assert [int(counts.sum()) for counts in chosen] == [2 * SEQUENCE * TOP_K] * 3  # the third, of the first once more
+    assert [int(counts.sum()) for counts in chosen] == [2 * SEQUENCE * TOP_K] * 3  # the third recomputes the first
     assert int(part.moe.tokens_per_expert_E.sum()) == 3 * 2 * SEQUENCE * TOP_K
     assert window.load()[:, 0].tolist() == [chosen[0].tolist(), chosen[1].tolist()]
 
@@ -585,7 +585,7 @@ def test_a_recomputation_during_a_forward_is_not_counted(run: Any, use_reentrant
 @pytest.mark.filterwarnings("ignore:In CPU autocast")
 @pytest.mark.parametrize("bias", [True, False])
 def test_counts_are_exact_whatever_the_running_counts_have_grown_to(bias: bool) -> None:
-    """Beyond 2^24 a float32 has no odd numbers."""
+    """Beyond 2^24, float32 has no odd integers."""
     part = Part(bias=bias)
     window = filled(part)
     for grown in (0.0, 2.0**24, 2.0**26):
@@ -603,7 +603,7 @@ def test_a_layer_that_a_forward_uses_twice_is_counted_twice() -> None:
     window = filled(part)
     part.after = lambda: part.moe(micro_batch(1))
     part(micro_batch(0))
-    part.moe(micro_batch(2))  # by itself, it is no forward of the model
+    part.moe(micro_batch(2))  # not a forward of the model
     part(micro_batch(0))
     assert window.load().sum(2).tolist() == [[4 * SEQUENCE * TOP_K]] * 2
 
@@ -622,7 +622,7 @@ def test_a_model_that_is_compiled_as_a_whole_is_counted_by_its_running_counts() 
 
 @pytest.mark.filterwarnings("ignore:In CPU autocast")
 def test_running_counts_that_may_have_lost_tokens_are_refused() -> None:
-    """What they grew by is then a whole number, and a wrong one: nothing else would tell."""
+    """Their growth is then a wrong integer, and nothing else would show it."""
     part = Part(use_reentrant=None)
     window = filled(part)
     part.compile(backend="eager")
@@ -650,7 +650,7 @@ def test_neither_evaluations_nor_forwards_of_a_copy_are_steps() -> None:
 
 
 def layer_of(**changed: Any) -> nn.Module:
-    """A model of one MoE layer, not spread over ranks."""
+    """A model of one MoE layer, not sharded over ranks."""
     moe: Any = moe_config(groups=None, bias=True, score="sigmoid", exact=False, gpt_oss=False).build()
     for path, value in changed.items():
         *way, last = path.split("__")
@@ -711,7 +711,7 @@ def test_experts_of_which_a_rank_holds_half_of_each_are_refused() -> None:
     for weight in model["moe"].routed_experts.inner_experts.parameters():
         weight.device_mesh = SimpleNamespace(mesh_dim_names=("ep", "tp"))
         weight.placements = (Shard(0), Shard(2))
-    with pytest.raises(DistplbError, match=r"lies as S.*2.* on the mesh axis 'tp'"):
+    with pytest.raises(DistplbError, match=r"has placement S.*2.* on the mesh axis 'tp'"):
         moe_layers(model)
 
 

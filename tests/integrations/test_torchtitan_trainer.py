@@ -1,15 +1,15 @@
 """The lines of docs/frameworks.md for torchtitan: its own `Trainer` with them, on two gloo processes.
 
-The class is taken out of the page and run; only its `every` is made smaller. Configuration is torchtitan's for its
+The class is read from the page and run; only its `every` is made smaller. The configuration is torchtitan's for its
 debug Qwen3-MoE, cut down, with its tokenizer, text loader, optimizers, selective recomputation and checkpointer; words
-and vocabulary are made here. Its Trainer expects CUDA, and a later torch, so these are put in place of its own:
+and vocabulary are made here. The Trainer expects CUDA and a later torch, so this test replaces some of its parts:
 
-- the device "cpu", and what it asks a device module (name, memory, which one);
-- FSDP2's reductions are plain sums: gloo has none with a factor;
-- experts are `ExactExperts`: its grouped products, in float32 instead of bfloat16;
-- attention is `ScaledDotProductAttention`: its default needs CUDA;
-- each rank draws its weights from a seed of its own: DTensor's generator, which sees to that, is for GPUs;
-- process groups keep their timeouts: `torch.distributed.set_timeout`, which it calls, is not in torch 2.13;
+- the device is "cpu", and a stub answers for its device module (name, memory, index);
+- FSDP2's reductions are plain sums, because gloo has none with a factor;
+- experts are `ExactExperts`: torchtitan's grouped products, in float32 instead of bfloat16;
+- attention is `ScaledDotProductAttention`, because the default needs CUDA;
+- each rank draws its weights from its own seed, because DTensor's generator, which would do so, is for GPUs;
+- process groups keep their timeouts, because `torch.distributed.set_timeout` is not in torch 2.13;
 - rank 0 does not sleep for two seconds at the end.
 """
 
@@ -45,9 +45,9 @@ from torchtitan.tools import utils as titan_tools
 PAGE = Path(__file__).parents[2] / "docs" / "frameworks.md"
 EVERY, SAVED, STEPS = 3, 6, 9  # the save comes right after a move
 EXPERTS, TOP_K, HIDDEN, WORDS, SEQUENCE = 16, 4, 32, 200, 32
-# Larger than torchtitan's, so that experts count from the first steps.
+# Larger than torchtitan's, so that experts matter from the first steps.
 WEIGHT = partial(torch.nn.init.normal_, std=0.1)
-TOLERANCE = 1e-5  # relative; the sums of float32 come in another order
+TOLERANCE = 1e-5  # relative; float32 sums are taken in another order
 
 
 def lines_of_page() -> str:
@@ -65,11 +65,11 @@ def balanced_trainer() -> Any:
     return names["BalancedTrainer"]
 
 
-# --- what stands in for a GPU ---------------------------------------------------------------------------------------
+# --- replacements for a GPU -----------------------------------------------------------------------------------------
 
 
 def replace_what_needs_a_gpu() -> None:
-    import torchtitan.trainer as titan  # takes long; only these processes need it
+    import torchtitan.trainer as titan  # slow to import; only these processes need it
 
     nothing = {name: lambda *_: None for name in ("set_device", "reset_peak_memory_stats", "empty_cache")}
     device = SimpleNamespace(
@@ -84,12 +84,12 @@ def replace_what_needs_a_gpu() -> None:
     titan_tools.device_module = metrics.device_module = device
     titan_distributed.set_pg_timeouts = lambda **_: None
     titan.time = SimpleNamespace(perf_counter=time.perf_counter, sleep=lambda _: None)
-    # What torchrun tells.
+    # As torchrun sets them.
     os.environ |= {"LOCAL_RANK": str(dist.get_rank()), "LOCAL_WORLD_SIZE": str(dist.get_world_size())}
 
 
 def on_cpu(spec: Any) -> Any:
-    """The model's description, with its function that parallelises it followed by what the docstring above says."""
+    """The model's specification, whose `parallelize_fn` also makes the changes listed in the docstring above."""
 
     def parallelize(model: Any, **arguments: Any) -> Any:
         model = spec.parallelize_fn(model, **arguments)
@@ -120,7 +120,7 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def add_texts() -> None:
-    """A data set of torchtitan's text loader, where its documentation says to add one."""
+    """Add a data set to torchtitan's text loader, where its documentation says to."""
     import datasets
     from torchtitan.hf_datasets import DatasetConfig
     from torchtitan.hf_datasets.text_datasets import DATASETS
@@ -135,7 +135,7 @@ def add_texts() -> None:
 
 
 def job(folder: Path, **checkpoint: Any) -> Any:
-    """A configuration of torchtitan's, with expert parallelism over both ranks, cut down."""
+    """A torchtitan configuration, cut down, with expert parallelism over both ranks."""
     from torchtitan.models.qwen3.config_registry import qwen3_moe_debug
 
     config = qwen3_moe_debug()
@@ -166,7 +166,7 @@ def job(folder: Path, **checkpoint: Any) -> Any:
 
 
 class Losses(metrics.BaseLogger):
-    """One of torchtitan's loggers, that keeps the losses it is told."""
+    """A torchtitan logger that keeps the losses."""
 
     def __init__(self) -> None:
         self.found: list[float] = []
@@ -176,10 +176,10 @@ class Losses(metrics.BaseLogger):
 
 
 def run(trainer: Any, before: Callable[[Any], None] = lambda _: None) -> dict[str, Any]:
-    """`train()` to the last step, with `before(trainer)` once a checkpoint is loaded; its losses and placements.
+    """Call `train()`, with `before(trainer)` once a checkpoint is loaded; return its losses and placements.
 
-    These are the rebalancer's count of iterations and the expert of each slot, before the first step and after each.
-    "held" tells whether gradients were still there when a step ended.
+    A placement is the rebalancer's iteration and the expert of each slot, before the first step and after each.
+    "held" is whether a step ended with gradients still held.
     """
     trainer.metrics_processor.logger = losses = Losses()
     placements: list[tuple[int, list[list[int]]]] = []
@@ -203,7 +203,7 @@ def run(trainer: Any, before: Callable[[Any], None] = lambda _: None) -> dict[st
 
 
 def mistake(trainer: Any) -> None:
-    """As if experts had moved and router rows had not."""
+    """Move experts without their router rows."""
     for module in trainer.model_parts[0].modules():
         if isinstance(module, MoE):
             weight: Any = module.routed_experts.inner_experts.w2_EDF
@@ -234,7 +234,7 @@ def found() -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         write_tokenizer(Path(folder))
         one, other = on_ranks(2, jobs, folder, deadline=240)
-    assert one == other  # torchtitan's losses are of all ranks
+    assert one == other  # torchtitan's losses are means over all ranks
     return dict(one)
 
 
@@ -255,14 +255,14 @@ def test_the_trainer_rebalances_every_few_steps(found: dict[str, Any]) -> None:
 
 
 def test_no_gradients_are_held_when_experts_move(found: dict[str, Any]) -> None:
-    assert found["plain"]["held"]  # torchtitan's own step leaves them
+    assert found["plain"]["held"]  # torchtitan's own step keeps them
     assert not found["balanced"]["held"]
 
 
 def test_losses_are_those_of_the_trainer_without(found: dict[str, Any]) -> None:
     plain, balanced = found["plain"]["losses"], found["balanced"]["losses"]
     assert len(plain) == STEPS
-    assert plain[-1] < 0.9 * plain[0]  # it learns: a model that stands still would agree with anything
+    assert plain[-1] < 0.9 * plain[0]  # a model that does not learn would agree with anything
     assert balanced == pytest.approx(plain, rel=TOLERANCE)
 
 

@@ -1,4 +1,4 @@
-"""Of a plan that moves too much, the part that is worth most: within the budget, in whole cycles, on all ranks alike.
+"""A plan that moves too much is cut to the part that saves most: within the budget, in whole cycles, on all ranks.
 
 Shapes: T steps, L layers, E experts, P slots, M GPUs.
 """
@@ -26,7 +26,7 @@ Table = list[list[int]]  # [L][P]
 
 
 def plain_cost(load: Table, row: list[int], num_gpus: int) -> int:
-    """Of one layer, whose load is `[T][E]`."""
+    """The cost of one layer, whose load is `[T][E]`."""
     size = len(row) // num_gpus
     return sum(
         max(sum(step[e] for e in row[gpu * size : (gpu + 1) * size]) for gpu in range(num_gpus)) for step in load
@@ -38,7 +38,7 @@ def total(load: Tensor, table: Table, num_gpus: int) -> int:
 
 
 def plain_cycles(old: list[int], new: list[int]) -> list[set[int]]:
-    """Slots that exchange experts among each other, grown until nobody's expert comes from outside."""
+    """Sets of slots that exchange experts among each other, grown until no expert comes from outside."""
     cycles: list[set[int]] = []
     for start in range(len(old)):
         if old[start] == new[start] or any(start in cycle for cycle in cycles):
@@ -59,7 +59,7 @@ def with_cycles(old: Table, new: Table, chosen: list[tuple[int, set[int]]]) -> T
 
 
 def layers_alone(load: Tensor, old: Table, new: Table, num_gpus: int, left: int) -> int:
-    """What is saved by whole layers, those first that save most for each slot."""
+    """What whole layers save, in descending order of what they save per slot."""
     worth = []
     for layer, (before, after) in enumerate(zip(old, new, strict=True)):
         steps = load[:, layer].tolist()
@@ -112,7 +112,7 @@ def test_a_part_of_a_plan_against_brute_force(seed: int) -> None:
 
 
 def test_most_of_what_could_be_saved_is_saved() -> None:
-    """By taking the best return first, against the best of all choices of cycles."""
+    """Taking the best return first, compared with the best of all choices of cycles."""
     saved_sum = best_sum = 0
     for seed in range(100, 140):
         load, old, new = case(seed)
@@ -135,21 +135,21 @@ def test_most_of_what_could_be_saved_is_saved() -> None:
 def test_a_move_that_saves_nothing_is_not_made_though_it_fits() -> None:
     load = torch.tensor([[[9, 9, 1, 1], [1, 1, 1, 1]]])
     old = Placement.contiguous(2, 4, 2)
-    new = Placement(torch.tensor([[2, 3, 0, 1], [0, 2, 1, 3]]), 4, 2)  # in the first layer the GPUs change names
+    new = Placement(torch.tensor([[2, 3, 0, 1], [0, 2, 1, 3]]), 4, 2)  # the first layer renumbers the GPUs
     assert within_budget(load, old, new, max_slots=5) == old
 
 
 def test_an_exchange_that_pays_only_after_another_is_made_after_it() -> None:
     load = torch.tensor([[[8, 6, 4, 6, 1, 1, 1, 1]]])
     old = Placement.contiguous(1, 8, 4)
-    # 0 with 4 helps the busiest GPU, then 3 with 6 the next one; 5 with 7 helps nobody.
+    # Swapping 0 and 4 helps the busiest GPU, then 3 and 6 the next one; 5 and 7 help no GPU.
     new = Placement(torch.tensor([[4, 1, 2, 6, 0, 7, 3, 5]]), 8, 4)
     assert within_budget(load, old, new, max_slots=5).expert_of_slot.tolist() == [[4, 1, 2, 6, 0, 5, 3, 7]]
     assert within_budget(load, old, new, max_slots=3).expert_of_slot.tolist() == [[4, 1, 2, 3, 0, 5, 6, 7]]
 
 
 def test_what_fits_in_the_budget_takes_no_group_apart() -> None:
-    """With two slots nothing can move: the smallest exchange of groups takes four. It was two slots, 3 and 4."""
+    """Slots 3 and 4 moved alone. With two slots nothing can move: the smallest exchange of groups needs four."""
     load = torch.tensor([[[9, 9, 9, 9, 1, 1, 1, 1]]])
     old, new = Placement.contiguous(1, 8, 2), Placement(torch.tensor([[0, 1, 4, 5, 2, 3, 6, 7]]), 8, 2)
     parts = [within_budget(load, old, new, max_slots, num_groups=4) for max_slots in range(5)]
@@ -200,7 +200,7 @@ def with_budget() -> list[dict[str, Any]]:
 
 
 def heavy() -> Tensor:
-    """`[L, E]`: four hot experts of layer 0 and two, less hot, of layer 1 are all on GPU 0."""
+    """Counts `[L, E]`: four hot experts of layer 0 and two less hot ones of layer 1 are all on GPU 0."""
     counts = skewed((0, 1, 2, 3))
     counts[1] = skewed((0, 1))[1]
     counts[1, 1] = 60
@@ -218,7 +218,7 @@ def test_a_job_moves_what_its_budget_allows_and_says_what_was_left_out() -> None
     for event in (five, two):
         assert event["decision"] == "moved"
         assert event["bytes_moved"] == event["slots_moved"] * SLOT_BYTES
-        assert event["placement_digest"] == free["placement_digest"]  # what was planned, not what was carried out
+        assert event["placement_digest"] == free["placement_digest"]  # of the plan, not of what was carried out
         assert any(text.endswith("slots are over the budget") for text in event["left_out"])
         assert sum(event["imbalance_after"]) < sum(event["imbalance_before"])
         missing = sum(int(text.split()[0]) for text in event["left_out"] if text)

@@ -1,7 +1,7 @@
-"""Every layout that a framework keeps experts in: 200 random moves leave every element where it belongs, to the bit.
+"""Random moves leave every element where it belongs, to the bit, in every layout that a framework keeps experts in.
 
-Four ranks, EP 2 × expert-data-parallel 2; what a rank must hold is cut out of the whole by torch's own DTensor, or by
-hand, and never asked of the code under test. Shapes: E = P experts and slots, G slots on each GPU.
+Four ranks, EP 2 × expert-data-parallel 2. What a rank must hold is cut out of the whole by torch's own DTensor or
+manually, never by the code under test. Shapes: E = P experts and slots, G slots on each GPU.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from distplb.comm.torchdist import TorchComm
 from distplb.core.layer import Rows
 
 EXPERTS, GPUS, G, DIM, WIDTH = 8, 2, 4, 6, 5
-Cut = Callable[[Tensor], list[Tensor]]  # of a whole [P, ...], what this rank holds
+Cut = Callable[[Tensor], list[Tensor]]  # from a whole [P, ...] to what this rank holds
 
 
 class Held:
@@ -43,7 +43,7 @@ def logical(seed: int, *shape: int) -> Tensor:
 
 
 class World:
-    """A layer in one layout: experts, shards and router, with AdamW state of its own for each element."""
+    """A layer in one layout: experts, shards and router, with other AdamW state for each element."""
 
     def __init__(self, name: str) -> None:
         self.rank = dist.get_rank()
@@ -92,7 +92,7 @@ class World:
         self.experts["grouped"] = Rows(grouped)
 
     def flat_shards(self) -> None:
-        """Cut anywhere, also through an expert; the model's tensors are copies on both ranks of a GPU."""
+        """Shards cut anywhere, even through an expert; the model's tensors are copies on both ranks of a GPU."""
         whole, router = logical(1, EXPERTS, DIM, WIDTH), logical(3, EXPERTS, DIM)
         self.experts["w"] = self.keep(whole, lambda all_: [self.own(all_)], stepped=False)[0]
         cut = G * DIM * WIDTH // 2 - 17
@@ -105,7 +105,7 @@ class World:
         self.shards["weight"] = FlatShard(piece[0] if piece else torch.empty(0), low)
 
     def flat_shards_of_one_tensor_an_expert(self) -> None:
-        """As Megatron-Core's distributed optimizer: of some experts a rank has all, of one a part, of others none."""
+        """As in Megatron-Core's distributed optimizer: a rank has all of some experts, part of one, none of others."""
         whole, size = logical(1, EXPERTS, DIM, WIDTH), DIM * WIDTH
         ranges = ([(0, size), (0, 11), None, None], [None, (11, size), (0, size), (0, size)])[self.copy]
         self.experts["w"] = self.keep(whole, lambda all_: list(self.own(all_)), stepped=False)
@@ -116,7 +116,7 @@ class World:
         self.shards["w"] = [None if each is None else FlatShard(next(tensors), each[0]) for each in ranges]
 
     def all_on_one_copy(self) -> None:
-        """The optimizer of one data-parallel rank steps on everything: the other holds no state at all."""
+        """The optimizer of one data-parallel rank steps on everything; the other rank holds no state at all."""
         whole = logical(1, EXPERTS, DIM, WIDTH)
         self.experts["w"] = self.keep(whole, lambda all_: [self.own(all_)], stepped=False)[0]
         values = self.keep(whole, lambda all_: [self.own(all_)] if self.copy == 0 else [])
@@ -141,7 +141,7 @@ class World:
         return param
 
     def fsdp(self, shard: Callable[[nn.Parameter], Shard]) -> None:
-        """As a trainer does it: the rows over EP, then FSDP2 over the ranks that hold the same."""
+        """As in a trainer: rows are sharded over EP, then by FSDP2 over the ranks that hold the same rows."""
         whole = logical(1, EXPERTS, DIM, WIDTH)
         module = nn.Module()
         module.w = nn.Parameter(distribute_tensor(whole, self.mesh["ep"], [Shard(0)]))
@@ -172,7 +172,7 @@ class World:
                     local(self.optimizer.state[param]["exp_avg_sq"]).copy_(second)
 
     def wrong(self, placement: Placement) -> int:
-        """Tensors that are not, to the bit, what a placement says."""
+        """The number of tensors that differ, in any bit, from what a placement requires."""
         table, wrong = placement.expert_of_slot[0], 0
         for held in self.held:
             moved = held.whole[table]
@@ -213,7 +213,7 @@ SHARDED = ("dtensors_sharded_on_dim_0", "dtensors_sharded_on_dim_1", "flat_shard
 
 
 class SlowStager(DefaultStager):
-    """Copies in a thread as ever, but late: the next move comes first, unless it waits."""
+    """Copies in a thread as usual, but late: the next move comes first, unless it waits."""
 
     def _stage(self, state_dict: Any, **options: Any) -> Any:
         time.sleep(0.05)
@@ -221,7 +221,7 @@ class SlowStager(DefaultStager):
 
 
 class Saves:
-    """Asynchronous saves of a world, beside its moves; only their staging is awaited, by the rebalancer."""
+    """Asynchronous saves of a world while its experts move; the rebalancer waits only for their staging."""
 
     def __init__(self, world: World, folder: Path) -> None:
         self.world, self.folder = world, folder
@@ -231,7 +231,7 @@ class Saves:
         self.placement = world.rebalancer.placement
 
     def begin(self) -> None:
-        """What this rank holds now, under keys of its own."""
+        """Start saving what this rank holds now, under keys of its own."""
         self.end()
         self.placement = self.world.rebalancer.placement
         writer = dcp.FileSystemWriter(self.folder, overwrite=True)
@@ -247,7 +247,7 @@ class Saves:
             self.upload.result(timeout=60)
 
     def wrong(self) -> int:
-        """Tensors of the last save that are not those of its placement, once it has been read back."""
+        """Read the last save back; the number of its tensors that differ from what its placement requires."""
         self.end()
         self.stager.close()
         before = {key: value.clone() for key, value in self.world.on_this_rank().items()}
@@ -339,12 +339,12 @@ def refused() -> list[str]:
 REFUSED = {
     "columns of columns": "pass one that is replicated, or sharded along dim 0 (experts) or dim 1, because",
     "partial": "pass one that is replicated, or sharded",
-    "other gpu": "this rank is GPU 1 of its EP group, and holds experts of GPUs [0]; pass gpu= as the coordinate",
-    "few": "moe.experts.w is 3 tensors; pass one for each of this GPU's 4 slots",
-    "unlike": "experts that change places must be alike",
-    "rows": "moe.experts.w: 7 elements are not 4 equal rows",
-    "global": "moe.experts.w has shape (6, 4); its first dim must be 8, the slots of all GPUs, for a DTensor",
-    "state elsewhere": "which elements belong to which expert is not known, so nothing is moved",
+    "other gpu": "this rank is GPU 1 of its EP group, but holds experts of GPUs [0]; pass gpu= as the coordinate",
+    "few": "moe.experts.w is 3 tensors; pass 4, one for each slot of this GPU",
+    "unlike": "experts that change places must have the same dtype and shape",
+    "rows": "moe.experts.w has 7 elements; pass a multiple of 4, with a row for each slot of this GPU",
+    "global": "moe.experts.w has shape (6, 4); its first dim must be 8, one row per slot of all GPUs, because it is a",
+    "state elsewhere": "it is not known which elements belong to which expert and nothing is moved",
     "other steps": "moe could not be moved: moe.experts.w: step 1 on ranks 0, 2, 3; step 2 on rank 1",
 }
 

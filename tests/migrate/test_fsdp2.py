@@ -1,4 +1,4 @@
-"""What FSDP2 derives from the experts, and holds back of their gradients, between an optimizer step and a move.
+"""Weights that FSDP2 has gathered, and gradients that it holds back, between an optimizer step and a move.
 
 Real FSDP2 on four gloo ranks, EP 2 × 2 shards, and EP 1 × 2 copies × 2 shards.
 Shapes: P slots, G slots on each GPU, N tokens, D dim.
@@ -101,11 +101,11 @@ def module(world: World) -> FSDPModule:
     return world.experts
 
 
-# --- whole weights that are left ---------------------------------------------------------------------------------
+# --- gathered weights --------------------------------------------------------------------------------------------
 
 
 def left_whole(how: str, ep: int, dim: int) -> tuple[bool, bool]:
-    """Whether the output is what it was before a move, with weights that lie whole at that moment; and a control."""
+    """Whether a move keeps the output when weights are gathered at that moment; and a control."""
     world = World(ep, dim, reshard_after_forward=how == "after a step")
     world.step()
     before = world.output()
@@ -128,7 +128,7 @@ def left_whole(how: str, ep: int, dim: int) -> tuple[bool, bool]:
 @pytest.mark.parametrize("how", ["after an evaluation", "after a step", "unsharded by hand", "being gathered"])
 @pytest.mark.parametrize(("ep", "dim"), [(2, 0), (2, 1), (1, 0)])
 def test_a_move_reaches_weights_that_fsdp_holds_whole(how: str, ep: int, dim: int) -> None:
-    """The next forward computed with rows as they lay before, beside a gate whose rows had moved."""
+    """The next forward used expert rows in their old places, with a gate whose rows had moved."""
     assert on_ranks(4, left_whole, how, ep, dim, deadline=60) == [(True, False)] * 4
 
 
@@ -136,7 +136,7 @@ def test_a_move_reaches_weights_that_fsdp_holds_whole(how: str, ep: int, dim: in
 
 
 def held_back(how: str, ep: int) -> tuple[str, bool, bool]:
-    """What a move is told between two micro-batches, whether nothing moved, and whether it goes on afterwards."""
+    """The error of a move between two micro-batches, whether nothing moved, and whether moves work afterwards."""
     world = World(ep)
     world.step()
     if how == "no gradient sync":
@@ -144,7 +144,7 @@ def held_back(how: str, ep: int) -> tuple[str, bool, bool]:
     if how == "no all-reduce":
         module(world).set_requires_all_reduce(False)
     world.backward()
-    world.gate.grad = None  # the gate's alone would tell
+    world.gate.grad = None  # the gate's gradient alone would show it
     text, before = "", [param.detach().clone() for param in world.experts.parameters()]
     try:
         world.move()
@@ -160,7 +160,7 @@ def held_back(how: str, ep: int) -> tuple[str, bool, bool]:
 
 @pytest.mark.parametrize(("how", "ep"), [("no gradient sync", 2), ("no gradient sync", 1), ("no all-reduce", 1)])
 def test_gradients_that_fsdp_has_not_shared_out_yet_are_a_backward_pass_that_has_begun(how: str, ep: int) -> None:
-    """They add up by slot in a place of FSDP2's own, and would have gone to the experts that came there."""
+    """FSDP2 accumulates them by slot in a buffer of its own; they would have gone to the experts that moved there."""
     for text, still, goes_on in on_ranks(4, held_back, how, ep, deadline=60):
         assert "a backward pass has begun since the optimizer's last step" in text
         assert still
@@ -185,8 +185,8 @@ def declared_whole() -> str:
 
 def test_whole_weights_of_a_forward_are_not_taken_for_parameters() -> None:
     for text in on_ranks(4, declared_whole, deadline=60):
-        assert "moe.experts.w is the whole weight that FSDP2 has gathered for a forward" in text
-        assert "call reshard() of the module" in text
+        assert "moe.experts.w is the whole weight that FSDP2 gathered for a forward" in text
+        assert "call reshard() on the module" in text
 
 
 def assigned() -> str:
@@ -194,7 +194,7 @@ def assigned() -> str:
     world.step()
     state = {key: value.clone() for key, value in world.experts.state_dict().items()}
     world.experts.load_state_dict(state, assign=True)
-    world.output()  # in which FSDP2 takes up the new ones
+    world.output()  # FSDP2 picks up the new parameters here
     try:
         world.move()
     except DistplbError as error:
@@ -204,16 +204,14 @@ def assigned() -> str:
 
 def test_parameters_that_were_replaced_are_noticed_at_once() -> None:
     for text in on_ranks(4, assigned, deadline=60):
-        assert (
-            "moe.experts.w is not the parameter of its FSDP2 module any more, as after load_state_dict(assign" in text
-        )
+        assert "moe.experts.w is no longer the parameter of its FSDP2 module, as after load_state_dict(assign" in text
 
 
 # --- private names -----------------------------------------------------------------------------------------------
 
 
 def names() -> list[str]:
-    """Those that this torch lacks, of the names that `comm.fsdp2` reads."""
+    """The names that `comm.fsdp2` reads and this torch lacks."""
     world = World(2)
     world.step()
     (group,) = param_groups([*world.experts.parameters()])

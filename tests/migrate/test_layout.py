@@ -40,18 +40,18 @@ def test_a_range_held_twice_comes_once_for_each_rank() -> None:
 def test_elements_that_no_rank_holds_are_refused(held: tuple[tuple[int, int], ...], slot: int, reached: int) -> None:
     with pytest.raises(DistplbError) as refused:
         flat_layout(row=4, num_slots=2, held=held)
-    assert f"element {reached} of the 4 of slot {slot} is held by no rank (slots held by rank: [" in str(refused.value)
+    assert f"no rank holds element {reached} (of 4) of slot {slot} (slots held by rank: [" in str(refused.value)
     assert "check `gpu`, the starts of the shards, and that the communicator has all ranks" in str(refused.value)
 
 
 def test_columns_that_no_rank_holds_are_refused() -> None:
-    with pytest.raises(DistplbError, match="element 2 of the 4 of slot 0 is held by no rank"):
+    with pytest.raises(DistplbError, match=r"no rank holds element 2 \(of 4\) of slot 0"):
         Layout(row=4, num_slots=2, held=((Part(0, 4, 0, 2),), (Part(0, 2, 3, 4),)))
 
 
 @pytest.mark.parametrize("part", [Part(4, 12, 0, 4), Part(-2, 4, 0, 4), Part(0, 8, 2, 5), Part(0, 5, 0, 2)])
 def test_a_part_outside_of_all_slots_is_refused(part: Part) -> None:
-    """A part that went beyond the last slot was reported as elements that nobody holds."""
+    """A part that went beyond the last slot was reported as elements that no rank holds."""
     with pytest.raises(DistplbError) as refused:
         Layout(row=4, num_slots=2, held=((Part(0, 8, 0, 4),), (part,)))
     words = f"rank 1 holds elements {part.start} to {part.stop} of columns {part.low} to {part.high} of 2 slots × 4"

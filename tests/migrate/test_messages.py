@@ -1,4 +1,4 @@
-"""From the moves of a commit to copies, messages and rounds, of all ranks in one process.
+"""Moves of a commit become copies, messages and rounds; all ranks are simulated in one process.
 
 Shapes: L layers, P slots.
 """
@@ -29,7 +29,7 @@ from distplb.migrate.transfer import Transfer
 
 
 def copies(moves: Sequence[SlotMove], tensors: Sequence[Sequence[tuple[int, Layout]]], rank: int) -> list[Copy]:
-    """All that one rank gives or receives: as it stands in its step, and as the specification says."""
+    """All copies from or to one rank by the specification, which its own step must match."""
     size = len(next(layout for layer in tensors for _, layout in layer).held)
     numbers = [number for layer in tensors for number, _ in layer]
     step = MessagePlanner(tensors, [1] * (max(numbers) + 1), rank, [0] * size, 32, 1 << 20).commit(moves)
@@ -40,7 +40,7 @@ def copies(moves: Sequence[SlotMove], tensors: Sequence[Sequence[tuple[int, Layo
 
 
 def test_a_rank_that_holds_what_it_needs_asks_nobody() -> None:
-    """Slots 0 and 1 of the same GPU change places, and ranks 0 and 1 both hold both."""
+    """Slots 0 and 1 of the same GPU change places, and ranks 0 and 1 each hold both."""
     layout = flat_layout(4, 4, ((0, 8), (0, 8), (8, 16), (8, 16)))
     moves = [SlotMove(0, 0, 1), SlotMove(0, 1, 0)]
     for rank in range(4):
@@ -96,7 +96,7 @@ def test_only_the_tensors_of_the_moved_layer_are_copied() -> None:
 
 
 def random_layout(random_: random.Random, ranks: int, slots: int, row: int) -> Layout:
-    """Anything that holds every element: each rank some parts, and a few ranks the rest; ranges may overlap."""
+    """A random layout that holds every element: each rank has some parts, a few have the rest; ranges may overlap."""
     held: list[list[Part]] = [[] for _ in range(ranks)]
     for own in held:
         for _ in range(random_.choice([0, 0, 1, 1, 2])):
@@ -111,7 +111,7 @@ def random_layout(random_: random.Random, ranks: int, slots: int, row: int) -> L
 
 
 def random_world(seed: int) -> World:
-    """Of random layouts, or of several kinds in several layers."""
+    """A world of random layouts, or of several kinds of layouts in several layers."""
     random_ = random.Random(seed)
     gpus = [gpu for gpu in range(random_.randint(1, 4)) for _ in range(random_.randint(1, 4))]
     random_.shuffle(gpus)
@@ -122,7 +122,7 @@ def random_world(seed: int) -> World:
             [(number, random_layout(random_, len(gpus), world.num_slots, layout.row)) for number, layout in layer]
             for layer in world.tensors
         ]
-    if random_.random() < 0.5:  # what ranks have agreed on: equal layouts are one object
+    if random_.random() < 0.5:  # as after the ranks' agreement: equal layouts are one object
         shared: dict[Layout, Layout] = {}
         world.tensors = [
             [(number, shared.setdefault(layout, layout)) for number, layout in layer] for layer in world.tensors
@@ -131,7 +131,7 @@ def random_world(seed: int) -> World:
 
 
 def check_against_the_specification(world: World, moves: list[SlotMove], limit: int) -> None:
-    """Each rank's step is its part of what all ranks copy, in which messages, and in which rounds."""
+    """Check that each rank's step is its part of the copies, messages and rounds of all ranks."""
     everything, ranks = all_copies(moves, world.tensors), range(len(world.gpus))
     layouts = dict(pair for layer in world.tensors for pair in layer)
     steps = world.steps(moves, limit, 4 * ITEM_BYTES)
@@ -164,7 +164,7 @@ def test_what_one_rank_sends_is_what_the_other_expects_in_the_same_order(name: s
 
 
 def test_ranks_of_random_layouts_make_their_parts_of_one_schedule() -> None:
-    """Each rank made the copies of all ranks: 13 s for EP 8 × 64. Now each makes its own, and all must fit together."""
+    """Each rank listed the copies of all ranks: 13 s for EP 8 × 64. Now each lists its own, and all must fit."""
     for seed in range(60):
         world, limit = random_world(seed), (1, 3, 32)[seed % 3]
         old, new = world.random_placement(), world.random_placement()
@@ -173,7 +173,7 @@ def test_ranks_of_random_layouts_make_their_parts_of_one_schedule() -> None:
 
 
 def test_commits_of_one_move_are_made_one_after_the_other_as_each_by_itself() -> None:
-    """What was worked out for one commit is used in the next."""
+    """What was computed for one commit is reused in the next."""
     for seed in range(6):
         world = random_world(seed)
         old, new = world.random_placement(), world.random_placement()
@@ -187,7 +187,7 @@ def test_commits_of_one_move_are_made_one_after_the_other_as_each_by_itself() ->
 
 @pytest.mark.parametrize("kind", ["copies", "columns"])
 def test_what_a_rank_works_out_hardly_grows_with_the_groups_beside_its_own(kind: str) -> None:
-    """Made ready, a move of 64 EP groups side by side took each rank 64 times as long as that of one."""
+    """Preparing a move of 64 EP groups with the same experts took each rank 64 times as long as that of one group."""
     called = {}
     for groups in (1, 64):
         layout = side_by_side(8, groups, kind)
@@ -197,7 +197,7 @@ def test_what_a_rank_works_out_hardly_grows_with_the_groups_beside_its_own(kind:
         new = Placement(old.expert_of_slot.roll(layout.num_slots // 2, 1), layout.num_slots, 8)
         flats = (torch.zeros(layout.held[comm.rank][0].numel),)
         of_rank = [([layout], [Traveller(flats, 0, torch.float32)] * 9)]
-        Transfer(old, new, of_rank, comm, [0] * comm.size, StagingMemory())  # looks at the layouts, once for all moves
+        Transfer(old, new, of_rank, comm, [0] * comm.size, StagingMemory())  # examines the layouts, once for all moves
         calls = Counter[str]()
         sys.setprofile(lambda frame, event, arg, calls=calls: calls.update([event]))
         try:
@@ -213,7 +213,7 @@ def test_what_a_rank_works_out_hardly_grows_with_the_groups_beside_its_own(kind:
 
 
 def side_by_side(gpus: int, groups: int, kind: str) -> Layout:
-    """EP groups of ranks that follow each other, 8 slots on each GPU: copies, or rows that are cut over the groups."""
+    """EP groups of consecutive ranks, 8 slots on each GPU: with copies, or with rows that are cut over the groups."""
     row, held = 3 * groups, []
     for n in range(groups):
         whole = [Part(8 * gpu * row, 8 * (gpu + 1) * row, 0, row) for gpu in range(gpus)]
@@ -223,7 +223,7 @@ def side_by_side(gpus: int, groups: int, kind: str) -> Layout:
 
 
 def test_both_directions_of_a_link_are_used_at_once() -> None:
-    """A round was all sends of one rank, and the next one all receives."""
+    """A round had only sends of one rank, and the next one only receives."""
     layout = flat_layout(1, 80, ((0, 40), (40, 80)))
     moves = [SlotMove(0, slot, (slot + 40) % 80) for slot in range(80)]
     for one in MessagePlanner([[(0, layout)]], [4], 0, [0, 0], 32, 1).commit(moves).rounds[:-1]:

@@ -1,4 +1,4 @@
-"""Experts and all that travels with them arrive whole, in both layouts, again and again.
+"""Experts and everything that travels with them arrive unchanged, in both layouts, move after move.
 
 Shapes: L layers, E experts, G slots on each GPU, M GPUs, D copies of each expert (expert-data-parallel size).
 """
@@ -24,13 +24,13 @@ DTYPES = {"w_in": torch.float32, "w_out": torch.bfloat16, "b_in": torch.float64}
 
 @functools.cache
 def all_values(layer: int, what: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """`[E, *shape]`: values that no other expert, layer, tensor or kind of state has, the same on every rank."""
+    """Values `[E, *shape]` that differ by expert, layer, tensor and kind of state, the same on every rank."""
     generator = torch.Generator().manual_seed(1000 * layer + zlib.crc32(what.encode()))
     return torch.rand(EXPERTS, *shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
 def own_value(layer: int, what: str, shape: tuple[int, ...], dtype: torch.dtype, experts: Tensor) -> Tensor:
-    """`[len(experts), *shape]`: what those experts own."""
+    """The values `[len(experts), *shape]` of these experts."""
     return all_values(layer, what, shape, dtype)[experts]
 
 
@@ -40,7 +40,7 @@ def random_placement(generator: torch.Generator, gpus: int) -> Placement:
 
 
 class Model:
-    """Layers whose every tensor is filled with its expert's own values, and which can say what they should be."""
+    """Layers in which every tensor has its experts' own values, and a check that it still has them."""
 
     def __init__(self, gpu: int, gpus: int, copy: int, copies: int, sharded: bool) -> None:
         slots = EXPERTS // gpus
@@ -108,7 +108,7 @@ class Model:
         ]
 
     def wrong(self, placement: Placement) -> list[str]:
-        """The tensors that are not, to the bit, what the experts that `placement` puts there own."""
+        """The tensors that differ, in any bit, from the values of the experts that `placement` puts there."""
         differing = []
 
         def check(name: str, actual: Tensor | None, expected: Tensor) -> None:

@@ -1,6 +1,6 @@
-"""Experts that differ in more than their state do not change places: refused by name when the rebalancer is built.
+"""Experts that differ in more than their state do not change places: they are refused by name at construction.
 
-What is trained by other settings after a move is another model, with nothing in the losses to show it at once.
+Training experts with other settings after a move gives another model, and losses do not show it at once.
 """
 
 from __future__ import annotations
@@ -77,12 +77,12 @@ def test_experts_trained_by_other_settings_are_refused_when_built(case: str) -> 
     experts = Experts()
     with pytest.raises(DistplbError, match=UNLIKE[case]) as refused:
         experts.rebalancer(*experts.optimizers(case))
-    assert "train all experts of a layer alike, such as in one param group of one optimizer" in str(refused.value)
+    assert "train all experts of a layer alike, for example in one param group of one optimizer" in str(refused.value)
 
 
 @pytest.mark.parametrize("case", ["alike", "alike in two groups", "alike in two optimizers"])
 def test_experts_trained_alike_change_places(case: str) -> None:
-    """Whatever groups are called, and however many there are."""
+    """Whatever the names and the number of param groups."""
     experts = Experts()
     rebalancer = experts.rebalancer(*experts.optimizers(case))
     before = [weight.detach().clone() for weight in experts.weights]
@@ -91,7 +91,7 @@ def test_experts_trained_alike_change_places(case: str) -> None:
 
 
 def test_settings_that_part_later_are_refused_at_the_next_move() -> None:
-    """As by a scheduler with a schedule for each group, whose first value is the same."""
+    """As with a scheduler that has a schedule for each group, with the same first value."""
     experts = Experts()
     (optimizer,) = experts.optimizers("alike in two groups")
     rebalancer = experts.rebalancer(optimizer)
@@ -105,7 +105,7 @@ def test_settings_that_part_later_are_refused_at_the_next_move() -> None:
 
 
 def unlike_over_ranks(case: str) -> str:
-    """Each rank trains its experts alike, and otherwise than the other rank."""
+    """Each rank trains its own experts alike, but not as the other rank does."""
     odd = dist.get_rank() == 1
     weight, router = nn.Parameter(torch.randn(2, DIM, DIM)), nn.Parameter(torch.zeros(EXPERTS, DIM))
     options: dict[str, Any] = {"lr": 0.1 if odd and case == "lr" else 0.2}
@@ -131,7 +131,7 @@ def test_experts_trained_otherwise_on_another_rank_are_refused_on_all(case: str)
 
 
 def parted_over_ranks() -> str:
-    """The warning of a rebalance, once one rank's schedule has gone another way."""
+    """The warning of a rebalance after one rank's schedule has diverged."""
     weight, router = nn.Parameter(torch.randn(2, DIM, DIM)), nn.Parameter(torch.zeros(EXPERTS, DIM))
     optimizer, window = torch.optim.SGD([weight, router], lr=0.1), LoadWindow(1, EXPERTS, 1)
     layer = MoELayer(name="moe", experts={"w": weight}, router={"weight": router})
@@ -153,7 +153,7 @@ def test_settings_that_part_on_one_rank_are_named_in_the_warning() -> None:
 
 
 def test_state_that_two_optimizers_hold_for_one_tensor_travels_whole() -> None:
-    """The moments of one of them stayed behind: both call them exp_avg."""
+    """The moments of one optimizer stayed behind, because both name them exp_avg."""
     experts = Experts()
     one, other = (torch.optim.AdamW([*experts.weights, experts.router]) for _ in range(2))
     for optimizer, scale in ((one, 1.0), (other, 2.0)):
@@ -168,11 +168,11 @@ def test_state_that_two_optimizers_hold_for_one_tensor_travels_whole() -> None:
         assert all(torch.equal(optimizer.state[w]["exp_avg"], m) for w, m in zip(experts.weights, moments, strict=True))
 
 
-# --- what is known by its number --------------------------------------------------------------------------------
+# --- experts looked up by id ------------------------------------------------------------------------------------
 
 
 class HashRouted(nn.Module):
-    """Chooses two experts of each token by a table of their numbers, and weights them by a gate with a row for each."""
+    """Chooses two experts for each token from a table of ids, and weights them by a gate with a row for each."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -194,7 +194,7 @@ def test_a_router_that_looks_experts_up_by_number_needs_a_table_and_says_so() ->
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     options: dict[str, Any] = {"topology": Topology(1, 1), "every": 1, "window": LoadWindow(1, EXPERTS, 4)}
     experts, rows = {"w": model.weights}, {"gate": model.gate, "experts_of_token": model.experts_of_token}
-    with pytest.raises(DistplbError, match=r"moe.router.experts_of_token holds whole numbers from 0 to 3, as .* pass"):
+    with pytest.raises(DistplbError, match=r"moe.router.experts_of_token holds integers from 0 to 3, which .* pass"):
         Rebalancer([MoELayer(name="moe", experts=experts, router=rows)], optimizer, **options)
     before = model(tokens, x)
     layer = MoELayer(name="moe", experts=experts, slot_of_expert=model.slot_of_expert)

@@ -1,4 +1,4 @@
-"""From two placements to commits: closed, within the budget, and with whole routing groups.
+"""The commits between two placements are closed, within the budget, and keep routing groups whole.
 
 Shapes: L layers, E experts, P slots, M GPUs.
 """
@@ -18,7 +18,7 @@ from distplb.migrate.schedule import commits, cycles, exchanges
 
 
 def cycle_of(num_slots: int) -> tuple[list[int], list[int]]:
-    """Two orders of the experts that are one cycle of all slots apart."""
+    """Two orders of the experts that differ by one cycle of all slots."""
     order = random.Random(num_slots).sample(range(num_slots), num_slots)
     expected = [0] * num_slots
     for here, there in zip(order, order[1:] + order[:1], strict=True):
@@ -85,12 +85,12 @@ def test_nothing_to_move_is_no_commit() -> None:
 
 @pytest.mark.parametrize(("budget", "most"), [(2, 2), (3, 3), (5, 5), (12, 12), (1, 2), (0, 2)])
 def test_a_long_cycle_is_split_where_the_budget_ends(budget: int, most: int) -> None:
-    """One GPU, a byte a slot: the budget is the number of slots that a commit may hold, and two at least."""
+    """One GPU, one byte per slot: the budget is the number of slots that a commit may hold, but at least two."""
     old, new = (Placement(torch.tensor([row]), 12, 1) for row in cycle_of(12))
     assert len(cycles(old.expert_of_slot[0].tolist(), new.expert_of_slot[0].tolist())) == 1
     plan = commits(old, new, [1], [0], budget)
     assert max(len(moves) for moves in plan) == most
-    # A part of k slots settles k − 1 of them, and the last part settles its last as well.
+    # A part of k slots settles k − 1 of them; the last part settles all of its slots.
     assert sum(len(moves) - 1 for moves in plan) == 11
     assert len(plan) == -(-11 // (most - 1))
     placement = old
@@ -113,7 +113,7 @@ def keeps_blocks(table: Sequence[int], size: int) -> bool:
 
 
 def test_the_first_commit_of_a_move_of_groups_takes_no_group_apart() -> None:
-    """8 experts in 4 groups on 2 GPUs: slots 3 and 4 changed places alone, and the router chose other experts."""
+    """8 experts in 4 groups on 2 GPUs: only slots 3 and 4 changed places, and the router chose other experts."""
     old, new = Placement.contiguous(1, 8, 2), Placement(torch.tensor([[0, 1, 4, 5, 2, 3, 6, 7]]), 8, 2)
     assert len(commits(old, new, [1], [0], 1)) == 2  # by slots
     (moves,) = commits(old, new, [1], [0], 1, num_groups=4)
@@ -140,7 +140,7 @@ def test_every_commit_keeps_blocks_whatever_the_budget(num_groups: int, size: in
 
 @pytest.mark.parametrize(("num_groups", "size"), [(4, 2), (6, 4), (2, 6), (5, 1)])
 def test_an_exchange_is_the_smallest_that_keeps_blocks(num_groups: int, size: int) -> None:
-    """Any of them by itself keeps blocks, whichever others are left out; no part of one does."""
+    """Every exchange keeps blocks, whichever others are left out; no part of one does."""
     random_ = random.Random(size)
     for _ in range(20):
         old, new = in_blocks(random_, num_groups, size), in_blocks(random_, num_groups, size)

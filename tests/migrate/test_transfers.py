@@ -28,7 +28,7 @@ KINDS = ("random", "derangement", "few", "return", "identity")
 
 
 class Model:
-    """Layers of random tensors filled with random bytes, which the seed alone decides; and what they should hold."""
+    """Layers of random tensors with random bytes, determined by the seed alone; and what they should hold."""
 
     def __init__(self, seed: int, comm: Comm) -> None:
         random_ = random.Random(seed)
@@ -80,7 +80,7 @@ class Model:
         )
 
     def rows(self, layer: int, random_: random.Random, slots: slice) -> Tensor:
-        """`[slots, ...]`: a tensor of this rank, noted down with what all experts own of it."""
+        """A tensor `[slots, ...]` of this rank, recorded with the rows of all experts."""
         dtype, shape = random_.choice(DTYPES), (random_.choice([1, 2, 5, 33]), random_.choice([1, 3, 8]))
         row_bytes = shape[0] * shape[1] * dtype.itemsize
         own = torch.randint(0, 256, (self.experts, row_bytes), generator=self.bytes, dtype=torch.uint8)
@@ -89,7 +89,7 @@ class Model:
         return rows
 
     def change(self, kind: str, random_: random.Random, before: Placement) -> Placement:
-        """A placement that differs from the one in force as `kind` says, in each layer otherwise."""
+        """A placement that differs from the one in force according to `kind`, differently in each layer."""
         table = self.placement.expert_of_slot.clone()
         if kind == "return":
             return before
@@ -106,7 +106,7 @@ class Model:
         return Placement(table, self.experts, self.gpus)
 
     def wrong(self) -> list[str]:
-        """The tensors that are not, to the byte, what the experts in force own; the tables that do not find them."""
+        """The tensors that differ, in any byte, from what the placement in force requires; and the wrong tables."""
         inverse = self.placement.inverse[..., 0]
         lost = [f"table {n}" for n, table in enumerate(self.tables) if not torch.equal(table, inverse[n])]
         return lost + [
@@ -120,11 +120,11 @@ class Model:
 
 
 def transferred(times: int) -> dict[str, int | list[str]]:
-    """So many transfers, each from where the one before ended; how many of which kind, and what was wrong."""
+    """Run `times` transfers, each from where the last one ended; count them by kind, and list what was wrong."""
     comm, counts = TorchComm(), Counter[str]()
     for seed in range(-(-times // PER_MODEL)):
         model, random_ = Model(seed, comm), random.Random(seed)
-        # Least: a swap of the largest experts, so that longer cycles are split; most: everything in one commit.
+        # From the smallest, a swap of the largest experts, so that longer cycles are split, to all in one commit.
         transfer._STAGING_BYTES = random_.choice([1, 2000, 20_000, 256 << 20])
         transfer._LARGE_BYTES = random_.choice([1, 500, 1 << 18])
         before = model.placement
@@ -165,7 +165,7 @@ def test_every_byte_is_its_experts_own_after_each_of_many_random_transfers(ranks
 
 
 class Listening(TorchComm):
-    """Ranks that meet in a gloo group first, as over NCCL; counts that, the rounds, and the ranks at the other end."""
+    """Meets in a gloo group first, as over NCCL; counts meetings and rounds, and records the peers."""
 
     def __init__(self) -> None:
         self.meetings, self.rounds, self.peers = 0, 0, set[int]()
@@ -183,7 +183,7 @@ class Listening(TorchComm):
 
 
 def meetings_and_peers() -> list[dict[str, object]]:
-    """Of models of one copy of each expert and of two: at their construction, and in moves of few rounds and many."""
+    """Meetings and peers with one and two copies of each expert, at construction and in moves of few or many rounds."""
     results = []
     transfer._LARGE_BYTES = 1
     for seed in (0, 5):
@@ -202,7 +202,7 @@ def meetings_and_peers() -> list[dict[str, object]]:
 
 
 def test_ranks_meet_once_for_all_rounds_of_a_commit_and_connect_before_there_is_any() -> None:
-    """Over NCCL they met before each round, and the first message between two ranks made buffers in a move."""
+    """Over NCCL they met before each round, and the first message between two ranks allocated buffers in a move."""
     ranks = on_ranks(4, meetings_and_peers)
     for rank, (alone, in_twos) in enumerate(ranks):
         assert (alone["copies"], in_twos["copies"]) == (1, 2)
@@ -217,7 +217,7 @@ def test_ranks_meet_once_for_all_rounds_of_a_commit_and_connect_before_there_is_
 
 
 def test_staging_memory_is_kept_where_a_move_needs_more_than_the_one_before() -> None:
-    """It was made anew for each size that was larger, and all its pages were touched for the first time again."""
+    """It was allocated again for each larger size, and all its pages were touched for the first time again."""
     memory, host = staging.StagingMemory(), torch.device("cpu")
     first = memory.room("arriving", 10_000, host).fill_(7)
     again = memory.room("arriving", 20_000_000, host)

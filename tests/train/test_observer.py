@@ -210,10 +210,10 @@ def test_ranks_that_make_no_whole_groups_are_refused_on_all_of_them() -> None:
             "the ranks are GPUs [0, 0, 0, 1] of their EP groups, which do not form whole groups of 2; "
             "pass gpu=, this rank's index in its EP group"
         )
-        assert "is held by no rank" in found["all of one"]
+        assert "no rank holds element" in found["all of one"]
         assert "check `gpu`" in found["all of one"]
         assert "4 ranks hold 2 copies of the experts of 2 GPUs; pass gpu=" in found["none"]
-        assert found["beyond"].startswith("rank 3: gpu is 2; pass this rank's number in its EP group, 0 to 1")
+        assert found["beyond"].startswith("rank 3: gpu is 2; pass this rank's index in its EP group, 0 to 1")
         assert found["fine"] == "no error"
 
 

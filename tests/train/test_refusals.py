@@ -61,7 +61,7 @@ def at_first(case: str) -> str:
 AT_FIRST = {
     "adafactor": "rank 0: moe.0.experts.w:col_var of Adafactor is torch.float32 of shape",
     "backward": "rank 1: a backward pass has begun since the optimizer's last step",
-    "other optimizer": "rank 1: moe.0.experts.w is stepped on by an optimizer (Adam) that the rebalancer was not given",
+    "other optimizer": "rank 1: moe.0.experts.w is stepped on by an optimizer (Adam) that was not passed to the Reb",
     "disabled": "no error",
     "nothing": "no error",
 }

@@ -42,7 +42,7 @@ def test_a_new_optimizer_that_the_rebalancer_does_not_know_is_refused() -> None:
     rebalancer.restore()  # the new optimizer has no state yet that could stay behind
     iterated(job, newer)
     text = (
-        r"moe.0.experts.w is stepped on by an optimizer \(AdamW\) that the rebalancer was not given, .* make a new Reb"
+        r"moe.0.experts.w is stepped on by an optimizer \(AdamW\) that was not passed to the Rebalancer, .* build a new"
     )
     with pytest.raises(DistplbError, match=text):
         rebalancer.apply(REVERSED)
@@ -104,7 +104,7 @@ class Model(nn.Module):
         return Rebalancer([layer], optimizer, **in_values(options))
 
 
-REPLACED = r"no gradient comes any more to experts or router of moe as they were declared, .* load_state_dict\(assign"
+REPLACED = r"the declared experts or router of moe no longer get gradients, .* load_state_dict\(assign"
 
 
 @pytest.mark.parametrize("what", ["all", "experts alone", "all, in the middle of a window"])
@@ -195,7 +195,7 @@ def test_experts_without_a_gradient_of_their_own_are_not_taken_for_replaced_ones
 def test_two_rebalancers_of_one_model_are_refused() -> None:
     job = Job(ranks=1)
     first = job.rebalancer(every=1)
-    with pytest.raises(DistplbError, match=r"moe.0.experts.w is moved by another Rebalancer .* close\(\) that one"):
+    with pytest.raises(DistplbError, match=r"moe.0.experts.w is moved by another Rebalancer .* close\(\) the other"):
         job.rebalancer(every=1)
     with pytest.raises(DistplbError, match="is moved by another Rebalancer"):  # also of some of its tensors
         job.rebalancer(job.layers()[1:], every=1, window=LoadWindow(1, EXPERTS, 4))
@@ -241,7 +241,7 @@ def test_a_layer_of_which_only_some_tensors_were_moved_is_refused() -> None:
     first.apply(Placement(torch.arange(EXPERTS).flip(0)[None], EXPERTS, 1))
     first.close()
     both = MoELayer(name="moe", experts={"w": one, "v": other}, router={"r": router})
-    with pytest.raises(DistplbError, match="rows of some tensors were moved by another Rebalancer and those of others"):
+    with pytest.raises(DistplbError, match="an earlier Rebalancer moved the rows of only some tensors; declare every"):
         Rebalancer([both], optimizer, **options)
 
 
@@ -292,7 +292,7 @@ def test_tensors_that_share_memory_are_refused(where: str) -> None:
     if where == "as a view":
         layers.append(MoELayer(name="b", experts={"w": weight.detach()[:, None]}, router={"r": other}))
     window = LoadWindow(len(layers), EXPERTS, 4)
-    with pytest.raises(DistplbError, match=r"share memory, so that moving one would move the other as well"):
+    with pytest.raises(DistplbError, match=r"share memory, so moving one would also move the other"):
         Rebalancer(layers, torch.optim.AdamW([weight, router, other]), topology=Topology(1, 1), every=1, window=window)
 
 

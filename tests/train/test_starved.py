@@ -294,7 +294,7 @@ class ManyMoments(torch.optim.Optimizer):
 
 def test_state_of_too_many_tensors_is_refused_by_name() -> None:
     job = Job(ManyMoments, starved, own=False)
-    with pytest.raises(DistplbError, match=r"moe.0.experts.w has 15 tensors of state and gradient; .* at most 13"):
+    with pytest.raises(DistplbError, match=r"moe.0.experts.w has 15 tensors of state and gradient, .* at most 13"):
         job.train()
 
 
@@ -333,5 +333,5 @@ def unknown() -> tuple[str, str]:
 def test_what_cannot_be_known_is_named() -> None:
     apart = "step 1 on rank 0; no state on rank 1"
     for copies, never in on_ranks(2, unknown):
-        assert f"moe.experts.w in slot 5: copies of one expert differ ({apart}); step on all of them alike" in copies
-        assert f"what its optimizer holds for an expert is not known on every rank ({apart}" in never
+        assert f"moe.experts.w in slot 5: copies of one expert differ ({apart}); take the same optimizer" in copies
+        assert f"some rank does not know the optimizer state that another has for an expert (at least {apart})" in never
