@@ -100,9 +100,11 @@ def refuse_other_comm(comm: object, *, moves: bool) -> None:
         moves: whether experts will be exchanged over it too; planning alone needs neither `connect` nor `exchange`.
 
     Raises:
-        DistplbError: if it is not a communicator.
+        DistplbError: if it is not a communicator, or one that moves no experts where they will move.
     """
     names = _FOR_MOVING if moves else _FOR_PLANNING
+    if moves and getattr(comm, "only_plans", False):
+        raise DistplbError(f"{type(comm).__name__} only plans and cannot move experts; pass a TorchComm to move them")
     if comm is None or (not isinstance(comm, type) and all(hasattr(comm, name) for name in names)):
         return
     raise DistplbError(

@@ -44,6 +44,7 @@ class MpiComm:
     """
 
     device = torch.device("cpu")
+    only_plans = True  # refused where experts will move
 
     def __init__(self, comm: MPI.Intracomm | None = None, *, deadline: float = 300.0) -> None:
         try:

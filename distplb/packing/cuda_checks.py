@@ -75,7 +75,7 @@ def _check_packs(num_items: int, num_packs: int) -> None:
         )
     if num_items > MAX_ITEMS:
         raise OptionError(
-            "a row has {items} items and {engine} 'cuda' packs at most {most}; pass {engine:'reference'}",
+            "a row has {items} items and {engine} 'cuda' packs at most {most}; pass {engine:'cpu'}",
             items=num_items,
             most=MAX_ITEMS,
         )

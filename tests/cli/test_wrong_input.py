@@ -30,7 +30,7 @@ FILES: dict[str, tuple[Callable[[Path], object], str]] = {
     "cut.npz": (lambda path: cut(path, traced), "cut.npz cannot be read .*write it again"),
     "pickle.npy": (pickled, "pickle.npy holds Python objects as a pickle, which is refused because"),
     "dims.npy": (lambda path: np.save(path, [1, 2]), r"dims.npy has dtype int64 and shape \(2,\); pass counts as \["),
-    "nothing.npy": (lambda path: np.save(path, [[]]), r"nothing.npy has .*shape \(1, 0\); pass .*none empty"),
+    "nothing.npy": (lambda path: np.save(path, [[]]), r"nothing.npy has .*shape \(1, 0\); pass .*with no empty dim"),
     "half.npy": (
         lambda path: np.save(path, [[0.5, 1]]),
         r"half.npy has 0.5 at \[0, 0\] .*must be integers: pass tokens",

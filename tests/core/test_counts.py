@@ -803,7 +803,9 @@ def test_neither_a_float_nor_a_bool_is_a_whole_number(call: str, argument: str) 
 
 @pytest.mark.parametrize("comm", ["nccl", object(), WorldOfOne, 0])
 def test_what_is_no_communicator_is_refused_with_what_to_pass(comm: Any) -> None:
-    words = r"comm is .*; pass a communicator, such as TorchComm\(group\) of distplb\.comm\.torchdist, or None for this"
+    words = (
+        r"comm is .*; pass a communicator, such as TorchComm\(group\) from distplb\.comm\.torchdist, or None for this"
+    )
     for call in (
         lambda: plan(LOAD, TOPOLOGY, comm=comm),
         lambda: measured_curve(lambda _: None, [1], comm=comm),

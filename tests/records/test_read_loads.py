@@ -136,7 +136,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     # --- arrays
     "no-items.npy": (
         lambda path: npy(path, np.zeros((0, 4), np.int64)),
-        r"shape \(0, 4\); pass counts as .*none empty",
+        r"shape \(0, 4\); pass counts as .*with no empty dim",
     ),
     "one-dim.npy": (lambda path: npy(path, [1, 2]), r"shape \(2,\); pass counts as \[layers, experts\] or"),
     "four-dims.npy": (lambda path: npy(path, [[[[1]]]]), r"shape \(1, 1, 1, 1\), 4 dims; sum over the ranks"),
@@ -207,7 +207,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "deep.json": (lambda path: text(path, "[" * 100_000), "cannot be read as JSON .*recursion"),
     "flat.json": (lambda path: text(path, "[1, 2]"), r"shape \(2,\); pass counts as \[layers, experts\] or"),
     "number.json": (lambda path: text(path, "7"), r"has dtype int64 and shape \(\)"),
-    "empty-list.json": (lambda path: text(path, "[[]]"), r"has lists of shape \[1, 0\]; .*none empty"),
+    "empty-list.json": (lambda path: text(path, "[[]]"), r"has lists of shape \[1, 0\]; .*with no empty dim"),
     "four.json": (lambda path: text(path, "[[[[1]]]]"), r"shape \(1, 1, 1, 1\), 4 dims; sum over the ranks"),
     "ragged.json": (lambda path: text(path, "[[1, 2], [3]]"), r"a list of 1 at \[1\] where a list of 2 is expected"),
     "mixed.json": (lambda path: text(path, "[[1, 2], 3]"), r"3 at \[1\] where a list of 2 is expected"),

@@ -30,6 +30,7 @@ from distplb import (
     plan,
     read_events,
 )
+from distplb.comm.mpi import MpiComm
 from distplb.comm.torchdist import TorchComm
 from distplb.records.events import RebalanceEvent
 
@@ -183,6 +184,13 @@ def test_an_argument_of_a_wrong_type_is_refused_when_built(name: str) -> None:
     with pytest.raises(DistplbError) as refused:
         Job(ranks=1).rebalancer(**{name: value})
     assert str(refused.value) == words
+
+
+def test_a_communicator_that_only_plans_is_refused_when_built() -> None:
+    """A job learned of it at its first move."""
+    comm = MpiComm.__new__(MpiComm)  # without MPI
+    with pytest.raises(DistplbError, match="MpiComm only plans and cannot move experts; pass a TorchComm to move them"):
+        Job(ranks=1).rebalancer(comm=comm)
 
 
 @pytest.mark.parametrize("name", ["slot_class", "seed", "num_candidates", "engine", "time_curve"])

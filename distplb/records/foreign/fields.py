@@ -127,7 +127,7 @@ def _by_layer(path: Path, document: Mapping[str, Any]) -> Table:
         if row.ndim != 1 or not row.size or row.shape != rows[0].shape:
             raise DistplbError(
                 f"{path}: {name[:40]!r} has shape {list(row.shape)}; pass a list of counts for each layer, all of "
-                "equal length and none empty, or name [steps][layers][experts] 'load' (the file has "
+                "equal length, with no empty list, or name [steps][layers][experts] 'load' (the file has "
                 f"{listed(list(document))})"
             )
     if not rows:
@@ -159,7 +159,7 @@ def _array(path: Path, nested: Any, where: str) -> NDArray[Any]:
         return np.stack(nested)
     shape = _shape(nested)
     if 0 in shape:
-        raise DistplbError(f"{where} has lists of shape {list(shape)}; pass {_LAYOUT}, none empty")
+        raise DistplbError(f"{where} has lists of shape {list(shape)}; pass {_LAYOUT}, with no empty dim")
     flat = list(_flat(where, nested, shape, ()))
     if any(isinstance(number, int) for number in flat):  # a common float dtype would lose digits of the integers
         flat = [int(number) if isinstance(number, float) and number.is_integer() else number for number in flat]

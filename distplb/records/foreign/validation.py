@@ -47,7 +47,9 @@ def _check_shape(path: Path, values: NDArray[Any]) -> None:
             f"experts, and pass counts as {_LAYOUT}"
         )
     if values.ndim not in (2, 3) or 0 in shape or values.dtype.kind not in "biufO":
-        raise DistplbError(f"{path} has dtype {values.dtype} and shape {shape}; pass counts as {_LAYOUT}, none empty")
+        raise DistplbError(
+            f"{path} has dtype {values.dtype} and shape {shape}; pass counts as {_LAYOUT}, with no empty dim"
+        )
 
 
 def _without_total(
@@ -98,7 +100,7 @@ def _as_int64(path: Path, values: NDArray[Any]) -> NDArray[np.int64]:
         floats = np.frompyfunc(lambda number: isinstance(number, float) and not number.is_integer(), 1, 1)(values)
         _refuse(path, values, floats.astype(bool), "integers: pass tokens, not fractions of them")
     if values.dtype.kind == "f":
-        _refuse(path, values, ~np.isfinite(values), "finite: check the counter that made them")
+        _refuse(path, values, ~np.isfinite(values), "finite: check the counter that produced them")
         _refuse(path, values, values != np.rint(values), "integers: pass tokens, not fractions of them")
         limit = 2 ** min(62, np.finfo(values.dtype).nmant + 1)
         _refuse(
@@ -107,7 +109,7 @@ def _as_int64(path: Path, values: NDArray[Any]) -> NDArray[np.int64]:
             np.abs(values) > limit,
             f"at most {limit} in {values.dtype}, which rounds larger ones: use int64",
         )
-    _refuse(path, values, values < 0, "non-negative: check the counter that made them")
+    _refuse(path, values, values < 0, "non-negative: check the counter that produced them")
     if values.dtype.kind in "uO":
         _refuse(path, values, values > np.iinfo(np.int64).max, "below 2^63: pass tokens of one window")
     return np.ascontiguousarray(values, dtype=np.int64)

@@ -93,7 +93,7 @@ CASES: list[Case] = [
     counts_case(
         "JSON: expert_load of one layer",
         "refused: a.json has dtype int64 and shape (2,); pass counts as [layers, experts] or [steps, layers, "
-        "experts], none empty",
+        "experts], with no empty dim",
         "a.json",
         '{"expert_load": [5, 3]}',
     ),
