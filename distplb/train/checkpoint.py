@@ -52,8 +52,8 @@ class Saved(NamedTuple):
         """Read the named layers from a state, for any number of GPUs; the state may hold other layers too.
 
         Raises:
-            DistplbError: if the state is not from `state_dict`, has another version, lacks a layer, or has another number
-                of experts.
+            DistplbError: if the state is not from `state_dict`, has another version, lacks a layer, or has another
+                number of experts.
         """
         if "version" not in state or "layers" not in state:
             raise DistplbError("state is not one of a Rebalancer; pass what Rebalancer.state_dict returned")

@@ -58,8 +58,8 @@ def is_as_printed(session: Session) -> bool:
     text, recorded = (
         re.sub(seconds, "", part, flags=re.MULTILINE) for part in (printed(session.command), session.recorded)
     )
-    parts = [r"\s+".join(re.escape(word) for word in part.split()) for part in _parts(recorded)]
-    return re.fullmatch(r"\s*" + r"\s.*?".join(parts) + r"\s*", text, flags=re.DOTALL) is not None
+    parts = [re.escape(_spaced(part)) for part in _parts(recorded)]
+    return re.fullmatch(".*?".join(parts), _spaced(text)) is not None
 
 
 def links(page: Path) -> Iterator[str]:
@@ -72,6 +72,11 @@ def anchors(page: Path) -> set[str]:
     """The page's headings, as links within a page name them."""
     headings = re.findall(r"^#+ (.*)$", page.read_text(), flags=re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def _spaced(text: str) -> str:
+    """Its words with a space before and behind each, so that none is found within another."""
+    return "".join(f" {word} " for word in text.split())
 
 
 def _parts(recorded: str) -> list[str]:
