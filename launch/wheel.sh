@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Before a release: builds the wheel, installs it into an empty environment, and tests the README's snippets, the
+# Before a release: builds the wheel, installs it into an empty environment, and tests the pages' snippets, the
 # command line and the report in a folder without the sources of the package.
 set -euo pipefail
 if [ $# -gt 0 ]; then
@@ -15,7 +15,7 @@ install=("$folder/venv/bin/python" -m pip install --quiet --disable-pip-version-
 "${install[@]}" "$(grep '^torch==' constraints.txt)"
 wheel=$(echo "$folder"/dist/distplb-*.whl)
 "${install[@]}" --constraint constraints.txt "${wheel}[test]"
-cp -r README.md setup.cfg tests examples benchmarks launch "$folder"
+cp -r README.md CONTRIBUTING.md setup.cfg docs tests examples benchmarks launch "$folder"
 cd "$folder"
 venv/bin/python -c "import distplb; print(distplb.__version__, distplb.__file__)"
-venv/bin/python -m pytest tests/house/test_readme.py tests/cli/test_{compare_command,main,plan_command,replay_command,wrong_input}.py tests/report/test_{figures,page,run}.py -k "not paths_that_it_names"
+venv/bin/python -m pytest tests/house/test_{pages,troubleshooting}.py tests/cli/test_{compare_command,main,plan_command,replay_command,wrong_input}.py tests/report/test_{figures,page,run}.py -k "not lead_somewhere"

@@ -182,7 +182,7 @@ class Placement:
         num_experts: int | None = None,
         num_gpus: int | None = None,
     ) -> Placement:
-        """Read a file of `save`, or a map that another project wrote; see the README's table of files.
+        """Read a file of `save`, or a map that another project wrote; see the tables in docs/planning.md.
 
         Args:
             path: the file: YAML, `.pt`, `.safetensors` or `.npz` by its suffix, else JSON.

@@ -1,6 +1,6 @@
 """`plan`: the three calls of a `Problem`, with the collectives between them.
 
-Stages, numbered as in the README: (1) count, (2) search, (3) choose, (4) polish, (5) share.
+Stages, numbered as in docs/how-it-works.md: (1) count, (2) search, (3) choose, (4) polish, (5) share.
 Shapes: T steps, L layers, E experts, P slots, K candidates.
 """
 

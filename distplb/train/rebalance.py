@@ -1,4 +1,4 @@
-"""One rebalance, in the stages numbered in the README: count, search, choose, polish, share, move.
+"""One rebalance, in the stages of docs/how-it-works.md: count, search, choose, polish, share, move.
 
 Shapes: T steps, L layers, E experts.
 """
