@@ -122,7 +122,8 @@ def _refuse_shared_memory(layers: Sequence[Sequence[RowTensor]]) -> None:
     for (_, stop, one), (start, _, other) in pairwise(ranges):
         if start < stop:
             raise DistplbError(
-                f"{one} and {other} share memory, so moving one would also move the other; declare each tensor once, "
+                f"{one} and {'another tensor of that name' if other == one else other} share memory, so moving one "
+                "would also move the other; declare each tensor once, "
                 "and do not rebalance layers that share experts"
             )
 

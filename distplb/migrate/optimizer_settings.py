@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from distplb.comm.agreement import ABSENT, digest, min_and_max
+from distplb.comm.agreement import ABSENT, agree, digest, min_and_max
 from distplb.comm.base import Comm
 from distplb.errors import DistplbError
 from distplb.migrate.row_tensors import RowTensor
@@ -93,10 +93,10 @@ def settings_of(row_tensor: RowTensor, settings: SettingsById) -> Settings:
 
 
 def agree_on_settings(layers: Sequence[Sequence[RowTensor]], settings: SettingsById, comm: Comm) -> None:
-    """Refuse, on all ranks, tensors that ranks train with different settings. One all-reduce.
+    """Refuse, on all ranks, tensors that ranks train with different settings. One all-reduce if they agree.
 
     Raises:
-        DistplbError: naming the first tensor on which ranks differ, and this rank's settings for it.
+        DistplbError: naming the first tensor on which ranks differ, and one rank's settings for it.
     """
     tensors = [row_tensor for layer in layers for row_tensor in layer]
     own = [settings_of(row_tensor, settings) for row_tensor in tensors]
@@ -104,11 +104,12 @@ def agree_on_settings(layers: Sequence[Sequence[RowTensor]], settings: SettingsB
     minimum, maximum = min_and_max(comm, torch.tensor(codes, dtype=torch.int64, device="cpu"))
     for row_tensor, each, low, high in zip(tensors, own, minimum.tolist(), maximum.tolist(), strict=True):
         if low not in (ABSENT, high):
-            here = ", ".join(f"{name} {value}" for name, value in sorted(each.items())) or "holds none of it"
-            raise DistplbError(
-                f"ranks differ in how they train {row_tensor.name} (rank {comm.rank}: {here}), but settings stay with "
-                "the slots when experts change places; give it the same settings on every rank"
+            here = ", ".join(f"{name} {value}" for name, value in sorted(each.items()))
+            refused = DistplbError(
+                f"ranks differ in how they train {row_tensor.name} ({here}, unlike other ranks), but settings stay "
+                "with the slots when experts change places; give it the same settings on every rank"
             )
+            agree(comm, {}, refused if digest(sorted(each.items())) == high and each else None)
 
 
 def _comparable(value: Any) -> Any:

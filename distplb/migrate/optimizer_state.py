@@ -181,7 +181,7 @@ def _travels(name: str, value: Any, tensor: Tensor, optimizer: Optimizer) -> boo
         raise DistplbError(
             f"{name} of {type(optimizer).__name__} is {value.dtype} of shape {tuple(value.shape)} for a parameter of "
             f"shape {tuple(tensor.shape)}, so it is not known which elements belong to which expert and nothing is "
-            "moved; use an optimizer whose state has the parameter's shape (AdamW, SGD, ...)"
+            "moved; use an optimizer with floating-point state of the parameter's shape (AdamW, SGD, ...)"
         )
     return False
 

@@ -140,7 +140,7 @@ class PlanOptions:
         if len(prices) != 2 or not all(_is_price(price) for price in prices):
             raise OptionError(
                 "{move_price} is {value!r}; pass tokens of the window per moved slot, at least 0: one number, or a "
-                "pair (inside a node, between nodes)",
+                "tuple (inside a node, between nodes)",
                 value=self.move_price,
             )
         if any(prices) and self.current is None:

@@ -86,8 +86,8 @@ class Trace:
             sizes = (one.num_layers, one.num_experts, one.num_slots, one.num_gpus)
             if sizes != expected:
                 raise DistplbError(
-                    f"Trace: placement {nth} has {sizes} layers, experts, slots and GPUs where {expected} are "
-                    "expected; pass placements of the same model and cluster"
+                    f"Trace: placement {nth} has [layers, experts, slots, GPUs] {list(sizes)} where {list(expected)} "
+                    "is expected; pass placements of the same model and cluster"
                 )
 
     def _check_values(self) -> None:

@@ -125,8 +125,9 @@ def unlike_over_ranks(case: str) -> str:
 
 @pytest.mark.parametrize("case", ["lr", "kind", "frozen"])
 def test_experts_trained_otherwise_on_another_rank_are_refused_on_all(case: str) -> None:
-    for text in errors_on_ranks(2, unlike_over_ranks, case, deadline=60):
-        assert "ranks differ in how they train moe.experts.w" in text
+    texts = errors_on_ranks(2, unlike_over_ranks, case, deadline=60)
+    assert "ranks differ in how they train moe.experts.w" in texts[0]
+    assert texts[0] == texts[1], "each rank named its own settings"
     assert errors_on_ranks(2, unlike_over_ranks, "alike", deadline=60) == ["no error"] * 2
 
 
@@ -147,9 +148,10 @@ def parted_over_ranks() -> str:
 
 
 def test_settings_that_part_on_one_rank_are_named_in_the_warning() -> None:
-    for text in on_ranks(2, parted_over_ranks, deadline=60):
-        assert "ranks differ in how they train moe.experts.w" in text
-        assert "lr 0.1" in text or "lr 0.05" in text
+    texts = on_ranks(2, parted_over_ranks, deadline=60)
+    assert "ranks differ in how they train moe.experts.w (" in texts[0]
+    assert "lr 0.1" in texts[0] or "lr 0.05" in texts[0]
+    assert texts[0] == texts[1]
 
 
 def test_state_that_two_optimizers_hold_for_one_tensor_travels_whole() -> None:

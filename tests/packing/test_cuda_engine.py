@@ -111,7 +111,7 @@ def test_slices_hold_all_rows_and_begin_at_16_bytes(rows: int, at_once: int) -> 
         ([[1, 2]], [[0.0, 1.0]], 1, r"items is torch.float32 of shape \(1, 2\); pass int64 of shape \(1, 2\)"),
         ([[1, 2, 3]], [[0, 1, 2]], 2, "3 items cannot be packed evenly into 2 packs; pass a divisor of 3"),
         ([[1, 2, 3]], [[0, 1, 2]], 0, "3 items cannot be packed evenly into 0 packs"),
-        ([[1] * 4097], [[0] * 4097], 1, "a row has 4097 items and engine 'cuda' packs at most 4096; pass engine='ref"),
+        ([[1] * 4097], [[0] * 4097], 1, "a row has 4097 items and engine 'cuda' packs at most 4096; pass engine='cpu"),
     ],
 )
 def test_what_the_kernels_would_read_wrongly_is_refused(
@@ -134,7 +134,7 @@ def test_a_layer_or_candidate_of_another_shape_is_refused() -> None:
     [
         (2, 5, "5 items cannot be packed evenly into 2 packs; pass a divisor of 5"),
         (2, 2, "3 experts cannot fit into 2 slots; pass 3 slots or more"),
-        (2, 4098, "a row has 4098 items and engine 'cuda' packs at most 4096; pass engine='reference'"),
+        (2, 4098, "a row has 4098 items and engine 'cuda' packs at most 4096; pass engine='cpu'"),
     ],
 )
 def test_slots_that_cannot_be_are_refused(num_packs: int, num_slots: int, wording: str) -> None:

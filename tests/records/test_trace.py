@@ -70,7 +70,10 @@ def test_layers_without_names_are_numbered() -> None:
         ({"placement_of_step": [-1, 0]}, "placement_of_step has values from -1"),
         ({"placements": ()}, "placements is empty"),
         ({"placements": (Placement.contiguous(1, 4, 2), Placement.contiguous(1, 4, 4))}, "placement 1 has"),
-        ({"placements": (Placement.contiguous(1, 6, 2),)}, r"placement 0 has \(1, 6, 6, 2\)"),
+        (
+            {"placements": (Placement.contiguous(1, 6, 2),)},
+            r"placement 0 has \[layers, experts, slots, GPUs\] \[1, 6, 6, 2\]",
+        ),
         ({"layers": ("a", "b")}, "layers in the load: 1, different names: 2"),
     ],
 )
@@ -607,8 +610,11 @@ def test_files_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
     for other, wording in (
         (line(2, 0, [[1, 2]]), r"rank1\.jsonl lacks iteration 1 of decoder\.layers\.0, and no iteration is complete"),
         (line(1, 0, [[1, 2]]) + line(1, 1, [[1, 2]]), r"rank0\.jsonl lacks iteration 1 of decoder\.layers\.1, and no"),
-        (line(1, 0, [[1, 2, 3]]), r"rank1\.jsonl has \(1, 3\) micro-batches and experts in iteration 1"),
-        (line(1, 0, [[1, 2]] * 2), r"rank1\.jsonl has \(2, 2\) micro-batches and experts"),
+        (
+            line(1, 0, [[1, 2, 3]]),
+            r"rank1\.jsonl has counts \[micro-batches, experts\] of shape \[1, 3\] in iteration 1",
+        ),
+        (line(1, 0, [[1, 2]] * 2), r"rank1\.jsonl has counts \[micro-batches, experts\] of shape \[2, 2\]"),
     ):
         (tmp_path / "rank1.jsonl").write_text(other)
         refuses(wording)

@@ -121,7 +121,10 @@ def _plain(path: Path, value: Any, sizes: set[int], max_bytes: int, depth: int) 
 
 def _array(path: Path, tensor: Tensor, sizes: set[int], max_bytes: int) -> NDArray[Any]:
     if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized or tensor.is_complex():
-        raise DistplbError(f"{path} holds a tensor of layout {tensor.layout} and {tensor.dtype}; pass dense integers")
+        raise DistplbError(
+            f"{path} holds a {tensor.dtype} tensor of layout {tensor.layout} on {tensor.device}; pass dense integers "
+            "on the CPU"
+        )
     if tensor.numel() * max(8, tensor.itemsize) > max_bytes:
         raise DistplbError(
             f"{path} has a tensor of shape {list(tensor.shape)}, which takes more than {max_bytes} bytes; "

@@ -153,8 +153,8 @@ class _Stage:
                     counts = rank.iterations[at][name]
                     if counts.shape != (rows, shape[1]):
                         raise DistplbError(
-                            f"{rank.name} has {counts.shape} micro-batches and experts in iteration {at} of {name}, "
-                            f"other ranks have {(rows, shape[1])}; pass the files of one job"
+                            f"{rank.name} has counts [micro-batches, experts] of shape {list(counts.shape)} in "
+                            f"iteration {at} of {name}, other ranks have {[rows, shape[1]]}; pass the files of one job"
                         )
                 self.counts[at].append(np.stack([rank.iterations[at][name] for rank in ranks], axis=1))
         self.first = ranks[0]

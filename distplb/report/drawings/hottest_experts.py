@@ -114,7 +114,7 @@ def _caption(run: Run) -> str:
 def _lacks(run: Run) -> str:
     if run.trace_with_tokens is not None or any(_has_hottest(event) for event in run.events_with_load):
         return ""
-    return "No load of experts was recorded: pass a folder to Rebalancer(record=...), and let it rebalance once."
+    return "No load of experts was recorded: pass record=Record(folder) to Rebalancer, and let it rebalance once."
 
 
 def _has_hottest(event: RebalanceEvent) -> bool:

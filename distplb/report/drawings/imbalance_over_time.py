@@ -116,7 +116,7 @@ def _caption(run: Run) -> str:
 def _lacks(run: Run) -> str:
     if run.events_with_load or run.evaluation:
         return ""
-    return "No load was recorded: pass a folder to Rebalancer(record=...), and let it rebalance once."
+    return "No load was recorded: pass record=Record(folder) to Rebalancer, and let it rebalance once."
 
 
 def _draw_lines(axes: Axes, run: Run) -> list[Any]:

@@ -92,7 +92,7 @@ def _caption(run: Run) -> str:
 def _lacks(run: Run) -> str:
     if any(_has_gpu_load(event) for event in run.events_with_load) or (run.evaluation and run.evaluation.unseen):
         return ""
-    return "No load of GPUs was recorded: pass a folder to Rebalancer(record=...), and let it rebalance once."
+    return "No load of GPUs was recorded: pass record=Record(folder) to Rebalancer, and let it rebalance once."
 
 
 def _has_gpu_load(event: RebalanceEvent) -> bool:

@@ -71,7 +71,9 @@ def _lacks(run: Run) -> str:
     if run.what_if:
         return ""
     if run.trace is None:
-        return "Other intervals are tried on recorded steps: pass a folder to Rebalancer(record=...), and report on it."
+        return (
+            "Other intervals are tried on recorded steps: pass record=Record(folder) to Rebalancer, and report on it."
+        )
     return (
         "Other intervals were not tried: the trace has too few iterations or no tokens, or its experts cannot be "
         "spread evenly over the GPUs. Record for longer, or pass the topology."
