@@ -20,10 +20,10 @@ def main():
     model = Transformer(Config(layers=2, dim=64, ffn=128), ep, seed=0).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 
-    window = distplb.LoadWindow(num_layers=2, num_experts=16, num_steps=20)  # sampled from all steps between rebalances
+    window = distplb.LoadWindow(num_layers=2, num_experts=16, num_steps=20)  # at most 20 steps are kept
     layers = []
     for i, moe in enumerate(model.moes):
-        moe.on_counts = lambda counts, i=i: window.add(i, counts)  # [16], this rank's tokens for each expert
+        moe.on_counts = lambda counts, i=i: window.add(i, counts)  # in forward: [16], this rank's tokens
         experts = {"w_in": moe.w_in, "w_out": moe.w_out}  # dim 0: the 8 experts on this rank
         router = {"weight": moe.router.weight, "bias": moe.expert_bias}  # dim 0: all 16; rows move with the experts
         layers.append(distplb.MoELayer(name=f"blocks.{i}.moe", experts=experts, router=router))
