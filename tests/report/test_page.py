@@ -72,7 +72,7 @@ def test_the_page_has_each_figure_for_a_laptop_and_a_phone_or_what_it_lacks(name
 
 def test_what_is_missing_is_said_with_what_to_switch_on() -> None:
     lacks = {figure.name: figure.lacks(RUNS["nothing"]) for figure in figures.FIGURES}
-    assert all("Rebalancer(record=...)" in text for text in lacks.values()), lacks
+    assert all("record=" in text for text in lacks.values()), lacks
     lacks = {figure.name: figure.lacks(RUNS["dry run"]) for figure in figures.FIGURES}
     assert "leave out dry_run=True" in lacks["moves-by-rebalance"]
     assert lacks["load-by-gpu"] == lacks["imbalance-over-time"] == lacks["hottest-experts"] == ""
