@@ -28,7 +28,7 @@ SOURCES = {
 LEVELS = [
     "errors",
     "core",
-    "packing comm records",
+    "packing splitting comm records",
     "planning migrate",
     "train study",
     "integrations",
@@ -43,7 +43,7 @@ KEPT_IN = {
     "mpi4py": "comm.mpi",
     "yaml": "core.documents.text",
     "scipy": "core.price planning.renumber_gpus study.bootstrap",
-    "numba": "core.machine_code packing.cpu_row",
+    "numba": "core.machine_code packing.cpu_row splitting.cpu_split",
     "filelock": "core.machine_code",
     "concurrent": "core.threads records.trace_writer records.event_log train.background",
     "triton": "packing.cuda_kernels packing.cuda_settle packing.cuda_settle_state packing.cuda_steps",
@@ -62,6 +62,7 @@ NEEDS = {
     "distplb.packing.cpu_row": "numba",
     "distplb.packing.cpu_settle": "numba",
     "distplb.packing.cpu_steps": "numba",
+    "distplb.splitting.cpu_split": "numba",
     "distplb.packing.cuda_kernels": "triton",
     "distplb.packing.cuda_settle": "triton",
     "distplb.packing.cuda_settle_state": "triton",
@@ -78,7 +79,7 @@ NEEDS = {
 PURE = """
 core.arguments core.balance core.bound core.bound_with_replicas core.bound_without_replicas core.cost core.count_errors
 core.counts core.fixed_point core.hashing core.plain_tensor core.price core.ties
-packing planning.chance planning.eplb planning.engine_choice planning.greedy planning.legal planning.move_cost
+packing splitting planning.chance planning.eplb planning.engine_choice planning.greedy planning.legal planning.move_cost
 planning.options planning.policies planning.problem planning.renumber_gpus planning.slot_classes planning.warm_start
 migrate.schedule migrate.messages migrate.slot_routes migrate.layout migrate.budget
 train.stop_loss train.checkpoint train.rebalance_event study.replay study.costs study.verdict
@@ -91,6 +92,7 @@ IMPURE_MODULES |= {"tempfile", "concurrent", "multiprocessing", "filelock"}
 EXCUSED = {
     "distplb.packing.cpu": {"distplb.core.machine_code", "distplb.core.threads"},
     "distplb.packing.cuda_trial": {"time"},
+    "distplb.splitting.cpu": {"distplb.core.machine_code"},
 }
 IMPURE_NAMES = {
     "open",
@@ -194,7 +196,7 @@ def test_every_room_says_what_it_may_import() -> None:
 
 def test_what_needs_a_compiler_is_imported_by_its_engine_alone() -> None:
     names = {module: imports(module) | strings(module) for module in SOURCES}
-    needy = [module for module in NEEDS if "packing" in module]
+    needy = [module for module in NEEDS if "packing" in module or "splitting" in module]
     importers = {name: {module for module in SOURCES if name in names[module]} for name in needy}
     assert importers == {
         "distplb.packing.cpu_kernels": {"distplb.packing.cpu"},
@@ -207,6 +209,7 @@ def test_what_needs_a_compiler_is_imported_by_its_engine_alone() -> None:
         "distplb.packing.cuda_steps": {
             f"distplb.packing.cuda_{name}" for name in ("kernels", "settle", "settle_state")
         },
+        "distplb.splitting.cpu_split": {"distplb.splitting.cpu"},
     }
 
 

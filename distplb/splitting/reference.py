@@ -1,0 +1,171 @@
+"""The engine `reference`: replicas for one level, and the lowest level that they reach, in plain Python.
+
+The level is the number of tokens that no GPU may exceed. A GPU above it has a surplus, one below it has room.
+
+(0) The level: the greatest of ceil(mean), (1 + tolerance) × mean, and ceil(mean) of the busiest node.
+(1) GPUs hand out their surplus in turn, the smallest surplus first: a small surplus fits into many rooms, and a large
+    one can fill whatever is left.
+(2) The expert is the one with the most tokens at home; it hands out the surplus, or all its tokens if they are fewer.
+(3) One replica, on the GPU with the smallest sufficient room, if that leaves little of the room over.
+(4) Else two replicas, on the pair of GPUs with the smallest sufficient rooms, if they leave little over: both rooms
+    are used up, where a single large room would leave a rest that takes another replica to fill.
+(5) Else one replica: on the GPU of (3), or on the GPU with the most room, and (2) to (5) again for what is left.
+(6) If a surplus finds no room or no free slot, start again with relays: the GPU with the largest surplus gives, to the
+    GPU with the most room; into its last free slot, it gives all that fits, even more than its surplus, and then has
+    room and free slots itself. This takes more replicas, but hardly any level is out of reach.
+(7) If that fails too, raise the level, by bisection, to the lowest one at which (1) to (6) succeed.
+
+"Little" is four times a fair share of the room that is left over once all surpluses are placed.
+
+Shapes: E experts, M GPUs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+__all__ = ["Replica", "replicas"]
+
+_SHARES = 4  # of the spare room that one GPU's surplus may leave over
+
+
+class Replica(NamedTuple):
+    """Tokens of an expert that a GPU computes with a replica."""
+
+    expert: int
+    gpu: int
+    tokens: int
+
+
+def replicas(tokens: Sequence[int], home: Sequence[int], node: Sequence[int], slots: int, level: int) -> list[Replica]:
+    """Replicas with which no GPU exceeds `level`, or the lowest higher level that is found (7).
+
+    >>> replicas([10, 2], home=[0, 1], node=[0, 0], slots=1, level=6)
+    [Replica(expert=0, gpu=1, tokens=4)]
+
+    Args:
+        tokens: `[E]`, the tokens of each expert.
+        home: `[E]`, the GPU that owns each expert.
+        node: `[M]`, the node of each GPU; replicas stay inside a node.
+        slots: R, the replica slots on each GPU.
+        level: tokens that no GPU should exceed.
+    """
+    step = _Step(tokens, home, node, slots)
+    best = step.at(level)
+    if best is not None:
+        return best
+    below, above, best = level, max(step.loads), []  # at `above`, no replica is needed
+    while below + 1 < above:
+        middle = (below + above) // 2
+        found = step.at(middle)
+        if found is None:
+            below = middle
+        else:
+            above, best = middle, found
+    return best
+
+
+class _Step:
+    """One step: what is known before a level is tried."""
+
+    def __init__(self, tokens: Sequence[int], home: Sequence[int], node: Sequence[int], slots: int) -> None:
+        self.tokens, self.node, self.slots = tokens, node, slots
+        self.loads = [0] * len(node)
+        self.experts: list[list[int]] = [[] for _ in node]  # of each GPU
+        for expert, gpu in enumerate(home):
+            self.loads[gpu] += tokens[expert]
+            self.experts[gpu].append(expert)
+
+    def at(self, level: int) -> list[Replica] | None:
+        """Replicas with which no GPU exceeds the level (1 to 6); None if none are found."""
+        for place in (_Level.place, _Level.relay):
+            attempt = _Level(self, level)
+            if place(attempt):
+                return attempt.replicas
+        return None
+
+
+class _Level:
+    """One attempt at one level: the room, tokens and slots that are left."""
+
+    def __init__(self, step: _Step, level: int) -> None:
+        self.step, self.replicas = step, list[Replica]()
+        self.room = [level - load for load in step.loads]  # of each GPU; a surplus is below 0
+        self.left = list(step.tokens)  # of each expert at home
+        self.free = [step.slots] * len(step.node)
+
+    def place(self) -> bool:
+        """Steps (1) to (5): whether every surplus is placed."""
+        node, gpus = self.step.node, range(len(self.step.node))
+        givers = sorted((gpu for gpu in gpus if self.room[gpu] < 0), key=lambda gpu: (-self.room[gpu], gpu))
+        waiting = [sum(node[gpu] == number for gpu in givers) for number in range(max(node) + 1)]
+        spare = [sum(self.room[gpu] for gpu in gpus if node[gpu] == number) for number in range(max(node) + 1)]
+        for giver in givers:
+            little = _SHARES * max(0, spare[node[giver]]) // waiting[node[giver]]
+            while self.room[giver] < 0:
+                expert = max(self.step.experts[giver], key=lambda one: (self.left[one], -one))
+                need = min(-self.room[giver], self.left[expert])
+                takers = self._takers(expert, giver)
+                if not takers or not need:
+                    return False
+                for index in _chosen([self.room[gpu] for gpu in takers], need, little):
+                    part = min(need, self.room[takers[index]])
+                    self._give(expert, giver, takers[index], part)
+                    need -= part
+            waiting[node[giver]] -= 1
+        return True
+
+    def relay(self) -> bool:
+        """Step (6): whether every surplus is placed."""
+        while min(self.room) < 0:
+            giver = min(range(len(self.room)), key=lambda gpu: (self.room[gpu], gpu))
+            for expert in sorted(self.step.experts[giver], key=lambda one: (-self.left[one], one)):
+                takers = self._takers(expert, giver)
+                if takers and self.left[expert]:
+                    part = min(self.left[expert], self.room[takers[0]])
+                    if self.free[takers[0]] > 1:
+                        part = min(part, -self.room[giver])
+                    self._give(expert, giver, takers[0], part)
+                    break
+            else:
+                return False
+        return True
+
+    def _takers(self, expert: int, giver: int) -> list[int]:
+        """GPUs of the giver's node with room, a free slot and no replica of the expert; the most room first."""
+        holders = {replica.gpu for replica in self.replicas if replica.expert == expert}
+        node = self.step.node
+        takers = [
+            gpu
+            for gpu in range(len(node))
+            if node[gpu] == node[giver] and self.room[gpu] > 0 < self.free[gpu] and gpu not in holders
+        ]
+        return sorted(takers, key=lambda gpu: (-self.room[gpu], gpu))
+
+    def _give(self, expert: int, giver: int, taker: int, part: int) -> None:
+        self.room[taker] -= part
+        self.room[giver] += part
+        self.left[expert] -= part
+        self.free[taker] -= 1
+        self.replicas.append(Replica(expert, taker, part))
+
+
+def _chosen(rooms: list[int], need: int, little: int) -> tuple[int, ...]:
+    """Which of the rooms, largest first, take what is needed: steps (3) to (5)."""
+    single = max((index for index, room in enumerate(rooms) if room >= need), default=None)
+    if single is not None and rooms[single] - need <= little:
+        return (single,)
+    pair, rest = None, little + 1
+    one, other = 0, len(rooms) - 1
+    while one < other:
+        over = rooms[one] + rooms[other] - need
+        if over < 0:
+            other -= 1
+        else:
+            if over < rest:
+                pair, rest = (one, other), over
+            one += 1
+    if pair is not None:
+        return pair
+    return (0,) if single is None else (single,)

@@ -1,0 +1,67 @@
+"""`split`: from counts to a checked `Split`, and what it refuses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from distplb import DistplbError, Topology
+from distplb.splitting.split import split
+
+TOPOLOGY = Topology(num_nodes=1, gpus_per_node=4)
+HOME = [0, 1, 2, 3]
+COUNTS = [[90, 1, 2, 3], [80, 2, 0, 1], [70, 3, 1, 0], [60, 4, 5, 6]]
+
+
+def test_a_hot_expert_is_spread_over_its_node_to_within_the_tolerance() -> None:
+    found = split(COUNTS, HOME, topology=TOPOLOGY, engine="reference")
+    assert found.load.tolist() == [82, 82, 82, 82]
+    assert found.replica.tolist() == [[-1, -1], [0, -1], [0, -1], [0, -1]]
+    assert found.pushes.tolist() == [[0, 1, 1, 1], [0] * 4, [0] * 4, [0] * 4]
+
+
+def test_replicas_stay_inside_nodes_and_no_node_is_evened_out_below_the_busiest() -> None:
+    found = split(COUNTS, HOME, topology=Topology(2, 2), engine="reference")
+    assert found.load.tolist() == [155, 155, 8, 10]
+    assert found.num_replicas == 1
+
+
+def test_within_the_tolerance_it_is_trivial() -> None:
+    even = [[101, 100, 99, 100]] * 4
+    assert split(even, HOME, topology=TOPOLOGY, tolerance=0.02).is_trivial
+    assert not split(even, HOME, topology=TOPOLOGY, tolerance=0.0).is_trivial
+
+
+@pytest.mark.parametrize("kind", [list, np.array, torch.tensor])
+def test_counts_and_homes_of_any_kind_give_the_same(kind: Any) -> None:
+    found = split(kind(COUNTS), kind(HOME), topology=TOPOLOGY)
+    assert torch.equal(found.quota, split(COUNTS, HOME, topology=TOPOLOGY).quota)
+
+
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "GPUs": ({"topology": Topology(1, 2)}, "counts has shape [4, 4]; pass [GPUs, experts] with the topology's 2 GPUs"),
+    "no sources": ({"counts": [329, 10, 8, 10]}, "counts has shape [4]; pass [GPUs, experts] with the topology's 4"),
+    "fractions": ({"counts": [[0.5] * 4] * 4}, "counts has 0.5 for expert 0"),
+    "homes": ({"home": [0, 1, 2]}, "home has shape [3]; pass the GPU of each of 4 experts"),
+    "a home": ({"home": [0, 1, 2, 4]}, "home has GPUs 0 to 4; pass GPUs in [0, 4)"),
+    "float homes": ({"home": [0.0, 1.0, 2.0, 3.0]}, "home is torch.float64 of shape (4,); pass the GPU of each expert"),
+    "slots": ({"replica_slots": -1}, "replica_slots is -1; pass an integer of at least 0"),
+    "half a slot": ({"replica_slots": 0.5}, "replica_slots is 0.5; pass an integer of at least 0"),
+    "percent": ({"tolerance": 5}, "tolerance is 5; pass a fraction from 0 to 1, such as 0.005"),
+    "NaN": ({"tolerance": float("nan")}, "tolerance is nan; pass a fraction from 0 to 1"),
+    "engine": ({"engine": "abacus"}, "engine 'abacus' is unknown; pass one of reference, cpu, or engine=None"),
+    "no engine": ({"engine": 1}, "engine is 1; pass the name of an engine, or None for the fastest"),
+    "no topology": ({"topology": (1, 4)}, "topology is a tuple; pass a Topology, such as Topology.from_env()"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_arguments_are_refused_with_what_to_pass(name: str) -> None:
+    changed, text = WRONG[name]
+    arguments: dict[str, Any] = {"counts": COUNTS, "home": HOME, "topology": TOPOLOGY} | changed
+    with pytest.raises(DistplbError) as refused:
+        split(arguments.pop("counts"), arguments.pop("home"), **arguments)
+    assert text in str(refused.value)
