@@ -15,20 +15,20 @@ _SHARES = np.int64(4)
 
 
 @compiled
-def place(tokens, home, node, slots, level, replica, part):
+def place(tokens, home, node, slots, level, least, tile, replica, part):
     """Fill `replica [M, R]` (-1: empty) and `part [M, R]`, the tokens of each replica; step (7) around `_at`."""
     num_gpus = len(node)
     load = np.zeros(num_gpus, np.int64)
     for expert in range(len(home)):
         load[home[expert]] += tokens[expert]
     start, owned = _experts_by_gpu(home, num_gpus)
-    if _at(tokens, node, load, start, owned, slots, level, replica, part):
+    if _at(tokens, node, load, start, owned, slots, level, least, tile, replica, part):
         return
     below, above = level, load.max()
     best_replica, best_part = np.full_like(replica, -1), np.zeros_like(part)  # at `above`, no replica is needed
     while below + 1 < above:
         middle = (below + above) // 2
-        if _at(tokens, node, load, start, owned, slots, middle, replica, part):
+        if _at(tokens, node, load, start, owned, slots, middle, least, tile, replica, part):
             above = middle
             best_replica[:], best_part[:] = replica, part
         else:
@@ -37,15 +37,15 @@ def place(tokens, home, node, slots, level, replica, part):
 
 
 @compiled
-def _at(tokens, node, load, start, owned, slots, level, replica, part):
+def _at(tokens, node, load, start, owned, slots, level, least, tile, replica, part):
     """Steps (1) to (6): whether no GPU exceeds the level with the replicas written."""
-    if _place_at(tokens, node, load, start, owned, slots, level, replica, part):
+    if _place_at(tokens, node, load, start, owned, slots, level, least, tile, replica, part):
         return True
-    return _relay_at(tokens, node, load, start, owned, slots, level, replica, part)
+    return _relay_at(tokens, node, load, start, owned, slots, level, least, tile, replica, part)
 
 
 @compiled
-def _relay_at(tokens, node, load, start, owned, slots, level, replica, part):
+def _relay_at(tokens, node, load, start, owned, slots, level, least, tile, replica, part):
     """Step (6)."""
     num_gpus = len(node)
     replica[:] = -1
@@ -67,23 +67,29 @@ def _relay_at(tokens, node, load, start, owned, slots, level, replica, part):
             for nth in range(start[giver], start[giver + 1]):
                 if not tried[owned[nth]] and (expert < 0 or left[owned[nth]] > left[expert]):
                     expert = owned[nth]
-            if expert < 0 or left[expert] == 0:
+            if expert < 0 or left[expert] // tile * tile < least:
                 return False
             tried[expert] = True
             for gpu in range(num_gpus):
-                if node[gpu] != node[giver] or room[gpu] <= 0 or used[gpu] == slots:
+                if node[gpu] != node[giver] or room[gpu] // tile * tile < least or used[gpu] == slots:
                     continue
                 if (taker < 0 or room[gpu] > room[taker]) and not _holds(replica, used, gpu, expert):
                     taker = gpu
-        amount = min(left[expert], room[taker])
+        amount = min(left[expert], room[taker]) // tile * tile
         if used[taker] < slots - 1:
-            amount = min(amount, -room[giver])
+            amount = min(amount, _up(-room[giver], least, tile))
         room[taker] -= amount
         room[giver] += amount
         left[expert] -= amount
         replica[taker, used[taker]] = expert
         part[taker, used[taker]] = amount
         used[taker] += 1
+
+
+@compiled
+def _up(surplus, least, tile):
+    """A surplus as the tokens of a replica."""
+    return max(least, -(-surplus // tile) * tile)
 
 
 @compiled
@@ -111,7 +117,7 @@ def _experts_by_gpu(home, num_gpus):
 
 
 @compiled
-def _place_at(tokens, node, load, start, owned, slots, level, replica, part):
+def _place_at(tokens, node, load, start, owned, slots, level, least, tile, replica, part):
     """Steps (1) to (5)."""
     num_gpus, num_nodes = len(node), node.max() + 1
     replica[:] = -1
@@ -139,10 +145,10 @@ def _place_at(tokens, node, load, start, owned, slots, level, replica, part):
             for nth in range(start[giver], start[giver + 1]):
                 if left[owned[nth]] > left[expert]:
                     expert = owned[nth]
-            need = min(-room[giver], left[expert])
+            need = min(_up(-room[giver], least, tile), left[expert] // tile * tile)
             num_takers = 0
             for gpu in range(num_gpus):
-                if node[gpu] != here or room[gpu] <= 0 or used[gpu] == slots:
+                if node[gpu] != here or room[gpu] // tile * tile < least or used[gpu] == slots:
                     continue
                 if _holds(replica, used, gpu, expert):
                     continue
@@ -152,14 +158,16 @@ def _place_at(tokens, node, load, start, owned, slots, level, replica, part):
                     place_in -= 1
                 takers[place_in] = gpu
                 num_takers += 1
-            if num_takers == 0 or need == 0:
+            if num_takers == 0 or need < least:
                 return False
-            first, second = _chosen(room, takers, num_takers, need, little)
+            first, second = _chosen(room, takers, num_takers, need, little, tile)
             for chosen in (first, second):
                 if chosen < 0:
                     continue
                 gpu = takers[chosen]
-                amount = min(need, room[gpu])
+                amount = max(least, min(need, room[gpu] // tile * tile))
+                if amount > left[expert]:
+                    return False
                 need -= amount
                 room[gpu] -= amount
                 room[giver] += amount
@@ -172,19 +180,19 @@ def _place_at(tokens, node, load, start, owned, slots, level, replica, part):
 
 
 @compiled
-def _chosen(room, takers, num_takers, need, little):
+def _chosen(room, takers, num_takers, need, little, tile):
     """Steps (3) to (5): one or two indices into `takers`; -1 for no second one."""
     single = -1
     for index in range(num_takers):
-        if room[takers[index]] < need:
+        if room[takers[index]] // tile * tile < need:
             break
         single = index
-    if single >= 0 and room[takers[single]] - need <= little:
+    if single >= 0 and room[takers[single]] // tile * tile - need <= little:
         return single, -1
     first, second, rest = -1, -1, little + 1
     one, other = 0, num_takers - 1
     while one < other:
-        over = room[takers[one]] + room[takers[other]] - need
+        over = room[takers[one]] // tile * tile + room[takers[other]] // tile * tile - need
         if over < 0:
             other -= 1
         else:

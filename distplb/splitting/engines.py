@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Protocol, cast
 
 from distplb.errors import OptionError
 from distplb.splitting import cpu, reference
-from distplb.splitting.reference import Replica
+from distplb.splitting.reference import Array
 
 __all__ = ["Engine", "engine_named"]
 
@@ -16,9 +15,9 @@ class Engine(Protocol):
     """Decides about one step; arguments and meaning as in `splitting.reference`, which is the specification."""
 
     def replicas(
-        self, tokens: Sequence[int], home: Sequence[int], node: Sequence[int], slots: int, level: int
-    ) -> list[Replica]:
-        """Replicas with which no GPU exceeds the level, or the lowest higher one that is found; in any order."""
+        self, tokens: Array, home: Array, node: Array, slots: int, level: int, least: int = 1, tile: int = 1
+    ) -> tuple[Array, Array]:
+        """Replicas with which no GPU exceeds the level, or the lowest higher one that is found."""
 
 
 _ENGINES = {"reference": reference, "cpu": cpu}

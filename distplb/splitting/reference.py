@@ -15,7 +15,9 @@ The level is the number of tokens that no GPU may exceed. A GPU above it has a s
     room and free slots itself. This takes more replicas, but hardly any level is out of reach.
 (7) If that fails too, raise the level, by bisection, to the lowest one at which (1) to (6) succeed.
 
-"Little" is four times a fair share of the room that is left over once all surpluses are placed.
+"Little" is four times a fair share of the room that is left over once all surpluses are placed. A replica gets at least
+`least` tokens, and a multiple of `tile`: a surplus is rounded up to that, a room down, and the giver may end below the
+level.
 
 Shapes: E experts, M GPUs.
 """
@@ -23,26 +25,25 @@ Shapes: E experts, M GPUs.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
-__all__ = ["Replica", "replicas"]
+import numpy as np
+from numpy.typing import NDArray
 
+__all__ = ["EMPTY", "Array", "replicas"]
+
+Array = NDArray[np.int64]
+EMPTY = -1  # a replica slot without an expert
 _SHARES = 4  # of the spare room that one GPU's surplus may leave over
 
 
-class Replica(NamedTuple):
-    """Tokens of an expert that a GPU computes with a replica."""
-
-    expert: int
-    gpu: int
-    tokens: int
-
-
-def replicas(tokens: Sequence[int], home: Sequence[int], node: Sequence[int], slots: int, level: int) -> list[Replica]:
+def replicas(
+    tokens: Array, home: Array, node: Array, slots: int, level: int, least: int = 1, tile: int = 1
+) -> tuple[Array, Array]:
     """Replicas with which no GPU exceeds `level`, or the lowest higher level that is found (7).
 
-    >>> replicas([10, 2], home=[0, 1], node=[0, 0], slots=1, level=6)
-    [Replica(expert=0, gpu=1, tokens=4)]
+    >>> expert, part = replicas(np.array([10, 2]), np.array([0, 1]), np.array([0, 0]), slots=1, level=6)
+    >>> expert.tolist(), part.tolist()  # GPU 1 computes 4 tokens of expert 0
+    ([[-1], [0]], [[0], [4]])
 
     Args:
         tokens: `[E]`, the tokens of each expert.
@@ -50,35 +51,46 @@ def replicas(tokens: Sequence[int], home: Sequence[int], node: Sequence[int], sl
         node: `[M]`, the node of each GPU; replicas stay inside a node.
         slots: R, the replica slots on each GPU.
         level: tokens that no GPU should exceed.
+        least: the fewest tokens of a replica.
+        tile: tokens of a replica are a multiple of it.
+
+    Returns:
+        `[M, R]` the expert of each replica slot, -1 for none, and `[M, R]` the tokens that it gets.
     """
-    step = _Step(tokens, home, node, slots)
+    step = _Step(tokens.tolist(), home.tolist(), node.tolist(), slots, -(-least // tile) * tile, tile)
     best = step.at(level)
-    if best is not None:
-        return best
-    below, above, best = level, max(step.loads), []  # at `above`, no replica is needed
-    while below + 1 < above:
-        middle = (below + above) // 2
-        found = step.at(middle)
-        if found is None:
-            below = middle
-        else:
-            above, best = middle, found
-    return best
+    if best is None:
+        below, above, best = level, max(step.loads), []  # at `above`, no replica is needed
+        while below + 1 < above:
+            middle = (below + above) // 2
+            found = step.at(middle)
+            if found is None:
+                below = middle
+            else:
+                above, best = middle, found
+    experts, parts = (np.full((len(node), slots), empty, np.int64) for empty in (EMPTY, 0))
+    used = [0] * len(node)
+    for expert, gpu, part in best:
+        experts[gpu, used[gpu]], parts[gpu, used[gpu]] = expert, part
+        used[gpu] += 1
+    return experts, parts
 
 
 class _Step:
     """One step: what is known before a level is tried."""
 
-    def __init__(self, tokens: Sequence[int], home: Sequence[int], node: Sequence[int], slots: int) -> None:
-        self.tokens, self.node, self.slots = tokens, node, slots
+    def __init__(
+        self, tokens: Sequence[int], home: Sequence[int], node: Sequence[int], slots: int, least: int, tile: int
+    ) -> None:
+        self.tokens, self.node, self.slots, self.least, self.tile = tokens, node, slots, least, tile
         self.loads = [0] * len(node)
         self.experts: list[list[int]] = [[] for _ in node]  # of each GPU
         for expert, gpu in enumerate(home):
             self.loads[gpu] += tokens[expert]
             self.experts[gpu].append(expert)
 
-    def at(self, level: int) -> list[Replica] | None:
-        """Replicas with which no GPU exceeds the level (1 to 6); None if none are found."""
+    def at(self, level: int) -> list[tuple[int, int, int]] | None:
+        """(expert, GPU, tokens) of replicas with which no GPU exceeds the level (1 to 6); None if none are found."""
         for place in (_Level.place, _Level.relay):
             attempt = _Level(self, level)
             if place(attempt):
@@ -90,7 +102,7 @@ class _Level:
     """One attempt at one level: the room, tokens and slots that are left."""
 
     def __init__(self, step: _Step, level: int) -> None:
-        self.step, self.replicas = step, list[Replica]()
+        self.step, self.replicas = step, list[tuple[int, int, int]]()
         self.room = [level - load for load in step.loads]  # of each GPU; a surplus is below 0
         self.left = list(step.tokens)  # of each expert at home
         self.free = [step.slots] * len(step.node)
@@ -105,12 +117,14 @@ class _Level:
             little = _SHARES * max(0, spare[node[giver]]) // waiting[node[giver]]
             while self.room[giver] < 0:
                 expert = max(self.step.experts[giver], key=lambda one: (self.left[one], -one))
-                need = min(-self.room[giver], self.left[expert])
+                need = min(self._up(-self.room[giver]), self._down(self.left[expert]))
                 takers = self._takers(expert, giver)
-                if not takers or not need:
+                if not takers or need < self.step.least:
                     return False
-                for index in _chosen([self.room[gpu] for gpu in takers], need, little):
-                    part = min(need, self.room[takers[index]])
+                for index in _chosen([self._down(self.room[gpu]) for gpu in takers], need, little):
+                    part = max(self.step.least, min(need, self._down(self.room[takers[index]])))
+                    if part > self.left[expert]:
+                        return False
                     self._give(expert, giver, takers[index], part)
                     need -= part
             waiting[node[giver]] -= 1
@@ -122,10 +136,10 @@ class _Level:
             giver = min(range(len(self.room)), key=lambda gpu: (self.room[gpu], gpu))
             for expert in sorted(self.step.experts[giver], key=lambda one: (-self.left[one], one)):
                 takers = self._takers(expert, giver)
-                if takers and self.left[expert]:
-                    part = min(self.left[expert], self.room[takers[0]])
+                if takers and self._down(self.left[expert]) >= self.step.least:
+                    part = min(self._down(self.left[expert]), self._down(self.room[takers[0]]))
                     if self.free[takers[0]] > 1:
-                        part = min(part, -self.room[giver])
+                        part = min(part, self._up(-self.room[giver]))
                     self._give(expert, giver, takers[0], part)
                     break
             else:
@@ -133,22 +147,25 @@ class _Level:
         return True
 
     def _takers(self, expert: int, giver: int) -> list[int]:
-        """GPUs of the giver's node with room, a free slot and no replica of the expert; the most room first."""
-        holders = {replica.gpu for replica in self.replicas if replica.expert == expert}
+        """GPUs of the giver's node with room and a slot for a replica, and none of the expert; the most room first."""
+        holders = {gpu for one, gpu, _ in self.replicas if one == expert}
         node = self.step.node
-        takers = [
-            gpu
-            for gpu in range(len(node))
-            if node[gpu] == node[giver] and self.room[gpu] > 0 < self.free[gpu] and gpu not in holders
-        ]
+        takers = [gpu for gpu in range(len(node)) if node[gpu] == node[giver] and self.free[gpu] and gpu not in holders]
+        takers = [gpu for gpu in takers if self._down(self.room[gpu]) >= self.step.least]
         return sorted(takers, key=lambda gpu: (-self.room[gpu], gpu))
+
+    def _up(self, surplus: int) -> int:
+        return max(self.step.least, -(-surplus // self.step.tile) * self.step.tile)
+
+    def _down(self, tokens: int) -> int:
+        return tokens // self.step.tile * self.step.tile
 
     def _give(self, expert: int, giver: int, taker: int, part: int) -> None:
         self.room[taker] -= part
         self.room[giver] += part
         self.left[expert] -= part
         self.free[taker] -= 1
-        self.replicas.append(Replica(expert, taker, part))
+        self.replicas.append((expert, taker, part))
 
 
 def _chosen(rooms: list[int], need: int, little: int) -> tuple[int, ...]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,7 +17,8 @@ from distplb.core.counts import Counts, as_counts, as_integers
 from distplb.core.topology import Topology
 from distplb.errors import DistplbError
 from distplb.splitting.engines import engine_named
-from distplb.splitting.split_value import EMPTY, Split
+from distplb.splitting.reference import EMPTY, Array
+from distplb.splitting.split_value import Split
 
 __all__ = ["level_of", "split"]
 
@@ -30,6 +32,8 @@ def split(
     topology: Topology,
     replica_slots: int = 2,
     tolerance: float = 0.005,
+    min_quota: int = 1,
+    tile: int = 1,
     engine: str | None = None,
 ) -> Split:
     """Lend GPUs replicas of hot experts, as few as bring every GPU to within the tolerance of the mean.
@@ -47,6 +51,8 @@ def split(
         topology: nodes and GPUs.
         replica_slots: R.
         tolerance: of the busiest GPU above the mean, as a fraction.
+        min_quota: the fewest tokens that are worth a replica.
+        tile: the tokens that a matrix product takes at a time; those of a replica are a multiple of it.
         engine: "reference" or "cpu"; None for the faster one that is available. They agree exactly.
 
     Raises:
@@ -65,22 +71,22 @@ def split(
         )
     home_gpu = _homes(home, *tokens.shape)
     slots = whole_number("replica_slots", replica_slots, minimum=0)
-    total, node = tokens.sum(0), [gpu // topology.gpus_per_node for gpu in range(topology.num_gpus)]
-    level = level_of(total, home_gpu, topology, _scaled(tolerance))
-    found = engine_named(engine).replicas(total.tolist(), home_gpu.tolist(), node, slots, level)
-    quota = torch.zeros(len(total), topology.num_gpus, dtype=torch.int64, device="cpu")
-    quota[torch.arange(len(total), device="cpu"), home_gpu] = total
-    replica = torch.full((topology.num_gpus, slots), EMPTY, dtype=torch.int64, device="cpu")
-    used = [0] * topology.num_gpus
-    for expert, gpu, part in sorted(found):
-        quota[expert, gpu] = part
-        quota[expert, home_gpu[expert]] -= part
-        replica[gpu, used[gpu]] = expert
-        used[gpu] += 1
-    return Split(tokens, home_gpu, quota, replica)
+    least, tile = (whole_number(name, value, minimum=1) for name, value in (("min_quota", min_quota), ("tile", tile)))
+    total, owner = tokens.numpy().sum(0), home_gpu.numpy()
+    level = level_of(total, owner, topology, _scaled(tolerance))
+    node = np.arange(topology.num_gpus) // topology.gpus_per_node
+    expert, part = engine_named(engine).replicas(total, owner, node, slots, level, least, tile)
+    quota = np.zeros((len(total), topology.num_gpus), np.int64)
+    gpu, slot = (expert != EMPTY).nonzero()
+    lent = expert[gpu, slot]
+    at_home = total.copy()
+    np.subtract.at(at_home, lent, part[gpu, slot])
+    quota[np.arange(len(total)), owner] = at_home
+    quota[lent, gpu] = part[gpu, slot]
+    return Split(tokens, home_gpu, torch.from_numpy(quota), torch.from_numpy(expert))
 
 
-def level_of(total: Tensor, home: Tensor, topology: Topology, tolerance: int) -> int:
+def level_of(total: Array, home: Array, topology: Topology, tolerance: int) -> int:
     """Tokens that no GPU should exceed: step (0) of `reference`.
 
     Args:
@@ -89,10 +95,10 @@ def level_of(total: Tensor, home: Tensor, topology: Topology, tolerance: int) ->
         topology: nodes and GPUs.
         tolerance: in units of 2^-20.
     """
-    of_node = torch.zeros(topology.num_nodes, dtype=torch.int64, device="cpu")
-    of_node.index_add_(0, home // topology.gpus_per_node, total)
+    of_node = np.zeros(topology.num_nodes, np.int64)
+    np.add.at(of_node, home // topology.gpus_per_node, total)
     everything, num_gpus = int(total.sum()), topology.num_gpus
-    busiest_node = -(-int(of_node.amax()) // topology.gpus_per_node)
+    busiest_node = -(-int(of_node.max()) // topology.gpus_per_node)
     return max(busiest_node, -(-everything // num_gpus), everything * (_SCALE + tolerance) // (num_gpus * _SCALE))
 
 

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from distplb.core.arguments import refuse_wrong_types
 from distplb.errors import DistplbError
+from distplb.splitting.reference import EMPTY
 
-__all__ = ["EMPTY", "Split"]
-
-EMPTY = -1  # a replica slot without an expert
+__all__ = ["Split"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,8 +49,10 @@ class Split:
 
     def __post_init__(self) -> None:
         self._check_shapes()
-        self._check_quotas()
-        self._check_replicas()
+        if not self._is_legal():
+            self._refuse_quotas()
+            self._refuse_replicas()
+            raise AssertionError("a split that is not legal was not refused")
 
     @property
     def load(self) -> Tensor:
@@ -93,17 +95,37 @@ class Split:
                 for letter, size in zip(dims, value.shape, strict=True):
                     sizes.setdefault(letter, size)
             expected = [sizes.get(letter, letter) for letter in dims]
-            if value.dtype != torch.int64 or list(value.shape) != expected:
+            if value.dtype != torch.int64 or list(value.shape) != expected or not value.is_cpu:
                 shape = ", ".join(map(str, expected))
                 raise DistplbError(
-                    f"Split: {name} is {value.dtype} of shape {list(value.shape)}; pass int64 of shape [{shape}]"
+                    f"Split: {name} is {value.dtype} of shape {list(value.shape)} on {value.device}; pass int64 of "
+                    f"shape [{shape}] on the CPU"
                 )
         if not sizes["M"] or not sizes["E"]:
             raise DistplbError(
                 f"Split: counts has shape {list(self.counts.shape)}; pass at least one GPU and one expert"
             )
 
-    def _check_quotas(self) -> None:
+    def _is_legal(self) -> bool:
+        """Whether nothing is to be refused; in NumPy, because this runs in every step."""
+        counts, home, quota, replica = (each.numpy() for each in (self.counts, self.home, self.quota, self.replica))
+        num_gpus, num_experts = counts.shape
+        if home.min() < 0 or home.max() >= num_gpus or counts.min() < 0 or quota.min() < 0:
+            return False
+        gpu, slot = np.nonzero(replica != EMPTY)
+        expert = replica[gpu, slot]
+        if len(expert) and (expert.min() < 0 or expert.max() >= num_experts):
+            return False
+        held = quota[expert, gpu]
+        elsewhere = quota.sum(1)
+        if (held == 0).any() or (counts.sum(0) != elsewhere).any() or (home[expert] == gpu).any():
+            return False
+        # Of each expert, the quotas at home and on replicas are all there are; one counted twice would exceed them.
+        elsewhere -= quota[np.arange(num_experts), home]
+        np.subtract.at(elsewhere, expert, held)
+        return not elsewhere.any() and len(np.unique(expert * num_gpus + gpu)) == len(expert)
+
+    def _refuse_quotas(self) -> None:
         num_gpus = len(self.counts)
         if (self.home.lt(0) | self.home.ge(num_gpus)).any():
             raise DistplbError(f"Split: home is {self.home.tolist()}; pass a GPU in [0, {num_gpus}) for each expert")
@@ -117,7 +139,7 @@ class Split:
                 f"{int(routed[expert])}; pass quotas of all its tokens"
             )
 
-    def _check_replicas(self) -> None:
+    def _refuse_replicas(self) -> None:
         gpu, slot = self.replica.ne(EMPTY).nonzero(as_tuple=True)
         expert, num_experts = self.replica[gpu, slot], len(self.home)
         for wrong in expert[expert.lt(0) | expert.ge(num_experts)].tolist():

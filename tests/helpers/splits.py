@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import torch
 
-from distplb.splitting.split_value import EMPTY, Split
+from distplb.splitting.reference import EMPTY
+from distplb.splitting.split_value import Split
 
 __all__ = ["random_split"]
 

@@ -9,7 +9,8 @@ import torch
 from splits import random_split
 
 from distplb import DistplbError
-from distplb.splitting.split_value import EMPTY, Split
+from distplb.splitting.reference import EMPTY
+from distplb.splitting.split_value import Split
 
 GOOD = {
     "counts": torch.tensor([[6, 1, 0], [4, 1, 0]]),
@@ -19,12 +20,15 @@ GOOD = {
 }
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "a list": ({"home": [0, 1, 1]}, "Split: home is a list; pass a tensor of int64"),
-    "int32": ({"home": torch.tensor([0, 1, 1], dtype=torch.int32)}, "home is torch.int32 of shape [3]; pass int64 of"),
+    "int32": (
+        {"home": torch.tensor([0, 1, 1], dtype=torch.int32)},
+        "home is torch.int32 of shape [3] on cpu; pass int64 of",
+    ),
     "transposed": (
         {"quota": torch.zeros(2, 3).long()},
-        "quota is torch.int64 of shape [2, 3]; pass int64 of shape [3, 2]",
+        "quota is torch.int64 of shape [2, 3] on cpu; pass int64 of shape [3, 2] on the",
     ),
-    "no slots dim": ({"replica": torch.tensor([EMPTY, 0])}, "shape [2]; pass int64 of shape [2, R]"),
+    "no slots dim": ({"replica": torch.tensor([EMPTY, 0])}, "shape [2] on cpu; pass int64 of shape [2, R]"),
     "no experts": (
         {"counts": torch.zeros(2, 0).long(), "home": torch.zeros(0).long(), "quota": torch.zeros(0, 2).long()},
         "counts has shape [2, 0]; pass at least one GPU and one expert",
@@ -85,3 +89,24 @@ def test_random_splits_are_accepted_and_count_their_pushes() -> None:
         split = random_split(4, seed)
         assert split.pushes.sum() == split.num_replicas
         assert not split.pushes.diagonal().any()
+
+
+def test_what_is_not_legal_is_refused_in_words_and_nothing_else_is() -> None:
+    """The fast check and the one that explains agree, on splits with one value changed."""
+    outcomes = set()
+    for seed in range(400):
+        split = random_split(3, seed)
+        generator = torch.Generator().manual_seed(seed)
+        values = {name: getattr(split, name).clone() for name in ("counts", "home", "quota", "replica")}
+        changed = values[("counts", "home", "quota", "replica")[seed % 4]].view(-1)
+        place = int(torch.randint(len(changed), (), generator=generator))
+        changed[place] += int(torch.randint(-2, 3, (), generator=generator))
+        try:
+            Split(**values)
+        except DistplbError:
+            outcomes.add("refused")
+        else:
+            outcomes.add("legal")
+            held = values["replica"].ne(EMPTY)
+            assert values["quota"].gt(0).sum() <= len(values["home"]) + held.sum()
+    assert outcomes == {"refused", "legal"}
