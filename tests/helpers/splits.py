@@ -1,16 +1,20 @@
-"""Random splits, legal but not good ones.
+"""Random splits, the best of all splits of small cases, and power laws.
 
 Shapes: E experts, M GPUs, R replica slots.
 """
 
 from __future__ import annotations
 
+import itertools
+from typing import Any
+
+import numpy as np
 import torch
 
-from distplb.splitting.reference import EMPTY
+from distplb.splitting.reference import EMPTY, Array
 from distplb.splitting.split_value import Split
 
-__all__ = ["random_split"]
+__all__ = ["best_of_all", "power_law", "random_split"]
 
 
 def random_split(num_gpus: int, seed: int, *, experts_per_gpu: int = 2, slots: int = 2, tokens: int = 1000) -> Split:
@@ -35,3 +39,53 @@ def random_split(num_gpus: int, seed: int, *, experts_per_gpu: int = 2, slots: i
             quota[expert, gpu] += part
             quota[expert, home[expert]] -= part
     return Split(counts, home, quota, replica)
+
+
+def best_of_all(tokens: Array, home: Array, num_gpus: int, slots: int) -> dict[int, int]:
+    """The lowest level that each number of replicas can reach, over all placements of replicas on one node.
+
+    Args:
+        tokens: `[E]`, the tokens of each expert.
+        home: `[E]`, the GPU that owns each expert.
+        num_gpus: M.
+        slots: R.
+    """
+    experts, owner, counts = range(len(home)), home.tolist(), tokens.tolist()
+    options = [
+        [chosen for size in range(slots + 1) for chosen in itertools.combinations(away, size)]
+        for away in ([expert for expert in experts if owner[expert] != gpu] for gpu in range(num_gpus))
+    ]
+    best: dict[int, int] = {}
+    for placed in itertools.product(*options):
+        holders = [1 << gpu for gpu in owner]
+        for gpu, chosen in enumerate(placed):
+            for expert in chosen:
+                holders[expert] |= 1 << gpu
+        number = sum(map(len, placed))
+        best[number] = min(best.get(number, 1 << 62), _lowest_level(counts, holders, num_gpus))
+    return best
+
+
+def _lowest_level(tokens: list[int], holders: list[int], num_gpus: int) -> int:
+    """The busiest GPU of the best quotas: tokens that only some GPUs can compute, over these GPUs (Hall's theorem).
+
+    Args:
+        tokens: of each expert.
+        holders: of each expert, the GPUs that hold it, as bits.
+    """
+    return max(
+        -(-sum(count for count, held in zip(tokens, holders, strict=True) if held & ~gpus == 0) // gpus.bit_count())
+        for gpus in range(1, 1 << num_gpus)
+    )
+
+
+def power_law(imbalance: float, seed: int) -> Any:
+    """Tokens of 256 experts whose popularity falls as a power of their rank, so that 64 GPUs have this imbalance."""
+    random = np.random.default_rng(seed)
+    order, rank = random.permutation(256), np.arange(1.0, 257.0)
+    low, high = 0.0, 5.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        popularity = (rank**-middle / (rank**-middle).sum())[order]
+        low, high = (middle, high) if popularity.reshape(64, 4).sum(1).max() * 64 < imbalance else (low, middle)
+    return random.multinomial(64 * 8192 * 8, popularity)

@@ -5,12 +5,12 @@ Shapes: E experts, M GPUs, N nodes, R replica slots on each GPU.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from splits import best_of_all, power_law
 
 from distplb import Topology
 from distplb.splitting import cpu, reference
@@ -145,37 +145,6 @@ def check(one: Case) -> None:
 # --- how good it is, against all splits ----------------------------------------------------------------------------
 
 
-def lowest_level(tokens: list[int], holders: list[int], num_gpus: int) -> int:
-    """The busiest GPU of the best quotas: tokens that only some GPUs can compute, over these GPUs (Hall's theorem).
-
-    Args:
-        tokens: of each expert.
-        holders: of each expert, the GPUs that hold it, as bits.
-    """
-    return max(
-        -(-sum(count for count, held in zip(tokens, holders, strict=True) if held & ~gpus == 0) // gpus.bit_count())
-        for gpus in range(1, 1 << num_gpus)
-    )
-
-
-def best_of_all(one: Case) -> dict[int, int]:
-    """The lowest level that each number of replicas can reach, over all placements of replicas."""
-    num_gpus, experts = len(one["node"]), range(len(one["home"]))
-    options = [
-        [chosen for size in range(one["slots"] + 1) for chosen in itertools.combinations(away, size)]
-        for away in ([expert for expert in experts if one["home"][expert] != gpu] for gpu in range(num_gpus))
-    ]
-    best: dict[int, int] = {}
-    for placed in itertools.product(*options):
-        holders = [1 << gpu for gpu in one["home"].tolist()]
-        for gpu, chosen in enumerate(placed):
-            for expert in chosen:
-                holders[expert] |= 1 << gpu
-        number = sum(map(len, placed))
-        best[number] = min(best.get(number, 1 << 62), lowest_level(one["tokens"].tolist(), holders, num_gpus))
-    return best
-
-
 def small(seed: int) -> Case:
     random = np.random.default_rng(seed)
     num_gpus = int(random.integers(2, 5))
@@ -190,7 +159,7 @@ def test_small_splits_are_as_even_as_any_and_use_as_few_replicas() -> None:
     higher, more, number = 0, 0, 120
     for seed in range(number):
         one = small(seed)
-        replicas, best = decided(one), best_of_all(one)
+        replicas, best = decided(one), best_of_all(one["tokens"], one["home"], len(one["node"]), one["slots"])
         reached = max(one["level"], max(loads(one, replicas)))
         lowest = max(one["level"], min(best.values()))
         assert reached >= lowest
@@ -210,15 +179,3 @@ def test_power_laws_on_64_gpus_need_few_replicas(imbalance: float, most: int) ->
         assert max(loads(one, replicas)) <= one["level"]
         counts.append(len(replicas))
     assert np.median(counts) <= most
-
-
-def power_law(imbalance: float, seed: int) -> Any:
-    """Tokens of 256 experts whose popularity falls as a power of their rank, so that 64 GPUs have this imbalance."""
-    random = np.random.default_rng(seed)
-    order, rank = random.permutation(256), np.arange(1.0, 257.0)
-    low, high = 0.0, 5.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        popularity = (rank**-middle / (rank**-middle).sum())[order]
-        low, high = (middle, high) if popularity.reshape(64, 4).sum(1).max() * 64 < imbalance else (low, middle)
-    return random.multinomial(64 * 8192 * 8, popularity)
