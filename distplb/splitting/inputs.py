@@ -1,0 +1,46 @@
+"""The counts and homes of one step, checked at the door.
+
+Shapes: E experts, M GPUs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from distplb.core.arguments import refuse_wrong_types
+from distplb.core.counts import Counts, as_counts, as_integers
+from distplb.core.topology import Topology
+from distplb.errors import DistplbError
+
+__all__ = ["checked_step"]
+
+
+def checked_step(counts: Counts, home: Any, topology: Topology) -> tuple[Tensor, Tensor]:
+    """`[M, E]` int64 counts and `[E]` int64 homes, on the CPU.
+
+    >>> checked_step([[6, 1], [4, 1]], [0, 1], Topology(num_nodes=1, gpus_per_node=2))
+    (tensor([[6, 1],
+            [4, 1]]), tensor([0, 1]))
+
+    Args:
+        counts: `[M, E]`, the tokens that each GPU's router sends to each expert, in any exact type.
+        home: `[E]`, the GPU that owns each expert.
+        topology: nodes and GPUs.
+
+    Raises:
+        DistplbError: for counts, homes or a topology that do not fit.
+    """
+    refuse_wrong_types({"topology": (topology, (Topology,), "a Topology, such as Topology.from_env()")})
+    tokens = as_counts("counts", counts, ("GPU", "expert")).cpu()
+    if tokens.dim() != 2 or 0 in tokens.shape or len(tokens) != topology.num_gpus:
+        raise DistplbError(
+            f"counts has shape {list(tokens.shape)}; pass [GPUs, experts] with the topology's {topology.num_gpus} GPUs"
+        )
+    homes, (num_gpus, num_experts) = as_integers("home", home, "the GPU of each expert").cpu(), tokens.shape
+    if list(homes.shape) != [num_experts]:
+        raise DistplbError(f"home has shape {list(homes.shape)}; pass the GPU of each of {num_experts} experts")
+    if (homes.lt(0) | homes.ge(num_gpus)).any():
+        raise DistplbError(f"home has GPUs {int(homes.amin())} to {int(homes.amax())}; pass GPUs in [0, {num_gpus})")
+    return tokens, homes
