@@ -109,15 +109,15 @@ def _is_excluded(tokens: Tensor, home: Tensor, num_gpus: int, slots: int, level:
     """Whether (b) is violated for some t, so that no split of the node keeps the level."""
     num_slots = min(slots, len(tokens))  # more are of no use
     gpu, piece = _pieces(tokens, home, level)  # [K] each
-    size, nth = piece.unique(return_inverse=True)  # [Q], the values of t and u, and [K]
-    within = torch.zeros(len(size), num_gpus, dtype=torch.float64, device="cpu")  # [Q, D], sums of min(p, u)
-    within.index_add_(1, gpu, torch.minimum(size[:, None], piece).double())
-    over = within - level
-    at_size = over / size[:, None] + num_slots  # [Q, D], with u = t
-    at_piece = (over[nth, gpu] + num_slots * size[:, None]) / piece  # [Q, K], with u = a piece
-    at_piece.masked_fill_(piece < size[:, None], 0)
-    best = at_size.clamp_(min=0).scatter_reduce_(1, gpu.expand_as(at_piece), at_piece, "amax")  # [Q, D]
-    return bool((best.sum(1) > num_gpus * num_slots * (1 + _SAFE)).any())
+    size, nth = piece.double().unique(return_inverse=True)  # [Q], the values of t and u, and [K]
+    own = size[nth, None]  # [K, 1]
+    within = torch.zeros(num_gpus, len(size), dtype=torch.float64, device="cpu")  # [D, Q], sums of min(p, u)
+    over = within.index_add_(0, gpu, torch.minimum(own, size)) - level
+    best = (over / size + num_slots).clamp_(min=0)  # [D, Q], with u = t
+    at_piece = (over[gpu, nth, None] + num_slots * size) / own  # [K, Q], with u = a piece
+    at_piece.masked_fill_(own < size, 0)
+    best.scatter_reduce_(0, gpu[:, None].expand_as(at_piece), at_piece, "amax")
+    return bool((best.sum(0) > num_gpus * num_slots * (1 + _SAFE)).any())
 
 
 def _pieces(tokens: Tensor, home: Tensor, level: int) -> tuple[Tensor, Tensor]:
