@@ -17,7 +17,7 @@ at least min(β x, t) is paid for each part x of the expert, and no part exceeds
 in x, no parts add up to less than the pieces. All pieces together cost no more than what the GPUs pay at most.
 
 For example, β = 1 everywhere gives the mean of the node. β = 1 on a set of GPUs and 0 elsewhere gives a cut: the set
-computes its experts' tokens except for the largest pieces, one for each replica slot outside the set. R = 0 gives the
+computes at least its experts' tokens without the largest pieces, one for each slot outside. R = 0 gives the
 load of each GPU, which is exact. No step assumes that a GPU which gives tokens away takes none.
 
 **Which prices to try.** A GPU's term is concave and piecewise linear in β, so it is largest at β = 0 or at β = t / u,
