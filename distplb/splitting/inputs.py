@@ -7,14 +7,17 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from distplb.core.arguments import refuse_wrong_types
+from distplb.core.arguments import refuse_wrong_types, whole_number
 from distplb.core.counts import Counts, as_counts, as_integers
 from distplb.core.topology import Topology
 from distplb.errors import DistplbError
 
-__all__ = ["checked_step"]
+__all__ = ["checked_slots", "checked_step"]
+
+_MOST_TOKENS = 1 << 56  # of one step, so that sums of a few of them fit into an int64
 
 
 def checked_step(counts: Counts, home: Any, topology: Topology) -> tuple[Tensor, Tensor]:
@@ -38,9 +41,28 @@ def checked_step(counts: Counts, home: Any, topology: Topology) -> tuple[Tensor,
         raise DistplbError(
             f"counts has shape {list(tokens.shape)}; pass [GPUs, experts] with the topology's {topology.num_gpus} GPUs"
         )
+    total = float(tokens.sum(dtype=torch.float64))
+    if total >= _MOST_TOKENS:
+        raise DistplbError(f"counts add up to {total:.3g} tokens; pass those of one step, fewer than 2^56")
     homes, (num_gpus, num_experts) = as_integers("home", home, "the GPU of each expert").cpu(), tokens.shape
     if list(homes.shape) != [num_experts]:
         raise DistplbError(f"home has shape {list(homes.shape)}; pass the GPU of each of {num_experts} experts")
     if (homes.lt(0) | homes.ge(num_gpus)).any():
         raise DistplbError(f"home has GPUs {int(homes.amin())} to {int(homes.amax())}; pass GPUs in [0, {num_gpus})")
     return tokens, homes
+
+
+def checked_slots(replica_slots: int, num_experts: int) -> int:
+    """R, from 0 to one replica of each expert.
+
+    >>> checked_slots(2, num_experts=64)
+    2
+
+    Raises:
+        DistplbError: if it is not an integer in that range.
+    """
+    expected = f"an integer of at least 0, and at most the {num_experts} experts"
+    slots = whole_number("replica_slots", replica_slots, minimum=0, expected=expected)
+    if slots > num_experts:
+        raise DistplbError(f"replica_slots is {slots}; pass {expected}")
+    return slots

@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from distplb.core.arguments import plain, refuse_wrong_types, shown, whole_number
-from distplb.core.counts import Counts, as_counts, as_integers
+from distplb.core.counts import Counts
 from distplb.core.topology import Topology
 from distplb.errors import DistplbError
 from distplb.splitting.engines import engine_named
+from distplb.splitting.inputs import checked_slots, checked_step
 from distplb.splitting.reference import EMPTY, Array
 from distplb.splitting.split_value import Split
 
@@ -58,19 +58,9 @@ def split(
     Raises:
         DistplbError: for counts, homes or options that do not fit.
     """
-    refuse_wrong_types(
-        {
-            "topology": (topology, (Topology,), "a Topology, such as Topology.from_env()"),
-            "engine": (engine, (str, None), "the name of an engine, or None for the fastest"),
-        }
-    )
-    tokens = as_counts("counts", counts, ("GPU", "expert")).cpu()
-    if tokens.dim() != 2 or 0 in tokens.shape or len(tokens) != topology.num_gpus:
-        raise DistplbError(
-            f"counts has shape {list(tokens.shape)}; pass [GPUs, experts] with the topology's {topology.num_gpus} GPUs"
-        )
-    home_gpu = _homes(home, *tokens.shape)
-    slots = whole_number("replica_slots", replica_slots, minimum=0)
+    refuse_wrong_types({"engine": (engine, (str, None), "the name of an engine, or None for the fastest")})
+    tokens, home_gpu = checked_step(counts, home, topology)
+    slots = checked_slots(replica_slots, len(home_gpu))
     least, tile = (whole_number(name, value, minimum=1) for name, value in (("min_quota", min_quota), ("tile", tile)))
     total, owner = tokens.numpy().sum(0), home_gpu.numpy()
     level = level_of(total, owner, topology, _scaled(tolerance))
@@ -100,15 +90,6 @@ def level_of(total: Array, home: Array, topology: Topology, tolerance: int) -> i
     everything, num_gpus = int(total.sum()), topology.num_gpus
     busiest_node = -(-int(of_node.max()) // topology.gpus_per_node)
     return max(busiest_node, -(-everything // num_gpus), everything * (_SCALE + tolerance) // (num_gpus * _SCALE))
-
-
-def _homes(home: Any, num_gpus: int, num_experts: int) -> Tensor:
-    homes = as_integers("home", home, "the GPU of each expert").cpu()
-    if list(homes.shape) != [num_experts]:
-        raise DistplbError(f"home has shape {list(homes.shape)}; pass the GPU of each of {num_experts} experts")
-    if (homes.lt(0) | homes.ge(num_gpus)).any():
-        raise DistplbError(f"home has GPUs {int(homes.amin())} to {int(homes.amax())}; pass GPUs in [0, {num_gpus})")
-    return homes
 
 
 def _scaled(tolerance: float) -> int:
