@@ -16,7 +16,6 @@ Shapes: E experts, M GPUs, R replica slots on each GPU.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -39,7 +38,7 @@ __all__ = [
     "quotas_of",
     "shared_by_flow",
     "shared_evenly",
-    "threshold_kernel",
+    "threshold_replicas",
     "threshold_search",
     "whole_receivers",
 ]
@@ -110,16 +109,16 @@ def threshold_search(tokens: Ints, cluster: Cluster, *, lowest: int, gap: int) -
         lowest: the first threshold, which need not be exceeded.
         gap: the search ends when it knows the threshold to within this number of tokens.
     """
-    replica = np.empty((cluster.num_gpus, cluster.slots), np.int64)
-    part = np.empty_like(replica)
-    threshold_kernel()(tokens, cluster.home, cluster.node, cluster.slots, lowest, gap, replica, part)
+    replica, part = threshold_replicas(tokens, cluster.home, cluster.node, cluster.slots, lowest, gap)
     return quotas_of(tokens, cluster, replica, part)
 
 
-def threshold_kernel() -> Callable[..., None]:
-    """Return `cpu_threshold.search`; its machine code is kept where that of distplb is."""
-    search: Callable[..., None] = compiled_module(_KERNELS).search
-    return search
+def threshold_replicas(tokens: Ints, home: Ints, node: Ints, slots: int, lowest: int, gap: int) -> tuple[Ints, Ints]:
+    """`cpu_threshold.search` called like `distplb.splitting.cpu.replicas`: experts and tokens of slots `[M, R]`."""
+    replica = np.empty((len(node), slots), np.int64)
+    part = np.empty_like(replica)
+    compiled_module(_KERNELS).search(tokens, home, node, slots, lowest, gap, replica, part)
+    return replica, part
 
 
 def whole_receivers(tokens: Ints, cluster: Cluster) -> Ints:

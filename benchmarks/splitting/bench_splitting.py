@@ -11,6 +11,7 @@ import argparse
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 
@@ -24,10 +25,9 @@ from benchmarks.splitting import baselines
 from benchmarks.splitting.baselines import Cluster
 from benchmarks.splitting.loads import WORKLOADS, Size, Step, log_normal, power_law, recorded, workload
 from distplb import Topology
-from distplb.core.machine_code import compiled_module
 from distplb.splitting import cpu
 from distplb.splitting.routes import routes
-from distplb.splitting.split import level_of, split
+from distplb.splitting.split import split
 from distplb.splitting.split_value import EMPTY, Split
 
 Ints = NDArray[np.int64]
@@ -36,7 +36,7 @@ DISTPLB, NO_REPLICAS = "distplb", "no replicas"
 THRESHOLD, THRESHOLD_FIRST = "threshold search to 1 %", "threshold search, distplb's level first"
 WHOLE, LONGEST = "whole receivers", "longest first above 1.1"
 EVENLY, FLOW = "EPLB of the step before, shared evenly", "EPLB of the step before, shared by the optimal flow"
-TOLERANCE, UNITS = 0.005, 1 << 20  # distplb's default, and the units in which `level_of` takes it
+TOLERANCE = Fraction(round(0.005 * 2**20), 2**20)  # distplb's default, rounded as `split` does
 GAP = 100  # the threshold search to 1 % ends when it knows the threshold to within mean / GAP
 REPEATS = 7  # of every timed call; the fastest counts
 SIZE, LARGE = Size(), Size(gpus=128, experts=512)
@@ -45,23 +45,24 @@ RECORDED_GPUS, RECORDED_SIZES = (8, 16, 32, 64), (8, 32)
 MOST_REPLICAS = {1.1: 31, 1.5: 40, 2.0: 44, 3.0: 46}  # with R = 2, by the imbalance of the power law
 MOST_IMBALANCE = {1: {1.1: 1.010, 1.5: 1.013, 2.0: 1.015, 3.0: 1.019}, 2: dict.fromkeys(IMBALANCES, 1.005)}  # by R
 MOST_RECORDED = 1.008
-MOST_MICROSECONDS = {"kernel": 50, "public call": 100}
+MOST_MICROSECONDS = {"decision": 50, "public call": 100}
 TEXT = (
     "Figures are medians over steps, with quartiles in brackets, of one run. Imbalance is the busiest GPU / the mean; "
     "`bound` is ceil(mean of the busiest node) / the mean, which no split whose replicas stay inside nodes can beat. "
     "Sends and receives are replicas, of the GPU that sends or receives most: a method that ignores R shows there how "
-    "many slots it takes. Replicas without tokens are not counted. Tokens between GPUs and between nodes are shares of "
-    "all tokens, routed by distplb.splitting.routes for every method. µs is the time of a compiled kernel, fastest of "
-    f"{REPEATS} calls on one core of a machine that others use at the same time; methods without a time are in NumPy. "
-    "The methods are written from their published descriptions (benchmarks/splitting/baselines.py); they are not those "
-    "systems' programs. The threshold search runs twice: to within 1 % of the lowest threshold, and with the level "
-    "that distplb aims at as its first threshold. Homes are contiguous; only EPLB moves them, and puts an expert's copies "
-    "on any GPUs of its node. It plans from another draw of the same layer (recorded), from another draw of the same "
-    "popularities (power laws, log-normal), or from the step before (workloads); the first two are the best that a "
-    "window can tell it. Its replicas lie in their slots from one plan to the next, and its moves of homes are not "
-    "counted; the replicas of all others are sent in every step. Recorded steps are sums of random sequences of "
-    "DeepSeek-V2-Lite, counts times 16, tokens dealt to random sources, so they say nothing about tokens that could "
-    "stay on their GPU. Left out: the same table by prices of an H100 host, because `split` takes no prices yet."
+    "many slots it takes. Replicas without tokens are not counted. Tokens between GPUs and between nodes are shares "
+    "of all tokens, routed by distplb.splitting.routes for every method. µs is the time of a compiled decision, "
+    f"fastest of {REPEATS} calls on one core of a machine that others use at the same time; methods without a time are "
+    "in NumPy. The methods are written from their published descriptions (benchmarks/splitting/baselines.py); they "
+    "are not those systems' programs. The threshold search runs twice: to within 1 % of the lowest threshold, and "
+    "with the level that distplb aims at as its first threshold. Homes are contiguous; only EPLB moves them, and puts "
+    "an expert's copies on any GPUs of its node. It plans from another draw of the same layer (recorded), from "
+    "another draw of the same popularities (power laws, log-normal), or from the step before (workloads); the first "
+    "two are the best that a window can tell it. Its replicas lie in their slots from one plan to the next, and its "
+    "moves of homes are not counted; the replicas of all others are sent in every step. Recorded steps are sums of "
+    "random sequences of DeepSeek-V2-Lite, counts times 16, tokens dealt to random sources, so they say nothing about "
+    "tokens that could stay on their GPU. Left out: the same table by prices of an H100 host, because `split` takes "
+    "no prices yet."
 )
 
 
@@ -232,9 +233,8 @@ def measured(case: Case) -> Result:
 
 
 def level(case: Case, tokens: Ints) -> int:
-    """The tokens that distplb lets no GPU exceed if R slots suffice."""
-    home = torch.from_numpy(case.cluster.home)
-    return level_of(torch.from_numpy(tokens), home, case.topology, round(TOLERANCE * UNITS))
+    """The tokens that distplb lets no GPU exceed if R slots suffice: the tolerance above the mean, or the bound."""
+    return max(lowest_of(tokens, case), int(Fraction(int(tokens.sum()), case.topology.num_gpus) * (1 + TOLERANCE)))
 
 
 def gap_of(tokens: Ints, case: Case) -> int:
@@ -266,7 +266,6 @@ def splits(case: Case, step: Step) -> dict[str, Split]:
         cluster.home,
         topology=case.topology,
         replica_slots=case.slots,
-        tolerance=TOLERANCE,
         engine="cpu",
     )
     return (
@@ -308,20 +307,13 @@ def figures_of(case: Case, found: Split, microseconds: float | None) -> Figures:
 
 
 def times_of(case: Case, tokens: Ints) -> dict[str, float]:
-    """Microseconds of the compiled kernels on one step."""
-    cluster = case.cluster
-    arrays = (
-        np.empty((case.topology.num_gpus, case.slots), np.int64),
-        np.empty((case.topology.num_gpus, case.slots), int),
-    )
-    same = tokens, cluster.home, cluster.node, np.int64(case.slots)
-    own, search = compiled_module("distplb.splitting.cpu_split").place, baselines.threshold_kernel()
-    aim = np.int64(level(case, tokens))
-    gap, lowest = np.int64(gap_of(tokens, case)), np.int64(lowest_of(tokens, case))
+    """Microseconds of the compiled methods on one step, from tokens to replicas."""
+    same = tokens, case.cluster.home, case.cluster.node, case.slots
+    aim, lowest, gap = level(case, tokens), lowest_of(tokens, case), gap_of(tokens, case)
     return {
-        DISTPLB: fastest(lambda: own(*same, aim, *arrays)),
-        THRESHOLD: fastest(lambda: search(*same, lowest, gap, *arrays)),
-        THRESHOLD_FIRST: fastest(lambda: search(*same, aim, np.int64(1), *arrays)),
+        DISTPLB: fastest(partial(cpu.replicas, *same, aim)),
+        THRESHOLD: fastest(partial(baselines.threshold_replicas, *same, lowest, gap)),
+        THRESHOLD_FIRST: fastest(partial(baselines.threshold_replicas, *same, aim, 1)),
     }
 
 
@@ -338,27 +330,27 @@ def fastest(call: Callable[[], object]) -> float:
 
 @dataclass(frozen=True)
 class Times:
-    """Microseconds of each kernel and of the public call on power laws, as medians over steps."""
+    """Microseconds of each decision and of the public call on power laws, as medians over steps."""
 
     imbalance: float
     size: Size
-    kernel: dict[str, float]
+    decision: dict[str, float]
     public: float
 
 
 def timed_line(imbalance: float, size: Size, steps: int) -> Times:
-    """Time the kernels, and `split` with its checks, on a power law with R = 2."""
+    """Time the decisions, and `split` with its checks, on a power law with R = 2."""
     case = _made(_law(imbalance), partial(power_law, imbalance), size, steps=min(steps, 8))
-    kernel: dict[str, list[float]] = {}
+    decision: dict[str, list[float]] = {}
     public = []
     for step in case.steps():
         progress(f"time of {case.text}")
         for name, microseconds in times_of(case, step.counts.sum(0)).items():
-            kernel.setdefault(name, []).append(microseconds)
+            decision.setdefault(name, []).append(microseconds)
         counts, home = torch.from_numpy(step.counts), torch.from_numpy(case.cluster.home)
         public.append(fastest(partial(split, counts, home, topology=case.topology, engine="cpu")))
     return Times(
-        imbalance, size, {name: float(np.median(each)) for name, each in kernel.items()}, float(np.median(public))
+        imbalance, size, {name: float(np.median(each)) for name, each in decision.items()}, float(np.median(public))
     )
 
 
@@ -461,10 +453,10 @@ def targets(results: list[Result], times: list[Times]) -> str:
             lines.append([result.case.text, "worst imbalance", *reached])
     for each in times:
         if each.size.experts <= SIZE.experts:
-            ratio = each.kernel[DISTPLB] / each.kernel[THRESHOLD]
+            ratio = each.decision[DISTPLB] / each.decision[THRESHOLD]
             where = f"{_law(each.imbalance)}: {each.size.gpus} GPUs, {each.size.experts} experts, R = 2"
-            lines.append([where, f"kernel ÷ {THRESHOLD}", "≤ 1", f"{ratio:.2f}", verdict(ratio <= 1)])
-            for name, value in (("kernel", each.kernel[DISTPLB]), ("public call", each.public)):
+            lines.append([where, f"decision ÷ {THRESHOLD}", "≤ 1", f"{ratio:.2f}", verdict(ratio <= 1)])
+            for name, value in (("decision", each.decision[DISTPLB]), ("public call", each.public)):
                 limit = MOST_MICROSECONDS[name]
                 lines.append([where, f"{name}, µs", f"≤ {limit}", f"{value:.0f}", verdict(value <= limit)])
     return markdown(["load", "measure", "target", "reached", "verdict"], lines)
@@ -491,12 +483,12 @@ def comparison_lines(results: list[Result]) -> list[list[str]]:
 
 
 def time_table(times: list[Times]) -> str:
-    """Format the times of kernels and of the public call."""
+    """Format the times of decisions and of the public call."""
     names = (DISTPLB, THRESHOLD, THRESHOLD_FIRST)
     lines = [
         [
             f"{each.size.gpus} × {each.size.experts}, {_law(each.imbalance)}",
-            *(f"{each.kernel[name]:.0f}" for name in names),
+            *(f"{each.decision[name]:.0f}" for name in names),
             f"{each.public:.0f}",
         ]
         for each in times
