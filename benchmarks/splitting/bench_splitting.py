@@ -122,6 +122,10 @@ class Figures:
         """Whether it has lower imbalance with at most as many replicas."""
         return self.imbalance < other.imbalance and self.replicas <= other.replicas
 
+    def sends_less(self, other: Figures) -> bool:
+        """Whether its busiest GPU sends fewer replicas, at most as many replicas in all, at most as unevenly."""
+        return self.sends < other.sends and self.imbalance <= other.imbalance and self.replicas <= other.replicas
+
 
 @dataclass(frozen=True)
 class Result:
@@ -357,10 +361,11 @@ def timed_line(imbalance: float, size: Size, steps: int) -> Times:
 # --- text -------------------------------------------------------------------------------------------------------
 
 WHERE_BETTER = """\
-Steps in which another method has fewer replicas than distplb at equal or lower imbalance; steps in which it is more
-even with equally many or fewer replicas; and those of the latter in which distplb also misses the level that it aims
-at (0.5 % above the mean, or the mean of the busiest node). distplb stops at its level, so a method that goes on is
-often a little more even. Pairs of load and method without such steps are left out."""
+`fewer replicas`: steps in which another method has fewer replicas than distplb at equal or lower imbalance. `more even`:
+steps in which it is more even with at most as many replicas. distplb stops at its level, 0.5 % above the mean or the
+mean of the busiest node, so a method that goes on is often a little more even; `level missed` are those of these steps
+in which distplb does not reach its level. `fewer sends`: steps in which its busiest sender sends fewer replicas, at
+most as many replicas in all and at most as unevenly. Pairs of load and method without such steps are left out."""
 
 
 def spread(values: Sequence[float], digits: int) -> str:
@@ -422,9 +427,10 @@ def better(results: list[Result]) -> str:
             fewer = sum(one.beats(mine) for one, mine, _ in pairs)
             even = [(mine, aim) for one, mine, aim in pairs if one.is_more_even(mine)]
             missed = sum(mine.imbalance > aim for mine, aim in even)
-            if fewer or even:
-                lines.append([result.case.text, name, *map(str, (len(own), fewer, len(even), missed))])
-    head = ["load", "method", "steps", "fewer replicas", "more even", "and distplb misses its level"]
+            sends = sum(one.sends_less(mine) for one, mine, _ in pairs)
+            if fewer or even or sends:
+                lines.append([result.case.text, name, *map(str, (len(own), fewer, len(even), missed, sends))])
+    head = ["load", "method", "steps", "fewer replicas", "more even", "level missed", "fewer sends"]
     return markdown(head, lines) if lines else "None."
 
 

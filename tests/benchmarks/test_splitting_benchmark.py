@@ -185,17 +185,17 @@ def test_planned_copies_go_to_the_hottest_share_and_stay_on_their_node() -> None
 # --- text -------------------------------------------------------------------------------------------------------
 
 
-def figures(imbalance: float, replicas: int) -> object:
-    return bench.Figures(imbalance, 1.0, replicas, 1, 1, 0.5, 0.0, None)
+def figures(imbalance: float, replicas: int, sends: int = 2) -> object:
+    return bench.Figures(imbalance, 1.0, replicas, sends, 1, 0.5, 0.0, None)
 
 
 def test_better_methods_are_told() -> None:
     case = bench.Case("load", Topology(1, 2), 4, 1, lambda: iter(()))
-    own = [figures(1.004, 5), figures(1.010, 5), figures(1.004, 5), figures(1.004, 5)]
-    other = [figures(1.004, 4), figures(1.009, 5), figures(1.003, 5), figures(1.000, 9)]
-    told = bench.better([bench.Result(case, {bench.DISTPLB: own, "other": other}, [1.005] * 4)])
-    assert [cell.strip() for cell in told.splitlines()[2].split("|")[2:-1]] == ["other", "4", "1", "2", "1"]
-    assert bench.better([bench.Result(case, {bench.DISTPLB: own}, [1.005] * 4)]) == "None."
+    own = [figures(1.004, 5), figures(1.010, 5), figures(1.004, 5), figures(1.004, 5), figures(1.004, 5)]
+    other = [figures(1.004, 4), figures(1.009, 5), figures(1.003, 5), figures(1.000, 9), figures(1.004, 5, sends=1)]
+    told = bench.better([bench.Result(case, {bench.DISTPLB: own, "other": other}, [1.005] * 5)])
+    assert [cell.strip() for cell in told.splitlines()[2].split("|")[2:-1]] == ["other", "5", "1", "2", "1", "1"]
+    assert bench.better([bench.Result(case, {bench.DISTPLB: own}, [1.005] * 5)]) == "None."
 
 
 def test_tokens_that_cross_gpus_and_nodes() -> None:
