@@ -361,11 +361,12 @@ def timed_line(imbalance: float, size: Size, steps: int) -> Times:
 # --- text -------------------------------------------------------------------------------------------------------
 
 WHERE_BETTER = """\
-`fewer replicas`: steps in which another method has fewer replicas than distplb at equal or lower imbalance. `more even`:
-steps in which it is more even with at most as many replicas. distplb stops at its level, 0.5 % above the mean or the
-mean of the busiest node, so a method that goes on is often a little more even; `level missed` are those of these steps
-in which distplb does not reach its level. `fewer sends`: steps in which its busiest sender sends fewer replicas, at
-most as many replicas in all and at most as unevenly. Pairs of load and method without such steps are left out."""
+`fewer replicas`: steps in which another method has fewer replicas than distplb at equal or lower imbalance.
+`more even`: steps in which it is more even with at most as many replicas. distplb stops at its level, 0.5 % above
+the mean or the mean of the busiest node, so a method that goes on is often a little more even; `level missed` are
+those of these steps in which distplb does not reach its level. `fewer sends`: steps in which its busiest sender sends
+fewer replicas, at most as many replicas in all and at most as unevenly. Pairs of load and method without such
+steps are left out."""
 
 
 def spread(values: Sequence[float], digits: int) -> str:
