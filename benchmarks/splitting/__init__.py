@@ -1,0 +1,1 @@
+"""Benchmarks of splitting one step's tokens over replicas and GPUs."""
