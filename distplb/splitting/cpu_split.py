@@ -11,12 +11,12 @@ from numba import njit
 __all__ = ["place"]
 
 compiled = njit(cache=True, nogil=True, error_model="numpy")
-_SHARES = np.int64(4)
+_SHARES, _NONE = np.int64(4), np.int64(-1)
 
 
 @compiled
 def place(tokens, home, node, slots, level, least, tile, replica, part):
-    """Fill `replica [M, R]` (-1: empty) and `part [M, R]`, the tokens of each replica; step (7) around `_at`."""
+    """Fill `replica [M, R]` (-1: empty) and `part [M, R]`, the tokens of each replica; step (8) around `_at`."""
     num_gpus = len(node)
     load = np.zeros(num_gpus, np.int64)
     for expert in range(len(home)):
@@ -38,27 +38,36 @@ def place(tokens, home, node, slots, level, least, tile, replica, part):
 
 @compiled
 def _at(tokens, node, load, start, owned, slots, level, least, tile, replica, part):
-    """Steps (1) to (6): whether no GPU exceeds the level with the replicas written."""
-    if _place_at(tokens, node, load, start, owned, slots, level, least, tile, replica, part):
+    """Steps (1) to (7): whether no GPU exceeds the level with the replicas written."""
+    sent = _place_at(tokens, node, load, start, owned, slots, level, least, tile, replica, part)
+    other_replica, other_part = np.empty_like(replica), np.empty_like(part)
+    other = _pass_on_at(
+        tokens, node, load, start, owned, slots, level, least, tile, other_replica, other_part, np.bool_(False)
+    )
+    if other[0] >= 0 and (sent[0] < 0 or other < sent):
+        replica[:], part[:] = other_replica, other_part
         return True
-    return _relay_at(tokens, node, load, start, owned, slots, level, least, tile, replica, part)
+    if sent[0] >= 0:
+        return True
+    sent = _pass_on_at(tokens, node, load, start, owned, slots, level, least, tile, replica, part, np.bool_(True))
+    return sent[0] >= 0
 
 
 @compiled
-def _relay_at(tokens, node, load, start, owned, slots, level, least, tile, replica, part):
-    """Step (6)."""
+def _pass_on_at(tokens, node, load, start, owned, slots, level, least, tile, replica, part, is_relay):
+    """Step (6), or (7) with relays: replicas, and those of the busiest sender; -1 if a surplus is not placed."""
     num_gpus = len(node)
     replica[:] = -1
     part[:] = 0
     room, left, used = level - load, tokens.copy(), np.zeros(num_gpus, np.int64)
-    tried = np.zeros(len(tokens), np.bool_)
+    tried, sends = np.zeros(len(tokens), np.bool_), np.zeros(num_gpus, np.int64)
     while True:
         giver = 0
         for gpu in range(num_gpus):
             if room[gpu] < room[giver]:
                 giver = gpu
         if room[giver] >= 0:
-            return True
+            return used.sum(), sends.max()
         for nth in range(start[giver], start[giver + 1]):
             tried[owned[nth]] = False
         taker = -1
@@ -68,7 +77,7 @@ def _relay_at(tokens, node, load, start, owned, slots, level, least, tile, repli
                 if not tried[owned[nth]] and (expert < 0 or left[owned[nth]] > left[expert]):
                     expert = owned[nth]
             if expert < 0 or left[expert] // tile * tile < least:
-                return False
+                return _NONE, _NONE
             tried[expert] = True
             for gpu in range(num_gpus):
                 if node[gpu] != node[giver] or room[gpu] // tile * tile < least or used[gpu] == slots:
@@ -76,7 +85,7 @@ def _relay_at(tokens, node, load, start, owned, slots, level, least, tile, repli
                 if (taker < 0 or room[gpu] > room[taker]) and not _holds(replica, used, gpu, expert):
                     taker = gpu
         amount = min(left[expert], room[taker]) // tile * tile
-        if used[taker] < slots - 1:
+        if not is_relay or used[taker] < slots - 1:
             amount = min(amount, _up(-room[giver], least, tile))
         room[taker] -= amount
         room[giver] += amount
@@ -84,6 +93,7 @@ def _relay_at(tokens, node, load, start, owned, slots, level, least, tile, repli
         replica[taker, used[taker]] = expert
         part[taker, used[taker]] = amount
         used[taker] += 1
+        sends[giver] += 1
 
 
 @compiled
@@ -118,7 +128,7 @@ def _experts_by_gpu(home, num_gpus):
 
 @compiled
 def _place_at(tokens, node, load, start, owned, slots, level, least, tile, replica, part):
-    """Steps (1) to (5)."""
+    """Steps (1) to (5); returns the same as `_pass_on_at`."""
     num_gpus, num_nodes = len(node), node.max() + 1
     replica[:] = -1
     part[:] = 0
@@ -135,7 +145,7 @@ def _place_at(tokens, node, load, start, owned, slots, level, least, tile, repli
                 place_in -= 1
             givers[place_in] = gpu
             count += 1
-    takers = np.empty(num_gpus, np.int64)
+    takers, sends = np.empty(num_gpus, np.int64), np.zeros(num_gpus, np.int64)
     for index in range(count):
         giver = givers[index]
         here = node[giver]
@@ -159,7 +169,7 @@ def _place_at(tokens, node, load, start, owned, slots, level, least, tile, repli
                 takers[place_in] = gpu
                 num_takers += 1
             if num_takers == 0 or need < least:
-                return False
+                return _NONE, _NONE
             first, second = _chosen(room, takers, num_takers, need, little, tile)
             for chosen in (first, second):
                 if chosen < 0:
@@ -167,7 +177,7 @@ def _place_at(tokens, node, load, start, owned, slots, level, least, tile, repli
                 gpu = takers[chosen]
                 amount = max(least, min(need, room[gpu] // tile * tile))
                 if amount > left[expert]:
-                    return False
+                    return _NONE, _NONE
                 need -= amount
                 room[gpu] -= amount
                 room[giver] += amount
@@ -175,8 +185,9 @@ def _place_at(tokens, node, load, start, owned, slots, level, least, tile, repli
                 replica[gpu, used[gpu]] = expert
                 part[gpu, used[gpu]] = amount
                 used[gpu] += 1
+                sends[giver] += 1
         waiting[here] -= 1
-    return True
+    return used.sum(), sends.max()
 
 
 @compiled

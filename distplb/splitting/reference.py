@@ -10,10 +10,12 @@ The level is the number of tokens that no GPU may exceed. A GPU above it has a s
 (4) Else two replicas, on the pair of GPUs with the smallest sufficient rooms, if they leave little over: both rooms
     are used up, where a single large room would leave a rest that takes another replica to fill.
 (5) Else one replica: on the GPU of (3), or on the GPU with the most room, and (2) to (5) again for what is left.
-(6) If a surplus finds no room or no free slot, start again with relays: the GPU with the largest surplus gives, to the
-    GPU with the most room; into its last free slot, it gives all that fits, even more than its surplus, and then has
-    room and free slots itself. This takes more replicas, but hardly any level is out of reach.
-(7) If that fails too, raise the level, by bisection, to the lowest one at which (1) to (6) succeed.
+(6) Try a plain order at the same level, too: again and again, the GPU with the largest surplus gives to the GPU with
+    the most room. Of the two, take the one with fewer replicas, then the one whose busiest sender sends fewer.
+(7) If a surplus finds no room or no free slot in either, start again with relays: the order of (6), but into its last
+    free slot a GPU gets all that fits, even more than the giver's surplus, which then has room and free slots itself.
+    This takes more replicas, but hardly any level is out of reach.
+(8) If that fails too, raise the level, by bisection, to the lowest one at which (1) to (7) succeed.
 
 "Little" is four times a fair share of the room that is left over once all surpluses are placed. A replica gets at least
 `least` tokens, and a multiple of `tile`: a surplus is rounded up to that, a room down, and the giver may end below the
@@ -39,7 +41,7 @@ _SHARES = 4  # of the spare room that one GPU's surplus may leave over
 def replicas(
     tokens: Array, home: Array, node: Array, slots: int, level: int, least: int = 1, tile: int = 1
 ) -> tuple[Array, Array]:
-    """Replicas with which no GPU exceeds `level`, or the lowest higher level that is found (7).
+    """Replicas with which no GPU exceeds `level`, or the lowest higher level that is found (8).
 
     >>> expert, part = replicas(np.array([10, 2]), np.array([0, 1]), np.array([0, 0]), slots=1, level=6)
     >>> expert.tolist(), part.tolist()  # GPU 1 computes 4 tokens of expert 0
@@ -90,12 +92,17 @@ class _Step:
             self.experts[gpu].append(expert)
 
     def at(self, level: int) -> list[tuple[int, int, int]] | None:
-        """(expert, GPU, tokens) of replicas with which no GPU exceeds the level (1 to 6); None if none are found."""
-        for place in (_Level.place, _Level.relay):
-            attempt = _Level(self, level)
-            if place(attempt):
-                return attempt.replicas
-        return None
+        """(expert, GPU, tokens) of replicas with which no GPU exceeds the level (1 to 7); None if none are found."""
+        attempts = [_Level(self, level), _Level(self, level)]
+        placed = [
+            attempt
+            for attempt, is_placed in zip(attempts, (attempts[0].place(), attempts[1].pass_on(False)), strict=True)
+            if is_placed
+        ]
+        if placed:
+            return min(placed, key=lambda attempt: (len(attempt.replicas), max(attempt.sent))).replicas
+        attempt = _Level(self, level)
+        return attempt.replicas if attempt.pass_on(True) else None
 
 
 class _Level:
@@ -106,6 +113,7 @@ class _Level:
         self.room = [level - load for load in step.loads]  # of each GPU; a surplus is below 0
         self.left = list(step.tokens)  # of each expert at home
         self.free = [step.slots] * len(step.node)
+        self.sent = [0] * len(step.node)
 
     def place(self) -> bool:
         """Steps (1) to (5): whether every surplus is placed."""
@@ -130,15 +138,15 @@ class _Level:
             waiting[node[giver]] -= 1
         return True
 
-    def relay(self) -> bool:
-        """Step (6): whether every surplus is placed."""
+    def pass_on(self, is_relay: bool) -> bool:
+        """Step (6), or (7) with relays: whether every surplus is placed."""
         while min(self.room) < 0:
             giver = min(range(len(self.room)), key=lambda gpu: (self.room[gpu], gpu))
             for expert in sorted(self.step.experts[giver], key=lambda one: (-self.left[one], one)):
                 takers = self._takers(expert, giver)
                 if takers and self._down(self.left[expert]) >= self.step.least:
                     part = min(self._down(self.left[expert]), self._down(self.room[takers[0]]))
-                    if self.free[takers[0]] > 1:
+                    if not is_relay or self.free[takers[0]] > 1:
                         part = min(part, self._up(-self.room[giver]))
                     self._give(expert, giver, takers[0], part)
                     break
@@ -165,6 +173,7 @@ class _Level:
         self.room[giver] += part
         self.left[expert] -= part
         self.free[taker] -= 1
+        self.sent[giver] += 1
         self.replicas.append((expert, taker, part))
 
 
