@@ -26,6 +26,7 @@ from benchmarks.splitting.baselines import Cluster
 from benchmarks.splitting.loads import WORKLOADS, Size, Step, log_normal, power_law, recorded, workload
 from distplb import Topology
 from distplb.splitting import cpu
+from distplb.splitting.bound import step_bound
 from distplb.splitting.routes import routes
 from distplb.splitting.split import split
 from distplb.splitting.split_value import EMPTY, Split
@@ -48,7 +49,7 @@ MOST_RECORDED = 1.008
 MOST_MICROSECONDS = {"decision": 50, "public call": 100}
 TEXT = (
     "Figures are medians over steps, with quartiles in brackets, of one run. Imbalance is the busiest GPU / the mean; "
-    "`bound` is ceil(mean of the busiest node) / the mean, which no split whose replicas stay inside nodes can beat. "
+    "`bound` is distplb.splitting.bound.step_bound / the mean: no split with R slots and replicas inside nodes beats it. "
     "Sends and receives are replicas, of the GPU that sends or receives most: a method that ignores R shows there how "
     "many slots it takes. Replicas without tokens are not counted. Tokens between GPUs and between nodes are shares "
     "of all tokens, routed by distplb.splitting.routes for every method. µs is the time of a compiled decision, "
@@ -231,8 +232,9 @@ def measured(case: Case) -> Result:
         tokens, mean = step.counts.sum(0), int(step.counts.sum()) / case.topology.num_gpus
         levels.append(level(case, tokens) / mean)
         microseconds = times_of(case, tokens)
+        bound = step_bound(step.counts, case.cluster.home, topology=case.topology, replica_slots=case.slots)
         for name, found in splits(case, step).items():
-            figures.setdefault(name, []).append(figures_of(case, found, microseconds.get(name)))
+            figures.setdefault(name, []).append(figures_of(case, found, bound, microseconds.get(name)))
     return Result(case, figures, levels)
 
 
@@ -291,7 +293,7 @@ def split_of(counts: Ints, cluster: Cluster, quota: Ints) -> Split:
     return Split(*(torch.from_numpy(value) for value in (counts, cluster.home, quota, replica)))
 
 
-def figures_of(case: Case, found: Split, microseconds: float | None) -> Figures:
+def figures_of(case: Case, found: Split, bound: int, microseconds: float | None) -> Figures:
     """Compute the figures of one split."""
     tokens = found.counts.sum(0).numpy()
     total = max(1, int(tokens.sum()))
@@ -300,7 +302,7 @@ def figures_of(case: Case, found: Split, microseconds: float | None) -> Figures:
     pushes = found.pushes
     return Figures(
         found.imbalance,
-        lowest_of(tokens, case) * case.topology.num_gpus / total,
+        bound * case.topology.num_gpus / total,
         found.num_replicas,
         int(pushes.sum(1).amax()),
         int(pushes.sum(0).amax()),

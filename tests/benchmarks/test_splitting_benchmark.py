@@ -202,7 +202,7 @@ def test_tokens_that_cross_gpus_and_nodes() -> None:
     case = bench.Case("load", Topology(2, 1), 2, 1, lambda: iter(()))
     counts = torch.tensor([[6, 1], [4, 1]])
     found = split(counts, [0, 1], topology=Topology(2, 1), engine="cpu")  # nothing can be given to another node
-    told = bench.figures_of(case, found, None)
+    told = bench.figures_of(case, found, 10, None)
     assert told.between_gpus == told.between_nodes == pytest.approx(5 / 12)
     assert (told.bound, told.imbalance, told.replicas) == (pytest.approx(10 / 6), pytest.approx(10 / 6), 0)
 
