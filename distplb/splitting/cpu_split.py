@@ -42,20 +42,23 @@ def _at(tokens, node, load, start, owned, slots, level, least, tile, replica, pa
     sent = _place_at(tokens, node, load, start, owned, slots, level, least, tile, replica, part)
     other_replica, other_part = np.empty_like(replica), np.empty_like(part)
     other = _pass_on_at(
-        tokens, node, load, start, owned, slots, level, least, tile, other_replica, other_part, np.bool_(False)
+        tokens, node, load, start, owned, slots, level, least, tile, other_replica, other_part, np.int64(0)
     )
     if other[0] >= 0 and (sent[0] < 0 or other < sent):
         replica[:], part[:] = other_replica, other_part
         return True
     if sent[0] >= 0:
         return True
-    sent = _pass_on_at(tokens, node, load, start, owned, slots, level, least, tile, replica, part, np.bool_(True))
-    return sent[0] >= 0
+    for relays in (np.int64(1), np.int64(slots)):
+        sent = _pass_on_at(tokens, node, load, start, owned, slots, level, least, tile, replica, part, relays)
+        if sent[0] >= 0:
+            return True
+    return False
 
 
 @compiled
-def _pass_on_at(tokens, node, load, start, owned, slots, level, least, tile, replica, part, is_relay):
-    """Step (6), or (7) with relays: replicas, and those of the busiest sender; -1 if a surplus is not placed."""
+def _pass_on_at(tokens, node, load, start, owned, slots, level, least, tile, replica, part, relays):
+    """Step (6), or (7) with relays: replicas, and those of the busiest sender; -1 if a surplus is left."""
     num_gpus = len(node)
     replica[:] = -1
     part[:] = 0
@@ -85,7 +88,7 @@ def _pass_on_at(tokens, node, load, start, owned, slots, level, least, tile, rep
                 if (taker < 0 or room[gpu] > room[taker]) and not _holds(replica, used, gpu, expert):
                     taker = gpu
         amount = min(left[expert], room[taker]) // tile * tile
-        if not is_relay or used[taker] < slots - 1:
+        if slots - used[taker] > relays:
             amount = min(amount, _up(-room[giver], least, tile))
         room[taker] -= amount
         room[giver] += amount

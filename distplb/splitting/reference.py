@@ -14,7 +14,7 @@ The level is the number of tokens that no GPU may exceed. A GPU above it has a s
     the most room. Of the two, take the one with fewer replicas, then the one whose busiest sender sends fewer.
 (7) If a surplus finds no room or no free slot in either, start again with relays: the order of (6), but into its last
     free slot a GPU gets all that fits, even more than the giver's surplus, which then has room and free slots itself.
-    This takes more replicas, but hardly any level is out of reach.
+    This takes more replicas, but hardly any level is out of reach. If it fails, the same into every slot.
 (8) If that fails too, raise the level, by bisection, to the lowest one at which (1) to (7) succeed.
 
 "Little" is four times a fair share of the room that is left over once all surpluses are placed. A replica gets at least
@@ -96,13 +96,16 @@ class _Step:
         attempts = [_Level(self, level), _Level(self, level)]
         placed = [
             attempt
-            for attempt, is_placed in zip(attempts, (attempts[0].place(), attempts[1].pass_on(False)), strict=True)
+            for attempt, is_placed in zip(attempts, (attempts[0].place(), attempts[1].pass_on(0)), strict=True)
             if is_placed
         ]
         if placed:
             return min(placed, key=lambda attempt: (len(attempt.replicas), max(attempt.sent))).replicas
-        attempt = _Level(self, level)
-        return attempt.replicas if attempt.pass_on(True) else None
+        for relays in (1, self.slots):
+            attempt = _Level(self, level)
+            if attempt.pass_on(relays):
+                return attempt.replicas
+        return None
 
 
 class _Level:
@@ -138,15 +141,15 @@ class _Level:
             waiting[node[giver]] -= 1
         return True
 
-    def pass_on(self, is_relay: bool) -> bool:
-        """Step (6), or (7) with relays: whether every surplus is placed."""
+    def pass_on(self, relays: int) -> bool:
+        """Step (6), or (7) with relays into the last slots, as many as `relays`: whether every surplus is placed."""
         while min(self.room) < 0:
             giver = min(range(len(self.room)), key=lambda gpu: (self.room[gpu], gpu))
             for expert in sorted(self.step.experts[giver], key=lambda one: (-self.left[one], one)):
                 takers = self._takers(expert, giver)
                 if takers and self._down(self.left[expert]) >= self.step.least:
                     part = min(self._down(self.left[expert]), self._down(self.room[takers[0]]))
-                    if not is_relay or self.free[takers[0]] > 1:
+                    if self.free[takers[0]] > relays:
                         part = min(part, self._up(-self.room[giver]))
                     self._give(expert, giver, takers[0], part)
                     break
