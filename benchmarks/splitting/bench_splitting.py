@@ -49,7 +49,7 @@ MOST_RECORDED = 1.008
 MOST_MICROSECONDS = {"decision": 50, "public call": 100}
 TEXT = (
     "Figures are medians over steps, with quartiles in brackets, of one run. Imbalance is the busiest GPU / the mean; "
-    "`bound` is distplb.splitting.bound.step_bound / the mean, below every split with R slots and replicas inside nodes. "
+    "`bound` is distplb.splitting.bound.step_bound / the mean, which no split with R slots inside nodes can beat. "
     "Sends and receives are replicas, of the GPU that sends or receives most: a method that ignores R shows there how "
     "many slots it takes. Replicas without tokens are not counted. Tokens between GPUs and between nodes are shares "
     "of all tokens, routed by distplb.splitting.routes for every method. µs is the time of a compiled decision, "
