@@ -20,6 +20,7 @@ LONGEST = (
     "test_hosts",
     "test_torchtitan_trainer",
     "test_mpi",
+    "test_pages",
     "test_cuda_trial",
     "test_framework_layouts",
     "test_rebalancer",

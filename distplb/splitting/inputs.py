@@ -15,9 +15,9 @@ from distplb.core.counts import Counts, as_counts, as_integers
 from distplb.core.topology import Topology
 from distplb.errors import DistplbError
 
-__all__ = ["checked_slots", "checked_step"]
+__all__ = ["checked_size", "checked_slots", "checked_step"]
 
-_MOST_TOKENS = 1 << 56  # of one step, so that sums of a few of them fit into an int64
+_MOST_TOKENS = 1 << 50  # of one step; four times the room of 1,024 GPUs of a node then fits into an int64
 
 
 def checked_step(counts: Counts, home: Any, topology: Topology) -> tuple[Tensor, Tensor]:
@@ -43,13 +43,28 @@ def checked_step(counts: Counts, home: Any, topology: Topology) -> tuple[Tensor,
         )
     total = float(tokens.sum(dtype=torch.float64))
     if total >= _MOST_TOKENS:
-        raise DistplbError(f"counts add up to {total:.3g} tokens; pass those of one step, fewer than 2^56")
+        raise DistplbError(f"counts add up to {total:.3g} tokens; pass those of one step, fewer than 2^50")
     homes, (num_gpus, num_experts) = as_integers("home", home, "the GPU of each expert").cpu(), tokens.shape
     if list(homes.shape) != [num_experts]:
         raise DistplbError(f"home has shape {list(homes.shape)}; pass the GPU of each of {num_experts} experts")
     if (homes.lt(0) | homes.ge(num_gpus)).any():
         raise DistplbError(f"home has GPUs {int(homes.amin())} to {int(homes.amax())}; pass GPUs in [0, {num_gpus})")
-    return tokens, homes
+    return tokens.contiguous().clone(), homes.contiguous().clone()  # callers may reuse their buffers
+
+
+def checked_size(name: str, value: int) -> int:
+    """A number of tokens from 1, such as a smallest quota.
+
+    >>> checked_size("tile", 128)
+    128
+
+    Raises:
+        DistplbError: if it is not an integer, or larger than any step.
+    """
+    size = whole_number(name, value, minimum=1)
+    if size > _MOST_TOKENS:
+        raise DistplbError(f"{name} is {size}; pass tokens of one step, at most 2^50")
+    return size
 
 
 def checked_slots(replica_slots: int, num_experts: int) -> int:

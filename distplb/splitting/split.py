@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from distplb.core.arguments import plain, refuse_wrong_types, shown, whole_number
+from distplb.core.arguments import plain, refuse_wrong_types, shown
 from distplb.core.counts import Counts
 from distplb.core.topology import Topology
 from distplb.errors import DistplbError
 from distplb.splitting.engines import engine_named
-from distplb.splitting.inputs import checked_slots, checked_step
+from distplb.splitting.inputs import checked_size, checked_slots, checked_step
 from distplb.splitting.reference import EMPTY, Array
 from distplb.splitting.split_value import Split
 
@@ -61,7 +61,7 @@ def split(
     refuse_wrong_types({"engine": (engine, (str, None), "the name of an engine, or None for the fastest")})
     tokens, home_gpu = checked_step(counts, home, topology)
     slots = checked_slots(replica_slots, len(home_gpu))
-    least, tile = (whole_number(name, value, minimum=1) for name, value in (("min_quota", min_quota), ("tile", tile)))
+    least, tile = checked_size("min_quota", min_quota), checked_size("tile", tile)
     total, owner = tokens.numpy().sum(0), home_gpu.numpy()
     level = level_of(total, owner, topology, _scaled(tolerance))
     node = np.arange(topology.num_gpus) // topology.gpus_per_node

@@ -29,6 +29,37 @@ def test_replicas_stay_inside_nodes_and_no_node_is_evened_out_below_the_busiest(
     assert found.num_replicas == 1
 
 
+def test_a_split_keeps_its_values_when_the_caller_reuses_its_buffers() -> None:
+    counts, home = torch.tensor(COUNTS), torch.tensor(HOME)
+    found = split(counts, home, topology=TOPOLOGY)
+    counts.zero_()
+    home.zero_()
+    assert found.counts.tolist() == COUNTS
+    assert found.home.tolist() == HOME
+
+
+@pytest.mark.parametrize("engine", ["reference", "cpu"])
+def test_all_options_at_once_on_two_nodes(engine: str) -> None:
+    """A smallest quota, tiles, one slot and homes in a strided view, with more tokens than fit into 32 bits."""
+    if engine == "cpu":
+        pytest.importorskip("numba")
+    random = np.random.default_rng(0)
+    counts = random.lognormal(20, 1.5, (8, 32)).astype(np.int64)
+    home = torch.arange(64).view(32, 2)[:, 1] // 8
+    options: dict[str, Any] = {"replica_slots": 1, "tolerance": 0.02, "min_quota": 10**6, "tile": 128}
+    found = split(counts, home, topology=Topology(2, 4), engine=engine, **options)
+    assert found.num_replicas
+    lent = found.quota.clone()
+    lent[torch.arange(32), home] = 0
+    assert lent[lent > 0].amin() >= 10**6
+    assert not (lent % 128).any()
+    expert, gpu = lent.nonzero(as_tuple=True)
+    assert torch.equal(home[expert] // 4, gpu // 4)
+    same = split(counts, home, topology=Topology(2, 4), engine="reference", **options)
+    assert torch.equal(found.quota, same.quota)
+    assert torch.equal(found.replica, same.replica)
+
+
 def test_within_the_tolerance_it_is_trivial() -> None:
     even = [[101, 100, 99, 100]] * 4
     assert split(even, HOME, topology=TOPOLOGY, tolerance=0.02).is_trivial
@@ -52,6 +83,8 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "half a slot": ({"replica_slots": 0.5}, "replica_slots is 0.5; pass an integer of at least 0"),
     "too many slots": ({"replica_slots": 10**9}, "replica_slots is 1000000000; pass an integer of at least 0, and at"),
     "overflow": ({"counts": [[2**61] * 4] * 4}, "counts add up to 3.69e+19 tokens; pass those of one step, fewer"),
+    "no quota": ({"min_quota": 0}, "min_quota is 0; pass an integer of at least 1"),
+    "a huge tile": ({"tile": 2**63}, "tile is 9223372036854775808; pass tokens of one step, at most 2^50"),
     "percent": ({"tolerance": 5}, "tolerance is 5; pass a fraction from 0 to 1, such as 0.005"),
     "NaN": ({"tolerance": float("nan")}, "tolerance is nan; pass a fraction from 0 to 1"),
     "engine": ({"engine": "abacus"}, "engine 'abacus' is unknown; pass one of reference, cpu, or engine=None"),
