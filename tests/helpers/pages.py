@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
+from unittest.mock import patch
 
 from click.testing import CliRunner
 
@@ -46,8 +47,8 @@ def sessions(page: Path) -> list[Session]:
 
 def printed(command: str) -> str:
     """What a `distplb` command prints into a pipe, from the repository's root."""
-    output._PIPE_WIDTH = _WIDTH
-    result = CliRunner().invoke(main, command.split()[1:])
+    with patch.object(output, "_PIPE_WIDTH", _WIDTH):
+        result = CliRunner().invoke(main, command.split()[1:])
     assert result.exit_code == 0, result.output
     return result.stdout
 
