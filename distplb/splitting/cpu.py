@@ -10,26 +10,30 @@ from functools import cache
 import numpy as np
 
 from distplb.core.machine_code import compile_lock, compiled_module, is_there
-from distplb.splitting.reference import Array
+from distplb.splitting.rules import NO_CURVE, Array, Rules
 
-__all__ = ["is_there", "replicas", "warm_up"]
+__all__ = ["is_legal", "is_there", "replicas", "warm_up"]
 
 _KERNELS = "distplb.splitting.cpu_split"
 
 
-def replicas(
-    tokens: Array, home: Array, node: Array, slots: int, level: int, least: int = 1, tile: int = 1
-) -> tuple[Array, Array]:
+def replicas(tokens: Array, home: Array, node: Array, rules: Rules, curve: Array = NO_CURVE) -> tuple[Array, Array]:
     """Same as `reference.replicas`."""
-    expert = np.empty((len(node), slots), np.int64)
+    expert = np.empty((len(node), rules.slots), np.int64)
     part = np.empty_like(expert)
-    least = -(-least // tile) * tile
-    compiled_module(_KERNELS).place(tokens, home, node, slots, level, least, tile, expert, part)
+    compiled_module(_KERNELS).place(tokens, home, node, rules, curve, expert, part)
     return expert, part
+
+
+def is_legal(counts: Array, home: Array, quota: Array, replica: Array) -> bool:
+    """Same as `reference.is_legal`."""
+    return bool(compiled_module(_KERNELS).is_legal(counts, home, quota, replica))
 
 
 @cache
 def warm_up() -> None:
-    """Compile the kernel, or load what another process on this node compiled. Once per process."""
+    """Compile the kernels, or load what another process on this node compiled. Once per process."""
     with compile_lock(_KERNELS):
-        replicas(np.array([8, 1, 1]), np.array([0, 1, 1]), np.array([0, 0]), 1, 5)
+        tokens, home = np.array([8, 1, 1]), np.array([0, 1, 1])
+        expert, _ = replicas(tokens, home, np.array([0, 0]), Rules(slots=1, level=5))
+        is_legal(np.array([tokens, tokens]), home, np.zeros((3, 2), np.int64), expert)

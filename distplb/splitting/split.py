@@ -17,7 +17,7 @@ from distplb.core.topology import Topology
 from distplb.errors import DistplbError
 from distplb.splitting.engines import engine_named
 from distplb.splitting.inputs import checked_size, checked_slots, checked_step
-from distplb.splitting.reference import EMPTY, Array
+from distplb.splitting.rules import EMPTY, Array
 from distplb.splitting.split_value import Split
 
 __all__ = ["level_of", "split"]

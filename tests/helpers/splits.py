@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from distplb.splitting.reference import EMPTY, Array
+from distplb.splitting.rules import EMPTY, Array
 from distplb.splitting.split_value import Split
 
 __all__ = ["best_of_all", "power_law", "random_split"]
