@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -173,13 +174,13 @@ def _gathered(split: Split, topology: Topology, gpu: int, slot_expert: Tensor) -
 
 
 def _compiled(split: Split, topology: Topology, gpu: int, slot_expert: Tensor) -> Exchange | None:
-    """The same without `routes`, which would be much larger; None if own slots do not fit the homes."""
+    """The same without the routes of all others; None if own slots do not fit the homes."""
     sizes = len(slot_expert), slot_expert.shape[1] + split.replica.shape[1]
-    send, receive = (torch.zeros(sizes, dtype=torch.int64, device="cpu") for _ in range(2))
-    tensors = split.counts, split.home, split.quota, split.replica, slot_expert, send, receive
-    arrays = [tensor.contiguous().numpy() for tensor in tensors]  # others would be compiled for anew
-    fits = compiled_module(_KERNELS).exchange(*arrays, topology.gpus_per_node, gpu)
-    return Exchange(send, receive) if fits else None
+    send, receive = np.zeros(sizes, np.int64), np.zeros(sizes, np.int64)
+    tensors = split.counts, split.home, split.quota, split.replica, slot_expert
+    arrays = [tensor.contiguous().numpy() for tensor in tensors]  # Numba would compile again for other strides
+    fits = compiled_module(_KERNELS).exchange(*arrays, send, receive, topology.gpus_per_node, gpu)
+    return Exchange(torch.from_numpy(send), torch.from_numpy(receive)) if fits else None
 
 
 @cache
@@ -206,16 +207,15 @@ def _refuse_topology(split: Split, topology: Topology) -> None:
 def _refuse_slots(split: Split, slot_expert: Tensor) -> None:
     """Check that each expert is in exactly one own slot, on its home."""
     home = split.home.tolist()
-    at_home, elsewhere = [0] * len(home), [0] * len(home)  # own slots with each expert
+    found: list[list[int]] = [[] for _ in home]  # the GPUs of each expert's own slots
     for gpu, experts in enumerate(slot_expert.tolist()):
         for expert in experts:
             if not EMPTY <= expert < len(home):
                 raise DistplbError(f"slot_expert has {expert}; pass an expert in [0, {len(home)}), or {EMPTY} for none")
             if expert != EMPTY:
-                (at_home if home[expert] == gpu else elsewhere)[expert] += 1
-    for expert, numbers in enumerate(zip(at_home, elsewhere, strict=True)):
-        if numbers != (1, 0):
+                found[expert].append(gpu)
+    for expert, gpus in enumerate(found):
+        if gpus != [home[expert]]:
             raise DistplbError(
-                f"slot_expert has expert {expert} in {numbers[0]} slots of its home, GPU {home[expert]}, and in "
-                f"{numbers[1]} of other GPUs; pass it once, on its home"
+                f"slot_expert has expert {expert} on GPUs {gpus[:8]}; pass it once, on its home, GPU {home[expert]}"
             )
