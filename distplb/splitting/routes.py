@@ -144,24 +144,15 @@ def exchange_of(
             its home.
     """
     _refuse_topology(split, topology)
-    num_gpus = len(split.counts)
-    gpu = whole_number("gpu", gpu)
-    if not 0 <= gpu < num_gpus:
-        raise DistplbError(f"gpu is {gpu}; pass a GPU of the split, in [0, {num_gpus})")
-    refuse_wrong_types({"slot_expert": (slot_expert, (Tensor,), "a tensor of int64")})
-    table = slot_expert
-    if table.dtype != torch.int64 or table.dim() != 2 or len(table) != num_gpus or not table.is_cpu:
-        raise DistplbError(
-            f"slot_expert is {table.dtype} of shape {list(table.shape)} on {table.device}; pass int64 of shape "
-            f"[{num_gpus}, own slots] on the CPU"
-        )
+    gpu = _checked_gpu(split, gpu)
+    _refuse_table(split, slot_expert)
     if engine_named(engine) is reference:
-        _refuse_slots(split, table)
-        return _gathered(split, topology, gpu, table)
+        _refuse_slots(split, slot_expert)
+        return _gathered(split, topology, gpu, slot_expert)
     _warm_up()
-    exchange = _compiled(split, topology, gpu, table)
+    exchange = _compiled(split, topology, gpu, slot_expert)
     if exchange is None:
-        _refuse_slots(split, table)
+        _refuse_slots(split, slot_expert)
         raise AssertionError("own slots that do not fit the homes were not refused")
     return exchange
 
@@ -169,8 +160,9 @@ def exchange_of(
 def _gathered(split: Split, topology: Topology, gpu: int, slot_expert: Tensor) -> Exchange:
     """The specification: `routes`, read at the physical slots."""
     expert = torch.cat([slot_expert, split.replica], 1)  # [M, G + R]
-    flow, used, every = routes(split, topology), expert != EMPTY, torch.arange(len(expert), device="cpu").unsqueeze(1)
-    return Exchange(flow[gpu, expert, every] * used, flow[every, expert[gpu], gpu] * used[gpu])
+    flow, is_used = routes(split, topology), expert != EMPTY
+    every = torch.arange(len(expert), device="cpu").unsqueeze(1)  # [M, 1]
+    return Exchange(flow[gpu, expert, every] * is_used, flow[every, expert[gpu], gpu] * is_used[gpu])
 
 
 def _compiled(split: Split, topology: Topology, gpu: int, slot_expert: Tensor) -> Exchange | None:
@@ -186,10 +178,10 @@ def _compiled(split: Split, topology: Topology, gpu: int, slot_expert: Tensor) -
 @cache
 def _warm_up() -> None:
     """Compile the kernel, or load what another process on this node compiled. Once per process."""
-    one = torch.ones(1, 1, dtype=torch.int64, device="cpu")
-    split = Split(one, one[0] - 1, one, one - 2)
+    zero = torch.zeros(1, 1, dtype=torch.int64, device="cpu")
+    split = Split(counts=zero, home=zero[0], quota=zero, replica=zero + EMPTY)
     with compile_lock(_KERNELS):
-        _compiled(split, Topology(1, 1), 0, one - 1)
+        _compiled(split, Topology(1, 1), 0, zero)
 
 
 def _plain(numbers: Tensor) -> list[int]:
@@ -201,6 +193,24 @@ def _refuse_topology(split: Split, topology: Topology) -> None:
     if topology.num_gpus != len(split.counts):
         raise DistplbError(
             f"the split has {len(split.counts)} GPUs, the topology {topology.num_gpus}; pass the split's topology"
+        )
+
+
+def _checked_gpu(split: Split, gpu: int) -> int:
+    number, num_gpus = whole_number("gpu", gpu), len(split.counts)
+    if not 0 <= number < num_gpus:
+        raise DistplbError(f"gpu is {number}; pass a GPU of the split, in [0, {num_gpus})")
+    return number
+
+
+def _refuse_table(split: Split, slot_expert: Tensor) -> None:
+    """Check that it is `[M, G]` int64 on the CPU."""
+    refuse_wrong_types({"slot_expert": (slot_expert, (Tensor,), "a tensor of int64")})
+    shape, num_gpus = list(slot_expert.shape), len(split.counts)
+    if slot_expert.dtype != torch.int64 or len(shape) != 2 or shape[0] != num_gpus or not slot_expert.is_cpu:
+        raise DistplbError(
+            f"slot_expert is {slot_expert.dtype} of shape {shape} on {slot_expert.device}; pass int64 of shape "
+            f"[{num_gpus}, own slots] on the CPU"
         )
 
 
