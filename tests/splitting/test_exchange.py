@@ -15,6 +15,7 @@ from splits import random_split
 from torch import Tensor
 
 from distplb import DistplbError, Topology
+from distplb.core.machine_code import compiled_module
 from distplb.splitting import cpu
 from distplb.splitting.reference import EMPTY
 from distplb.splitting.routes import Exchange, exchange_of, routes
@@ -168,6 +169,16 @@ def test_strides_and_defaults_make_no_difference(engine: str) -> None:
     assert found.send.is_contiguous()
 
 
+@pytest.mark.skipif(not cpu.is_there(), reason="Numba is not installed")
+def test_the_kernel_is_compiled_once() -> None:
+    """Whatever the strides: compiling again would hold up a training step for seconds."""
+    topology, one = Topology(1, 2), split([[6, 1], [4, 1]], [0, 1], topology=Topology(1, 2), replica_slots=1)
+    strided = Split(one.counts.T.contiguous().T, one.home, one.quota.T.contiguous().T, one.replica)
+    for each, slot_expert in ((one, torch.tensor([[0], [1]])), (strided, torch.tensor([[0, 1], [1, 0]])[:, :1])):
+        exchange_of(each, topology, 0, slot_expert)
+    assert len(compiled_module("distplb.splitting.cpu_routes").exchange.signatures) == 1
+
+
 def test_without_numba_the_specification_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     topology, one = Topology(2, 2), random_split(4, 5)
     slot_expert = table(one.home, 4, 5)
@@ -204,6 +215,10 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "twice": (
         {"slot_expert": torch.tensor([[0, 2, 0], [1, -1, -1]])},
         "slot_expert has expert 0 on GPUs [0, 0]; pass it once",
+    ),
+    "twice, another missing": (
+        {"slot_expert": torch.tensor([[0, 0], [1, -1]])},
+        "slot_expert has expert 0 on GPUs [0, 0]; pass it once, on its home, GPU 0",
     ),
     "elsewhere": (
         {"slot_expert": torch.tensor([[0, 2], [1, 2]])},
