@@ -43,7 +43,7 @@ KEPT_IN = {
     "mpi4py": "comm.mpi",
     "yaml": "core.documents.text",
     "scipy": "core.price planning.renumber_gpus study.bootstrap",
-    "numba": "core.machine_code packing.cpu_row splitting.cpu_split",
+    "numba": "core.machine_code packing.cpu_row splitting.cpu_routes splitting.cpu_split",
     "filelock": "core.machine_code",
     "concurrent": "core.threads records.trace_writer records.event_log train.background",
     "triton": "packing.cuda_kernels packing.cuda_settle packing.cuda_settle_state packing.cuda_steps",
@@ -62,6 +62,7 @@ NEEDS = {
     "distplb.packing.cpu_row": "numba",
     "distplb.packing.cpu_settle": "numba",
     "distplb.packing.cpu_steps": "numba",
+    "distplb.splitting.cpu_routes": "numba",
     "distplb.splitting.cpu_split": "numba",
     "distplb.packing.cuda_kernels": "triton",
     "distplb.packing.cuda_settle": "triton",
@@ -93,6 +94,7 @@ EXCUSED = {
     "distplb.packing.cpu": {"distplb.core.machine_code", "distplb.core.threads"},
     "distplb.packing.cuda_trial": {"time"},
     "distplb.splitting.cpu": {"distplb.core.machine_code"},
+    "distplb.splitting.routes": {"distplb.core.machine_code"},
 }
 IMPURE_NAMES = {
     "open",
@@ -209,6 +211,7 @@ def test_what_needs_a_compiler_is_imported_by_its_engine_alone() -> None:
         "distplb.packing.cuda_steps": {
             f"distplb.packing.cuda_{name}" for name in ("kernels", "settle", "settle_state")
         },
+        "distplb.splitting.cpu_routes": {"distplb.splitting.routes"},
         "distplb.splitting.cpu_split": {"distplb.splitting.cpu"},
     }
 

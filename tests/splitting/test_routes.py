@@ -63,7 +63,7 @@ def one_by_one(split: Split, topology: Topology) -> Tensor:
     return sent
 
 
-@pytest.mark.parametrize("shape", [(1, 3), (2, 2)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 3), (2, 2), (3, 1), (2, 3)], ids=str)
 def test_it_is_the_rule_applied_token_by_token(shape: tuple[int, int]) -> None:
     topology = Topology(*shape)
     for seed in range(12):
