@@ -12,7 +12,7 @@ import numpy as np
 from distplb.core.machine_code import compile_lock, compiled_module, is_there
 from distplb.splitting.rules import NO_CURVE, Array, Rules
 
-__all__ = ["is_legal", "is_there", "replicas", "warm_up"]
+__all__ = ["is_legal", "is_there", "quotas", "replicas", "warm_up"]
 
 _KERNELS = "distplb.splitting.cpu_split"
 
@@ -25,6 +25,13 @@ def replicas(tokens: Array, home: Array, node: Array, rules: Rules, curve: Array
     return expert, part
 
 
+def quotas(tokens: Array, home: Array, expert: Array, part: Array) -> Array:
+    """Same as `reference.quotas`."""
+    quota = np.zeros((len(tokens), len(expert)), np.int64)
+    compiled_module(_KERNELS).fill(tokens, home, expert, part, quota)
+    return quota
+
+
 def is_legal(counts: Array, home: Array, quota: Array, replica: Array) -> bool:
     """Same as `reference.is_legal`."""
     return bool(compiled_module(_KERNELS).is_legal(counts, home, quota, replica))
@@ -35,5 +42,6 @@ def warm_up() -> None:
     """Compile the kernels, or load what another process on this node compiled. Once per process."""
     with compile_lock(_KERNELS):
         tokens, home = np.array([8, 1, 1]), np.array([0, 1, 1])
-        expert, _ = replicas(tokens, home, np.array([0, 0]), Rules(slots=1, level=5))
-        is_legal(np.array([tokens, tokens]), home, np.zeros((3, 2), np.int64), expert)
+        expert, part = replicas(tokens, home, np.array([0, 0]), Rules(slots=1, level=5))
+        quota = quotas(tokens, home, expert, part)
+        is_legal(quota.T.copy(), home, quota, expert)

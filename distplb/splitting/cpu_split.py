@@ -15,7 +15,7 @@ from distplb.splitting.rules import MOST_TOKENS as _MOST_TOKENS
 from distplb.splitting.rules import NEVER as _NEVER
 from distplb.splitting.rules import Array
 
-__all__ = ["is_legal", "place"]
+__all__ = ["fill", "is_legal", "place"]
 
 compiled = njit(cache=True, nogil=True, error_model="numpy")
 inlined = njit(cache=True, nogil=True, error_model="numpy", inline="always")
@@ -477,6 +477,19 @@ def _up(tokens, tile):
 def _down(tokens, tile):
     """Tokens rounded down to whole tiles."""
     return tokens if tile == 1 else tokens // tile * tile
+
+
+@compiled
+def fill(tokens, home, replica, part, quota):
+    """As `reference.quotas`; `quota [E, M]` is 0."""
+    for expert in range(len(home)):
+        quota[expert, home[expert]] = tokens[expert]
+    for gpu in range(len(replica)):
+        for slot in range(replica.shape[1]):
+            expert = replica[gpu, slot]
+            if expert >= 0:
+                quota[expert, gpu] = part[gpu, slot]
+                quota[expert, home[expert]] -= part[gpu, slot]
 
 
 @compiled

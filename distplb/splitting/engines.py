@@ -6,7 +6,7 @@ from typing import Protocol, cast
 
 from distplb.errors import OptionError
 from distplb.splitting import cpu, reference
-from distplb.splitting.reference import Array
+from distplb.splitting.rules import NO_CURVE, Array, Rules
 
 __all__ = ["Engine", "engine_named"]
 
@@ -15,9 +15,15 @@ class Engine(Protocol):
     """Decides about one step; arguments and meaning as in `splitting.reference`, which is the specification."""
 
     def replicas(
-        self, tokens: Array, home: Array, node: Array, slots: int, level: int, least: int = 1, tile: int = 1
+        self, tokens: Array, home: Array, node: Array, rules: Rules, curve: Array = NO_CURVE
     ) -> tuple[Array, Array]:
-        """Replicas with which no GPU exceeds the level, or the lowest higher one that is found."""
+        """Replicas with which no GPU exceeds the rules' level, or the higher level that costs least."""
+
+    def quotas(self, tokens: Array, home: Array, expert: Array, part: Array) -> Array:
+        """The quotas `[E, M]` of these replicas."""
+
+    def is_legal(self, counts: Array, home: Array, quota: Array, replica: Array) -> bool:
+        """Whether a `Split` of these has nothing to refuse."""
 
 
 _ENGINES = {"reference": reference, "cpu": cpu}

@@ -5,19 +5,21 @@ Shapes: E experts, M GPUs.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from distplb.core.arguments import refuse_wrong_types, whole_number
+from distplb.core.arguments import listed, plain, refuse_wrong_types, whole_number
 from distplb.core.counts import Counts, as_counts, as_integers
 from distplb.core.topology import Topology
 from distplb.errors import DistplbError
+from distplb.splitting.rules import MOST_TOKENS, NEVER
 
-__all__ = ["checked_size", "checked_slots", "checked_step"]
+__all__ = ["checked_prices", "checked_size", "checked_slots", "checked_step"]
 
-_MOST_TOKENS = 1 << 50  # of one step; four times the room of 1,024 GPUs of a node then fits into an int64
+_MOST_SLOTS = 1024
 
 
 def checked_step(counts: Counts, home: Any, topology: Topology) -> tuple[Tensor, Tensor]:
@@ -42,7 +44,7 @@ def checked_step(counts: Counts, home: Any, topology: Topology) -> tuple[Tensor,
             f"counts has shape {list(tokens.shape)}; pass [GPUs, experts] with the topology's {topology.num_gpus} GPUs"
         )
     total = float(tokens.sum(dtype=torch.float64))
-    if total >= _MOST_TOKENS:
+    if total >= MOST_TOKENS:
         raise DistplbError(f"counts add up to {total:.3g} tokens; pass those of one step, fewer than 2^50")
     homes, (num_gpus, num_experts) = as_integers("home", home, "the GPU of each expert").cpu(), tokens.shape
     if list(homes.shape) != [num_experts]:
@@ -62,22 +64,48 @@ def checked_size(name: str, value: int) -> int:
         DistplbError: if it is not an integer, or larger than any step.
     """
     size = whole_number(name, value, minimum=1)
-    if size > _MOST_TOKENS:
+    if size > MOST_TOKENS:
         raise DistplbError(f"{name} is {size}; pass tokens of one step, at most 2^50")
     return size
 
 
-def checked_slots(replica_slots: int, num_experts: int) -> int:
-    """R, from 0 to one replica of each expert.
+def checked_slots(replica_slots: int) -> int:
+    """R, from 0; slots that no expert needs stay empty.
 
-    >>> checked_slots(2, num_experts=64)
+    >>> checked_slots(2)
     2
 
     Raises:
         DistplbError: if it is not an integer in that range.
     """
-    expected = f"an integer of at least 0, and at most the {num_experts} experts"
-    slots = whole_number("replica_slots", replica_slots, minimum=0, expected=expected)
-    if slots > num_experts:
-        raise DistplbError(f"replica_slots is {slots}; pass {expected}")
+    slots = whole_number("replica_slots", replica_slots, minimum=0)
+    if slots > _MOST_SLOTS:
+        raise DistplbError(f"replica_slots is {slots}; pass at most {_MOST_SLOTS:,}")
     return slots
+
+
+def checked_prices(push_price: tuple[float, float], per_token: float = 1.0) -> tuple[int, int]:
+    """The prices of a replica inside a node and between nodes, in whole units of time; `NEVER` for infinity.
+
+    >>> checked_prices((100.0, math.inf), per_token=2.5) == (250, NEVER)
+    True
+
+    Args:
+        push_price: both prices in tokens.
+        per_token: units of time for a token.
+
+    Raises:
+        DistplbError: if they are not two numbers of at least 0, the first one not above the second one.
+    """
+    words = "two numbers of tokens, inside a node and between nodes, from 0 to infinity, such as (2000.0, math.inf)"
+    refuse_wrong_types({"push_price": (push_price, (tuple, list), words)})
+    prices = [plain(price) for price in push_price]
+    if len(prices) != 2 or any(isinstance(one, bool) or not isinstance(one, int | float) for one in prices):
+        raise DistplbError(f"push_price is {listed(push_price)}; pass {words}")
+    inside, between = prices
+    if not 0 <= inside <= between:  # NaN is not
+        raise DistplbError(
+            f"push_price is ({inside}, {between}); pass {words}, with the first one at most as large as the second one"
+        )
+    inside, between = (NEVER if price * per_token >= NEVER else round(price * per_token) for price in prices)
+    return inside, between

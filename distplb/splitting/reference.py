@@ -46,7 +46,7 @@ import numpy as np
 
 from distplb.splitting.rules import EMPTY, LONGEST, MOST_TOKENS, NEVER, NO_CURVE, Array, Rules
 
-__all__ = ["replicas"]
+__all__ = ["is_legal", "quotas", "replicas"]
 
 _SHARES = 4  # of the spare room that one GPU's surplus may leave over
 _STEPS = 64  # of a replica's price; levels that are nearer to each other are not told apart
@@ -77,6 +77,45 @@ def replicas(tokens: Array, home: Array, node: Array, rules: Rules, curve: Array
         experts[gpu, used[gpu]], parts[gpu, used[gpu]] = expert, part
         used[gpu] += 1
     return experts, parts
+
+
+def quotas(tokens: Array, home: Array, expert: Array, part: Array) -> Array:
+    """The quotas `[E, M]` of replicas as `replicas` returns them; what is left of an expert is computed at home.
+
+    >>> quotas(np.array([10, 2]), np.array([0, 1]), np.array([[-1], [0]]), np.array([[0], [4]])).tolist()
+    [[6, 4], [0, 2]]
+    """
+    quota = np.zeros((len(tokens), len(expert)), np.int64)
+    gpu, slot = np.nonzero(expert != EMPTY)
+    quota[expert[gpu, slot], gpu] = part[gpu, slot]
+    quota[np.arange(len(tokens)), home] = tokens - quota.sum(1)
+    return quota
+
+
+def is_legal(counts: Array, home: Array, quota: Array, replica: Array) -> bool:
+    """Whether a `Split` of these has nothing to refuse; shapes and dtypes are right.
+
+    >>> counts, quota = np.array([[6, 1], [4, 1]]), np.array([[6, 4], [0, 2]])
+    >>> is_legal(counts, np.array([0, 1]), quota, np.array([[-1], [0]]))
+    True
+    >>> is_legal(counts, np.array([0, 1]), quota, np.array([[-1], [-1]]))  # GPU 1 does not hold expert 0
+    False
+    """
+    num_gpus, num_experts = counts.shape
+    if home.min() < 0 or home.max() >= num_gpus or counts.min() < 0 or quota.min() < 0:
+        return False
+    gpu, slot = np.nonzero(replica != EMPTY)
+    expert = replica[gpu, slot]
+    if len(expert) and (expert.min() < 0 or expert.max() >= num_experts):
+        return False
+    held = quota[expert, gpu]
+    elsewhere = quota.sum(1)
+    if (held == 0).any() or (counts.sum(0) != elsewhere).any() or (home[expert] == gpu).any():
+        return False
+    # Of each expert, the quotas at home and on replicas are all there are; one counted twice would exceed them.
+    elsewhere -= quota[np.arange(num_experts), home]
+    np.subtract.at(elsewhere, expert, held)
+    return not elsewhere.any() and len(np.unique(expert * num_gpus + gpu)) == len(expert)
 
 
 class _Step:

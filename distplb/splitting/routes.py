@@ -24,7 +24,7 @@ from distplb.core.topology import Topology
 from distplb.errors import DistplbError
 from distplb.splitting import reference
 from distplb.splitting.engines import engine_named
-from distplb.splitting.reference import EMPTY
+from distplb.splitting.rules import EMPTY
 from distplb.splitting.split_value import Split
 
 __all__ = ["Exchange", "exchange_of", "routes"]

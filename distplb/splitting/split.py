@@ -13,11 +13,13 @@ import torch
 
 from distplb.core.arguments import plain, refuse_wrong_types, shown
 from distplb.core.counts import Counts
+from distplb.core.price import TimeCurve
 from distplb.core.topology import Topology
 from distplb.errors import DistplbError
+from distplb.splitting.caps import within_cap
 from distplb.splitting.engines import engine_named
-from distplb.splitting.inputs import checked_size, checked_slots, checked_step
-from distplb.splitting.rules import EMPTY, Array
+from distplb.splitting.inputs import checked_prices, checked_size, checked_slots, checked_step
+from distplb.splitting.rules import NEVER, NO_CURVE, Array, Rules
 from distplb.splitting.split_value import Split
 
 __all__ = ["level_of", "split"]
@@ -32,14 +34,20 @@ def split(
     topology: Topology,
     replica_slots: int = 2,
     tolerance: float = 0.005,
+    push_price: tuple[float, float] = (0.0, math.inf),
     min_quota: int = 1,
+    max_tokens_per_gpu: int | None = None,
     tile: int = 1,
+    time_curve: TimeCurve | None = None,
     engine: str | None = None,
 ) -> Split:
     """Lend GPUs replicas of hot experts, as few as bring every GPU to within the tolerance of the mean.
 
     Equal on all ranks, because it depends on its arguments alone. If R slots do not suffice, the busiest GPU comes as
-    near to the mean as the engine finds; it never gets more tokens than without replicas. Replicas stay inside nodes.
+    near to the mean as the engine finds; it never gets more tokens than without replicas.
+
+    With prices, a split costs the busiest GPU's tokens and the prices of the replicas that one GPU sends, or receives,
+    whichever GPU pays most. The cheapest split is taken: it has no replicas if none pay.
 
     >>> found = split([[6, 1], [4, 1]], [0, 1], topology=Topology(num_nodes=1, gpus_per_node=2))
     >>> found.quota.tolist(), found.replica.tolist(), found.imbalance
@@ -51,49 +59,59 @@ def split(
         topology: nodes and GPUs.
         replica_slots: R.
         tolerance: of the busiest GPU above the mean, as a fraction.
+        push_price: the price of a replica in its home's node, and of one in another node, in tokens, rounded to whole
+            ones; infinity for no such replicas.
         min_quota: the fewest tokens that are worth a replica.
+        max_tokens_per_gpu: no GPU computes more tokens, whatever that costs: prices, `min_quota`, `tile` and
+            `time_curve` count only where this is kept.
         tile: the tokens that a matrix product takes at a time; those of a replica are a multiple of it.
+        time_curve: maps an expert's tokens on a GPU, in whole tiles, to its time, which is then evened out instead of
+            tokens; prices stay in tokens, converted at the curve's last point.
         engine: "reference" or "cpu"; None for the faster one that is available. They agree exactly.
 
     Raises:
-        DistplbError: for counts, homes or options that do not fit.
+        DistplbError: for counts, homes or options that do not fit, and if no split keeps `max_tokens_per_gpu`.
     """
-    refuse_wrong_types({"engine": (engine, (str, None), "the name of an engine, or None for the fastest")})
+    refuse_wrong_types(
+        {
+            "engine": (engine, (str, None), "the name of an engine, or None for the fastest"),
+            "time_curve": (time_curve, (TimeCurve, None), "a TimeCurve, such as measured_curve returns"),
+        }
+    )
     tokens, home_gpu = checked_step(counts, home, topology)
-    slots = checked_slots(replica_slots, len(home_gpu))
-    least, tile = checked_size("min_quota", min_quota), checked_size("tile", tile)
+    slots, tile, least = checked_slots(replica_slots), checked_size("tile", tile), checked_size("min_quota", min_quota)
+    inside, between = checked_prices(push_price, 1.0 if time_curve is None else time_curve.nanoseconds_per_token)
     total, owner = tokens.numpy().sum(0), home_gpu.numpy()
-    level = level_of(total, owner, topology, _scaled(tolerance))
-    node = np.arange(topology.num_gpus) // topology.gpus_per_node
-    expert, part = engine_named(engine).replicas(total, owner, node, slots, level, least, tile)
-    quota = np.zeros((len(total), topology.num_gpus), np.int64)
-    gpu, slot = (expert != EMPTY).nonzero()
-    lent = expert[gpu, slot]
-    at_home = total.copy()
-    np.subtract.at(at_home, lent, part[gpu, slot])
-    quota[np.arange(len(total)), owner] = at_home
-    quota[lent, gpu] = part[gpu, slot]
+    time, curve = total, NO_CURVE
+    if time_curve is not None:
+        time = time_curve.time(torch.from_numpy(-(-total // tile) * tile)).numpy()
+        curve = np.array([time_curve.tokens, time_curve.nanoseconds], np.int64)
+    level = level_of(time, owner, topology, _scaled(tolerance), between != NEVER)
+    node, chosen = _nodes(topology), engine_named(engine)
+    rules = Rules(slots, level, -(-least // tile) * tile, tile, inside, between)
+    found = chosen.replicas(total, owner, node, rules, curve)
+    if max_tokens_per_gpu is not None:
+        cap = checked_size("max_tokens_per_gpu", max_tokens_per_gpu)
+        found = within_cap(cap, found, total, owner, node, rules, chosen)
+    expert, part = found
+    quota = chosen.quotas(total, owner, expert, part)
     return Split(tokens, home_gpu, torch.from_numpy(quota), torch.from_numpy(expert))
 
 
-def level_of(total: Array, home: Array, topology: Topology, tolerance: int) -> int:
-    """Tokens that no GPU should exceed: step (0) of `reference`.
+def level_of(time: Array, home: Array, topology: Topology, tolerance: int, leaves_nodes: bool = False) -> int:
+    """The time that no GPU should exceed: step (0) of `reference`.
 
     Args:
-        total: `[E]` int64, of all sources.
+        time: `[E]` int64, of all tokens of each expert, at home.
         home: `[E]`, the GPU that owns each expert.
         topology: nodes and GPUs.
         tolerance: in units of 2^-20.
+        leaves_nodes: whether replicas may be made in other nodes.
     """
+    num_gpus, everything = topology.num_gpus, int(time.sum())
+    level = max(-(-everything // num_gpus), everything * (_SCALE + tolerance) // (num_gpus * _SCALE))
+    if leaves_nodes or topology.num_nodes == 1:
+        return level
     of_node = np.zeros(topology.num_nodes, np.int64)
-    np.add.at(of_node, home // topology.gpus_per_node, total)
-    everything, num_gpus = int(total.sum()), topology.num_gpus
-    busiest_node = -(-int(of_node.max()) // topology.gpus_per_node)
-    return max(busiest_node, -(-everything // num_gpus), everything * (_SCALE + tolerance) // (num_gpus * _SCALE))
-
-
-def _scaled(tolerance: float) -> int:
-    value = plain(tolerance)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1 or math.isnan(value):
-        raise DistplbError(f"tolerance is {shown(tolerance)}; pass a fraction from 0 to 1, such as 0.005")
-    return round(value * _SCALE)
+    np.add.at(of_node, home // topology.gpus_per_node, time)
+    return max(level, -(-int(of_node.max()) // topology.gpus_per_node))

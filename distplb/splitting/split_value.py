@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from distplb.core.arguments import refuse_wrong_types
 from distplb.errors import DistplbError
-from distplb.splitting.reference import EMPTY
+from distplb.splitting.engines import engine_named
+from distplb.splitting.rules import EMPTY
 
 __all__ = ["Split"]
 
@@ -49,7 +49,8 @@ class Split:
 
     def __post_init__(self) -> None:
         self._check_shapes()
-        if not self._is_legal():
+        arrays = (each.contiguous().numpy() for each in (self.counts, self.home, self.quota, self.replica))
+        if not engine_named(None).is_legal(*arrays):
             self._refuse_quotas()
             self._refuse_replicas()
             raise AssertionError("a split that is not legal was not refused")
@@ -105,25 +106,6 @@ class Split:
             raise DistplbError(
                 f"Split: counts has shape {list(self.counts.shape)}; pass at least one GPU and one expert"
             )
-
-    def _is_legal(self) -> bool:
-        """Whether nothing is to be refused; in NumPy, because this runs in every step."""
-        counts, home, quota, replica = (each.numpy() for each in (self.counts, self.home, self.quota, self.replica))
-        num_gpus, num_experts = counts.shape
-        if home.min() < 0 or home.max() >= num_gpus or counts.min() < 0 or quota.min() < 0:
-            return False
-        gpu, slot = np.nonzero(replica != EMPTY)
-        expert = replica[gpu, slot]
-        if len(expert) and (expert.min() < 0 or expert.max() >= num_experts):
-            return False
-        held = quota[expert, gpu]
-        elsewhere = quota.sum(1)
-        if (held == 0).any() or (counts.sum(0) != elsewhere).any() or (home[expert] == gpu).any():
-            return False
-        # Of each expert, the quotas at home and on replicas are all there are; one counted twice would exceed them.
-        elsewhere -= quota[np.arange(num_experts), home]
-        np.subtract.at(elsewhere, expert, held)
-        return not elsewhere.any() and len(np.unique(expert * num_gpus + gpu)) == len(expert)
 
     def _refuse_quotas(self) -> None:
         num_gpus = len(self.counts)
