@@ -121,12 +121,14 @@ def sentences_of_splits(rows: Sequence[Row], to_split: StepsToSplit, *, is_sum: 
         sentences.append(f"Split: {number} of {num_judged} steps, {which}.")
     sentences.append(
         f"Replicas for single steps: with the homes in force ({in_force.planner}), {_lowered(in_force.splits)}; with "
-        f"those of {planned.planner}, {_lowered(planned.splits)}. A split stops half a percent above the mean, or at the "
-        "next whole token; replicas stay inside a node. No split with any of these homes leaves less than the bound."
+        f"those of {planned.planner}, {_lowered(planned.splits)}. A split stops half a percent above the mean, or at "
+        "the next whole token; replicas stay inside a node. The bound with replicas holds for the homes in this table "
+        "only."
     )
     if is_sum:
         sentences.append(
-            "The judged load has no steps. If it is a sum over several, each of them is less even, and takes more replicas."
+            "The judged load has no steps. If it is a sum over several, each of them is less even, and takes more "
+            "replicas."
         )
     return sentences
 
