@@ -118,7 +118,7 @@ def sentences_of_splits(rows: Sequence[Row], to_split: StepsToSplit, *, is_sum: 
     sentences = []
     if number < num_judged:
         which = f"one drawn from each of {number} equal parts" if number > 1 else f"number {to_split.steps[0]}"
-        sentences.append(f"Split: {number} of {num_judged} steps, {which}.")
+        sentences.append(f"Split: {number} of {num_judged} steps, {which}; the next sentence is about these.")
     sentences.append(
         f"Replicas for single steps: with the homes in force ({in_force.planner}), {_lowered(in_force.splits)}; with "
         f"those of {planned.planner}, {_lowered(planned.splits)}. A split stops half a percent above the mean, or at "

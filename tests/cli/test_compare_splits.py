@@ -6,6 +6,8 @@ Shapes: T steps, L layers, E experts.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +129,32 @@ def test_the_placement_in_force_is_the_first_of_the_sentence(tmp_path: Path) -> 
     assert "with the homes in force (current)" in shown
 
 
+def test_both_engines_give_the_same_figures(tmp_path: Path) -> None:
+    pytest.importorskip("numba")
+    words = (saved(tmp_path / "load.npy"), "--gpus-per-node", 4, *REPLICAS, "--engine")
+    assert rows_of(*words, "cpu") == rows_of(*words, "reference")
+
+
+def test_one_gpu_has_nobody_to_lend_to(tmp_path: Path) -> None:
+    rows = rows_of(saved(tmp_path / "load.npy"), "--gpus-per-node", 1, "--engine", "reference", *REPLICAS)
+    even = {"mean": 1.0, "worst": 1.0}
+    assert rows["contiguous"] == {"imbalance": even, "homes_alone": even, "bound": even, "replicas": 0.0}
+
+
+@pytest.mark.parametrize("options", [[], REPLICAS])
+def test_the_progress_bar_ends_full(options: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, int]] = []
+
+    @contextmanager
+    def progress(activity: str) -> Iterator[Callable[[int, int], None]]:
+        yield lambda done, total: seen.append((done, total))
+
+    monkeypatch.setattr("distplb.cli.compare.progress", progress)
+    document("compare", saved(tmp_path / "load.npy"), *GPUS, *options)
+    total = 6 * (1 + 3 * bool(options))  # six planners; a plan, and three steps to split
+    assert seen == [(done, total) for done in range(total + 1)]
+
+
 def test_of_a_long_load_a_sample_is_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Homes alone are judged on the same steps, so that both figures can be compared."""
     monkeypatch.setattr(compare_splits, "_MOST_SPLITS", 9)
@@ -137,10 +165,11 @@ def test_of_a_long_load_a_sample_is_split(tmp_path: Path, monkeypatch: pytest.Mo
     assert [step // 5 for step in steps] == [0, 1, 2] == [step // 5 for step in sorted(steps)]
     assert steps == document("compare", *words)["steps_split"]
     assert result["planners"][0]["with_replicas"] == of_contiguous(load[15:][steps], TOPOLOGY, 2)
-    assert "Split: 3 of 15 steps, one drawn from each of 3 equal parts." in printed("compare", *words)
+    which = "one drawn from each of 3 equal parts; the next sentence is about these."
+    assert f"Split: 3 of 15 steps, {which}" in printed("compare", *words)
     monkeypatch.setattr(compare_splits, "_MOST_SPLITS", 1)
     (step,) = document("compare", *words)["steps_split"]
-    assert f"Split: 1 of 15 steps, number {step}." in printed("compare", *words)
+    assert f"Split: 1 of 15 steps, number {step};" in printed("compare", *words)
 
 
 def test_a_sample_has_a_step_of_every_part() -> None:
