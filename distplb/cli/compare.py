@@ -5,20 +5,22 @@ Shapes: T steps, L layers, E experts, P slots.
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import click
-from rich.table import Table
 from torch import Tensor
 
+from distplb.cli.compare_splits import Imbalance, StepsToSplit, bound_of_all, refuse_replica_slots
+from distplb.cli.compare_tables import Row, comparison_table, row_as_json, sentences_of_splits
 from distplb.cli.empty_parts import EmptyParts
 from distplb.cli.load_hints import load_hints
-from distplb.cli.output import console, json_option, print_hints, print_json, progress, table
-from distplb.cli.param_types import NamedPath
+from distplb.cli.output import console, json_option, print_hints, print_json, progress
+from distplb.cli.param_types import NamedPath, WholeNumber
 from distplb.cli.plan_request import PlanRequest
 from distplb.cli.shared_options import planning_options
 from distplb.comm.base import WorldOfOne
@@ -37,10 +39,10 @@ from distplb.records.read_loads import Loads, read_loads
 __all__ = ["compare"]
 
 _MANY_CANDIDATES = 16  # candidates of the last planner
-_MIN_WIDTH = 52  # columns; a narrower terminal has no room for moves and seconds
 _EXAMPLE = """\b
-Example:
+Examples:
   distplb compare monday.npz --unseen tuesday.npz --nodes 2 --gpus-per-node 8
+  distplb compare trace.npz --gpus-per-node 8 --replica-slots 2
 """
 
 
@@ -51,35 +53,30 @@ class _Steps(NamedTuple):
     unseen: Tensor | None  # [T', L, E]
     description: str
     unseen_empty_parts: EmptyParts | None  # of the file of --unseen
+    is_sum: bool  # whether the file that they are judged on has no steps
 
-
-class _Imbalance(NamedTuple):
-    """Means over the steps that have tokens."""
-
-    mean: float  # over layers that have tokens
-    worst: float  # of all layers
-
-    @classmethod
-    def of(cls, by_layer: Tensor) -> _Imbalance:
-        return cls(float(mean_of_known(by_layer)), float(by_layer.nan_to_num(nan=1.0).max()))
-
-
-class _Row(NamedTuple):
-    planner: str
-    in_sample: _Imbalance
-    unseen: _Imbalance | None
-    moved: int | None
-    seconds: float | None
+    @property
+    def judged(self) -> Tensor:
+        """`[T', L, E]`: the unseen steps, or the one that was planned on."""
+        return self.planned if self.unseen is None else self.unseen
 
 
 @click.command(epilog=_EXAMPLE)
 @click.argument("loads", type=NamedPath())
 @click.option("--unseen", type=NamedPath(), help="Load to judge plans on, which no planner sees.")
 @planning_options
+@click.option(
+    "--replica-slots",
+    type=WholeNumber(0),
+    default=0,
+    show_default=True,
+    help="Slots on each GPU for replicas of single steps; if any, each step is split too.",
+)
 @json_option
 def compare(
     loads: Path,
     unseen: Path | None,
+    replica_slots: int,
     topology: Topology,
     options: PlanOptions,
     current: Path | None,
@@ -90,28 +87,38 @@ def compare(
     Plans are judged on steps they have not seen: those of --unseen, or else the second half of LOADS, in which case
     they are made from the first half. A load of one step is judged on itself. Layers of the two files are matched by
     name, or by position if neither file has names. File formats and hints are those of `distplb plan`.
+
+    With --replica-slots, every judged step is also split under each planner's homes: the table shows the imbalance that
+    replicas for that step leave, and how many are sent. Of a long load, a sample of the steps is split. Counts by
+    source GPU are not needed, because replicas depend on the totals only; tokens that cross GPUs are not shown.
     """
     request = PlanRequest.read(loads, topology, options, current)
     _refuse_without_tokens(loads, request.empty_parts)
-    steps = _halves(request.load) if unseen is None else _two_files(request, unseen)
+    refuse_replica_slots(request, replica_slots)
+    steps = _halves(request) if unseen is None else _two_files(request, unseen)
     before = float(mean_of_known(imbalance(request.load, request.in_force)))
     hints = load_hints(request.load, before=before, is_trace=request.has_steps)
     if unseen is not None and steps.unseen is not None:  # neither its imbalance nor its number of steps matters
         hints += [f"{unseen}: {hint}" for hint in load_hints(steps.unseen, before=None, is_trace=False)]
-    rows: list[_Row] = []
+    to_split = StepsToSplit.of(steps.judged, request, replica_slots) if replica_slots else None
+    rows: list[Row] = []
     with progress("comparing") as update:
         planners = _planners(request, len(steps.planned), with_current=current is not None)
         for number in (1, 2):  # steps; the first plan of either kind loads compiled code, which must not be timed
             _plan(steps.planned[:number], request, request.options)
+        work = itertools.count(1)  # plans and, with replicas, splits of a step
+        total = len(planners) * (1 + (0 if to_split is None else len(to_split.steps)))
+        update(0, total)
         for name, planner in planners.items():
-            update(len(rows), len(planners))
-            rows.append(_evaluate(name, planner, request, steps))
-        rows.append(_bound(request, steps))
+            rows.append(_evaluate(name, planner, request, steps, to_split, lambda: update(next(work), total)))
+        rows.append(_bound(request, steps, rows))
     if as_json:
-        print_json(_document(request, steps, rows) | {"hints": hints})
+        print_json(_document(request, steps, rows, to_split) | {"hints": hints})
     else:
         out = console()
-        out.print(_table(steps, rows, narrow=out.width < _MIN_WIDTH))
+        out.print(comparison_table(rows, steps.description, to_split, out.width))
+        for sentence in sentences_of_splits(rows, to_split, is_sum=steps.is_sum) if to_split else []:
+            out.print(sentence)
         for sentence in _sentences_of_empty_parts(request, unseen, steps):
             out.print(sentence)
         print_hints(hints)
@@ -120,25 +127,27 @@ def compare(
 # --- steps ------------------------------------------------------------------------------------------------------
 
 
-def _halves(load: Tensor) -> _Steps:
+def _halves(request: PlanRequest) -> _Steps:
     """Plan on the first half of the steps, and judge on the second."""
-    half = len(load) // 2
+    load = request.load
+    half, is_sum = len(load) // 2, not request.has_steps
     if not half:
         description = "judged on the one step that was planned on, which says nothing about other steps"
-        return _Steps(load, None, description, None)
+        return _Steps(load, None, description, None, is_sum)
     first, second = load[:half], load[half:]
     description = f"planned on the first half ({_count(first)}), unseen: the second half ({_count(second)})"
-    return _Steps(first, second, description, None)
+    return _Steps(first, second, description, None, is_sum)
 
 
 def _two_files(request: PlanRequest, path: Path) -> _Steps:
     """Plan on all steps of the load, and judge on those of another file."""
-    load = _in_order_of_layers(read_loads(path), path, request)
+    loads = read_loads(path)
+    load = _in_order_of_layers(loads, path, request)
     empty_parts = EmptyParts.of(load, request.layers)
     _refuse_without_tokens(path, empty_parts)
     unseen = steps_with_tokens(load)
     description = f"planned on {_count(request.load)} of {request.path}, unseen: {_count(unseen)} of {path}"
-    return _Steps(request.load, unseen, description, empty_parts)
+    return _Steps(request.load, unseen, description, empty_parts, loads.load.dim() != 3)
 
 
 def _refuse_without_tokens(path: Path, empty_parts: EmptyParts) -> None:
@@ -218,42 +227,36 @@ def _plan(load: Tensor, request: PlanRequest, options: PlanOptions) -> Placement
     return plan_in_stages(load, request.topology, WorldOfOne(), options).placement
 
 
-def _evaluate(name: str, planner: Planner, request: PlanRequest, steps: _Steps) -> _Row:
+def _evaluate(
+    name: str,
+    planner: Planner,
+    request: PlanRequest,
+    steps: _Steps,
+    to_split: StepsToSplit | None,
+    advance: Callable[[], None],
+) -> Row:
     began = time.perf_counter()
     placement = planner(steps.planned)
     seconds = time.perf_counter() - began
     in_sample, unseen = (
-        None if load is None else _Imbalance.of(mean_of_known(imbalance(load, placement), dim=0))
+        None if load is None else Imbalance.of(mean_of_known(imbalance(load, placement), dim=0))
         for load in (steps.planned, steps.unseen)
     )
     assert in_sample is not None
     moved = int(moved_slots(request.in_force, placement, request.topology).sum())
-    return _Row(name, in_sample, unseen, moved, seconds)
+    advance()
+    splits = None if to_split is None else to_split.under(placement, advance)
+    return Row(name, in_sample, unseen, moved, seconds, splits)
 
 
-def _bound(request: PlanRequest, steps: _Steps) -> _Row:
-    unseen = None if steps.unseen is None else _Imbalance.of(request.bound(steps.unseen))
-    return _Row("bound", _Imbalance.of(request.bound(steps.planned)), unseen, None, None)
+def _bound(request: PlanRequest, steps: _Steps, planners: Sequence[Row]) -> Row:
+    in_sample = Imbalance.of(request.bound(steps.planned))
+    unseen = None if steps.unseen is None else Imbalance.of(request.bound(steps.unseen))
+    splits = [row.splits for row in planners if row.splits is not None]
+    return Row("bound", in_sample, unseen, None, None, bound_of_splits=bound_of_all(splits) if splits else None)
 
 
 # --- output -----------------------------------------------------------------------------------------------------
-
-
-def _table(steps: _Steps, rows: list[_Row], *, narrow: bool) -> Table:
-    numbers = ["in sample", *(["unseen"] if steps.unseen is not None else []), "worst layer"]
-    others = [] if narrow else ["slots moved", "time (s)"]
-    title = (
-        f"Imbalance, busiest GPU / mean GPU; {steps.description}. {'Wider terminals show moves and seconds.' * narrow}"
-    )
-    lines = table("planner", *numbers, *others, title=title)
-    for row in rows:
-        if row.seconds is None:
-            lines.add_section()
-        shown = [row.in_sample.mean, row.unseen.mean, row.unseen.worst] if row.unseen else list(row.in_sample)
-        counts = ["" if row.moved is None else str(row.moved), "" if row.seconds is None else f"{row.seconds:.3f}"]
-        cells = [*(f"{value:.4f}" for value in shown), *counts]
-        lines.add_row(row.planner, *cells[: len(numbers) + len(others)])
-    return lines
 
 
 def _sentences_of_empty_parts(request: PlanRequest, unseen: Path | None, steps: _Steps) -> list[str]:
@@ -264,7 +267,9 @@ def _sentences_of_empty_parts(request: PlanRequest, unseen: Path | None, steps: 
     return [sentence for sentence in sentences if sentence]
 
 
-def _document(request: PlanRequest, steps: _Steps, rows: list[_Row]) -> dict[str, Any]:
+def _document(
+    request: PlanRequest, steps: _Steps, rows: Sequence[Row], to_split: StepsToSplit | None
+) -> dict[str, Any]:
     return {
         "loads": str(request.path),
         "judged": steps.description,
@@ -273,8 +278,6 @@ def _document(request: PlanRequest, steps: _Steps, rows: list[_Row]) -> dict[str
         **request.empty_parts.as_json(),
         "unseen_without_tokens": None if steps.unseen_empty_parts is None else steps.unseen_empty_parts.as_json(),
         **request.cluster_as_json(),
-        "planners": [
-            row._asdict() | {"in_sample": row.in_sample._asdict(), "unseen": row.unseen and row.unseen._asdict()}
-            for row in rows
-        ],
+        **({} if to_split is None else to_split.as_json()),
+        "planners": [row_as_json(row) for row in rows],
     }

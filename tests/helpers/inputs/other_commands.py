@@ -56,6 +56,23 @@ def against(name: str, shape: Sequence[int]) -> Run:
     return run
 
 
+def split_too(*options: object, shape: Sequence[int] = (4, 2, 8)) -> Run:
+    """Run `distplb compare` with replicas for single steps, and show the figures of the homes in force."""
+
+    def run(folder: Path) -> object:
+        words = (*TWO, "--engine", "reference", "--json", *options)
+        return command("compare", file(folder, *shape), *words, show=of_replicas)
+
+    return run
+
+
+def of_replicas(out: str) -> str:
+    """Show what replicas leave of the homes in force, and how many are sent."""
+    row = json.loads(out)["planners"][0]["with_replicas"]
+    alone, left = row["homes_alone"]["mean"], row["imbalance"]["mean"]
+    return f"{alone:.4f} becomes {left:.4f} by {row['replicas']:.2f} replicas"
+
+
 def replayed(*options: object, load: np.ndarray | None = None) -> Run:
     """Run `distplb replay` on a trace, and show the answer."""
 
@@ -111,6 +128,33 @@ CASES: list[Case] = [
         "exit 2: [Error: tuesday.npy has 2 layers of 16 experts, monday.npz has 2 of 8; pass two loads of"
         " the same model]",
         against("tuesday.npy", (4, 2, 16)),
+    ),
+    Case(
+        "`compare --gpus-per-node 2 --replica-slots 1`, 8 experts",
+        "1.3778 becomes 1.0680 by 1.00 replicas",
+        split_too("--replica-slots", 1),
+    ),
+    Case(
+        "`compare --gpus-per-node 2 --replica-slots 1`, 8 experts, counts without steps",
+        "1.0319 becomes 1.0049 by 1.00 replicas",
+        split_too("--replica-slots", 1, shape=(2, 8)),
+    ),
+    Case(
+        "`compare --gpus-per-node 2 --replica-slots 9`, 8 experts",
+        "exit 2: [Error: --replica-slots is 9; pass at most 8, a slot on each GPU for each expert]",
+        split_too("--replica-slots", 9),
+    ),
+    Case(
+        "`compare --replica-slots -1`",
+        "exit 2: [Error: Invalid value for '--replica-slots': -1 is not in the range x>=0. Try "
+        "'distplb compare --help'.]",
+        split_too("--replica-slots", -1),
+    ),
+    Case(
+        "`compare --gpus-per-node 2 --slots 10 --replica-slots 2`, 8 experts",
+        "exit 2: [Error: --slots 10 gives some of 8 experts several homes, but --replica-slots 2 needs one "
+        "home for each; pass --slots 8, or --replica-slots 0]",
+        split_too("--slots", 10, "--replica-slots", 2),
     ),
     Case(
         "`replay trace.npz`, 24 steps",
