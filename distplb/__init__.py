@@ -14,6 +14,10 @@ from distplb.records.event_log import EventLog, read_events
 from distplb.records.events import RebalanceEvent
 from distplb.records.trace import Trace
 from distplb.records.trace_writer import TraceWriter
+from distplb.splitting.bound import step_bound
+from distplb.splitting.routes import routes
+from distplb.splitting.split import split
+from distplb.splitting.split_value import Split
 from distplb.study.replay import replay
 from distplb.train.measure import measured_curve
 from distplb.train.options import Moves, Record, Search, Spread
@@ -33,6 +37,7 @@ __all__ = [
     "Rebalancer",
     "Record",
     "Search",
+    "Split",
     "Spread",
     "TimeCurve",
     "Topology",
@@ -46,6 +51,9 @@ __all__ = [
     "read_events",
     "rebalance_experts",
     "replay",
+    "routes",
+    "split",
+    "step_bound",
 ]
 
 __version__ = "0.1.0"

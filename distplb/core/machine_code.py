@@ -25,6 +25,7 @@ __all__ = ["compile_lock", "compiled_module", "is_there"]
 _SOURCES = "cpu_*.py"
 
 
+@cache
 def is_there() -> bool:
     """Whether Numba is installed, without importing it."""
     return find_spec("numba") is not None

@@ -43,7 +43,7 @@ from distplb.core.counts import Counts
 from distplb.core.topology import Topology
 from distplb.splitting.inputs import checked_step
 
-__all__ = ["step_bound"]
+__all__ = ["bound_of", "step_bound"]
 
 _SAFE = 1e-11  # relative; larger than rounding errors, so that these never exclude a level
 
@@ -63,19 +63,27 @@ def step_bound(counts: Counts, home: Any, *, topology: Topology, replica_slots: 
     Args:
         counts: `[M, E]`, the tokens that each GPU's router sends to each expert.
         home: `[E]`, the GPU that owns each expert.
-        topology: nodes and GPUs; replicas stay inside nodes.
+        topology: nodes and GPUs; replicas stay inside nodes. If they may leave them, pass all GPUs as one node.
         replica_slots: R.
 
     Raises:
         DistplbError: for counts, homes or slots that do not fit.
     """
     tokens, homes = checked_step(counts, home, topology)
-    slots, each = whole_number("replica_slots", replica_slots, minimum=0), topology.gpus_per_node
-    total = tokens.sum(0)  # [E]
-    level = -(-int(total.sum()) // topology.num_gpus)  # (a)
+    return bound_of(tokens.sum(0), homes, topology, whole_number("replica_slots", replica_slots, minimum=0))
+
+
+def bound_of(tokens: Tensor, home: Tensor, topology: Topology, slots: int) -> int:
+    """The same from the tokens `[E]` of each expert.
+
+    >>> bound_of(torch.tensor([10] * 8), torch.zeros(8, dtype=torch.int64), Topology(1, 4), slots=1)
+    50
+    """
+    each = topology.gpus_per_node
+    level = -(-int(tokens.sum()) // topology.num_gpus)  # (a)
     for node in range(topology.num_nodes):
-        here = homes // each == node
-        level = _lowest(total[here], homes[here] % each, each, slots, level)
+        here = home // each == node
+        level = _lowest(tokens[here], home[here] % each, each, slots, level)
     return level
 
 

@@ -6,19 +6,23 @@ Shapes: E experts, M GPUs, R replica slots on each GPU.
 from __future__ import annotations
 
 import numpy as np
+import torch
 
+from distplb.core.topology import Topology
 from distplb.errors import DistplbError
-from distplb.splitting.bound import lowest_not_excluded
+from distplb.splitting.bound import bound_of
 from distplb.splitting.engines import Engine
 from distplb.splitting.exact import lowest_level, placement_within
 from distplb.splitting.rules import EMPTY, NEVER, Array, Rules
 
-__all__ = ["within_cap"]
+__all__ = ["busiest", "nodes_of", "within_cap"]
 
 Placed = tuple[Array, Array]  # `[M, R]` experts and `[M, R]` tokens of replicas
 
 
-def within_cap(cap: int, found: Placed, tokens: Array, home: Array, node: Array, rules: Rules, engine: Engine) -> Placed:
+def within_cap(
+    cap: int, found: Placed, tokens: Array, home: Array, topology: Topology, rules: Rules, engine: Engine
+) -> Placed:
     """The replicas found if no GPU exceeds the cap with them, or others with which none does.
 
     Others are tried in this order: as few as keep the cap, whatever they cost; the same of any size; an exact search.
@@ -28,7 +32,7 @@ def within_cap(cap: int, found: Placed, tokens: Array, home: Array, node: Array,
         found: `[M, R]` the expert of each replica slot, and `[M, R]` the tokens that it gets.
         tokens: `[E]`, the tokens of each expert.
         home: `[E]`, the GPU that owns each expert.
-        node: `[M]`, the node of each GPU.
+        topology: nodes and GPUs.
         rules: those by which the replicas were found.
         engine: the engine that found them.
 
@@ -37,27 +41,36 @@ def within_cap(cap: int, found: Placed, tokens: Array, home: Array, node: Array,
     """
     if busiest(tokens, home, *found) <= cap:
         return found
-    free = 0 if rules.between != NEVER else NEVER
-    cheap = rules._replace(level=cap, inside=0, between=free)
-    if rules.inside == NEVER:
-        cheap = cheap._replace(slots=0)
-    for tried in (cheap, cheap._replace(least=1, tile=1)):
+    slots = 0 if rules.inside == NEVER else rules.slots
+    if rules.between != NEVER:
+        topology = Topology(num_nodes=1, gpus_per_node=topology.num_gpus)
+    node = nodes_of(topology)
+    few = Rules(slots, cap, rules.least, rules.tile)
+    for tried in (few, few._replace(least=1, tile=1)):
         found = engine.replicas(tokens, home, node, tried)
         reached = busiest(tokens, home, *found)
         if reached <= cap:
             return found
-    where = node if rules.between == NEVER else np.zeros_like(node)
-    bound = lowest_not_excluded(tokens, home, where, tried.slots)
+    bound = bound_of(torch.from_numpy(tokens), torch.from_numpy(home), topology, slots)
     if bound <= cap:
-        exact = placement_within(tokens, home, where, tried.slots, cap)
+        exact = placement_within(tokens, home, node, slots, cap)
         if exact.replicas is not None:
             return exact.replicas
-    smallest, is_proven = lowest_level(tokens, home, where, tried.slots, bound, reached)
-    least = "" if is_proven else f" (no split has fewer than {bound})"
+    smallest, is_proven = lowest_level(tokens, home, node, slots, bound, reached)
+    proof = "" if is_proven else f" (found; no split needs fewer than {bound})"
     raise DistplbError(
-        f"max_tokens_per_gpu is {cap}; with {tried.slots} replica slots on each GPU, this step needs {smallest}{least}: "
-        f"pass at least that, or raise replica_slots"
+        f"max_tokens_per_gpu is {cap}, but with {slots} replica slots on each GPU this step needs {smallest}{proof}; "
+        "pass at least that, or more replica_slots"
     )
+
+
+def nodes_of(topology: Topology) -> Array:
+    """`[M]` int64, the node of each GPU.
+
+    >>> nodes_of(Topology(num_nodes=2, gpus_per_node=2)).tolist()
+    [0, 0, 1, 1]
+    """
+    return np.arange(topology.num_gpus) // topology.gpus_per_node
 
 
 def busiest(tokens: Array, home: Array, expert: Array, part: Array) -> int:

@@ -114,13 +114,9 @@ def _at(step, level, rules, curve):
     best, other = _begun(step, level, rules, curve), _begun(step, level, rules, curve)
     is_placed = _place(step, best, rules, curve)
     if _pass_on(step, other, rules, curve, np.int64(0)):
-        price, other_price = _price(best), _price(other)
-        used, other_used = best.used.sum(), other.used.sum()
-        if not is_placed or other_price < price:
+        this = _price(other), other.used.sum(), other.sends.max()
+        if not is_placed or this < (_price(best), best.used.sum(), best.sends.max()):
             best = other
-        elif other_price == price and other_used <= used:
-            if other_used < used or other.sends.max() < best.sends.max():
-                best = other
         is_placed = True
     relays = np.int64(1)
     while not is_placed:
@@ -177,7 +173,7 @@ def _place(step, attempt, rules, curve):
     slots = rules.slots
     num_gpus, num_nodes = len(node), node[-1] + 1
     spare, waiting = np.zeros(num_nodes, np.int64), np.zeros(num_nodes, np.int64)
-    givers, count = np.empty(num_gpus, np.int64), 0
+    givers, count = np.empty(num_gpus, np.int64), np.int64(0)
     for gpu in range(num_gpus):
         spare[node[gpu]] += room[gpu]
         if room[gpu] < 0:
@@ -202,7 +198,8 @@ def _place(step, attempt, rules, curve):
                     expert = owned[nth]
             need = min(_needed(left[expert], -room[giver], rules, curve), _down(left[expert], rules.tile))
             num_takers = 0
-            for gpu in order:
+            for nth in range(num_gpus):
+                gpu = order[nth]
                 if fits[gpu] < least:
                     break
                 if node[gpu] == here and used[gpu] < slots and not _holds(replica, used, gpu, expert):
@@ -525,7 +522,4 @@ def is_legal(counts, home, quota, replica):
             if counts[gpu, expert] < 0:
                 return False
             away[expert] -= counts[gpu, expert]
-    for expert in range(num_experts):
-        if away[expert]:
-            return False
-    return True
+    return not away.any()

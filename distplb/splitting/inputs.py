@@ -5,21 +5,21 @@ Shapes: E experts, M GPUs.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from distplb.core.arguments import listed, plain, refuse_wrong_types, whole_number
+from distplb.core.arguments import listed, plain, refuse_wrong_types, shown, whole_number
 from distplb.core.counts import Counts, as_counts, as_integers
 from distplb.core.topology import Topology
 from distplb.errors import DistplbError
 from distplb.splitting.rules import MOST_TOKENS, NEVER
 
-__all__ = ["checked_prices", "checked_size", "checked_slots", "checked_step"]
+__all__ = ["checked_prices", "checked_size", "checked_slots", "checked_step", "checked_tolerance"]
 
 _MOST_SLOTS = 1024
+_SCALE = 1 << 20  # a tolerance is rounded to this fraction, so that all ranks compare integers
 
 
 def checked_step(counts: Counts, home: Any, topology: Topology) -> tuple[Tensor, Tensor]:
@@ -43,13 +43,13 @@ def checked_step(counts: Counts, home: Any, topology: Topology) -> tuple[Tensor,
         raise DistplbError(
             f"counts has shape {list(tokens.shape)}; pass [GPUs, experts] with the topology's {topology.num_gpus} GPUs"
         )
-    total = float(tokens.sum(dtype=torch.float64))
-    if total >= MOST_TOKENS:
+    at_most = int(tokens.numpy().max()) * tokens.numel()  # added up only if that can be too much
+    if at_most >= MOST_TOKENS and (total := float(tokens.sum(dtype=torch.float64))) >= MOST_TOKENS:
         raise DistplbError(f"counts add up to {total:.3g} tokens; pass those of one step, fewer than 2^50")
     homes, (num_gpus, num_experts) = as_integers("home", home, "the GPU of each expert").cpu(), tokens.shape
     if list(homes.shape) != [num_experts]:
         raise DistplbError(f"home has shape {list(homes.shape)}; pass the GPU of each of {num_experts} experts")
-    if (homes.lt(0) | homes.ge(num_gpus)).any():
+    if int(homes.amin()) < 0 or int(homes.amax()) >= num_gpus:
         raise DistplbError(f"home has GPUs {int(homes.amin())} to {int(homes.amax())}; pass GPUs in [0, {num_gpus})")
     return tokens.contiguous().clone(), homes.contiguous().clone()  # callers may reuse their buffers
 
@@ -87,8 +87,8 @@ def checked_slots(replica_slots: int) -> int:
 def checked_prices(push_price: tuple[float, float], per_token: float = 1.0) -> tuple[int, int]:
     """The prices of a replica inside a node and between nodes, in whole units of time; `NEVER` for infinity.
 
-    >>> checked_prices((100.0, math.inf), per_token=2.5) == (250, NEVER)
-    True
+    >>> checked_prices((100.0, 4000.0), per_token=2.5)
+    (250, 10000)
 
     Args:
         push_price: both prices in tokens.
@@ -109,3 +109,18 @@ def checked_prices(push_price: tuple[float, float], per_token: float = 1.0) -> t
         )
     inside, between = (NEVER if price * per_token >= NEVER else round(price * per_token) for price in prices)
     return inside, between
+
+
+def checked_tolerance(tolerance: float) -> int:
+    """A fraction in units of 2^-20.
+
+    >>> checked_tolerance(0.005)
+    5243
+
+    Raises:
+        DistplbError: if it is not a number from 0 to 1.
+    """
+    value = plain(tolerance)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise DistplbError(f"tolerance is {shown(tolerance)}; pass a fraction from 0 to 1, such as 0.005")
+    return round(value * _SCALE)

@@ -25,10 +25,10 @@ surplus, one below it has room.
     the GPU with the most room, and gives at least that much: a GPU that gets more than its room passes on a surplus of
     its own.
 (10) A level costs its time, and the prices of the replicas that the GPU sends, or receives, for which they are
-    highest. Take the level that costs least, up to the one that needs no replica. Costs are known at both ends of an interval of
-    levels. A level between them costs at least the lower end's time and the upper end's replicas, because a higher
-    level needs no more replicas. So: try the middle of the interval where that is least, while it is less than the
-    lowest cost so far and the interval is longer than 1/64 of a replica's price.
+    highest. Take the level that costs least, up to the one that needs no replica. Costs are known at both ends of an
+    interval of levels. A level between them costs at least the lower end's time and the upper end's replicas, because
+    a higher level needs no more replicas. So: try the middle of the interval where that is least, while it is less than
+    the lowest cost so far and the interval is longer than 1/64 of a replica's price.
 
 "Little" is four times a fair share of the room that is left over once all surpluses are placed. A replica gets at least
 `least` tokens, and a multiple of `tile`: a surplus is rounded up to that, a room down, and the giver may end below the
@@ -115,7 +115,7 @@ def is_legal(counts: Array, home: Array, quota: Array, replica: Array) -> bool:
     # Of each expert, the quotas at home and on replicas are all there are; one counted twice would exceed them.
     elsewhere -= quota[np.arange(num_experts), home]
     np.subtract.at(elsewhere, expert, held)
-    return not elsewhere.any() and len(np.unique(expert * num_gpus + gpu)) == len(expert)
+    return not elsewhere.any() and len(set(zip(expert.tolist(), gpu.tolist(), strict=True))) == len(expert)
 
 
 class _Step:
@@ -125,7 +125,8 @@ class _Step:
         self, tokens: Sequence[int], home: Sequence[int], node: Sequence[int], rules: Rules, curve: Array
     ) -> None:
         self.tokens, self.node, self.rules = tokens, node, rules
-        self.curve_tokens, self.curve_times = curve.tolist()
+        self.curve_tokens: list[int] = curve[0].tolist()
+        self.curve_times: list[int] = curve[1].tolist()
         self.loads = [0] * len(node)  # times
         self.experts: list[list[int]] = [[] for _ in node]  # of each GPU
         for expert, gpu in enumerate(home):

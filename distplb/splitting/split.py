@@ -11,20 +11,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from distplb.core.arguments import plain, refuse_wrong_types, shown
+from distplb.core.arguments import refuse_wrong_types
 from distplb.core.counts import Counts
 from distplb.core.price import TimeCurve
 from distplb.core.topology import Topology
-from distplb.errors import DistplbError
-from distplb.splitting.caps import within_cap
+from distplb.splitting.caps import nodes_of, within_cap
 from distplb.splitting.engines import engine_named
-from distplb.splitting.inputs import checked_prices, checked_size, checked_slots, checked_step
+from distplb.splitting.inputs import checked_prices, checked_size, checked_slots, checked_step, checked_tolerance
 from distplb.splitting.rules import NEVER, NO_CURVE, Array, Rules
 from distplb.splitting.split_value import Split
 
 __all__ = ["level_of", "split"]
 
-_SCALE = 1 << 20  # a tolerance is rounded to this fraction, so that all ranks compare integers
+_SCALE = 1 << 20  # of a tolerance
 
 
 def split(
@@ -86,13 +85,13 @@ def split(
     if time_curve is not None:
         time = time_curve.time(torch.from_numpy(-(-total // tile) * tile)).numpy()
         curve = np.array([time_curve.tokens, time_curve.nanoseconds], np.int64)
-    level = level_of(time, owner, topology, _scaled(tolerance), between != NEVER)
-    node, chosen = _nodes(topology), engine_named(engine)
+    level = level_of(time, owner, topology, checked_tolerance(tolerance), between != NEVER)
+    node, chosen = nodes_of(topology), engine_named(engine)
     rules = Rules(slots, level, -(-least // tile) * tile, tile, inside, between)
     found = chosen.replicas(total, owner, node, rules, curve)
     if max_tokens_per_gpu is not None:
         cap = checked_size("max_tokens_per_gpu", max_tokens_per_gpu)
-        found = within_cap(cap, found, total, owner, node, rules, chosen)
+        found = within_cap(cap, found, total, owner, topology, rules, chosen)
     expert, part = found
     quota = chosen.quotas(total, owner, expert, part)
     return Split(tokens, home_gpu, torch.from_numpy(quota), torch.from_numpy(expert))

@@ -48,7 +48,8 @@ class Split:
     replica: Tensor
 
     def __post_init__(self) -> None:
-        self._check_shapes()
+        if not self._has_shapes():
+            self._refuse_shapes()
         arrays = (each.contiguous().numpy() for each in (self.counts, self.home, self.quota, self.replica))
         if not engine_named(None).is_legal(*arrays):
             self._refuse_quotas()
@@ -84,7 +85,16 @@ class Split:
         source = self.home[self.replica[gpu, slot]]
         return pushes.index_put_((source, gpu), torch.ones_like(gpu), accumulate=True)
 
-    def _check_shapes(self) -> None:
+    def _has_shapes(self) -> bool:
+        """Whether shapes and dtypes are right; short, because this runs in every step."""
+        values = self.counts, self.home, self.quota, self.replica
+        if not all(isinstance(one, Tensor) and one.dtype == torch.int64 and one.is_cpu for one in values):
+            return False
+        counts, home, quota, replica = (one.shape for one in values)
+        is_fit = len(counts) == 2 and home == counts[1:] and quota == counts[::-1] and len(replica) == 2
+        return is_fit and replica[0] == counts[0] and 0 not in counts
+
+    def _refuse_shapes(self) -> None:
         letters = {"counts": "ME", "home": "E", "quota": "EM", "replica": "MR"}
         refuse_wrong_types(
             {f"Split: {name}": (getattr(self, name), (Tensor,), "a tensor of int64") for name in letters}
@@ -102,10 +112,7 @@ class Split:
                     f"Split: {name} is {value.dtype} of shape {list(value.shape)} on {value.device}; pass int64 of "
                     f"shape [{shape}] on the CPU"
                 )
-        if not sizes["M"] or not sizes["E"]:
-            raise DistplbError(
-                f"Split: counts has shape {list(self.counts.shape)}; pass at least one GPU and one expert"
-            )
+        raise DistplbError(f"Split: counts has shape {list(self.counts.shape)}; pass at least one GPU and one expert")
 
     def _refuse_quotas(self) -> None:
         num_gpus = len(self.counts)

@@ -150,6 +150,7 @@ CALLS: dict[str, Callable[[Path], Any]] = {
     "MoveModel": lambda _: MODEL.seconds(3, 2),
     "Placement": lambda _: [START, START.inverse, START.replicas, START.digest(), Placement([[1, 0, 1, 2]], 3, 2)],
     "Rebalancer": lambda _: rebalanced(),
+    "Split": lambda _: [lent().load, lent().imbalance, lent().pushes],
     "TimeCurve": lambda _: CURVE.time(LOAD),
     "Trace": lambda _: trace(),
     "TraceWriter": written,

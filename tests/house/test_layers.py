@@ -42,7 +42,7 @@ KEPT_IN = {
     "torch.distributed": "comm",
     "mpi4py": "comm.mpi",
     "yaml": "core.documents.text",
-    "scipy": "core.price planning.renumber_gpus study.bootstrap",
+    "scipy": "core.price planning.renumber_gpus splitting.exact study.bootstrap",
     "numba": "core.machine_code packing.cpu_row splitting.cpu_routes splitting.cpu_split",
     "filelock": "core.machine_code",
     "concurrent": "core.threads records.trace_writer records.event_log train.background",

@@ -17,8 +17,8 @@ from torch import Tensor
 from distplb import DistplbError, Topology
 from distplb.core.machine_code import compiled_module
 from distplb.splitting import cpu
-from distplb.splitting.reference import EMPTY
 from distplb.splitting.routes import Exchange, exchange_of, routes
+from distplb.splitting.rules import EMPTY
 from distplb.splitting.split import split
 from distplb.splitting.split_value import Split
 

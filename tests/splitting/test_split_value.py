@@ -9,7 +9,7 @@ import torch
 from splits import random_split
 
 from distplb import DistplbError
-from distplb.splitting.reference import EMPTY
+from distplb.splitting.rules import EMPTY
 from distplb.splitting.split_value import Split
 
 GOOD = {

@@ -10,10 +10,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+import torch
 from splits import best_of_all, power_law
 
-from distplb import Topology
+from distplb import TimeCurve, Topology
 from distplb.splitting import cpu, reference
+from distplb.splitting.caps import nodes_of
+from distplb.splitting.rules import LONGEST, NEVER, NO_CURVE, Array, Rules
 from distplb.splitting.split import level_of
 
 needs_numba = pytest.mark.skipif(not cpu.is_there(), reason="Numba is not installed")
@@ -22,24 +25,33 @@ Case = dict[str, Any]
 
 
 def case(
-    tokens: Any, home: Any, topology: Topology, slots: int, level: int | None = None, least: int = 1, tile: int = 1
+    tokens: Any,
+    home: Any,
+    topology: Topology,
+    slots: int,
+    level: int | None = None,
+    curve: Array = NO_CURVE,
+    **prices: int,
 ) -> Case:
+    """A step with the level of the default tolerance; `prices` are the other fields of `Rules`."""
     total, owner = np.asarray(tokens, np.int64), np.asarray(home, np.int64)
-    node = np.arange(topology.num_gpus) // topology.gpus_per_node
-    level = level_of(total, owner, topology, TOLERANCE) if level is None else level
-    return {
-        "tokens": total,
-        "home": owner,
-        "node": node,
-        "slots": slots,
-        "level": level,
-        "least": least,
-        "tile": tile,
-    }
+    if level is None:
+        time = times(total, curve, prices.get("tile", 1))
+        level = level_of(time, owner, topology, TOLERANCE, "between" in prices)
+    rules = Rules(slots, level, **prices)
+    return {"tokens": total, "home": owner, "node": nodes_of(topology), "rules": rules, "curve": curve}
+
+
+def times(tokens: Array, curve: Array, tile: int) -> Array:
+    """`[E]`, what the tokens of each expert take at home."""
+    if not curve.size:
+        return tokens
+    points, nanoseconds = (tuple(row) for row in curve.tolist())
+    return TimeCurve(points, nanoseconds).time(torch.from_numpy(-(-tokens // tile) * tile)).numpy()
 
 
 def drawn(seed: int) -> Case:
-    """Up to 3 nodes of up to 5 GPUs, skewed tokens with zeros and ties, homes in any order."""
+    """Up to 3 nodes of up to 5 GPUs, skewed tokens with zeros and ties, any homes; prices, tiles and curves."""
     random = np.random.default_rng(seed)
     topology = Topology(int(random.integers(1, 4)), int(random.integers(1, 6)))
     num_gpus = topology.num_gpus
@@ -48,8 +60,25 @@ def drawn(seed: int) -> Case:
     if seed % 4 == 0:
         tokens = tokens // 8 * 8
     home = random.permutation(np.arange(num_experts) % num_gpus)
-    least, tile = (int(random.choice((1, 1, 7, 40))), int(random.choice((1, 1, 4, 16)))) if seed % 2 else (1, 1)
-    return case(tokens, home, topology, int(random.integers(0, 4)), least=least, tile=tile)
+    slots, prices = int(random.integers(0, 4)), dict[str, int]()
+    if seed % 2:
+        tile = int(random.choice((1, 1, 4, 16)))
+        prices |= {"tile": tile, "least": -(-int(random.choice((1, 1, 7, 40))) // tile) * tile}
+    if seed % 3:
+        mean = tokens.sum() / num_gpus
+        prices["inside"] = int(mean * random.choice((0, 0.02, 0.1, 0.5)))
+        if random.random() < 0.5:
+            prices["between"] = prices["inside"] * int(random.integers(1, 10)) + int(random.integers(0, 3))
+    curve = drawn_curve(random) if seed % 5 == 0 else NO_CURVE
+    return case(tokens, home, topology, slots, curve=curve, **prices)
+
+
+def drawn_curve(random: np.random.Generator) -> Array:
+    """Up to 5 points, some flat stretches."""
+    points = int(random.integers(2, 6))
+    tokens = np.cumsum(random.integers(1, 60, points))
+    times = np.cumsum(random.integers(0, 100, points) * (random.random(points) < 0.8))
+    return np.stack([tokens - tokens[0], times])
 
 
 def special() -> Iterator[tuple[str, Case]]:
@@ -67,6 +96,12 @@ def special() -> Iterator[tuple[str, Case]]:
     yield "tiles larger than a surplus", case([40, 30, 30, 20], [0, 1, 2, 3], flat, 1, tile=16)
     yield "no surplus is worth a replica", case([40, 30, 30, 20], [0, 1, 2, 3], flat, 1, least=100)
     yield "level 0 below all loads", case([5, 4, 3, 2], [0, 1, 2, 3], flat, 1, level=0)
+    yield "a price that never pays", case([5, 4, 3, 2], [0, 1, 2, 3], flat, 1, inside=100)
+    yield "no price between nodes", case([9, 8, 0, 0], [0, 1, 2, 3], nodes, 2, between=0)
+    long = np.array([[0, 1], [0, LONGEST]])
+    yield "times that saturate", case([2**40, 2**39, 3, 0], [0, 1, 2, 3], flat, 2, curve=long)
+    yield "a curve without time", case([5, 4, 3, 2], [0, 1, 2, 3], flat, 1, curve=np.array([[0, 9], [0, 0]]))
+    yield "time without tokens", case([5, 4, 3, 0], [0, 1, 2, 3], flat, 1, curve=np.array([[0, 9], [50, 90]]))
 
 
 SPECIAL = dict(special())
@@ -103,41 +138,54 @@ def decided(one: Case) -> list[Replica]:
     return [Replica(int(experts[at]), int(at[0]), int(parts[at])) for at in zip(*np.nonzero(parts), strict=True)]
 
 
-def loads(one: Case, replicas: list[Replica]) -> list[int]:
-    """`[M]`, with these replicas."""
-    tokens = [0] * len(one["node"])
-    for gpu, count in zip(one["home"].tolist(), one["tokens"].tolist(), strict=True):
-        tokens[gpu] += count
+def gpu_times(one: Case, replicas: list[Replica]) -> list[int]:
+    """`[M]`, the time of each GPU with these replicas."""
+    at_home, tile = one["tokens"].copy(), one["rules"].tile
+    busy = np.zeros(len(one["node"]), np.int64)
     for replica in replicas:
-        tokens[one["home"][replica.expert]] -= replica.tokens
-        tokens[replica.gpu] += replica.tokens
-    return tokens
+        at_home[replica.expert] -= replica.tokens
+        busy[replica.gpu] += int(times(np.array([replica.tokens]), one["curve"], tile)[0])
+    np.add.at(busy, one["home"], times(at_home, one["curve"], tile))
+    return busy.tolist()
+
+
+def price(one: Case, replicas: list[Replica]) -> int:
+    """The prices of the replicas that one GPU sends, or receives, where they are highest."""
+    rules, node = one["rules"], one["node"]
+    paid = np.zeros((2, len(node)), np.int64)
+    for replica in replicas:
+        giver = one["home"][replica.expert]
+        each = rules.inside if node[giver] == node[replica.gpu] else rules.between
+        paid[0, giver] += each
+        paid[1, replica.gpu] += each
+    return int(paid.max())
 
 
 @pytest.mark.parametrize("name", SPECIAL)
-def test_a_split_is_never_worse_than_none_and_keeps_its_rules(name: str) -> None:
+def test_a_split_never_costs_more_than_none_and_keeps_its_rules(name: str) -> None:
     check(SPECIAL[name])
 
 
-def test_random_splits_are_never_worse_than_none_and_keep_their_rules() -> None:
-    for seed in range(600):
+def test_random_splits_never_cost_more_than_none_and_keep_their_rules() -> None:
+    for seed in range(900):
         check(drawn(seed))
 
 
 def check(one: Case) -> None:
-    replicas = decided(one)
-    before, after = loads(one, []), loads(one, replicas)
-    assert max(after) <= max(one["level"], max(before))
-    assert len(replicas) == 0 or max(before) > one["level"]
+    rules, replicas = one["rules"], decided(one)
+    before, after = max(gpu_times(one, [])), max(gpu_times(one, replicas))
+    if replicas:
+        assert before > rules.level
+        assert after + price(one, replicas) < before or after <= rules.level
     assert len({(replica.expert, replica.gpu) for replica in replicas}) == len(replicas)
     for replica in replicas:
         home = one["home"][replica.expert]
-        assert replica.tokens >= one["least"]
-        assert replica.tokens % one["tile"] == 0
+        assert replica.tokens >= rules.least
+        assert replica.tokens % rules.tile == 0
         assert home != replica.gpu
-        assert one["node"][home] == one["node"][replica.gpu]
+        assert one["node"][home] == one["node"][replica.gpu] or rules.between != NEVER
     held = np.bincount([replica.gpu for replica in replicas], minlength=len(one["node"]))
-    assert held.max() <= one["slots"]
+    assert held.max() <= rules.slots
     given = np.bincount([r.expert for r in replicas], [r.tokens for r in replicas], minlength=len(one["tokens"]))
     assert (given <= np.array(one["tokens"])).all()
 
@@ -159,9 +207,9 @@ def test_small_splits_are_as_even_as_any_and_use_as_few_replicas() -> None:
     higher, more, number = 0, 0, 120
     for seed in range(number):
         one = small(seed)
-        replicas, best = decided(one), best_of_all(one["tokens"], one["home"], len(one["node"]), one["slots"])
-        reached = max(one["level"], max(loads(one, replicas)))
-        lowest = max(one["level"], min(best.values()))
+        replicas, best = decided(one), best_of_all(one["tokens"], one["home"], len(one["node"]), one["rules"].slots)
+        reached = max(one["rules"].level, max(gpu_times(one, replicas)))
+        lowest = max(one["rules"].level, min(best.values()))
         assert reached >= lowest
         higher += reached > lowest
         more += len(replicas) > min(count for count, level in best.items() if level <= reached)
@@ -176,6 +224,6 @@ def test_power_laws_on_64_gpus_need_few_replicas(imbalance: float, most: int) ->
     for seed in range(10):
         one = case(power_law(imbalance, seed), np.arange(256) // 4, Topology(1, 64), 2)
         replicas = decided(one)
-        assert max(loads(one, replicas)) <= one["level"]
+        assert max(gpu_times(one, replicas)) <= one["rules"].level
         counts.append(len(replicas))
     assert np.median(counts) <= most
