@@ -11,7 +11,7 @@ It is the fallback of the engines, which are fast but may end above the lowest l
 
         sum over e in A, m outside S of  min(tokens of e, level, d) × y[e, m]  ≥  d,
 
-    and the replicas of (1) do not: none of theirs is in the sum. If no GPU is outside S, no split keeps the level.
+    and the replicas of (1) do not: none of theirs is in the sum. If S is the whole node, the level is below its mean.
 (3) The search. A mixed-integer program (HiGHS, through scipy) looks for other replicas: y, and x[e, m] tokens of each,
 
         sum over e of y[e, m]  ≤  R                                       x[e, m]  ≤  min(tokens of e, level) × y[e, m]
@@ -33,6 +33,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -160,25 +161,29 @@ class _Node:
         self.gpus, self.experts, self.slots = gpus, experts, min(slots, len(experts))
         self.tokens: list[int] = tokens.tolist()
         self.home: list[int] = home.tolist()
-        away = np.arange(len(gpus)) != home[:, None]  # [E, D]
-        self.pair_expert, self.pair_gpu = away.nonzero()  # [K] each
+        self.num_pairs = len(home) * (len(gpus) - 1)
+
+    @cached_property
+    def pairs(self) -> tuple[Array, Array]:
+        """`[K]` experts and `[K]` GPUs that are not their homes."""
+        expert, gpu = (np.arange(len(self.gpus)) != np.array(self.home)[:, None]).nonzero()
+        return expert, gpu
 
     def at(self, level: int, effort: _Effort) -> list[dict[int, int]] | None:
         """Of each expert, its tokens on each holder; None if no replicas keep the level."""
-        held: NDArray[np.bool_] = np.zeros(len(self.pair_expert), np.bool_)
-        cuts = list[_Cut]()
+        if sum(self.tokens) > level * len(self.gpus):
+            return None
+        holders, cuts = [[gpu] for gpu in self.home], list[_Cut]()
         while True:
-            flow = _Flow(self.tokens, self.home, self._holders(held), len(self.gpus), level)
+            flow = _Flow(self.tokens, self.home, holders, len(self.gpus), level)
             stuck = flow.stuck()
             if not stuck:
                 return flow.quotas
             cuts += [flow.cut(gpus) for gpus in stuck]
-            if not self.slots or any(len(gpus) == len(self.gpus) for gpus in stuck):
+            held = self._solution(level, cuts, effort) if self.slots else None
+            if held is None:
                 return None
-            solution = self._solution(level, cuts, effort)
-            if solution is None:
-                return None
-            held = solution
+            holders = self._holders(held)
 
     def lowest(self, low: int, high: int, effort: _Effort) -> tuple[int, bool]:
         """The lowest level in [low, high] that replicas are found for, and whether none keep a lower one."""
@@ -209,7 +214,8 @@ class _Node:
 
     def _holders(self, held: NDArray[np.bool_]) -> list[list[int]]:
         holders = [[gpu] for gpu in self.home]
-        for expert, gpu in zip(self.pair_expert[held].tolist(), self.pair_gpu[held].tolist(), strict=True):
+        expert_of, gpu_of = self.pairs
+        for expert, gpu in zip(expert_of[held].tolist(), gpu_of[held].tolist(), strict=True):
             holders[expert].append(gpu)
         return holders
 
@@ -229,10 +235,10 @@ class _Node:
         from scipy.optimize import LinearConstraint, milp  # on first use: its import takes a third as long as torch's
         from scipy.sparse import csr_array, diags_array, eye_array, hstack, vstack
 
-        pairs, expert, gpu = len(self.pair_expert), self.pair_expert, self.pair_gpu
-        most_nodes = effort.most_nodes(pairs)
+        pairs, most_nodes = self.num_pairs, effort.most_nodes(self.num_pairs)
         if not most_nodes:
             raise _GivenUpError
+        expert, gpu = self.pairs
         tokens, home = np.array(self.tokens) / level, np.array(self.home)
         every, ones = np.arange(pairs), np.ones(pairs)
         into = csr_array((ones, (gpu, every)), (len(self.gpus), pairs))  # [D, K]
@@ -267,14 +273,15 @@ class _Node:
 
     def _weights(self, level: int, cuts: list[_Cut]) -> NDArray[np.float64]:
         """`[C, K]`: of each cut, the parts of the excess that replicas outside the set take at most."""
-        weights = np.zeros((len(cuts), len(self.pair_expert)))
+        expert_of, gpu_of = self.pairs
+        weights = np.zeros((len(cuts), self.num_pairs))
         for row, cut in zip(weights, cuts, strict=True):
             largest = np.zeros(len(self.tokens))
             for expert in cut.experts:
                 part = min(self.tokens[expert], level, cut.excess) / cut.excess
                 largest[expert] = max(_SMALLEST, part)
-            row[:] = largest[self.pair_expert]
-            row[np.isin(self.pair_gpu, list(cut.gpus))] = 0
+            row[:] = largest[expert_of]
+            row[np.isin(gpu_of, list(cut.gpus))] = 0
         return weights
 
 
