@@ -138,6 +138,11 @@ def written(folder: Path) -> list[Any]:
     return [Placement.load(folder / "start.json"), Trace.read(folder / "trace")]
 
 
+def lent(**options: Any) -> distplb.Split:
+    """A step of 8 experts on 4 GPUs, split."""
+    return distplb.split(LOAD[:4, 0], torch.arange(8, device="cpu") // 2, topology=Topology(1, 4), **options)
+
+
 def ties() -> float | None:
     found = RouterTies(2)
     found.add(torch.tensor([[0.5, 0.5, 0.1], [0.6, 0.2, 0.2]], device="cpu"))
@@ -174,6 +179,19 @@ CALLS: dict[str, Callable[[Path], Any]] = {
     "rebalance_experts": lambda _: distplb.rebalance_experts(LOAD.sum(0).double(), 12, 4, 2, 4),
     "replay": lambda _: distplb.replay(
         trace(), lambda load, current: distplb.plan(load, TOPOLOGY), topology=TOPOLOGY, every=2, model=MODEL
+    ),
+    "routes": lambda _: distplb.routes(lent(), Topology(1, 4)),
+    "split": lambda _: [
+        [found.quota, found.replica]
+        for found in (
+            lent(),
+            lent(replica_slots=1, engine="reference", min_quota=8, tile=4),
+            lent(push_price=(2.0, 9.0), time_curve=CURVE),
+            lent(max_tokens_per_gpu=int(LOAD[:4, 0].sum()) // 3),
+        )
+    ],
+    "step_bound": lambda _: distplb.step_bound(
+        LOAD[:4, 0], torch.arange(8, device="cpu") // 2, topology=Topology(1, 4)
     ),
     "measured_curve": lambda _: distplb.measured_curve(lambda tokens: None, [1, 4]).tokens,
     # Documented functions of other modules.
