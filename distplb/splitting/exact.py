@@ -94,7 +94,7 @@ def placement_within(tokens: Array, home: Array, node: Array, slots: int, level:
             continue
         if quotas is None:
             return Within(None)
-        part.write(quotas, experts, parts)
+        part.write(part.with_fewer_replicas(quotas, level), experts, parts)
     return Within((experts, parts) if is_complete else None, is_proven=is_complete)
 
 
@@ -112,7 +112,7 @@ def lowest_level(tokens: Array, home: Array, node: Array, slots: int, low: int, 
         low: a level below which nothing is possible, such as the step's bound.
         high: a level that some replicas keep.
     """
-    effort, level, is_proven = _Effort(), low, True
+    effort, level, is_proven = _Effort(share=2), low, True
     for part in _nodes(tokens, home, node, slots):
         reached, excluded = part.lowest(level, high, effort)
         if reached > level:
@@ -125,14 +125,18 @@ class _GivenUpError(Exception):
 
 
 class _Effort:
-    """What is left of the effort of a call; a search gets at most half of it, so that easier ones can follow."""
+    """What is left of the effort of a call; a search gets a share of it, so that easier ones can follow.
 
-    def __init__(self) -> None:
-        self.left = _EFFORT
+    Args:
+        share: one part in so many.
+    """
+
+    def __init__(self, share: int = 1) -> None:
+        self.left, self.share = _EFFORT, share
 
     def most_nodes(self, pairs: int) -> int:
         """The branch-and-bound nodes that the next search may visit; 0 for no search."""
-        return max(0, self.left // (2 * pairs) - _ROOT) if pairs <= _MOST_PAIRS else 0
+        return max(0, self.left // (self.share * pairs) - _ROOT) if pairs <= _MOST_PAIRS else 0
 
     def spend(self, pairs: int, nodes: int) -> None:
         self.left -= pairs * (nodes + _ROOT)
@@ -201,6 +205,22 @@ class _Node:
                     reached = self._lowest_with(quotas, below + 1, level)
             level = (below + reached) // 2
         return reached, excluded == reached - 1
+
+    def with_fewer_replicas(self, quotas: list[dict[int, int]], level: int) -> list[dict[int, int]]:
+        """Without replicas that the level does not need; those with few tokens go first."""
+        replicas = [
+            (count, expert, gpu)
+            for expert, quota in enumerate(quotas)
+            for gpu, count in quota.items()
+            if gpu != self.home[expert]
+        ]
+        for _, expert, gpu in sorted(replicas):
+            holders = [list(quota) for quota in quotas]
+            holders[expert].remove(gpu)
+            flow = _Flow(self.tokens, self.home, holders, len(self.gpus), level)
+            if not flow.stuck():
+                quotas = flow.quotas
+        return quotas
 
     def write(self, quotas: list[dict[int, int]], experts: Array, parts: Array) -> None:
         """Write the replicas that have tokens into the slots of this node's GPUs."""
