@@ -42,8 +42,8 @@ from distplb.splitting.reference import EMPTY, Array
 
 __all__ = ["Within", "lowest_level", "placement_within"]
 
-_MOST_PAIRS = 4096  # K of a node that is searched; 16 GPUs × 128 experts have 1,920, 32 × 128 have 3,968
-_EFFORT = 1_000_000  # pairs × branch-and-bound nodes of one call: about 10 s of one core
+_MOST_PAIRS = 2048  # K of a node that is searched; 16 GPUs × 128 experts have 1,920. At 4,000, a start takes 3 to 20 s
+_EFFORT = 600_000  # pairs × branch-and-bound nodes of one call: about 10 s of one core
 _SMALLEST = 1e-8  # coefficient; HiGHS reads those below 1e-9 as 0
 _NO_SOLUTION = 2  # scipy's status of an infeasible program
 _ROOT = 60  # branch-and-bound nodes that take as long as a program's start
@@ -73,7 +73,7 @@ def placement_within(tokens: Array, home: Array, node: Array, slots: int, level:
     >>> placement_within(tokens, home, node, slots=1, level=12)
     Within(replicas=None, is_proven=True)
 
-    Given up are nodes with more than 4,096 pairs of an expert with tokens and a GPU that is not its home, and searches
+    Given up are nodes with more than 2,048 pairs of an expert with tokens and a GPU that is not its home, and searches
     of more than about 10 s on one core, counted in steps and not in seconds. Equal on all ranks with the same scipy.
 
     Args:

@@ -228,7 +228,7 @@ def test_equal_input_has_an_equal_answer() -> None:
 
 
 def test_what_is_too_large_is_given_up() -> None:
-    """65 GPUs × 65 experts that all have tokens: 4,160 pairs."""
+    """65 GPUs × 65 experts that all have tokens have 4,160 pairs of an expert and a GPU that is not its home."""
     one = step(np.arange(65) + 1, np.arange(65), 65, 1)
     assert placement_within(*one, level=33) == Within(None, is_proven=False)
     assert lowest_level(*one, low=33, high=65) == (65, False)
