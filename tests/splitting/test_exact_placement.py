@@ -5,6 +5,7 @@ Shapes: E experts, M GPUs, R replica slots on each GPU.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -196,6 +197,31 @@ def test_large_counts_are_exact_to_a_token(scale: int) -> None:
             check_at_optimum(one, one.optimum)
 
 
+def test_no_replica_is_left_that_the_level_does_not_need() -> None:
+    """Two slots on each GPU, so that some stay empty: without any one of the replicas, no quotas keep the level."""
+    for seed in range(0, 60, 3):
+        one = crowded(seed)._replace(slots=2)
+        found = placement_within(*one, level=one.busiest * 3 // 4)
+        if found.replicas is None:
+            continue
+        holders = [{gpu} for gpu in one.home.tolist()]
+        gpu, slot = (found.replicas[0] >= 0).nonzero()
+        replicas = list(zip(found.replicas[0][gpu, slot].tolist(), gpu.tolist(), strict=True))
+        for expert, where in replicas:
+            holders[expert].add(where)
+        for expert, where in replicas:
+            fewer = [held - {where} if other == expert else held for other, held in enumerate(holders)]
+            assert lowest_with(one, fewer) > one.busiest * 3 // 4
+
+
+def lowest_with(one: Step, holders: list[set[int]]) -> int:
+    """The lowest level of all quotas of these holders (Hall's theorem)."""
+    gpus = range(len(one.node))
+    sets = [set(some) for size in gpus for some in itertools.combinations(gpus, size + 1)]
+    tokens = list(zip(one.tokens.tolist(), holders, strict=True))
+    return max(-(-sum(count for count, held in tokens if held <= some) // len(some)) for some in sets)
+
+
 def test_equal_input_has_an_equal_answer() -> None:
     one = crowded(198)
     first, second = (placement_within(*one, level=26).replicas for _ in range(2))
@@ -208,7 +234,7 @@ def test_equal_input_has_an_equal_answer() -> None:
 
 
 def test_what_is_too_large_is_given_up() -> None:
-    """65 GPUs × 65 experts that all have tokens: 4,160 pairs."""
+    """65 GPUs × 65 experts that all have tokens have 4,160 pairs of an expert and a GPU that is not its home."""
     one = step(np.arange(65) + 1, np.arange(65), 65, 1)
     assert placement_within(*one, level=33) == Within(None, is_proven=False)
     assert lowest_level(*one, low=33, high=65) == (65, False)
