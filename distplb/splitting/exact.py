@@ -41,7 +41,7 @@ from numpy.typing import NDArray
 
 from distplb.splitting.rules import EMPTY, Array
 
-__all__ = ["Within", "lowest_level", "placement_within"]
+__all__ = ["Within", "lowest_level", "replicas_within"]
 
 _MOST_PAIRS = 2048  # K of a node that is searched; 16 GPUs × 128 experts have 1,920. At 4,000, a start takes 3 to 20 s
 _EFFORT = 600_000  # pairs × branch-and-bound nodes of one call: about 10 s of one core
@@ -64,14 +64,14 @@ class Within:
     is_proven: bool = True
 
 
-def placement_within(tokens: Array, home: Array, node: Array, slots: int, level: int) -> Within:
+def replicas_within(tokens: Array, home: Array, node: Array, slots: int, level: int) -> Within:
     """Replicas with which no GPU exceeds the level, found wherever there are some, unless the problem is too large.
 
     >>> tokens, home, node = np.array([6, 6, 6, 6, 8]), np.array([0, 0, 0, 0, 1]), np.array([0, 0, 0])
-    >>> expert, part = placement_within(tokens, home, node, slots=1, level=13).replicas
+    >>> expert, part = replicas_within(tokens, home, node, slots=1, level=13).replicas
     >>> bool(part.sum() > 0)  # GPU 1 gives tokens to GPU 2, although it has only 8, to take more of GPU 0's
     True
-    >>> placement_within(tokens, home, node, slots=1, level=12)
+    >>> replicas_within(tokens, home, node, slots=1, level=12)
     Within(replicas=None, is_proven=True)
 
     Given up are nodes with more than 2,048 pairs of an expert with tokens and a GPU that is not its home, and searches
@@ -106,10 +106,10 @@ def lowest_level(tokens: Array, home: Array, node: Array, slots: int, low: int, 
     >>> lowest_level(tokens, home, node, slots=1, low=11, high=24)
     (13, True)
 
-    The limits of `placement_within` hold for the whole search.
+    The limits of `replicas_within` hold for the whole search.
 
     Args:
-        tokens, home, node, slots: as for `placement_within`.
+        tokens, home, node, slots: as for `replicas_within`.
         low: a level below which nothing is possible, such as the step's bound.
         high: a level that some replicas keep.
     """
