@@ -31,7 +31,7 @@ from distplb.comm.store import Store, job_store
 from distplb.core.stages import current_stage
 from distplb.errors import DistplbError, LostRanksError
 
-__all__ = ["TorchComm", "device_type", "is_loss"]
+__all__ = ["TorchComm", "device_type", "group_of", "is_loss"]
 
 _SLICE_SECONDS = 1.0  # of waiting, between two calls to the store
 _MOST_GRACE_SECONDS = 10.0  # of a deadline, kept for the check-in
@@ -77,24 +77,9 @@ class TorchComm:
         deadline: float = 300.0,
         side_group: bool | None = None,
     ) -> None:
-        if not dist.is_available() or not dist.is_initialized():
-            raise DistplbError(
-                "torch.distributed is not initialised; call torch.distributed.init_process_group first, "
-                "or pass comm=None to run on one rank alone"
-            )
         if not deadline > 0:
             raise DistplbError(f"deadline is {deadline!r}; pass a positive number of seconds")
-        if isinstance(group_or_mesh, DeviceMesh):
-            if group_or_mesh.ndim != 1:
-                raise DistplbError(
-                    f"the mesh has {group_or_mesh.ndim} axes {group_or_mesh.mesh_dim_names}; "
-                    "pass one of them, as in mesh['ep'], or two, as in "
-                    "GridComm(TorchComm(mesh['ep']), TorchComm(mesh['edp']))"
-                )
-            group_or_mesh = group_or_mesh.get_group()
-        group = group_or_mesh or dist.group.WORLD
-        assert group is not None, "is_initialized() was True"
-        self._group: dist.ProcessGroup = group
+        self._group = group_of(group_or_mesh)
         self.rank = dist.get_rank(self._group)
         if self.rank < 0:
             raise DistplbError(f"global rank {dist.get_rank()} is not in the group; pass a group that contains it")
@@ -230,8 +215,13 @@ class TorchComm:
             return
 
     def _wait_for_kernel(self, work: dist.Work, started: float) -> None:
-        """Wait for a kernel that all ranks have issued. One that hangs cannot be cancelled: the process ends."""
-        while not work.is_completed():
+        """Wait for a kernel that all ranks have issued."""
+        self._wait_until(work.is_completed, started)
+        work.wait()
+
+    def _wait_until(self, is_done: Callable[[], bool], started: float) -> None:
+        """Wait for what kernels have to do. One that hangs cannot be cancelled: the process ends."""
+        while not is_done():
             if time.monotonic() > started + self._deadline:
                 missing = self._check_in.missing(self._grace)
                 message = "in stage %s: an NCCL kernel did not end in %g s; ranks that do not answer: %s"
@@ -241,7 +231,6 @@ class TorchComm:
                 logging.shutdown()
                 os._exit(_EXIT_STATUS)
             time.sleep(_NCCL_PAUSE_SECONDS)
-        work.wait()
 
     def _loss(self, started: float, error: Exception) -> LostRanksError:
         waited = time.monotonic() - started
@@ -260,6 +249,30 @@ class TorchComm:
         _instances[ranks] += 1
         name = hashlib.sha256(repr(ranks).encode()).hexdigest()[:16]
         return job_store(f"{name}/{_instances[ranks]}")
+
+
+def group_of(group_or_mesh: dist.ProcessGroup | DeviceMesh | None) -> dist.ProcessGroup:
+    """The process group of a group, a one-dimensional mesh, or None for the default group.
+
+    Raises:
+        DistplbError: if torch.distributed is not initialised, or a mesh has more than one axis.
+    """
+    if not dist.is_available() or not dist.is_initialized():
+        raise DistplbError(
+            "torch.distributed is not initialised; call torch.distributed.init_process_group first, "
+            "or pass comm=None to run on one rank alone"
+        )
+    if isinstance(group_or_mesh, DeviceMesh):
+        if group_or_mesh.ndim != 1:
+            raise DistplbError(
+                f"the mesh has {group_or_mesh.ndim} axes {group_or_mesh.mesh_dim_names}; "
+                "pass one of them, as in mesh['ep'], or two, as in "
+                "GridComm(TorchComm(mesh['ep']), TorchComm(mesh['edp']))"
+            )
+        group_or_mesh = group_or_mesh.get_group()
+    group = group_or_mesh or dist.group.WORLD
+    assert group is not None, "is_initialized() was True"
+    return group
 
 
 def is_loss(error: Exception) -> bool:

@@ -10,25 +10,40 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 __all__ = [
+    "backward_number",
     "break_graph",
     "forward_pre_hooks",
     "is_in_backward",
     "is_of_compiled_graph",
+    "is_referred_to_once",
     "leaves",
 ]
 
 
 def is_in_backward() -> bool:
-    """Whether this thread is inside a backward pass: `torch._C._current_graph_task_id`."""
-    return torch._C._current_graph_task_id() != -1
+    """Whether this thread is inside a backward pass."""
+    return backward_number() != -1
 
 
 def is_of_compiled_graph(context: Any) -> bool:
     """Whether a context belongs to the function that runs an AOTAutograd graph, by its class's name."""
     return type(context).__name__ == "CompiledFunctionBackward"
+
+
+def backward_number() -> int:
+    """The number of the backward pass that this thread is inside, -1 outside: `torch._C._current_graph_task_id`."""
+    number: int = torch._C._current_graph_task_id()
+    return number
+
+
+def is_referred_to_once(tensor: Tensor) -> bool:
+    """Whether nothing but the caller's name holds a tensor's values: `Tensor._use_count`, `_storage_Use_Count`."""
+    storage = tensor.untyped_storage()  # counts as one more
+    uses: int = torch._C._storage_Use_Count(storage._cdata)
+    return tensor._use_count() == 1 and uses == 2  # type: ignore[attr-defined]
 
 
 def break_graph() -> None:

@@ -29,7 +29,7 @@ LEVELS = [
     "errors",
     "core",
     "packing splitting comm records",
-    "planning migrate",
+    "planning migrate replicas",
     "train study",
     "integrations",
     "report doctor",

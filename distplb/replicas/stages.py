@@ -1,0 +1,41 @@
+"""The stages of a step: timed, named in errors, and told to ranks that wait for one that fails."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from distplb.comm.steps import StepComm
+from distplb.core.stages import Stages
+from distplb.errors import LostRanksError, in_stage
+
+__all__ = ["StepStages"]
+
+
+class StepStages:
+    """Stages count, split, push, push again and bring home.
+
+    Args:
+        comm: the ranks of the group.
+    """
+
+    def __init__(self, comm: StepComm) -> None:
+        self._comm, self._stages = comm, Stages()
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds of the host so far, by stage."""
+        return dict(self._stages.seconds)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time the block. Its errors are distplb's, and other ranks hear of them at once and not at their deadline."""
+        try:
+            with self._stages.stage(name):
+                yield
+        except LostRanksError:
+            raise
+        except Exception as error:
+            self._comm.tell(error)
+            ours = in_stage(name, error)
+            raise ours from (None if ours is error else error)

@@ -1,0 +1,310 @@
+"""`StepBalancer`: lends GPUs replicas of the experts that are hot in a step, from count to gradients.
+
+Shapes: N tokens of this rank, K experts of each token, P slots, M GPUs, G own and R replica slots of each GPU, X rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict, deque
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from distplb.comm.steps import StepComm, StepOfOne, TorchStepComm
+from distplb.core.arguments import refuse_wrong_types, shown, whole_number
+from distplb.core.hashing import digest
+from distplb.core.price import TimeCurve
+from distplb.core.private_names import is_in_backward
+from distplb.core.topology import Topology
+from distplb.errors import DistplbError
+from distplb.replicas.count import Row, checked_counts, checked_swap, counts_of, marked_as_skipped, name_digest
+from distplb.replicas.lend import Experts, Lender, Loan, lent
+from distplb.replicas.pushes import Pushes
+from distplb.replicas.quiet import Quiet
+from distplb.replicas.stages import StepStages
+from distplb.replicas.tokens import own_slots, slots_of_tokens
+from distplb.splitting.routes import Exchange, exchange_of
+from distplb.splitting.split import split
+from distplb.splitting.split_value import Split
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+
+__all__ = ["Dispatch", "StepBalancer"]
+
+_REMEMBERED = 4096  # splits of a layer that a recomputation may come back to
+
+
+@dataclass(frozen=True, eq=False)
+class Dispatch:
+    """Where the tokens of one step of one layer go.
+
+    Args:
+        layer: the layer's name.
+        split: the step's split; None if the layer is quiet and was not looked at.
+        exchange: what this GPU sends and receives.
+        slot_of_token: `[N, K]` int64, the physical slot of each token's experts, in [0, M * (G + R)).
+        loan: the replicas, for `StepBalancer`; None if there are none.
+    """
+
+    layer: Hashable
+    split: Split | None
+    exchange: Exchange
+    slot_of_token: Tensor
+    loan: Loan | None = field(default=None, repr=False)
+
+    @property
+    def send(self) -> Tensor:
+        """`[M, G + R]` int64 on the host: the tokens that this GPU sends to each physical slot of each GPU."""
+        return self.exchange.send
+
+    @property
+    def receive(self) -> Tensor:
+        """`[M, G + R]` int64 on the host: the tokens that each GPU sends to each physical slot of this one."""
+        return self.exchange.receive
+
+    @property
+    def is_trivial(self) -> bool:
+        """Whether every token is computed at home."""
+        return self.loan is None
+
+
+class StepBalancer:
+    """Lends replicas in every step in which that pays, over torch.distributed.
+
+    In the forward of an MoE layer, on every rank of the expert-parallel (EP) group:
+
+        step = balancer.dispatch("blocks.0.moe", slot)       # ids [N, K] -> where tokens go; takes the place of the
+                                                             # dispatcher's own exchange of counts
+        ...                                                  # send rows to step.slot_of_token
+        rows = balancer.compute(step, experts, rows, w_in, w_out)
+        ...                                                  # combine
+
+    `experts(rows, own, replicas)` computes the rows that arrived, in the order of `step.receive`, with the G own rows
+    of each weight and its R replica rows (none if the step is trivial). Its weights' gradients are whole when autograd
+    hands them on: data parallelism, clipping and the optimizer do not notice.
+
+    Every rank of the group takes part in every step, also one without tokens.
+
+    Args:
+        group_or_mesh: the EP group: a ProcessGroup, a DeviceMesh with one axis, or None for the default group. A group
+            of the same ranks is created, so all ranks create their `StepBalancer`s in the same order.
+        topology: nodes and GPUs of the EP group.
+        num_experts: P, the same for all layers; `num_experts / M` on each GPU, in order.
+        replica_slots: R.
+        keep: hold the replicas of every step until its backward, instead of pushing them again.
+        deadline: seconds to wait for other ranks, as for `TorchComm`.
+        options: of `split`: `tolerance`, `push_price`, `min_quota`, `max_tokens_per_gpu`, `tile`, `time_curve`.
+
+    Raises:
+        DistplbError: for a group, topology or option that does not fit.
+    """
+
+    def __init__(
+        self,
+        group_or_mesh: ProcessGroup | DeviceMesh | None = None,
+        *,
+        topology: Topology,
+        num_experts: int,
+        replica_slots: int = 2,
+        keep: bool = False,
+        deadline: float = 300.0,
+        tolerance: float = 0.005,
+        push_price: tuple[float, float] = (0.0, math.inf),
+        min_quota: int = 1,
+        max_tokens_per_gpu: int | None = None,
+        tile: int = 1,
+        time_curve: TimeCurve | None = None,
+    ) -> None:
+        refuse_wrong_types(
+            {
+                "topology": (topology, (Topology,), "a Topology, such as Topology.from_env()"),
+                "keep": (keep, (bool,), "True or False"),
+            }
+        )
+        self._topology = topology
+        self._num_slots = whole_number("num_experts", num_experts, minimum=1)
+        self._num_own = topology.slots_per_gpu(self._num_slots)
+        self._options: dict[str, Any] = {
+            "replica_slots": replica_slots,
+            "tolerance": tolerance,
+            "push_price": push_price,
+            "min_quota": min_quota,
+            "max_tokens_per_gpu": max_tokens_per_gpu,
+            "tile": tile,
+            "time_curve": time_curve,
+        }
+        home = torch.arange(self._num_slots, device="cpu") // self._num_own
+        self._home, self._own = home, torch.arange(self._num_slots, device="cpu").view(-1, self._num_own)
+        self._split(torch.zeros(topology.num_gpus, self._num_slots, dtype=torch.int64, device="cpu"))  # checks options
+        self._num_replicas = whole_number("replica_slots", replica_slots)
+        self._digest = digest(repr((self._num_slots, topology, sorted(self._options.items()), keep)).encode())
+        self._comm: StepComm = (
+            StepOfOne() if topology.num_gpus == 1 else TorchStepComm(group_or_mesh, deadline=deadline)
+        )
+        if self._comm.size != topology.num_gpus:
+            raise DistplbError(
+                f"the group has {self._comm.size} ranks, the topology {topology.num_gpus} GPUs; pass the EP group and "
+                "its own topology, such as Topology.from_mesh(mesh['ep'])"
+            )
+        self._stages = StepStages(self._comm)
+        self._lender = Lender(self._comm, self._stages, keep=keep)
+        self._calls = 0
+        self._layers: dict[int, Hashable] = {}  # names by digest
+        self._quiet: defaultdict[Hashable, Quiet] = defaultdict(Quiet)
+        # Digests of what forwards counted: of all ranks, and of this rank alone in steps that were not looked at.
+        self._seen, self._skipped = (defaultdict[Hashable, deque[int]](_remembered) for _ in range(2))
+        self._shapes: dict[Hashable, list[tuple[torch.Size, torch.dtype]]] = {}
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds of the host so far by stage: count, split, push, push again, bring home."""
+        return self._stages.seconds
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the buffers for replicas and their gradients, which all layers share."""
+        return self._lender.num_bytes
+
+    def dispatch(self, layer: Hashable, expert_of_token: Tensor) -> Dispatch:
+        """Count the step's tokens, split them, and tell where each token goes. Collective.
+
+        In a recomputation (checkpointing) it decides as in the forward, or stops if the router has chosen otherwise.
+
+        Args:
+            layer: the layer's name, the same on all ranks; any hashable value.
+            expert_of_token: `[N, K]` integers in [0, P), the slot of each token's experts. A layer that looks the slot
+                of an expert up in a table passes `slot_of_expert[expert]`.
+
+        Raises:
+            DistplbError: the same on all ranks, for ids that do not fit, if the ranks are in different steps, or if no
+                split keeps `max_tokens_per_gpu`.
+            LostRanksError: if ranks do not answer.
+        """
+        self._calls += 1
+        name, again = name_digest(layer), is_in_backward()
+        self._layers.setdefault(name, layer)
+        with self._stages.stage("count"):
+            head = Row(self._calls, name, self._digest, again)
+            row = head.tensor(expert_of_token, self._num_slots, self._comm.device)
+            if again:
+                row = self._row_of_recomputation(layer, row)
+            elif not self._looks(layer):
+                self._skipped[layer].append(_digest_of(counts_of(row)))
+                received = checked_swap(self._comm, row, self._layers)
+                sent = counts_of(row).view(-1, self._num_own).cpu()
+                return self._at_home(layer, None, expert_of_token, sent, received)
+            counts, skipped = checked_counts(self._comm, row, self._layers)
+        with self._stages.stage("split"):
+            found = self._found_again(layer, counts, skipped) if again else self._split(counts)
+            if not again:
+                self._seen[layer].append(_digest_of(counts))
+                self._quiet[layer].note(is_trivial=found is not None and found.is_trivial)
+            if found is None or found.is_trivial:
+                gpu, own = self._comm.rank, self._num_own
+                send, receive = counts[gpu].view(-1, own), counts[:, gpu * own : (gpu + 1) * own]
+                return self._at_home(layer, found, expert_of_token, send, receive)
+            exchange = exchange_of(found, self._topology, self._comm.rank, self._own)
+            slot_of_token = slots_of_tokens(expert_of_token, exchange.send, found.replica)
+            pushes = Pushes.of(found.replica, self._num_own, self._comm.rank)
+            loan = Loan(f"layer {shown(layer)}", (name, _digest_of(found.quota)), pushes, self._num_replicas)
+        return Dispatch(layer, found, exchange, slot_of_token, loan)
+
+    def push(self, step: Dispatch, *home_rows: Tensor) -> None:
+        """Begin to push the replicas now, so that they travel beside the tokens; else `compute` does it.
+
+        Args:
+            step: what `dispatch` returned.
+            home_rows: as for `compute`.
+        """
+        if step.loan is not None:
+            with self._stages.stage("push"):
+                self._agree_on_shapes(step.layer, home_rows)
+                self._lender.start(step.loan, home_rows)
+
+    def compute(self, step: Dispatch, experts: Experts, rows: Tensor, *home_rows: Tensor) -> Tensor:
+        """Compute the rows that arrived, with replicas where the step has some. Collective.
+
+        Args:
+            step: what `dispatch` returned, for the last step that was dispatched.
+            experts: a function of the rows `[X, ...]`, the own rows `[G, ...]` of each tensor of `home_rows`, and their
+                replica rows `[R, ...]` (`[0, ...]` if the step is trivial). Replica rows without an expert hold any
+                values and get no tokens. It has to use the tensors that it gets, also for no rows, so that all ranks
+                have the same graph.
+            rows: `[X, ...]`, in the order of `step.receive`.
+            home_rows: `[G, ...]` each, the weights of this GPU's experts; local tensors, contiguous.
+
+        Raises:
+            DistplbError: for weights that differ between ranks in shape or dtype.
+            LostRanksError: if ranks do not answer; also from the backward.
+        """
+        loan = step.loan
+        if loan is None:
+            return experts(rows, home_rows, [one.detach()[:0] for one in home_rows])
+        if loan.is_computed:
+            raise DistplbError(f"this step of {loan.layer} was computed already; call compute once after each dispatch")
+        if not loan.replica_rows:
+            self.push(step, *home_rows)
+        return lent(self._lender, loan, experts, rows, home_rows)
+
+    def _split(self, counts: Tensor) -> Split:
+        return split(counts, self._home, topology=self._topology, **self._options)
+
+    def _looks(self, layer: Hashable) -> bool:
+        return self._options["max_tokens_per_gpu"] is not None or self._quiet[layer].looks()
+
+    def _row_of_recomputation(self, layer: Hashable, row: Tensor) -> Tensor:
+        """The row, with the mark that this rank may have skipped the step."""
+        return marked_as_skipped(row) if _digest_of(counts_of(row)) in self._skipped[layer] else row
+
+    def _found_again(self, layer: Hashable, counts: Tensor, skipped: bool) -> Split | None:
+        """What the forward decided for these counts; None if all ranks skipped it."""
+        if _digest_of(counts) in self._seen[layer]:
+            return self._split(counts)
+        if skipped:
+            return None
+        raise DistplbError(
+            f"the router of layer {shown(layer)} chose other experts in the recomputation than in the forward; make "
+            "the router deterministic, or exclude it from recomputation"
+        )
+
+    def _at_home(
+        self, layer: Hashable, found: Split | None, expert_of_token: Tensor, send: Tensor, receive: Tensor
+    ) -> Dispatch:
+        empty = send.new_zeros(len(send), self._num_replicas)
+        exchange = Exchange(torch.cat([send, empty], 1), torch.cat([receive, empty], 1))
+        return Dispatch(layer, found, exchange, own_slots(expert_of_token, self._num_own, self._num_replicas))
+
+    def _agree_on_shapes(self, layer: Hashable, home_rows: Sequence[Tensor]) -> None:
+        """Check the weights: on the first push of a layer among all ranks, later against those of the first."""
+        shapes = [(rows.shape, rows.dtype) for rows in home_rows]
+        for rows in home_rows:
+            if rows.dim() < 1 or len(rows) != self._num_own or not rows.is_contiguous():
+                raise DistplbError(
+                    f"layer {shown(layer)} has {shown(rows)} of shape {list(rows.shape)} as weights; pass contiguous "
+                    f"local tensors with a row for each of {self._num_own} own slots, such as DTensor.to_local()"
+                )
+        if self._shapes.get(layer) == shapes:
+            return
+        mine = digest(repr(shapes).encode())
+        found = self._comm.all_gather(torch.tensor([mine], device=self._comm.device))[:, 0].tolist()
+        others = [rank for rank, one in enumerate(found) if one != found[0]]
+        if others:
+            raise DistplbError(
+                f"rank {others[0]} has weights of other shapes or dtypes in layer {shown(layer)} than rank 0; pass the "
+                "same weights on all ranks"
+            )
+        self._shapes[layer] = shapes
+
+
+def _digest_of(values: Tensor) -> int:
+    return digest(values.cpu().numpy().tobytes())
+
+
+def _remembered() -> deque[int]:
+    return deque(maxlen=_REMEMBERED)

@@ -1,0 +1,115 @@
+"""One MoE layer on the ranks of a group, with replicas, and the same in one process.
+
+Shapes: N tokens of a rank, K experts of each token, D dim, H ffn, P slots, M ranks, G own and R replica slots, X rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from distplb.replicas.step_balancer import Dispatch, StepBalancer
+
+__all__ = ["Step", "draw_step", "expert", "moe", "moe_after", "oracle", "order_by_slot", "run_slots"]
+
+Group = dist.ProcessGroup | None
+
+
+@dataclass
+class Step:
+    """What one rank puts into a layer."""
+
+    x: Tensor  # [N, D]
+    ids: Tensor  # [N, K]
+    gate: Tensor  # [N, K]
+
+
+def draw_step(seed: int, rank: int, *, experts: int, hot: float, most_tokens: int, dim: int, dtype: Any) -> Step:
+    """Tokens of a rank from (seed, rank) alone; `hot` is how much likelier the step's hot expert is than the others."""
+    shared = torch.Generator().manual_seed(seed)
+    popularity = torch.rand(experts, generator=shared) + 0.05
+    popularity[int(torch.randint(experts, (), generator=shared))] *= hot
+    own = torch.Generator().manual_seed(1000 * seed + rank + 1)
+    tokens = int(torch.randint(most_tokens + 1, (), generator=own))
+    k = min(2, experts)
+    ids = (popularity.expand(tokens, -1) * torch.rand(tokens, experts, generator=own)).topk(k, 1).indices
+    x = torch.randn(tokens, dim, generator=own, dtype=torch.float64).to(dtype)
+    return Step(x, ids, torch.rand(tokens, k, generator=own, dtype=torch.float64).to(dtype))
+
+
+class _AllToAll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, send: list[int], receive: list[int], group: Group) -> Tensor:
+        ctx.sizes, ctx.group = (receive, send), group
+        found = rows.new_empty(sum(receive), *rows.shape[1:])
+        dist.all_to_all_single(found, rows.contiguous(), receive, send, group=group)
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return _AllToAll.apply(gradient, *ctx.sizes, ctx.group), None, None, None
+
+
+def moe(balancer: StepBalancer, layer: str, step: Step, weights: Sequence[Tensor], group: Group = None) -> Tensor:
+    """`[N, D]`: dispatch to physical slots, compute, combine."""
+    found = balancer.dispatch(layer, step.ids)
+    return moe_after(balancer, found, step, weights, group)
+
+
+def moe_after(balancer: StepBalancer, found: Dispatch, step: Step, weights: Any, group: Group = None) -> Tensor:
+    """The same for a step that is dispatched."""
+    slot = found.slot_of_token.flatten()
+    order = slot.argsort(stable=True)
+    rows = step.x.repeat_interleave(step.ids.shape[1], 0)[order]
+    exchange = found.exchange
+    rows = _AllToAll.apply(rows, exchange.send_sizes, exchange.receive_sizes, group)
+    by_slot = order_by_slot(found.receive)
+    rows = balancer.compute(
+        found, lambda r, own, away: run_slots(r, own, away, exchange.tokens_of_slot), rows[by_slot], *weights
+    )
+    rows = rows[by_slot.argsort()]
+    rows = _AllToAll.apply(rows, exchange.receive_sizes, exchange.send_sizes, group)
+    back = torch.empty_like(rows).index_copy(0, order, rows).view(*step.ids.shape, rows.shape[1])
+    return (back * step.gate.unsqueeze(-1)).sum(1)
+
+
+def order_by_slot(receive: Tensor) -> Tensor:
+    """`[X]`: rows that arrived by (source, slot), in the order of (slot, source)."""
+    slots = torch.arange(receive.shape[1]).repeat(len(receive)).repeat_interleave(receive.flatten())
+    return slots.argsort(stable=True)
+
+
+def run_slots(rows: Tensor, own: Sequence[Tensor], replicas: Sequence[Tensor], tokens: list[int]) -> Tensor:
+    """Each slot's expert on its rows: own slots, then replicas; a step without replicas has tokens for none."""
+    per_slot = [
+        one
+        for pair in zip(*(_unbound(a, b) for a, b in zip(own, replicas, strict=True)), strict=True)
+        for one in [pair]
+    ]
+    parts = rows.split(tokens)
+    return torch.cat([expert(part, *weights) for part, weights in zip(parts, per_slot, strict=False)])
+
+
+def _unbound(own: Tensor, replicas: Tensor) -> list[Tensor]:
+    return [*own.unbind(), *replicas.unbind()]
+
+
+def expert(rows: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
+    """[X, D], [D, H], [H, D] -> [X, D]."""
+    return torch.nn.functional.gelu(rows @ w_in) @ w_out
+
+
+def oracle(step: Step, w_in: Tensor, w_out: Tensor) -> Tensor:
+    """`[N, D]`: the same in one process, from all weights `[P, D, H]` and `[P, H, D]`."""
+    k = step.ids.shape[1]
+    rows, ids = step.x.repeat_interleave(k, 0), step.ids.flatten()
+    found = rows.new_zeros(rows.shape)
+    for one in range(len(w_in)):
+        at = (ids == one).nonzero().flatten()
+        found = found.index_add(0, at, expert(rows[at], w_in[one], w_out[one]))
+    return (found.view(*step.ids.shape, rows.shape[1]) * step.gate.unsqueeze(-1)).sum(1)
