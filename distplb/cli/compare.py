@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import click
 from torch import Tensor
 
-from distplb.cli.compare_splits import Imbalance, StepsToSplit, bound_of_all, refuse_replica_slots
+from distplb.cli.compare_splits import MOST_REPLICA_SLOTS, Imbalance, StepsToSplit, bound_of_all, refuse_replica_slots
 from distplb.cli.compare_tables import Row, comparison_table, row_as_json, sentences_of_splits
 from distplb.cli.empty_parts import EmptyParts
 from distplb.cli.load_hints import load_hints
@@ -67,7 +67,7 @@ class _Steps(NamedTuple):
 @planning_options
 @click.option(
     "--replica-slots",
-    type=WholeNumber(0),
+    type=WholeNumber(0, MOST_REPLICA_SLOTS),
     default=0,
     show_default=True,
     help="Slots on each GPU for replicas of single steps; if any, each step is split too.",
