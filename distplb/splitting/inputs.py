@@ -97,15 +97,16 @@ def checked_prices(push_price: tuple[float, float], per_token: float = 1.0) -> t
     Raises:
         DistplbError: if they are not two numbers of at least 0, the first one not above the second one.
     """
-    words = "two numbers of tokens, inside a node and between nodes, from 0 to infinity, such as (2000.0, math.inf)"
-    refuse_wrong_types({"push_price": (push_price, (tuple, list), words)})
+    refuse_wrong_types({"push_price": (push_price, (tuple, list), "two numbers of tokens, such as (2000.0, math.inf)")})
     prices = [plain(price) for price in push_price]
     if len(prices) != 2 or any(isinstance(one, bool) or not isinstance(one, int | float) for one in prices):
-        raise DistplbError(f"push_price is {listed(push_price)}; pass {words}")
-    inside, between = prices
-    if not 0 <= inside <= between:  # NaN is not
         raise DistplbError(
-            f"push_price is ({inside}, {between}); pass {words}, with the first one at most as large as the second one"
+            f"push_price is {listed(push_price)}; pass two numbers of tokens, such as (2000.0, math.inf)"
+        )
+    if not 0 <= prices[0] <= prices[1]:  # NaN is not
+        raise DistplbError(
+            f"push_price is ({prices[0]}, {prices[1]}); pass two numbers from 0 to infinity: the price inside a node, "
+            "and one at least as high between nodes"
         )
     inside, between = (NEVER if price * per_token >= NEVER else round(price * per_token) for price in prices)
     return inside, between

@@ -6,6 +6,7 @@ Shapes: E experts, M GPUs, R replica slots.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 from distplb.splitting.rules import EMPTY, Array
 from distplb.splitting.split_value import Split
 
-__all__ = ["best_of_all", "power_law", "random_split"]
+__all__ = ["best_of_all", "cheapest_of_all", "power_law", "random_split"]
 
 
 def random_split(num_gpus: int, seed: int, *, experts_per_gpu: int = 2, slots: int = 2, tokens: int = 1000) -> Split:
@@ -50,20 +51,33 @@ def best_of_all(tokens: Array, home: Array, num_gpus: int, slots: int) -> dict[i
         num_gpus: M.
         slots: R.
     """
+    best: dict[int, int] = {}
+    for number, _, level in _all_placements(tokens, home, num_gpus, slots):
+        best[number] = min(best.get(number, 1 << 62), level)
+    return best
+
+
+def cheapest_of_all(tokens: Array, home: Array, num_gpus: int, slots: int, price: int, lowest: int) -> int:
+    """The lowest cost of a split: its level, at least `lowest`, and `price` for each replica that one GPU sends, or
+    receives, at most; arguments as for `best_of_all`."""
+    placements = _all_placements(tokens, home, num_gpus, slots)
+    return min(max(level, lowest) + price * most for _, most, level in placements)
+
+
+def _all_placements(tokens: Array, home: Array, num_gpus: int, slots: int) -> Iterator[tuple[int, int, int]]:
+    """Of each placement of replicas: their number, how many one GPU sends or receives at most, the lowest level."""
     experts, owner, counts = range(len(home)), home.tolist(), tokens.tolist()
     options = [
         [chosen for size in range(slots + 1) for chosen in itertools.combinations(away, size)]
         for away in ([expert for expert in experts if owner[expert] != gpu] for gpu in range(num_gpus))
     ]
-    best: dict[int, int] = {}
     for placed in itertools.product(*options):
-        holders = [1 << gpu for gpu in owner]
+        holders, sends = [1 << gpu for gpu in owner], [0] * num_gpus
         for gpu, chosen in enumerate(placed):
             for expert in chosen:
                 holders[expert] |= 1 << gpu
-        number = sum(map(len, placed))
-        best[number] = min(best.get(number, 1 << 62), _lowest_level(counts, holders, num_gpus))
-    return best
+                sends[owner[expert]] += 1
+        yield sum(sends), max(*sends, *map(len, placed)), _lowest_level(counts, holders, num_gpus)
 
 
 def _lowest_level(tokens: list[int], holders: list[int], num_gpus: int) -> int:

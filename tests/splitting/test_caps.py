@@ -51,13 +51,14 @@ def test_every_cap_that_some_split_keeps_is_kept_and_every_other_one_refused() -
 
 
 def test_the_exact_search_keeps_a_cap_that_the_engines_miss() -> None:
-    """GPU 1 has to give tokens to GPU 2, although it has few, so that it can take more of GPU 0's."""
-    counts, home = counts_of([6, 6, 6, 6, 8], 3), [0, 0, 0, 0, 1]
-    options: dict[str, Any] = {"topology": Topology(1, 3), "replica_slots": 1}
-    assert split(counts, home, tolerance=0.0, **options).load.amax() > 13
-    assert split(counts, home, max_tokens_per_gpu=13, **options).load.amax() == 13
-    with pytest.raises(DistplbError, match="needs 13; pass at least that"):
-        split(counts, home, max_tokens_per_gpu=12, **options)
+    """GPU 2 has to hand 7 of its 10 tokens to GPU 3, so that it can take 4 of GPU 1's."""
+    counts, home = counts_of([7, 6, 10, 5], 4), [1, 1, 2, 1]
+    options: dict[str, Any] = {"topology": Topology(1, 4), "replica_slots": 1}
+    best = min(best_of_all(counts[0].numpy(), np.array(home), 4, 1).values())
+    assert split(counts, home, tolerance=0.0, **options).load.amax() > best
+    assert split(counts, home, max_tokens_per_gpu=best, **options).load.amax() == best
+    with pytest.raises(DistplbError, match=f"needs {best}; pass at least that"):
+        split(counts, home, max_tokens_per_gpu=best - 1, **options)
 
 
 @pytest.mark.long

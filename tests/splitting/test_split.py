@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from distplb import DistplbError, Topology
+from distplb import DistplbError, TimeCurve, Topology
 from distplb.splitting.split import split
 
 TOPOLOGY = Topology(num_nodes=1, gpus_per_node=4)
@@ -60,6 +61,37 @@ def test_all_options_at_once_on_two_nodes(engine: str) -> None:
     assert torch.equal(found.replica, same.replica)
 
 
+def test_with_a_price_only_what_pays_is_pushed() -> None:
+    """Three GPUs take replicas from GPU 0 for 218 tokens; each replica costs a price at GPU 0."""
+    cost = {}
+    for price in (40, 110):
+        found = split(COUNTS, HOME, topology=TOPOLOGY, push_price=(price, math.inf))
+        cost[price] = int(found.load.amax()) + price * int(max(found.pushes.sum(0).amax(), found.pushes.sum(1).amax()))
+    assert cost[40] == 100 + 2 * 40  # the takers pass their own tokens on; three replicas would cost 82 + 3 × 40
+    assert cost[110] < 300
+    assert split(COUNTS, HOME, topology=TOPOLOGY, push_price=(250, math.inf)).is_trivial
+    assert split(COUNTS, HOME, topology=TOPOLOGY, push_price=(math.inf, math.inf)).is_trivial
+
+
+def test_replicas_leave_their_node_where_that_pays() -> None:
+    nodes = Topology(2, 2)
+    inside = split(COUNTS, HOME, topology=nodes, push_price=(1, math.inf))
+    between = split(COUNTS, HOME, topology=nodes, push_price=(1, 20))
+    assert torch.equal(inside.quota, split(COUNTS, HOME, topology=nodes, push_price=(1, 300)).quota)
+    assert between.load.amax() + 2 * 20 < inside.load.amax()
+
+
+def test_with_a_curve_times_are_even_and_not_tokens() -> None:
+    """Every expert takes 50 ns before its first token: GPU 0 holds four of them, and so gets fewer tokens."""
+    curve = TimeCurve((0, 1, 1001), (0, 51, 1051))
+    counts, home = [[100] * 4 + [400], [0] * 5], [0, 0, 0, 0, 1]
+    options: dict[str, Any] = {"topology": Topology(1, 2), "replica_slots": 1, "tolerance": 0.0}
+    plain = split(counts, home, **options)
+    timed = split(counts, home, time_curve=curve, **options)
+    assert plain.is_trivial
+    assert timed.load.tolist() == [350, 450]  # 550 ns and 550 ns, with the replica's 50
+
+
 def test_within_the_tolerance_it_is_trivial() -> None:
     even = [[101, 100, 99, 100]] * 4
     assert split(even, HOME, topology=TOPOLOGY, tolerance=0.02).is_trivial
@@ -85,6 +117,13 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "overflow": ({"counts": [[2**61] * 4] * 4}, "counts add up to 3.69e+19 tokens; pass those of one step, fewer"),
     "no quota": ({"min_quota": 0}, "min_quota is 0; pass an integer of at least 1"),
     "a huge tile": ({"tile": 2**63}, "tile is 9223372036854775808; pass tokens of one step, at most 2^50"),
+    "one price": ({"push_price": 5.0}, "push_price is 5.0; pass two numbers of tokens, such as (2000.0, math.inf)"),
+    "three prices": ({"push_price": (1, 2, 3)}, "push_price is '1', '2', '3'; pass two numbers of tokens"),
+    "prices in words": ({"push_price": ("low", "high")}, "push_price is 'low', 'high'; pass two numbers of tokens"),
+    "a dear inside": ({"push_price": (9.0, 5.0)}, "push_price is (9.0, 5.0); pass two numbers from 0 to infinity"),
+    "no price": ({"push_price": (float("nan"), 5.0)}, "push_price is (nan, 5.0); pass two numbers from 0 to infinity"),
+    "half a token": ({"max_tokens_per_gpu": 0.5}, "max_tokens_per_gpu is 0.5; pass an integer of at least 1"),
+    "a list of times": ({"time_curve": [1, 2]}, "time_curve is a list; pass a TimeCurve, such as measured_curve"),
     "percent": ({"tolerance": 5}, "tolerance is 5; pass a fraction from 0 to 1, such as 0.005"),
     "NaN": ({"tolerance": float("nan")}, "tolerance is nan; pass a fraction from 0 to 1"),
     "engine": ({"engine": "abacus"}, "engine 'abacus' is unknown; pass one of reference, cpu, or engine=None"),

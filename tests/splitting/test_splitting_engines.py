@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from splits import best_of_all, power_law
+from splits import best_of_all, cheapest_of_all, power_law
 
 from distplb import TimeCurve, Topology
 from distplb.splitting import cpu, reference
@@ -215,6 +215,25 @@ def test_small_splits_are_as_even_as_any_and_use_as_few_replicas() -> None:
         more += len(replicas) > min(count for count, level in best.items() if level <= reached)
     assert higher <= 0.02 * number
     assert more <= 0.02 * number
+
+
+@pytest.mark.parametrize("share", [0.02, 0.1, 0.4], ids="price {} of the mean".format)
+def test_small_splits_cost_hardly_more_than_the_cheapest(share: float) -> None:
+    """Cheapest in three of four cases or more; the others cost a few percent more."""
+    over = []
+    for seed in range(80):
+        plain = small(seed)
+        price_of_one = max(1, int(plain["tokens"].sum() / len(plain["node"]) * share))
+        one = plain | {"rules": plain["rules"]._replace(inside=price_of_one)}
+        replicas = decided(one)
+        level = one["rules"].level
+        cost = max(level, *gpu_times(one, replicas)) + price(one, replicas)
+        best = cheapest_of_all(one["tokens"], one["home"], len(one["node"]), 1, price_of_one, level)
+        assert cost >= best
+        over.append(cost / best - 1)
+    assert np.mean(over) <= 0.01
+    assert max(over) <= 0.1
+    assert np.mean(np.array(over) < 0.002) >= 0.75
 
 
 @pytest.mark.parametrize(("imbalance", "most"), [(1.1, 29), (1.5, 36), (2.0, 41), (3.0, 43)])
