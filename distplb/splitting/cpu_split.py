@@ -159,7 +159,7 @@ def _begun(step, level, rules, curve):
 
 @compiled
 def _price(attempt):
-    """Of the replicas that the GPU sends, or receives, for which they cost most."""
+    """The prices of the replicas that one GPU sends, or receives, whichever GPU pays most."""
     return attempt.paid.max()
 
 
@@ -394,7 +394,7 @@ def _give(step, attempt, rules, curve, expert, giver, taker, amount):
 
 @inlined
 def _chosen(fits, takers, need, little):
-    """Steps (4) to (6): one GPU or two of those with most room first; -1 for no second one."""
+    """Steps (4) to (6): one or two of the takers, which are sorted by descending room; -1 for no second one."""
     single = _NONE
     for gpu in takers:
         if fits[gpu] < need:

@@ -73,8 +73,8 @@ def placement_within(tokens: Array, home: Array, node: Array, slots: int, level:
     >>> placement_within(tokens, home, node, slots=1, level=12)
     Within(replicas=None, is_proven=True)
 
-    Given up are nodes with more than 4,096 pairs of an expert with tokens and a GPU that is not its home, and searches
-    of more than about 10 s on one core, counted in steps and not in seconds. Equal on all ranks with the same scipy.
+    It gives up on nodes with more than 4,096 pairs of an expert with tokens and a GPU that is not its home, and after
+    about 10 s on one core, counted in steps and not in seconds. Equal on all ranks with the same scipy.
 
     Args:
         tokens: `[E]`, the tokens of each expert.
@@ -121,7 +121,7 @@ def lowest_level(tokens: Array, home: Array, node: Array, slots: int, low: int, 
 
 
 class _GivenUpError(Exception):
-    """The problem is too large, or the effort spent."""
+    """The problem is too large, or the effort is spent."""
 
 
 class _Effort:

@@ -19,13 +19,13 @@ surplus, one below it has room.
     one whose busiest sender sends fewer.
 (8) If a surplus finds no room or no free slot in either, start again with relays: the order of (7), but into its last
     free slot a GPU gets all that fits, even more than the giver's surplus, which then has room and free slots itself.
-    This takes more replicas, but hardly any level is out of reach. If it fails, the same into every slot.
+    This takes more replicas, but hardly any level is out of reach. If it fails, try relays into every slot.
 (9) If replicas have a price, try to spread them: no GPU sends, or receives, more than 1, then 2 and so on, while that
     is cheaper than what was found. The GPU gives whose surplus is largest for each replica that it may still send, to
     the GPU with the most room, and gives at least that much: a GPU that gets more than its room passes on a surplus of
     its own.
-(10) A level costs its time, and the prices of the replicas that the GPU sends, or receives, for which they are
-    highest. Take the level that costs least, up to the one that needs no replica. Costs are known at both ends of an
+(10) A level costs its time, and the prices of the replicas that one GPU sends, or receives, whichever GPU pays most.
+    Take the level that costs least, up to the one that needs no replica. Costs are known at both ends of an
     interval of levels. A level between them costs at least the lower end's time and the upper end's replicas, because
     a higher level needs no more replicas. So: try the middle of the interval where that is least, while it is less than
     the lowest cost so far and the interval is longer than 1/64 of a replica's price.
@@ -93,7 +93,7 @@ def quotas(tokens: Array, home: Array, expert: Array, part: Array) -> Array:
 
 
 def is_legal(counts: Array, home: Array, quota: Array, replica: Array) -> bool:
-    """Whether a `Split` of these has nothing to refuse; shapes and dtypes are right.
+    """Whether a `Split` of these has nothing to refuse, given that shapes and dtypes are right.
 
     >>> counts, quota = np.array([[6, 1], [4, 1]]), np.array([[6, 4], [0, 2]])
     >>> is_legal(counts, np.array([0, 1]), quota, np.array([[-1], [0]]))
@@ -230,7 +230,7 @@ class _Level:
 
     @property
     def price(self) -> int:
-        """Of the replicas that the GPU sends, or receives, for which they cost most."""
+        """The prices of the replicas that one GPU sends, or receives, whichever GPU pays most."""
         return max(map(max, self.paid))
 
     def place(self) -> bool:

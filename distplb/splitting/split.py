@@ -56,8 +56,8 @@ def split(
         counts: `[M, E]`, the tokens that each GPU's router sends to each expert.
         home: `[E]`, the GPU that owns each expert.
         topology: nodes and GPUs.
-        replica_slots: R.
-        tolerance: of the busiest GPU above the mean, as a fraction.
+        replica_slots: R, from 0 to 1,024.
+        tolerance: how far the busiest GPU may stay above the mean, as a fraction from 0 to 1.
         push_price: the price of a replica in its home's node, and of one in another node, in tokens, rounded to whole
             ones; infinity for no such replicas.
         min_quota: the fewest tokens that are worth a replica.
@@ -69,7 +69,8 @@ def split(
         engine: "reference" or "cpu"; None for the faster one that is available. They agree exactly.
 
     Raises:
-        DistplbError: for counts, homes or options that do not fit, and if no split keeps `max_tokens_per_gpu`.
+        DistplbError: for counts, homes or options that do not fit, and if no split keeps `max_tokens_per_gpu`, or none
+            is found before the exact search is given up (`exact.placement_within`).
     """
     refuse_wrong_types(
         {
