@@ -12,7 +12,7 @@ from distplb.core.topology import Topology
 from distplb.errors import DistplbError
 from distplb.splitting.bound import bound_of
 from distplb.splitting.engines import Engine
-from distplb.splitting.exact import lowest_level, placement_within
+from distplb.splitting.exact import lowest_level, replicas_within
 from distplb.splitting.rules import EMPTY, NEVER, Array, Rules
 
 __all__ = ["busiest", "nodes_of", "within_cap"]
@@ -55,7 +55,7 @@ def within_cap(
             return found
     bound = bound_of(torch.from_numpy(tokens), torch.from_numpy(home), topology, slots)
     if bound <= cap:
-        exact = placement_within(tokens, home, node, slots, cap)
+        exact = replicas_within(tokens, home, node, slots, cap)
         if exact.replicas is not None:
             return exact.replicas
     smallest, is_proven = lowest_level(tokens, home, node, slots, bound, reached)

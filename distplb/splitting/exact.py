@@ -20,8 +20,9 @@ It is the fallback of the engines, which are fast but may end above the lowest l
     and all cuts so far. If it has no solution, no split keeps the level. Else (1) again, with y alone.
 
 HiGHS computes in floats, and accepts y = 10^-6 and sums that are 10^-6 too large. So x is not used: what HiGHS accepts
-wrongly, (1) finds out, and the cut excludes it by a wide margin, so the loop ends. It refuses nothing wrongly, because
-all coefficients are rounded in favour of y. Cuts without x would be exact too, but take 10 to 100 times as long.
+wrongly, (1) finds out, and the cut excludes it by a wide margin, so the loop ends. It refuses nothing for rounding:
+coefficients below what it can read are raised, and the errors of all others are far smaller than 10^-6. Cuts without x
+would be exact too, but on 8 GPUs × 32 experts a proof that there are none takes a hundred times as long.
 
 Effort is limited by numbers of branch-and-bound nodes, never by time, so that equal input has an equal answer.
 
@@ -40,10 +41,10 @@ from numpy.typing import NDArray
 
 from distplb.splitting.rules import EMPTY, Array
 
-__all__ = ["Within", "lowest_level", "placement_within"]
+__all__ = ["Within", "lowest_level", "replicas_within"]
 
-_MOST_PAIRS = 4096  # K of a node that is searched; 16 GPUs × 128 experts have 1,920, 32 × 128 have 3,968
-_EFFORT = 1_000_000  # pairs × branch-and-bound nodes of one call: about 10 s of one core
+_MOST_PAIRS = 2048  # K of a node that is searched; 16 GPUs × 128 experts have 1,920. At 4,000, a start takes 3 to 20 s
+_EFFORT = 600_000  # pairs × branch-and-bound nodes of one call: about 10 s of one core
 _SMALLEST = 1e-8  # coefficient; HiGHS reads those below 1e-9 as 0
 _NO_SOLUTION = 2  # scipy's status of an infeasible program
 _ROOT = 60  # branch-and-bound nodes that take as long as a program's start
@@ -63,17 +64,17 @@ class Within:
     is_proven: bool = True
 
 
-def placement_within(tokens: Array, home: Array, node: Array, slots: int, level: int) -> Within:
+def replicas_within(tokens: Array, home: Array, node: Array, slots: int, level: int) -> Within:
     """Replicas with which no GPU exceeds the level, found wherever there are some, unless the problem is too large.
 
     >>> tokens, home, node = np.array([6, 6, 6, 6, 8]), np.array([0, 0, 0, 0, 1]), np.array([0, 0, 0])
-    >>> expert, part = placement_within(tokens, home, node, slots=1, level=13).replicas
+    >>> expert, part = replicas_within(tokens, home, node, slots=1, level=13).replicas
     >>> bool(part.sum() > 0)  # GPU 1 gives tokens to GPU 2, although it has only 8, to take more of GPU 0's
     True
-    >>> placement_within(tokens, home, node, slots=1, level=12)
+    >>> replicas_within(tokens, home, node, slots=1, level=12)
     Within(replicas=None, is_proven=True)
 
-    It gives up on nodes with more than 4,096 pairs of an expert with tokens and a GPU that is not its home, and after
+    It gives up on nodes with more than 2,048 pairs of an expert with tokens and a GPU that is not its home, and after
     about 10 s on one core, counted in steps and not in seconds. Equal on all ranks with the same scipy.
 
     Args:
@@ -94,7 +95,7 @@ def placement_within(tokens: Array, home: Array, node: Array, slots: int, level:
             continue
         if quotas is None:
             return Within(None)
-        part.write(quotas, experts, parts)
+        part.write(part.with_fewer_replicas(quotas, level), experts, parts)
     return Within((experts, parts) if is_complete else None, is_proven=is_complete)
 
 
@@ -105,14 +106,14 @@ def lowest_level(tokens: Array, home: Array, node: Array, slots: int, low: int, 
     >>> lowest_level(tokens, home, node, slots=1, low=11, high=24)
     (13, True)
 
-    The limits of `placement_within` hold for the whole search.
+    The limits of `replicas_within` hold for the whole search.
 
     Args:
-        tokens, home, node, slots: as for `placement_within`.
+        tokens, home, node, slots: as for `replicas_within`.
         low: a level below which nothing is possible, such as the step's bound.
         high: a level that some replicas keep.
     """
-    effort, level, is_proven = _Effort(), low, True
+    effort, level, is_proven = _Effort(share=2), low, True
     for part in _nodes(tokens, home, node, slots):
         reached, excluded = part.lowest(level, high, effort)
         if reached > level:
@@ -125,14 +126,18 @@ class _GivenUpError(Exception):
 
 
 class _Effort:
-    """What is left of the effort of a call; a search gets at most half of it, so that easier ones can follow."""
+    """What is left of the effort of a call; a search gets a share of it, so that easier ones can follow.
 
-    def __init__(self) -> None:
-        self.left = _EFFORT
+    Args:
+        share: one part in so many.
+    """
+
+    def __init__(self, share: int = 1) -> None:
+        self.left, self.share = _EFFORT, share
 
     def most_nodes(self, pairs: int) -> int:
         """The branch-and-bound nodes that the next search may visit; 0 for no search."""
-        return max(0, self.left // (2 * pairs) - _ROOT) if pairs <= _MOST_PAIRS else 0
+        return max(0, self.left // (self.share * pairs) - _ROOT) if pairs <= _MOST_PAIRS else 0
 
     def spend(self, pairs: int, nodes: int) -> None:
         self.left -= pairs * (nodes + _ROOT)
@@ -201,6 +206,22 @@ class _Node:
                     reached = self._lowest_with(quotas, below + 1, level)
             level = (below + reached) // 2
         return reached, excluded == reached - 1
+
+    def with_fewer_replicas(self, quotas: list[dict[int, int]], level: int) -> list[dict[int, int]]:
+        """Without replicas that the level does not need; those with few tokens go first."""
+        replicas = [
+            (count, expert, gpu)
+            for expert, quota in enumerate(quotas)
+            for gpu, count in quota.items()
+            if gpu != self.home[expert]
+        ]
+        for _, expert, gpu in sorted(replicas):
+            holders = [list(quota) for quota in quotas]
+            holders[expert].remove(gpu)
+            flow = _Flow(self.tokens, self.home, holders, len(self.gpus), level)
+            if not flow.stuck():
+                quotas = flow.quotas
+        return quotas
 
     def write(self, quotas: list[dict[int, int]], experts: Array, parts: Array) -> None:
         """Write the replicas that have tokens into the slots of this node's GPUs."""

@@ -70,7 +70,7 @@ def split(
 
     Raises:
         DistplbError: for counts, homes or options that do not fit, and if no split keeps `max_tokens_per_gpu`, or none
-            is found before the exact search is given up (`exact.placement_within`).
+            is found before the exact search is given up (`exact.replicas_within`).
     """
     refuse_wrong_types(
         {

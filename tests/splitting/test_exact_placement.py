@@ -5,6 +5,7 @@ Shapes: E experts, M GPUs, R replica slots on each GPU.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 from splits import best_of_all
 
 from distplb.splitting import exact, reference
-from distplb.splitting.exact import Within, lowest_level, placement_within
+from distplb.splitting.exact import Within, lowest_level, replicas_within
 from distplb.splitting.rules import Rules
 
 
@@ -106,8 +107,8 @@ def check(one: Step, found: Within, level: int) -> None:
 
 def check_at_optimum(one: Step, optimum: int) -> None:
     """At the optimum there are replicas; one token lower, provably none; and bisection finds it."""
-    check(one, placement_within(*one, level=optimum), optimum)
-    assert placement_within(*one, level=optimum - 1) == Within(None, is_proven=True)
+    check(one, replicas_within(*one, level=optimum), optimum)
+    assert replicas_within(*one, level=optimum - 1) == Within(None, is_proven=True)
     assert lowest_level(*one, low=min(one.mean, optimum), high=one.busiest) == (optimum, True)
 
 
@@ -138,7 +139,7 @@ def test_it_finds_it_on_8_gpus_too(seed: int) -> None:
     random = np.random.default_rng(seed)
     one = step(random.lognormal(6, 1.0, 32), random.permutation(np.arange(32) % 8), 8, 1)
     assert one.loads(*engine(one, one.mean)).max() > one.mean
-    check(one, placement_within(*one, level=one.mean), one.mean)
+    check(one, replicas_within(*one, level=one.mean), one.mean)
 
 
 def test_on_several_nodes_it_is_that_of_the_node_that_is_worst_off() -> None:
@@ -179,7 +180,7 @@ def test_special_cases(name: str) -> None:
 
 def test_a_level_that_needs_no_replicas_has_none() -> None:
     one = crowded(0)
-    found = placement_within(*one, level=one.busiest)
+    found = replicas_within(*one, level=one.busiest)
     check(one, found, one.busiest)
     assert found.replicas is not None
     assert (found.replicas[0] == -1).all()
@@ -196,9 +197,34 @@ def test_large_counts_are_exact_to_a_token(scale: int) -> None:
             check_at_optimum(one, one.optimum)
 
 
+def test_no_replica_is_left_that_the_level_does_not_need() -> None:
+    """Two slots on each GPU, so that some stay empty: without any one of the replicas, no quotas keep the level."""
+    for seed in range(0, 60, 3):
+        one = crowded(seed)._replace(slots=2)
+        found = replicas_within(*one, level=one.busiest * 3 // 4)
+        if found.replicas is None:
+            continue
+        holders = [{gpu} for gpu in one.home.tolist()]
+        gpu, slot = (found.replicas[0] >= 0).nonzero()
+        replicas = list(zip(found.replicas[0][gpu, slot].tolist(), gpu.tolist(), strict=True))
+        for expert, where in replicas:
+            holders[expert].add(where)
+        for expert, where in replicas:
+            fewer = [held - {where} if other == expert else held for other, held in enumerate(holders)]
+            assert lowest_with(one, fewer) > one.busiest * 3 // 4
+
+
+def lowest_with(one: Step, holders: list[set[int]]) -> int:
+    """The lowest level of all quotas of these holders (Hall's theorem)."""
+    gpus = range(len(one.node))
+    sets = [set(some) for size in gpus for some in itertools.combinations(gpus, size + 1)]
+    tokens = list(zip(one.tokens.tolist(), holders, strict=True))
+    return max(-(-sum(count for count, held in tokens if held <= some) // len(some)) for some in sets)
+
+
 def test_equal_input_has_an_equal_answer() -> None:
     one = crowded(198)
-    first, second = (placement_within(*one, level=26).replicas for _ in range(2))
+    first, second = (replicas_within(*one, level=26).replicas for _ in range(2))
     assert first is not None
     assert second is not None
     assert np.array_equal(first, second)
@@ -208,22 +234,22 @@ def test_equal_input_has_an_equal_answer() -> None:
 
 
 def test_what_is_too_large_is_given_up() -> None:
-    """65 GPUs × 65 experts that all have tokens: 4,160 pairs."""
+    """65 GPUs × 65 experts that all have tokens have 4,160 pairs of an expert and a GPU that is not its home."""
     one = step(np.arange(65) + 1, np.arange(65), 65, 1)
-    assert placement_within(*one, level=33) == Within(None, is_proven=False)
+    assert replicas_within(*one, level=33) == Within(None, is_proven=False)
     assert lowest_level(*one, low=33, high=65) == (65, False)
 
 
 def test_what_needs_no_search_is_answered_at_any_size() -> None:
     one = step(np.arange(65) + 1, np.arange(65), 65, 1)
-    check(one, placement_within(*one, level=65), 65)
-    assert placement_within(*one, level=32) == Within(None, is_proven=True)  # below the mean
+    check(one, replicas_within(*one, level=65), 65)
+    assert replicas_within(*one, level=32) == Within(None, is_proven=True)  # below the mean
 
 
 def test_without_effort_it_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exact, "_EFFORT", 0)
     one = crowded(198)
-    assert placement_within(*one, level=26) == Within(None, is_proven=False)
+    assert replicas_within(*one, level=26) == Within(None, is_proven=False)
     level, is_proven = lowest_level(*one, low=26, high=one.busiest)
     assert (level, is_proven) == (one.busiest, False)
 
@@ -232,5 +258,5 @@ def test_a_node_that_cannot_keep_the_level_is_proof_even_if_another_is_too_large
     large = step(np.arange(65) + 1, np.arange(65), 65, 1)
     tokens, home = np.append(large.tokens, 500), np.append(large.home, 65)
     one = step(tokens, home, 66, 1, [0] * 65 + [1])
-    assert placement_within(*one, level=40) == Within(None, is_proven=True)
+    assert replicas_within(*one, level=40) == Within(None, is_proven=True)
     assert lowest_level(*one, low=40, high=500) == (500, True)
