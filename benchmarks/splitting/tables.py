@@ -1,0 +1,204 @@
+"""The tables of the benchmark of splits: targets, where another method is better, and all figures of each load.
+
+Shapes: R replica slots on each GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from benchmarks.shared.tables import markdown, verdict
+from benchmarks.splitting.cases import IMBALANCES
+from benchmarks.splitting.measurement import Figures, Result
+from benchmarks.splitting.methods import DISTPLB, LEAVING, OWN, PRICED, PRICED_LEAVING
+
+__all__ = [
+    "better",
+    "cheaper",
+    "comparison_lines",
+    "cost_summary",
+    "cost_table",
+    "evenness_lines",
+    "spread",
+    "summary",
+    "table",
+]
+
+MOST_REPLICAS = {1.1: 31, 1.5: 40, 2.0: 44, 3.0: 46}  # with R = 2, by the imbalance of the power law
+MOST_IMBALANCE = {1: {1.1: 1.010, 1.5: 1.013, 2.0: 1.015, 3.0: 1.019}, 2: dict.fromkeys(IMBALANCES, 1.005)}  # by R
+MOST_RECORDED = 1.008
+ROUNDING = 1e-6  # the tolerance is a fraction of 2^20, the target a decimal
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+    """Format the median and the quartiles.
+
+    >>> spread([1, 2, 3, 4, 5], digits=0)
+    '3 (2–4)'
+    """
+    low, middle, high = (f"{value:.{digits}f}" for value in np.percentile(values, [25, 50, 75]))
+    return middle if low == high == middle else f"{middle} ({low}–{high})"
+
+
+# --- targets ----------------------------------------------------------------------------------------------------
+
+
+def comparison_lines(results: list[Result]) -> list[list[str]]:
+    """Format in how many steps another method is better, over all loads and methods."""
+    measures = {"fewer replicas, at most as uneven": 0, "as many replicas, more even": 0, "lower cost": 0}
+    steps = 0
+    for result in results:
+        others = [each for name, each in result.figures.items() if name not in OWN]
+        for number, (own, priced) in enumerate(zip(result.figures[DISTPLB], result.figures[PRICED], strict=True)):
+            step = [each[number] for each in others]
+            is_better = (
+                any(one.beats(own) for one in step),
+                any(one.imbalance < own.imbalance and one.replicas == own.replicas for one in step),
+                any(one.is_cheaper(priced) for one in step),
+            )
+            for name, one in zip(measures, is_better, strict=True):
+                measures[name] += one
+            steps += 1
+    return [
+        [f"all, {steps} steps", f"another method: {name}", "0 steps", f"{number} steps", verdict(number == 0)]
+        for name, number in measures.items()
+    ]
+
+
+def evenness_lines(results: list[Result]) -> list[list[str]]:
+    """Format the targets of loads on one node: worst imbalance, and median replicas of power laws."""
+    lines = []
+    for result in results:
+        own, case = result.figures[DISTPLB], result.case
+        limit = MOST_RECORDED if case.is_recorded else MOST_IMBALANCE.get(case.slots, {}).get(case.imbalance)
+        if limit is None or case.topology.num_nodes > 1:
+            continue
+        worst = max(one.imbalance for one in own)
+        is_met = verdict(worst <= limit + ROUNDING)
+        lines.append([case.text, "worst imbalance", f"≤ {limit}", f"{worst:.4f}", is_met])
+        if case.imbalance is not None and case.slots == 2:
+            replicas, most = float(np.median([one.replicas for one in own])), MOST_REPLICAS[case.imbalance]
+            lines.append([case.text, "replicas, median", f"≤ {most}", f"{replicas:g}", verdict(replicas <= most)])
+    return lines
+
+
+# --- another method is better -----------------------------------------------------------------------------------
+
+
+def better(results: list[Result]) -> str:
+    """Format a row for each load and method that is better than distplb in some step."""
+    lines = []
+    for result in results:
+        own = result.figures[DISTPLB]
+        for name, figures in result.figures.items():
+            if name in OWN:
+                continue
+            pairs = list(zip(figures, own, result.levels, strict=True))
+            fewer = sum(one.beats(mine) for one, mine, _ in pairs)
+            even = [(mine, aim) for one, mine, aim in pairs if one.is_more_even(mine)]
+            missed = sum(mine.imbalance > aim for mine, aim in even)
+            sends = sum(one.sends_less(mine) for one, mine, _ in pairs)
+            if fewer or even or sends:
+                lines.append([result.case.text, name, *map(str, (len(own), fewer, len(even), missed, sends))])
+    head = ["load", "method", "steps", "fewer replicas", "more even", "level missed", "fewer sends"]
+    return markdown(head, lines) if lines else "None."
+
+
+def cheaper(results: list[Result]) -> str:
+    """Format a row for each load and method that costs less than distplb with prices in some step."""
+    lines = []
+    for result in results:
+        for own in (PRICED, PRICED_LEAVING):
+            for name, figures in result.figures.items():
+                if own not in result.figures or name == own:
+                    continue
+                pairs = zip(figures, result.figures[own], strict=True)
+                saved = [1 - one.cost / mine.cost for one, mine in pairs if one.is_cheaper(mine)]
+                if saved:
+                    found = f"{len(saved)}", f"{np.median(saved):.2%}", f"{max(saved):.2%}"
+                    lines.append([result.case.text, name, own, f"{len(figures)}", *found])
+    head = ["load", "method", "cheaper than", "steps", "cheaper", "saving, median", "largest"]
+    return markdown(head, lines) if lines else "None."
+
+
+# --- figures ----------------------------------------------------------------------------------------------------
+
+
+def summary(results: list[Result]) -> str:
+    """Format a row for each load: median imbalance and replicas of each method."""
+    names = [name for name in results[0].figures if name not in (LEAVING, PRICED, PRICED_LEAVING)]
+    lines = []
+    for result in results:
+        cells = []
+        for name in names:
+            each = result.figures[name]
+            imbalance = np.median([one.imbalance for one in each])
+            cells.append(f"{imbalance:.4f}, {np.median([one.replicas for one in each]):.0f}")
+        bound = np.median([one.bound for one in result.figures[DISTPLB]])
+        lines.append([result.case.text, f"{bound:.4f}", *cells])
+    return markdown(["imbalance, replicas", "bound", *names], lines)
+
+
+def cost_summary(results: list[Result]) -> str:
+    """Format a row for each load: the median cost of each method, and of distplb's priced split its replicas."""
+    names = [name for name in results[0].figures if name not in (LEAVING, PRICED, PRICED_LEAVING)]
+    lines = []
+    for result in results:
+        cells = [f"{np.median([one.cost for one in result.figures[name]]):.4f}" for name in names]
+        own = []
+        for name in (PRICED, PRICED_LEAVING):
+            each = result.figures.get(name)
+            cost = each and np.median([one.cost for one in each])
+            own.append(f"{cost:.4f}, {np.median([one.replicas for one in each]):.0f}" if each else "–")
+        lines.append([result.case.text, *own, *cells])
+    unpriced = "distplb, not priced"
+    return markdown(
+        ["cost", f"{PRICED}, replicas", f"{PRICED_LEAVING}, replicas", unpriced, *names[1:]],
+        lines,
+    )
+
+
+def table(result: Result) -> str:
+    """Format a row for each method: how even its splits are, and what they send."""
+    head = ["split", "imbalance", "worst", "bound", "replicas", "sends", "receives"]
+    head += ["between GPUs", "between nodes", "µs"]
+    lines = []
+    for name, each in result.figures.items():
+        if name in (PRICED, PRICED_LEAVING):
+            continue
+        times = [one.microseconds for one in each if one.microseconds is not None]
+        lines.append(
+            [
+                name,
+                spread([one.imbalance for one in each], 4),
+                f"{max(one.imbalance for one in each):.4f}",
+                spread([one.bound for one in each], 4),
+                *_replicas(each),
+                f"{np.median([one.between_gpus for one in each]):.1%}",
+                f"{np.median([one.between_nodes for one in each]):.1%}",
+                spread(times, 0) if times else "–",
+            ]
+        )
+    return markdown(head, lines)
+
+
+def cost_table(result: Result) -> str:
+    """Format a row for each method: what its splits cost at H100's prices."""
+    lines = [
+        [
+            name,
+            spread([one.cost for one in each], 4),
+            f"{max(one.cost for one in each):.4f}",
+            spread([one.imbalance for one in each], 4),
+            *_replicas(each),
+        ]
+        for name, each in result.figures.items()
+        if name != LEAVING
+    ]
+    return markdown(["at H100's prices", "cost", "worst", "imbalance", "replicas", "sends", "receives"], lines)
+
+
+def _replicas(figures: list[Figures]) -> list[str]:
+    return [spread([getattr(one, name) for one in figures], 0) for name in ("replicas", "sends", "receives")]
