@@ -11,6 +11,7 @@ Shapes: E experts, M GPUs, R replica slots on each GPU.
 from __future__ import annotations
 
 import argparse
+import textwrap
 from pathlib import Path
 
 from benchmarks.shared.tables import command_line, header, markdown, progress, publish
@@ -48,23 +49,27 @@ those of these steps in which distplb does not reach its level. `fewer sends`: s
 fewer replicas, at most as many replicas in all and at most as unevenly. Pairs of load and method without such
 steps are left out."""
 COST = """\
-The cost of a split is the busiest GPU's tokens, and the prices of the replicas that one GPU sends, or receives,
-whichever is more, on the GPU where that is highest; in units of the mean GPU's tokens. {prices}
+{prices}
 
-distplb knows these prices and trades evenness for them; where there are several nodes it is measured with replicas
-inside nodes, and again with replicas between nodes. The others' splits do not depend on prices. That is unfair to
-them: they send replicas where none pay. EPLB's replicas lie in their slots from step to step, so their weights are not
-sent again, only their gradients go home: they are charged half. In its favour, its moves of homes and of replicas
-cost nothing here. Prices are the same for every step, but a recorded step has 900 to 35,000 tokens on each GPU
-(made ones 65,536), so that one replica costs up to twice the mean there, and hardly any pays."""
+The cost of a split is the busiest GPU's tokens, and the prices of the replicas that one GPU sends, or receives,
+whichever is more, on the GPU where that is highest; in units of the mean GPU's tokens. distplb knows these prices and
+trades evenness for them; where there are several nodes it is measured with replicas inside nodes, and again with
+replicas between nodes. The others' splits do not depend on prices. That is unfair to them: they send replicas where
+none pay. EPLB's replicas lie in their slots from step to step, so their weights are not sent again, only their
+gradients go home: they are charged half. Its moves of homes and of replicas cost nothing here, which is unfair to
+the others, and so is that it plans from the same popularities. Prices in tokens are the same for every step, whatever
+its size: one replica costs 3 % of the mean in made steps (65,536 tokens on each GPU), 5 to 13 % in recorded ones on 8
+GPUs, and up to the mean itself on 64 GPUs."""
 CHEAPER = """\
-Steps in which a method costs less than distplb's priced split, and what it saves then. Other splits of distplb are
-listed, too: its search should find what they find."""
+Steps in which a split costs less than distplb's priced one, distplb's other splits among them: its search should find
+what they find. It does not tell levels apart that are nearer to each other than 1/64 of a replica's price; `by more
+than that`: steps that are cheaper by more. `at full price`: those of these that still are if EPLB's replicas are
+charged like all others. The saving is that of all cheaper steps."""
 CAPS = """\
 `split` refuses a cap (`max_tokens_per_gpu`) of 1 token, and names the smallest cap that it could keep; that one is
 passed next. R = 0 to 4, the first {steps} steps of each load. `at the bound`: steps whose smallest cap is the bound
-that no split can beat. `proven`: `split` says that no split keeps a lower cap. `kept`: it keeps the cap that it named. The
-distance is that of the cap from the bound, in parts of the mean. Below the rows for all loads are those loads whose
+that no split can beat. `proven`: `split` says that no split keeps a lower cap. `kept`: it keeps the cap that it named.
+The distance is that of the cap from the bound, in parts of the mean. Below the rows for all loads are those loads whose
 caps are not all at the bound, proven and kept."""
 TIMES = """\
 Medians over steps, R = 2. The first three columns are decisions alone, from tokens to replicas; `decision, with its
@@ -87,8 +92,7 @@ def main() -> None:
         f"## Targets\n\n{markdown(['load', 'measure', 'target', 'reached', 'verdict'], lines)}",
         f"## Where another method is better\n\n{WHERE_BETTER}\n\n{tables.better(results)}",
         f"## Replicas and imbalance\n\n{tables.summary(results)}",
-        f"## Cost at the prices of an H100 host\n\n{COST.format(prices=prices.text())}\n\n"
-        f"{tables.cost_summary(results)}",
+        f"## Cost at the prices of an H100 host\n\n{cost_text()}\n\n{tables.cost_summary(results)}",
         f"## Where another split is cheaper\n\n{CHEAPER}\n\n{tables.cheaper(results)}",
         f"## The smallest cap\n\n{CAPS.format(steps=options.capped)}\n\n{cap_table(caps)}",
         f"## Time\n\n{TIMES}\n\n{time_table(timed)}",
@@ -117,6 +121,11 @@ def command(options: argparse.Namespace) -> str:
     return command_line(
         "splitting.bench_splitting", {"--loads": "DIR"} | {f"--{name}": getattr(options, name) for name in names}
     )
+
+
+def cost_text() -> str:
+    """Explain prices and costs."""
+    return COST.format(prices=textwrap.fill(prices.text(), 120))
 
 
 def section(result: Result) -> str:

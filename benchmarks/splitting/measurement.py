@@ -31,6 +31,7 @@ class Figures:
     between_gpus: float
     between_nodes: float
     cost: float
+    full_cost: float  # with every replica at the full price
     microseconds: float | None
 
     def beats(self, other: Figures) -> bool:
@@ -45,28 +46,33 @@ class Figures:
         """Whether its busiest GPU sends fewer replicas, at most as many replicas in all, at most as unevenly."""
         return self.sends < other.sends and self.imbalance <= other.imbalance and self.replicas <= other.replicas
 
-    def is_cheaper(self, other: Figures) -> bool:
-        """Whether it costs less, by more than float rounding."""
-        return self.cost < other.cost - 1e-9
-
 
 @dataclass(frozen=True)
 class Result:
-    """A case, the figures of each method step by step, and the level that distplb aims at, as an imbalance."""
+    """A case, and what was measured step by step.
+
+    Args:
+        case: loads and cluster.
+        figures: of each method.
+        levels: that distplb aims at, in units of the mean.
+        prices: of a replica inside a node, in units of the mean.
+    """
 
     case: Case
     figures: dict[str, list[Figures]]
     levels: list[float]
+    prices: list[float]
 
 
 def measured(case: Case) -> Result:
     """Split every step by every method."""
     figures: dict[str, list[Figures]] = {}
-    levels, one_node = [], Topology(1, case.topology.num_gpus)
+    levels, price, one_node = [], [], Topology(1, case.topology.num_gpus)
     for number, step in enumerate(case.steps()):
         progress(f"{case.text}, step {number + 1}")
         tokens, mean = step.counts.sum(0), int(step.counts.sum()) / case.topology.num_gpus
         levels.append(methods.level(case, tokens) / mean)
+        price.append(prices.INSIDE / mean)
         microseconds = times_of(case, tokens)
         inside, anywhere = (
             step_bound(step.counts, case.cluster.home, topology=topology, replica_slots=case.slots)
@@ -77,7 +83,7 @@ def measured(case: Case) -> Result:
             part = prices.GRADIENTS_ONLY if name in (methods.EVENLY, methods.FLOW) else 1.0
             told = figures_of(case, found, bound, part, microseconds.get(name))
             figures.setdefault(name, []).append(told)
-    return Result(case, figures, levels)
+    return Result(case, figures, levels, price)
 
 
 def figures_of(case: Case, found: Split, bound: int, part: float, microseconds: float | None) -> Figures:
@@ -104,5 +110,6 @@ def figures_of(case: Case, found: Split, bound: int, part: float, microseconds: 
         between_gpus=1 - int(flow.trace()) / total,
         between_nodes=1 - int(nodes.trace()) / total,
         cost=prices.cost_of(found, case.topology, part),
+        full_cost=prices.cost_of(found, case.topology),
         microseconds=microseconds,
     )

@@ -58,14 +58,14 @@ def cost_of(found: Split, topology: Topology, part: float = 1.0) -> float:
 def text() -> str:
     """How the prices are made.
 
-    >>> text().split(": ")[-1]
-    '1,905 tokens inside a node, and 14,815 between nodes.'
+    >>> text().split(".")[0]
+    'A replica costs 1,905 tokens inside a node, and 14,815 between nodes'
     """
     return (
-        f"An expert of DeepSeek-V3 has {PARAMETERS:,} parameters. A token takes {OPERATIONS} operations a parameter, "
-        f"on a GPU with {OPERATIONS_PER_SECOND / 1e12:g} TFLOP/s. A replica takes {BYTES} bytes a parameter (its weights "
-        "in bf16 twice, its gradient in fp32), of which nothing overlaps with anything, over "
-        f"{INSIDE_BYTES / 1e9:g} GB/s inside a node and {BETWEEN_BYTES / 1e9:g} GB/s between nodes. The parameters "
-        f"cancel out, and a replica costs as much as: {INSIDE:,.0f} tokens inside a node, and {BETWEEN:,.0f} between "
-        "nodes."
+        f"A replica costs {INSIDE:,.0f} tokens inside a node, and {BETWEEN:,.0f} between nodes. An expert of "
+        f"DeepSeek-V3 has {PARAMETERS:,} parameters. A token takes {OPERATIONS} operations a parameter, on a GPU with "
+        f"{OPERATIONS_PER_SECOND / 1e12:g} TFLOP/s. A replica takes {BYTES} bytes a parameter (its weights in bf16 "
+        f"twice, its gradient in fp32), over {INSIDE_BYTES / 1e9:g} GB/s inside a node and {BETWEEN_BYTES / 1e9:g} "
+        "GB/s between nodes; nothing overlaps. Its price is the time of these bytes over that of one token, so the "
+        "parameters cancel out."
     )

@@ -29,6 +29,13 @@ __all__ = [
 MOST_REPLICAS = {1.1: 31, 1.5: 40, 2.0: 44, 3.0: 46}  # with R = 2, by the imbalance of the power law
 MOST_IMBALANCE = {1: {1.1: 1.010, 1.5: 1.013, 2.0: 1.015, 3.0: 1.019}, 2: dict.fromkeys(IMBALANCES, 1.005)}  # by R
 MOST_RECORDED = 1.008
+MEASURES = (  # another method is better
+    "fewer replicas, at most as uneven",
+    "as many replicas, more even",
+    "lower cost",
+    "lower cost at full price, by more than 1/64 of it",
+)
+NEAR = 1 / 64  # of a replica's price; levels that are nearer to each other are not told apart by distplb's search
 ROUNDING = 1e-6  # the tolerance is a fraction of 2^20, the target a decimal
 
 
@@ -47,23 +54,23 @@ def spread(values: Sequence[float], digits: int) -> str:
 
 def comparison_lines(results: list[Result]) -> list[list[str]]:
     """Format in how many steps another method is better, over all loads and methods."""
-    measures = {"fewer replicas, at most as uneven": 0, "as many replicas, more even": 0, "lower cost": 0}
-    steps = 0
+    number, steps = dict.fromkeys(MEASURES, 0), 0
     for result in results:
-        others = [each for name, each in result.figures.items() if name not in OWN]
-        for number, (own, priced) in enumerate(zip(result.figures[DISTPLB], result.figures[PRICED], strict=True)):
-            step = [each[number] for each in others]
+        for step, (own, priced) in enumerate(zip(result.figures[DISTPLB], result.figures[PRICED], strict=True)):
+            others = [each[step] for name, each in result.figures.items() if name not in OWN]
+            near = result.prices[step] * NEAR
             is_better = (
-                any(one.beats(own) for one in step),
-                any(one.imbalance < own.imbalance and one.replicas == own.replicas for one in step),
-                any(one.is_cheaper(priced) for one in step),
+                any(one.beats(own) for one in others),
+                any(one.imbalance < own.imbalance and one.replicas == own.replicas for one in others),
+                any(one.cost < priced.cost - ROUNDING for one in others),
+                any(one.full_cost < priced.cost - near for one in others),
             )
-            for name, one in zip(measures, is_better, strict=True):
-                measures[name] += one
+            for name, one in zip(MEASURES, is_better, strict=True):
+                number[name] += one
             steps += 1
     return [
-        [f"all, {steps} steps", f"another method: {name}", "0 steps", f"{number} steps", verdict(number == 0)]
-        for name, number in measures.items()
+        [f"all, {steps} steps", f"another method: {name}", "0 steps", f"{each} steps", verdict(each == 0)]
+        for name, each in number.items()
     ]
 
 
@@ -108,19 +115,26 @@ def better(results: list[Result]) -> str:
 
 def cheaper(results: list[Result]) -> str:
     """Format a row for each load and method that costs less than distplb with prices in some step."""
-    lines = []
-    for result in results:
-        for own in (PRICED, PRICED_LEAVING):
-            for name, figures in result.figures.items():
-                if own not in result.figures or name == own:
-                    continue
-                pairs = zip(figures, result.figures[own], strict=True)
-                saved = [1 - one.cost / mine.cost for one, mine in pairs if one.is_cheaper(mine)]
-                if saved:
-                    found = f"{len(saved)}", f"{np.median(saved):.2%}", f"{max(saved):.2%}"
-                    lines.append([result.case.text, name, own, f"{len(figures)}", *found])
-    head = ["load", "method", "cheaper than", "steps", "cheaper", "saving, median", "largest"]
-    return markdown(head, lines) if lines else "None."
+    lines = [
+        [result.case.text, name, own, *cells]
+        for result in results
+        for own in (PRICED, PRICED_LEAVING)
+        for name in result.figures
+        if own in result.figures and (cells := _cheaper_cells(result, name, own))
+    ]
+    head = ["load", "split", "cheaper than", "steps", "cheaper", "by more than that", "at full price"]
+    return markdown([*head, "saving, median", "largest"], lines) if lines else "None."
+
+
+def _cheaper_cells(result: Result, name: str, own: str) -> list[str]:
+    """Steps, those that are cheaper, by more than is told apart, and at full price; the saving. Empty if none are."""
+    trios = list(zip(result.figures[name], result.figures[own], result.prices, strict=True))
+    saved = [1 - one.cost / mine.cost for one, mine, _ in trios if one.cost < mine.cost - ROUNDING]
+    if not saved:
+        return []
+    more = sum(one.cost < mine.cost - price * NEAR for one, mine, price in trios)
+    full = sum(one.full_cost < mine.cost - price * NEAR for one, mine, price in trios)
+    return [*map(str, (len(trios), len(saved), more, full)), f"{np.median(saved):.2%}", f"{max(saved):.2%}"]
 
 
 # --- figures ----------------------------------------------------------------------------------------------------
