@@ -54,17 +54,20 @@ COST = """\
 The cost of a split is the busiest GPU's tokens, and the prices of the replicas that one GPU sends, or receives,
 whichever is more, on the GPU where that is highest; in units of the mean GPU's tokens. distplb knows these prices and
 trades evenness for them; where there are several nodes it is measured with replicas inside nodes, and again with
-replicas between nodes. The others' splits do not depend on prices. That is unfair to them: they send replicas where
-none pay. EPLB's replicas lie in their slots from step to step, so their weights are not sent again, only their
-gradients go home: they are charged half. Its moves of homes and of replicas cost nothing here, which is unfair to
-the others, and so is that it plans from the same popularities. Prices in tokens are the same for every step, whatever
-its size: one replica costs 3 % of the mean in made steps (65,536 tokens on each GPU), 5 to 13 % in recorded ones on 8
-GPUs, and up to the mean itself on 64 GPUs."""
+replicas between nodes. The others' splits do not depend on prices, so they send replicas where none pay, which is
+unfair to them. EPLB's replicas lie in their slots from step to step, so their weights are not sent again, only their
+gradients go home: they are charged half. EPLB also moves homes, and as a GPU's experts are then other ones, more than R
+of them may be replicas. That costs nothing here, and it plans from the same popularities or, in workloads, from the
+step before, which is unfair to the others. Prices in tokens do not depend on the size of a step: one replica costs
+{low:.1%} to {high:.0%} of the mean in the steps measured here."""
 CHEAPER = """\
 Steps in which a split costs less than distplb's priced one, distplb's other splits among them: its search should find
-what they find. It does not tell levels apart that are nearer to each other than 1/64 of a replica's price; `by more
-than that`: steps that are cheaper by more. `at full price`: those of these that still are if EPLB's replicas are
-charged like all others. The saving is that of all cheaper steps."""
+what they find. Savings below 1/64 of a replica's price are left out, because the search does not tell such levels
+apart. `at full price`: steps that are also cheaper if EPLB's replicas are charged like all others."""
+LEAVES = """\
+On nodes of eight GPUs, replicas may leave their node if that is allowed: `free` at no price, `priced` at H100's prices.
+`steps that use them`: steps with such a replica at H100's prices. Saving and loss are of the cost, against the split
+with replicas inside nodes; a loss shows where the search misses a split that it was free to choose."""
 CAPS = """\
 `split` refuses a cap (`max_tokens_per_gpu`) of 1 token, and names the smallest cap that it could keep; that one is
 passed next. R = 0 to 4, the first {steps} steps of each load. `at the bound`: steps whose smallest cap is the bound
@@ -92,8 +95,9 @@ def main() -> None:
         f"## Targets\n\n{markdown(['load', 'measure', 'target', 'reached', 'verdict'], lines)}",
         f"## Where another method is better\n\n{WHERE_BETTER}\n\n{tables.better(results)}",
         f"## Replicas and imbalance\n\n{tables.summary(results)}",
-        f"## Cost at the prices of an H100 host\n\n{cost_text()}\n\n{tables.cost_summary(results)}",
+        f"## Cost at the prices of an H100 host\n\n{cost_text(results)}\n\n{tables.cost_summary(results)}",
         f"## Where another split is cheaper\n\n{CHEAPER}\n\n{tables.cheaper(results)}",
+        f"## Replicas between nodes\n\n{LEAVES}\n\n{tables.leaving_table(results)}",
         f"## The smallest cap\n\n{CAPS.format(steps=options.capped)}\n\n{cap_table(caps)}",
         f"## Time\n\n{TIMES}\n\n{time_table(timed)}",
         *map(section, results),
@@ -109,7 +113,7 @@ def parsed_options() -> argparse.Namespace:
     parser.add_argument("--loads", type=Path, required=True, metavar="DIR", help="folder of deepseek-v2-lite_*_steps")
     parser.add_argument("--steps", type=int, default=24, help="steps of each made load")
     parser.add_argument("--draws", type=int, default=2, help="steps of each recorded load, each with all layers")
-    parser.add_argument("--capped", type=int, default=8, help="steps of each load whose smallest cap is searched")
+    parser.add_argument("--capped", type=int, default=24, help="steps of each load whose smallest cap is searched")
     parser.add_argument("--small", action="store_true", help="few GPUs and experts, to try the benchmark")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the report (Markdown) there")
     return parser.parse_args()
@@ -123,9 +127,10 @@ def command(options: argparse.Namespace) -> str:
     )
 
 
-def cost_text() -> str:
+def cost_text(results: list[Result]) -> str:
     """Explain prices and costs."""
-    return COST.format(prices=textwrap.fill(prices.text(), 120))
+    each = [price for result in results for price in result.prices]
+    return COST.format(prices=textwrap.fill(prices.text(), 120), low=min(each), high=max(each))
 
 
 def section(result: Result) -> str:

@@ -22,6 +22,7 @@ __all__ = ["IMBALANCES", "LARGE", "MAX_VIOLATIONS", "SIZE", "SMALL", "Case", "al
 SIZE, LARGE, SMALL = Size(), Size(gpus=128, experts=512), Size(gpus=8, experts=16, choices=1024)
 IMBALANCES, MAX_VIOLATIONS = (1.1, 1.5, 2.0, 3.0), (0.2, 1.0, 4.0)
 RECORDED_GPUS, RECORDED_SIZES, RECORDED_EXPERTS = (8, 16, 32, 64), (8, 32), 64
+ON_NODES = ("balanced", "unequal sources", "experts of one GPU hot", "experts and GPUs without tokens")
 SLOTS = 2  # R, unless said otherwise
 
 
@@ -88,7 +89,7 @@ def all_cases(loads: Path, steps: int, draws: int, small: bool = False) -> list[
     cases += [made(name, partial(workload, name)) for name in WORKLOADS]
     cases.append(_recorded(loads, gpus[-1], RECORDED_SIZES[-1], draws, per_node))
     cases += [law_case(each, size, steps, per_node=per_node) for each in IMBALANCES]
-    return cases + [made(name, partial(workload, name), per_node=per_node) for name in ("balanced", "unequal sources")]
+    return cases + [made(name, partial(workload, name), per_node=per_node) for name in ON_NODES]
 
 
 def law_case(imbalance: float, size: Size, steps: int, *, slots: int = SLOTS, per_node: int | None = None) -> Case:

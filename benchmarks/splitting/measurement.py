@@ -28,6 +28,7 @@ class Figures:
     replicas: int
     sends: int
     receives: int
+    leaving: int  # replicas in another node than their home
     between_gpus: float
     between_nodes: float
     cost: float
@@ -100,13 +101,18 @@ def figures_of(case: Case, found: Split, bound: int, part: float, microseconds: 
     total = max(1, int(tokens.sum()))
     flow = routes(found, case.topology).sum(1)  # [M, M]
     nodes = flow.unflatten(0, (case.topology.num_nodes, -1)).unflatten(2, (case.topology.num_nodes, -1)).sum((1, 3))
-    pushes = found.pushes
+    pushes, per_node = found.pushes, case.topology.gpus_per_node
+    inside = sum(
+        int(pushes[begin : begin + per_node, begin : begin + per_node].sum())
+        for begin in range(0, case.topology.num_gpus, per_node)
+    )
     return Figures(
         imbalance=found.imbalance,
         bound=bound * case.topology.num_gpus / total,
         replicas=found.num_replicas,
         sends=int(pushes.sum(1).amax()),
         receives=int(pushes.sum(0).amax()),
+        leaving=found.num_replicas - inside,
         between_gpus=1 - int(flow.trace()) / total,
         between_nodes=1 - int(nodes.trace()) / total,
         cost=prices.cost_of(found, case.topology, part),

@@ -21,6 +21,7 @@ __all__ = [
     "cost_summary",
     "cost_table",
     "evenness_lines",
+    "leaving_table",
     "spread",
     "summary",
     "table",
@@ -33,7 +34,7 @@ MEASURES = (  # another method is better
     "fewer replicas, at most as uneven",
     "as many replicas, more even",
     "lower cost",
-    "lower cost at full price, by more than 1/64 of it",
+    "lower cost at full prices, by more than 1/64 of one",
 )
 NEAR = 1 / 64  # of a replica's price; levels that are nearer to each other are not told apart by distplb's search
 ROUNDING = 1e-6  # the tolerance is a fraction of 2^20, the target a decimal
@@ -122,19 +123,18 @@ def cheaper(results: list[Result]) -> str:
         for name in result.figures
         if own in result.figures and (cells := _cheaper_cells(result, name, own))
     ]
-    head = ["load", "split", "cheaper than", "steps", "cheaper", "by more than that", "at full price"]
-    return markdown([*head, "saving, median", "largest"], lines) if lines else "None."
+    head = ["load", "split", "cheaper than", "steps", "cheaper", "at full price", "saving, median", "largest"]
+    return markdown(head, lines) if lines else "None."
 
 
 def _cheaper_cells(result: Result, name: str, own: str) -> list[str]:
-    """Steps, those that are cheaper, by more than is told apart, and at full price; the saving. Empty if none are."""
+    """Steps, those that are cheaper, and at full price; the saving. Empty if none are."""
     trios = list(zip(result.figures[name], result.figures[own], result.prices, strict=True))
-    saved = [1 - one.cost / mine.cost for one, mine, _ in trios if one.cost < mine.cost - ROUNDING]
+    saved = [1 - one.cost / mine.cost for one, mine, price in trios if one.cost < mine.cost - price * NEAR]
     if not saved:
         return []
-    more = sum(one.cost < mine.cost - price * NEAR for one, mine, price in trios)
     full = sum(one.full_cost < mine.cost - price * NEAR for one, mine, price in trios)
-    return [*map(str, (len(trios), len(saved), more, full)), f"{np.median(saved):.2%}", f"{max(saved):.2%}"]
+    return [*map(str, (len(trios), len(saved), full)), f"{np.median(saved):.2%}", f"{max(saved):.2%}"]
 
 
 # --- figures ----------------------------------------------------------------------------------------------------
@@ -172,6 +172,37 @@ def cost_summary(results: list[Result]) -> str:
         ["cost", f"{PRICED}, replicas", f"{PRICED_LEAVING}, replicas", unpriced, *names[1:]],
         lines,
     )
+
+
+def leaving_table(results: list[Result]) -> str:
+    """Format a row for each load on several nodes: what replicas between nodes are worth, free and at H100's prices."""
+    lines = []
+    for result in results:
+        if LEAVING not in result.figures:
+            continue
+        inside, free = result.figures[DISTPLB], result.figures[LEAVING]
+        priced, leaving = result.figures[PRICED], result.figures[PRICED_LEAVING]
+        lines.append(
+            [
+                result.case.text,
+                *(spread([one.imbalance for one in each], 4) for each in (inside, free)),
+                *(spread([one.leaving for one in each], 0) for each in (free, leaving)),
+                *(spread([one.cost for one in each], 4) for each in (priced, leaving)),
+                f"{sum(one.leaving > 0 for one in leaving)} of {len(leaving)}",
+                f"{max(1 - one.cost / other.cost for one, other in zip(leaving, priced, strict=True)):.2%}",
+                f"{max(one.cost / other.cost - 1 for one, other in zip(leaving, priced, strict=True)):.2%}",
+            ]
+        )
+    head = [
+        "load",
+        "imbalance, inside",
+        "free",
+        "replicas between nodes, free",
+        "priced",
+        "cost, inside",
+        "between too",
+    ]
+    return markdown([*head, "steps that use them", "largest saving", "largest loss"], lines)
 
 
 def table(result: Result) -> str:

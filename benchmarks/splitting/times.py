@@ -118,7 +118,7 @@ def time_lines(found: list[Times]) -> list[list[str]]:
         lines.append([each.case.text, f"decision ÷ {methods.THRESHOLD}", "≤ 1", f"{ratio:.2f}", verdict(ratio <= 1)])
         for name, limit in MOST_MICROSECONDS.items():
             reached = each.microseconds[name]
-            lines.append([each.case.text, f"{name}, µs", f"≤ {limit}", f"{reached:.0f}", verdict(reached <= limit)])
+            lines.append([each.case.text, f"{name}, µs", f"≤ {limit}", f"{reached:.1f}", verdict(reached <= limit)])
     return lines
 
 

@@ -238,7 +238,7 @@ def test_the_smallest_cap_by_hand() -> None:
 
 
 def figures(imbalance: float, replicas: int, sends: int = 2, cost: float = 1.2, full_cost: float = 1.2) -> object:
-    return measurement.Figures(imbalance, 1.0, replicas, sends, 1, 0.5, 0.0, cost, full_cost, None)
+    return measurement.Figures(imbalance, 1.0, replicas, sends, 1, 0, 0.5, 0.0, cost, full_cost, None)
 
 
 def cells(table: str) -> list[list[str]]:
@@ -266,7 +266,7 @@ def test_cheaper_methods_are_told() -> None:
     ]
     both = {methods.DISTPLB: own, methods.PRICED: own, "other": other}
     result = measurement.Result(case, both, [1.005] * 4, [0.1] * 4)
-    told = [case.text, "other", methods.PRICED, "4", "3", "2", "1", "8.33%", "16.67%"]
+    told = [case.text, "other", methods.PRICED, "4", "2", "1", "12.50%", "16.67%"]
     assert cells(tables.cheaper([result])) == [told]
     assert [line[3] for line in tables.comparison_lines([result])][2:] == ["3 steps", "1 steps"]
 
@@ -295,6 +295,10 @@ def test_tokens_that_cross_gpus_and_nodes() -> None:
     told = measurement.figures_of(case, found, 10, 1.0, None)
     assert told.between_gpus == told.between_nodes == pytest.approx(5 / 12)
     assert (told.bound, told.imbalance, told.replicas) == (pytest.approx(10 / 6), pytest.approx(10 / 6), 0)
+    away = split(counts, [0, 1], topology=Topology(2, 1), push_price=(0.0, 0.0), engine="cpu")
+    told = measurement.figures_of(case, away, 6, 1.0, None)
+    assert told.between_gpus == told.between_nodes == pytest.approx(1 / 12)
+    assert (told.imbalance, told.replicas, told.leaving) == (1, 1, 1)
 
 
 def test_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -329,6 +333,7 @@ def test_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
         "## Targets",
         "## Where another method is better",
         "1,905 tokens inside a node",
+        "## Replicas between nodes",
         "## The smallest cap",
         *loads.WORKLOADS,
     ):
