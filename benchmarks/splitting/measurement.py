@@ -81,7 +81,7 @@ def measured(case: Case) -> Result:
         )
         for name, found in methods.splits(case, step).items():
             bound = anywhere if name in (methods.LEAVING, methods.PRICED_LEAVING) else inside
-            part = prices.GRADIENTS_ONLY if name in (methods.EVENLY, methods.FLOW) else 1.0
+            part = prices.GRADIENTS_ONLY if name in methods.PLANNED else 1.0
             told = figures_of(case, found, bound, part, microseconds.get(name))
             figures.setdefault(name, []).append(told)
     return Result(case, figures, levels, price)

@@ -31,6 +31,7 @@ NO_REPLICAS = "no replicas"
 THRESHOLD, THRESHOLD_FIRST = "threshold search to 1 %", "threshold search, distplb's level first"
 WHOLE, LONGEST = "whole receivers", "longest first above 1.1"
 EVENLY, FLOW = "EPLB of the step before, shared evenly", "EPLB of the step before, shared by the optimal flow"
+PLANNED = (EVENLY, FLOW)  # with homes and replicas of an earlier step
 OWN = (DISTPLB, LEAVING, PRICED, PRICED_LEAVING)
 TOLERANCE = 0.005  # distplb's default
 GAP = 100  # the threshold search to 1 % ends when it knows the threshold to within mean / GAP

@@ -12,7 +12,7 @@ import numpy as np
 from benchmarks.shared.tables import markdown, verdict
 from benchmarks.splitting.cases import IMBALANCES
 from benchmarks.splitting.measurement import Figures, Result
-from benchmarks.splitting.methods import DISTPLB, LEAVING, OWN, PRICED, PRICED_LEAVING
+from benchmarks.splitting.methods import DISTPLB, LEAVING, OWN, PLANNED, PRICED, PRICED_LEAVING
 
 __all__ = [
     "better",
@@ -35,6 +35,7 @@ MEASURES = (  # another method is better
     "as many replicas, more even",
     "lower cost",
     "lower cost at full prices, by more than 1/64 of one",
+    "that, by a method that leaves homes alone",
 )
 NEAR = 1 / 64  # of a replica's price; levels that are nearer to each other are not told apart by distplb's search
 ROUNDING = 1e-6  # the tolerance is a fraction of 2^20, the target a decimal
@@ -59,12 +60,14 @@ def comparison_lines(results: list[Result]) -> list[list[str]]:
     for result in results:
         for step, (own, priced) in enumerate(zip(result.figures[DISTPLB], result.figures[PRICED], strict=True)):
             others = [each[step] for name, each in result.figures.items() if name not in OWN]
+            at_home = [each[step] for name, each in result.figures.items() if name not in (*OWN, *PLANNED)]
             near = result.prices[step] * NEAR
             is_better = (
                 any(one.beats(own) for one in others),
                 any(one.imbalance < own.imbalance and one.replicas == own.replicas for one in others),
                 any(one.cost < priced.cost - ROUNDING for one in others),
                 any(one.full_cost < priced.cost - near for one in others),
+                any(one.full_cost < priced.cost - near for one in at_home),
             )
             for name, one in zip(MEASURES, is_better, strict=True):
                 number[name] += one
@@ -189,8 +192,8 @@ def leaving_table(results: list[Result]) -> str:
                 *(spread([one.leaving for one in each], 0) for each in (free, leaving)),
                 *(spread([one.cost for one in each], 4) for each in (priced, leaving)),
                 f"{sum(one.leaving > 0 for one in leaving)} of {len(leaving)}",
-                f"{max(1 - one.cost / other.cost for one, other in zip(leaving, priced, strict=True)):.2%}",
-                f"{max(one.cost / other.cost - 1 for one, other in zip(leaving, priced, strict=True)):.2%}",
+                f"{max(max(0.0, 1 - one.cost / other.cost) for one, other in zip(leaving, priced, strict=True)):.2%}",
+                f"{max(max(0.0, one.cost / other.cost - 1) for one, other in zip(leaving, priced, strict=True)):.2%}",
             ]
         )
     head = [

@@ -252,7 +252,7 @@ def test_better_methods_are_told() -> None:
     both = {methods.DISTPLB: own, methods.PRICED: own, "other": other}
     result = measurement.Result(case, both, [1.005] * 5, [0.1] * 5)
     assert cells(tables.better([result])) == [[case.text, "other", "5", "1", "2", "1", "1"]]
-    assert [line[3] for line in tables.comparison_lines([result])] == ["1 steps", "2 steps", "0 steps", "0 steps"]
+    assert [line[3] for line in tables.comparison_lines([result])] == ["1 steps", "2 steps", *["0 steps"] * 3]
     alone = measurement.Result(case, {methods.DISTPLB: own, methods.PRICED: own}, [1.005] * 5, [0.1] * 5)
     assert tables.better([alone]) == tables.cheaper([alone]) == "None."
 
@@ -268,7 +268,10 @@ def test_cheaper_methods_are_told() -> None:
     result = measurement.Result(case, both, [1.005] * 4, [0.1] * 4)
     told = [case.text, "other", methods.PRICED, "4", "2", "1", "12.50%", "16.67%"]
     assert cells(tables.cheaper([result])) == [told]
-    assert [line[3] for line in tables.comparison_lines([result])][2:] == ["3 steps", "1 steps"]
+    assert [line[3] for line in tables.comparison_lines([result])][2:] == ["3 steps", "1 steps", "1 steps"]
+    moved = {methods.DISTPLB: own, methods.PRICED: own, methods.FLOW: other}
+    result = measurement.Result(case, moved, [1.005] * 4, [0.1] * 4)
+    assert [line[3] for line in tables.comparison_lines([result])][2:] == ["3 steps", "1 steps", "0 steps"]
 
 
 def test_caps_above_the_bound_are_told_by_load() -> None:
