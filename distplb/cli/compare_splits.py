@@ -26,7 +26,6 @@ from distplb.splitting.bound import step_bound
 from distplb.splitting.split import split
 
 __all__ = [
-    "MOST_REPLICA_SLOTS",
     "TOLERANCE",
     "Imbalance",
     "Splits",
@@ -35,7 +34,6 @@ __all__ = [
     "refuse_replica_slots",
 ]
 
-MOST_REPLICA_SLOTS = 1024  # as `split` accepts them; those that no expert needs stay empty
 TOLERANCE = 0.005  # the busiest GPU above the mean, as a fraction: half a percent, as the sentence below the table says
 _MOST_SPLITS = 2048  # of one planner; with its bound, each takes a fraction of a millisecond
 

@@ -59,9 +59,10 @@ def within_cap(
         if exact.replicas is not None:
             return exact.replicas
     smallest, is_proven = lowest_level(tokens, home, node, slots, bound, reached)
+    given = f"{slots} replica slots on each GPU" if slots else "no replicas"
     proof = "" if is_proven else f" (found; no split needs fewer than {bound})"
     raise DistplbError(
-        f"max_tokens_per_gpu is {cap}, but with {slots} replica slots on each GPU this step needs {smallest}{proof}; "
+        f"max_tokens_per_gpu is {cap}, but with {given} this step needs {smallest}{proof}; "
         "pass at least that, or more replica_slots"
     )
 

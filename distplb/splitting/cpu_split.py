@@ -41,7 +41,6 @@ class _Attempt(NamedTuple):
     used: Array  # [M], replica slots
     sends: Array  # [M]
     paid: Array  # [2, M], prices of the replicas that each GPU sends, and receives
-    tried: Array  # [E], marks
     replica: Array  # [M, R]
     part: Array  # [M, R]
 
@@ -63,10 +62,12 @@ def place(tokens, home, node, rules, curve, replica, part):
     intervals = np.empty((_LEVELS + 1, 3), np.int64)  # [B, 3]: lower end, upper end, price of the upper end's replicas
     intervals[0, 0], intervals[0, 1], intervals[0, 2] = low, cost, 0
     count, shortest = 1, max(np.int64(1), rules.inside // _STEPS)
-    found, attempt = _at(step, low, rules, curve)
-    if found >= 0 and low + found < cost:
-        cost = low + found
-        replica[:], part[:] = attempt.replica, attempt.part
+    for level in (low, _level_of_nodes(node, load)):
+        if level == low or (level > low and rules.between != _NEVER):  # without replicas between nodes, it is `low`
+            found, attempt = _at(step, level, rules, curve)
+            if found >= 0 and level + found < cost:
+                cost = level + found
+                replica[:], part[:] = attempt.replica, attempt.part
     for _ in range(_LEVELS):
         best, least = -1, cost
         for one in range(count):
@@ -90,6 +91,16 @@ def place(tokens, home, node, rules, curve, replica, part):
             if middle + found < cost:
                 cost = middle + found
                 replica[:], part[:] = attempt.replica, attempt.part
+
+
+@compiled
+def _level_of_nodes(node, load):
+    """ceil(mean) of the busiest node."""
+    total, gpus = np.zeros(node[-1] + 1, np.int64), np.zeros(node[-1] + 1, np.int64)
+    for gpu in range(len(node)):
+        total[node[gpu]] += load[gpu]
+        gpus[node[gpu]] += 1
+    return (-(-total // gpus)).max()
 
 
 @compiled
@@ -139,7 +150,7 @@ def _at(step, level, rules, curve):
 @inlined
 def _begun(step, level, rules, curve):
     """An attempt without replicas."""
-    num_gpus, num_experts = len(step.node), len(step.tokens)
+    num_gpus = len(step.node)
     room = level - step.load
     fits = np.empty_like(room)
     for gpu in range(num_gpus):
@@ -151,7 +162,6 @@ def _begun(step, level, rules, curve):
         np.zeros(num_gpus, np.int64),
         np.zeros(num_gpus, np.int64),
         np.zeros((2, num_gpus), np.int64),
-        np.zeros(num_experts, np.int64),
         np.full((num_gpus, np.int64(rules.slots)), -1, np.int64),
         np.zeros((num_gpus, np.int64(rules.slots)), np.int64),
     )
@@ -283,9 +293,12 @@ def _spread(step, attempt, rules, curve, most):
         if taker < 0:
             return False
         left = attempt.left[expert]
-        each = -(room[giver] // (most - attempt.sends[giver]))
-        amount = max(attempt.fits[taker], _needed(left, each, rules, curve))
-        amount = min(amount, _down(left, rules.tile), _needed(left, -room[giver], rules, curve))
+        sends = most - attempt.sends[giver]
+        need = _needed(left, -room[giver], rules, curve)
+        amount = max(attempt.fits[taker], _needed(left, -(room[giver] // sends), rules, curve))
+        if sends == 1 or need > left + _hottest(step, attempt, giver, expert, sends - 2):
+            amount = max(amount, _up(need - _hottest(step, attempt, giver, expert, sends - 1), rules.tile))
+        amount = min(amount, _down(left, rules.tile), need)
         _give(step, attempt, rules, curve, expert, giver, taker, amount)
 
 
@@ -297,34 +310,44 @@ def _roomiest(step, attempt, rules, giver, most):
     """
     node, room, fits, used, replica = step.node, attempt.room, attempt.fits, attempt.used, attempt.replica
     here, least, most = node[giver], rules.least, min(most, rules.slots)
-    for nth in range(step.start[giver], step.start[giver + 1]):
-        attempt.tried[step.owned[nth]] = 0
-    while True:
-        expert = _untried(step, attempt, rules, giver)
-        if expert < 0:
-            return _NONE, _NONE
-        taker, top = _NONE, _NONE
+    expert, taker = _next_expert(step, attempt, giver, _NONE), _NONE
+    while expert >= 0 and _down(attempt.left[expert], rules.tile) >= least:
+        top = _NONE
         for gpu in range(len(room)):
             if room[gpu] <= top or node[gpu] != here or used[gpu] >= most or fits[gpu] < least:
                 continue
             if not _holds(replica, used, gpu, expert):
                 taker, top = np.int64(gpu), room[gpu]
         if taker >= 0:
-            return expert, taker
+            break
+        expert = _next_expert(step, attempt, giver, expert)
+    return expert, taker
 
 
 @inlined
-def _untried(step, attempt, rules, giver):
-    """The expert with the most tokens at home on a GPU that is not tried yet, then tried; -1 if none has enough."""
-    expert = _NONE
+def _next_expert(step, attempt, giver, last):
+    """The expert of a GPU that comes after `last` by descending tokens at home, then by number; -1 for none."""
+    left, found = attempt.left, _NONE
     for nth in range(step.start[giver], step.start[giver + 1]):
         one = step.owned[nth]
-        if not attempt.tried[one] and (expert < 0 or attempt.left[one] > attempt.left[expert]):
-            expert = one
-    if expert < 0 or _down(attempt.left[expert], rules.tile) < rules.least:
-        return _NONE
-    attempt.tried[expert] = 1
-    return expert
+        comes_after = last < 0 or left[one] < left[last] or (left[one] == left[last] and one > last)
+        if comes_after and (found < 0 or left[one] > left[found]):
+            found = one
+    return found
+
+
+@compiled
+def _hottest(step, attempt, giver, without, number):
+    """The tokens at home of the hottest experts of a GPU, as many as `number`, without one."""
+    total, last = np.int64(0), _NONE
+    while number > 0:
+        last = _next_expert(step, attempt, giver, last)
+        if last < 0:
+            break
+        if last != without:
+            total += attempt.left[last]
+            number -= 1
+    return total
 
 
 @compiled
@@ -341,19 +364,19 @@ def _leave_nodes(step, attempt, rules, curve):
         for gpu in range(len(node)):
             if node[gpu] == here and (giver < 0 or room[gpu] < room[giver]):
                 giver = np.int64(gpu)
-        for nth in range(step.start[giver], step.start[giver + 1]):
-            attempt.tried[step.owned[nth]] = 0
-        taker = _NONE
-        while taker < 0:
-            expert = _untried(step, attempt, rules, giver)
-            if expert < 0:
-                return False
+        expert, taker = _next_expert(step, attempt, giver, _NONE), _NONE
+        while expert >= 0 and _down(attempt.left[expert], rules.tile) >= rules.least:
             for gpu in range(len(node)):
                 if used[gpu] == rules.slots or fits[gpu] < rules.least or (taker >= 0 and room[gpu] <= room[taker]):
                     continue
                 if _fits(rooms[node[gpu]], rules.tile, curve) < rules.least or _holds(replica, used, gpu, expert):
                     continue
                 taker = np.int64(gpu)
+            if taker >= 0:
+                break
+            expert = _next_expert(step, attempt, giver, expert)
+        if taker < 0:
+            return False
         left, there = attempt.left[expert], node[taker]
         amount = min(attempt.fits[taker], _fits(rooms[there], rules.tile, curve))
         amount = min(amount, _down(left, rules.tile), _needed(left, -rooms[here], rules, curve))
