@@ -179,7 +179,8 @@ def _place(step, attempt, rules, curve):
     if not _leave_nodes(step, attempt, rules, curve):
         return False
     node, start, owned, least = step.node, step.start, step.owned, rules.least
-    room, fits, left, used, replica = attempt.room, attempt.fits, attempt.left, attempt.used, attempt.replica
+    room, fits, left, used = attempt.room, attempt.fits, attempt.left, attempt.used
+    sends, paid, replica, part = attempt.sends, attempt.paid, attempt.replica, attempt.part
     slots = rules.slots
     num_gpus, num_nodes = len(node), node[-1] + 1
     spare, waiting = np.zeros(num_nodes, np.int64), np.zeros(num_nodes, np.int64)
@@ -223,7 +224,9 @@ def _place(step, attempt, rules, curve):
                 amount = max(least, min(need, fits[gpu]))
                 if amount > left[expert]:
                     return False
-                _give(step, attempt, rules, curve, expert, giver, gpu, amount)
+                _give(
+                    node, room, fits, left, used, sends, paid, replica, part, rules, curve, expert, giver, gpu, amount
+                )
                 need -= amount
                 for moved in (gpu, giver):
                     at = 0
@@ -254,7 +257,9 @@ def _pass_on(step, attempt, rules, curve, relays):
     """Steps (1) and (7), or (8) with relays: whether every surplus is placed."""
     if not _leave_nodes(step, attempt, rules, curve):
         return False
-    room = attempt.room
+    node, start, owned = step.node, step.start, step.owned
+    room, fits, left, used = attempt.room, attempt.fits, attempt.left, attempt.used
+    sends, paid, replica, part = attempt.sends, attempt.paid, attempt.replica, attempt.part
     while True:
         giver = 0
         for gpu in range(len(room)):
@@ -262,14 +267,14 @@ def _pass_on(step, attempt, rules, curve, relays):
                 giver = gpu
         if room[giver] >= 0:
             return True
-        expert, taker = _roomiest(step, attempt, rules, giver, rules.slots)
+        expert, taker = _roomiest(node, start, owned, room, fits, left, used, replica, rules, giver, rules.slots)
         if taker < 0:
             return False
-        left = attempt.left[expert]
-        amount = min(_down(left, rules.tile), attempt.fits[taker])
-        if rules.slots - attempt.used[taker] > relays:
-            amount = min(amount, _needed(left, -room[giver], rules, curve))
-        _give(step, attempt, rules, curve, expert, giver, taker, amount)
+        before = left[expert]
+        amount = min(_down(before, rules.tile), fits[taker])
+        if rules.slots - used[taker] > relays:
+            amount = min(amount, _needed(before, -room[giver], rules, curve))
+        _give(node, room, fits, left, used, sends, paid, replica, part, rules, curve, expert, giver, taker, amount)
 
 
 @compiled
@@ -277,41 +282,41 @@ def _spread(step, attempt, rules, curve, most):
     """Steps (1) and (9): whether every surplus is placed, with at most so many replicas of each GPU."""
     if not _leave_nodes(step, attempt, rules, curve):
         return False
-    room = attempt.room
+    node, start, owned = step.node, step.start, step.owned
+    room, fits, left, used = attempt.room, attempt.fits, attempt.left, attempt.used
+    sends, paid, replica, part = attempt.sends, attempt.paid, attempt.replica, attempt.part
     while True:
         giver, longest = _NONE, _NONE
         for gpu in range(len(room)):
             if room[gpu] < 0:
-                if attempt.sends[gpu] >= most:
+                if sends[gpu] >= most:
                     return False
-                each = -room[gpu] // (most - attempt.sends[gpu])
+                each = -room[gpu] // (most - sends[gpu])
                 if each > longest:
                     giver, longest = np.int64(gpu), each
         if giver < 0:
             return True
-        expert, taker = _roomiest(step, attempt, rules, giver, most)
+        expert, taker = _roomiest(node, start, owned, room, fits, left, used, replica, rules, giver, most)
         if taker < 0:
             return False
-        left = attempt.left[expert]
-        sends = most - attempt.sends[giver]
-        need = _needed(left, -room[giver], rules, curve)
-        amount = max(attempt.fits[taker], _needed(left, -(room[giver] // sends), rules, curve))
-        if sends == 1 or need > left + _hottest(step, attempt, giver, expert, sends - 2):
-            amount = max(amount, _up(need - _hottest(step, attempt, giver, expert, sends - 1), rules.tile))
-        amount = min(amount, _down(left, rules.tile), need)
-        _give(step, attempt, rules, curve, expert, giver, taker, amount)
+        before, may_send = left[expert], most - sends[giver]
+        need = _needed(before, -room[giver], rules, curve)
+        amount = max(fits[taker], _needed(before, -(room[giver] // may_send), rules, curve))
+        if may_send == 1 or need > before + _hottest(step, attempt, giver, expert, may_send - 2):
+            amount = max(amount, _up(need - _hottest(step, attempt, giver, expert, may_send - 1), rules.tile))
+        amount = min(amount, _down(before, rules.tile), need)
+        _give(node, room, fits, left, used, sends, paid, replica, part, rules, curve, expert, giver, taker, amount)
 
 
 @inlined
-def _roomiest(step, attempt, rules, giver, most):
+def _roomiest(node, start, owned, room, fits, left, used, replica, rules, giver, most):
     """The hottest expert of a GPU that fits anywhere in its node, and the GPU there with the most room; -1 if none.
 
     Only GPUs with fewer than `most` replicas.
     """
-    node, room, fits, used, replica = step.node, attempt.room, attempt.fits, attempt.used, attempt.replica
     here, least, most = node[giver], rules.least, min(most, rules.slots)
-    expert, taker = _next_expert(step, attempt, giver, _NONE), _NONE
-    while expert >= 0 and _down(attempt.left[expert], rules.tile) >= least:
+    expert, taker = _next_expert(start, owned, left, giver, _NONE), _NONE
+    while expert >= 0 and _down(left[expert], rules.tile) >= least:
         top = _NONE
         for gpu in range(len(room)):
             if room[gpu] <= top or node[gpu] != here or used[gpu] >= most or fits[gpu] < least:
@@ -320,16 +325,16 @@ def _roomiest(step, attempt, rules, giver, most):
                 taker, top = np.int64(gpu), room[gpu]
         if taker >= 0:
             break
-        expert = _next_expert(step, attempt, giver, expert)
+        expert = _next_expert(start, owned, left, giver, expert)
     return expert, taker
 
 
 @inlined
-def _next_expert(step, attempt, giver, last):
+def _next_expert(start, owned, left, giver, last):
     """The expert of a GPU that comes after `last` by descending tokens at home, then by number; -1 for none."""
-    left, found = attempt.left, _NONE
-    for nth in range(step.start[giver], step.start[giver + 1]):
-        one = step.owned[nth]
+    found = _NONE
+    for nth in range(start[giver], start[giver + 1]):
+        one = owned[nth]
         comes_after = last < 0 or left[one] < left[last] or (left[one] == left[last] and one > last)
         if comes_after and (found < 0 or left[one] > left[found]):
             found = one
@@ -341,7 +346,7 @@ def _hottest(step, attempt, giver, without, number):
     """The tokens at home of the hottest experts of a GPU, as many as `number`, without one."""
     total, last = np.int64(0), _NONE
     while number > 0:
-        last = _next_expert(step, attempt, giver, last)
+        last = _next_expert(step.start, step.owned, attempt.left, giver, last)
         if last < 0:
             break
         if last != without:
@@ -353,7 +358,8 @@ def _hottest(step, attempt, giver, without, number):
 @compiled
 def _leave_nodes(step, attempt, rules, curve):
     """Step (1): whether no node is above the level."""
-    node, room, fits, used, replica = step.node, attempt.room, attempt.fits, attempt.used, attempt.replica
+    node, room, fits, left, used = step.node, attempt.room, attempt.fits, attempt.left, attempt.used
+    sends, paid, replica, part = attempt.sends, attempt.paid, attempt.replica, attempt.part
     rooms = np.zeros(node[-1] + 1, np.int64)
     for gpu in range(len(node)):
         rooms[node[gpu]] += room[gpu]
@@ -364,8 +370,8 @@ def _leave_nodes(step, attempt, rules, curve):
         for gpu in range(len(node)):
             if node[gpu] == here and (giver < 0 or room[gpu] < room[giver]):
                 giver = np.int64(gpu)
-        expert, taker = _next_expert(step, attempt, giver, _NONE), _NONE
-        while expert >= 0 and _down(attempt.left[expert], rules.tile) >= rules.least:
+        expert, taker = _next_expert(step.start, step.owned, attempt.left, giver, _NONE), _NONE
+        while expert >= 0 and _down(left[expert], rules.tile) >= rules.least:
             for gpu in range(len(node)):
                 if used[gpu] == rules.slots or fits[gpu] < rules.least or (taker >= 0 and room[gpu] <= room[taker]):
                     continue
@@ -374,15 +380,15 @@ def _leave_nodes(step, attempt, rules, curve):
                 taker = np.int64(gpu)
             if taker >= 0:
                 break
-            expert = _next_expert(step, attempt, giver, expert)
+            expert = _next_expert(step.start, step.owned, attempt.left, giver, expert)
         if taker < 0:
             return False
-        left, there = attempt.left[expert], node[taker]
-        amount = min(attempt.fits[taker], _fits(rooms[there], rules.tile, curve))
-        amount = min(amount, _down(left, rules.tile), _needed(left, -rooms[here], rules, curve))
+        before, there = left[expert], node[taker]
+        amount = min(fits[taker], _fits(rooms[there], rules.tile, curve))
+        amount = min(amount, _down(before, rules.tile), _needed(before, -rooms[here], rules, curve))
         rooms[here] -= room[giver]
         rooms[there] -= room[taker]
-        _give(step, attempt, rules, curve, expert, giver, taker, amount)
+        _give(node, room, fits, left, used, sends, paid, replica, part, rules, curve, expert, giver, taker, amount)
         rooms[here] += room[giver]
         rooms[there] += room[taker]
     return True
@@ -398,21 +404,21 @@ def _holds(replica, used, gpu, expert):
 
 
 @inlined
-def _give(step, attempt, rules, curve, expert, giver, taker, amount):
+def _give(node, room, fits, left, used, sends, paid, replica, part, rules, curve, expert, giver, taker, amount):
     """Make a replica."""
-    left, used = attempt.left[expert], attempt.used[taker]
-    attempt.room[taker] -= _time(amount, rules.tile, curve)
-    attempt.room[giver] += _time(left, rules.tile, curve) - _time(left - amount, rules.tile, curve)
-    attempt.fits[taker] = _fits(attempt.room[taker], rules.tile, curve)
-    attempt.fits[giver] = _fits(attempt.room[giver], rules.tile, curve)
-    attempt.left[expert] = left - amount
-    attempt.replica[taker, used] = expert
-    attempt.part[taker, used] = amount
-    attempt.used[taker] += 1
-    attempt.sends[giver] += 1
-    price = rules.inside if step.node[giver] == step.node[taker] else rules.between
-    attempt.paid[0, giver] += price
-    attempt.paid[1, taker] += price
+    before, slot = left[expert], used[taker]
+    room[taker] -= _time(amount, rules.tile, curve)
+    room[giver] += _time(before, rules.tile, curve) - _time(before - amount, rules.tile, curve)
+    fits[taker] = _fits(room[taker], rules.tile, curve)
+    fits[giver] = _fits(room[giver], rules.tile, curve)
+    left[expert] = before - amount
+    replica[taker, slot] = expert
+    part[taker, slot] = amount
+    used[taker] += 1
+    sends[giver] += 1
+    price = rules.inside if node[giver] == node[taker] else rules.between
+    paid[0, giver] += price
+    paid[1, taker] += price
 
 
 @inlined
