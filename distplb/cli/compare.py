@@ -35,6 +35,7 @@ from distplb.planning.greedy import contiguous, greedy_numpy
 from distplb.planning.options import PlanOptions
 from distplb.planning.plan import plan_in_stages
 from distplb.records.read_loads import Loads, read_loads
+from distplb.splitting.rules import MOST_SLOTS
 
 __all__ = ["compare"]
 
@@ -67,7 +68,7 @@ class _Steps(NamedTuple):
 @planning_options
 @click.option(
     "--replica-slots",
-    type=WholeNumber(0),
+    type=WholeNumber(0, MOST_SLOTS),
     default=0,
     show_default=True,
     help="Slots on each GPU for replicas of single steps; if any, each step is split too.",

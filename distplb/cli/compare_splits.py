@@ -25,7 +25,14 @@ from distplb.errors import DistplbError
 from distplb.splitting.bound import step_bound
 from distplb.splitting.split import split
 
-__all__ = ["TOLERANCE", "Imbalance", "Splits", "StepsToSplit", "bound_of_all", "refuse_replica_slots"]
+__all__ = [
+    "TOLERANCE",
+    "Imbalance",
+    "Splits",
+    "StepsToSplit",
+    "bound_of_all",
+    "refuse_replica_slots",
+]
 
 TOLERANCE = 0.005  # the busiest GPU above the mean, as a fraction: half a percent, as the sentence below the table says
 _MOST_SPLITS = 2048  # of one planner; with its bound, each takes a fraction of a millisecond
@@ -145,16 +152,12 @@ def bound_of_all(planners: Sequence[Splits]) -> Imbalance:
 
 
 def refuse_replica_slots(request: PlanRequest, replica_slots: int) -> None:
-    """Refuse replicas for single steps that do not fit the load or the other options.
+    """Refuse replicas for single steps beside copies of experts that stay.
 
     Raises:
-        DistplbError: for more slots than experts, and beside copies of experts that stay.
+        DistplbError: if both are asked for.
     """
     num_slots, num_experts = request.in_force.num_slots, request.in_force.num_experts
-    if replica_slots > num_experts:
-        raise DistplbError(
-            f"--replica-slots is {replica_slots}; pass at most {num_experts}, a slot on each GPU for each expert"
-        )
     if replica_slots and num_slots > num_experts:
         raise DistplbError(
             f"--slots {num_slots} gives some of {num_experts} experts several homes, but --replica-slots "

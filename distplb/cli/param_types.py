@@ -65,12 +65,12 @@ def refuse_overwriting(output: Path | None, read: Path) -> None:
 
 
 class WholeNumber(click.IntRange):
-    """An integer of at least `minimum`."""
+    """An integer of at least `minimum`, and at most `maximum` if there is one."""
 
     name = "integer"
 
-    def __init__(self, minimum: int = 1) -> None:
-        super().__init__(min=minimum)
+    def __init__(self, minimum: int = 1, maximum: int | None = None) -> None:
+        super().__init__(min=minimum, max=maximum)
 
 
 class FiniteNumber(click.types.FloatParamType):

@@ -1,4 +1,4 @@
-"""A cap on the tokens of each GPU, kept wherever some split keeps it.
+"""A cap on the tokens of each GPU, kept wherever some split keeps it, unless the exact search is given up.
 
 Shapes: E experts, M GPUs, R replica slots on each GPU.
 """
@@ -25,7 +25,8 @@ def within_cap(
 ) -> Placed:
     """The replicas found if no GPU exceeds the cap with them, or others with which none does.
 
-    Others are tried in this order: as few as keep the cap, whatever they cost; the same of any size; an exact search.
+    Others are tried in this order: as few as keep the cap, whatever their price; the same with any numbers of tokens;
+    those of an exact search.
 
     Args:
         cap: tokens that no GPU may exceed.
@@ -37,7 +38,8 @@ def within_cap(
         engine: the engine that found them.
 
     Raises:
-        DistplbError: if no split keeps the cap; it names the smallest cap that one keeps.
+        DistplbError: if no split keeps the cap; it names the smallest cap that one keeps. If the exact search was given
+            up, it names the smallest one found, and the bound.
     """
     if busiest(tokens, home, *found) <= cap:
         return found
@@ -57,9 +59,10 @@ def within_cap(
         if exact.replicas is not None:
             return exact.replicas
     smallest, is_proven = lowest_level(tokens, home, node, slots, bound, reached)
+    given = f"{slots} replica slots on each GPU" if slots else "no replicas"
     proof = "" if is_proven else f" (found; no split needs fewer than {bound})"
     raise DistplbError(
-        f"max_tokens_per_gpu is {cap}, but with {slots} replica slots on each GPU this step needs {smallest}{proof}; "
+        f"max_tokens_per_gpu is {cap}, but with {given} this step needs {smallest}{proof}; "
         "pass at least that, or more replica_slots"
     )
 

@@ -16,7 +16,7 @@ compiled = njit(cache=True, nogil=True, error_model="numpy")
 
 @compiled
 def exchange(counts, home, quota, replica, slot_expert, send, receive, gpus_per_node, gpu):
-    """Fill `send [M, G + R]` and `receive [M, G + R]`, which are 0; whether own slots fit the homes.
+    """Fill `send [M, G + R]` and `receive [M, G + R]`, which are 0 before; return whether own slots fit the homes.
 
     (1) List the physical slots of each expert, in the order of GPUs. (2) If it has no replica, all its tokens go home.
     (3) Else they go to its holders as in `routes`.

@@ -41,7 +41,6 @@ class _Attempt(NamedTuple):
     used: Array  # [M], replica slots
     sends: Array  # [M]
     paid: Array  # [2, M], prices of the replicas that each GPU sends, and receives
-    tried: Array  # [E], marks
     replica: Array  # [M, R]
     part: Array  # [M, R]
 
@@ -63,10 +62,12 @@ def place(tokens, home, node, rules, curve, replica, part):
     intervals = np.empty((_LEVELS + 1, 3), np.int64)  # [B, 3]: lower end, upper end, price of the upper end's replicas
     intervals[0, 0], intervals[0, 1], intervals[0, 2] = low, cost, 0
     count, shortest = 1, max(np.int64(1), rules.inside // _STEPS)
-    found, attempt = _at(step, low, rules, curve)
-    if found >= 0 and low + found < cost:
-        cost = low + found
-        replica[:], part[:] = attempt.replica, attempt.part
+    for level in (low, _level_of_nodes(node, load)):
+        if level == low or (level > low and rules.between != _NEVER):  # without replicas between nodes, it is `low`
+            found, attempt = _at(step, level, rules, curve)
+            if found >= 0 and level + found < cost:
+                cost = level + found
+                replica[:], part[:] = attempt.replica, attempt.part
     for _ in range(_LEVELS):
         best, least = -1, cost
         for one in range(count):
@@ -90,6 +91,16 @@ def place(tokens, home, node, rules, curve, replica, part):
             if middle + found < cost:
                 cost = middle + found
                 replica[:], part[:] = attempt.replica, attempt.part
+
+
+@compiled
+def _level_of_nodes(node, load):
+    """ceil(mean) of the busiest node."""
+    total, gpus = np.zeros(node[-1] + 1, np.int64), np.zeros(node[-1] + 1, np.int64)
+    for gpu in range(len(node)):
+        total[node[gpu]] += load[gpu]
+        gpus[node[gpu]] += 1
+    return (-(-total // gpus)).max()
 
 
 @compiled
@@ -139,7 +150,7 @@ def _at(step, level, rules, curve):
 @inlined
 def _begun(step, level, rules, curve):
     """An attempt without replicas."""
-    num_gpus, num_experts = len(step.node), len(step.tokens)
+    num_gpus = len(step.node)
     room = level - step.load
     fits = np.empty_like(room)
     for gpu in range(num_gpus):
@@ -151,7 +162,6 @@ def _begun(step, level, rules, curve):
         np.zeros(num_gpus, np.int64),
         np.zeros(num_gpus, np.int64),
         np.zeros((2, num_gpus), np.int64),
-        np.zeros(num_experts, np.int64),
         np.full((num_gpus, np.int64(rules.slots)), -1, np.int64),
         np.zeros((num_gpus, np.int64(rules.slots)), np.int64),
     )
@@ -159,7 +169,7 @@ def _begun(step, level, rules, curve):
 
 @compiled
 def _price(attempt):
-    """Of the replicas that the GPU sends, or receives, for which they cost most."""
+    """The prices of the replicas that one GPU sends, or receives, whichever GPU pays most."""
     return attempt.paid.max()
 
 
@@ -169,7 +179,8 @@ def _place(step, attempt, rules, curve):
     if not _leave_nodes(step, attempt, rules, curve):
         return False
     node, start, owned, least = step.node, step.start, step.owned, rules.least
-    room, fits, left, used, replica = attempt.room, attempt.fits, attempt.left, attempt.used, attempt.replica
+    room, fits, left, used = attempt.room, attempt.fits, attempt.left, attempt.used
+    sends, paid, replica, part = attempt.sends, attempt.paid, attempt.replica, attempt.part
     slots = rules.slots
     num_gpus, num_nodes = len(node), node[-1] + 1
     spare, waiting = np.zeros(num_nodes, np.int64), np.zeros(num_nodes, np.int64)
@@ -213,7 +224,9 @@ def _place(step, attempt, rules, curve):
                 amount = max(least, min(need, fits[gpu]))
                 if amount > left[expert]:
                     return False
-                _give(step, attempt, rules, curve, expert, giver, gpu, amount)
+                _give(
+                    node, room, fits, left, used, sends, paid, replica, part, rules, curve, expert, giver, gpu, amount
+                )
                 need -= amount
                 for moved in (gpu, giver):
                     at = 0
@@ -244,7 +257,9 @@ def _pass_on(step, attempt, rules, curve, relays):
     """Steps (1) and (7), or (8) with relays: whether every surplus is placed."""
     if not _leave_nodes(step, attempt, rules, curve):
         return False
-    room = attempt.room
+    node, start, owned = step.node, step.start, step.owned
+    room, fits, left, used = attempt.room, attempt.fits, attempt.left, attempt.used
+    sends, paid, replica, part = attempt.sends, attempt.paid, attempt.replica, attempt.part
     while True:
         giver = 0
         for gpu in range(len(room)):
@@ -252,14 +267,14 @@ def _pass_on(step, attempt, rules, curve, relays):
                 giver = gpu
         if room[giver] >= 0:
             return True
-        expert, taker = _roomiest(step, attempt, rules, giver, rules.slots)
+        expert, taker = _roomiest(node, start, owned, room, fits, left, used, replica, rules, giver, rules.slots)
         if taker < 0:
             return False
-        left = attempt.left[expert]
-        amount = min(_down(left, rules.tile), attempt.fits[taker])
-        if rules.slots - attempt.used[taker] > relays:
-            amount = min(amount, _needed(left, -room[giver], rules, curve))
-        _give(step, attempt, rules, curve, expert, giver, taker, amount)
+        before = left[expert]
+        amount = min(_down(before, rules.tile), fits[taker])
+        if rules.slots - used[taker] > relays:
+            amount = min(amount, _needed(before, -room[giver], rules, curve))
+        _give(node, room, fits, left, used, sends, paid, replica, part, rules, curve, expert, giver, taker, amount)
 
 
 @compiled
@@ -267,70 +282,84 @@ def _spread(step, attempt, rules, curve, most):
     """Steps (1) and (9): whether every surplus is placed, with at most so many replicas of each GPU."""
     if not _leave_nodes(step, attempt, rules, curve):
         return False
-    room = attempt.room
+    node, start, owned = step.node, step.start, step.owned
+    room, fits, left, used = attempt.room, attempt.fits, attempt.left, attempt.used
+    sends, paid, replica, part = attempt.sends, attempt.paid, attempt.replica, attempt.part
     while True:
         giver, longest = _NONE, _NONE
         for gpu in range(len(room)):
             if room[gpu] < 0:
-                if attempt.sends[gpu] >= most:
+                if sends[gpu] >= most:
                     return False
-                each = -room[gpu] // (most - attempt.sends[gpu])
+                each = -room[gpu] // (most - sends[gpu])
                 if each > longest:
                     giver, longest = np.int64(gpu), each
         if giver < 0:
             return True
-        expert, taker = _roomiest(step, attempt, rules, giver, most)
+        expert, taker = _roomiest(node, start, owned, room, fits, left, used, replica, rules, giver, most)
         if taker < 0:
             return False
-        left = attempt.left[expert]
-        each = -(room[giver] // (most - attempt.sends[giver]))
-        amount = max(attempt.fits[taker], _needed(left, each, rules, curve))
-        amount = min(amount, _down(left, rules.tile), _needed(left, -room[giver], rules, curve))
-        _give(step, attempt, rules, curve, expert, giver, taker, amount)
+        before, may_send = left[expert], most - sends[giver]
+        need = _needed(before, -room[giver], rules, curve)
+        amount = max(fits[taker], _needed(before, -(room[giver] // may_send), rules, curve))
+        if may_send == 1 or need > before + _hottest(step, attempt, giver, expert, may_send - 2):
+            amount = max(amount, _up(need - _hottest(step, attempt, giver, expert, may_send - 1), rules.tile))
+        amount = min(amount, _down(before, rules.tile), need)
+        _give(node, room, fits, left, used, sends, paid, replica, part, rules, curve, expert, giver, taker, amount)
 
 
 @inlined
-def _roomiest(step, attempt, rules, giver, most):
+def _roomiest(node, start, owned, room, fits, left, used, replica, rules, giver, most):
     """The hottest expert of a GPU that fits anywhere in its node, and the GPU there with the most room; -1 if none.
 
     Only GPUs with fewer than `most` replicas.
     """
-    node, room, fits, used, replica = step.node, attempt.room, attempt.fits, attempt.used, attempt.replica
     here, least, most = node[giver], rules.least, min(most, rules.slots)
-    for nth in range(step.start[giver], step.start[giver + 1]):
-        attempt.tried[step.owned[nth]] = 0
-    while True:
-        expert = _untried(step, attempt, rules, giver)
-        if expert < 0:
-            return _NONE, _NONE
-        taker, top = _NONE, _NONE
+    expert, taker = _next_expert(start, owned, left, giver, _NONE), _NONE
+    while expert >= 0 and _down(left[expert], rules.tile) >= least:
+        top = _NONE
         for gpu in range(len(room)):
             if room[gpu] <= top or node[gpu] != here or used[gpu] >= most or fits[gpu] < least:
                 continue
             if not _holds(replica, used, gpu, expert):
                 taker, top = np.int64(gpu), room[gpu]
         if taker >= 0:
-            return expert, taker
+            break
+        expert = _next_expert(start, owned, left, giver, expert)
+    return expert, taker
 
 
 @inlined
-def _untried(step, attempt, rules, giver):
-    """The expert with the most tokens at home on a GPU that is not tried yet, then tried; -1 if none has enough."""
-    expert = _NONE
-    for nth in range(step.start[giver], step.start[giver + 1]):
-        one = step.owned[nth]
-        if not attempt.tried[one] and (expert < 0 or attempt.left[one] > attempt.left[expert]):
-            expert = one
-    if expert < 0 or _down(attempt.left[expert], rules.tile) < rules.least:
-        return _NONE
-    attempt.tried[expert] = 1
-    return expert
+def _next_expert(start, owned, left, giver, last):
+    """The expert of a GPU that comes after `last` by descending tokens at home, then by number; -1 for none."""
+    found = _NONE
+    for nth in range(start[giver], start[giver + 1]):
+        one = owned[nth]
+        comes_after = last < 0 or left[one] < left[last] or (left[one] == left[last] and one > last)
+        if comes_after and (found < 0 or left[one] > left[found]):
+            found = one
+    return found
+
+
+@compiled
+def _hottest(step, attempt, giver, without, number):
+    """The tokens at home of the hottest experts of a GPU, as many as `number`, without one."""
+    total, last = np.int64(0), _NONE
+    while number > 0:
+        last = _next_expert(step.start, step.owned, attempt.left, giver, last)
+        if last < 0:
+            break
+        if last != without:
+            total += attempt.left[last]
+            number -= 1
+    return total
 
 
 @compiled
 def _leave_nodes(step, attempt, rules, curve):
     """Step (1): whether no node is above the level."""
-    node, room, fits, used, replica = step.node, attempt.room, attempt.fits, attempt.used, attempt.replica
+    node, room, fits, left, used = step.node, attempt.room, attempt.fits, attempt.left, attempt.used
+    sends, paid, replica, part = attempt.sends, attempt.paid, attempt.replica, attempt.part
     rooms = np.zeros(node[-1] + 1, np.int64)
     for gpu in range(len(node)):
         rooms[node[gpu]] += room[gpu]
@@ -341,25 +370,25 @@ def _leave_nodes(step, attempt, rules, curve):
         for gpu in range(len(node)):
             if node[gpu] == here and (giver < 0 or room[gpu] < room[giver]):
                 giver = np.int64(gpu)
-        for nth in range(step.start[giver], step.start[giver + 1]):
-            attempt.tried[step.owned[nth]] = 0
-        taker = _NONE
-        while taker < 0:
-            expert = _untried(step, attempt, rules, giver)
-            if expert < 0:
-                return False
+        expert, taker = _next_expert(step.start, step.owned, attempt.left, giver, _NONE), _NONE
+        while expert >= 0 and _down(left[expert], rules.tile) >= rules.least:
             for gpu in range(len(node)):
                 if used[gpu] == rules.slots or fits[gpu] < rules.least or (taker >= 0 and room[gpu] <= room[taker]):
                     continue
                 if _fits(rooms[node[gpu]], rules.tile, curve) < rules.least or _holds(replica, used, gpu, expert):
                     continue
                 taker = np.int64(gpu)
-        left, there = attempt.left[expert], node[taker]
-        amount = min(attempt.fits[taker], _fits(rooms[there], rules.tile, curve))
-        amount = min(amount, _down(left, rules.tile), _needed(left, -rooms[here], rules, curve))
+            if taker >= 0:
+                break
+            expert = _next_expert(step.start, step.owned, attempt.left, giver, expert)
+        if taker < 0:
+            return False
+        before, there = left[expert], node[taker]
+        amount = min(fits[taker], _fits(rooms[there], rules.tile, curve))
+        amount = min(amount, _down(before, rules.tile), _needed(before, -rooms[here], rules, curve))
         rooms[here] -= room[giver]
         rooms[there] -= room[taker]
-        _give(step, attempt, rules, curve, expert, giver, taker, amount)
+        _give(node, room, fits, left, used, sends, paid, replica, part, rules, curve, expert, giver, taker, amount)
         rooms[here] += room[giver]
         rooms[there] += room[taker]
     return True
@@ -375,26 +404,26 @@ def _holds(replica, used, gpu, expert):
 
 
 @inlined
-def _give(step, attempt, rules, curve, expert, giver, taker, amount):
+def _give(node, room, fits, left, used, sends, paid, replica, part, rules, curve, expert, giver, taker, amount):
     """Make a replica."""
-    left, used = attempt.left[expert], attempt.used[taker]
-    attempt.room[taker] -= _time(amount, rules.tile, curve)
-    attempt.room[giver] += _time(left, rules.tile, curve) - _time(left - amount, rules.tile, curve)
-    attempt.fits[taker] = _fits(attempt.room[taker], rules.tile, curve)
-    attempt.fits[giver] = _fits(attempt.room[giver], rules.tile, curve)
-    attempt.left[expert] = left - amount
-    attempt.replica[taker, used] = expert
-    attempt.part[taker, used] = amount
-    attempt.used[taker] += 1
-    attempt.sends[giver] += 1
-    price = rules.inside if step.node[giver] == step.node[taker] else rules.between
-    attempt.paid[0, giver] += price
-    attempt.paid[1, taker] += price
+    before, slot = left[expert], used[taker]
+    room[taker] -= _time(amount, rules.tile, curve)
+    room[giver] += _time(before, rules.tile, curve) - _time(before - amount, rules.tile, curve)
+    fits[taker] = _fits(room[taker], rules.tile, curve)
+    fits[giver] = _fits(room[giver], rules.tile, curve)
+    left[expert] = before - amount
+    replica[taker, slot] = expert
+    part[taker, slot] = amount
+    used[taker] += 1
+    sends[giver] += 1
+    price = rules.inside if node[giver] == node[taker] else rules.between
+    paid[0, giver] += price
+    paid[1, taker] += price
 
 
 @inlined
 def _chosen(fits, takers, need, little):
-    """Steps (4) to (6): one GPU or two of those with most room first; -1 for no second one."""
+    """Steps (4) to (6): one or two of the takers, which are sorted by descending room; -1 for no second one."""
     single = _NONE
     for gpu in takers:
         if fits[gpu] < need:

@@ -74,8 +74,8 @@ def replicas_within(tokens: Array, home: Array, node: Array, slots: int, level: 
     >>> replicas_within(tokens, home, node, slots=1, level=12)
     Within(replicas=None, is_proven=True)
 
-    Given up are nodes with more than 2,048 pairs of an expert with tokens and a GPU that is not its home, and searches
-    of more than about 10 s on one core, counted in steps and not in seconds. Equal on all ranks with the same scipy.
+    It gives up on nodes with more than 2,048 pairs of an expert with tokens and a GPU that is not its home, and after
+    about 10 s on one core, counted in steps and not in seconds. Equal on all ranks with the same scipy.
 
     Args:
         tokens: `[E]`, the tokens of each expert.
@@ -122,7 +122,7 @@ def lowest_level(tokens: Array, home: Array, node: Array, slots: int, low: int, 
 
 
 class _GivenUpError(Exception):
-    """The problem is too large, or the effort spent."""
+    """The problem is too large, or the effort is spent."""
 
 
 class _Effort:

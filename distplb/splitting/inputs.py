@@ -14,12 +14,9 @@ from distplb.core.arguments import listed, plain, refuse_wrong_types, shown, who
 from distplb.core.counts import Counts, as_counts, as_integers
 from distplb.core.topology import Topology
 from distplb.errors import DistplbError
-from distplb.splitting.rules import MOST_TOKENS, NEVER
+from distplb.splitting.rules import MOST_SLOTS, MOST_TOKENS, NEVER, TOLERANCES
 
 __all__ = ["checked_prices", "checked_size", "checked_slots", "checked_step", "checked_tolerance"]
-
-_MOST_SLOTS = 1024
-_SCALE = 1 << 20  # a tolerance is rounded to this fraction, so that all ranks compare integers
 
 
 def checked_step(counts: Counts, home: Any, topology: Topology) -> tuple[Tensor, Tensor]:
@@ -79,8 +76,8 @@ def checked_slots(replica_slots: int) -> int:
         DistplbError: if it is not an integer in that range.
     """
     slots = whole_number("replica_slots", replica_slots, minimum=0)
-    if slots > _MOST_SLOTS:
-        raise DistplbError(f"replica_slots is {slots}; pass at most {_MOST_SLOTS:,}")
+    if slots > MOST_SLOTS:
+        raise DistplbError(f"replica_slots is {slots}; pass at most {MOST_SLOTS:,}")
     return slots
 
 
@@ -124,4 +121,4 @@ def checked_tolerance(tolerance: float) -> int:
     value = plain(tolerance)
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
         raise DistplbError(f"tolerance is {shown(tolerance)}; pass a fraction from 0 to 1, such as 0.005")
-    return round(value * _SCALE)
+    return round(value * TOLERANCES)

@@ -19,13 +19,14 @@ surplus, one below it has room.
     one whose busiest sender sends fewer.
 (8) If a surplus finds no room or no free slot in either, start again with relays: the order of (7), but into its last
     free slot a GPU gets all that fits, even more than the giver's surplus, which then has room and free slots itself.
-    This takes more replicas, but hardly any level is out of reach. If it fails, the same into every slot.
+    This takes more replicas, but hardly any level is out of reach. If it fails, try relays into every slot.
 (9) If replicas have a price, try to spread them: no GPU sends, or receives, more than 1, then 2 and so on, while that
     is cheaper than what was found. The GPU gives whose surplus is largest for each replica that it may still send, to
     the GPU with the most room, and gives at least that much: a GPU that gets more than its room passes on a surplus of
-    its own.
-(10) A level costs its time, and the prices of the replicas that the GPU sends, or receives, for which they are
-    highest. Take the level that costs least, up to the one that needs no replica. Costs are known at both ends of an
+    its own. Where the replicas that it may still send just suffice, it gives what its next experts have too few
+    tokens for.
+(10) A level costs its time, and the prices of the replicas that one GPU sends, or receives, whichever GPU pays most.
+    Take the level that costs least, up to the one that needs no replica. Costs are known at both ends of an
     interval of levels. A level between them costs at least the lower end's time and the upper end's replicas, because
     a higher level needs no more replicas. So: try the middle of the interval where that is least, while it is less than
     the lowest cost so far and the interval is longer than 1/64 of a replica's price.
@@ -93,7 +94,7 @@ def quotas(tokens: Array, home: Array, expert: Array, part: Array) -> Array:
 
 
 def is_legal(counts: Array, home: Array, quota: Array, replica: Array) -> bool:
-    """Whether a `Split` of these has nothing to refuse; shapes and dtypes are right.
+    """Whether a `Split` of these has nothing to refuse, given that shapes and dtypes are right.
 
     >>> counts, quota = np.array([[6, 1], [4, 1]]), np.array([[6, 4], [0, 2]])
     >>> is_legal(counts, np.array([0, 1]), quota, np.array([[-1], [0]]))
@@ -139,9 +140,11 @@ class _Step:
         if high <= low or self.rules.inside == NEVER:
             return []
         best, cost = list[tuple[int, int, int]](), high  # at `high`, no replica is needed
-        first = self.at(low)
-        if first is not None and low + first.price < cost:
-            best, cost = first.replicas, low + first.price
+        inside = low if self.rules.between == NEVER else max(low, self.level_of_nodes())
+        for level in sorted({low, inside}):
+            first = self.at(level)
+            if first is not None and level + first.price < cost:
+                best, cost = first.replicas, level + first.price
         shortest = max(1, self.rules.inside // _STEPS)
         intervals = [(low, high, 0)]  # lower end, upper end, price of the replicas at the upper end
         for _ in range(_LEVELS):
@@ -158,6 +161,11 @@ class _Step:
                 if middle + found.price < cost:
                     best, cost = found.replicas, middle + found.price
         return best
+
+    def level_of_nodes(self) -> int:
+        """ceil(mean) of the busiest node: the lowest level without replicas in other nodes."""
+        nodes = [[load for load, own in zip(self.loads, self.node, strict=True) if own == node] for node in self.node]
+        return max(-(-sum(loads) // len(loads)) for loads in nodes)
 
     def at(self, level: int) -> _Level | None:
         """Replicas with which no GPU exceeds the level (1 to 9); None if none are found."""
@@ -230,7 +238,7 @@ class _Level:
 
     @property
     def price(self) -> int:
-        """Of the replicas that the GPU sends, or receives, for which they cost most."""
+        """The prices of the replicas that one GPU sends, or receives, whichever GPU pays most."""
         return max(map(max, self.paid))
 
     def place(self) -> bool:
@@ -290,9 +298,12 @@ class _Level:
             for expert in sorted(self.step.experts[giver], key=lambda one: (-self.left[one], one)):
                 takers = self.takers(expert, may_take)
                 if takers and self.step.down(self.left[expert]) >= self.step.rules.least:
-                    part = max(self.fits(takers[0]), self.needed(expert, -(self.room[giver] // may_send[giver])))
-                    part = min(part, self.step.down(self.left[expert]), self.needed(expert, -self.room[giver]))
-                    self.give(expert, giver, takers[0], part)
+                    others = sorted((self.left[one] for one in self.step.experts[giver] if one != expert), reverse=True)
+                    need, sends = self.needed(expert, -self.room[giver]), may_send[giver]
+                    part = max(self.fits(takers[0]), self.needed(expert, -(self.room[giver] // sends)))
+                    if sends == 1 or need > self.left[expert] + sum(others[: sends - 2]):
+                        part = max(part, self.step.up(need - sum(others[: sends - 1])))
+                    self.give(expert, giver, takers[0], min(part, self.step.down(self.left[expert]), need))
                     break
             else:
                 return False

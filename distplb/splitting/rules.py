@@ -10,12 +10,14 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["EMPTY", "LONGEST", "MOST_TOKENS", "NEVER", "NO_CURVE", "Array", "Rules"]
+__all__ = ["EMPTY", "LONGEST", "MOST_SLOTS", "MOST_TOKENS", "NEVER", "NO_CURVE", "TOLERANCES", "Array", "Rules"]
 
 Array = NDArray[np.int64]
 EMPTY = -1  # a replica slot without an expert
 LONGEST = 1 << 40  # nanoseconds of one expert; where TimeCurve.time ends
 MOST_TOKENS = 1 << 50  # of one step; four times the room of 1,024 GPUs of a node then fits into an int64
+MOST_SLOTS = 1024  # R
+TOLERANCES = 1 << 20  # to 1: a tolerance is rounded to such a fraction, so that all ranks compare integers
 NEVER = 1 << 50  # the price of replicas that are not made; more than any time
 NO_CURVE: Array = np.empty((2, 0), np.int64)  # tokens are their own time
 

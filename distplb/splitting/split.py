@@ -18,12 +18,10 @@ from distplb.core.topology import Topology
 from distplb.splitting.caps import nodes_of, within_cap
 from distplb.splitting.engines import engine_named
 from distplb.splitting.inputs import checked_prices, checked_size, checked_slots, checked_step, checked_tolerance
-from distplb.splitting.rules import NEVER, NO_CURVE, Array, Rules
+from distplb.splitting.rules import NEVER, NO_CURVE, TOLERANCES, Array, Rules
 from distplb.splitting.split_value import Split
 
 __all__ = ["level_of", "split"]
-
-_SCALE = 1 << 20  # of a tolerance
 
 
 def split(
@@ -56,8 +54,8 @@ def split(
         counts: `[M, E]`, the tokens that each GPU's router sends to each expert.
         home: `[E]`, the GPU that owns each expert.
         topology: nodes and GPUs.
-        replica_slots: R.
-        tolerance: of the busiest GPU above the mean, as a fraction.
+        replica_slots: R, from 0 to 1,024.
+        tolerance: how far the busiest GPU may stay above the mean, as a fraction from 0 to 1.
         push_price: the price of a replica in its home's node, and of one in another node, in tokens, rounded to whole
             ones; infinity for no such replicas.
         min_quota: the fewest tokens that are worth a replica.
@@ -69,7 +67,8 @@ def split(
         engine: "reference" or "cpu"; None for the faster one that is available. They agree exactly.
 
     Raises:
-        DistplbError: for counts, homes or options that do not fit, and if no split keeps `max_tokens_per_gpu`.
+        DistplbError: for counts, homes or options that do not fit, and if no split keeps `max_tokens_per_gpu`, or none
+            is found before the exact search is given up (`exact.replicas_within`).
     """
     refuse_wrong_types(
         {
@@ -85,13 +84,15 @@ def split(
     if time_curve is not None:
         time = time_curve.time(torch.from_numpy(-(-total // tile) * tile)).numpy()
         curve = np.array([time_curve.tokens, time_curve.nanoseconds], np.int64)
-    level = level_of(time, owner, topology, checked_tolerance(tolerance), between != NEVER)
-    node, chosen = nodes_of(topology), engine_named(engine)
+    allowed = checked_tolerance(tolerance)
+    where = topology if inside < between else Topology(num_nodes=1, gpus_per_node=topology.num_gpus)
+    level = level_of(time, owner, where, 0 if inside else allowed, between != NEVER)
+    node, chosen = nodes_of(where), engine_named(engine)
     rules = Rules(slots, level, -(-least // tile) * tile, tile, inside, between)
     found = chosen.replicas(total, owner, node, rules, curve)
     if max_tokens_per_gpu is not None:
         cap = checked_size("max_tokens_per_gpu", max_tokens_per_gpu)
-        found = within_cap(cap, found, total, owner, topology, rules, chosen)
+        found = within_cap(cap, found, total, owner, where, rules, chosen)
     expert, part = found
     quota = chosen.quotas(total, owner, expert, part)
     return Split(tokens, home_gpu, torch.from_numpy(quota), torch.from_numpy(expert))
@@ -108,7 +109,7 @@ def level_of(time: Array, home: Array, topology: Topology, tolerance: int, leave
         leaves_nodes: whether replicas may be made in other nodes.
     """
     num_gpus, everything = topology.num_gpus, int(time.sum())
-    level = max(-(-everything // num_gpus), everything * (_SCALE + tolerance) // (num_gpus * _SCALE))
+    level = max(-(-everything // num_gpus), everything * (TOLERANCES + tolerance) // (num_gpus * TOLERANCES))
     if leaves_nodes or topology.num_nodes == 1:
         return level
     of_node = np.zeros(topology.num_nodes, np.int64)

@@ -38,8 +38,9 @@ class Split:
         replica: `[M, R]` int64, the expert in each replica slot; -1 for an empty one.
 
     Raises:
-        DistplbError: if quotas do not add up to the counts, a GPU has a quota of an expert that it does not hold, or a
-            replica is useless: without a quota, on its expert's home, or twice on a GPU.
+        DistplbError: if shapes or dtypes differ from these, quotas do not add up to the counts, a GPU has a quota of
+            an expert that it does not hold, or a replica is useless: without a quota, on its expert's home, or twice on
+            a GPU.
     """
 
     counts: Tensor
@@ -63,7 +64,7 @@ class Split:
 
     @property
     def imbalance(self) -> float:
-        """Busiest GPU / mean GPU; 1 if there are no tokens."""
+        """Busiest GPU / mean GPU, in tokens; 1 if there are none."""
         total = int(self.quota.sum())
         return int(self.load.amax()) * self.quota.shape[1] / total if total else 1.0
 

@@ -17,11 +17,13 @@ from commands import GPUS, TOPOLOGY, assert_refused, document, drawn, printed, r
 from torch import Tensor
 
 import distplb
-from distplb import Placement, Topology
+from distplb import DistplbError, Placement, Topology
 from distplb.cli import compare_splits
 from distplb.cli.compare_splits import Imbalance, Splits
 from distplb.cli.compare_tables import Row, comparison_table, sentences_of_splits
 from distplb.splitting.bound import step_bound
+from distplb.splitting.inputs import checked_slots
+from distplb.splitting.rules import MOST_SLOTS
 from distplb.splitting.split import split
 
 REPLICAS = ["--replica-slots", 2]
@@ -186,10 +188,19 @@ def test_what_does_not_go_with_replica_slots_is_refused(tmp_path: Path) -> None:
         run("compare", load, *GPUS, "--slots", 10, *REPLICAS),
         "--slots 10 gives some of 8 experts several homes, .* pass --slots 8, or --replica-slots 0",
     )
-    assert_refused(run("compare", load, *GPUS, "--replica-slots", 9), "--replica-slots is 9; pass at most 8")
-    assert_refused(run("compare", load, *GPUS, "--replica-slots", -1), "-1 is not in the range x>=0")
+    for slots in (-1, MOST_SLOTS + 1):
+        assert_refused(run("compare", load, *GPUS, "--replica-slots", slots), f"{slots} is not in the range 0<=x<=1024")
     assert "with_replicas" in document("compare", load, *GPUS, "--slots", 8, *REPLICAS)["planners"][0]
     assert len(document("compare", load, *GPUS, "--slots", 10, "--replica-slots", 0)["planners"]) > 1
+
+
+def test_slots_that_no_expert_needs_change_nothing_up_to_as_many_as_split_accepts(tmp_path: Path) -> None:
+    load = saved(tmp_path / "load.npy", drawn()[:4])
+    enough, most = (rows_of(load, *GPUS, "--replica-slots", slots) for slots in (8, MOST_SLOTS))
+    assert enough == most
+    assert checked_slots(MOST_SLOTS) == MOST_SLOTS
+    with pytest.raises(DistplbError, match="pass at most 1,024"):
+        checked_slots(MOST_SLOTS + 1)
 
 
 # --- the table --------------------------------------------------------------------------------------------------

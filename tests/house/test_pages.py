@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import os
 import re
 import subprocess
@@ -119,6 +120,15 @@ def snippets_run(page: Path, folder: str) -> int:
 @pytest.mark.parametrize("page", [page for page in PAGES if own_blocks(page)], ids=lambda page: page.name)
 def test_every_python_snippet_runs(page: Path, tmp_path: Path) -> None:
     assert on_ranks(1, snippets_run, page, str(tmp_path), deadline=60)[0] >= 1
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "pycon")], ids=lambda page: page.name)
+def test_examples_with_prompts_print_what_they_show(page: Path) -> None:
+    source = "\n".join(blocks(page, "pycon"))
+    example = doctest.DocTestParser().get_doctest(source, {}, page.name, str(page), 0)
+    failed, attempted = doctest.DocTestRunner().run(example)
+    assert attempted
+    assert not failed
 
 
 # --- the frameworks -----------------------------------------------------------------------------------------------

@@ -140,13 +140,8 @@ CASES: list[Case] = [
         split_too("--replica-slots", 1, shape=(2, 8)),
     ),
     Case(
-        "`compare --gpus-per-node 2 --replica-slots 9`, 8 experts",
-        "exit 2: [Error: --replica-slots is 9; pass at most 8, a slot on each GPU for each expert]",
-        split_too("--replica-slots", 9),
-    ),
-    Case(
         "`compare --replica-slots -1`",
-        "exit 2: [Error: Invalid value for '--replica-slots': -1 is not in the range x>=0. Try "
+        "exit 2: [Error: Invalid value for '--replica-slots': -1 is not in the range 0<=x<=1024. Try "
         "'distplb compare --help'.]",
         split_too("--replica-slots", -1),
     ),
