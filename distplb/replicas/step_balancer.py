@@ -9,7 +9,7 @@ import math
 from collections import defaultdict, deque
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,10 +30,6 @@ from distplb.replicas.tokens import own_slots, slots_of_tokens
 from distplb.splitting.routes import Exchange, exchange_of
 from distplb.splitting.split import split
 from distplb.splitting.split_value import Split
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
-    from torch.distributed.device_mesh import DeviceMesh
 
 __all__ = ["Dispatch", "StepBalancer"]
 
@@ -107,7 +103,7 @@ class StepBalancer:
 
     def __init__(
         self,
-        group_or_mesh: ProcessGroup | DeviceMesh | None = None,
+        group_or_mesh: Any = None,
         *,
         topology: Topology,
         num_experts: int,

@@ -26,6 +26,9 @@ SOURCES = {str(path.relative_to(PACKAGE)): ast.parse(path.read_text()) for path 
 # Each name's module, and what distplb needs it for. Those of FSDP2 are in tests/migrate/test_fsdp2.py.
 NAMES = {
     ("torch._C", "_current_graph_task_id"): "to tell recomputations from forwards (LoadWindow.add)",
+    ("torch._C", "_storage_Use_Count"): "so that gradients that others read are not added to (StepBalancer)",
+    ("torch", "Tensor._use_count"): "so that gradients that others read are not added to (StepBalancer)",
+    ("torch", "UntypedStorage._cdata"): "so that gradients that others read are not added to (StepBalancer)",
     ("torch._dynamo", "graph_break"): "to move a window to the device of a compiled forward (LoadWindow.add)",
     (
         "torch.nn",
