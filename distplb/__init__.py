@@ -14,6 +14,7 @@ from distplb.records.event_log import EventLog, read_events
 from distplb.records.events import RebalanceEvent
 from distplb.records.trace import Trace
 from distplb.records.trace_writer import TraceWriter
+from distplb.replicas.step_balancer import StepBalancer
 from distplb.splitting.bound import step_bound
 from distplb.splitting.routes import routes
 from distplb.splitting.split import split
@@ -39,6 +40,7 @@ __all__ = [
     "Search",
     "Split",
     "Spread",
+    "StepBalancer",
     "TimeCurve",
     "Topology",
     "Trace",

@@ -143,6 +143,15 @@ def lent(**options: Any) -> distplb.Split:
     return distplb.split(LOAD[:4, 0], torch.arange(8, device="cpu") // 2, topology=Topology(1, 4), **options)
 
 
+def stepped() -> list[Any]:
+    """One step of a balancer of one rank."""
+    balancer = distplb.StepBalancer(topology=Topology(1, 1), num_experts=8)
+    ids, rows = (torch.ones(3, 2, device="cpu").to(dtype) for dtype in (torch.int64, torch.float32))
+    step = balancer.dispatch("moe", ids)
+    computed = balancer.compute(step, lambda rows, own, replicas: rows @ own[0][1, :2], rows, parameters(8).detach())
+    return [step.slot_of_token, step.receive, computed, balancer.num_bytes]
+
+
 def ties() -> float | None:
     found = RouterTies(2)
     found.add(torch.tensor([[0.5, 0.5, 0.1], [0.6, 0.2, 0.2]], device="cpu"))
@@ -155,6 +164,7 @@ CALLS: dict[str, Callable[[Path], Any]] = {
     "MoveModel": lambda _: MODEL.seconds(3, 2),
     "Placement": lambda _: [START, START.inverse, START.replicas, START.digest(), Placement([[1, 0, 1, 2]], 3, 2)],
     "Rebalancer": lambda _: rebalanced(),
+    "StepBalancer": lambda _: stepped(),
     "Split": lambda _: [lent().load, lent().imbalance, lent().pushes],
     "TimeCurve": lambda _: CURVE.time(LOAD),
     "Trace": lambda _: trace(),
