@@ -11,6 +11,7 @@ __all__ = ["CheckIn"]
 
 _NO_ERROR = "-"
 _PAUSE_SECONDS = 0.05  # between two checks of which ranks have answered
+_AFTER_ERROR_SECONDS = 1.0  # of waiting for the others once a rank has reported its error, which tells enough
 
 
 class CheckIn:
@@ -46,10 +47,10 @@ class CheckIn:
         """Check in because this rank has lost others, and wait for all ranks to check in.
 
         Args:
-            seconds: how long to wait; returns earlier if all ranks answer.
+            seconds: how long to wait; returns earlier if all ranks answer, or soon after one has reported an error.
 
         Returns:
-            The ranks that do not check in; None if the store does not answer.
+            The ranks that have not checked in; None if the store does not answer.
         """
         self._silent = None
         until = time.monotonic() + seconds
@@ -66,7 +67,10 @@ class CheckIn:
             silent = list(range(self._size)) if self._silent is None else self._silent
             self._silent = [rank for rank in silent if not store.check([f"here/{rank}"])]
             here = {rank: store.get(f"here/{rank}").decode() for rank in silent if rank not in self._silent}
-            self._errors |= {rank: text for rank, text in here.items() if text != _NO_ERROR}
+            told = {rank: text for rank, text in here.items() if text != _NO_ERROR}
+            if told:
+                until = min(until, time.monotonic() + _AFTER_ERROR_SECONDS)
+            self._errors |= told
             if not self._silent or time.monotonic() >= until:
                 return
             time.sleep(_PAUSE_SECONDS)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.distributed_c10d import Store
 
-__all__ = ["default_store", "flattened", "local_shape_and_offset"]
+__all__ = ["default_store", "flattened", "local_shape_and_offset", "num_groups"]
 
 
 def default_store() -> Store:
@@ -40,3 +40,10 @@ def local_shape_and_offset(tensor: Tensor) -> tuple[tuple[int, ...], tuple[int, 
     assert isinstance(tensor, DTensor)
     shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
     return tuple(shape), tuple(offset)
+
+
+def num_groups() -> int:
+    """How many groups this process is in, as torch counts them for names: `distributed_c10d._world.pg_names`."""
+    from torch.distributed.distributed_c10d import _world
+
+    return len(_world.pg_names)

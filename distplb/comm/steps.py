@@ -4,7 +4,8 @@ A step asks for less waiting than a rebalance, so the contract is another one th
 at the deadline in a `LostRanksError` that names stage and ranks. With NCCL, the host waits once in a step, for the
 counts that split sizes depend on; it polls, so it too ends at the deadline, by ending the process, because kernels
 cannot be cancelled. Messages run on a stream of their own, and the stream that computes waits for them on the device:
-if one hangs, the next wait for counts ends the process.
+if one hangs, the next wait for counts ends the process; where none comes, torch does when the group's timeout is over,
+a minute after the deadline. A rank that fails tells the others: those that wait hear it within about two seconds.
 
 Shapes: M ranks.
 """
@@ -22,11 +23,15 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from distplb.comm.base import Message
+from distplb.comm.message_watch import MessageWatch
 from distplb.comm.torchdist import TorchComm, group_of
+from distplb.errors import LostRanksError
 
 __all__ = ["StepComm", "StepOfOne", "TorchStepComm", "Transfer"]
 
 _REPORT_SECONDS = 2.0  # to tell the others of an error
+_LOOK_SECONDS = 0.5  # between two looks at the store while messages have not arrived
+_MORE_SECONDS = 60.0  # than the deadline, until torch ends a process whose kernel hangs
 _REPORT_CHARACTERS = 500
 # torch 2.13 has renamed the collective, and warns of its former name.
 _all_gather: Callable[..., dist.Work | None] = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
@@ -67,7 +72,10 @@ class StepComm(Protocol):
         """Begin to exchange messages; those of two ranks go in order. Buffers are in use until the transfer ends."""
 
     def tell(self, error: Exception) -> None:
-        """Tell ranks that wait for this one why it does not come; they hear it at once and not at their deadline."""
+        """Tell ranks that wait for this one why it does not come; they hear it at once and not at their deadline.
+
+        After that every call on this rank raises a `LostRanksError`: the others do not come to it.
+        """
 
 
 class _NothingToWaitFor:
@@ -104,7 +112,9 @@ class StepOfOne:
 class TorchStepComm(TorchComm):
     """The ranks of a group in a process group of their own, so that nothing waits behind the framework's messages.
 
-    All ranks of the group create it; the group itself belongs to the user, and is not used after that.
+    All ranks of the group create it; the group itself belongs to the user, and is not used after that. If
+    `init_process_group` was given a `device_id`, NCCL makes the new group by splitting that of all ranks of the job, so
+    all of them create theirs at the same time.
 
     Args:
         group_or_mesh: as for `TorchComm`.
@@ -116,48 +126,50 @@ class TorchStepComm(TorchComm):
 
     def __init__(self, group_or_mesh: dist.ProcessGroup | DeviceMesh | None = None, *, deadline: float = 300.0) -> None:
         group = group_of(group_or_mesh)
-        ranks = dist.get_process_group_ranks(group)
-        backend = str(dist.get_backend_config(group))
-        own = dist.new_group(
-            ranks, backend=backend, timeout=timedelta(seconds=deadline), use_local_synchronization=True
-        )
+        outer = TorchComm(group, deadline=deadline, side_group=False)
+        # torch ends a process, without a word about stages, when a kernel outlasts its group's timeout.
+        late = _MORE_SECONDS if outer.device.type == "cuda" else 0.0
+        own = outer.new_group(str(dist.get_backend_config(group)), deadline + late)
         super().__init__(own, deadline=deadline, side_group=False)
+        self._watch = MessageWatch(self._check_in.was_called, min(_LOOK_SECONDS, self._grace / 2))
         self._stream = torch.cuda.Stream(self.device) if self._is_nccl else None
         if self._is_nccl:
             self.connect(range(self.size))  # NCCL would do it at the first message of each pair, in a step
 
     def all_gather(self, row: Tensor) -> Tensor:
         """Gather as one collective of the group."""
-        rows = row.new_empty(self.size, len(row))
         with self._in_time() as started:
+            rows = row.new_empty(self.size, len(row))
             return self._on_host(_all_gather(rows, row[None], group=self._group, async_op=True), rows, started)
 
     def swap(self, rows: Tensor) -> Tensor:
         """Swap as one all-to-all of the group."""
-        received = torch.empty_like(rows)
         with self._in_time() as started:
+            received = torch.empty_like(rows)
             return self._on_host(
                 dist.all_to_all_single(received, rows, group=self._group, async_op=True), received, started
             )
 
     def start(self, sends: Sequence[Message], receives: Sequence[Message]) -> Transfer:
         """Start all messages as one batch; with NCCL, on a stream of their own."""
-        operations = [
-            dist.P2POp(way, tensor, self._global(peer), group=self._group)
-            for way, messages in ((dist.isend, sends), (dist.irecv, receives))
-            for tensor, peer in messages
-        ]
-        if not operations:
-            return _NothingToWaitFor()
         with self._in_time():
+            operations = [
+                dist.P2POp(way, tensor, self._global(peer), group=self._group)
+                for way, messages in ((dist.isend, sends), (dist.irecv, receives))
+                for tensor, peer in messages
+            ]
+            if not operations:
+                return _NothingToWaitFor()
             if self._stream is not None:
                 return self._on_stream(self._stream, operations)
             works = dist.batch_isend_irecv(operations)
         return _OverGloo(lambda: self._wait_for_messages(works))
 
     def tell(self, error: Exception) -> None:
-        """Write the error into the job's store, where waiting ranks look once a second."""
-        self._check_in.report(min(self._grace, _REPORT_SECONDS), repr(error)[:_REPORT_CHARACTERS])
+        """Write the error into the job's store, where waiting ranks look once a second. No call is made after that."""
+        if self._lost is None:
+            self._lost = LostRanksError((), f"an earlier call failed on this rank: {error}")
+            self._check_in.report(min(self._grace, _REPORT_SECONDS), str(error)[:_REPORT_CHARACTERS])
 
     def _on_host(self, work: dist.Work | None, values: Tensor, started: float) -> Tensor:
         """Wait for a collective and then, with NCCL, for the copy of its values to the host."""
@@ -169,8 +181,8 @@ class TorchStepComm(TorchComm):
         host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True, device="cpu")
         host.copy_(values, non_blocking=True)
         copied = torch.cuda.Event()
-        copied.record()
-        self._wait_until(copied.query, started)
+        copied.record(torch.cuda.current_stream(self.device))  # the group's device need not be the current one
+        self._wait_until(copied.query, started, listens=True)
         return host
 
     def _on_stream(self, stream: torch.cuda.Stream, operations: list[dist.P2POp]) -> Transfer:
@@ -185,7 +197,7 @@ class TorchStepComm(TorchComm):
         return _OverNccl(arrived, self.device)
 
     def _wait_for_messages(self, works: Sequence[dist.Work]) -> None:
-        with self._in_time() as started:
+        with self._in_time() as started, self._watch.over(works):
             for work in works:
                 # No slices here: gloo breaks the connection of a message when waiting for it times out.
                 work.wait(timedelta(seconds=max(1e-3, started + self._patience - time.monotonic())))

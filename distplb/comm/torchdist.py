@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -27,6 +28,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from distplb.comm.base import Round
 from distplb.comm.check_in import CheckIn
+from distplb.comm.private_names import num_groups
 from distplb.comm.store import Store, job_store
 from distplb.core.stages import current_stage
 from distplb.errors import DistplbError, LostRanksError
@@ -81,8 +83,6 @@ class TorchComm:
             raise DistplbError(f"deadline is {deadline!r}; pass a positive number of seconds")
         self._group = group_of(group_or_mesh)
         self.rank = dist.get_rank(self._group)
-        if self.rank < 0:
-            raise DistplbError(f"global rank {dist.get_rank()} is not in the group; pass a group that contains it")
         self.size = dist.get_world_size(self._group)
         self.device = _device_of(self._group)
         self._is_nccl = self.device.type == "cuda"
@@ -92,13 +92,7 @@ class TorchComm:
         self._check_in = CheckIn(self._connection(), self.rank, self.size)
         self._side: dist.ProcessGroup | None = None
         if self.size > 1 and (self._is_nccl if side_group is None else side_group):
-            # Only the ranks of the group take part, as in everything that this class does.
-            self._side = dist.new_group(
-                self.global_ranks,
-                backend="gloo",
-                timeout=timedelta(seconds=deadline),
-                use_local_synchronization=True,
-            )
+            self._side = self.new_group("gloo", deadline)
 
     @property
     def global_ranks(self) -> list[int]:
@@ -156,6 +150,34 @@ class TorchComm:
         for work in kernels:
             with self._in_time() as started:
                 self._wait_for_kernel(work, started)
+
+    def new_group(self, backend: str, seconds: float) -> dist.ProcessGroup:
+        """Create another group of the same ranks in the same order. Only they take part, as in everything here.
+
+        torch names such a group after its ranks and the number of groups that the process is in; where ranks are in
+        different numbers of groups, they would wait for each other under different names. So for as long as it takes,
+        ranks in fewer groups join groups of their own.
+
+        Args:
+            backend: as for `torch.distributed.new_group`.
+            seconds: the timeout of the group.
+        """
+        least = torch.tensor([-num_groups()], device=self.device)
+        self.all_reduce_min(least)
+        own = [
+            dist.new_group([dist.get_rank()], backend="gloo", use_local_synchronization=True)
+            for _ in range(num_groups(), -int(least))
+        ]
+        ranks = self.global_ranks
+        order: dict[str, Any] = (
+            {} if ranks == sorted(ranks) else {"sort_ranks": False}
+        )  # torch sorts them, or knows this option
+        group: dist.ProcessGroup = dist.new_group(
+            ranks, backend=backend, timeout=timedelta(seconds=seconds), use_local_synchronization=True, **order
+        )
+        for one in own:
+            dist.destroy_process_group(one)
+        return group
 
     def _global(self, rank: int) -> int:
         return int(dist.get_global_rank(self._group, rank))
@@ -219,29 +241,50 @@ class TorchComm:
         self._wait_until(work.is_completed, started)
         work.wait()
 
-    def _wait_until(self, is_done: Callable[[], bool], started: float) -> None:
-        """Wait for what kernels have to do. One that hangs cannot be cancelled: the process ends."""
+    def _wait_until(self, is_done: Callable[[], bool], started: float, *, listens: bool = False) -> None:
+        """Wait for what kernels have to do. One that hangs cannot be cancelled: the process ends.
+
+        Args:
+            is_done: asked until it is True.
+            started: since when, for the deadline.
+            listens: whether to end the process as soon as another rank has reported a failure.
+        """
+        look = started + _SLICE_SECONDS
         while not is_done():
-            if time.monotonic() > started + self._deadline:
-                missing = self._check_in.missing(self._grace)
-                message = "in stage %s: an NCCL kernel did not end in %g s; ranks that do not answer: %s"
-                _log.critical(message, current_stage(), self._deadline, missing)
-                if self._side is not None:
-                    self._side.abort()
-                logging.shutdown()
-                os._exit(_EXIT_STATUS)
+            now = time.monotonic()
+            if now > started + self._deadline:
+                self._end_process(started, self._check_in.missing(self._grace))
+            if listens and now > look:
+                if self._check_in.was_called(_SLICE_SECONDS):
+                    self._end_process(started, self._check_in.missing(_SLICE_SECONDS))
+                look = time.monotonic() + _SLICE_SECONDS
             time.sleep(_NCCL_PAUSE_SECONDS)
+
+    def _end_process(self, started: float, missing: list[int] | None) -> NoReturn:
+        failed = "".join(f"; rank {rank} failed: {text}" for rank, text in sorted(self._check_in.errors.items()))
+        message = "in stage %s: an NCCL kernel did not end in %.3g s, deadline %g s; ranks that do not answer: %s%s"
+        _log.critical(message, current_stage(), time.monotonic() - started, self._deadline, missing, failed)
+        if self._side is not None:
+            self._side.abort()
+        logging.shutdown()
+        os._exit(_EXIT_STATUS)
 
     def _loss(self, started: float, error: Exception) -> LostRanksError:
         waited = time.monotonic() - started
-        missing = self._check_in.missing(max(self._grace / 2, started + self._deadline - time.monotonic()))
+        silent = self._check_in.missing(max(self._grace / 2, started + self._deadline - time.monotonic()))
+        errors = self._check_in.errors
+        missing = silent or []
         why = (
             f"waited {waited:.1f} s, deadline {self._deadline:g} s; {_SOURCE_LINE.sub('', str(error)).splitlines()[0]}"
         )
-        if missing is None:
+        if silent is None:
             why += "; the store that ranks check in through does not answer either"
-        why += "".join(f"; rank {rank} failed: {text}" for rank, text in sorted(self._check_in.errors.items()))
-        return LostRanksError(missing or (), why)
+        why += "".join(f"; rank {rank} failed: {text}" for rank, text in sorted(errors.items()))
+        if errors and missing:
+            # They may only be busy: the check-in does not last until the deadline once a rank has told its error.
+            why += f"; no word so far from rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing))}"
+            missing = []
+        return LostRanksError(missing, why)
 
     def _connection(self) -> Callable[[], Store]:
         """A function that connects to the job's store, under a name that all ranks of this communicator share."""
@@ -255,7 +298,8 @@ def group_of(group_or_mesh: dist.ProcessGroup | DeviceMesh | None) -> dist.Proce
     """The process group of a group, a one-dimensional mesh, or None for the default group.
 
     Raises:
-        DistplbError: if torch.distributed is not initialised, or a mesh has more than one axis.
+        DistplbError: if torch.distributed is not initialised, a mesh has more than one axis, or this process is not in
+            the group.
     """
     if not dist.is_available() or not dist.is_initialized():
         raise DistplbError(
@@ -272,6 +316,8 @@ def group_of(group_or_mesh: dist.ProcessGroup | DeviceMesh | None) -> dist.Proce
         group_or_mesh = group_or_mesh.get_group()
     group = group_or_mesh or dist.group.WORLD
     assert group is not None, "is_initialized() was True"
+    if dist.get_rank(group) < 0:
+        raise DistplbError(f"global rank {dist.get_rank()} is not in the group; pass a group that contains it")
     return group
 
 

@@ -106,11 +106,12 @@ class Lender:
     def begin_backward(self, loan: Loan) -> None:
         """(1): push again, unless the replicas are still there."""
         if self._computing is not None and self._computing is not loan and not self.keep:
-            raise DistplbError(
-                f"the replicas of {loan.layer} are needed while those of {self._computing.layer} are in use, because "
-                "parts of the backward run side by side; pass keep=True, which holds the replicas of every step until "
-                "its backward"
-            )
+            with self.stages.stage("push again"):  # so that the other ranks hear of it
+                raise DistplbError(
+                    f"the replicas of {loan.layer} are needed while those of {self._computing.layer} are in use, "
+                    "because parts of the backward run side by side; pass keep=True, which holds the replicas of every "
+                    "step until its backward"
+                )
         self._computing = loan if loan.pending else None
         if not self._holds(loan):
             self._push(loan, "push again")
@@ -125,13 +126,13 @@ class Lender:
 
     def bring_home(self, loan: Loan, own: Sequence[Tensor | None], lent: Sequence[Tensor | None]) -> list[Tensor]:
         """(3): the gradients `[G, ...]` of the home rows, from those of own and replica rows."""
-        if not self._holds(loan):
-            raise DistplbError(
-                f"the replicas of {loan.layer} were overwritten during its backward, so its gradients are wrong; pass "
-                "keep=True, which holds the replicas of every step until its backward"
-            )
-        home = [_fresh(one, rows) for one, rows in zip(own, loan.home_rows, strict=True)]
         with self.stages.stage("bring home"):
+            if not self._holds(loan):
+                raise DistplbError(
+                    f"the replicas of {loan.layer} were overwritten during its backward, so its gradients are wrong; "
+                    "pass keep=True, which holds the replicas of every step until its backward"
+                )
+            home = [_fresh(one, rows) for one, rows in zip(own, loan.home_rows, strict=True)]
             away = [
                 torch.zeros_like(rows) if one is None else one.contiguous()
                 for one, rows in zip(lent, loan.replica_rows, strict=True)

@@ -11,6 +11,9 @@ from distplb.errors import LostRanksError, in_stage
 
 __all__ = ["StepStages"]
 
+# What distplb refuses in these follows from the counts of all ranks, so all of them raise it and nobody waits.
+_ALIKE = ("count", "split")
+
 
 class StepStages:
     """Stages count, split, push, push again and bring home.
@@ -36,6 +39,7 @@ class StepStages:
         except LostRanksError:
             raise
         except Exception as error:
-            self._comm.tell(error)
             ours = in_stage(name, error)
+            if ours is not error or name not in _ALIKE:
+                self._comm.tell(ours)
             raise ours from (None if ours is error else error)

@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 import distplb
-from distplb.comm.private_names import default_store, flattened, local_shape_and_offset
+from distplb.comm.private_names import default_store, flattened, local_shape_and_offset, num_groups
 from distplb.core.private_names import forward_pre_hooks, is_in_backward, is_of_compiled_graph, leaves
 
 PACKAGE = Path(distplb.__file__).parent
@@ -36,6 +36,7 @@ NAMES = {
     ): "so that a second rebalancer finds the first one's table (adapters, mode='remap')",
     ("torch.utils._pytree", "tree_leaves"): "to refuse optimizer state that cannot travel (Rebalancer)",
     ("torch.distributed.distributed_c10d", "_get_default_store"): "to name lost ranks (TorchComm)",
+    ("torch.distributed.distributed_c10d", "_world.pg_names"): "to create groups of some ranks (TorchComm.new_group)",
     ("torch.distributed.device_mesh", "DeviceMesh._flatten"): "to build one group of all EP groups (torchtitan)",
     ("torch.distributed.tensor._utils", "compute_local_shape_and_global_offset"): "to move DTensors (Rebalancer)",
 }
@@ -105,13 +106,17 @@ def used_on_ranks() -> list[Any]:
     weights = distribute_tensor(torch.arange(12.0).view(6, 2), mesh["ep"], [Shard(0)])
     default_store().set(f"told by {dist.get_rank()}", "yes")
     dist.barrier()
+    before = num_groups()
+    dist.destroy_process_group(dist.new_group())
+    dist.new_group([0])
+    joined = num_groups() - before
     told = [default_store().get(f"told by {rank}") for rank in range(4)]
-    return [flat.ndim, flat.size(), local_shape_and_offset(weights), told == [b"yes"] * 4]
+    return [flat.ndim, flat.size(), local_shape_and_offset(weights), told == [b"yes"] * 4, joined]
 
 
 def test_those_of_several_ranks_do_what_they_are_needed_for() -> None:
     found = on_ranks(4, used_on_ranks)
-    assert found == [[1, 4, ((3, 2), (3 * (rank % 2), 0)), True] for rank in range(4)]
+    assert found == [[1, 4, ((3, 2), (3 * (rank % 2), 0)), True, int(rank == 0)] for rank in range(4)]
 
 
 # --- and are used nowhere else -----------------------------------------------------------------------------------

@@ -1,0 +1,66 @@
+"""Ends waits for gloo's messages when another rank has reported a failure.
+
+A wait for a collective can be cut into slices, with a look at the job's store between them. A wait for a message
+cannot: gloo has no way to ask whether a message has arrived, and closes all connections of the group when a wait times
+out. So a thread looks while the training thread waits, and uses that to end the wait.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+
+import torch.distributed as dist
+
+__all__ = ["MessageWatch"]
+
+_AT_ONCE = timedelta(milliseconds=1)  # 0 would mean the group's own timeout
+
+
+class MessageWatch:
+    """Looks after waits that last, from a thread that lives as long as this object.
+
+    Args:
+        was_called: asks, for at most so many seconds, whether some rank has failed or has lost others; it must not
+            refer to this object.
+        seconds: how often.
+    """
+
+    def __init__(self, was_called: Callable[[float], bool], seconds: float) -> None:
+        self._was_called, self._seconds = was_called, seconds
+        self._waiting: Sequence[dist.Work] | None = None
+        self._thread: threading.Thread | None = None
+
+    @contextmanager
+    def over(self, works: Sequence[dist.Work]) -> Iterator[None]:
+        """Wait for messages in this block: it raises gloo's error soon after another rank has reported a failure."""
+        if self._thread is None:
+            arguments = (weakref.ref(self), self._seconds)
+            self._thread = threading.Thread(target=_watch, args=arguments, name="distplb-watch", daemon=True)
+            self._thread.start()
+        self._waiting = works
+        try:
+            yield
+        finally:
+            self._waiting = None
+
+    def look(self, before: Sequence[dist.Work] | None) -> Sequence[dist.Work] | None:
+        """Look at the store if the training thread still waits for what it waited for `before`; returns what for."""
+        works = self._waiting
+        if works is not None and works is before and self._was_called(self._seconds) and self._waiting is works:
+            for work in works:
+                with suppress(RuntimeError):
+                    work.wait(_AT_ONCE)  # closes the connections, and so ends the wait of the other thread
+        return works
+
+
+def _watch(reference: weakref.ref[MessageWatch], seconds: float) -> None:
+    before = None
+    while (watch := reference()) is not None:
+        before = watch.look(before)
+        del watch  # so that it can end while this thread sleeps
+        time.sleep(seconds)
