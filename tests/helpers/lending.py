@@ -56,7 +56,7 @@ class _AllToAll(torch.autograd.Function):
 
 
 def moe(balancer: StepBalancer, layer: str, step: Step, weights: Sequence[Tensor], group: Group = None) -> Tensor:
-    """`[N, D]`: dispatch to physical slots, compute, combine."""
+    """`[N, D]`: dispatch to physical slots, compute, combine; any number of weights, as `expert` takes them."""
     found = balancer.dispatch(layer, step.ids)
     return moe_after(balancer, found, step, weights, group)
 
@@ -86,11 +86,7 @@ def order_by_slot(receive: Tensor) -> Tensor:
 
 def run_slots(rows: Tensor, own: Sequence[Tensor], replicas: Sequence[Tensor], tokens: list[int]) -> Tensor:
     """Each slot's expert on its rows: own slots, then replicas; a step without replicas has tokens for none."""
-    per_slot = [
-        one
-        for pair in zip(*(_unbound(a, b) for a, b in zip(own, replicas, strict=True)), strict=True)
-        for one in [pair]
-    ]
+    per_slot = zip(*(_unbound(a, b) for a, b in zip(own, replicas, strict=True)), strict=True)
     parts = rows.split(tokens)
     return torch.cat([expert(part, *weights) for part, weights in zip(parts, per_slot, strict=False)])
 
@@ -99,17 +95,20 @@ def _unbound(own: Tensor, replicas: Tensor) -> list[Tensor]:
     return [*own.unbind(), *replicas.unbind()]
 
 
-def expert(rows: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
-    """[X, D], [D, H], [H, D] -> [X, D]."""
-    return torch.nn.functional.gelu(rows @ w_in) @ w_out
+def expert(rows: Tensor, w_in: Tensor, *more: Tensor) -> Tensor:
+    """[X, D], [D, H] and, if there are more, [H, D], and a bias [D] -> [X, D]; weights of any dtype."""
+    found = torch.nn.functional.gelu(rows @ w_in.to(rows.dtype))
+    for number, weight in enumerate(more):
+        found = found + weight.to(rows.dtype) if number else found @ weight.to(rows.dtype)
+    return found
 
 
-def oracle(step: Step, w_in: Tensor, w_out: Tensor) -> Tensor:
-    """`[N, D]`: the same in one process, from all weights `[P, D, H]` and `[P, H, D]`."""
+def oracle(step: Step, *weights: Tensor) -> Tensor:
+    """`[N, D]`: the same in one process, from all weights `[P, D, H]` and so on."""
     k = step.ids.shape[1]
     rows, ids = step.x.repeat_interleave(k, 0), step.ids.flatten()
     found = rows.new_zeros(rows.shape)
-    for one in range(len(w_in)):
+    for one in range(len(weights[0])):
         at = (ids == one).nonzero().flatten()
-        found = found.index_add(0, at, expert(rows[at], w_in[one], w_out[one]))
+        found = found.index_add(0, at, expert(rows[at], *(weight[one] for weight in weights)))
     return (found.view(*step.ids.shape, rows.shape[1]) * step.gate.unsqueeze(-1)).sum(1)
