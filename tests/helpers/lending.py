@@ -15,7 +15,7 @@ from torch import Tensor
 
 from distplb.replicas.step_balancer import Dispatch, StepBalancer
 
-__all__ = ["Step", "draw_step", "expert", "moe", "moe_after", "oracle", "order_by_slot", "run_slots"]
+__all__ = ["Step", "draw_step", "expert", "moe", "moe_after", "oracle", "order_by_slot", "received", "run_slots"]
 
 Group = dist.ProcessGroup | None
 
@@ -63,19 +63,24 @@ def moe(balancer: StepBalancer, layer: str, step: Step, weights: Sequence[Tensor
 
 def moe_after(balancer: StepBalancer, found: Dispatch, step: Step, weights: Any, group: Group = None) -> Tensor:
     """The same for a step that is dispatched."""
-    slot = found.slot_of_token.flatten()
-    order = slot.argsort(stable=True)
-    rows = step.x.repeat_interleave(step.ids.shape[1], 0)[order]
-    exchange = found.exchange
-    rows = _AllToAll.apply(rows, exchange.send_sizes, exchange.receive_sizes, group)
-    by_slot = order_by_slot(found.receive)
+    exchange, order = found.exchange, found.slot_of_token.flatten().argsort(stable=True)
     rows = balancer.compute(
-        found, lambda r, own, away: run_slots(r, own, away, exchange.tokens_of_slot), rows[by_slot], *weights
+        found,
+        lambda rows, own, away: run_slots(rows, own, away, exchange.tokens_of_slot),
+        received(found, step.x.repeat_interleave(step.ids.shape[1], 0), group),
+        *weights,
     )
-    rows = rows[by_slot.argsort()]
+    rows = rows[order_by_slot(found.receive).argsort()]
     rows = _AllToAll.apply(rows, exchange.receive_sizes, exchange.send_sizes, group)
     back = torch.empty_like(rows).index_copy(0, order, rows).view(*step.ids.shape, rows.shape[1])
     return (back * step.gate.unsqueeze(-1)).sum(1)
+
+
+def received(found: Dispatch, rows: Tensor, group: Group = None) -> Tensor:
+    """`[X, D]` in the order of slots, from the rows `[N * K, D]` that this rank sends to `slot_of_token`."""
+    rows = rows[found.slot_of_token.flatten().argsort(stable=True)]
+    rows = _AllToAll.apply(rows, found.exchange.send_sizes, found.exchange.receive_sizes, group)
+    return rows[order_by_slot(found.receive)]
 
 
 def order_by_slot(receive: Tensor) -> Tensor:

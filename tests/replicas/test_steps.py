@@ -229,7 +229,14 @@ def random_worlds(seeds: range) -> list[tuple[int, int, int]]:
                 dtype = world.dtype if one is None else one.dtype  # a weight may have another one than the tokens
                 # Sums of low precision that cancel are not measured by themselves.
                 error = difference(one, wanted, 1e-3 if dtype == torch.float64 else 0.3)
-                assert error < max(TOLERANCE[dtype], TOLERANCE[world.dtype]), (seed, number, mode, place, error, options)
+                assert error < max(TOLERANCE[dtype], TOLERANCE[world.dtype]), (
+                    seed,
+                    number,
+                    mode,
+                    place,
+                    error,
+                    options,
+                )
             dispatches += forwards * len(layers)
             uneven += times
         found.append((seed, dispatches, uneven))
