@@ -1,13 +1,14 @@
 """The count of a step: one all-gather of every rank's counts, with what the ranks have to agree on.
 
-What is wrong on one rank is in its row, so all ranks refuse it alike, in one text and without a second wait.
+What is wrong on one rank is in its row, so all ranks refuse it alike, in one text and without a second wait. The
+weights of a layer are compared once, in rows of the same length: a rank that does that while others count is refused.
 
 Shapes: M ranks, N tokens of this rank, K experts of each token, P slots.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,16 +20,23 @@ from distplb.core.hashing import digest
 from distplb.core.plain_tensor import INTEGERS
 from distplb.errors import DistplbError
 
-__all__ = ["Row", "checked_counts", "checked_swap", "counts_of", "marked_as_skipped", "name_digest"]
+__all__ = ["Row", "checked_counts", "checked_swap", "counts_of", "marked_as_skipped", "name_digest", "refuse_weights"]
 
-_CALL, _LAYER, _OPTIONS, _BACKWARD, _SKIPPED, _KIND, _INVALID, _EXAMPLE = range(8)  # columns before the counts
-_HEADER = 8
+_CALL, _LAYER, _OPTIONS, _BACKWARD, _COMPUTES, _SKIPPED, _KIND, _INVALID, _EXAMPLE = range(9)  # before the counts
+_HEADER = 9
+_NAME_BYTES = 96  # of a layer's name, in errors
 _RIGHT, _NO_TENSOR, _NO_INTEGERS, _NO_TABLE, _NO_DEVICE = range(5)  # kinds of what a rank passed
 _KINDS = {
     _NO_TENSOR: "no tensor",
     _NO_INTEGERS: "no integers",
     _NO_TABLE: "no [N, K] tensor",
     _NO_DEVICE: "a tensor on another device than the group's",
+}
+_NO_WEIGHT, _OTHER_ROWS, _NOT_CONTIGUOUS = range(1, 4)  # kinds of weights that do not fit
+_WEIGHTS = {
+    _NO_WEIGHT: "no tensors with rows",
+    _OTHER_ROWS: "a tensor with {} rows",
+    _NOT_CONTIGUOUS: "a tensor that is not contiguous",
 }
 
 
@@ -49,7 +57,7 @@ class Row:
     backward: bool
 
     def tensor(self, expert_of_token: object, num_slots: int, device: torch.device) -> Tensor:
-        """`[8 + P]` int64 on the device. No operation waits for the device.
+        """`[9 + P]` int64 on the device. No operation waits for the device.
 
         Args:
             expert_of_token: `[N, K]`, as the user passed it; what does not fit is told to all ranks.
@@ -68,15 +76,30 @@ class Row:
             row[_INVALID] = found[num_slots]
             if len(ids):
                 row[_EXAMPLE] = ids.gather(0, is_valid.to(torch.uint8).argmin(keepdim=True))[0]
-        head = torch.tensor([self.call, self.layer, self.options, self.backward, False, kind], device="cpu")
+        head = torch.tensor([self.call, self.layer, self.options, self.backward, False, 0, kind], device="cpu")
         row[: len(head)] = head.to(device, non_blocking=True)
         return row
 
+    def of_weights(self, weights: Sequence[object], num_slots: int, num_own: int) -> Tensor:
+        """`[9 + P]` int64 on the host: the same about the weights of the layer.
 
-def marked_as_skipped(row: Tensor) -> Tensor:
-    """The row, with the mark that this rank recomputes a step that it may not have looked at."""
+        Args:
+            weights: as the user passed them; what does not fit is told to all ranks.
+            num_slots: P.
+            num_own: G.
+        """
+        row = torch.zeros(_HEADER + num_slots, dtype=torch.int64, device="cpu")
+        kind, found = _weights_kind(weights, num_own)
+        shapes = [(list(one.shape), one.dtype) for one in weights if isinstance(one, Tensor)]
+        head = [self.call, self.layer, self.options, self.backward, True, 0, kind, found, digest(repr(shapes).encode())]
+        row[:_HEADER] = torch.tensor(head, device="cpu")
+        return row
+
+
+def marked_as_skipped(row: Tensor, call: int) -> Tensor:
+    """The row, with the mark that this rank may recompute a step that was not looked at: that of dispatch `call`."""
     marked = row.clone()
-    marked[_SKIPPED] = 1
+    marked[_SKIPPED] = call
     return marked
 
 
@@ -85,8 +108,8 @@ def counts_of(row: Tensor) -> Tensor:
     return row[_HEADER:]
 
 
-def checked_counts(comm: StepComm, row: Tensor, layers: Mapping[int, Hashable]) -> tuple[Tensor, bool]:
-    """`[M, P]` int64 on the host, the counts of all ranks; and whether all of them say "skipped". Collective.
+def checked_counts(comm: StepComm, row: Tensor, layers: Mapping[int, Hashable]) -> tuple[Tensor, int]:
+    """`[M, P]` int64 on the host, the counts of all ranks; and which step they skipped, 0 if not all did. Collective.
 
     Args:
         comm: the ranks.
@@ -98,8 +121,9 @@ def checked_counts(comm: StepComm, row: Tensor, layers: Mapping[int, Hashable]) 
             step of the same layer.
     """
     rows = comm.all_gather(row)
-    _refuse(rows[:, :_HEADER], rows.shape[1] - _HEADER, layers)
-    return rows[:, _HEADER:].contiguous(), bool(rows[:, _SKIPPED].all())
+    _refuse(comm, rows[:, :_HEADER], layers)
+    _refuse_ids(rows[:, :_HEADER], rows.shape[1] - _HEADER)
+    return rows[:, _HEADER:].contiguous(), int(rows[:, _SKIPPED].amin())
 
 
 def checked_swap(comm: StepComm, row: Tensor, layers: Mapping[int, Hashable]) -> Tensor:
@@ -109,8 +133,38 @@ def checked_swap(comm: StepComm, row: Tensor, layers: Mapping[int, Hashable]) ->
     """
     own = row[_HEADER:].view(comm.size, -1)
     rows = comm.swap(torch.cat([row[:_HEADER].expand(comm.size, -1), own], 1))
-    _refuse(rows[:, :_HEADER], len(row) - _HEADER, layers)
+    _refuse(comm, rows[:, :_HEADER], layers)
+    _refuse_ids(rows[:, :_HEADER], len(row) - _HEADER)
     return rows[:, _HEADER:].contiguous()
+
+
+def refuse_weights(comm: StepComm, row: Tensor, num_own: int, layers: Mapping[int, Hashable]) -> None:
+    """Compare the weights of a layer among all ranks. Collective.
+
+    Args:
+        comm: the ranks.
+        row: what `Row.of_weights` tells of this rank's.
+        num_own: G.
+        layers: as for `checked_counts`.
+
+    Raises:
+        DistplbError: the same on all ranks, if weights do not fit or differ.
+    """
+    rows = comm.all_gather(row.to(comm.device))
+    _refuse(comm, rows[:, :_HEADER], layers)
+    name = shown(layers.get(int(rows[0, _LAYER])))
+    for rank, kind in enumerate(rows[:, _KIND].tolist()):
+        if kind:
+            raise DistplbError(
+                f"rank {rank} passed {_WEIGHTS[kind].format(int(rows[rank, _INVALID]))} as weights of layer {name}; "
+                f"pass contiguous local tensors with a row for each of {num_own} own slots, such as DTensor.to_local()"
+            )
+    others = rows[:, _EXAMPLE].ne(rows[0, _EXAMPLE]).nonzero().flatten().tolist()
+    if others:
+        raise DistplbError(
+            f"rank {others[0]} has weights of other shapes or dtypes in layer {name} than rank 0; pass the same "
+            "weights on all ranks"
+        )
 
 
 def name_digest(layer: Hashable) -> int:
@@ -128,22 +182,46 @@ def _kind(value: object, device: torch.device) -> int:
     return _RIGHT if value.device.type == device.type else _NO_DEVICE
 
 
-def _refuse(rows: Tensor, num_slots: int, layers: Mapping[int, Hashable]) -> None:
-    """Check the headers `[M, 8]` of all ranks, which every rank has."""
-    what = {_OPTIONS: "the options of the StepBalancer", _LAYER: "the layer", _CALL: "the step"}
+def _weights_kind(weights: Sequence[object], num_own: int) -> tuple[int, int]:
+    """What is wrong with weights, 0 for nothing, and the number of rows that was found."""
+    if not weights:
+        return _NO_WEIGHT, 0
+    for one in weights:
+        if not isinstance(one, Tensor) or one.dim() < 1:
+            return _NO_WEIGHT, 0
+        if len(one) != num_own:
+            return _OTHER_ROWS, len(one)
+        if not one.is_contiguous():
+            return _NOT_CONTIGUOUS, 0
+    return _RIGHT, 0
+
+
+def _refuse(comm: StepComm, rows: Tensor, layers: Mapping[int, Hashable]) -> None:
+    """Check that all ranks are at the same point, from their headers `[M, 9]`, which every rank has."""
+    what = {
+        _OPTIONS: "the options of the StepBalancer",
+        _COMPUTES: "what they call",
+        _LAYER: "the layer",
+        _CALL: "the step",
+    }
     for column, name in what.items():
         others = rows[:, column].ne(rows[0, column]).nonzero().flatten().tolist()
         if others:
-            told = [_told(column, rows[rank], layers) for rank in (0, others[0])]
+            names = _names(comm, layers[int(rows[comm.rank, _LAYER])])
+            told = [_told(column, rows[rank], names[rank]) for rank in (0, others[0])]
             raise DistplbError(
                 f"rank{'s' * (len(others) > 1)} {_listed(others)} and rank 0 differ in {name}: rank 0 {told[0]}, rank "
-                f"{others[0]} {told[1]}; call dispatch for the same layers in the same order, with the same options, "
-                "on all ranks of the group"
+                f"{others[0]} {told[1]}; call dispatch and compute for the same layers in the same order, with the "
+                "same options, on all ranks of the group"
             )
     if rows[:, _BACKWARD].ne(rows[0, _BACKWARD]).any():
         raise DistplbError(
             "some ranks recompute this step and others do not; recompute the same layers on all ranks of the group"
         )
+
+
+def _refuse_ids(rows: Tensor, num_slots: int) -> None:
+    """Check expert ids, from the headers `[M, 9]`."""
     for rank, kind in enumerate(rows[:, _KIND].tolist()):
         if kind:
             raise DistplbError(
@@ -158,10 +236,19 @@ def _refuse(rows: Tensor, num_slots: int, layers: Mapping[int, Hashable]) -> Non
         )
 
 
-def _told(column: int, row: Tensor, layers: Mapping[int, Hashable]) -> str:
-    layer = layers.get(int(row[_LAYER]))
-    where = "is in a layer that this rank has not seen" if layer is None else f"is in layer {shown(layer)}"
-    return f"{where}, dispatch {int(row[_CALL])}" if column != _OPTIONS else f"has digest {int(row[_OPTIONS])}"
+def _names(comm: StepComm, layer: Hashable) -> list[str]:
+    """The layer that each rank is in, in words: a second exchange, but only once all ranks know that they refuse."""
+    text = shown(layer).encode()[:_NAME_BYTES].ljust(_NAME_BYTES, b"\0")
+    mine = torch.frombuffer(bytearray(text), dtype=torch.uint8).to(torch.int64)
+    rows = comm.all_gather(mine.to(comm.device)).tolist()
+    return [bytes(row).rstrip(b"\0").decode(errors="replace") for row in rows]
+
+
+def _told(column: int, row: Tensor, name: str) -> str:
+    if column == _OPTIONS:
+        return f"has digest {int(row[_OPTIONS])}"
+    calls = "compute" if row[_COMPUTES] else "dispatch"
+    return f"is in {calls} of layer {name}, dispatch {int(row[_CALL])}"
 
 
 def _listed(ranks: list[int]) -> str:

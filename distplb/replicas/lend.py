@@ -15,19 +15,21 @@ Shapes: X rows (tokens) on this GPU, G own and R replica slots.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from distplb.comm.base import Message
 from distplb.comm.steps import StepComm, Transfer
 from distplb.core.private_names import backward_number, is_referred_to_once
 from distplb.errors import DistplbError
 from distplb.replicas.buffer import Buffer
-from distplb.replicas.pushes import Copy, Pushes
+from distplb.replicas.pushes import Pushes
 from distplb.replicas.stages import StepStages
 
 __all__ = ["Experts", "Lender", "Loan", "lent"]
@@ -48,7 +50,8 @@ class Loan:
         home_rows: `[G, ...]` each, this GPU's rows, without their graph.
         replica_rows: `[R, ...]` each, the rows of the replica slots.
         is_computed: whether the experts have run.
-        pending: the parts of the backward that still need the replicas.
+        parts: the parts of the backward that need the replicas.
+        pending: those of them that the backward under way has still to come to.
     """
 
     layer: str
@@ -58,6 +61,7 @@ class Loan:
     home_rows: tuple[Tensor, ...] = ()
     replica_rows: tuple[Tensor, ...] = ()
     is_computed: bool = False
+    parts: frozenset[str] = frozenset()
     pending: set[str] = field(default_factory=set)
 
 
@@ -76,6 +80,7 @@ class Lender:
         self._held: Loan | None = None  # whose replicas the buffer holds
         self._held_since = -1  # the backward pass that pushed them; -1 for a forward
         self._computing: Loan | None = None  # between (1) and (4)
+        self._computing_since = -1  # the backward pass that it is in
         self._transfer: Transfer | None = None
 
     @property
@@ -90,8 +95,6 @@ class Lender:
             assert self._held is not None
             loan.replica_rows = self._held.replica_rows
             return
-        if backward_number() == -1:
-            self._computing = None  # of a backward that ended in an error
         memory = Buffer() if self.keep else self._weights
         loan.replica_rows = tuple(memory.rows(loan.num_slots, loan.home_rows))
         self._push(loan, "push")
@@ -105,34 +108,43 @@ class Lender:
 
     def begin_backward(self, loan: Loan) -> None:
         """(1): push again, unless the replicas are still there."""
-        if self._computing is not None and self._computing is not loan and not self.keep:
-            with self.stages.stage("push again"):  # so that the other ranks hear of it
-                raise DistplbError(
-                    f"the replicas of {loan.layer} are needed while those of {self._computing.layer} are in use, "
-                    "because parts of the backward run side by side; pass keep=True, which holds the replicas of every "
-                    "step until its backward"
-                )
-        self._computing = loan if loan.pending else None
+        other, number = self._computing, backward_number()
+        # One that is left from another backward pass ended in an error, or was not asked for all gradients.
+        if other not in (None, loan) and self._computing_since == number and not self.keep:
+            assert other is not None
+            raise DistplbError(
+                f"the replicas of {loan.layer} are needed while those of {other.layer} are in use, because "
+                "parts of the backward run side by side; pass keep=True, which holds the replicas of every step until "
+                "its backward"
+            )
+        loan.pending = set(loan.parts)  # anew, because a graph that is retained runs more than once
+        self._computing, self._computing_since = (loan if loan.parts else None), number
         if not self._holds(loan):
             self._push(loan, "push again")
             with self.stages.stage("push again"):
                 self._wait()
 
     def leave(self, loan: Loan, part: str) -> None:
-        """(4): this part of the backward no longer needs the replicas."""
+        """(4): this part of the backward no longer needs the replicas, which have to be there until now."""
+        if not self._holds(loan):
+            raise DistplbError(
+                f"the replicas of {loan.layer} were overwritten during its backward, so its gradients are wrong; pass "
+                "keep=True, which holds the replicas of every step until its backward"
+            )
         loan.pending.discard(part)
         if self._computing is loan and not loan.pending:
             self._computing = None
 
-    def bring_home(self, loan: Loan, own: Sequence[Tensor | None], lent: Sequence[Tensor | None]) -> list[Tensor]:
-        """(3): the gradients `[G, ...]` of the home rows, from those of own and replica rows."""
+    def bring_home(self, loan: Loan, home: Sequence[Tensor], lent: Sequence[Tensor | None]) -> None:
+        """(3): add the gradients of replicas to those of the own rows.
+
+        Args:
+            loan: the step's replicas.
+            home: `[G, ...]` each, the gradients of the own rows, which nobody else reads.
+            lent: `[R, ...]` each, the gradients of the replica rows.
+        """
+        totals = dict[tuple[int, int], Tensor]()  # of a tensor's own row, in a dtype that does not round each addend
         with self.stages.stage("bring home"):
-            if not self._holds(loan):
-                raise DistplbError(
-                    f"the replicas of {loan.layer} were overwritten during its backward, so its gradients are wrong; "
-                    "pass keep=True, which holds the replicas of every step until its backward"
-                )
-            home = [_fresh(one, rows) for one, rows in zip(own, loan.home_rows, strict=True)]
             away = [
                 torch.zeros_like(rows) if one is None else one.contiguous()
                 for one, rows in zip(lent, loan.replica_rows, strict=True)
@@ -144,9 +156,14 @@ class Lender:
                 sends = [(rows[copy.slot], copy.peer) for copy in leaving for rows in away]
                 receives = [(rows[copy.nth % loan.num_slots], copy.peer) for copy in arriving for rows in scratch]
                 self.comm.start(sends, receives).wait()
-                for rows, arrived in zip(home, scratch, strict=True):
-                    _add(rows, arrived, arriving, loan.num_slots)
-        return home
+                for copy in arriving:
+                    for number_of_tensor, (rows, arrived) in enumerate(zip(home, scratch, strict=True)):
+                        at = number_of_tensor, copy.own
+                        if at not in totals:
+                            totals[at] = rows[copy.own].to(torch.promote_types(rows.dtype, torch.float32))
+                        totals[at] += arrived[copy.nth % loan.num_slots]
+            for (number_of_tensor, own), total in totals.items():
+                home[number_of_tensor][own] = total
 
     def _holds(self, loan: Loan) -> bool:
         return self.keep or self._held is loan or self._holds_for_recomputation(loan)
@@ -188,13 +205,12 @@ def lent(lender: Lender, loan: Loan, experts: Experts, rows: Tensor, home_rows: 
     lender.finish(loan)
     loan.is_computed = True
     if torch.is_grad_enabled():
-        loan.pending = {"rows"} if rows.requires_grad else set()
-        if any(one.requires_grad for one in home_rows):
-            loan.pending.add("weights")
+        needed = {"rows": rows.requires_grad, "weights": any(one.requires_grad for one in home_rows)}
+        loan.parts = frozenset(part for part, is_needed in needed.items() if is_needed)
     before: Tensor = _BeforeExperts.apply(rows, lender, loan)  # type: ignore[no-untyped-call]  # in torch's stubs
-    both = _Push.apply(lender, loan, *home_rows)  # type: ignore[no-untyped-call]
+    *both, tie = _Push.apply(lender, loan, *home_rows)  # type: ignore[no-untyped-call]
     after = experts(before, both[: len(home_rows)], both[len(home_rows) :])
-    computed: Tensor = _AfterExperts.apply(after, lender, loan)  # type: ignore[no-untyped-call]
+    computed: Tensor = _AfterExperts.apply(after, lender, loan, before, tie)  # type: ignore[no-untyped-call]
     return computed
 
 
@@ -205,57 +221,63 @@ class _BeforeExperts(torch.autograd.Function):
         return rows.view_as(rows)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         ctx.lender.leave(ctx.loan, "rows")
         return gradient, None, None
 
 
 class _AfterExperts(torch.autograd.Function):
+    """Tied to the other nodes, so that they run on all ranks, also where experts do not use what they get."""
+
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, lender: Lender, loan: Loan) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, lender: Lender, loan: Loan, before: Tensor, tie: Tensor) -> Tensor:
         ctx.lender, ctx.loan = lender, loan
         return rows.view_as(rows)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, Tensor]:
         ctx.lender.begin_backward(ctx.loan)
-        return gradient, None, None
+        return gradient, None, None, None, gradient.new_empty(0)
 
 
 class _Push(torch.autograd.Function):
-    """Home rows to own rows, which are the same memory, and replica rows, which the lender has pushed."""
+    """Home rows to own rows, which are the same memory, replica rows, which the lender has pushed, and the tie."""
 
     @staticmethod
     def forward(ctx: Any, lender: Lender, loan: Loan, *home_rows: Tensor) -> tuple[Tensor, ...]:
         ctx.lender, ctx.loan = lender, loan
         ctx.set_materialize_grads(False)
         replicas = (Buffer.alias(rows) for rows in loan.replica_rows)
-        return (*(rows.view_as(rows) for rows in home_rows), *replicas)
+        return (*(rows.view_as(rows) for rows in home_rows), *replicas, torch.empty(0, device=home_rows[0].device))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         number = len(gradients) // 2
-        own, lent = list(gradients[:number]), gradients[number:]
-        del gradients
-        home = ctx.lender.bring_home(ctx.loan, own, lent)
         ctx.lender.leave(ctx.loan, "weights")
+        home = _fresh([*gradients[:number], gradients[-1]], ctx.loan.home_rows)
+        ctx.lender.bring_home(ctx.loan, home, gradients[number:-1])
         return None, None, *home
 
 
-def _fresh(gradient: Tensor | None, like: Tensor) -> Tensor:
-    """A contiguous gradient that nobody else reads; zeros if this GPU's own experts had none."""
-    if gradient is None:
-        return torch.zeros_like(like)
-    return gradient if gradient.is_contiguous() and is_referred_to_once(gradient) else gradient.clone()
+def _fresh(gradients: list[Tensor | None], like: Sequence[Tensor]) -> list[Tensor]:
+    """Contiguous gradients that nobody else reads; zeros where this GPU's own experts had none.
 
-
-def _add(rows: Tensor, arrived: Tensor, copies: Sequence[Copy], num_slots: int) -> None:
-    """Add gradients that have arrived to their home's, in order; sums of low precision are rounded once."""
-    by_own: dict[int, list[int]] = {}
-    for copy in copies:
-        by_own.setdefault(copy.own, []).append(copy.nth % num_slots)
-    for own, places in by_own.items():
-        total = rows[own].to(torch.promote_types(rows.dtype, torch.float32))
-        for place in places:
-            total += arrived[place]
-        rows[own] = total
+    Args:
+        gradients: of the own rows, then that of the tie, which nobody else holds: a tensor to which more names refer in
+            Python than to this one is held by a hook or a function's workspace, and is copied.
+        like: the home rows.
+    """
+    fewest, found = sys.getrefcount(gradients[-1]), list[Tensor]()
+    for place, rows in enumerate(like):
+        is_held = sys.getrefcount(gradients[place]) != fewest
+        one, gradients[place] = gradients[place], None
+        if one is None:
+            found.append(torch.zeros_like(rows))
+        elif is_held or not one.is_contiguous() or not is_referred_to_once(one):
+            found.append(one.clone())
+        else:
+            found.append(one)
+    return found

@@ -17,9 +17,11 @@ class Quiet:
     >>> quiet = Quiet()
     >>> looks = []
     >>> for step in range(24):
-    ...     if quiet.looks():
+    ...     if quiet.looks:
     ...         looks.append(step)
     ...         quiet.note(is_trivial=True)
+    ...     else:
+    ...         quiet.skip()
     >>> looks
     [0, 1, 2, 3, 5, 9, 17]
     """
@@ -28,12 +30,14 @@ class Quiet:
         self._trivial = 0  # looks in a row that found nothing to do
         self._to_skip = 0
 
+    @property
     def looks(self) -> bool:
-        """Whether this step is looked at; called once in each step."""
-        if self._to_skip:
-            self._to_skip -= 1
-            return False
-        return True
+        """Whether the next step is looked at. A step that the ranks refuse changes nothing, so they stay alike."""
+        return not self._to_skip
+
+    def skip(self) -> None:
+        """Tell that all ranks have left a step out."""
+        self._to_skip -= 1
 
     def note(self, *, is_trivial: bool) -> None:
         """Tell what a look has found."""

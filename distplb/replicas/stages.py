@@ -7,12 +7,9 @@ from contextlib import contextmanager
 
 from distplb.comm.steps import StepComm
 from distplb.core.stages import Stages
-from distplb.errors import LostRanksError, in_stage
+from distplb.errors import DistplbError, in_stage
 
 __all__ = ["StepStages"]
-
-# What distplb refuses in these follows from the counts of all ranks, so all of them raise it and nobody waits.
-_ALIKE = ("count", "split")
 
 
 class StepStages:
@@ -32,14 +29,16 @@ class StepStages:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Time the block. Its errors are distplb's, and other ranks hear of them at once and not at their deadline."""
+        """Time the block. Its errors are distplb's; other ranks hear of those that they do not raise themselves.
+
+        They hear at once, not at their deadline. What distplb refuses, it refuses on all ranks alike: nobody waits, and
+        the ranks may go on, so a report would only end a later wait.
+        """
         try:
             with self._stages.stage(name):
                 yield
-        except LostRanksError:
+        except DistplbError:
             raise
         except Exception as error:
-            ours = in_stage(name, error)
-            if ours is not error or name not in _ALIKE:
-                self._comm.tell(ours)
-            raise ours from (None if ours is error else error)
+            self._comm.tell(error)
+            raise in_stage(name, error) from error

@@ -6,7 +6,7 @@ Shapes: N tokens of this rank, K experts of each token, P slots, M GPUs, G own a
 from __future__ import annotations
 
 import math
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,7 +21,15 @@ from distplb.core.price import TimeCurve
 from distplb.core.private_names import is_in_backward
 from distplb.core.topology import Topology
 from distplb.errors import DistplbError
-from distplb.replicas.count import Row, checked_counts, checked_swap, counts_of, marked_as_skipped, name_digest
+from distplb.replicas.count import (
+    Row,
+    checked_counts,
+    checked_swap,
+    counts_of,
+    marked_as_skipped,
+    name_digest,
+    refuse_weights,
+)
 from distplb.replicas.lend import Experts, Lender, Loan, lent
 from distplb.replicas.pushes import Pushes
 from distplb.replicas.quiet import Quiet
@@ -154,8 +162,8 @@ class StepBalancer:
         self._layers: dict[int, Hashable] = {}  # names by digest
         self._quiet: defaultdict[Hashable, Quiet] = defaultdict(Quiet)
         # Digests of what forwards counted: of all ranks, and of this rank alone in steps that were not looked at.
-        self._seen, self._skipped = (defaultdict[Hashable, deque[int]](_remembered) for _ in range(2))
-        self._shapes: dict[Hashable, list[tuple[torch.Size, torch.dtype]]] = {}
+        self._seen, self._skipped = (defaultdict[Hashable, _Calls](_Calls) for _ in range(2))
+        self._shapes = defaultdict[Hashable, set[tuple[tuple[torch.Size, torch.dtype], ...]]](set)  # agreed on
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -191,15 +199,16 @@ class StepBalancer:
             if again:
                 row = self._row_of_recomputation(layer, row)
             elif not self._looks(layer):
-                self._skipped[layer].append(_digest_of(counts_of(row)))
                 received = checked_swap(self._comm, row, self._layers)
+                self._quiet[layer].skip()
+                self._skipped[layer].note(_digest_of(counts_of(row)), self._calls)
                 sent = counts_of(row).view(-1, self._num_own).cpu()
                 return self._at_home(layer, None, expert_of_token, sent, received)
             counts, skipped = checked_counts(self._comm, row, self._layers)
         with self._stages.stage("split"):
             found = self._found_again(layer, counts, skipped) if again else self._split(counts)
             if not again:
-                self._seen[layer].append(_digest_of(counts))
+                self._seen[layer].note(_digest_of(counts), self._calls)
                 self._quiet[layer].note(is_trivial=found is not None and found.is_trivial)
             if found is None or found.is_trivial:
                 gpu, own = self._comm.rank, self._num_own
@@ -220,7 +229,7 @@ class StepBalancer:
         """
         if step.loan is not None:
             with self._stages.stage("push"):
-                self._agree_on_shapes(step.layer, home_rows)
+                self._agree_on_weights(step.layer, home_rows)
                 self._lender.start(step.loan, home_rows)
 
     def compute(self, step: Dispatch, experts: Experts, rows: Tensor, *home_rows: Tensor) -> Tensor:
@@ -252,18 +261,19 @@ class StepBalancer:
         return split(counts, self._home, topology=self._topology, **self._options)
 
     def _looks(self, layer: Hashable) -> bool:
-        return self._options["max_tokens_per_gpu"] is not None or self._quiet[layer].looks()
+        return self._options["max_tokens_per_gpu"] is not None or self._quiet[layer].looks
 
     def _row_of_recomputation(self, layer: Hashable, row: Tensor) -> Tensor:
         """The row, with the mark that this rank may have skipped the step."""
-        return marked_as_skipped(row) if _digest_of(counts_of(row)) in self._skipped[layer] else row
+        return marked_as_skipped(row, self._skipped[layer].last(_digest_of(counts_of(row))))
 
-    def _found_again(self, layer: Hashable, counts: Tensor, skipped: bool) -> Split | None:
-        """What the forward decided for these counts; None if all ranks skipped it."""
-        if _digest_of(counts) in self._seen[layer]:
-            return self._split(counts)
-        if skipped:
+    def _found_again(self, layer: Hashable, counts: Tensor, skipped: int) -> Split | None:
+        """What the last forward with these counts decided; None if all ranks skipped it."""
+        seen = self._seen[layer].last(_digest_of(counts))
+        if skipped > seen:
             return None
+        if seen:
+            return self._split(counts)
         raise DistplbError(
             f"the router of layer {shown(layer)} chose other experts in the recomputation than in the forward; make "
             "the router deterministic, or exclude it from recomputation"
@@ -276,31 +286,33 @@ class StepBalancer:
         exchange = Exchange(torch.cat([send, empty], 1), torch.cat([receive, empty], 1))
         return Dispatch(layer, found, exchange, own_slots(expert_of_token, self._num_own, self._num_replicas))
 
-    def _agree_on_shapes(self, layer: Hashable, home_rows: Sequence[Tensor]) -> None:
-        """Check the weights: on the first push of a layer among all ranks, later against those of the first."""
-        shapes = [(rows.shape, rows.dtype) for rows in home_rows]
-        for rows in home_rows:
-            if rows.dim() < 1 or len(rows) != self._num_own or not rows.is_contiguous():
-                raise DistplbError(
-                    f"layer {shown(layer)} has {shown(rows)} of shape {list(rows.shape)} as weights; pass contiguous "
-                    f"local tensors with a row for each of {self._num_own} own slots, such as DTensor.to_local()"
-                )
-        if self._shapes.get(layer) == shapes:
+    def _agree_on_weights(self, layer: Hashable, home_rows: Sequence[Tensor]) -> None:
+        """Compare weights among all ranks, the first time that a layer pushes some of these shapes and dtypes."""
+        tensors = [rows for rows in home_rows if isinstance(rows, Tensor) and rows.is_contiguous()]
+        shapes = tuple((rows.shape, rows.dtype) for rows in tensors)
+        if len(tensors) == len(home_rows) and shapes in self._shapes[layer]:
             return
-        mine = digest(repr(shapes).encode())
-        found = self._comm.all_gather(torch.tensor([mine], device=self._comm.device))[:, 0].tolist()
-        others = [rank for rank, one in enumerate(found) if one != found[0]]
-        if others:
-            raise DistplbError(
-                f"rank {others[0]} has weights of other shapes or dtypes in layer {shown(layer)} than rank 0; pass the "
-                "same weights on all ranks"
-            )
-        self._shapes[layer] = shapes
+        head = Row(self._calls, name_digest(layer), self._digest, is_in_backward())
+        row = head.of_weights(home_rows, self._num_slots, self._num_own)
+        refuse_weights(self._comm, row, self._num_own, self._layers)
+        self._shapes[layer].add(shapes)
 
 
 def _digest_of(values: Tensor) -> int:
     return digest(values.cpu().numpy().tobytes())
 
 
-def _remembered() -> deque[int]:
-    return deque(maxlen=_REMEMBERED)
+class _Calls:
+    """The last dispatch of each digest, as far as the memory reaches."""
+
+    def __init__(self) -> None:
+        self._last: dict[int, int] = {}  # oldest first
+
+    def note(self, found: int, call: int) -> None:
+        self._last.pop(found, None)
+        self._last[found] = call
+        if len(self._last) > _REMEMBERED:
+            del self._last[next(iter(self._last))]
+
+    def last(self, found: int) -> int:
+        return self._last.get(found, 0)

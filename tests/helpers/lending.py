@@ -15,7 +15,7 @@ from torch import Tensor
 
 from distplb.replicas.step_balancer import Dispatch, StepBalancer
 
-__all__ = ["Step", "draw_step", "expert", "moe", "moe_after", "oracle", "order_by_slot", "run_slots"]
+__all__ = ["Step", "draw_step", "expert", "moe", "moe_after", "oracle", "order_by_slot", "received", "run_slots"]
 
 Group = dist.ProcessGroup | None
 
@@ -56,26 +56,31 @@ class _AllToAll(torch.autograd.Function):
 
 
 def moe(balancer: StepBalancer, layer: str, step: Step, weights: Sequence[Tensor], group: Group = None) -> Tensor:
-    """`[N, D]`: dispatch to physical slots, compute, combine."""
+    """`[N, D]`: dispatch to physical slots, compute, combine; any number of weights, as `expert` takes them."""
     found = balancer.dispatch(layer, step.ids)
     return moe_after(balancer, found, step, weights, group)
 
 
 def moe_after(balancer: StepBalancer, found: Dispatch, step: Step, weights: Any, group: Group = None) -> Tensor:
     """The same for a step that is dispatched."""
-    slot = found.slot_of_token.flatten()
-    order = slot.argsort(stable=True)
-    rows = step.x.repeat_interleave(step.ids.shape[1], 0)[order]
-    exchange = found.exchange
-    rows = _AllToAll.apply(rows, exchange.send_sizes, exchange.receive_sizes, group)
-    by_slot = order_by_slot(found.receive)
+    exchange, order = found.exchange, found.slot_of_token.flatten().argsort(stable=True)
     rows = balancer.compute(
-        found, lambda r, own, away: run_slots(r, own, away, exchange.tokens_of_slot), rows[by_slot], *weights
+        found,
+        lambda rows, own, away: run_slots(rows, own, away, exchange.tokens_of_slot),
+        received(found, step.x.repeat_interleave(step.ids.shape[1], 0), group),
+        *weights,
     )
-    rows = rows[by_slot.argsort()]
+    rows = rows[order_by_slot(found.receive).argsort()]
     rows = _AllToAll.apply(rows, exchange.receive_sizes, exchange.send_sizes, group)
     back = torch.empty_like(rows).index_copy(0, order, rows).view(*step.ids.shape, rows.shape[1])
     return (back * step.gate.unsqueeze(-1)).sum(1)
+
+
+def received(found: Dispatch, rows: Tensor, group: Group = None) -> Tensor:
+    """`[X, D]` in the order of slots, from the rows `[N * K, D]` that this rank sends to `slot_of_token`."""
+    rows = rows[found.slot_of_token.flatten().argsort(stable=True)]
+    rows = _AllToAll.apply(rows, found.exchange.send_sizes, found.exchange.receive_sizes, group)
+    return rows[order_by_slot(found.receive)]
 
 
 def order_by_slot(receive: Tensor) -> Tensor:
@@ -86,11 +91,7 @@ def order_by_slot(receive: Tensor) -> Tensor:
 
 def run_slots(rows: Tensor, own: Sequence[Tensor], replicas: Sequence[Tensor], tokens: list[int]) -> Tensor:
     """Each slot's expert on its rows: own slots, then replicas; a step without replicas has tokens for none."""
-    per_slot = [
-        one
-        for pair in zip(*(_unbound(a, b) for a, b in zip(own, replicas, strict=True)), strict=True)
-        for one in [pair]
-    ]
+    per_slot = zip(*(_unbound(a, b) for a, b in zip(own, replicas, strict=True)), strict=True)
     parts = rows.split(tokens)
     return torch.cat([expert(part, *weights) for part, weights in zip(parts, per_slot, strict=False)])
 
@@ -99,17 +100,20 @@ def _unbound(own: Tensor, replicas: Tensor) -> list[Tensor]:
     return [*own.unbind(), *replicas.unbind()]
 
 
-def expert(rows: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
-    """[X, D], [D, H], [H, D] -> [X, D]."""
-    return torch.nn.functional.gelu(rows @ w_in) @ w_out
+def expert(rows: Tensor, w_in: Tensor, *more: Tensor) -> Tensor:
+    """[X, D], [D, H] and, if there are more, [H, D], and a bias [D] -> [X, D]; weights of any dtype."""
+    found = torch.nn.functional.gelu(rows @ w_in.to(rows.dtype))
+    for number, weight in enumerate(more):
+        found = found + weight.to(rows.dtype) if number else found @ weight.to(rows.dtype)
+    return found
 
 
-def oracle(step: Step, w_in: Tensor, w_out: Tensor) -> Tensor:
-    """`[N, D]`: the same in one process, from all weights `[P, D, H]` and `[P, H, D]`."""
+def oracle(step: Step, *weights: Tensor) -> Tensor:
+    """`[N, D]`: the same in one process, from all weights `[P, D, H]` and so on."""
     k = step.ids.shape[1]
     rows, ids = step.x.repeat_interleave(k, 0), step.ids.flatten()
     found = rows.new_zeros(rows.shape)
-    for one in range(len(w_in)):
+    for one in range(len(weights[0])):
         at = (ids == one).nonzero().flatten()
-        found = found.index_add(0, at, expert(rows[at], w_in[one], w_out[one]))
+        found = found.index_add(0, at, expert(rows[at], *(weight[one] for weight in weights)))
     return (found.view(*step.ids.shape, rows.shape[1]) * step.gate.unsqueeze(-1)).sum(1)
