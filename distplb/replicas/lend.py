@@ -24,7 +24,7 @@ from torch import Tensor
 
 from distplb.comm.base import Message
 from distplb.comm.steps import StepComm, Transfer
-from distplb.core.private_names import backward_number, is_referred_to_once
+from distplb.core.private_names import backward_number, is_referred_to_once, unseen_by_modes
 from distplb.errors import DistplbError
 from distplb.replicas.buffer import Buffer
 from distplb.replicas.pushes import Copy, Pushes
@@ -197,7 +197,7 @@ class _BeforeExperts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, lender: Lender, loan: Loan) -> Tensor:
         ctx.lender, ctx.loan = lender, loan
-        return rows.view_as(rows)
+        return _same(rows)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
@@ -209,7 +209,7 @@ class _AfterExperts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, lender: Lender, loan: Loan) -> Tensor:
         ctx.lender, ctx.loan = lender, loan
-        return rows.view_as(rows)
+        return _same(rows)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
@@ -224,8 +224,9 @@ class _Push(torch.autograd.Function):
     def forward(ctx: Any, lender: Lender, loan: Loan, *home_rows: Tensor) -> tuple[Tensor, ...]:
         ctx.lender, ctx.loan = lender, loan
         ctx.set_materialize_grads(False)
-        replicas = (Buffer.alias(rows) for rows in loan.replica_rows)
-        return (*(rows.view_as(rows) for rows in home_rows), *replicas)
+        with unseen_by_modes():  # selective recomputation would keep what was in the memory
+            replicas = [Buffer.alias(rows) for rows in loan.replica_rows]
+        return (*map(_same, home_rows), *replicas)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -235,6 +236,13 @@ class _Push(torch.autograd.Function):
         home = ctx.lender.bring_home(ctx.loan, own, lent)
         ctx.lender.leave(ctx.loan, "weights")
         return None, None, *home
+
+
+def _same(rows: Tensor) -> Tensor:
+    """What a function returns that changes nothing: no view, so that the caller may change it in place as if there
+    were no function; autograd still notices when what an expert keeps for its backward is changed so.
+    """
+    return rows.detach()
 
 
 def _fresh(gradient: Tensor | None, like: Tensor) -> Tensor:

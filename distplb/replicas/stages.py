@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from distplb.comm.steps import StepComm
+from distplb.core.private_names import unseen_by_modes
 from distplb.core.stages import Stages
 from distplb.errors import LostRanksError, in_stage
 
@@ -29,9 +30,12 @@ class StepStages:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Time the block. Its errors are distplb's, and other ranks hear of them at once and not at their deadline."""
+        """Time the block. Its errors are distplb's, and other ranks hear of them at once and not at their deadline.
+
+        Selective recomputation does not see its operations, which differ between a forward and its recomputation.
+        """
         try:
-            with self._stages.stage(name):
+            with self._stages.stage(name), unseen_by_modes():
                 yield
         except LostRanksError:
             raise

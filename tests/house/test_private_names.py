@@ -26,6 +26,8 @@ SOURCES = {str(path.relative_to(PACKAGE)): ast.parse(path.read_text()) for path 
 # Each name's module, and what distplb needs it for. Those of FSDP2 are in tests/migrate/test_fsdp2.py.
 NAMES = {
     ("torch._C", "_current_graph_task_id"): "to tell recomputations from forwards (LoadWindow.add)",
+    ("torch._C", "_len_torch_dispatch_stack"): "to tell whether an operation is seen (StepBalancer)",
+    ("torch.utils._python_dispatch", "_disable_current_modes"): "for selective recomputation (StepBalancer)",
     ("torch._dynamo", "graph_break"): "to move a window to the device of a compiled forward (LoadWindow.add)",
     (
         "torch.nn",
