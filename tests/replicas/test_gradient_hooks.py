@@ -9,7 +9,7 @@ Shapes: G own slots of a rank.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 from unittest.mock import patch
 
@@ -84,28 +84,31 @@ def local(gradient: Any) -> Tensor:
     return found
 
 
-def gradients_seen(run: Run, hooks: str) -> tuple[Seen, float]:
-    """All that hooks saw in a few iterations, by name, and the share of steps with replicas."""
-    training, seen, in_fsdp = Training(run), Seen(), Seen()
-    if hooks == "users":
-        seen_by_users(training, seen)
-    elif not training.world.is_fsdp:
-        seen_by_ddp(training, seen)
-    with seen_by_fsdp(in_fsdp):
+def gradients_seen(run: Run) -> tuple[dict[str, Seen], float]:
+    """By kind of hook, all that it saw in a few iterations, by name; and the share of steps with replicas."""
+    training, reduced, by_users = Training(run), Seen(), Seen()
+    seen_by_users(training, by_users)
+    if not training.world.is_fsdp:
+        seen_by_ddp(training, reduced)
+    with seen_by_fsdp(reduced) if training.world.is_fsdp else nullcontext():
         for _ in range(ITERATIONS):
             training.iterate(lambda: poison(training))
-    if hooks == "reduction" and training.world.is_fsdp:
-        seen = in_fsdp
-    return sorted(seen, key=lambda each: each[0]), training.result().lent
+    seen = {"reduced": reduced, "by users": by_users}
+    return {kind: sorted(each, key=lambda one: one[0]) for kind, each in seen.items()}, training.result().lent
 
 
-def hooks_compared(sharding: str, hooks: str) -> tuple[float, float, int, float]:
-    """How far what hooks see is from the run without replicas, and with one gradient left behind; how often; share."""
-    plain, _ = gradients_seen(Run(sharding, "none", 2, replicas=False), hooks)
-    lent, share = gradients_seen(Run(sharding, "full", 2), hooks)
+def hooks_compared(sharding: str) -> tuple[dict[str, tuple[float, float, int]], float]:
+    """By kind of hook: how far what it sees is from the run without replicas, the same with one gradient left behind,
+    and how often it runs. And the share of steps with replicas.
+    """
+    plain, _ = gradients_seen(Run(sharding, "none", 2, replicas=False))
+    lent, share = gradients_seen(Run(sharding, "full", 2))
     with one_left_behind():
-        broken, _ = gradients_seen(Run(sharding, "full", 2), hooks)
-    return differ(plain, lent), differ(plain, broken), len(plain), share
+        broken, _ = gradients_seen(Run(sharding, "full", 2))
+    kinds = {
+        kind: (differ(plain[kind], lent[kind]), differ(plain[kind], broken[kind]), len(plain[kind])) for kind in plain
+    }
+    return kinds, share
 
 
 def differ(one: Seen, other: Seen) -> float:
@@ -113,15 +116,16 @@ def differ(one: Seen, other: Seen) -> float:
     return max(relative(a, b) for (_, a), (_, b) in zip(one, other, strict=True))
 
 
-@pytest.mark.parametrize("hooks", ["reduction", "users"])
 @pytest.mark.parametrize("sharding", SHARDINGS)
-def test_hooks_see_the_whole_gradient_of_a_home(sharding: str, hooks: str) -> None:
-    found = on_ranks(4, hooks_compared, sharding, hooks)
-    for same, _, times, share in found:
-        assert times >= 4 * ITERATIONS  # two tensors of two layers
+def test_hooks_see_the_whole_gradient_of_a_home(sharding: str) -> None:
+    found = on_ranks(4, hooks_compared, sharding)
+    for kinds, share in found:
         assert share > 0.5
-        assert same <= 1e-12
-    assert max(broken for _, broken, _, _ in found) > 1e-3  # one rank has left it behind, and its copies
+        for same, _, times in kinds.values():
+            assert times >= 4 * ITERATIONS  # two tensors of two layers
+            assert same <= 1e-12
+    for kind in ("reduced", "by users"):
+        assert max(kinds[kind][1] for kinds, _ in found) > 1e-3  # where the gradient was left behind
 
 
 # --- what must show in a comparison -------------------------------------------------------------------------------
