@@ -7,10 +7,12 @@ what depends on it.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _python_dispatch
 
 __all__ = [
     "backward_number",
@@ -20,6 +22,7 @@ __all__ = [
     "is_of_compiled_graph",
     "is_referred_to_once",
     "leaves",
+    "unseen_by_modes",
 ]
 
 
@@ -59,3 +62,14 @@ def forward_pre_hooks(module: nn.Module) -> list[Any]:
 def leaves(value: Any) -> list[Any]:
     """All leaves of nested containers: `torch.utils._pytree.tree_leaves`."""
     return torch.utils._pytree.tree_leaves(value)
+
+
+def unseen_by_modes() -> AbstractContextManager[Any]:
+    """A block whose operations no dispatch mode of the caller sees, such as that of selective recomputation.
+
+    `torch.utils._python_dispatch._disable_current_modes`; `torch._C._len_torch_dispatch_stack`, because it takes time.
+    """
+    if not torch._C._len_torch_dispatch_stack():
+        return nullcontext()
+    context: AbstractContextManager[Any] = _python_dispatch._disable_current_modes()
+    return context

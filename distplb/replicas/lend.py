@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 
 from distplb.comm.base import Message
 from distplb.comm.steps import StepComm, Transfer
-from distplb.core.private_names import backward_number, is_referred_to_once
+from distplb.core.private_names import backward_number, is_referred_to_once, unseen_by_modes
 from distplb.errors import DistplbError
 from distplb.replicas.buffer import Buffer
 from distplb.replicas.pushes import Pushes
@@ -218,7 +218,7 @@ class _BeforeExperts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, lender: Lender, loan: Loan) -> Tensor:
         ctx.lender, ctx.loan = lender, loan
-        return rows.view_as(rows)
+        return _same(rows)
 
     @staticmethod
     @once_differentiable
@@ -233,7 +233,7 @@ class _AfterExperts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, lender: Lender, loan: Loan, before: Tensor, tie: Tensor) -> Tensor:
         ctx.lender, ctx.loan = lender, loan
-        return rows.view_as(rows)
+        return _same(rows)
 
     @staticmethod
     @once_differentiable
@@ -249,8 +249,9 @@ class _Push(torch.autograd.Function):
     def forward(ctx: Any, lender: Lender, loan: Loan, *home_rows: Tensor) -> tuple[Tensor, ...]:
         ctx.lender, ctx.loan = lender, loan
         ctx.set_materialize_grads(False)
-        replicas = (Buffer.alias(rows) for rows in loan.replica_rows)
-        return (*(rows.view_as(rows) for rows in home_rows), *replicas, torch.empty(0, device=home_rows[0].device))
+        with unseen_by_modes():  # selective recomputation would keep what was in the memory
+            replicas = [Buffer.alias(rows) for rows in loan.replica_rows]
+        return (*map(_same, home_rows), *replicas, home_rows[0].new_empty(0))
 
     @staticmethod
     @once_differentiable
@@ -260,6 +261,13 @@ class _Push(torch.autograd.Function):
         home = _fresh([*gradients[:number], gradients[-1]], ctx.loan.home_rows)
         ctx.lender.bring_home(ctx.loan, home, gradients[number:-1])
         return None, None, *home
+
+
+def _same(rows: Tensor) -> Tensor:
+    """What a function returns that changes nothing: no view, so that the caller may change it in place as if there
+    were no function; autograd still notices when what an expert keeps for its backward is changed so.
+    """
+    return rows.detach()
 
 
 def _fresh(gradients: list[Tensor | None], like: Sequence[Tensor]) -> list[Tensor]:

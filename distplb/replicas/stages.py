@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from distplb.comm.steps import StepComm
+from distplb.core.private_names import unseen_by_modes
 from distplb.core.stages import Stages
 from distplb.errors import DistplbError, in_stage
 
@@ -33,9 +34,11 @@ class StepStages:
 
         They hear at once, not at their deadline. What distplb refuses, it refuses on all ranks alike: nobody waits, and
         the ranks may go on, so a report would only end a later wait.
+
+        Selective recomputation does not see its operations, which differ between a forward and its recomputation.
         """
         try:
-            with self._stages.stage(name):
+            with self._stages.stage(name), unseen_by_modes():
                 yield
         except DistplbError:
             raise
