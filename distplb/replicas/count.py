@@ -61,13 +61,13 @@ class Row:
         if kind == _RIGHT:
             assert isinstance(expert_of_token, Tensor)
             ids = expert_of_token.flatten().to(torch.int64)
-            is_valid = (ids >= 0) & (ids < num_slots)
-            found = torch.zeros(num_slots + 1, dtype=torch.int64, device=device)  # the last one is for invalid ids
-            found.scatter_add_(0, ids.where(is_valid, num_slots), torch.ones_like(ids))
-            row[_HEADER:] = found[:num_slots]
-            row[_INVALID] = found[num_slots]
+            found = torch.zeros(num_slots + 2, dtype=torch.int64, device=device)  # first and last for invalid ids
+            found.scatter_add_(0, ids.clamp(-1, num_slots).add_(1), torch.ones_like(ids))
+            row[_HEADER:] = found[1:-1]
+            row[_INVALID] = found[0] + found[-1]
             if len(ids):
-                row[_EXAMPLE] = ids.gather(0, is_valid.to(torch.uint8).argmin(keepdim=True))[0]
+                least, most = ids.aminmax()
+                row[_EXAMPLE] = least.where(least < 0, most)
         head = torch.tensor([self.call, self.layer, self.options, self.backward, False, kind], device="cpu")
         row[: len(head)] = head.to(device, non_blocking=True)
         return row
