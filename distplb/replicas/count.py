@@ -99,7 +99,7 @@ def checked_counts(comm: StepComm, row: Tensor, layers: Mapping[int, Hashable]) 
     """
     rows = comm.all_gather(row)
     _refuse(rows[:, :_HEADER], rows.shape[1] - _HEADER, layers)
-    return rows[:, _HEADER:].contiguous(), bool(rows[:, _SKIPPED].all())
+    return rows[:, _HEADER:].contiguous(), bool(rows.numpy()[:, _SKIPPED].all())
 
 
 def checked_swap(comm: StepComm, row: Tensor, layers: Mapping[int, Hashable]) -> Tensor:
@@ -128,8 +128,17 @@ def _kind(value: object, device: torch.device) -> int:
     return _RIGHT if value.device.type == device.type else _NO_DEVICE
 
 
+def _is_fine(rows: Tensor) -> bool:
+    """Whether there is nothing to refuse; short, because this runs in every step."""
+    headers = rows.numpy()
+    alike = headers[:, [_CALL, _LAYER, _OPTIONS, _BACKWARD]]
+    return bool((alike == alike[0]).all()) and not headers[:, [_KIND, _INVALID]].any()
+
+
 def _refuse(rows: Tensor, num_slots: int, layers: Mapping[int, Hashable]) -> None:
     """Check the headers `[M, 8]` of all ranks, which every rank has."""
+    if _is_fine(rows):
+        return
     what = {_OPTIONS: "the options of the StepBalancer", _LAYER: "the layer", _CALL: "the step"}
     for column, name in what.items():
         others = rows[:, column].ne(rows[0, column]).nonzero().flatten().tolist()
