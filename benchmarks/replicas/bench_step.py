@@ -259,7 +259,7 @@ def uneven_part(results: list[dict[str, Any]]) -> list[str]:
     return [
         "## Uneven counts",
         "Two layers, one after the other. Imbalance is busiest GPU / mean GPU; `replicas` and `MB` are those of one "
-        "push of one layer. Only the first layer is pushed again, because the backward of the second one comes at once. The "
+        "push of one layer. Only the first layer is pushed again, as the backward of the second one comes at once. The "
         "gradients that come home are as many bytes. Tokens/s are those of both ranks through both layers.",
         markdown([*names, "tokens/s without", "tokens/s with", "gain"], lines),
         "Milliseconds of the host in each stage, for a layer and step, mean over layers, steps and ranks; waiting for "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -12,6 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from jobs import FREE
+from lending import draw_step, oracle
+from pages import ROOT, blocks
 from ranks import on_ranks
 from torch import Tensor
 from training_runs import EXPERTS, SEQUENCE, batch, furthest
@@ -21,7 +22,7 @@ from distplb.comm.torchdist import TorchComm
 from distplb.replicas import lend
 from distplb.replicas.step_balancer import StepBalancer
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+sys.path.insert(0, str(ROOT / "examples"))
 
 LAYERS, ITERATIONS, EVERY = 2, 10, 3
 TOLERANCE = 1e-10
@@ -210,3 +211,43 @@ def test_the_experts_times_leave_out_what_replicas_send() -> None:
     """So that they compare what ranks compute, with replicas as without."""
     expected = ["pushed again", "backward_begins", "backward_ends", "brought home"]
     assert on_ranks(2, order_of_events) == [expected] * 2
+
+
+# --- the page's function ------------------------------------------------------------------------------------------
+
+
+def of_the_page() -> tuple[float, int]:
+    """How far output and gradients of the page's function are from those of one process; replicas of its steps."""
+    rank, ranks, found, lent = dist.get_rank(), dist.get_world_size(), [0.0], 0
+    own = slice(rank * EXPERTS // ranks, (rank + 1) * EXPERTS // ranks)
+    names = {"distplb": distplb, "group": dist.group.WORLD, "num_nodes": 1, "gpus_per_node": ranks}
+    exec(blocks(ROOT / "docs" / "replicas.md", "python")[0], names)
+    kinds = {"experts": EXPERTS, "hot": 30.0, "most_tokens": 40, "dim": 6, "dtype": torch.float64}
+    for seed in range(4):
+        generator = torch.Generator().manual_seed(seed)
+        shapes = ((EXPERTS, 6, 10), (EXPERTS, 10, 6))
+        everything = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+        mine = [weight[own].clone().requires_grad_() for weight in everything]
+        for weight in everything:
+            weight.requires_grad_()
+        steps = [draw_step(seed, one, **kinds) for one in range(ranks)]
+        outputs = [oracle(step, *everything) for step in steps]
+        torch.cat(outputs).square().sum().backward()
+        step = steps[rank]
+        output = names["moe"]("layer", step.x, step.ids, step.gate, *mine)
+        output.square().sum().backward()
+        lent += not names["balancer"].dispatch("layer", step.ids).is_trivial
+        output, expected = output.detach(), outputs[rank].detach()
+        found.append(float((output - expected).abs().max() / expected.abs().max()) if len(output) else 0.0)
+        for weight, all_of_it in zip(mine, everything, strict=True):
+            assert weight.grad is not None
+            assert all_of_it.grad is not None
+            found.append(float((weight.grad - all_of_it.grad[own]).abs().max() / all_of_it.grad.abs().max()))
+    return max(found), lent
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_function_on_the_page_computes_what_one_process_computes(ranks: int) -> None:
+    for difference, lent in on_ranks(ranks, of_the_page):
+        assert difference <= TOLERANCE
+        assert lent >= 3 * (ranks > 1)
