@@ -6,24 +6,29 @@
 
 Attention, norms, embeddings and routers are replicated (data-parallel); experts are not (expert-parallel): each
 rank holds G = E / M of them, and tokens travel to their experts and back by `all_to_all_single`. The model is the
-same for any number of ranks: weights depend on the seed and on the expert, not on the rank that holds it.
+same for any number of ranks: weights depend on the seed and on the expert, not on the rank that holds it. With a
+`StepBalancer`, ranks also hold replicas of hot experts for one step, and the model is still the same.
 
-Shapes: B batch, S sequence, N = B * S tokens of this rank, R rows received by this rank, K top-k, L layers,
-E experts, M GPUs (ranks), G slots per GPU, D dim, H ffn.
+Shapes: B batch, S sequence, N = B * S tokens of this rank, X rows received by this rank, K top-k, L layers,
+E experts, M GPUs (ranks), G slots per GPU, R replica slots per GPU (0 without a balancer), D dim, H ffn.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from distplb.replicas.step_balancer import StepBalancer
 
 VOCAB = 256  # bytes
 ROWS = 128  # rows that an expert computes at a time
@@ -75,7 +80,7 @@ def exchange(rows: Tensor, send: list[int], receive: list[int], group: Group) ->
 
 
 def expert(rows: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
-    """Compute one expert on its rows, ROWS at a time: [R, D], [D, H], [H, D] -> [R, D].
+    """Compute one expert on its rows, ROWS at a time: [X, D], [D, H], [H, D] -> [X, D].
 
     All hidden rows of a hot expert at once would not fit the cache, and each of its tokens would cost more.
     """
@@ -88,14 +93,17 @@ class MoE(nn.Module):
     A rebalancer moves rows (dim 0) of w_in and w_out between ranks. Either it permutes the rows of the router and of
     its bias in the same way on all ranks, so that expert i of the router stays on rank i // G and the table does not
     change; or it leaves the router alone and writes each expert's new slot into the table.
+
+    A balancer decides in every step which rank computes which tokens, and lends ranks replicas of hot experts. `name`
+    is what it calls this layer.
     """
 
     expert_bias: Tensor
     slot_of_expert: Tensor
 
-    def __init__(self, config: Config, group: Group) -> None:
+    def __init__(self, config: Config, group: Group, balancer: StepBalancer | None = None, name: str = "moe") -> None:
         super().__init__()
-        self.config, self.group = config, group
+        self.config, self.group, self.balancer, self.name = config, group, balancer, name
         self.num_gpus = 1 if group is None else dist.get_world_size(group)
         if config.experts % self.num_gpus:
             raise ValueError(f"{config.experts} experts cannot be divided evenly over {self.num_gpus} ranks")
@@ -110,31 +118,42 @@ class MoE(nn.Module):
         self.forward_seconds, self.backward_seconds, self.tokens_received = 0.0, 0.0, 0
 
     def forward(self, x: Tensor) -> Tensor:  # [B, S, D] -> [B, S, D]
-        K, G, M = self.config.top_k, self.num_slots, self.num_gpus
+        K = self.config.top_k
         tokens = x.flatten(0, 1)  # [N, D]
         expert, gate = self.route(tokens)  # [N, K], [N, K]
         self.counts = expert.flatten().bincount(minlength=self.config.experts)  # [E]
         if self.on_counts is not None:
             self.on_counts(self.counts)
 
-        # Sorting by slot also sorts by rank, because rank m holds slots m * G to (m + 1) * G - 1.
-        slot = self.slot_of_expert[expert].flatten()  # [N * K]
-        order = slot.argsort(stable=True)
+        slot = self.slot_of_expert[expert]  # [N, K]
+        if self.balancer is None:
+            sent, received = self.count(slot)  # [M, G], [M, G]
+        else:  # physical slots: each rank has its G own ones, then R for replicas
+            step = self.balancer.dispatch(self.name, slot)
+            slot, sent, received = step.slot_of_token, step.send, step.receive  # [N, K], [M, G + R], [M, G + R]
+        # Sorting by slot also sorts by rank, because the slots of a rank are consecutive.
+        order = slot.flatten().argsort(stable=True)
         rows = tokens.repeat_interleave(K, dim=0).index_select(0, order)  # [N * K, D]
-        even = [G] * M
-        by_slot = slot.bincount(minlength=G * M)
-        sent = by_slot.view(M, G)
-        received = exchange(by_slot, even, even, self.group).view(M, G)  # from each rank, for each slot
         send, receive = sent.sum(1).tolist(), received.sum(1).tolist()
 
-        rows = all_to_all(rows, send, receive, self.group)  # [R, D]
-        rows = self.run_experts(rows, received)  # [R, D]
+        rows = all_to_all(rows, send, receive, self.group)  # [X, D]
+        if self.balancer is None:
+            rows = self.run_experts(rows, received)  # [X, D]
+        else:
+            run = partial(self.run_slots, received)
+            rows = self.balancer.compute(step, run, rows, self.w_in, self.w_out)  # [X, D]
         rows = all_to_all(rows, receive, send, self.group)  # [N * K, D]
 
         # Back to the tokens' order, so that sums over K do not depend on where the experts are.
         back = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=x.device))
         outputs = rows.index_select(0, back).view(-1, K, self.config.dim)  # [N, K, D]
         return (outputs * gate.unsqueeze(-1)).sum(1).view_as(x)
+
+    def count(self, slot: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens that this rank sends to each slot, and receives from each rank for each own slot: [M, G], [M, G]."""
+        G, M = self.num_slots, self.num_gpus
+        sent = slot.flatten().bincount(minlength=M * G)
+        return sent.view(M, G), exchange(sent, [G] * M, [G] * M, self.group).view(M, G)
 
     def route(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Choose K experts for each token, and the gates that weight their outputs: [N, D] -> [N, K], [N, K]."""
@@ -148,15 +167,28 @@ class MoE(nn.Module):
         return expert, gate / gate.sum(dim=1, keepdim=True)
 
     def run_experts(self, rows: Tensor, received: Tensor) -> Tensor:
-        """Run this rank's experts on the rows sent to it, and time them: [R, D], [M, G] -> [R, D]."""
+        """Run this rank's experts on the rows sent to it: [X, D], [M, G] -> [X, D]."""
+        return self.run_slots(received, rows, (self.w_in, self.w_out))
+
+    def run_slots(self, received: Tensor, rows: Tensor, *weights: Sequence[Tensor]) -> Tensor:
+        """Run the experts of consecutive slots on their rows, and time them.
+
+        Args:
+            received: `[M, G + R]`, the rows from each rank for each slot.
+            rows: `[X, D]`, by sender, then slot.
+            weights: w_in and w_out of own slots, `[G, ...]` each; then those of replica slots, `[R, ...]` each, unless
+                no slot of these has rows.
+        """
         start = self.clock(rows)
-        G, M = self.num_slots, self.num_gpus
-        pieces = rows.split(received.flatten().tolist())  # M * G pieces, by sender, then slot
-        outputs = []  # [G][M] pieces
+        rows = rows.view_as(rows)  # so that its hook, which takes the time, runs before gradients of replicas travel
         # unbind, not w_in[g]: its backward writes one gradient, where indexing would sum G of full size
-        for g, (w_in, w_out) in enumerate(zip(self.w_in.unbind(), self.w_out.unbind(), strict=True)):
-            outputs.append(expert(torch.cat(pieces[g::G]), w_in, w_out).split(received[:, g].tolist()))
-        output = torch.cat([outputs[g][m] for m in range(M) for g in range(G)])
+        slots = [slot for w_in, w_out in weights for slot in zip(w_in.unbind(), w_out.unbind(), strict=True)]
+        received = received[:, : len(slots)]
+        pieces = rows.split(received.flatten().tolist())  # by sender, then slot
+        outputs = []  # by slot, then sender
+        for s, (w_in, w_out) in enumerate(slots):
+            outputs.append(expert(torch.cat(pieces[s :: len(slots)]), w_in, w_out).split(received[:, s].tolist()))
+        output = torch.cat([of_slot[m] for m in range(len(received)) for of_slot in outputs])
         self.forward_seconds, self.tokens_received = self.clock(rows) - start, rows.shape[0]
         if output.requires_grad:  # these hooks run just before and just after the experts' backward
             output.register_hook(self.backward_begins)
@@ -198,12 +230,12 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config: Config, group: Group) -> None:
+    def __init__(self, config: Config, group: Group, balancer: StepBalancer | None, name: str) -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(config.dim)
         self.attention = Attention(config)
         self.moe_norm = nn.RMSNorm(config.dim)
-        self.moe = MoE(config, group)
+        self.moe = MoE(config, group, balancer, f"{name}.moe")
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(self.attention_norm(x))
@@ -214,12 +246,19 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """A byte-level decoder; forward returns the mean next-byte loss of this rank's sequences."""
 
-    def __init__(self, config: Config, group: Group, seed: int, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        config: Config,
+        group: Group,
+        seed: int,
+        dtype: torch.dtype = torch.float32,
+        balancer: StepBalancer | None = None,
+    ) -> None:
         super().__init__()
         self.group = group
         self.embedding = nn.Embedding(VOCAB, config.dim)
         self.position = nn.Parameter(torch.empty(config.max_sequence, config.dim))
-        self.blocks = nn.ModuleList(Block(config, group) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(Block(config, group, balancer, f"blocks.{i}") for i in range(config.layers))
         self.norm = nn.RMSNorm(config.dim)
         self.head = nn.Linear(config.dim, VOCAB, bias=False)
         for parameter in self.parameters():

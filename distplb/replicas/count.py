@@ -11,7 +11,9 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from distplb.comm.steps import StepComm
@@ -65,17 +67,21 @@ class Row:
             device: the group's.
         """
         kind = _kind(expert_of_token, device)
-        row = torch.zeros(_HEADER + num_slots, dtype=torch.int64, device=device)
         if kind == _RIGHT:
             assert isinstance(expert_of_token, Tensor)
             ids = expert_of_token.flatten().to(torch.int64)
-            is_valid = (ids >= 0) & (ids < num_slots)
-            found = torch.zeros(num_slots + 1, dtype=torch.int64, device=device)  # the last one is for invalid ids
-            found.scatter_add_(0, ids.where(is_valid, num_slots), torch.ones_like(ids))
-            row[_HEADER:] = found[:num_slots]
-            row[_INVALID] = found[num_slots]
+            if ids.is_cpu and (counts := _host_counts(ids, num_slots)) is not None:
+                whole = [self.call, self.layer, self.options, self.backward, False, 0, kind, 0, 0]
+                return torch.from_numpy(np.concatenate([np.array(whole, np.int64), counts]))
+        row = torch.zeros(_HEADER + num_slots, dtype=torch.int64, device=device)
+        if kind == _RIGHT:
+            found = torch.zeros(num_slots + 2, dtype=torch.int64, device=device)  # first and last for invalid ids
+            found.scatter_add_(0, ids.clamp(-1, num_slots).add_(1), torch.ones_like(ids))
+            row[_HEADER:] = found[1:-1]
+            row[_INVALID] = found[0] + found[-1]
             if len(ids):
-                row[_EXAMPLE] = ids.gather(0, is_valid.to(torch.uint8).argmin(keepdim=True))[0]
+                least, most = ids.aminmax()
+                row[_EXAMPLE] = least.where(least < 0, most)
         head = torch.tensor([self.call, self.layer, self.options, self.backward, False, 0, kind], device="cpu")
         row[: len(head)] = head.to(device, non_blocking=True)
         return row
@@ -123,7 +129,7 @@ def checked_counts(comm: StepComm, row: Tensor, layers: Mapping[int, Hashable]) 
     rows = comm.all_gather(row)
     _refuse(comm, rows[:, :_HEADER], layers)
     _refuse_ids(rows[:, :_HEADER], rows.shape[1] - _HEADER)
-    return rows[:, _HEADER:].contiguous(), int(rows[:, _SKIPPED].amin())
+    return rows[:, _HEADER:].contiguous(), int(rows.numpy()[:, _SKIPPED].min())
 
 
 def checked_swap(comm: StepComm, row: Tensor, layers: Mapping[int, Hashable]) -> Tensor:
@@ -182,6 +188,19 @@ def _kind(value: object, device: torch.device) -> int:
     return _RIGHT if value.device.type == device.type else _NO_DEVICE
 
 
+def _host_counts(ids: Tensor, num_slots: int) -> NDArray[np.int64] | None:
+    """`[P]`, in fewer operations than a device needs; None if an id is invalid.
+
+    Args:
+        ids: `[N * K]` int64 on the host.
+        num_slots: P.
+    """
+    values: NDArray[np.int64] = ids.numpy()
+    if len(values) and (values.min() < 0 or values.max() >= num_slots):
+        return None
+    return np.bincount(values, minlength=num_slots)
+
+
 def _weights_kind(weights: Sequence[object], num_own: int) -> tuple[int, int]:
     """What is wrong with weights, 0 for nothing, and the number of rows that was found."""
     if not weights:
@@ -198,6 +217,9 @@ def _weights_kind(weights: Sequence[object], num_own: int) -> tuple[int, int]:
 
 def _refuse(comm: StepComm, rows: Tensor, layers: Mapping[int, Hashable]) -> None:
     """Check that all ranks are at the same point, from their headers `[M, 9]`, which every rank has."""
+    places = rows.numpy()[:, _CALL : _COMPUTES + 1]
+    if (places == places[0]).all():  # in every step, so in one operation
+        return
     what = {
         _OPTIONS: "the options of the StepBalancer",
         _COMPUTES: "what they call",
@@ -222,6 +244,8 @@ def _refuse(comm: StepComm, rows: Tensor, layers: Mapping[int, Hashable]) -> Non
 
 def _refuse_ids(rows: Tensor, num_slots: int) -> None:
     """Check expert ids, from the headers `[M, 9]`."""
+    if not rows.numpy()[:, _KIND : _INVALID + 1].any():
+        return
     for rank, kind in enumerate(rows[:, _KIND].tolist()):
         if kind:
             raise DistplbError(

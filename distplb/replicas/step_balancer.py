@@ -160,6 +160,11 @@ class StepBalancer:
         self._lender = Lender(self._comm, self._stages, keep=keep)
         self._calls = 0
         self._layers: dict[int, Hashable] = {}  # names by digest
+        self._names: dict[Hashable, int] = {}  # and digests by name
+        # Of steps in which all tokens are computed at home: [P], the physical slot of each slot; [M, R] tokens.
+        slots = torch.arange(self._num_slots, device=self._comm.device)
+        self._own_slots = own_slots(slots, self._num_own, self._num_replicas)
+        self._no_tokens = torch.zeros(topology.num_gpus, self._num_replicas, dtype=torch.int64, device="cpu")
         self._quiet: defaultdict[Hashable, Quiet] = defaultdict(Quiet)
         # Digests of what forwards counted: of all ranks, and of this rank alone in steps that were not looked at.
         self._seen, self._skipped = (defaultdict[Hashable, _Calls](_Calls) for _ in range(2))
@@ -191,9 +196,9 @@ class StepBalancer:
             LostRanksError: if ranks do not answer.
         """
         self._calls += 1
-        name, again = name_digest(layer), is_in_backward()
-        self._layers.setdefault(name, layer)
+        again = is_in_backward()
         with self._stages.stage("count"):
+            name = self._name_of(layer)
             head = Row(self._calls, name, self._digest, again)
             row = head.tensor(expert_of_token, self._num_slots, self._comm.device)
             if again:
@@ -207,10 +212,11 @@ class StepBalancer:
             counts, skipped = checked_counts(self._comm, row, self._layers)
         with self._stages.stage("split"):
             found = self._found_again(layer, counts, skipped) if again else self._split(counts)
+            is_trivial = found is None or found.is_trivial
             if not again:
                 self._seen[layer].note(_digest_of(counts), self._calls)
-                self._quiet[layer].note(is_trivial=found is not None and found.is_trivial)
-            if found is None or found.is_trivial:
+                self._quiet[layer].note(is_trivial=is_trivial)
+            if found is None or is_trivial:
                 gpu, own = self._comm.rank, self._num_own
                 send, receive = counts[gpu].view(-1, own), counts[:, gpu * own : (gpu + 1) * own]
                 return self._at_home(layer, found, expert_of_token, send, receive)
@@ -257,6 +263,14 @@ class StepBalancer:
             self.push(step, *home_rows)
         return lent(self._lender, loan, experts, rows, home_rows)
 
+    def _name_of(self, layer: Hashable) -> int:
+        """The digest of a layer's name; hashed once, because that takes as long as a small exchange."""
+        name = self._names.get(layer)
+        if name is None:
+            name = self._names[layer] = name_digest(layer)
+            self._layers[name] = layer
+        return name
+
     def _split(self, counts: Tensor) -> Split:
         return split(counts, self._home, topology=self._topology, **self._options)
 
@@ -282,9 +296,8 @@ class StepBalancer:
     def _at_home(
         self, layer: Hashable, found: Split | None, expert_of_token: Tensor, send: Tensor, receive: Tensor
     ) -> Dispatch:
-        empty = send.new_zeros(len(send), self._num_replicas)
-        exchange = Exchange(torch.cat([send, empty], 1), torch.cat([receive, empty], 1))
-        return Dispatch(layer, found, exchange, own_slots(expert_of_token, self._num_own, self._num_replicas))
+        exchange = Exchange(torch.cat([send, self._no_tokens], 1), torch.cat([receive, self._no_tokens], 1))
+        return Dispatch(layer, found, exchange, self._own_slots.take(expert_of_token.to(torch.int64)))
 
     def _agree_on_weights(self, layer: Hashable, home_rows: Sequence[Tensor]) -> None:
         """Compare weights among all ranks, the first time that a layer pushes some of these shapes and dtypes."""

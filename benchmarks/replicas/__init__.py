@@ -1,0 +1,1 @@
+"""What replicas cost a training step, and what they gain."""
