@@ -43,5 +43,6 @@ class StepStages:
         except DistplbError:
             raise
         except Exception as error:
-            self._comm.tell(error)
-            raise in_stage(name, error) from error
+            ours = in_stage(name, error)
+            self._comm.tell(ours)
+            raise ours from error
