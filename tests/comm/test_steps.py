@@ -117,6 +117,29 @@ def test_gloo_conforms_beside_the_messages_of_a_framework(ranks: int) -> None:
     assert on_ranks(ranks, beside_the_users_messages) == [ranks] * ranks
 
 
+def crossing() -> list[float]:
+    """Rank 0 sends the user's message first, rank 1 receives distplb's first; collectives cross likewise."""
+    comm, other = TorchStepComm(deadline=20), 1 - dist.get_rank()
+    users, ours = (torch.full((3,), value) for value in (1.0, 2.0))
+    if comm.rank == 0:
+        works: list[Any] = [dist.isend(users, other), dist.all_reduce(users.clone(), async_op=True)]
+        comm.start([(ours, other)], []).wait()
+        rows = comm.all_gather(torch.tensor([5, 6, 7]))
+    else:
+        transfer = comm.start([], [(ours.zero_(), other)])
+        rows = comm.all_gather(torch.tensor([5, 6, 7]))
+        works = [dist.irecv(users.zero_(), other), dist.all_reduce(torch.ones(3), async_op=True)]
+        transfer.wait()
+    for work in works:
+        work.wait()
+    return [float(users[0]), float(ours[0]), float(rows.sum())]
+
+
+def test_messages_do_not_meet_those_of_the_user() -> None:
+    """On one group, messages and collectives would be paired in the order in which ranks happen to make them."""
+    assert on_ranks(2, crossing) == [[1.0, 2.0, 36.0]] * 2
+
+
 def test_a_group_of_one_conforms_and_needs_no_group() -> None:
     comm = StepOfOne()
     steps_conform(comm)
