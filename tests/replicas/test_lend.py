@@ -278,7 +278,7 @@ def calls() -> list[str]:
     balancer, layer, texts = new_balancer(), Layer("a", 1), []
     step = step_of(dist.get_rank())
 
-    def train(found: Dispatch) -> None:
+    def train(found: Dispatch, layer: Layer = layer) -> None:
         for one in (*layer.own, *layer.all):
             one.grad = None
         weighted(moe_after(balancer, found, step, layer.own)).backward()
@@ -302,13 +302,14 @@ def calls() -> list[str]:
     except IndexError:
         texts.append("experts")
     train(balancer.dispatch("a", step.ids))
-    pushed = balancer.dispatch("a", step.ids)
-    balancer.push(pushed, *layer.own)  # pushed, then left
+    other = Layer("b", 2)
+    pushed = balancer.dispatch("b", step.ids)
+    balancer.push(pushed, *other.own)  # pushed, then replaced by another layer's, then computed
     train(balancer.dispatch("a", step.ids))
-    train(pushed)
+    train(pushed, other)
     # A backward that ends in an error, and the next one.
     out = moe(balancer, "a", step, layer.own)
-    with patch.object(Lender, "bring_home", side_effect=ValueError("stop")):
+    with patch.object(Lender, "leave", side_effect=ValueError("stop")):
         try:
             out.sum().backward()
         except ValueError:
