@@ -23,7 +23,6 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from distplb import Topology
-from distplb.replicas import lend
 from distplb.replicas.lend import Lender, Loan
 from distplb.replicas.step_balancer import StepBalancer
 
@@ -133,16 +132,18 @@ def test_hooks_see_the_whole_gradient_of_a_home(sharding: str) -> None:
 
 @contextmanager
 def one_left_behind() -> Iterator[None]:
-    """Leave one replica's gradient behind, the first on this rank."""
-    add, left = lend._add, list[int]()
+    """Leave one replica's gradient behind, the first that this rank holds."""
+    bring_home, left = Lender.bring_home, list[int]()
 
-    def added(rows: Tensor, arrived: Tensor, copies: Any, num_slots: int) -> None:
-        if copies and not left:
-            left.append(copies[0].own)
-            copies = copies[1:]
-        add(rows, arrived, copies, num_slots)
+    def without_one(lender: Any, loan: Loan, own: Any, lent: Any) -> Any:
+        if loan.pushes.receives and not left:
+            left.append(loan.pushes.receives[0].slot)
+            lent = [None if one is None else one.clone() for one in lent]
+            for one in lent:
+                one[left[0]] = 0
+        return bring_home(lender, loan, own, lent)
 
-    with patch.object(lend, "_add", added):
+    with patch.object(Lender, "bring_home", without_one):
         yield
 
 
@@ -162,11 +163,10 @@ def added_after(late: dict[str, list[Tensor]]) -> Iterator[None]:
     """Hand on the gradients of own slots alone; what comes home is kept, by layer, to be added after the hooks."""
     bring_home = Lender.bring_home
 
-    def own_alone(lender: Any, loan: Loan, own: Any, lent: Any) -> list[Tensor]:
-        alone = [torch.zeros_like(a) if b is None else b.clone() for a, b in zip(loan.home_rows, own, strict=True)]
-        whole = bring_home(lender, loan, own, lent)
-        late[loan.layer] = [a - b for a, b in zip(whole, alone, strict=True)]
-        return alone
+    def own_alone(lender: Any, loan: Loan, own: Any, lent: Any) -> Any:
+        zeros = [torch.zeros_like(rows) for rows in loan.home_rows]
+        late[loan.layer] = bring_home(lender, loan, zeros, lent) or zeros
+        return bring_home(lender, loan, own, [None] * len(lent))
 
     with patch.object(Lender, "bring_home", own_alone):
         yield
