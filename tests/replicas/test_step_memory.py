@@ -86,7 +86,10 @@ def peaks(warm: bool) -> dict[str, dict[int, tuple[int, int]]]:
     return {name: {layers: peak_of_a_step(layers, keep, warm) for layers in (FEW, MANY)} for name, keep in ways.items()}
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["first step", "later step"])
+STEPS = [pytest.param(True, id="later step"), pytest.param(False, id="first step", marks=pytest.mark.long)]
+
+
+@pytest.fixture(scope="module", params=STEPS)
 def of_ranks(request: pytest.FixtureRequest) -> list[dict[str, dict[int, tuple[int, int]]]]:
     found = on_ranks(2, peaks, request.param)
     for rank in found:
