@@ -45,7 +45,7 @@ class Transfer(Protocol):
 
 
 class StepComm(Protocol):
-    """Ranks 0 to `size` − 1 that call `all_gather` and `swap` in the same order; only those with messages call `start`.
+    """Ranks 0 to `size` − 1 that call `all_gather` in the same order; only those with messages call `start`.
 
     Calls raise a `LostRanksError` as those of `Comm` do, and so does every later call.
     """
@@ -64,9 +64,6 @@ class StepComm(Protocol):
 
     def all_gather(self, row: Tensor) -> Tensor:
         """`[M, n]` on the host, from each rank's `row [n]` of the same length."""
-
-    def swap(self, rows: Tensor) -> Tensor:
-        """`[M, n]` on the host: row m comes from rank m, which sent its row of this rank's number."""
 
     def start(self, sends: Sequence[Message], receives: Sequence[Message]) -> Transfer:
         """Begin to exchange messages; those of two ranks go in order. Buffers are in use until the transfer ends."""
@@ -94,10 +91,6 @@ class StepOfOne:
     def all_gather(self, row: Tensor) -> Tensor:
         """The row, on the host."""
         return row.cpu()[None]
-
-    def swap(self, rows: Tensor) -> Tensor:
-        """The rows, on the host."""
-        return rows.cpu()
 
     def start(self, sends: Sequence[Message], receives: Sequence[Message]) -> Transfer:
         """No rank sends messages to itself."""
@@ -141,14 +134,6 @@ class TorchStepComm(TorchComm):
         with self._in_time() as started:
             rows = row.new_empty(self.size, len(row))
             return self._on_host(_all_gather(rows, row[None], group=self._group, async_op=True), rows, started)
-
-    def swap(self, rows: Tensor) -> Tensor:
-        """Swap as one all-to-all of the group."""
-        with self._in_time() as started:
-            received = torch.empty_like(rows)
-            return self._on_host(
-                dist.all_to_all_single(received, rows, group=self._group, async_op=True), received, started
-            )
 
     def start(self, sends: Sequence[Message], receives: Sequence[Message]) -> Transfer:
         """Start all messages as one batch; with NCCL, on a stream of their own."""

@@ -22,9 +22,9 @@ from distplb.core.hashing import digest
 from distplb.core.plain_tensor import INTEGERS
 from distplb.errors import DistplbError
 
-__all__ = ["Row", "checked_counts", "checked_swap", "counts_of", "marked_as_skipped", "name_digest", "refuse_weights"]
+__all__ = ["Row", "checked_counts", "counts_of", "marked_as_unseen", "name_digest", "refuse_weights"]
 
-_CALL, _LAYER, _OPTIONS, _BACKWARD, _COMPUTES, _SKIPPED, _KIND, _INVALID, _EXAMPLE = range(9)  # before the counts
+_CALL, _LAYER, _OPTIONS, _BACKWARD, _COMPUTES, _UNSEEN, _KIND, _INVALID, _EXAMPLE = range(9)  # before the counts
 _HEADER = 9
 _NAME_BYTES = 96  # of a layer's name, in errors
 _RIGHT, _NO_TENSOR, _NO_INTEGERS, _NO_TABLE, _NO_DEVICE = range(5)  # kinds of what a rank passed
@@ -102,10 +102,10 @@ class Row:
         return row
 
 
-def marked_as_skipped(row: Tensor, call: int) -> Tensor:
-    """The row, with the mark that this rank may recompute a step that was not looked at: that of dispatch `call`."""
+def marked_as_unseen(row: Tensor) -> Tensor:
+    """The row, with the mark that this rank has seen no forward with the counts that it recomputes."""
     marked = row.clone()
-    marked[_SKIPPED] = call
+    marked[_UNSEEN] = 1
     return marked
 
 
@@ -114,8 +114,8 @@ def counts_of(row: Tensor) -> Tensor:
     return row[_HEADER:]
 
 
-def checked_counts(comm: StepComm, row: Tensor, layers: Mapping[int, Hashable]) -> tuple[Tensor, int]:
-    """`[M, P]` int64 on the host, the counts of all ranks; and which step they skipped, 0 if not all did. Collective.
+def checked_counts(comm: StepComm, row: Tensor, layers: Mapping[int, Hashable]) -> Tensor:
+    """`[M, P]` int64 on the host, the counts of all ranks. Collective.
 
     Args:
         comm: the ranks.
@@ -123,24 +123,12 @@ def checked_counts(comm: StepComm, row: Tensor, layers: Mapping[int, Hashable]) 
         layers: names of layers by digest, as far as this rank knows them.
 
     Raises:
-        DistplbError: the same on all ranks, if a rank passed what is no expert ids, or the ranks are not in the same
-            step of the same layer.
+        DistplbError: the same on all ranks, if a rank passed what is no expert ids, the ranks are not in the same step
+            of the same layer, or a rank's router has chosen otherwise in a recomputation.
     """
     rows = comm.all_gather(row)
     _refuse(comm, rows[:, :_HEADER], layers)
-    _refuse_ids(rows[:, :_HEADER], rows.shape[1] - _HEADER)
-    return rows[:, _HEADER:].contiguous(), int(rows.numpy()[:, _SKIPPED].min())
-
-
-def checked_swap(comm: StepComm, row: Tensor, layers: Mapping[int, Hashable]) -> Tensor:
-    """`[M, G]` int64 on the host: what each rank sends to each own slot of this one, as plain dispatchers exchange it.
-
-    The arguments and errors are those of `checked_counts`.
-    """
-    own = row[_HEADER:].view(comm.size, -1)
-    rows = comm.swap(torch.cat([row[:_HEADER].expand(comm.size, -1), own], 1))
-    _refuse(comm, rows[:, :_HEADER], layers)
-    _refuse_ids(rows[:, :_HEADER], len(row) - _HEADER)
+    _refuse_ids(rows[:, :_HEADER], rows.shape[1] - _HEADER, layers)
     return rows[:, _HEADER:].contiguous()
 
 
@@ -242,9 +230,9 @@ def _refuse(comm: StepComm, rows: Tensor, layers: Mapping[int, Hashable]) -> Non
         )
 
 
-def _refuse_ids(rows: Tensor, num_slots: int) -> None:
-    """Check expert ids, from the headers `[M, 9]`."""
-    if not rows.numpy()[:, _KIND : _INVALID + 1].any():
+def _refuse_ids(rows: Tensor, num_slots: int, layers: Mapping[int, Hashable]) -> None:
+    """Check what ranks passed as expert ids, from the headers `[M, 9]`."""
+    if not rows.numpy()[:, _UNSEEN : _INVALID + 1].any():
         return
     for rank, kind in enumerate(rows[:, _KIND].tolist()):
         if kind:
@@ -257,6 +245,12 @@ def _refuse_ids(rows: Tensor, num_slots: int) -> None:
         raise DistplbError(
             f"rank {rank} has {number} id{'s' * (number != 1)} such as {example} in expert_of_token; pass ids in "
             f"[0, {num_slots})"
+        )
+    for rank in rows[:, _UNSEEN].nonzero().flatten().tolist():
+        layer = shown(layers.get(int(rows[0, _LAYER])))
+        raise DistplbError(
+            f"the router of layer {layer} chose other experts in the recomputation than in the forward, on rank {rank}; "
+            "make the router deterministic, or exclude it from recomputation"
         )
 
 

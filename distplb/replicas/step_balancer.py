@@ -21,27 +21,20 @@ from distplb.core.price import TimeCurve
 from distplb.core.private_names import is_in_backward
 from distplb.core.topology import Topology
 from distplb.errors import DistplbError
-from distplb.replicas.count import (
-    Row,
-    checked_counts,
-    checked_swap,
-    counts_of,
-    marked_as_skipped,
-    name_digest,
-    refuse_weights,
-)
+from distplb.replicas.count import Row, checked_counts, counts_of, marked_as_unseen, name_digest, refuse_weights
 from distplb.replicas.lend import Experts, Lender, Loan, lent
 from distplb.replicas.pushes import Pushes
-from distplb.replicas.quiet import Quiet
 from distplb.replicas.stages import StepStages
 from distplb.replicas.tokens import own_slots, slots_of_tokens
+from distplb.splitting.gate import is_surely_trivial
+from distplb.splitting.inputs import checked_prices, checked_tolerance
 from distplb.splitting.routes import Exchange, exchange_of
 from distplb.splitting.split import split
 from distplb.splitting.split_value import Split
 
 __all__ = ["Dispatch", "StepBalancer"]
 
-_REMEMBERED = 4096  # splits of a layer that a recomputation may come back to
+_REMEMBERED = 4096  # forwards of a layer that a recomputation may come back to
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +43,7 @@ class Dispatch:
 
     Args:
         layer: the layer's name.
-        split: the step's split; None if the layer is quiet and was not looked at.
+        split: the step's split; None if the loads of the GPUs tell that no replica pays.
         exchange: what this GPU sends and receives.
         slot_of_token: `[N, K]` int64, the physical slot of each token's experts, in [0, M * (G + R)).
         loan: the replicas, for `StepBalancer`; None if there are none.
@@ -147,6 +140,7 @@ class StepBalancer:
         self._home, self._own = home, torch.arange(self._num_slots, device="cpu").view(-1, self._num_own)
         self._split(torch.zeros(topology.num_gpus, self._num_slots, dtype=torch.int64, device="cpu"))  # checks options
         self._num_replicas = whole_number("replica_slots", replica_slots)
+        self._tolerance, (self._inside, _) = checked_tolerance(tolerance), checked_prices(push_price)
         self._digest = digest(repr((self._num_slots, topology, sorted(self._options.items()), keep)).encode())
         self._comm: StepComm = (
             StepOfOne() if topology.num_gpus == 1 else TorchStepComm(group_or_mesh, deadline=deadline)
@@ -165,9 +159,8 @@ class StepBalancer:
         slots = torch.arange(self._num_slots, device=self._comm.device)
         self._own_slots = own_slots(slots, self._num_own, self._num_replicas)
         self._no_tokens = torch.zeros(topology.num_gpus, self._num_replicas, dtype=torch.int64, device="cpu")
-        self._quiet: defaultdict[Hashable, Quiet] = defaultdict(Quiet)
-        # Digests of what forwards counted: of all ranks, and of this rank alone in steps that were not looked at.
-        self._seen, self._skipped = (defaultdict[Hashable, _Calls](_Calls) for _ in range(2))
+        # Digests of what this rank's forwards counted, which a recomputation may come back to; the oldest first.
+        self._seen = defaultdict[Hashable, dict[int, None]](dict)
         self._shapes = defaultdict[Hashable, set[tuple[tuple[torch.Size, torch.dtype], ...]]](set)  # agreed on
 
     @property
@@ -201,29 +194,19 @@ class StepBalancer:
             name = self._name_of(layer)
             head = Row(self._calls, name, self._digest, again)
             row = head.tensor(expert_of_token, self._num_slots, self._comm.device)
-            if again:
-                row = self._row_of_recomputation(layer, row)
-            elif not self._looks(layer):
-                received = checked_swap(self._comm, row, self._layers)
-                self._quiet[layer].skip()
-                self._skipped[layer].note(_digest_of(counts_of(row)), self._calls)
-                sent = counts_of(row).view(-1, self._num_own).cpu()
-                return self._at_home(layer, None, expert_of_token, sent, received)
-            counts, skipped = checked_counts(self._comm, row, self._layers)
-        with self._stages.stage("split"):
-            found = self._found_again(layer, counts, skipped) if again else self._split(counts)
-            is_trivial = found is None or found.is_trivial
+            if again and _digest_of(counts_of(row)) not in self._seen[layer]:
+                row = marked_as_unseen(row)
+            counts = checked_counts(self._comm, row, self._layers)
             if not again:
-                self._seen[layer].note(_digest_of(counts), self._calls)
-                self._quiet[layer].note(is_trivial=is_trivial)
-            if found is None or is_trivial:
-                gpu, own = self._comm.rank, self._num_own
-                send, receive = counts[gpu].view(-1, own), counts[:, gpu * own : (gpu + 1) * own]
-                return self._at_home(layer, found, expert_of_token, send, receive)
+                self._remember(layer, _digest_of(counts_of(row)))
+        with self._stages.stage("split"):
+            found = None if self._is_surely_trivial(counts) else self._split(counts)
+            if found is None or found.is_trivial:
+                return self._at_home(layer, found, expert_of_token, counts)
             exchange = exchange_of(found, self._topology, self._comm.rank, self._own)
             slot_of_token = slots_of_tokens(expert_of_token, exchange.send, found.replica)
             pushes = Pushes.of(found.replica, self._num_own, self._comm.rank)
-            loan = Loan(f"layer {shown(layer)}", (name, _digest_of(found.quota)), pushes, self._num_replicas)
+            loan = Loan(f"layer {shown(layer)}", (name, _digest_of(found.replica)), pushes, self._num_replicas)
         return Dispatch(layer, found, exchange, slot_of_token, loan)
 
     def push(self, step: Dispatch, *home_rows: Tensor) -> None:
@@ -274,28 +257,25 @@ class StepBalancer:
     def _split(self, counts: Tensor) -> Split:
         return split(counts, self._home, topology=self._topology, **self._options)
 
-    def _looks(self, layer: Hashable) -> bool:
-        return self._options["max_tokens_per_gpu"] is not None or self._quiet[layer].looks
-
-    def _row_of_recomputation(self, layer: Hashable, row: Tensor) -> Tensor:
-        """The row, with the mark that this rank may have skipped the step."""
-        return marked_as_skipped(row, self._skipped[layer].last(_digest_of(counts_of(row))))
-
-    def _found_again(self, layer: Hashable, counts: Tensor, skipped: int) -> Split | None:
-        """What the last forward with these counts decided; None if all ranks skipped it."""
-        seen = self._seen[layer].last(_digest_of(counts))
-        if skipped > seen:
-            return None
-        if seen:
-            return self._split(counts)
-        raise DistplbError(
-            f"the router of layer {shown(layer)} chose other experts in the recomputation than in the forward; make "
-            "the router deterministic, or exclude it from recomputation"
+    def _is_surely_trivial(self, counts: Tensor) -> bool:
+        """Whether no replica pays, by the loads of the GPUs alone; with a time curve, `split` has to tell."""
+        if self._options["time_curve"] is not None:
+            return False
+        load = counts.numpy().sum(0).reshape(-1, self._num_own).sum(1)
+        return is_surely_trivial(
+            load, tolerance=self._tolerance, inside=self._inside, cap=self._options["max_tokens_per_gpu"]
         )
 
-    def _at_home(
-        self, layer: Hashable, found: Split | None, expert_of_token: Tensor, send: Tensor, receive: Tensor
-    ) -> Dispatch:
+    def _remember(self, layer: Hashable, counted: int) -> None:
+        seen = self._seen[layer]
+        seen.pop(counted, None)
+        seen[counted] = None
+        if len(seen) > _REMEMBERED:
+            del seen[next(iter(seen))]
+
+    def _at_home(self, layer: Hashable, found: Split | None, expert_of_token: Tensor, counts: Tensor) -> Dispatch:
+        gpu, own = self._comm.rank, self._num_own
+        send, receive = counts[gpu].view(-1, own), counts[:, gpu * own : (gpu + 1) * own]
         exchange = Exchange(torch.cat([send, self._no_tokens], 1), torch.cat([receive, self._no_tokens], 1))
         return Dispatch(layer, found, exchange, self._own_slots.take(expert_of_token.to(torch.int64)))
 
@@ -313,19 +293,3 @@ class StepBalancer:
 
 def _digest_of(values: Tensor) -> int:
     return digest(values.cpu().numpy().tobytes())
-
-
-class _Calls:
-    """The last dispatch of each digest, as far as the memory reaches."""
-
-    def __init__(self) -> None:
-        self._last: dict[int, int] = {}  # oldest first
-
-    def note(self, found: int, call: int) -> None:
-        self._last.pop(found, None)
-        self._last[found] = call
-        if len(self._last) > _REMEMBERED:
-            del self._last[next(iter(self._last))]
-
-    def last(self, found: int) -> int:
-        return self._last.get(found, 0)

@@ -83,7 +83,7 @@ core.counts core.fixed_point core.hashing core.plain_tensor core.price core.ties
 packing splitting planning.chance planning.eplb planning.engine_choice planning.greedy planning.legal planning.move_cost
 planning.options planning.policies planning.problem planning.renumber_gpus planning.slot_classes planning.warm_start
 migrate.schedule migrate.messages migrate.slot_routes migrate.layout migrate.budget
-replicas.pushes replicas.quiet replicas.tokens replicas.buffer
+replicas.pushes replicas.tokens replicas.buffer
 train.stop_loss train.checkpoint train.rebalance_event study.replay study.costs study.verdict
 """
 IMPURE_MODULES = {"time", "os", "random", "io", "socket", "subprocess", "threading", "pathlib", "datetime", "secrets"}

@@ -1,12 +1,14 @@
-"""Quiet layers: which steps are looked at, alike on all ranks, also under recomputation and after a refusal.
+"""Steps in which no replica pays: known from the loads of the GPUs, without a split; and recomputations of any step.
 
 Shapes: N tokens of a rank, P slots, M ranks.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from lending import Step, moe, oracle
@@ -14,47 +16,38 @@ from ranks import on_ranks
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from distplb import Topology
+from distplb import Topology, split
 from distplb.errors import DistplbError
-from distplb.replicas.quiet import Quiet
 from distplb.replicas.step_balancer import StepBalancer
+from distplb.splitting.gate import is_surely_trivial
+from distplb.splitting.inputs import checked_prices, checked_tolerance
 
 EVEN, UNEVEN = [0, 1, 2, 3], [0, 0, 0, 0, 0, 0, 1, 2, 3]
 
 
-def looked_at(quiet: Quiet, trivial: list[bool]) -> list[int]:
-    looks = []
-    for step, is_trivial in enumerate(trivial):
-        if quiet.looks:
-            looks.append(step)
-            quiet.note(is_trivial=is_trivial)
-        else:
-            quiet.skip()
-    return looks
-
-
-def test_four_looks_without_replicas_come_before_steps_are_left_out() -> None:
-    assert looked_at(Quiet(), [True] * 40) == [0, 1, 2, 3, 5, 9, 17, 25, 33]
-
-
-def test_a_layer_with_replicas_is_always_looked_at() -> None:
-    assert looked_at(Quiet(), [False] * 20) == list(range(20))
-    assert looked_at(Quiet(), [True, True, True, False] * 5) == list(range(20))
-
-
-def test_a_layer_that_turns_uneven_is_looked_at_within_eight_steps_and_then_in_each() -> None:
-    for turn in range(4, 40):
-        looks = looked_at(Quiet(), [step < turn for step in range(60)])
-        first = min(step for step in looks if step >= turn)
-        assert first - turn < 8
-        assert looks[looks.index(first) :] == list(range(first, 60))
-
-
-def test_asking_twice_changes_nothing() -> None:
-    quiet = Quiet()
-    for _ in range(4):
-        quiet.note(is_trivial=True)
-    assert [quiet.looks for _ in range(5)] == [False] * 5
+def test_the_gate_closes_only_where_a_split_makes_no_replica() -> None:
+    """Random loads near the gate, with and without prices, tolerance and cap, on one node and on two."""
+    closed = opened = 0
+    for seed in range(1500):
+        random = np.random.default_rng(seed)
+        counts = 100 + random.integers(0, int(random.choice((2, 10, 60))), (1, 8)).repeat(4, 0) // 4
+        load = counts.sum(0).reshape(4, 2).sum(1)
+        tolerance, price = float(random.choice((0.0, 0.005, 0.05))), float(random.choice((0, 1, 20, math.inf)))
+        cap = None if random.random() < 0.7 else int(load.max()) + int(random.integers(-2, 3))
+        options: dict[str, Any] = {"tolerance": tolerance, "push_price": (price, max(price, 3 * price))}
+        closes = is_surely_trivial(
+            load, tolerance=checked_tolerance(tolerance), inside=checked_prices(options["push_price"])[0], cap=cap
+        )
+        topology = Topology(*((1, 4), (2, 2))[seed % 2])
+        try:
+            found = split(counts, np.arange(8) // 2, topology=topology, max_tokens_per_gpu=cap, **options)
+        except DistplbError:
+            assert not closes
+            continue
+        assert found.is_trivial or not closes
+        closed += closes
+        opened += not found.is_trivial
+    assert min(closed, opened) > 300
 
 
 # --- on ranks --------------------------------------------------------------------------------------------------
@@ -70,32 +63,25 @@ def new_balancer(**options: Any) -> StepBalancer:
     return StepBalancer(topology=Topology(1, dist.get_world_size()), num_experts=4, deadline=20, **options)
 
 
-def looks(cap: int | None) -> list[str]:
-    """Even steps, then uneven ones: what each dispatch is."""
-    balancer, found = new_balancer(max_tokens_per_gpu=cap), []
-    for step in range(30):
-        ids = UNEVEN if step >= 20 and dist.get_rank() == 0 else EVEN
+def kinds_of_steps() -> list[str]:
+    """Even steps, then uneven ones."""
+    balancer, found = new_balancer(), []
+    for step in range(12):
+        ids = UNEVEN if step >= 8 and dist.get_rank() == 0 else EVEN
         one = balancer.dispatch("a", torch.tensor(ids)[:, None])
-        found.append("skipped" if one.split is None else "even" if one.is_trivial else "uneven")
+        found.append("even" if one.is_trivial else "uneven")
+        assert one.is_trivial == (one.split is None)
         moved = one.slot_of_token.flatten().ne(torch.tensor(ids) + 2 * (torch.tensor(ids) >= 2))
         assert bool(moved.any()) <= (not one.is_trivial)
     return found
 
 
-def test_all_ranks_skip_alike_and_wake() -> None:
-    first, second = on_ranks(2, looks, None)
-    assert first == second
-    assert [step for step, one in enumerate(first) if one != "skipped"] == [0, 1, 2, 3, 5, 9, 17, *range(25, 30)]
-    assert first[25:] == ["uneven"] * 5
-
-
-def test_a_cap_asks_for_a_look_in_every_step() -> None:
-    for found in on_ranks(2, looks, 20):
-        assert "skipped" not in found
+def test_a_layer_that_turns_uneven_is_split_in_that_very_step() -> None:
+    assert on_ranks(2, kinds_of_steps) == [["even"] * 8 + ["uneven"] * 4] * 2
 
 
 def recomputed(reentrant: bool) -> list[str]:
-    """A layer falls quiet in evaluation and is then trained, each batch under recomputation."""
+    """A layer is evaluated and then trained, each batch under recomputation; even steps and uneven ones."""
     rank, size = dist.get_rank(), dist.get_world_size()
     balancer, gen = new_balancer(), torch.Generator().manual_seed(0)
     full = [torch.randn(4, 3, 3, generator=gen, dtype=torch.float64).requires_grad_() for _ in range(2)]
@@ -105,12 +91,12 @@ def recomputed(reentrant: bool) -> list[str]:
 
     def noted(layer: Any, ids: Tensor) -> Any:
         found = dispatch(layer, ids)
-        kinds.append("skipped" if found.split is None else "even" if found.is_trivial else "uneven")
+        kinds.append("even" if found.is_trivial else "uneven")
         return found
 
     balancer.dispatch = noted  # type: ignore[method-assign]
     with torch.no_grad():
-        moe(balancer, "a", step_of(UNEVEN, rank), own)  # the counts that training meets again, in a step that it skips
+        moe(balancer, "a", step_of(UNEVEN, rank), own)
         for _ in range(6):
             moe(balancer, "a", step_of(EVEN, rank), own)
     for number in range(12):
@@ -132,25 +118,20 @@ def recomputed(reentrant: bool) -> list[str]:
     return kinds
 
 
-def test_a_quiet_layer_is_recomputed_as_its_forward_ran() -> None:
-    """A skipped step was recomputed with replicas if an earlier step with the same counts had had some."""
+def test_a_step_is_recomputed_as_its_forward_ran() -> None:
     for reentrant in (False, True):
         first, second = on_ranks(2, recomputed, reentrant)
         assert first == second
         steps = " ".join(first).split(" | ")[1:]
-        assert {tuple(step.split()) for step in steps} >= {("skipped", "skipped"), ("uneven", "uneven")}
-        assert all(len(set(step.split())) == 1 for step in steps)
+        assert {tuple(step.split()) for step in steps} == {("even", "even"), ("uneven", "uneven")}
 
 
-def changed_router(reentrant: bool, quiet: bool) -> tuple[str, bool]:
+def changed_router(reentrant: bool, even: bool) -> tuple[str, bool]:
     """Rank 1's router chooses otherwise in the recomputation; whether the next step runs."""
     rank = dist.get_rank()
     balancer = new_balancer()
     own = [torch.ones(2, 3, 3, dtype=torch.float64, requires_grad=True) for _ in range(2)]
-    if quiet:
-        for _ in range(6):
-            balancer.dispatch("a", torch.tensor(EVEN)[:, None])
-    step, calls = step_of(EVEN if quiet else UNEVEN, rank), list[int]()
+    step, calls = step_of(EVEN if even else UNEVEN, rank), list[int]()
 
     def layer(x: Tensor) -> Tensor:
         calls.append(1)
@@ -167,7 +148,7 @@ def changed_router(reentrant: bool, quiet: bool) -> tuple[str, bool]:
 
 
 def every_change() -> list[tuple[str, bool]]:
-    return [changed_router(reentrant, quiet) for reentrant in (False, True) for quiet in (False, True)]
+    return [changed_router(reentrant, even) for reentrant in (False, True) for even in (False, True)]
 
 
 def test_a_router_that_chooses_otherwise_is_refused_on_all_ranks() -> None:
