@@ -249,8 +249,8 @@ def _refuse_ids(rows: Tensor, num_slots: int, layers: Mapping[int, Hashable]) ->
     for rank in rows[:, _UNSEEN].nonzero().flatten().tolist():
         layer = shown(layers.get(int(rows[0, _LAYER])))
         raise DistplbError(
-            f"the router of layer {layer} chose other experts in the recomputation than in the forward, on rank {rank}; "
-            "make the router deterministic, or exclude it from recomputation"
+            f"the router of layer {layer} chose other experts in the recomputation than in the forward, on "
+            f"rank {rank}; make the router deterministic, or exclude it from recomputation"
         )
 
 

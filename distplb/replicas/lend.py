@@ -112,10 +112,12 @@ class Lender:
         # One that is left from another backward pass ended in an error, or was not asked for all gradients.
         if other not in (None, loan) and self._computing_since == number and not self.keep:
             assert other is not None
-            raise DistplbError(
-                f"the replicas of {loan.layer} are needed while those of {other.layer} are in use, because "
-                "parts of the backward run side by side; pass keep=True, which holds the replicas of every step until "
-                "its backward"
+            raise self._told(
+                DistplbError(
+                    f"the replicas of {loan.layer} are needed while those of {other.layer} are in use, because "
+                    "parts of the backward run side by side; pass keep=True, which holds the replicas of every step "
+                    "until its backward"
+                )
             )
         loan.pending = set(loan.parts)  # anew, because a graph that is retained runs more than once
         self._computing, self._computing_since = (loan if loan.parts else None), number
@@ -127,9 +129,11 @@ class Lender:
     def leave(self, loan: Loan, part: str) -> None:
         """(4): this part of the backward no longer needs the replicas, which have to be there until now."""
         if not self._holds(loan):
-            raise DistplbError(
-                f"the replicas of {loan.layer} were overwritten during its backward, so its gradients are wrong; pass "
-                "keep=True, which holds the replicas of every step until its backward"
+            raise self._told(
+                DistplbError(
+                    f"the replicas of {loan.layer} were overwritten during its backward, so its gradients are wrong; "
+                    "pass keep=True, which holds the replicas of every step until its backward"
+                )
             )
         loan.pending.discard(part)
         if self._computing is loan and not loan.pending:
@@ -176,6 +180,11 @@ class Lender:
         # Two layers under one name, whose steps happen to have the same quotas, still have weights of their own.
         places = ([rows.data_ptr() for rows in one.home_rows] for one in (held, loan))
         return next(places) == next(places)
+
+    def _told(self, error: DistplbError) -> DistplbError:
+        """An error after which this rank sends no gradients, for which others wait: they hear of it at once."""
+        self.comm.tell(error)
+        return error
 
     def _push(self, loan: Loan, stage: str) -> None:
         sends: list[Message] = [(rows[copy.own], copy.peer) for copy in loan.pushes.sends for rows in loan.home_rows]

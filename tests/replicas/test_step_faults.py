@@ -22,8 +22,9 @@ from lending import run_slots
 from ranks import on_ranks, outcomes_on_ranks
 
 from distplb import DistplbError, Topology
+from distplb.core.private_names import backward_number
 from distplb.errors import LostRanksError
-from distplb.replicas.lend import Loan
+from distplb.replicas.lend import Lender, Loan
 from distplb.replicas.pushes import Pushes
 from distplb.replicas.stages import StepStages
 from distplb.replicas.step_balancer import StepBalancer
@@ -208,7 +209,14 @@ def in_the_backward_of_one_rank() -> list[str]:
     training = Training(LONG_DEADLINE)
     output = training.forward("first")
     if dist.get_rank() == 1:
-        training.balancer._lender._computing = Loan("layer 'x'", (0, 0), Pushes((), (), 0), REPLICAS)
+        begin = Lender.begin_backward
+
+        def begin_after_another(self: Lender, loan: Loan) -> None:
+            self._computing = Loan("layer 'x'", (0, 0), Pushes((), (), 0), REPLICAS)
+            self._computing_since = backward_number()
+            begin(self, loan)
+
+        Lender.begin_backward = begin_after_another  # type: ignore[method-assign]
     with pytest.raises(DistplbError) as caught:
         output.backward()
     dist.barrier()
