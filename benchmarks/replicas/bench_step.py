@@ -27,7 +27,7 @@ from distplb.replicas.step_balancer import StepBalancer
 MODULE, RANKS, EXPERTS, R = "benchmarks.replicas.bench_step", 2, 8, 2
 # Tokens of a rank, dim and ffn, from a step of a few milliseconds up.
 SIZES = ((64, 64, 256), (512, 128, 512), (1024, 256, 1024), (2048, 512, 1024))
-LOOK_EVERY = 8  # steps of a quiet layer
+WARM_UP = 16  # steps, and dispatches
 TARGET = 0.005  # of a step
 STEP_MILLISECONDS = (5, 20, 100)
 HOT = (2.0, 0.5)  # bias of the scores of the first experts; a score is between 0 and 1
@@ -37,10 +37,10 @@ TEXT = (
     "Medians, with quartiles in brackets. A step is one forward and backward of the MoE layer of examples/moe_model.py "
     "alone, with 8 experts of which a token takes 2, in float32 on one thread of each of two ranks over gloo; steps "
     "with a balancer and without alternate in one run, and the one that goes first changes. `exchange` is the layer's "
-    "own exchange of counts, counting included; `quiet` and `look` are `dispatch` in a step of a quiet layer that is "
-    "left out or looked at, which every 8th is. All start at a barrier, so their code is cold, as in a step. `adds` is "
-    "(7 × quiet + look) / 8 − exchange; `share` is that of the step without a balancer. `difference` is what whole "
-    "steps differ by, pair by pair; its spread is that of the machine, which other jobs share."
+    "own exchange of counts, counting included; `dispatch` takes its place, and finds that no replica pays. Both start "
+    "at a barrier, so their code is cold, as in a step. `adds` is dispatch − exchange; `share` is that of the step "
+    "without a balancer. `difference` is what whole steps differ by, pair by pair; its spread is that of the machine, "
+    "which other jobs share."
 )
 
 
@@ -131,13 +131,14 @@ class Layers:
         assert len(sent.sum(1).tolist()) == len(received.sum(1).tolist())
         return time.perf_counter() - begin
 
-    def dispatch(self) -> tuple[str, float]:
-        """The kind of a dispatch of even counts, and its seconds until split sizes are known."""
+    def dispatch(self) -> float:
+        """Seconds of a dispatch of even counts, until split sizes are known."""
         dist.barrier()
         begin = time.perf_counter()
         step = self.balancer.dispatch("even", self.slots)
         assert len(step.send.sum(1).tolist()) == len(step.receive.sum(1).tolist())
-        return "quiet" if step.split is None else "look", time.perf_counter() - begin
+        assert step.is_trivial
+        return time.perf_counter() - begin
 
 
 def measured(task: dict[str, Any]) -> dict[str, Any]:
@@ -147,21 +148,18 @@ def measured(task: dict[str, Any]) -> dict[str, Any]:
     steps: dict[str, list[float]] = {"plain": [], "balanced": []}
     for name in (*steps, *steps):
         layer.step(name)  # compiles, allocates
-    for _ in range(2 * LOOK_EVERY):
-        layer.step("balanced")  # and until the layer is quiet, if it is even
     before = dict(layer.balancer.seconds)
     watched = watch(layer.balancer)
     for pair in range(task["pairs"]):
         for name in ("plain", "balanced") if pair % 2 else ("balanced", "plain"):
             steps[name].append(layer.step(name))
     stages = {name: seconds - before.get(name, 0.0) for name, seconds in layer.balancer.seconds.items()}
-    calls: dict[str, list[float]] = {"exchange": [], "quiet": [], "look": []}
+    calls: dict[str, list[float]] = {"exchange": [], "dispatch": []}
     if not task["hot"]:
-        for call in range(task["calls"]):
-            calls["exchange"].append(layer.exchange())
-            kind, seconds = layer.dispatch()
-            if call >= 2 * LOOK_EVERY:
-                calls[kind].append(seconds)
+        for call in range(WARM_UP + task["calls"]):
+            seconds = {"exchange": layer.exchange(), "dispatch": layer.dispatch()}
+            for name in calls if call >= WARM_UP else ():
+                calls[name].append(seconds[name])
     plain = layer.layers["plain"][0]
     expert = sum(weight[0].numel() * weight.element_size() for weight in (plain.w_in, plain.w_out))
     return {
@@ -207,20 +205,19 @@ def balanced_part(results: list[dict[str, Any]]) -> list[str]:
     lines, adds = [], []
     for one in results:
         assert not any(one["replicas"])
-        exchange, quiet, look = (float(np.median(one["calls"][name])) for name in ("exchange", "quiet", "look"))
-        adds.append(((LOOK_EVERY - 1) * quiet + look) / LOOK_EVERY - exchange)
+        adds.append(float(np.median(np.subtract(one["calls"]["dispatch"], one["calls"]["exchange"]))))
         plain = float(np.median(one["steps"]["plain"]))
         lines.append(
             [
                 "{} × {} × {}".format(*one["size"]),
                 spread(one["steps"]["plain"], 1e3, ".2f"),
-                *(spread(one["calls"][name], 1e6, ".0f") for name in ("exchange", "quiet", "look")),
+                *(spread(one["calls"][name], 1e6, ".0f") for name in ("exchange", "dispatch")),
                 f"{1e6 * adds[-1]:.0f}",
                 f"{adds[-1] / plain:.2%}",
                 spread(np.subtract(one["steps"]["balanced"], one["steps"]["plain"]), 1e6, ".0f"),
             ]
         )
-    names = ["tokens × dim × ffn", "step, ms", "exchange, µs", "quiet, µs", "look, µs", "adds, µs", "share"]
+    names = ["tokens × dim × ffn", "step, ms", "exchange, µs", "dispatch, µs", "adds, µs", "share"]
     worst = max(adds)
     shares = ", ".join(f"{worst / (1e-3 * step):.2%} of {step} ms" for step in STEP_MILLISECONDS)
     met = [
@@ -270,14 +267,14 @@ def uneven_part(results: list[dict[str, Any]]) -> list[str]:
 
 def host_part(results: list[tuple[int, int, dict[str, float]]]) -> list[str]:
     """Host time by the size of the group."""
-    names = ("plain", "quiet", "look", "replicas")
+    names = ("plain", "even", "replicas")
     lines = [
         [f"{gpus} × {slots}", *(f"{1e6 * seconds[name]:.0f}" for name in names)] for gpus, slots, seconds in results
     ]
     return [
         "## Host time of `dispatch` in larger groups",
         f"One process, no communication, {TOKENS} tokens with 2 experts each: µs until split sizes are known. `plain` "
-        "counts and copies, as a plain dispatcher does around its exchange; `replicas` is a step with replicas.",
+        "counts and copies, as a plain dispatcher does around its exchange; `even` is a step in which no replica pays.",
         markdown(["GPUs × experts", *names], lines),
     ]
 

@@ -37,10 +37,6 @@ class Echo:
         """The row of every rank."""
         return row.expand(self.size, -1).contiguous()
 
-    def swap(self, rows: Tensor) -> Tensor:
-        """What every rank has for this one, which is rank 0."""
-        return rows[:1].expand(self.size, -1).contiguous()
-
     def start(self, sends: Sequence[Message], receives: Sequence[Message]) -> Transfer:
         """Only `dispatch` is timed."""
         raise AssertionError
@@ -50,7 +46,7 @@ class Echo:
 
 
 def host_time(gpus: int, slots: int) -> dict[str, float]:
-    """Median seconds of a plain dispatcher's counting, and of `dispatch`: quiet, in a look, and with replicas."""
+    """Median seconds of a plain dispatcher's counting, and of `dispatch`, in even steps and with replicas."""
     even = (torch.arange(2 * TOKENS) % slots).view(TOKENS, 2)
     hot = even.clone()
     hot[: TOKENS // 3, 0] = 0
@@ -64,7 +60,7 @@ def host_time(gpus: int, slots: int) -> dict[str, float]:
     def split_sizes(ids: Tensor, balancer: StepBalancer) -> str:
         step = balancer.dispatch("layer", ids)
         assert len(step.exchange.send_sizes) == len(step.exchange.receive_sizes)
-        return "quiet" if step.split is None else "look" if step.is_trivial else "replicas"
+        return "even" if step.is_trivial else "replicas"
 
     with patch.object(step_balancer, "TorchStepComm", lambda *_, **__: Echo(gpus)):
         balanced, uneven = (StepBalancer(topology=Topology(1, gpus), num_experts=slots) for _ in range(2))
