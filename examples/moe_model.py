@@ -26,6 +26,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 if TYPE_CHECKING:
     from distplb.replicas.step_balancer import StepBalancer
@@ -48,6 +49,7 @@ class Config:
     max_sequence: int = 256
     bias_rate: float = 0.0  # loss-free balancing: how far nudge_biases moves a bias
     forced: bool = False  # route perfectly evenly, whatever the routers' scores
+    recompute: bool = False  # each block's forward again in the backward, to hold less in between
 
 
 class AllToAll(torch.autograd.Function):
@@ -115,7 +117,9 @@ class MoE(nn.Module):
         self.w_out = nn.Parameter(torch.empty(self.num_slots, config.ffn, config.dim))  # [G, H, D]
         self.counts = torch.zeros(config.experts, dtype=torch.int64)  # [E] this rank's tokens in the last forward
         self.on_counts: Callable[[Tensor], None] | None = None
-        self.forward_seconds, self.backward_seconds, self.tokens_received = 0.0, 0.0, 0
+        self.choose: Callable[[Tensor], Tensor] | None = None  # replaces the choice: scores [N, E] -> [N, K]
+        # Seconds add up until somebody sets them to 0; tokens and replicas are those of the last forward.
+        self.forward_seconds, self.backward_seconds, self.tokens_received, self.num_replicas = 0.0, 0.0, 0, 0
 
     def forward(self, x: Tensor) -> Tensor:  # [B, S, D] -> [B, S, D]
         K = self.config.top_k
@@ -131,6 +135,7 @@ class MoE(nn.Module):
         else:  # physical slots: each rank has its G own ones, then R for replicas
             step = self.balancer.dispatch(self.name, slot)
             slot, sent, received = step.slot_of_token, step.send, step.receive  # [N, K], [M, G + R], [M, G + R]
+            self.num_replicas = 0 if step.split is None else step.split.num_replicas
         # Sorting by slot also sorts by rank, because the slots of a rank are consecutive.
         order = slot.flatten().argsort(stable=True)
         rows = tokens.repeat_interleave(K, dim=0).index_select(0, order)  # [N * K, D]
@@ -161,6 +166,8 @@ class MoE(nn.Module):
         if self.config.forced:
             turns = torch.arange(tokens.shape[0] * self.config.top_k, device=tokens.device)
             expert = (turns % self.config.experts).view(-1, self.config.top_k)
+        elif self.choose is not None:
+            expert = self.choose(scores)
         else:  # the bias affects the choice only, not the gates
             expert = (scores.detach() + self.expert_bias).topk(self.config.top_k, dim=1).indices
         gate = scores.gather(1, expert)
@@ -189,7 +196,8 @@ class MoE(nn.Module):
         for s, (w_in, w_out) in enumerate(slots):
             outputs.append(expert(torch.cat(pieces[s :: len(slots)]), w_in, w_out).split(received[:, s].tolist()))
         output = torch.cat([of_slot[m] for m in range(len(received)) for of_slot in outputs])
-        self.forward_seconds, self.tokens_received = self.clock(rows) - start, rows.shape[0]
+        self.forward_seconds += self.clock(rows) - start
+        self.tokens_received = rows.shape[0]
         if output.requires_grad:  # these hooks run just before and just after the experts' backward
             output.register_hook(self.backward_begins)
             rows.register_hook(self.backward_ends)
@@ -202,7 +210,7 @@ class MoE(nn.Module):
         expert(rows, w_in, w_out).sum().backward()  # type: ignore[no-untyped-call]  # in torch's stubs
 
     def backward_begins(self, gradient: Tensor) -> None:
-        self.backward_seconds = -self.clock(gradient)
+        self.backward_seconds -= self.clock(gradient)
 
     def backward_ends(self, gradient: Tensor) -> None:
         self.backward_seconds += self.clock(gradient)
@@ -255,7 +263,7 @@ class Transformer(nn.Module):
         balancer: StepBalancer | None = None,
     ) -> None:
         super().__init__()
-        self.group = group
+        self.group, self.recompute = group, config.recompute
         self.embedding = nn.Embedding(VOCAB, config.dim)
         self.position = nn.Parameter(torch.empty(config.max_sequence, config.dim))
         self.blocks = nn.ModuleList(Block(config, group, balancer, f"blocks.{i}") for i in range(config.layers))
@@ -285,7 +293,7 @@ class Transformer(nn.Module):
     def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:  # [B, S], [B, S] -> []
         x = self.embedding(inputs) + self.position[: inputs.shape[1]]  # [B, S, D]
         for block in self.blocks:
-            x = block(x)
+            x = checkpoint(block, x, use_reentrant=False) if self.recompute else block(x)
         return F.cross_entropy(self.head(self.norm(x)).flatten(0, 1), targets.flatten())
 
     @property
@@ -293,16 +301,22 @@ class Transformer(nn.Module):
         return [module for module in self.modules() if isinstance(module, MoE)]
 
     def backward(self, loss: Tensor) -> None:
-        """Compute the gradients of the mean of all ranks' losses.
+        """Compute the gradients of the mean of all ranks' losses."""
+        self.accumulate(loss)
+        self.reduce_gradients()
 
-        Each rank backpropagates its share of that mean, so gradients only need to be summed. An expert's gradient is
-        that sum already, because its rows come from all ranks; all other parameters are replicated and take one
-        all-reduce.
+    def accumulate(self, loss: Tensor, parts: int = 1) -> None:
+        """Add the gradients of this rank's share of that mean, for one of so many micro-batches."""
+        (loss / (parts * (1 if self.group is None else dist.get_world_size(self.group)))).backward()
+
+    def reduce_gradients(self) -> None:
+        """Sum gradients over ranks.
+
+        An expert's gradient is that sum already, because its rows come from all ranks; all other parameters are
+        replicated and take one all-reduce.
         """
         if self.group is None:
-            loss.backward()
             return
-        (loss / dist.get_world_size(self.group)).backward()
         experts = {id(weight) for moe in self.moes for weight in (moe.w_in, moe.w_out)}
         replicated = [p.grad for p in self.parameters() if id(p) not in experts and p.grad is not None]
         flat = torch.cat([gradient.flatten() for gradient in replicated])  # one call, not dozens of small ones

@@ -1,7 +1,8 @@
-"""Pretrain a small mixture-of-experts model on real text, and rebalance its experts every N iterations.
+"""Pretrain a small mixture-of-experts model on real text; rebalance its experts, and lend replicas of hot ones.
 
     torchrun --standalone --nproc-per-node 2 examples/pretrain_moe.py --compare
-    torchrun --standalone --nproc-per-node 2 examples/pretrain_moe.py --router plain --balance rebalanced
+    torchrun --standalone --nproc-per-node 2 examples/pretrain_moe.py --router plain --balance both
+    torchrun --standalone --nproc-per-node 2 examples/pretrain_moe.py --workload rotating --balance replicated
     torchrun --standalone --nproc-per-node 2 examples/pretrain_moe.py --balance spread  # moves over several iterations
     python examples/pretrain_moe.py --balance static --data ~/my_text
     python examples/pretrain_moe.py --text code --switch-at 61  # prose from iteration 61
@@ -9,13 +10,14 @@
     torchrun --standalone --nproc-per-node 2 examples/pretrain_moe.py --report run  # also writes an HTML report
 
 The text is the source or the manual of Python's standard library, which every machine has, or a folder of your own.
-`--switch-at` changes from one to the other part-way, which shifts the loads. `--compare` trains six models, {plain,
-loss-free} x {static, rebalanced, forced}, in the same processes, which take turns of `--turn` iterations so that other
-work on the machine slows all of them alike, and prints a table at the end. `Run` shows what distplb needs from a
-training loop: a window that counts tokens, a list of layers, and one call after `optimizer.step()`. Given the time
-curve of an expert, distplb balances seconds instead of tokens and makes only the moves that pay off.
+`--switch-at` changes from one to the other part-way, which shifts the loads. `--compare` trains ten models, {plain,
+loss-free} x {static, rebalanced, replicated, both, forced}, in the same processes, which take turns of `--turn`
+iterations so that other work on the machine slows all of them alike, and prints a table at the end. `Run` shows what
+distplb needs from a training loop: for homes, a window that counts tokens, a list of layers, and one call after
+`optimizer.step()`; for replicas, a `StepBalancer` that the MoE layers call. Given the time curve of an expert, distplb
+balances seconds instead of tokens and makes only the moves that pay off.
 
-Shapes: B batch of one rank, S sequence, I iterations, L layers, M GPUs (ranks), E experts.
+Shapes: B batch of one rank, S sequence, I iterations, L layers, M GPUs (ranks), E experts, T micro-batches.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ import shutil
 import tempfile
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +39,19 @@ import torch
 import torch.distributed as dist
 from moe_model import Config, Group, Transformer
 from torch import Tensor
+from workloads import WORKLOADS, choice
 
 import distplb
 from distplb.comm.torchdist import TorchComm
 from distplb.core.cost import mean_of_layers
 
 ROUTERS = ("plain", "loss-free")
-COMPARED = ("static", "rebalanced", "forced")
+COMPARED = ("static", "rebalanced", "replicated", "both", "forced")
 BALANCES = (*COMPARED, "spread")
-BALANCE_HELP = "spread: rebalanced, moves spread over several iterations; forced: perfectly even routing, for reference"
+BALANCE_HELP = (
+    "rebalanced: homes move every --every iterations; replicated: replicas in every step; both; spread: rebalanced, "
+    "moves spread over several iterations; forced: perfectly even routing, for reference"
+)
 TEXTS = {"code": texts.code, "prose": texts.prose}
 SPREAD = distplb.Spread(choose_after=1, share_after=2, move_seconds=0.05)
 Table = dict[str, dict[str, dict[str, float]]]  # router, balance, figure
@@ -94,14 +101,16 @@ class Measured:
     losses: Tensor  # [I], mean over ranks
     forward: Tensor  # [M, I, L] seconds in experts
     backward: Tensor  # [M, I, L] seconds in experts
-    received: Tensor  # [M, I, L] tokens
+    received: Tensor  # [M, I, T * L] tokens
+    replicas: Tensor  # [I, T * L]
 
     @staticmethod
     def joined(parts: list[Measured]) -> Measured:
         """Concatenate the parts along I."""
         along = {"seconds": 0, "rebalance_seconds": 0, "losses": 0, "forward": 1, "backward": 1, "received": 1}
         return Measured(
-            **{name: torch.cat([getattr(part, name) for part in parts], dim) for name, dim in along.items()}
+            **{name: torch.cat([getattr(part, name) for part in parts], dim) for name, dim in along.items()},
+            replicas=torch.cat([part.replicas for part in parts]),
         )
 
 
@@ -121,8 +130,10 @@ class Run:
             max_sequence=args.sequence,
             bias_rate=rate,
             forced=balance == "forced",
+            recompute=args.recompute,
         )
-        self.model = Transformer(config, group, args.seed).to(device)
+        balancer = self.make_balancer() if balance in ("replicated", "both") else None
+        self.model = Transformer(config, group, args.seed, balancer=balancer).to(device)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=args.lr, fused=True)
         self.folder = Path(args.report) / f"{router}-{balance}" if args.report and self.is_rebalanced else None
         if self.folder is not None and rank() == 0:
@@ -133,7 +144,16 @@ class Run:
 
     @property
     def is_rebalanced(self) -> bool:
-        return self.balance in ("rebalanced", "spread")
+        return self.balance in ("rebalanced", "both", "spread")
+
+    def make_balancer(self) -> distplb.StepBalancer:
+        return distplb.StepBalancer(
+            self.group,
+            topology=distplb.Topology(1, world_size(self.group)),
+            num_experts=self.args.experts,
+            replica_slots=self.args.replica_slots,
+            max_tokens_per_gpu=self.args.max_tokens_per_gpu,
+        )
 
     def make_rebalancer(self) -> distplb.Rebalancer:
         moes = self.model.moes
@@ -194,9 +214,9 @@ class Run:
         barrier(self.group)
         for iteration in range(first, last):
             start = time.perf_counter()
-            inputs, targets = self.batch(text[iteration], iteration)
-            loss = self.model(inputs, targets)
-            self.model.backward(loss)
+            for moe in self.model.moes:
+                moe.forward_seconds = moe.backward_seconds = 0.0
+            loss, counted = self.train_batch(*self.batch(text[iteration], iteration), iteration)
             self.optimizer.step()
             if self.router == "loss-free":
                 self.model.nudge_biases()
@@ -206,10 +226,41 @@ class Run:
             if self.rebalancer is not None:
                 self.rebalancer.step()
                 rebalanced = time.perf_counter()
-            times = [trained - start, rebalanced - trained, loss.item()]
-            experts = [(m.forward_seconds, m.backward_seconds, m.tokens_received) for m in self.model.moes]
-            records.append(times + [value for layer in experts for value in layer])
+            times = [trained - start, rebalanced - trained, loss]
+            seconds = [part for moe in self.model.moes for part in (moe.forward_seconds, moe.backward_seconds)]
+            records.append(times + seconds + counted)
         self.turns.append(self.share(torch.tensor(records, dtype=torch.float64)))
+
+    def train_batch(self, inputs: Tensor, targets: Tensor, iteration: int) -> tuple[float, list[float]]:
+        """Gradients of one batch in micro-batches: its loss, and tokens and replicas of each step and layer."""
+        total, counted = 0.0, list[float]()
+        parts = zip(inputs.chunk(self.args.micro_batches), targets.chunk(self.args.micro_batches), strict=True)
+        for number, part in enumerate(parts):
+            if self.args.workload and self.balance != "forced":
+                self.follow_workload(iteration * self.args.micro_batches + number)
+            loss = self.model(*part)
+            counted += [value for moe in self.model.moes for value in (moe.tokens_received, moe.num_replicas)]
+            self.model.accumulate(loss, self.args.micro_batches)
+            total += loss.item() / self.args.micro_batches
+        self.model.reduce_gradients()
+        return total, counted
+
+    def follow_workload(self, step: int) -> None:
+        """Let the layers choose as the workload tells, instead of their routers."""
+        for layer, moe in enumerate(self.model.moes):
+            moe.choose = partial(self.workload_choice, step, layer)
+
+    def workload_choice(self, step: int, layer: int, scores: Tensor) -> Tensor:
+        chosen = choice(
+            self.args.workload,
+            (len(scores), self.args.top_k, self.args.experts),
+            seed=self.args.seed,
+            step=step,
+            layer=layer,
+            rank=rank(),
+            gpus=world_size(self.group),
+        )
+        return chosen.to(scores.device)
 
     def batch(self, text: Tensor, iteration: int) -> tuple[Tensor, Tensor]:
         """This rank's rows of the iteration's global batch, which depends on the seed and the iteration alone."""
@@ -219,17 +270,19 @@ class Run:
         return mine[:, :-1], mine[:, 1:]
 
     def share(self, own: Tensor) -> Measured:
-        """Gather the measurements of all ranks on every rank; `own` is [I, 3 + L * 3]."""
+        """Gather the measurements of all ranks on every rank; `own` is [I, 3 + L * 2 + T * L * 2]."""
         own = own.to(self.device)
         everyone = [torch.empty_like(own) for _ in range(world_size(self.group))]
         if self.group is None:
             everyone[0].copy_(own)
         else:
             dist.all_gather(everyone, own, group=self.group)
-        gathered = torch.stack(everyone).cpu()  # [M, I, 3 + L * 3]
+        gathered = torch.stack(everyone).cpu()  # [M, I, ...]
         seconds, rebalance_seconds, losses = gathered[..., :3].mean(0).unbind(-1)
-        forward, backward, received = gathered[..., 3:].unflatten(-1, (-1, 3)).unbind(-1)  # [M, I, L] each
-        return Measured(seconds, rebalance_seconds, losses, forward, backward, received)
+        end = 3 + 2 * self.args.layers
+        forward, backward = gathered[..., 3:end].unflatten(-1, (-1, 2)).unbind(-1)  # [M, I, L] each
+        received, replicas = gathered[..., end:].unflatten(-1, (-1, 2)).unbind(-1)  # [M, I, T * L] each
+        return Measured(seconds, rebalance_seconds, losses, forward, backward, received, replicas[0])
 
     def measured(self) -> Measured:
         """All turns except the warm-up, which ends with the first rebalance."""
@@ -250,7 +303,7 @@ class Run:
 
 
 def imbalance(received: Tensor) -> Tensor:
-    """Busiest GPU over mean GPU: [M, I, L] -> [I, L]."""
+    """Busiest GPU over mean GPU: [M, I, T * L] -> [I, T * L]."""
     return received.amax(0) / received.mean(0)
 
 
@@ -271,6 +324,8 @@ def summarise(runs: list[Run]) -> Table:
             "tokens_per_second": float(run.tokens() / seconds),
             "loss": float(measured.losses[-run.args.every :].mean()),
             "imbalance": float(imbalance(measured.received).mean()),
+            "worst_imbalance": float(imbalance(measured.received).max()),
+            "replicas": float(measured.replicas.mean()),
             "expert_share": float((in_experts / measured.seconds).median()),
             "wait_share": float((waited / measured.seconds).median()),
             "rebalance_share": float(rebalancing / seconds),
@@ -289,26 +344,37 @@ def format_table(table: Table, runs: list[Run]) -> str:
     ]
     for router, modes in table.items():
         lines += ["", f"router: {router}"]
-        lines += [f"{'':10}{'tokens/s':>20}{'loss':>9}{'imbalance':>11}{'experts':>9}{'waiting':>9}{'rebalancing':>13}"]
+        lines += [
+            f"{'':10}{'tokens/s':>20}{'loss':>9}{'imbalance':>11}{'worst':>7}{'replicas':>10}{'experts':>9}"
+            f"{'waiting':>9}{'rebalancing':>13}"
+        ]
         for balance, row in modes.items():
             run = next(run for run in runs if (run.router, run.balance) == (router, balance))
             fast, slow = (run.tokens() / run.measured().seconds.quantile(q) for q in (0.25, 0.75))
             lines += [
                 f"{balance:10}{row['tokens_per_second']:7.0f} [{slow:5.0f},{fast:5.0f}]{row['loss']:9.4f}"
-                f"{row['imbalance']:11.3f}{row['expert_share']:9.1%}{row['wait_share']:9.1%}{row['rebalance_share']:13.2%}"
+                f"{row['imbalance']:11.3f}{row['worst_imbalance']:7.2f}{row['replicas']:10.2f}"
+                f"{row['expert_share']:9.1%}{row['wait_share']:9.1%}{row['rebalance_share']:13.2%}"
             ]
-        if {"static", "rebalanced"} <= modes.keys():
-            lines += [format_gain(router, modes["static"], modes["rebalanced"], runs)]
+        lines += [
+            format_gain(router, balance, modes, runs)
+            for balance in ("rebalanced", "replicated", "both")
+            if {"static", balance} <= modes.keys()
+        ]
     return "\n".join(lines)
 
 
-def format_gain(router: str, static: dict[str, float], rebalanced: dict[str, float], runs: list[Run]) -> str:
-    gain = rebalanced["tokens_per_second"] / static["tokens_per_second"] - 1
-    predicted = (1 - rebalanced["wait_share"]) / (1 - static["wait_share"]) - 1
+def format_gain(router: str, balance: str, modes: dict[str, dict[str, float]], runs: list[Run]) -> str:
+    found, static = modes[balance], modes["static"]
+    gain = found["tokens_per_second"] / static["tokens_per_second"] - 1
+    predicted = (1 - found["wait_share"]) / (1 - static["wait_share"]) - 1
     losses = {run.balance: Measured.joined(run.turns).losses for run in runs if run.router == router}
-    difference = (losses["rebalanced"] - losses["static"]).abs().max().item()
+    difference = (losses[balance] - losses["static"]).abs().max().item()
+    forced = "" if "forced" not in modes else (
+        f", {found['tokens_per_second'] / modes['forced']['tokens_per_second']:.2f} of forced"
+    )  # fmt: skip
     return (
-        f"rebalanced over static: {gain:+.1%} tokens/s ({predicted:+.1%} predicted from waiting). "
+        f"{balance} over static: {gain:+.1%} tokens/s ({predicted:+.1%} predicted from waiting){forced}. "
         f"Largest difference between their losses: {difference:.1e}"
     )
 
@@ -335,7 +401,7 @@ def describe(args: argparse.Namespace, modes: list[tuple[str, str]], ranks: int,
         f"{args.sequence} bytes from {len(text[0]) / 1e6:.0f} MB of text\n"
         f"text: {describe_text(args)}\n"
         f"{len(modes)} x {args.iterations} iterations in turns of {args.turn}: {names}\n"
-        f"The six runs of --compare take five to eight minutes at the default sizes on two cores."
+        f"The ten runs of --compare take five to eight minutes at the default sizes on two cores."
     )
 
 
@@ -404,11 +470,16 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--router", choices=ROUTERS, default="plain", help="plain: unbalanced; loss-free: balanced by a bias")
     add("--balance", choices=BALANCES, default="rebalanced", help=BALANCE_HELP)
-    add("--compare", action="store_true", help="train static, rebalanced and forced with both routers, in turns")
+    add("--compare", action="store_true", help=f"train {', '.join(COMPARED)} with both routers, in turns")
+    add("--replica-slots", type=int, default=2, help="replicas that a GPU may hold in one step")
+    add("--max-tokens-per-gpu", type=int, metavar="TOKENS", help="no GPU computes more in a step, with replicas")
+    add("--workload", choices=WORKLOADS, help="choices of experts by this pattern instead of the router")
+    add("--micro-batches", type=int, default=1, help="steps of an iteration; divides --batch")
+    add("--recompute", action="store_true", help="compute each block's forward again in the backward")
     add("--apply", choices=("permute", "remap"), default="permute", help="permute router rows, or remap by a table")
     add("--every", type=int, default=25, help="iterations between rebalances")
     add("--turn", type=int, default=5, help="iterations that each run trains before the next run; divides --every")
-    add("--iterations", type=int, default=100)
+    add("--iterations", type=int, default=75)
     add("--layers", type=int, default=2)
     add("--experts", type=int, default=16)
     add("--top-k", type=int, default=2)
@@ -444,6 +515,10 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("--record records one model; leave out --compare")
     if args.record and args.report:
         parser.error("--report records the loads too; leave out --record")
+    if args.micro_batches < 1 or args.batch % args.micro_batches:
+        parser.error(f"--micro-batches {args.micro_batches} must divide --batch {args.batch}")
+    if args.max_tokens_per_gpu and args.balance not in ("replicated", "both"):
+        parser.error("--max-tokens-per-gpu is kept by replicas; pass --balance replicated or both")
     if args.turn < 1 or args.every % args.turn:
         parser.error(f"--turn {args.turn} must divide --every {args.every}")
     if args.switch_at is not None and not 1 < args.switch_at <= args.iterations:

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Trains a small mixture-of-experts model, static and rebalanced in turns, on two processes of one thread each; prints
-# what rebalancing gains, and writes an HTML report of each rebalanced run to quickstart/.
+# Trains a small mixture-of-experts model in turns, static, with homes that move, with replicas in every step, and with
+# both, on two processes of one thread each; prints what they gain, and writes an HTML report of each run whose homes
+# move to quickstart/.
 # Arguments are passed to examples/pretrain_moe.py: launch/quickstart.sh --json result.json
 set -euo pipefail
 . "$(dirname "$0")/environment.sh" report

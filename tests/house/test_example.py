@@ -13,7 +13,8 @@ import pytest
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "pretrain_moe.py"
 TINY = ["--iterations=12", "--every=4", "--turn=2", "--ffn=32", "--batch=2", "--sequence=32", "--experts=8"]
-FIGURES = {"tokens_per_second", "loss", "imbalance", "expert_share", "wait_share", "rebalance_share"}
+FIGURES = {"tokens_per_second", "loss", "imbalance", "worst_imbalance", "replicas"}
+FIGURES |= {"expert_share", "wait_share", "rebalance_share"}
 
 
 def run(*options: str, ranks: int = 2) -> subprocess.CompletedProcess[str]:
@@ -34,7 +35,7 @@ def test_compare_trains_all_modes_and_writes_the_closing_table(tmp_path: Path) -
     table = json.loads((tmp_path / "table.json").read_text())
     assert set(table) == {"plain", "loss-free"}
     for router, modes in table.items():
-        assert set(modes) == {"static", "rebalanced", "forced"}
+        assert set(modes) == {"static", "rebalanced", "replicated", "both", "forced"}
         assert f"router: {router}" in said
         for row in modes.values():
             assert set(row) == FIGURES
@@ -42,8 +43,34 @@ def test_compare_trains_all_modes_and_writes_the_closing_table(tmp_path: Path) -
         assert modes["static"]["rebalance_share"] == 0 < modes["rebalanced"]["rebalance_share"] < 1
         assert 0 < modes["static"]["wait_share"] < modes["static"]["expert_share"] < 1
         # Moving experts changes no result, except that float32 sums may be taken in another order.
-        assert modes["rebalanced"]["loss"] == pytest.approx(modes["static"]["loss"], rel=1e-3)
-    assert said.count("rebalance after iteration") == 2 * 3
+        for balance in ("rebalanced", "replicated", "both"):
+            assert modes[balance]["loss"] == pytest.approx(modes["static"]["loss"], rel=1e-3)
+            assert f"{balance} over static: " in said
+        for balance in ("replicated", "both"):
+            assert modes[balance]["worst_imbalance"] < 1.05 < modes["static"]["worst_imbalance"]
+            assert 0 < modes[balance]["replicas"] < 4
+        assert modes["rebalanced"]["replicas"] == 0
+    assert said.count("rebalance after iteration") == 2 * 2 * 3
+
+
+@pytest.mark.parametrize("workload", ["rotating", pytest.param("bursts", marks=pytest.mark.long)])
+def test_a_workload_takes_the_routers_place_in_micro_batches_and_recomputation(workload: str, tmp_path: Path) -> None:
+    options = [f"--workload={workload}", "--micro-batches=2", "--recompute", "--batch=4"]
+    losses = {}
+    for balance in ("static", "both"):
+        trained(*options, f"--balance={balance}", f"--json={tmp_path / 'table.json'}")
+        row = json.loads((tmp_path / "table.json").read_text())["plain"][balance]
+        losses[balance] = row["loss"]
+        assert (row["worst_imbalance"] < 1.05) == (balance == "both")
+    assert losses["both"] == pytest.approx(losses["static"], rel=1e-3)
+
+
+def test_a_cap_is_kept_or_refused_with_the_smallest_one() -> None:
+    """A step has 2 ranks x 2 sequences x 32 bytes x 2 choices = 256 tokens."""
+    assert "replicated" in trained("--balance=replicated", "--max-tokens-per-gpu=130", "--replica-slots=4")
+    refused = run("--balance=replicated", "--max-tokens-per-gpu=100")
+    assert refused.returncode
+    assert "max_tokens_per_gpu is 100, but with 2 replica slots on each GPU this step needs 128" in refused.stderr
 
 
 def test_one_mode_trains_on_own_text_without_a_process_group(tmp_path: Path) -> None:
