@@ -278,19 +278,20 @@ class _Node:
         )
         own = np.bincount(home, tokens, len(self.gpus))  # [D]
         most = np.concatenate([np.full(len(own), self.slots), np.zeros(pairs), 1 - own, tokens, -np.ones(len(cuts))])
-        result = milp(
-            np.zeros(2 * pairs),
-            integrality=np.repeat([1, 0], pairs),
-            bounds=(0, np.concatenate([ones, largest])),
-            constraints=LinearConstraint(rows, ub=most),
-            options={"node_limit": most_nodes, "mip_rel_gap": 0},
-        )
-        effort.spend(pairs, result.mip_node_count or 0)
-        if result.status == _NO_SOLUTION:
-            return None
-        if result.x is None:
-            raise _GivenUpError
-        return np.asarray(result.x[:pairs] > 0.5)
+        for presolve in (True, False):  # HiGHS 1.8 calls solvable programs infeasible, but not without its presolve
+            result = milp(
+                np.zeros(2 * pairs),
+                integrality=np.repeat([1, 0], pairs),
+                bounds=(0, np.concatenate([ones, largest])),
+                constraints=LinearConstraint(rows, ub=most),
+                options={"node_limit": most_nodes, "mip_rel_gap": 0, "presolve": presolve},
+            )
+            effort.spend(pairs, result.mip_node_count or 0)
+            if result.x is not None:
+                return np.asarray(result.x[:pairs] > 0.5)
+            if result.status != _NO_SOLUTION:
+                raise _GivenUpError
+        return None
 
     def _weights(self, level: int, cuts: list[_Cut]) -> NDArray[np.float64]:
         """`[C, K]`: of each cut, the parts of the excess that replicas outside the set take at most."""
