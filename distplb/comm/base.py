@@ -11,19 +11,15 @@ from torch import Tensor
 from distplb.core.arguments import shown
 from distplb.errors import DistplbError
 
-__all__ = ["Comm", "Message", "Round", "WorldOfOne", "refuse_other_comm"]
+__all__ = ["Comm", "Message", "Ranks", "Round", "WorldOfOne", "refuse_other_comm"]
 
 # One point-to-point operation: the buffer, and the rank at the other end.
 Message = tuple[Tensor, int]
 Round = tuple[Sequence[Message], Sequence[Message]]  # messages to send, messages to receive
 
 
-class Comm(Protocol):
-    """Ranks 0 to `size` − 1 that call the same methods in the same order.
-
-    All tensors are contiguous and on `device`; collectives work in place. No call waits for ever: if ranks do not
-    arrive in time, or the connection to them breaks, it raises a `LostRanksError`, and so does every later call.
-    """
+class Ranks(Protocol):
+    """Who a communicator connects, and where its tensors are."""
 
     @property
     def rank(self) -> int:
@@ -36,6 +32,14 @@ class Comm(Protocol):
     @property
     def device(self) -> torch.device:
         """The device that buffers must be on."""
+
+
+class Comm(Ranks, Protocol):
+    """Ranks 0 to `size` − 1 that call the same methods in the same order.
+
+    All tensors are contiguous and on `device`; collectives work in place. No call waits for ever: if ranks do not
+    arrive in time, or the connection to them breaks, it raises a `LostRanksError`, and so does every later call.
+    """
 
     def all_reduce_sum(self, tensor: Tensor) -> None:
         """Sum over ranks, element by element."""

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from distplb.comm.base import Message
+from distplb.comm.base import Message, Ranks
 from distplb.comm.message_watch import MessageWatch
 from distplb.comm.torchdist import TorchComm, group_of
 from distplb.errors import LostRanksError
@@ -44,23 +44,11 @@ class Transfer(Protocol):
         """Return when what arrives may be used, and what was sent may be overwritten, by the calling stream."""
 
 
-class StepComm(Protocol):
+class StepComm(Ranks, Protocol):
     """Ranks 0 to `size` − 1 that call `all_gather` in the same order; only those with messages call `start`.
 
     Calls raise a `LostRanksError` as those of `Comm` do, and so does every later call.
     """
-
-    @property
-    def rank(self) -> int:
-        """The rank of this process in the group."""
-
-    @property
-    def size(self) -> int:
-        """The number of ranks."""
-
-    @property
-    def device(self) -> torch.device:
-        """The device that tensors must be on."""
 
     def all_gather(self, row: Tensor) -> Tensor:
         """`[M, n]` on the host, from each rank's `row [n]` of the same length."""

@@ -197,8 +197,8 @@ class StepBalancer:
             if again and _digest_of(counts_of(row)) not in self._seen[layer]:
                 row = marked_as_unseen(row)
             counts = checked_counts(self._comm, row, self._layers)
-            if not again:
-                self._remember(layer, _digest_of(counts_of(row)))
+            if not again:  # from the host's copy, so that nothing waits for the device again
+                self._remember(layer, _digest_of(counts[self._comm.rank]))
         with self._stages.stage("split"):
             found = None if self._is_surely_trivial(counts) else self._split(counts)
             if found is None or found.is_trivial:
@@ -225,11 +225,10 @@ class StepBalancer:
         """Compute the rows that arrived, with replicas where the step has some. Collective.
 
         Args:
-            step: what `dispatch` returned, for the last step that was dispatched.
+            step: what `dispatch` returned.
             experts: a function of the rows `[X, ...]`, the own rows `[G, ...]` of each tensor of `home_rows`, and their
                 replica rows `[R, ...]` (`[0, ...]` if the step is trivial). Replica rows without an expert hold any
-                values and get no tokens. It has to use the tensors that it gets, also for no rows, so that all ranks
-                have the same graph.
+                values and get no tokens. It is called on every rank, also for no rows.
             rows: `[X, ...]`, in the order of `step.receive`.
             home_rows: `[G, ...]` each, the weights of this GPU's experts; local tensors, contiguous.
 
