@@ -150,6 +150,7 @@ class StepBalancer:
                 f"the group has {self._comm.size} ranks, the topology {topology.num_gpus} GPUs; pass the EP group and "
                 "its own topology, such as Topology.from_mesh(mesh['ep'])"
             )
+        self._refuse_other_sizes()
         self._stages = StepStages(self._comm)
         self._lender = Lender(self._comm, self._stages, keep=keep)
         self._calls = 0
@@ -244,6 +245,16 @@ class StepBalancer:
         if not loan.replica_rows:
             self.push(step, *home_rows)
         return lent(self._lender, loan, experts, rows, home_rows)
+
+    def _refuse_other_sizes(self) -> None:
+        """Compare P among ranks before the first count, whose rows have to be of one length to say anything else."""
+        sizes = self._comm.all_gather(torch.tensor([self._num_slots], device=self._comm.device))[:, 0].tolist()
+        for rank, size in enumerate(sizes):
+            if size != sizes[0]:
+                raise DistplbError(
+                    f"num_experts is {size} on rank {rank} and {sizes[0]} on rank 0; pass the same on all ranks of the "
+                    "group"
+                )
 
     def _name_of(self, layer: Hashable) -> int:
         """The digest of a layer's name; hashed once, because that takes as long as a small exchange."""

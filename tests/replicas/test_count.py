@@ -121,6 +121,17 @@ def test_a_refusal_does_not_end_a_later_wait() -> None:
     assert on_ranks(2, late_after_a_refusal) == ["no error"] * 2
 
 
+def other_sizes() -> str:
+    rank = dist.get_rank()
+    return text_of(lambda: StepBalancer(topology=Topology(1, 2), num_experts=6 + 2 * rank, deadline=20))
+
+
+def test_another_number_of_experts_is_refused_before_anything_is_counted() -> None:
+    """Rows of other lengths ended the process in gloo, without a word about experts."""
+    text = "num_experts is 8 on rank 1 and 6 on rank 0; pass the same on all ranks of the group"
+    assert on_ranks(2, other_sizes) == [text] * 2
+
+
 def options_and_calls() -> list[str]:
     """Other options on rank 1; a compute that rank 1 leaves out."""
     is_wrong = dist.get_rank() == 1
