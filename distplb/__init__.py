@@ -10,8 +10,10 @@ from distplb.errors import DistplbError
 from distplb.packing.balanced_packing import balanced_packing
 from distplb.planning.eplb import rebalance_experts
 from distplb.planning.plan import plan
-from distplb.records.event_log import EventLog, read_events
+from distplb.records.event_log import EventLog
 from distplb.records.events import RebalanceEvent
+from distplb.records.read_log import read_events, read_steps
+from distplb.records.step_event import StepEvent
 from distplb.records.trace import Trace
 from distplb.records.trace_writer import TraceWriter
 from distplb.replicas.step_balancer import StepBalancer
@@ -41,6 +43,7 @@ __all__ = [
     "Split",
     "Spread",
     "StepBalancer",
+    "StepEvent",
     "TimeCurve",
     "Topology",
     "Trace",
@@ -51,6 +54,7 @@ __all__ = [
     "measured_curve",
     "plan",
     "read_events",
+    "read_steps",
     "rebalance_experts",
     "replay",
     "routes",

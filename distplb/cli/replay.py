@@ -19,9 +19,9 @@ from distplb.cli.replay_tables import Costs, ReplayResult, document, print_table
 from distplb.cli.shared_options import option_group
 from distplb.core.topology import Topology
 from distplb.errors import DistplbError
-from distplb.records.event_log import read_events
 from distplb.records.foreign.megatron_lines import is_megatron, num_ranks
 from distplb.records.read_loads import read_trace
+from distplb.records.read_log import read_events
 from distplb.records.trace import Trace
 from distplb.study.costs import (
     BYTES_PER_PARAMETER,

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
-from dataclasses import MISSING, dataclass, fields
-from typing import Any
+from dataclasses import dataclass
 
-from distplb.errors import DistplbError
+from distplb.records.json_lines import json_parts, record_from_json
 
-__all__ = ["RebalanceEvent"]
+__all__ = ["EVENT_FORMAT", "RebalanceEvent"]
 
-_FORMAT, _VERSION = "distplb.event", 1
+EVENT_FORMAT = "distplb.event"
 # Types of the fields without a default; the others have the type of their default.
 _KINDS = {"iteration": int, "layers": tuple, "decision": str, "reason": str, "seconds": dict, "last_applied": int}
 
@@ -143,11 +141,7 @@ class RebalanceEvent:
 
     def json_parts(self) -> Iterator[str]:
         """`to_json` in small parts, so that a thread can release the interpreter lock between them."""
-        yield f'{{"format": "{_FORMAT}", "version": {_VERSION}'
-        for one in fields(self):
-            yield f', "{one.name}": '
-            yield from _parts(getattr(self, one.name))
-        yield "}"
+        return json_parts(self, EVENT_FORMAT)
 
     @classmethod
     def from_json(cls, line: str) -> RebalanceEvent:
@@ -157,42 +151,4 @@ class RebalanceEvent:
             DistplbError: if the line is not such an object, lacks a field that has no default, or has an unknown
                 version number.
         """
-        try:
-            document = json.loads(line)
-            kind = (document.pop("format"), document.pop("version"))
-            if kind != (_FORMAT, _VERSION):
-                raise DistplbError(
-                    f"it is {kind[0]!r:.40}, version {kind[1]!r:.40}; this distplb reads {_FORMAT!r}, version 1"
-                )
-            return cls(**_known(document))
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise DistplbError(f"it is not a rebalance's record ({error})") from error
-
-
-def _parts(value: Any) -> Iterator[str]:
-    """Yield a value as JSON, a table row by row."""
-    if not isinstance(value, tuple) or not value or not isinstance(value[0], tuple):
-        yield json.dumps(value, allow_nan=False)
-        return
-    for number, row in enumerate(value):
-        yield f"{', ' if number else '['}{json.dumps(row, allow_nan=False)}"
-    yield "]"
-
-
-def _known(document: dict[str, Any]) -> dict[str, Any]:
-    """The fields that this version has, with their types checked."""
-    known = {one.name: one for one in fields(RebalanceEvent)}
-    lacking = [name for name, one in known.items() if one.default is MISSING and name not in document]
-    if lacking:
-        raise ValueError(f"it lacks {', '.join(lacking)}")
-    values = {name: _frozen(value) for name, value in document.items() if name in known}
-    for name, value in values.items():
-        kind = _KINDS.get(name, type(known[name].default))
-        is_number = kind is float and type(value) is int
-        if kind is not type(None) and type(value) is not kind and not is_number:
-            raise ValueError(f"{name} is {value!r:.40}")
-    return values
-
-
-def _frozen(value: Any) -> Any:
-    return tuple(map(_frozen, value)) if isinstance(value, list) else value
+        return record_from_json(cls, line, EVENT_FORMAT, _KINDS, "a rebalance's record")

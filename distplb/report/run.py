@@ -18,9 +18,9 @@ import torch
 from distplb.core.placement import Placement
 from distplb.core.topology import Topology
 from distplb.errors import DistplbError
-from distplb.records.event_log import read_events
 from distplb.records.events import RebalanceEvent
 from distplb.records.read_loads import read_trace
+from distplb.records.read_log import read_events
 from distplb.records.trace import Trace
 from distplb.report.formatting import printable
 from distplb.report.trace_evaluation import Evaluation

@@ -26,7 +26,7 @@ from distplb.migrate.mover import Mover
 from distplb.planning.engine_choice import engine_for
 from distplb.planning.legal import check_legal
 from distplb.planning.options import PlanOptions
-from distplb.records.event_log import check_log
+from distplb.records.read_log import check_log
 from distplb.records.trace_parts import check_folder
 from distplb.train.options import Moves, Record, Search
 from distplb.train.routing import Routing

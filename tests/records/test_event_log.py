@@ -34,7 +34,7 @@ from distplb import (
     Trace,
     read_events,
 )
-from distplb.records.event_log import scalars
+from distplb.records.scalars import scalars
 from distplb.train.options import Spread
 
 NEXT: dict[str, Any] = {"imbalance_next": (1.25, 1.5), "iteration_seconds_next": 0.25, "repaid": True}

@@ -25,7 +25,7 @@ from distplb import (
     read_events,
 )
 from distplb.core.balance import balancedness_sglang, balancedness_vllm, max_violation
-from distplb.records.event_log import scalars
+from distplb.records.scalars import scalars
 from distplb.report.run import Run
 from distplb.report.summary import Summary
 from distplb.study.replay import Replay, replay
