@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from distplb.errors import DistplbError
 from distplb.records.json_lines import json_parts, record_from_json
 
 __all__ = ["EVENT_FORMAT", "RebalanceEvent"]
@@ -151,4 +152,7 @@ class RebalanceEvent:
             DistplbError: if the line is not such an object, lacks a field that has no default, or has an unknown
                 version number.
         """
-        return record_from_json(cls, line, EVENT_FORMAT, _KINDS, "a rebalance's record")
+        try:
+            return record_from_json(cls, line, EVENT_FORMAT, _KINDS)
+        except ValueError as error:
+            raise DistplbError(f"it is not a rebalance's record ({error})") from error

@@ -24,7 +24,7 @@ def json_parts(record: Any, kind: str) -> Iterator[str]:
     yield "}"
 
 
-def record_from_json(cls: type[R], line: str, kind: str, types: Mapping[str, type], words: str) -> R:
+def record_from_json(cls: type[R], line: str, kind: str, types: Mapping[str, type]) -> R:
     """Read a line that `json_parts` wrote, in this or another version; unknown fields are ignored.
 
     Args:
@@ -32,11 +32,10 @@ def record_from_json(cls: type[R], line: str, kind: str, types: Mapping[str, typ
         line: the line.
         kind: its format.
         types: types of the fields without a default; the others have the type of their default.
-        words: what the record is, for errors, such as "a rebalance's record".
 
     Raises:
-        DistplbError: if the line is not such an object, lacks a field that has no default, or has an unknown version
-            number.
+        DistplbError: if the line has another format or an unknown version number.
+        ValueError: if it is not such an object, or lacks a field that has no default.
     """
     try:
         document = json.loads(line)
@@ -46,8 +45,8 @@ def record_from_json(cls: type[R], line: str, kind: str, types: Mapping[str, typ
                 f"it is {found[0]!r:.40}, version {found[1]!r:.40}; this distplb reads {kind!r}, version {VERSION}"
             )
         return cls(**_known(cls, document, types))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DistplbError(f"it is not {words} ({error})") from error
+    except (KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(str(error)) from error
 
 
 def _parts(value: Any) -> Iterator[str]:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +31,7 @@ from distplb.core.private_names import backward_number, is_referred_to_once, uns
 from distplb.errors import DistplbError
 from distplb.replicas.buffer import Buffer
 from distplb.replicas.pushes import Pushes
+from distplb.replicas.sampling import Sample
 from distplb.replicas.stages import StepStages
 
 __all__ = ["Experts", "Lender", "Loan", "lent"]
@@ -47,6 +49,7 @@ class Loan:
         key: the layer and the split, so that a recomputation finds the replicas of its step.
         pushes: what this GPU sends and receives.
         num_slots: R.
+        sample: where the step is measured, if it is sampled.
         home_rows: `[G, ...]` each, this GPU's rows, without their graph.
         replica_rows: `[R, ...]` each, the rows of the replica slots.
         is_computed: whether the experts have run.
@@ -58,6 +61,7 @@ class Loan:
     key: tuple[int, int]
     pushes: Pushes
     num_slots: int
+    sample: Sample | None = None
     home_rows: tuple[Tensor, ...] = ()
     replica_rows: tuple[Tensor, ...] = ()
     is_computed: bool = False
@@ -90,20 +94,21 @@ class Lender:
 
     def start(self, loan: Loan, home_rows: Sequence[Tensor]) -> None:
         """Begin to push a step's replicas, unless a recomputation finds those of its step."""
-        loan.home_rows = tuple(rows.detach() for rows in home_rows)
-        if self._holds_for_recomputation(loan):
-            assert self._held is not None
-            loan.replica_rows = self._held.replica_rows
-            return
-        memory = Buffer() if self.keep else self._weights
-        loan.replica_rows = tuple(memory.rows(loan.num_slots, loan.home_rows))
-        self._push(loan, "push")
+        with self.stages.stage("push", loan.sample):
+            loan.home_rows = tuple(rows.detach() for rows in home_rows)
+            if self._holds_for_recomputation(loan):
+                assert self._held is not None
+                loan.replica_rows = self._held.replica_rows
+                return
+            memory = Buffer() if self.keep else self._weights
+            loan.replica_rows = tuple(memory.rows(loan.num_slots, loan.home_rows))
+            self._push(loan)
 
     def finish(self, loan: Loan) -> None:
         """Wait until the replicas are there; push them again if those of another step have replaced them."""
-        if not self._holds(loan):
-            self._push(loan, "push")
-        with self.stages.stage("push"):
+        with self.stages.stage("push", loan.sample):
+            if not self._holds(loan):
+                self._push(loan)
             self._wait()
 
     def begin_backward(self, loan: Loan) -> None:
@@ -122,9 +127,11 @@ class Lender:
         loan.pending = set(loan.parts)  # anew, because a graph that is retained runs more than once
         self._computing, self._computing_since = (loan if loan.parts else None), number
         if not self._holds(loan):
-            self._push(loan, "push again")
-            with self.stages.stage("push again"):
+            with self.stages.stage("push again", loan.sample):
+                self._push(loan)
                 self._wait()
+        if loan.sample is not None:
+            loan.sample.begin("experts backward")
 
     def leave(self, loan: Loan, part: str) -> None:
         """(4): this part of the backward no longer needs the replicas, which have to be there until now."""
@@ -136,6 +143,8 @@ class Lender:
                 )
             )
         loan.pending.discard(part)
+        if loan.sample is not None and not loan.pending:
+            loan.sample.end("experts backward")
         if self._computing is loan and not loan.pending:
             self._computing = None
 
@@ -148,7 +157,8 @@ class Lender:
             lent: `[R, ...]` each, the gradients of the replica rows.
         """
         totals = dict[tuple[int, int], Tensor]()  # of a tensor's own row, in a dtype that does not round each addend
-        with self.stages.stage("bring home"):
+        with self.stages.stage("bring home", loan.sample):
+            _count_exchange(loan)
             away = [
                 torch.zeros_like(rows) if one is None else one.contiguous()
                 for one, rows in zip(lent, loan.replica_rows, strict=True)
@@ -186,19 +196,26 @@ class Lender:
         self.comm.tell(error)
         return error
 
-    def _push(self, loan: Loan, stage: str) -> None:
+    def _push(self, loan: Loan) -> None:
         sends: list[Message] = [(rows[copy.own], copy.peer) for copy in loan.pushes.sends for rows in loan.home_rows]
         receives = [(rows[copy.slot], copy.peer) for copy in loan.pushes.receives for rows in loan.replica_rows]
-        with self.stages.stage(stage):
-            self._wait()  # for what another step has started
-            self._held = None
-            self._transfer = self.comm.start(sends, receives)
-            self._held, self._held_since = loan, backward_number()
+        self._wait()  # for what another step has started
+        self._held = None
+        self._transfer = self.comm.start(sends, receives)
+        self._held, self._held_since = loan, backward_number()
+        _count_exchange(loan)
 
     def _wait(self) -> None:
         transfer, self._transfer = self._transfer, None
         if transfer is not None:
             transfer.wait()
+
+
+def _count_exchange(loan: Loan) -> None:
+    """Rows of replicas travel, or their gradients, which have the same size."""
+    if loan.sample is not None:
+        loan.sample.num_exchanges += 1
+        loan.sample.bytes_per_replica = sum(rows.nbytes // max(1, len(rows)) for rows in loan.home_rows)
 
 
 def lent(lender: Lender, loan: Loan, experts: Experts, rows: Tensor, home_rows: Sequence[Tensor]) -> Tensor:
@@ -218,7 +235,9 @@ def lent(lender: Lender, loan: Loan, experts: Experts, rows: Tensor, home_rows: 
         loan.parts = frozenset(part for part, is_needed in needed.items() if is_needed)
     before: Tensor = _BeforeExperts.apply(rows, lender, loan)  # type: ignore[no-untyped-call]  # in torch's stubs
     *both, tie = _Push.apply(lender, loan, *home_rows)  # type: ignore[no-untyped-call]
-    after = experts(before, both[: len(home_rows)], both[len(home_rows) :])
+    own, replicas = both[: len(home_rows)], both[len(home_rows) :]
+    with loan.sample.part("experts") if loan.sample else nullcontext():
+        after = experts(before, own, replicas)
     computed: Tensor = _AfterExperts.apply(after, lender, loan, before, tie)  # type: ignore[no-untyped-call]
     return computed
 

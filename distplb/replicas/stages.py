@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 from distplb.comm.steps import StepComm
 from distplb.core.private_names import unseen_by_modes
 from distplb.core.stages import Stages
 from distplb.errors import DistplbError, in_stage
+from distplb.replicas.sampling import Sample
 
 __all__ = ["StepStages"]
 
+_NOT_SAMPLED = nullcontext()
+
 
 class StepStages:
-    """Stages count, split, push, push again and bring home.
+    """Stages count, split, push, push again and bring home; sample, if steps are sampled.
 
     Args:
         comm: the ranks of the group.
@@ -29,16 +32,17 @@ class StepStages:
         return dict(self._stages.seconds)
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Time the block. Its errors are distplb's; other ranks hear of those that they do not raise themselves.
+    def stage(self, name: str, sample: Sample | None = None) -> Iterator[None]:
+        """Time the block, also as a part of a sampled step. Its errors are distplb's.
 
-        They hear at once, not at their deadline. What distplb refuses, it refuses on all ranks alike: nobody waits, and
-        the ranks may go on, so a report would only end a later wait.
+        Other ranks hear of those that they do not raise themselves, at once and not at their deadline. What distplb
+        refuses, it refuses on all ranks alike: nobody waits, and the ranks may go on, so a report would only end a
+        later wait.
 
         Selective recomputation does not see its operations, which differ between a forward and its recomputation.
         """
         try:
-            with self._stages.stage(name), unseen_by_modes():
+            with self._stages.stage(name), unseen_by_modes(), sample.part(name) if sample else _NOT_SAMPLED:
                 yield
         except DistplbError:
             raise

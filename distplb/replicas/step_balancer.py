@@ -6,8 +6,9 @@ Shapes: N tokens of this rank, K experts of each token, P slots, M GPUs, G own a
 from __future__ import annotations
 
 import math
+import time
 from collections import defaultdict
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +25,7 @@ from distplb.errors import DistplbError
 from distplb.replicas.count import Row, checked_counts, counts_of, marked_as_unseen, name_digest, refuse_weights
 from distplb.replicas.lend import Experts, Lender, Loan, lent
 from distplb.replicas.pushes import Pushes
+from distplb.replicas.sampling import OnEvent, Sample, Sampler
 from distplb.replicas.stages import StepStages
 from distplb.replicas.tokens import own_slots, slots_of_tokens
 from distplb.splitting.gate import is_surely_trivial
@@ -47,6 +49,7 @@ class Dispatch:
         exchange: what this GPU sends and receives.
         slot_of_token: `[N, K]` int64, the physical slot of each token's experts, in [0, M * (G + R)).
         loan: the replicas, for `StepBalancer`; None if there are none.
+        sample: where the step is measured, for `StepBalancer`; None if it is not sampled.
     """
 
     layer: Hashable
@@ -54,6 +57,7 @@ class Dispatch:
     exchange: Exchange
     slot_of_token: Tensor
     loan: Loan | None = field(default=None, repr=False)
+    sample: Sample | None = field(default=None, repr=False)
 
     @property
     def send(self) -> Tensor:
@@ -96,6 +100,10 @@ class StepBalancer:
         replica_slots: R.
         keep: hold the replicas of every step until its backward, instead of pushing them again.
         deadline: seconds to wait for other ranks, as for `TorchComm`.
+        on_event: called on this rank with a `StepEvent` for each sampled step, when the next one begins; for example an
+            `EventLog` on rank 0. Exceptions that it raises are logged and do not reach the loop. If no rank passes one,
+            no step is sampled. A sampled step takes about a millisecond longer in each layer; others do not.
+        sample_every: one of so many steps of each layer is sampled, beginning with the first.
         options: of `split`: `tolerance`, `push_price`, `min_quota`, `max_tokens_per_gpu`, `tile`, `time_curve`.
 
     Raises:
@@ -111,6 +119,8 @@ class StepBalancer:
         replica_slots: int = 2,
         keep: bool = False,
         deadline: float = 300.0,
+        on_event: OnEvent | None = None,
+        sample_every: int = 100,
         tolerance: float = 0.005,
         push_price: tuple[float, float] = (0.0, math.inf),
         min_quota: int = 1,
@@ -122,6 +132,7 @@ class StepBalancer:
             {
                 "topology": (topology, (Topology,), "a Topology, such as Topology.from_env()"),
                 "keep": (keep, (bool,), "True or False"),
+                "on_event": (on_event, (Callable, None), "a function, such as an EventLog"),
             }
         )
         self._topology = topology
@@ -140,8 +151,10 @@ class StepBalancer:
         self._home, self._own = home, torch.arange(self._num_slots, device="cpu").view(-1, self._num_own)
         self._split(torch.zeros(topology.num_gpus, self._num_slots, dtype=torch.int64, device="cpu"))  # checks options
         self._num_replicas = whole_number("replica_slots", replica_slots)
-        self._tolerance, (self._inside, _) = checked_tolerance(tolerance), checked_prices(push_price)
-        self._digest = digest(repr((self._num_slots, topology, sorted(self._options.items()), keep)).encode())
+        self._tolerance, (self._inside, between) = checked_tolerance(tolerance), checked_prices(push_price)
+        every = whole_number("sample_every", sample_every, minimum=1)
+        agreed = (self._num_slots, topology, sorted(self._options.items()), keep, every)
+        self._digest = digest(repr(agreed).encode())
         self._comm: StepComm = (
             StepOfOne() if topology.num_gpus == 1 else TorchStepComm(group_or_mesh, deadline=deadline)
         )
@@ -150,7 +163,19 @@ class StepBalancer:
                 f"the group has {self._comm.size} ranks, the topology {topology.num_gpus} GPUs; pass the EP group and "
                 "its own topology, such as Topology.from_mesh(mesh['ep'])"
             )
-        self._refuse_other_sizes()
+        is_sampled, started = self._refuse_other_sizes(on_event)
+        self._sampler: Sampler | None = None
+        if is_sampled:
+            self._sampler = Sampler(
+                self._comm,
+                on_event,
+                every,
+                started,
+                topology=topology,
+                own=self._own,
+                num_replicas=self._num_replicas,
+                between=math.isfinite(between),
+            )
         self._stages = StepStages(self._comm)
         self._lender = Lender(self._comm, self._stages, keep=keep)
         self._calls = 0
@@ -166,7 +191,7 @@ class StepBalancer:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Seconds of the host so far by stage: count, split, push, push again, bring home."""
+        """Seconds of the host so far by stage: count, split, push, push again, bring home, and sample if steps are."""
         return self._stages.seconds
 
     @property
@@ -191,7 +216,8 @@ class StepBalancer:
         """
         self._calls += 1
         again = is_in_backward()
-        with self._stages.stage("count"):
+        sample = None if self._sampler is None or again else self._sampler.sample(layer)
+        with self._stages.stage("count", sample):
             name = self._name_of(layer)
             head = Row(self._calls, name, self._digest, again)
             row = head.tensor(expert_of_token, self._num_slots, self._comm.device)
@@ -200,15 +226,23 @@ class StepBalancer:
             counts = checked_counts(self._comm, row, self._layers)
             if not again:  # from the host's copy, so that nothing waits for the device again
                 self._remember(layer, _digest_of(counts[self._comm.rank]))
-        with self._stages.stage("split"):
+        with self._stages.stage("split", sample):
             found = None if self._is_surely_trivial(counts) else self._split(counts)
             if found is None or found.is_trivial:
-                return self._at_home(layer, found, expert_of_token, counts)
-            exchange = exchange_of(found, self._topology, self._comm.rank, self._own)
-            slot_of_token = slots_of_tokens(expert_of_token, exchange.send, found.replica)
-            pushes = Pushes.of(found.replica, self._num_own, self._comm.rank)
-            loan = Loan(f"layer {shown(layer)}", (name, _digest_of(found.replica)), pushes, self._num_replicas)
-        return Dispatch(layer, found, exchange, slot_of_token, loan)
+                step = self._at_home(layer, found, expert_of_token, counts, sample)
+            else:
+                exchange = exchange_of(found, self._topology, self._comm.rank, self._own)
+                slot_of_token = slots_of_tokens(expert_of_token, exchange.send, found.replica)
+                pushes = Pushes.of(found.replica, self._num_own, self._comm.rank)
+                key = (name, _digest_of(found.replica))
+                loan = Loan(f"layer {shown(layer)}", key, pushes, self._num_replicas, sample)
+                step = Dispatch(layer, found, exchange, slot_of_token, loan, sample)
+        if sample is not None:
+            with self._stages.stage("sample"):
+                assert self._sampler is not None
+                self._sampler.take(sample, counts, found)
+            sample.begin("dispatch")
+        return step
 
     def push(self, step: Dispatch, *home_rows: Tensor) -> None:
         """Begin to push the replicas now, so that they travel beside the tokens; else `compute` does it.
@@ -218,9 +252,9 @@ class StepBalancer:
             home_rows: as for `compute`.
         """
         if step.loan is not None:
-            with self._stages.stage("push"):
+            with self._stages.stage("push", step.sample):
                 self._agree_on_weights(step.layer, home_rows)
-                self._lender.start(step.loan, home_rows)
+            self._lender.start(step.loan, home_rows)
 
     def compute(self, step: Dispatch, experts: Experts, rows: Tensor, *home_rows: Tensor) -> Tensor:
         """Compute the rows that arrived, with replicas where the step has some. Collective.
@@ -237,24 +271,33 @@ class StepBalancer:
             DistplbError: for weights that differ between ranks in shape or dtype.
             LostRanksError: if ranks do not answer; also from the backward.
         """
-        loan = step.loan
+        loan, sample = step.loan, step.sample
+        if sample is not None:
+            sample.end("dispatch")
         if loan is None:
-            return experts(rows, home_rows, [one.detach()[:0] for one in home_rows])
+            replicas = [one.detach()[:0] for one in home_rows]
+            return _computed_at_home(sample, experts, rows, home_rows, replicas)
         if loan.is_computed:
             raise DistplbError(f"this step of {loan.layer} was computed already; call compute once after each dispatch")
         if not loan.replica_rows:
             self.push(step, *home_rows)
         return lent(self._lender, loan, experts, rows, home_rows)
 
-    def _refuse_other_sizes(self) -> None:
-        """Compare P among ranks before the first count, whose rows have to be of one length to say anything else."""
-        sizes = self._comm.all_gather(torch.tensor([self._num_slots], device=self._comm.device))[:, 0].tolist()
+    def _refuse_other_sizes(self, on_event: OnEvent | None) -> tuple[bool, float]:
+        """Compare P among ranks before the first count, whose rows have to be of one length to say anything else.
+
+        Returns:
+            Whether any rank wants events; the time on rank 0, in seconds since 1970.
+        """
+        own = [self._num_slots, int(on_event is not None), time.time_ns()]
+        sizes, wanted, now = self._comm.all_gather(torch.tensor(own, device=self._comm.device)).T.tolist()
         for rank, size in enumerate(sizes):
             if size != sizes[0]:
                 raise DistplbError(
                     f"num_experts is {size} on rank {rank} and {sizes[0]} on rank 0; pass the same on all ranks of the "
                     "group"
                 )
+        return any(wanted), now[0] / 1e9
 
     def _name_of(self, layer: Hashable) -> int:
         """The digest of a layer's name; hashed once, because that takes as long as a small exchange."""
@@ -283,11 +326,14 @@ class StepBalancer:
         if len(seen) > _REMEMBERED:
             del seen[next(iter(seen))]
 
-    def _at_home(self, layer: Hashable, found: Split | None, expert_of_token: Tensor, counts: Tensor) -> Dispatch:
+    def _at_home(
+        self, layer: Hashable, found: Split | None, expert_of_token: Tensor, counts: Tensor, sample: Sample | None
+    ) -> Dispatch:
         gpu, own = self._comm.rank, self._num_own
         send, receive = counts[gpu].view(-1, own), counts[:, gpu * own : (gpu + 1) * own]
         exchange = Exchange(torch.cat([send, self._no_tokens], 1), torch.cat([receive, self._no_tokens], 1))
-        return Dispatch(layer, found, exchange, self._own_slots.take(expert_of_token.to(torch.int64)))
+        slot_of_token = self._own_slots.take(expert_of_token.to(torch.int64))
+        return Dispatch(layer, found, exchange, slot_of_token, sample=sample)
 
     def _agree_on_weights(self, layer: Hashable, home_rows: Sequence[Tensor]) -> None:
         """Compare weights among all ranks, the first time that a layer pushes some of these shapes and dtypes."""
@@ -299,6 +345,18 @@ class StepBalancer:
         row = head.of_weights(home_rows, self._num_slots, self._num_own)
         refuse_weights(self._comm, row, self._num_own, self._layers)
         self._shapes[layer].add(shapes)
+
+
+def _computed_at_home(
+    sample: Sample | None, experts: Experts, rows: Tensor, home_rows: Sequence[Tensor], replicas: Sequence[Tensor]
+) -> Tensor:
+    """What the experts compute in a step without replicas."""
+    if sample is None:
+        return experts(rows, home_rows, replicas)
+    with sample.part("experts"):
+        computed = experts(rows, home_rows, replicas)
+    sample.watch_backward(computed, rows)
+    return computed
 
 
 def _digest_of(values: Tensor) -> int:

@@ -145,11 +145,15 @@ def lent(**options: Any) -> distplb.Split:
 
 def stepped() -> list[Any]:
     """One step of a balancer of one rank."""
-    balancer = distplb.StepBalancer(topology=Topology(1, 1), num_experts=8)
+    events: list[distplb.StepEvent] = []
+    balancer = distplb.StepBalancer(topology=Topology(1, 1), num_experts=8, on_event=events.append, sample_every=1)
     ids, rows = (torch.ones(3, 2, device="cpu").to(dtype) for dtype in (torch.int64, torch.float32))
-    step = balancer.dispatch("moe", ids)
-    computed = balancer.compute(step, lambda rows, own, replicas: rows @ own[0][1, :2], rows, parameters(8).detach())
-    return [step.slot_of_token, step.receive, computed, balancer.num_bytes]
+    for _ in range(2):
+        step = balancer.dispatch("moe", ids)
+        experts = parameters(8).detach()
+        computed = balancer.compute(step, lambda rows, own, replicas: rows @ own[0][1, :2], rows, experts)
+    (event,) = events
+    return [step.slot_of_token, step.receive, computed, balancer.num_bytes, event.tokens_of_gpu_after]
 
 
 def ties() -> float | None:
@@ -216,7 +220,7 @@ CALLS: dict[str, Callable[[Path], Any]] = {
     "within_budget": lambda _: within_budget(LOAD, START, distplb.plan(LOAD, TOPOLOGY), 6),
 }
 WITHOUT_TENSORS = {"DistplbError", "EventLog", "FlatShard", "MoELayer", "RebalanceEvent", "Spread", "Topology"}
-WITHOUT_TENSORS |= {"Moves", "Record", "Search", "read_events"}
+WITHOUT_TENSORS |= {"Moves", "Record", "Search", "StepEvent", "read_events", "read_steps"}
 
 
 def plain(value: Any) -> Any:

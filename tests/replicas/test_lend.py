@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from distplb import Topology
 from distplb.comm.steps import StepOfOne
+from distplb.core.stages import current_stage
 from distplb.errors import DistplbError, LostRanksError
 from distplb.replicas import lend
 from distplb.replicas.lend import Lender, Loan
@@ -424,9 +425,9 @@ def recomputed(reentrant: bool, early_stop: bool, num_layers: int, together: boo
     pushed = {"push": 0, "push again": 0}
     whole = Lender._push
 
-    def counted(self: Lender, loan: Loan, stage: str) -> None:
-        pushed[stage] += 1
-        whole(self, loan, stage)
+    def counted(self: Lender, loan: Loan) -> None:
+        pushed[str(current_stage())] += 1
+        whole(self, loan)
 
     with set_checkpoint_early_stop(early_stop), patch.object(lend.Lender, "_push", counted):
         for part in parts:

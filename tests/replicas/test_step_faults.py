@@ -108,8 +108,8 @@ def arm(stage: str, fault: str) -> None:
     original, entries = StepStages.stage, iter(range(1000))
 
     @contextmanager
-    def entered(self: StepStages, name: str) -> Iterator[None]:
-        with original(self, name):
+    def entered(self: StepStages, name: str, *sample: Any) -> Iterator[None]:
+        with original(self, name, *sample):
             if name == stage and next(entries) == 0:
                 if fault == "raise":
                     raise MemoryError("no room")
