@@ -138,7 +138,9 @@ JUDGED = (
     "are from each other, and it is chance which run of a seed is furthest from the mean of the others. The "
     "statistic is that distance (largest smoothed difference over the iterations), summed over the seeds; p is the "
     f"share of all ways to pick one run of each seed that give at least this sum. `within` means p > {LEVEL}; that "
-    "only means something if controls are `told apart`."
+    "only means something if controls are `told apart`. All other runs have the order of `static`, and may stay closer "
+    "to it than the two other orders do; that makes `within` a little likelier than it should be. The tested runs are "
+    "not independent of each other: `both` is `replicated` until the first rebalance."
 )
 FAULTS = (
     "`moments left behind`: when homes move, AdamW's moments stay in their slots. `gradients left behind`: replicas "
