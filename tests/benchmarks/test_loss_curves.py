@@ -106,6 +106,8 @@ def furthest(trained: dict[str, Any], name: str) -> np.ndarray:
 def test_static_and_tested_runs_differ_by_rounding_alone(trained: dict[str, Any]) -> None:
     for name in STATIC | TESTED:
         assert furthest(trained, name).max() < 1e-5, name
+    for name, until_it_moves in (("rebalanced", "static"), ("both", "replicated")):  # as the report says
+        np.testing.assert_array_equal(trained[name].losses[:EVERY], trained[until_it_moves].losses[:EVERY])
 
 
 def test_runs_move_homes_and_lend_replicas_as_their_names_say(trained: dict[str, Any]) -> None:
