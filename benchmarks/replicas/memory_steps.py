@@ -27,7 +27,7 @@ from distplb.replicas.step_balancer import StepBalancer
 
 __all__ = ["LAYERS", "SEQUENCE", "SIZES", "Case", "Method", "Training", "cap_of", "largest", "measured", "timed"]
 
-LAYERS, SEQUENCE = 2, 8
+LAYERS, SEQUENCE = 2, 4
 EXPERTS, TOP_K, R = 16, 2, 2
 SIZES = {"layers": LAYERS, "experts": EXPERTS, "top_k": TOP_K, "dim": 64, "ffn": 256, "max_sequence": SEQUENCE}
 ABOVE = 0.02  # of the cap above the even share of a batch
@@ -155,9 +155,7 @@ def measured(case: Case, method: Method, sequences: int, steps: int) -> dict[str
                 computed += received
                 replicas += lent
     except DistplbError as error:
-        if not str(error).startswith("max_tokens_per_gpu"):
-            raise
-        return {"tokens": tokens, "refused": named_cap(str(error))[0] / (TOP_K * tokens)}
+        return {"tokens": tokens, "refused": least_cap(error) / (TOP_K * tokens)}
     of_ranks: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(of_ranks, (max(allocations.peaks), computed))
     load = np.array([loads for _, loads in of_ranks])  # [M, S * L]
@@ -168,6 +166,13 @@ def measured(case: Case, method: Method, sequences: int, steps: int) -> dict[str
         "busiest": (load.max(0) / load.mean(0)).tolist(),
         "replicas": float(np.mean(replicas)),
     }
+
+
+def least_cap(error: DistplbError) -> int:
+    """The smallest cap that a refusal names; any other error is raised again."""
+    if not str(error).startswith("max_tokens_per_gpu"):
+        raise error
+    return named_cap(str(error))[0]
 
 
 def largest(budget: float, most: int, peak: Callable[[int], float]) -> int:
@@ -207,27 +212,29 @@ def largest(budget: float, most: int, peak: Callable[[int], float]) -> int:
 
 
 def timed(case: Case, methods: list[Method], sequences: int, steps: int) -> dict[str, dict[str, Any]]:
-    """Seconds of each step, of the slowest rank, by method; each step is taken by all methods, one after the other."""
+    """Seconds of each step, of the slowest rank, by method; each step is taken by all methods, one after the other.
+
+    A method is left out from the first step on that is refused; "refused" is then the cap that it needs over the even
+    share.
+    """
     trainings = {method.name: Training(case, method, sequences) for method in methods}
-    for training in trainings.values():
-        training.step(0)  # compiles, allocates
-    seconds: dict[str, list[float]] = {name: [] for name in trainings}
-    busiest: dict[str, list[float]] = {name: [] for name in trainings}
-    lent: dict[str, list[int]] = {name: [] for name in trainings}
-    for number in range(steps):
-        names = list(trainings)
+    taken: dict[str, dict[str, Any]] = {name: {"seconds": [], "busiest": [], "lent": []} for name in trainings}
+    for number in range(-1, steps):  # the first one compiles and allocates
+        names = [name for name in trainings if "refused" not in taken[name]]
         for name in names[number % len(names) :] + names[: number % len(names)]:
             dist.barrier()
             begin = time.perf_counter()
-            computed, replicas = trainings[name].step(number)
+            try:
+                computed, replicas = trainings[name].step(max(number, 0))
+            except DistplbError as error:
+                taken[name]["refused"] = least_cap(error) / (TOP_K * SEQUENCE * sequences)
+                continue
             values = torch.tensor([time.perf_counter() - begin, *computed], dtype=torch.float64)
             mean = values / dist.get_world_size()
             dist.all_reduce(values, dist.ReduceOp.MAX)
             dist.all_reduce(mean)
-            seconds[name].append(float(values[0]))
-            busiest[name] += (values[1:] / mean[1:]).tolist()
-            lent[name] += replicas
-    return {
-        name: {"seconds": seconds[name], "busiest": busiest[name], "replicas": float(np.mean(lent[name]))}
-        for name in trainings
-    }
+            if number >= 0:
+                taken[name]["seconds"].append(float(values[0]))
+                taken[name]["busiest"] += (values[1:] / mean[1:]).tolist()
+                taken[name]["lent"] += replicas
+    return taken

@@ -31,11 +31,12 @@ class Allocations:
 
     >>> import torch
     >>> with Allocations() as allocations:
-    ...     weights = torch.zeros(1000)
+    ...     weights = torch.empty(1000)
     ...     for size in (10, 20):
     ...         with allocations.window():
-    ...             torch.zeros(100 * size)
-    >>> allocations.peaks  # bytes: those of `weights`, and of what each window allocates
+    ...             activations = torch.empty(100 * size)
+    ...             del activations
+    >>> allocations.peaks  # bytes: those of `weights`, and of each window's `activations`
     [8000, 12000]
     """
 
