@@ -152,7 +152,8 @@ def batch_part(found: list[tuple[Case, dict[str, Any]]], budget: float, steps: i
         ]
         parts += [f"### {name_of(case)}", markdown([*head, "refused"], lines)]
     parts.append(
-        "`refused`: of the batches tried, those with a step that no split kept under the cap; the least cap of such a step."
+        "`refused`: of the batches tried, those with a step that no split kept under the cap; the least cap of such a "
+        "step."
     )
     return parts
 
