@@ -32,7 +32,8 @@ class MessageWatch:
 
     def __init__(self, was_called: Callable[[float], bool], seconds: float) -> None:
         self._was_called, self._seconds = was_called, seconds
-        self._waiting: Sequence[dist.Work] | None = None
+        self._number = 0  # of waits so far
+        self._waiting: tuple[int, Sequence[dist.Work]] | None = None
         self._thread: threading.Thread | None = None
 
     @contextmanager
@@ -42,20 +43,27 @@ class MessageWatch:
             arguments = (weakref.ref(self), self._seconds)
             self._thread = threading.Thread(target=_watch, args=arguments, name="distplb-watch", daemon=True)
             self._thread.start()
-        self._waiting = works
+        self._number += 1
+        self._waiting = self._number, works
         try:
             yield
         finally:
             self._waiting = None
 
-    def look(self, before: Sequence[dist.Work] | None) -> Sequence[dist.Work] | None:
-        """Look at the store if the training thread still waits for what it waited for `before`; returns what for."""
-        works = self._waiting
-        if works is not None and works is before and self._was_called(self._seconds) and self._waiting is works:
+    def look(self, before: int | None) -> int | None:
+        """Look at the store if the training thread is still in the wait of number `before`; returns that of its wait.
+
+        Numbers, because the thread remembers one until it looks again: messages would keep their tensors for so long.
+        """
+        waiting = self._waiting
+        if waiting is None:
+            return None
+        number, works = waiting
+        if number == before and self._was_called(self._seconds) and self._waiting is waiting:
             for work in works:
                 with suppress(RuntimeError):
                     work.wait(_AT_ONCE)  # closes the connections, and so ends the wait of the other thread
-        return works
+        return number
 
 
 def _watch(reference: weakref.ref[MessageWatch], seconds: float) -> None:
