@@ -8,13 +8,15 @@ out. So a thread looks while the training thread waits, and uses that to end the
 from __future__ import annotations
 
 import threading
-import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from functools import partial
 
 import torch.distributed as dist
+
+from distplb.comm.threads import ending, start_thread
 
 __all__ = ["MessageWatch"]
 
@@ -40,9 +42,7 @@ class MessageWatch:
     def over(self, works: Sequence[dist.Work]) -> Iterator[None]:
         """Wait for messages in this block: it raises gloo's error soon after another rank has reported a failure."""
         if self._thread is None:
-            arguments = (weakref.ref(self), self._seconds)
-            self._thread = threading.Thread(target=_watch, args=arguments, name="distplb-watch", daemon=True)
-            self._thread.start()
+            self._thread = start_thread(partial(_watch, weakref.ref(self), self._seconds), "distplb-watch")
         self._number += 1
         self._waiting = self._number, works
         try:
@@ -68,7 +68,6 @@ class MessageWatch:
 
 def _watch(reference: weakref.ref[MessageWatch], seconds: float) -> None:
     before = None
-    while (watch := reference()) is not None:
+    while not ending.wait(seconds) and (watch := reference()) is not None:
         before = watch.look(before)
         del watch  # so that it can end while this thread sleeps
-        time.sleep(seconds)

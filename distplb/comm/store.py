@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import os
 import threading
 from collections.abc import Callable
@@ -10,10 +9,9 @@ from contextlib import suppress
 from typing import Protocol
 
 from distplb.comm.private_names import default_store
+from distplb.comm.threads import start_thread
 
 __all__ = ["Store", "StoreClient", "job_store"]
-
-_EXIT_SECONDS = 5.0  # how long the process waits at exit for a call that has not returned
 
 
 class Store(Protocol):
@@ -59,7 +57,7 @@ class StoreClient:
         """Make a call and wait at most this many seconds for it; none is made while an earlier one has not returned.
 
         Returns:
-            Whether the store answered in time.
+            Whether the store answered in time; False also when the interpreter is ending.
         """
         if self._thread is not None:
             self._thread.join(seconds)
@@ -74,10 +72,7 @@ class StoreClient:
                 call(self._store)
                 answers.append(True)
 
-        self._thread = threading.Thread(target=run, name="distplb-store", daemon=True)
-        self._thread.start()
-        self._thread.join(seconds)
-        if self._thread.is_alive():
-            # A thread that is inside the library when the interpreter ends would crash the process.
-            atexit.register(self._thread.join, _EXIT_SECONDS)
+        self._thread = start_thread(run, "distplb-store")
+        if self._thread is not None:
+            self._thread.join(seconds)
         return bool(answers)

@@ -91,3 +91,34 @@ def test_a_process_ends_in_order_while_a_question_waits(host: tuple[int, subproc
     time.sleep(0.5)  # it is exiting, and waits for the answer
     os.kill(process.pid, signal.SIGCONT)
     assert asker.wait(60) == 0
+
+
+BUSY = """
+import sys, threading, time, torch.distributed as dist
+from distplb.comm.store import StoreClient
+client = StoreClient(lambda: dist.TCPStore("127.0.0.1", int(sys.argv[1]), is_master=False))
+asked = threading.Event()
+
+def look(store):  # until the store is gone: each call goes into the library and comes back
+    while True:
+        store.check(["a key"])
+        asked.set()
+        if sys.argv[2] == "once" or distplb.comm.threads.ending.is_set():
+            break
+
+import distplb.comm.threads
+ask = lambda: [client.ask(60, look) for _ in range(10 ** 6)]
+threading.Thread(target=ask, daemon=True).start()
+assert asked.wait(60)
+"""
+
+
+@pytest.mark.parametrize("calls", ["once", "for ever"])
+def test_a_process_ends_in_order_while_another_thread_asks(host: tuple[int, subprocess.Popen[str]], calls: str) -> None:
+    """The thread of a call that was not late yet was not waited for, so a job that had succeeded ended with SIGABRT."""
+    root = str(Path(__file__).parents[2])
+    command = [sys.executable, "-c", BUSY, str(host[0]), calls]
+    done = subprocess.run(
+        command, env=os.environ | {"PYTHONPATH": root}, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
