@@ -81,7 +81,7 @@ SECONDS = {  # of a step, by part
 
 def step(number: int = 10, layers: int = 2, gpus: int = 4, started: float = 1.0, **changed: Any) -> StepEvent:
     """Make a sampled step of 8 slots in which GPU 1 computed tokens of slot 0, and GPU 2 some of slot 1."""
-    before = ((700, *(1000 // max(1, gpus - 1) - 200,) * (gpus - 1)),) * layers
+    before = ((700, *(100,) * (gpus - 1)),) * layers
     fields: dict[str, Any] = {
         "step": number,
         "started": started,
@@ -121,7 +121,11 @@ def many_steps(
         before_tokens, after_tokens = before.astype(int), after.astype(int)
         levels, after_levels = (one.max(1) / one.mean(1) for one in (before_tokens, after_tokens))
         replicas = [
-            [(int(slot), int(gpu), 100) for slot, gpu in zip(rows, random.permutation(gpus), strict=False)]
+            [
+                (int(slot), int(gpu), 100)
+                for slot, gpu in zip(rows, random.permutation(gpus), strict=False)
+                if slot * gpus // slots != gpu
+            ]
             for rows in (
                 {int(hottest[layer]), *random.integers(0, slots, min(slots, gpus, 40) // 2).tolist()}
                 for layer in range(layers)

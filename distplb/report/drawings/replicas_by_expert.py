@@ -79,7 +79,7 @@ def replicas_by_expert(run: Run, width: float = WIDE) -> Figure:
     pattern, layers = differing(list(dict.fromkeys(layer for layer, _ in shown.experts)))
     names = dict(zip(dict.fromkeys(layer for layer, _ in shown.experts), layers, strict=True))
     where = f" (layer {label(pattern, 30)})" if pattern else ""
-    dress(axes, "", "GPU", f"layer · slot{where if rows > 10 else ''}", grid="")
+    dress(axes, "", "GPU", f"layer · slot{where if rows > 20 else ''}", grid="")
     norm = Normalize(0, max(0.01, float(shown.share.max())))
     colours = ScalarMappable(norm, matplotlib.colormaps["Blues"])
     axes.imshow(shown.share, cmap=colours.cmap, norm=norm, aspect="auto", interpolation="none")
@@ -115,7 +115,7 @@ def _caption(run: Run) -> str:
         "that other experts are hot in each step, which only replicas even out."
     )
     if unused:
-        text += f" {plural(unused, 'step')} on another number of GPUs or slots are left out."
+        text += f" Left out: {plural(unused, 'step')} on another number of GPUs or slots."
     return text
 
 

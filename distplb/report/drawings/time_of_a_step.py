@@ -32,6 +32,8 @@ _PALER = {  # a part, the colour, and the share of white in it: a family of part
     "push again": ("purple", 0.4),
     "bring home": ("green", 0.0),
 }
+_NOTICED = 5e-4  # of the other run: a smaller difference rounds to 0.0 %
+_OTHER_TOKENS = 0.005  # difference in tokens above which seconds do not compare
 _CEILING = "an even GPU with the same experts"
 _WORDS = {
     "waiting": "waiting",
@@ -85,8 +87,8 @@ def _caption(run: Run) -> str:
     even = time.even.total
     text += (
         f"An even GPU with the same experts, which waits for nobody and needs no replica, would take {_ms(even)} "
-        f"(dashed): this is the fair ceiling. This run takes {_ms(time.total)}, "
-        f"{_longer(time.total - even, even)} than that. "
+        f"(dashed): this is the fair ceiling. This run takes {_ms(time.total)}, that is "
+        f"{_longer(time.total - even, even)}. "
     )
     text += " ".join(map(_distance, distances(run)))
     apart = products_apart(run)
@@ -130,24 +132,24 @@ def _colour(part: str) -> tuple[float, float, float]:
 
 
 def _distance(distance: Distance) -> str:
-    """How far this run is from another one, in words."""
+    """How far this run is from another one, in words; parts that differ by less than 0.05 % are left out."""
     there = distance.seconds_there
     whole = distance.seconds - there
-    parts = ", ".join(
-        f"{_WORDS[name]} {_signed(value)} ({_per_cent(value, there)})" for name, value in distance.longer.items()
-    )
+    noticed = {name: value for name, value in distance.longer.items() if abs(value) >= _NOTICED * max(there, 1e-12)}
+    parts = ", ".join(f"{_WORDS[name]} {_signed(value)} ({_per_cent(value, there)})" for name, value in noticed.items())
     text = f"Beside {shortened(printable(distance.name))}, whose step takes {_ms(there)}, "
     text += "comparing the forward alone, " if distance.is_forward else ""
-    text += f"it takes {_longer(whole, there)}: {parts}."
-    if distance.tokens is not None and abs(distance.tokens - 1) > 0.005:
+    text += f"this run takes {_longer(whole, there)}{f': {parts}' * bool(parts)}."
+    if distance.tokens is not None and abs(distance.tokens - 1) > _OTHER_TOKENS:
         text += f" But a step has {percent(distance.tokens)} of the tokens there, so times do not compare."
     return text
 
 
 def _longer(seconds: float, reference: float) -> str:
-    more = "longer" if seconds >= 0 else "less"
+    if abs(seconds) < _NOTICED * reference:
+        return "as long"
     share = f" ({percent(abs(seconds) / reference)})" if reference else ""
-    return f"{_ms(abs(seconds))}{share} {more}"
+    return f"{_ms(abs(seconds))}{share} {'longer' if seconds >= 0 else 'less'}"
 
 
 def _per_cent(seconds: float, reference: float) -> str:
@@ -160,13 +162,13 @@ def _signed(seconds: float) -> str:
 
 
 def _ms(seconds: float) -> str:
-    """Milliseconds with three digits.
+    """Milliseconds, to a hundredth at most.
 
-    >>> _ms(0.0812), _ms(12.0)
-    ('81.2 ms', '12,000 ms')
+    >>> _ms(0.0812), _ms(12.0), _ms(0.00000957)
+    ('81.2 ms', '12,000 ms', '0.01 ms')
     """
     value = 1000 * seconds
-    return f"{value:,.0f} ms" if value >= 100 else f"{value:.3g} ms"
+    return f"{value:,.0f} ms" if value >= 99.95 else f"{value:.1f} ms" if value >= 9.995 else f"{value:.2f} ms"
 
 
 TIME_OF_A_STEP = ReportFigure("Time of a step", time_of_a_step, _caption, _lacks)
