@@ -175,10 +175,10 @@ def test_the_caption_tells_the_distance_by_parts() -> None:
     assert "would take 130 ms (dashed): this is the fair ceiling" in caption
     assert "This run takes 150 ms, that is 20.0 ms (15.4 %) longer." in caption
     assert "Beside forced, whose step takes 150 ms, this run takes as long." in caption
-    assert "Beside static, whose step takes 140 ms, this run takes 10.0 ms (7.1 %) longer: the exp" in caption
-    assert "the experts' products +10.0 ms (+7.1 %)." in caption
-    assert "With static and forced beside it, the products' part splits in two: −10.0 ms because exp" in caption
-    assert "and +10.0 ms because replicas make products smaller" in caption
+    assert "Beside static, whose step takes 140 ms, this run takes 10.0 ms (7.1 %) longer: products +10.0 ms" in caption
+    assert "longer: products +10.0 ms (+7.1 %)." in caption
+    assert "With static and forced beside it, the products' part has two: skewed experts −10.0 ms, " in caption
+    assert "and smaller products, which come with replicas, +10.0 ms." in caption
 
 
 def test_parts_of_the_distance_add_up_to_it() -> None:

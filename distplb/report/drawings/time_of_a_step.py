@@ -37,10 +37,10 @@ _OTHER_TOKENS = 0.005  # difference in tokens above which seconds do not compare
 _CEILING = "an even GPU with the same experts"
 _WORDS = {
     "waiting": "waiting",
-    "push": "push (with push again and bring home)",
-    "split": "count and split",
-    "products": "the experts' products",
-    "the rest": "the rest (dispatch)",
+    "push": "push",
+    "split": "split",
+    "products": "products",
+    "the rest": "the rest",
 }
 
 
@@ -90,13 +90,19 @@ def _caption(run: Run) -> str:
         f"(dashed): this is the fair ceiling. This run takes {_ms(time.total)}, that is "
         f"{_longer(time.total - even, even)}. "
     )
+    if run.beside:
+        text += (
+            "In what follows, “waiting” has all three parts of that name, “push” also push again and bring home, “split” "
+            "also count, “products” are experts and experts backward, and the rest is dispatch. Runs at different times "
+            "also differ by what else the machine did. "
+        )
     text += " ".join(map(_distance, distances(run)))
     apart = products_apart(run)
     if apart is not None:
         names, skewed, small = apart
         text += (
-            f" With {names} beside it, the products' part splits in two: {_signed(skewed)} because experts are skewed, "
-            f"and {_signed(small)} because replicas make products smaller."
+            f" With {names} beside it, the products' part has two: skewed experts {_signed(skewed)}, and smaller "
+            f"products, which come with replicas, {_signed(small)}."
         )
     return text
 
