@@ -45,8 +45,8 @@ class StepEvent:
             count": what the others waited there; "split"; "push": replicas, as far as the experts had to wait for
             them; "dispatch": between `dispatch` and `compute`, where the caller exchanges tokens; "experts": on the
             mean GPU; "waiting": what the busiest GPU's experts took longer; "push again", "experts backward",
-            "waiting backward" and "bring home": the same of the backward. A part that did not run, or whose end is
-            not known, such as a backward that other code recomputes, is left out.
+            "waiting backward" and "bring home": the same of the backward. What a recomputation repeats is added. A
+            part that did not run, or had not ended when the next step was sampled, is left out.
     """
 
     step: int

@@ -69,12 +69,15 @@ class Sample:
         clock: takes the marks.
 
     Attributes:
+        counted: the digest of what this rank counted, by which a recomputation is known.
+        has_ended: whether the experts' backward has ended, after which no recomputation comes.
         num_exchanges: how often replicas' rows or gradients travelled.
         bytes_per_replica: of the rows of one expert; 0 if nothing travelled.
     """
 
     def __init__(self, layer: Hashable, step: int, clock: Clock) -> None:
         self.layer, self.step = layer, step
+        self.counted, self.has_ended = 0, False
         self.num_exchanges = self.bytes_per_replica = 0
         self._clock, self._running = clock, dict[str, Any]()  # parts that have begun, and when
         self._spans = list[tuple[str, Any, Any]]()
@@ -87,13 +90,18 @@ class Sample:
         """A part ends; without effect if it has not begun or has ended."""
         if part in self._running:
             self._spans.append((part, self._running.pop(part), self._clock.mark()))
+            self.has_ended |= part == "experts backward"
+
+    def forget_last(self) -> None:
+        """The part that has just ended was not one of this step."""
+        self._spans.pop()
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
         """The block is a part."""
         interrupted = list(self._running)
         for other in interrupted:
-            self.end(other)
+            self._spans.append((other, self._running.pop(other), self._clock.mark()))
         self.begin(name)
         try:
             yield
@@ -180,6 +188,10 @@ class Sampler:
         """Count a forward of a layer; a `Sample` if it is sampled."""
         forwards = self._forwards[layer] = self._forwards.get(layer, 0) + 1
         return None if (forwards - 1) % self._every else Sample(layer, forwards, self._clock)
+
+    def recomputed(self, layer: Hashable) -> Sample | None:
+        """The sample of a layer whose step is possibly recomputed now, in its backward."""
+        return next((one for one in self._samples if one.layer == layer and not one.has_ended), None)
 
     def take(self, sample: Sample, counts: Tensor, split: Split | None) -> None:
         """Add a layer to the step that is sampled; the first layer of a new one has the last one told. Collective."""

@@ -31,6 +31,7 @@ from distplb.replicas.tokens import own_slots, slots_of_tokens
 from distplb.splitting.gate import is_surely_trivial
 from distplb.splitting.inputs import checked_prices, checked_tolerance
 from distplb.splitting.routes import Exchange, exchange_of
+from distplb.splitting.rules import NEVER
 from distplb.splitting.split import split
 from distplb.splitting.split_value import Split
 
@@ -174,7 +175,7 @@ class StepBalancer:
                 topology=topology,
                 own=self._own,
                 num_replicas=self._num_replicas,
-                between=math.isfinite(between),
+                between=between < NEVER,
             )
         self._stages = StepStages(self._comm)
         self._lender = Lender(self._comm, self._stages, keep=keep)
@@ -216,7 +217,9 @@ class StepBalancer:
         """
         self._calls += 1
         again = is_in_backward()
-        sample = None if self._sampler is None or again else self._sampler.sample(layer)
+        sample = None
+        if self._sampler is not None:
+            sample = self._sampler.recomputed(layer) if again else self._sampler.sample(layer)
         with self._stages.stage("count", sample):
             name = self._name_of(layer)
             head = Row(self._calls, name, self._digest, again)
@@ -224,8 +227,12 @@ class StepBalancer:
             if again and _digest_of(counts_of(row)) not in self._seen[layer]:
                 row = marked_as_unseen(row)
             counts = checked_counts(self._comm, row, self._layers)
-            if not again:  # from the host's copy, so that nothing waits for the device again
-                self._remember(layer, _digest_of(counts[self._comm.rank]))
+            counted = _digest_of(counts[self._comm.rank])  # of the host's copy, so that nothing waits for the device
+            if not again:
+                self._remember(layer, counted)
+        if sample is not None and again and sample.counted != counted:  # another step of this layer is recomputed
+            sample.forget_last()
+            sample = None
         with self._stages.stage("split", sample):
             found = None if self._is_surely_trivial(counts) else self._split(counts)
             if found is None or found.is_trivial:
@@ -238,9 +245,11 @@ class StepBalancer:
                 loan = Loan(f"layer {shown(layer)}", key, pushes, self._num_replicas, sample)
                 step = Dispatch(layer, found, exchange, slot_of_token, loan, sample)
         if sample is not None:
-            with self._stages.stage("sample"):
-                assert self._sampler is not None
-                self._sampler.take(sample, counts, found)
+            if not again:
+                with self._stages.stage("sample"):
+                    assert self._sampler is not None
+                    sample.counted = counted
+                    self._sampler.take(sample, counts, found)
             sample.begin("dispatch")
         return step
 
