@@ -92,9 +92,9 @@ def _caption(run: Run) -> str:
     )
     if run.beside:
         text += (
-            "In what follows, “waiting” has all three parts of that name, “push” also push again and bring home, “split” "
-            "also count, “products” are experts and experts backward, and the rest is dispatch. Runs at different times "
-            "also differ by what else the machine did. "
+            "In what follows, “waiting” has all three parts of that name, “push” includes push again and bring home, "
+            "“split” includes count, “products” are experts and experts backward, and the rest is dispatch. Runs at "
+            "different times also differ by what else the machine did. "
         )
     text += " ".join(map(_distance, distances(run)))
     apart = products_apart(run)
