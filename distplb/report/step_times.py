@@ -95,7 +95,7 @@ class StepTime:
 
         >>> this = StepTime({"experts": 0.08, "waiting": 0.02}, num_steps=5)
         >>> {name: round(value, 3) for name, value in this.minus(StepTime({"experts": 0.07}, num_steps=5)).items()}
-        {'waiting': 0.02, 'push': 0, 'split': 0, 'products': 0.01, 'the rest': 0}
+        {'waiting': 0.02, 'push': 0.0, 'split': 0.0, 'products': 0.01, 'the rest': 0.0}
         """
         one, two = self.comparable(other)
         return {name: value - two.groups[name] for name, value in one.groups.items()}
