@@ -99,7 +99,7 @@ class Run:
         is_trace = any(path.glob("*.npz")) if folder else not logs
         if not events and not steps and not is_trace:
             raise DistplbError(
-                f"{path} has neither events nor a trace, nor sampled steps; pass the folder of Rebalancer(record=...)"
+                f"{path} has no events, no trace and no sampled steps; pass the folder of Rebalancer(record=...)"
             )
         trace = read_trace(path, None if topology is None else topology.num_gpus) if is_trace else None
         return cls(path.resolve().name, tuple(events), trace, topology, steps=tuple(steps))

@@ -98,7 +98,7 @@ def test_the_command_shows_steps_alone(runs: Path) -> None:
     ("arguments", "wording"),
     [
         (["{runs}/run", "--beside", "{runs}/nowhere"], "there is no file or folder"),
-        (["{runs}/run", "--beside", "{runs}/empty"], "neither events nor a trace, nor sampled steps"),
+        (["{runs}/run", "--beside", "{runs}/empty"], "has no events, no trace and no sampled steps"),
         (["{runs}/run", "--beside", "{runs}/torn"], "torn: the sampled step 1 is damaged (layers: 2, imbalances: 1)"),
         (["{runs}/run", "--beside", "{runs}/noise"], "steps.jsonl, line 1: it is not JSON"),
         (["{runs}/run/events.jsonl", "--beside", "{runs}/forced"], "events.jsonl has no sampled steps that were timed"),

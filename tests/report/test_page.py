@@ -139,7 +139,7 @@ def test_the_command_tells_the_numbers_as_json(folder: Path, tmp_path: Path) -> 
     ("arguments", "wording"),
     [
         (["nowhere"], "there is no file or folder nowhere; pass the folder of Rebalancer(record=...)"),
-        (["{run}/empty.jsonl"], "neither events nor a trace"),
+        (["{run}/empty.jsonl"], "no events, no trace and no sampled steps"),
         (["{run}/damaged.jsonl"], "the event of iteration 10 is damaged"),
         (["{run}/../noise.npz"], "noise.npz cannot be read"),
         (["{run}", "--every", "1000"], "the trace covers 20 iterations"),
