@@ -18,6 +18,7 @@ _EPILOG = """\b
 Examples:
   distplb report run/
   distplb report trace.npz --nodes 8 --gpus-per-node 8 --every 100 --every 500 --png figures/
+  distplb report run/ --beside forced/ --beside static/
 """
 
 
@@ -36,6 +37,12 @@ Examples:
 )
 @click.option("--nodes", type=_AT_LEAST_1, default=1, help="Nodes of the EP group, with --gpus-per-node.")
 @click.option("--gpus-per-node", type=_AT_LEAST_1, help="GPUs of the EP group on each node; default: the run's.")
+@click.option(
+    "--beside",
+    type=NamedPath(),
+    multiple=True,
+    help="Folder of another run of the same job, whose steps are compared with this one's; repeatable.",
+)
 @json_option
 def report(
     run: Path,
@@ -44,24 +51,29 @@ def report(
     every: tuple[int, ...],
     nodes: int,
     gpus_per_node: int | None,
+    beside: tuple[Path, ...],
     as_json: bool,
 ) -> None:
     """Write the report of a RUN as one HTML file that needs no network.
 
-    RUN is the folder of Rebalancer(record=...), its events.jsonl, a trace (.npz), or counts as for distplb replay.
-    Other intervals between rebalances are tried if there is a trace.
+    RUN is the folder of Rebalancer(record=...), its events.jsonl, the steps.jsonl of a StepBalancer, a trace (.npz), or
+    counts as for distplb replay. Other intervals between rebalances are tried if there is a trace.
     """
-    refuse_overwriting(output, run)
+    for path in (run, *beside):
+        refuse_overwriting(output, path)
     if nodes > 1 and gpus_per_node is None:
         raise DistplbError(f"--nodes {nodes} without --gpus-per-node; pass both")
     try:
+        from distplb.report.beside import with_beside
         from distplb.report.page import write_figures, write_report
+        from distplb.report.run import Run
         from distplb.report.summary import Summary
     except ImportError as missing:
         raise DistplbError(f"{missing}; pip install 'distplb[report]' installs what a report needs") from missing
     topology = None if gpus_per_node is None else Topology(nodes, gpus_per_node)
     with progress("trying other intervals") as update:
-        run_with_trials = write_report(run, output, topology=topology, every=every, progress=update)
+        recorded = with_beside(Run.read(run, topology), beside)
+        run_with_trials = write_report(recorded, output, every=every, progress=update)
     figures = [] if png is None else write_figures(run_with_trials, png)
     summary = Summary.of(run_with_trials)
     if as_json:

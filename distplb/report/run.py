@@ -1,4 +1,4 @@
-"""`Run`: what a job recorded, read and checked: its rebalances, its trace, or both.
+"""`Run`: what a job recorded, read and checked: its rebalances, its trace, its sampled steps, or several of these.
 
 Shapes: L layers, M GPUs.
 """
@@ -9,6 +9,7 @@ import itertools
 import math
 import os
 import statistics
+import warnings
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,9 +21,13 @@ from distplb.core.topology import Topology
 from distplb.errors import DistplbError
 from distplb.records.events import RebalanceEvent
 from distplb.records.read_loads import read_trace
-from distplb.records.read_log import read_events
+from distplb.records.read_log import read_events, read_steps
+from distplb.records.step_event import StepEvent
 from distplb.records.trace import Trace
 from distplb.report.formatting import printable
+from distplb.report.sampled_steps import SampledSteps
+from distplb.report.step_checks import check_step, num_gpus
+from distplb.report.step_times import StepTime
 from distplb.report.trace_evaluation import Evaluation
 from distplb.study.replay import without_empty_steps
 from distplb.study.what_if import WhatIf
@@ -30,6 +35,7 @@ from distplb.study.what_if import WhatIf
 __all__ = ["Run"]
 
 _EVENTS = "events.jsonl"
+_STEPS = "steps.jsonl"
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,9 +51,11 @@ class Run:
             with the experts in contiguous order.
         what_if: other intervals between rebalances, tried on the trace by `distplb.study.what_if.Study`.
         costs: where the seconds in `what_if` come from, in words.
+        steps: the records of sampled steps, in any order. Their layers may differ from those of events and trace.
+        beside: other runs of the same job, whose steps are compared with this one's; see `with_beside`.
 
     Raises:
-        DistplbError: if events, trace and topology do not fit together.
+        DistplbError: if a record is damaged, or events, trace and topology do not fit together.
     """
 
     name: str
@@ -56,11 +64,16 @@ class Run:
     topology: Topology | None = None
     what_if: tuple[WhatIf, ...] = ()
     costs: str = ""
+    steps: tuple[StepEvent, ...] = ()
+    beside: tuple[Run, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "events", tuple(self.events))
         for event in self.events:
             _check(self.name, event)
+        object.__setattr__(self, "steps", tuple(self.steps))
+        for step in self.steps:
+            check_step(self.name, step)
         object.__setattr__(self, "topology", self.topology or self._recorded_topology())
         if self.trace is not None and self.topology is not None:
             object.__setattr__(self, "trace", self._on(self.trace, self.topology))
@@ -69,7 +82,8 @@ class Run:
     def read(cls, path: str | os.PathLike[str], topology: Topology | None = None) -> Run:
         """Read the folder of `Rebalancer(record=...)`, a file of events (`.jsonl`), or a trace (`.npz`).
 
-        With `topology`, counts `[steps, layers, experts]` in any file that `distplb plan` reads also serve as a trace.
+        A folder may also hold the steps of `StepBalancer(on_event=EventLog("run/steps.jsonl"))`, or nothing else. With
+        `topology`, counts `[steps, layers, experts]` in any file that `distplb plan` reads also serve as a trace.
 
         Raises:
             DistplbError: naming the file, if it is none of these, damaged, or empty.
@@ -80,14 +94,15 @@ class Run:
                 f"there is no file or folder {path}; pass the folder of Rebalancer(record=...), or a file in it"
             )
         folder = path.is_dir()
-        log = path / _EVENTS if folder else path
-        is_log = log.is_file() if folder else path.suffix == ".jsonl"
-        is_trace = any(path.glob("*.npz")) if folder else not is_log
-        events = read_events(log) if is_log else []
-        if not events and not is_trace:
-            raise DistplbError(f"{path} has neither events nor a trace; pass the folder of Rebalancer(record=...)")
+        logs = [path / _EVENTS, path / _STEPS] if folder else [path] * (path.suffix == ".jsonl")
+        events, steps = _read_logs([log for log in logs if log.is_file()])
+        is_trace = any(path.glob("*.npz")) if folder else not logs
+        if not events and not steps and not is_trace:
+            raise DistplbError(
+                f"{path} has no events, no trace and no sampled steps; pass the folder of Rebalancer(record=...)"
+            )
         trace = read_trace(path, None if topology is None else topology.num_gpus) if is_trace else None
-        return cls(path.resolve().name, tuple(events), trace, topology)
+        return cls(path.resolve().name, tuple(events), trace, topology, steps=tuple(steps))
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -139,6 +154,16 @@ class Run:
         return tuple(name for name, has in zip(self.layers, has_tokens, strict=False) if not has)
 
     @cached_property
+    def sampled(self) -> SampledSteps | None:
+        """The sampled steps, in order; None if there are none."""
+        return SampledSteps.of(self.steps) if self.steps else None
+
+    @cached_property
+    def step_time(self) -> StepTime | None:
+        """Where the time of a sampled step goes; None if no time was recorded."""
+        return StepTime.of(self.sampled)
+
+    @cached_property
     def every(self) -> int | None:
         """The median number of iterations between rebalances; None if fewer than two are known."""
         numbers = [event.iteration for event in self.events]
@@ -150,7 +175,16 @@ class Run:
             gpus = len(event.tokens_of_gpu_after[0]) if event.tokens_of_gpu_after else 0
             if gpus and event.num_nodes:
                 return Topology(event.num_nodes, gpus // event.num_nodes)
-        return None if self.trace is None else Topology(1, self.trace.placements[0].num_gpus)
+        of_steps = self._topology_of_steps()
+        if self.trace is None:
+            return of_steps
+        gpus = self.trace.placements[0].num_gpus
+        return of_steps if of_steps is not None and of_steps.num_gpus == gpus else Topology(1, gpus)
+
+    def _topology_of_steps(self) -> Topology | None:
+        last = None if self.sampled is None else self.sampled.events[-1]
+        gpus = None if last is None else num_gpus(last)
+        return None if last is None or gpus is None else Topology(last.num_nodes, gpus // last.num_nodes)
 
     def _on(self, trace: Trace, topology: Topology) -> Trace:
         num_gpus = trace.placements[0].num_gpus
@@ -165,6 +199,17 @@ class Run:
         topology.experts_per_gpu(trace.num_experts)
         contiguous = Placement.contiguous(trace.num_layers, trace.num_experts, topology.num_gpus)
         return replace(trace, placements=(contiguous,), placement_of_step=torch.zeros_like(trace.placement_of_step))
+
+
+def _read_logs(logs: list[Path]) -> tuple[list[RebalanceEvent], list[StepEvent]]:
+    """The rebalances of the first log, and the steps of all; a warning about an incomplete record is given once."""
+    events, steps = list[RebalanceEvent](), list[StepEvent]()
+    for number, log in enumerate(logs):
+        steps += read_steps(log)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
+            events += [] if number else read_events(log)
+    return events, steps
 
 
 def _check(name: str, event: RebalanceEvent) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from distplb.core.cost import mean_of_known, mean_of_layers
 from distplb.report.formatting import amount, from_to, percent, plural, printable, seconds, shortened
 from distplb.report.run import Run
+from distplb.report.step_summary import StepSummary
 
 __all__ = ["Fact", "Summary"]
 
@@ -48,6 +49,7 @@ class Summary:
         is_replayed: whether `after` never ran in the job, but was replayed from the trace.
         steps_without_tokens: number of steps of the trace that are left out because they have no tokens.
         layers_without_tokens: names of the layers that means leave out because they have no tokens.
+        sampled: the numbers of the sampled steps; None if there are none.
     """
 
     imbalance_before: float | None
@@ -63,6 +65,7 @@ class Summary:
     is_replayed: bool
     steps_without_tokens: int
     layers_without_tokens: tuple[str, ...]
+    sampled: StepSummary | None = None
 
     @classmethod
     def of(cls, run: Run) -> Summary:
@@ -84,6 +87,7 @@ class Summary:
             is_replayed=not run.events_with_load and run.evaluation is not None and not run.evaluation.has_moved,
             steps_without_tokens=run.empty_steps,
             layers_without_tokens=run.empty_layers,
+            sampled=StepSummary.of(run),
         )
 
     def as_json(self) -> dict[str, Any]:
@@ -92,7 +96,9 @@ class Summary:
 
     @property
     def headline(self) -> str:
-        """The result in one to three sentences."""
+        """The result in one to four sentences."""
+        if self.sampled is not None and self.imbalance_before is None and not self.rebalances:
+            return self.sampled.headline
         text = self._result()
         if False in self.repaid:
             text += f" By measured iteration times, {self.repaid.count(False):,} of "
@@ -101,7 +107,7 @@ class Summary:
             text += " By measured iteration times, no rebalance was a certain loss."
         if "stopped" in self.rebalances:
             text += " Rebalancing turned itself off."
-        return text
+        return text if self.sampled is None else f"{text} {self.sampled.headline}"
 
     def _result(self) -> str:
         before, after, bound = self.imbalance_before, self.imbalance_after, self.imbalance_bound
@@ -126,7 +132,9 @@ class Summary:
 
     def facts(self, run: Run) -> list[Fact]:
         """The facts at the top of the page, as far as they are known."""
-        facts = [_imbalance_fact(self), _size_fact(run), *_empty_facts(run)]
+        has_homes = bool(run.events) or run.trace is not None or self.sampled is None
+        facts = [_imbalance_fact(self)] if has_homes else []
+        facts += [*_step_facts(self.sampled), _size_fact(run), *_empty_facts(run)]
         if run.events:
             how = ", ".join(f"{number} {printable(decision)}" for decision, number in self.rebalances.items())
             facts.append(Fact("Rebalances", f"{len(run.events):,}", how))
@@ -188,12 +196,35 @@ def _imbalance_fact(summary: Summary) -> Fact:
     return Fact("Imbalance", f"{before} → {after}", f"without → with rebalancing; {bound}")
 
 
+def _step_facts(steps: StepSummary | None) -> list[Fact]:
+    """The facts of the sampled steps, as far as they are known."""
+    if steps is None:
+        return []
+    facts = []
+    if steps.imbalance_before is not None and steps.imbalance_after is not None:
+        pair = f"{steps.imbalance_before:.2f} → {steps.imbalance_after:.3f}"
+        bound = "" if steps.imbalance_bound is None else f"; bound {steps.imbalance_bound:.3f}"
+        facts.append(Fact("Imbalance of a step", pair, f"mean, at home → with replicas{bound}"))
+        worst = f"{steps.worst_before:.2f} → {steps.worst_after:.3f}"
+        facts.append(Fact("Worst step", worst, f"of {plural(steps.num_steps, 'sampled step')}, in any layer"))
+    facts.append(Fact("Replicas", f"{steps.replicas:.2f}", "in a layer and step, on average"))
+    sizes = f"{amount(steps.bytes_inside, 'B')} inside nodes"
+    facts.append(Fact("Bytes of a step", sizes, f"{amount(steps.bytes_between, 'B')} between; weights and gradients"))
+    if steps.share_replicas is not None and steps.share_waiting is not None:
+        note = f"count, split, push; {percent(steps.share_waiting)} waiting"
+        facts.append(Fact("Time for replicas", percent(steps.share_replicas), note))
+    return facts
+
+
 def _size_fact(run: Run) -> Fact:
     experts = run.events[-1].num_experts if run.events else 0
     experts = experts or (run.trace.num_experts if run.trace is not None else 0)
+    layers = run.layers
+    if run.sampled is not None and not layers:
+        layers, experts = run.sampled.layers, run.sampled.events[-1].num_slots  # each slot is the home of one expert
     where = "" if run.topology is None else f"on {plural(run.topology.num_gpus, 'GPU')}"
     where += "" if run.topology is None else f" in {plural(run.topology.num_nodes, 'node')}"
-    return Fact("Model", plural(len(run.layers), "MoE layer"), f"{plural(experts, 'expert')} {where}".strip())
+    return Fact("Model", plural(len(layers), "MoE layer"), f"{plural(experts, 'expert')} {where}".strip())
 
 
 def _empty_facts(run: Run) -> list[Fact]:

@@ -149,7 +149,7 @@ TRACES = [
     ("replay", "Missing argument 'TRACE...'"),
     ("report missing.npz", "there is no file or folder missing.npz; pass the folder of Reb"),
     ("report empty.npz", "empty.npz is empty; pass"),
-    ("report folder", "folder has neither events nor a trace; pass the folder of Rebalancer"),
+    ("report folder", "folder has no events, no trace and no sampled steps; pass the folder of Rebalancer"),
     ("report cut.npz", "cut.npz cannot be read .*; it is damaged or cut off"),
     ("report pickle.npz", "pickle.npz has array 'load' with dtype object"),
     ("report notes.txt", "notes.txt"),

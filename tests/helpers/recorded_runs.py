@@ -9,12 +9,26 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from distplb import EventLog, Placement, RebalanceEvent, Topology, Trace
+from distplb import EventLog, Placement, RebalanceEvent, StepEvent, Topology, Trace
 from distplb.report.run import Run
 
-__all__ = ["EXPERTS", "HALF", "HOSTILE", "NOTHING", "RUNS", "event", "trace", "with_holes", "write_folder"]
+__all__ = [
+    "EXPERTS",
+    "HALF",
+    "HOSTILE",
+    "NOTHING",
+    "RUNS",
+    "event",
+    "many_steps",
+    "step",
+    "steps",
+    "trace",
+    "with_holes",
+    "write_folder",
+]
 
 EXPERTS = 8
 
@@ -48,6 +62,95 @@ def event(number: int = 1, layers: int = 2, gpus: int = 4, **changed: Any) -> Re
         "repaid": True,
     }
     return RebalanceEvent(**fields | changed)
+
+
+SECONDS = {  # of a step, by part
+    "count": 0.001,
+    "waiting to count": 0.002,
+    "split": 0.0005,
+    "push": 0.003,
+    "dispatch": 0.01,
+    "experts": 0.04,
+    "waiting": 0.004,
+    "push again": 0.002,
+    "experts backward": 0.08,
+    "waiting backward": 0.006,
+    "bring home": 0.0015,
+}
+
+
+def step(number: int = 10, layers: int = 2, gpus: int = 4, started: float = 1.0, **changed: Any) -> StepEvent:
+    """Make a sampled step of 8 slots in which GPU 1 computed tokens of slot 0, and GPU 2 some of slot 1."""
+    before = ((700, *(100,) * (gpus - 1)),) * layers
+    fields: dict[str, Any] = {
+        "step": number,
+        "started": started,
+        "layers": tuple(f"layers.{layer}" for layer in range(layers)),
+        "num_slots": 8,
+        "num_nodes": 1,
+        "replica_slots": 2,
+        "imbalance_before": (2.0 - number / 1000,) * layers,
+        "imbalance_after": (1.004,) * layers,
+        "imbalance_bound": (1.0,) * layers,
+        "tokens_of_gpu_before": before,
+        "tokens_of_gpu_after": ((sum(before[0]) // gpus,) * gpus,) * layers,
+        "replicas": (((0, 1, 200), (1, 2, 100)) if gpus > 2 else (),) * layers,
+        "bytes_inside": 6_000_000,
+        "bytes_between": 0,
+        "seconds": SECONDS,
+    }
+    return StepEvent(**fields | changed)
+
+
+def steps(count: int = 10, **changed: Any) -> tuple[StepEvent, ...]:
+    """Steps 10, 20, ..., of one start of a job."""
+    return tuple(step(10 * number, **changed) for number in range(1, count + 1))
+
+
+def many_steps(
+    count: int, layers: int, slots: int, gpus: int, nodes: int = 1, started: float = 1.0, seed: int = 0
+) -> tuple[StepEvent, ...]:
+    """Steps of a large job: an expert that stays hot in each layer, others that are hot in one step."""
+    random = np.random.default_rng(seed)
+    names = tuple(f"model.layers.{layer}.mlp.experts" for layer in range(layers))
+    hottest = random.integers(0, slots, layers)
+    made = []
+    for number in range(count):
+        before = random.lognormal(0, 0.35, (layers, gpus)) * 1000
+        after = np.full((layers, gpus), before.mean(1, keepdims=True)) * random.uniform(0.99, 1.004, (layers, gpus))
+        before_tokens, after_tokens = before.astype(int), after.astype(int)
+        levels, after_levels = (one.max(1) / one.mean(1) for one in (before_tokens, after_tokens))
+        replicas = [
+            [
+                (int(slot), int(gpu), 100)
+                for slot, gpu in zip(rows, random.permutation(gpus), strict=False)
+                if slot * gpus // slots != gpu
+            ]
+            for rows in (
+                {int(hottest[layer]), *random.integers(0, slots, min(slots, gpus, 40) // 2).tolist()}
+                for layer in range(layers)
+            )
+        ]
+        made.append(
+            StepEvent(
+                step=16 * number + 1,
+                started=started,
+                layers=names,
+                num_slots=slots,
+                num_nodes=nodes,
+                replica_slots=2,
+                imbalance_before=tuple(levels.tolist()),
+                imbalance_after=tuple(after_levels.tolist()),
+                imbalance_bound=(1.0,) * layers,
+                tokens_of_gpu_before=tuple(map(tuple, before_tokens.tolist())),
+                tokens_of_gpu_after=tuple(map(tuple, after_tokens.tolist())),
+                replicas=tuple(map(tuple, replicas)),
+                bytes_inside=10**9,
+                bytes_between=10**7,
+                seconds={name: value * float(random.uniform(0.9, 1.1)) for name, value in SECONDS.items()},
+            )
+        )
+    return tuple(made)
 
 
 def trace(
@@ -84,6 +187,22 @@ HALF: dict[str, Any] = dict.fromkeys((*LEVELS, "imbalance_next"), (None, 1.5)) |
 NOTHING = replace(
     SKIPPED, decision="kept", iteration=20, num_experts=EXPERTS, num_nodes=1
 )  # the event of a window without tokens
+
+STEP_LEVELS = ("imbalance_before", "imbalance_after", "imbalance_bound")
+NO_TOKENS: dict[str, Any] = dict.fromkeys(STEP_LEVELS, (None, None)) | {
+    "tokens_of_gpu_before": ((0,) * 4,) * 2,
+    "tokens_of_gpu_after": ((0,) * 4,) * 2,
+    "replicas": ((), ()),
+}
+BARE: dict[str, Any] = {
+    "step": 1,
+    "started": 0.0,
+    "layers": ("0",),
+    "num_slots": 1,
+    "num_nodes": 1,
+    "replica_slots": 0,
+    "seconds": {},
+}  # the fields without a default
 
 
 def with_holes(whole: Trace) -> Trace:
@@ -132,7 +251,29 @@ RUNS = {
     "a window without tokens between": Run("run", (event(), NOTHING, event(3))),
     "windows without tokens alone": Run("run", (NOTHING,)),
     "trace on other GPUs": Run("run", trace=trace(steps=4), topology=Topology(2, 1)),
-    "both": Run("run", (event(1), event(2)), trace(steps=20, moved_at=10)),
+    "both": Run("run", (event(1), event(2)), trace(steps=20, moved_at=10), steps=steps()),
+    "events and trace": Run("run", (event(1), event(2)), trace(steps=20, moved_at=10)),
+    "steps": Run("run", steps=steps()),
+    "one step": Run("run", steps=steps(1)),
+    "steps on one GPU": Run("run", steps=steps(2, gpus=1, num_slots=1)),
+    "steps of several starts": Run("run", steps=(*steps(), *steps(3, started=2.0, layers=1))),
+    "steps without replicas": Run("run", steps=steps(replicas=((), ()), imbalance_after=(1.5, 1.5))),
+    "even steps": Run("run", steps=steps(imbalance_before=(1.0, 1.0), imbalance_after=(1.0, 1.0))),
+    "steps without tokens": Run("run", steps=steps(**NO_TOKENS)),
+    "steps with a layer without tokens": Run("run", steps=steps(**dict.fromkeys(STEP_LEVELS, (None, 1.5)))),
+    "steps without a time": Run("run", steps=steps(seconds={})),
+    "steps without a backward": Run("run", steps=steps(seconds={"experts": 0.1, "waiting": 0.01})),
+    "steps of other GPUs": Run("run", steps=(step(gpus=4), step(gpus=2, started=2.0))),
+    "steps that name nothing": Run("run", steps=(StepEvent(**BARE),)),
+    "steps without layers": Run("run", steps=(StepEvent(**BARE | {"layers": ()}),)),
+    "steps beside others": Run(
+        "run",
+        steps=steps(),
+        beside=(
+            Run("forced", steps=steps(imbalance_before=(1.0, 1.0), replicas=((), ()))),
+            Run("static", steps=steps(replicas=((), ()), seconds=SECONDS | {"experts": 0.03})),
+        ),
+    ),
     "both, all skipped": Run("run", (SKIPPED,), trace(steps=20)),
 }
 
@@ -143,6 +284,10 @@ def write_folder(path: Path) -> Path:
     for one in (event(1), event(2)):
         log(replace(one, imbalance_next=None))
         log(one)
+    log.close()
+    log = EventLog(path / "steps.jsonl")
+    for one_step in steps():
+        log(one_step)
     log.close()
     trace(steps=20, moved_at=10).save(path / "000000000001.npz")
     return path

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
-from recorded_runs import EXPERTS, HALF, HOSTILE, NOTHING, RUNS, event, trace, with_holes
+from recorded_runs import EXPERTS, HALF, HOSTILE, NOTHING, RUNS, event, steps, trace, with_holes
 
 from distplb import DistplbError, Placement, Topology, Trace, imbalance, lower_bound
 from distplb.core.price import MoveModel
@@ -260,7 +260,7 @@ def test_levels_of_events_are_means_of_the_layers_with_tokens() -> None:
 
 def test_no_string_of_a_run_becomes_part_of_a_drawing() -> None:
     odd = replace(event(layers=len(HOSTILE)), layers=HOSTILE, decision=HOSTILE[0], seconds=dict.fromkeys(HOSTILE, 1.0))
-    run = Run(HOSTILE[0], (odd, replace(odd, iteration=20)))
+    run = Run(HOSTILE[0], (odd, replace(odd, iteration=20)), steps=steps(2))
     for figure in figures.FIGURES[:-1]:
         drawn = figures.image(figure.draw(run, NARROW))
         assert drawn.media_type == "image/svg+xml"

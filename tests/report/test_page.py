@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from recorded_runs import HOSTILE, RUNS, event, trace
+from recorded_runs import HOSTILE, RUNS, event, steps, trace
 
 from distplb.cli.main import main
 from distplb.report import figures
@@ -49,7 +49,7 @@ class Page(HTMLParser):
         self.text += data
 
 
-@pytest.mark.parametrize("name", ["nothing", "skipped between", "both"])
+@pytest.mark.parametrize("name", ["nothing", "skipped between", "both", "steps beside others"])
 def test_the_page_has_each_figure_for_a_laptop_and_a_phone_or_what_it_lacks(name: str, tmp_path: Path) -> None:
     run = write_report(RUNS[name], tmp_path / "report.html")
     source = (tmp_path / "report.html").read_text()
@@ -72,7 +72,9 @@ def test_the_page_has_each_figure_for_a_laptop_and_a_phone_or_what_it_lacks(name
 
 def test_what_is_missing_is_said_with_what_to_switch_on() -> None:
     lacks = {figure.name: figure.lacks(RUNS["nothing"]) for figure in figures.FIGURES}
-    assert all("record=" in text for text in lacks.values()), lacks
+    of_steps = [text for name, text in lacks.items() if "on_event=EventLog(" in text and "StepBalancer" in text]
+    assert len(of_steps) == 3
+    assert all("record=" in text for text in lacks.values() if text not in of_steps), lacks
     lacks = {figure.name: figure.lacks(RUNS["dry run"]) for figure in figures.FIGURES}
     assert "leave out dry_run=True" in lacks["moves-by-rebalance"]
     assert lacks["load-by-gpu"] == lacks["imbalance-over-time"] == lacks["hottest-experts"] == ""
@@ -89,7 +91,9 @@ def hostile() -> Run:
         for number, text in enumerate(HOSTILE, 1)
     ]
     recorded = replace(trace(), layers=names, note="".join(HOSTILE[:-1]))
-    return Run(HOSTILE[0], tuple(events), recorded)
+    sampled = tuple(replace(one, layers=names, seconds=dict.fromkeys(HOSTILE, 1.0)) for one in steps(3))
+    beside = tuple(Run(text, steps=sampled) for text in HOSTILE)
+    return Run(HOSTILE[0], tuple(events), recorded, steps=sampled, beside=beside)
 
 
 def test_no_string_of_a_run_becomes_markup(hostile: Run, tmp_path: Path) -> None:
@@ -135,7 +139,7 @@ def test_the_command_tells_the_numbers_as_json(folder: Path, tmp_path: Path) -> 
     ("arguments", "wording"),
     [
         (["nowhere"], "there is no file or folder nowhere; pass the folder of Rebalancer(record=...)"),
-        (["{run}/empty.jsonl"], "neither events nor a trace"),
+        (["{run}/empty.jsonl"], "no events, no trace and no sampled steps"),
         (["{run}/damaged.jsonl"], "the event of iteration 10 is damaged"),
         (["{run}/../noise.npz"], "noise.npz cannot be read"),
         (["{run}", "--every", "1000"], "the trace covers 20 iterations"),

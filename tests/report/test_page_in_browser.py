@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 from jobs import FREE, Job, by_slot, skewed
 from ranks import on_ranks
+from recorded_runs import many_steps
 
+from distplb import EventLog
 from distplb.report.figures import FIGURES
 from distplb.report.interval_trials import with_trials
 from distplb.report.page import write_report
@@ -52,6 +54,10 @@ def moved_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The page of a job on two ranks whose rebalances are known to move experts."""
     folder = tmp_path_factory.mktemp("moving") / "run"
     on_ranks(2, moving, str(folder))
+    log = EventLog(folder / "steps.jsonl")
+    for step in many_steps(200, layers=2, slots=4, gpus=2):
+        log(step)
+    log.close()
     write_report(folder, folder.with_suffix(".html"))
     return folder.with_suffix(".html")
 
