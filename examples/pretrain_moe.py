@@ -53,6 +53,7 @@ BALANCE_HELP = (
     "moves spread over several iterations; forced: perfectly even routing, for reference"
 )
 TEXTS = {"code": texts.code, "prose": texts.prose}
+SAMPLE_EVERY = 5  # steps; a real job has more of them and samples fewer
 SPREAD = distplb.Spread(choose_after=1, share_after=2, move_seconds=0.05)
 Table = dict[str, dict[str, dict[str, float]]]  # router, balance, figure
 
@@ -72,6 +73,8 @@ def main() -> None:
         Path(args.json).write_text(json.dumps(table, indent=2) + "\n")
     for run in runs:
         run.close()
+    if args.report and rank() == 0:
+        write_reports(runs)
     if group is not None:
         dist.destroy_process_group()
 
@@ -132,12 +135,13 @@ class Run:
             forced=balance == "forced",
             recompute=args.recompute,
         )
-        balancer = self.make_balancer() if balance in ("replicated", "both") else None
-        self.model = Transformer(config, group, args.seed, balancer=balancer).to(device)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=args.lr, fused=True)
-        self.folder = Path(args.report) / f"{router}-{balance}" if args.report and self.is_rebalanced else None
+        self.folder = Path(args.report) / f"{router}-{balance}" if args.report else None
         if self.folder is not None and rank() == 0:
             shutil.rmtree(self.folder, ignore_errors=True)  # from an earlier job, which this one does not continue
+        self.steps: distplb.EventLog | None = None
+        balancer = self.make_balancer() if self.is_replicated or args.report else None
+        self.model = Transformer(config, group, args.seed, balancer=balancer).to(device)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=args.lr, fused=True)
         self.recorded = tempfile.TemporaryDirectory() if args.record else None
         self.rebalancer = self.make_rebalancer() if self.is_rebalanced or args.record else None
         self.turns: list[Measured] = []
@@ -146,13 +150,22 @@ class Run:
     def is_rebalanced(self) -> bool:
         return self.balance in ("rebalanced", "both", "spread")
 
+    @property
+    def is_replicated(self) -> bool:
+        return self.balance in ("replicated", "both")
+
     def make_balancer(self) -> distplb.StepBalancer:
+        """Lend replicas; in other models, which have one for --report, only measure steps."""
+        if self.folder is not None and rank() == 0:
+            self.steps = distplb.EventLog(self.folder / "steps.jsonl")
         return distplb.StepBalancer(
             self.group,
             topology=distplb.Topology(1, world_size(self.group)),
             num_experts=self.args.experts,
-            replica_slots=self.args.replica_slots,
+            replica_slots=self.args.replica_slots if self.is_replicated else 0,
             max_tokens_per_gpu=self.args.max_tokens_per_gpu,
+            on_event=self.steps,
+            sample_every=SAMPLE_EVERY,
         )
 
     def make_rebalancer(self) -> distplb.Rebalancer:
@@ -192,7 +205,9 @@ class Run:
         return distplb.measured_curve(self.model.moes[0].run_one_expert, points, comm=comm)
 
     def close(self) -> None:
-        """Write the recorded loads to one file, or the report to an HTML page, if requested."""
+        """Write what is still to be written, and the recorded loads to one file, if requested."""
+        if self.steps is not None:
+            self.steps.close()
         if self.rebalancer is None:
             return
         self.rebalancer.close()
@@ -201,12 +216,6 @@ class Run:
                 trace = distplb.Trace.read(self.recorded.name)
                 dataclasses.replace(trace, note=self.args.note).save(self.args.record)
             self.recorded.cleanup()
-        if self.folder is not None and rank() == 0:
-            from distplb.report.page import write_report  # needs pip install 'distplb[report]'
-
-            page = self.folder.with_suffix(".html")
-            write_report(self.folder, page)
-            say(f"report of {self.router}/{self.balance}: {page.resolve()}")
 
     def train_turn(self, text: list[Tensor], first: int, last: int) -> None:
         """Train iterations first to last - 1; ranks exchange measurements afterwards, outside the measured time."""
@@ -393,6 +402,20 @@ def report(event: Any) -> None:
     )
 
 
+def write_reports(runs: list[Run]) -> None:
+    """Write an HTML page of each model; those of the same router are beside it where a step's time is shown."""
+    from distplb.report.beside import with_beside  # needs pip install 'distplb[report]'
+    from distplb.report.page import write_report
+    from distplb.report.run import Run as RecordedRun
+
+    for run in runs:
+        assert run.folder is not None
+        page = run.folder.with_suffix(".html")
+        beside = [other.folder for other in runs if other is not run and other.router == run.router]
+        write_report(with_beside(RecordedRun.read(run.folder), beside), page)
+        say(f"report of {run.router}/{run.balance}: {page.resolve()}")
+
+
 def describe(args: argparse.Namespace, modes: list[tuple[str, str]], ranks: int, text: list[Tensor]) -> str:
     names = ", ".join(f"{router}/{balance}" for router, balance in modes)
     return (
@@ -505,7 +528,7 @@ def parse_arguments() -> argparse.Namespace:
     add(
         "--report",
         metavar="FOLDER",
-        help="write events, loads and a report of each rebalanced model to this folder",
+        help="write events, loads, sampled steps and a report of each model to this folder",
     )
     add("--note", default="", help="text to store in the trace, for example how it was made")
     args = parser.parse_args()

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from distplb import read_steps
+
 EXAMPLE = Path(__file__).parents[2] / "examples" / "pretrain_moe.py"
 TINY = ["--iterations=12", "--every=4", "--turn=2", "--ffn=32", "--batch=2", "--sequence=32", "--experts=8"]
 FIGURES = {"tokens_per_second", "loss", "imbalance", "worst_imbalance", "replicas"}
@@ -71,6 +73,19 @@ def test_a_cap_is_kept_or_refused_with_the_smallest_one() -> None:
     refused = run("--balance=replicated", "--max-tokens-per-gpu=100")
     assert refused.returncode
     assert "max_tokens_per_gpu is 100, but with 2 replica slots on each GPU this step needs 128" in refused.stderr
+
+
+def test_reports_show_the_steps_of_a_model_beside_those_of_others(tmp_path: Path) -> None:
+    """Models that lend nothing are measured too, so that the distance to a router that is even can be told."""
+    trained("--compare", "--iterations=16", f"--report={tmp_path}")
+    for router in ("plain", "loss-free"):
+        steps = {name: read_steps(tmp_path / f"{router}-{name}" / "steps.jsonl") for name in ("both", "forced")}
+        assert [step.step for step in steps["both"]] == [1, 6, 11]  # the last sample is told when the next one begins
+        assert all(step.num_replicas for step in steps["both"])
+        assert all(step.imbalance_before == (1.0, 1.0) for step in steps["forced"])
+        page = (tmp_path / f"{router}-both.html").read_text()
+        assert f"{router}-forced" in page
+        assert "Time of a step" in page
 
 
 def test_one_mode_trains_on_own_text_without_a_process_group(tmp_path: Path) -> None:
