@@ -109,7 +109,7 @@ def _caption(run: Run) -> str:
     text = (
         "In which share of the sampled steps each GPU computed tokens of an expert as a replica: the darker, the more "
         f"often. An expert is a slot of a layer; a dot marks the GPU that owns it. Rows are {order}. Replicas computed "
-        f"most for slot {slot} of layer {shortened(printable(layer))}, on GPU {shown.home[hottest]}: "
+        f"most for slot {slot} of layer {shortened(printable(layer))}, whose home is GPU {shown.home[hottest]}: "
         f"{percent(shown.tokens[hottest])} of the layer's tokens in {plural(used, 'sampled step')}. An expert that has "
         "replicas in almost every step stays hot, and a rebalance of homes would spare its pushes. Many pale rows mean "
         "that other experts are hot in each step, which only replicas even out."
