@@ -17,6 +17,7 @@ from torch.utils import _python_dispatch
 __all__ = [
     "backward_number",
     "break_graph",
+    "fast_range",
     "forward_pre_hooks",
     "is_in_backward",
     "is_of_compiled_graph",
@@ -52,6 +53,15 @@ def is_referred_to_once(tensor: Tensor) -> bool:
 def break_graph() -> None:
     """Run the rest of a compiled forward eagerly: `torch._dynamo.graph_break`, an error with fullgraph=True."""
     torch._dynamo.graph_break()
+
+
+def fast_range(name: str) -> AbstractContextManager[Any]:
+    """A range of a profile: `torch._C._profiler._RecordFunctionFast`.
+
+    Without a profile it takes 0.15 µs, `torch.profiler.record_function` 6 µs, more than a tenth of a step's split.
+    """
+    found: AbstractContextManager[Any] = torch._C._profiler._RecordFunctionFast(name)
+    return found
 
 
 def forward_pre_hooks(module: nn.Module) -> list[Any]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 from torch.profiler import record_function
 
@@ -22,9 +23,14 @@ def current_stage() -> str | None:
 
 
 class Stages:
-    """Seconds by stage; each stage is also a `distplb::<stage>` range in a profile."""
+    """Seconds by stage; each stage is also a `distplb::<stage>` range in a profile.
 
-    def __init__(self) -> None:
+    Args:
+        in_profile: makes the range of a name.
+    """
+
+    def __init__(self, in_profile: Callable[[str], AbstractContextManager[Any]] = record_function) -> None:
+        self._in_profile = in_profile
         self.seconds: dict[str, float] = {}
 
     @contextmanager
@@ -32,7 +38,7 @@ class Stages:
         """Add the time of the block to stage `name`. A `LostRanksError` raised inside gets the stage's name."""
         start, outer = time.perf_counter(), _current.set(name)
         try:
-            with record_function(f"distplb::{name}"):
+            with self._in_profile(f"distplb::{name}"):
                 yield
         except LostRanksError as lost:
             lost.stage = lost.stage or name

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
 from distplb.comm.steps import StepComm
-from distplb.core.private_names import unseen_by_modes
+from distplb.core.private_names import fast_range, unseen_by_modes
 from distplb.core.stages import Stages
 from distplb.errors import DistplbError, in_stage
 from distplb.replicas.sampling import Sample
@@ -24,7 +24,7 @@ class StepStages:
     """
 
     def __init__(self, comm: StepComm) -> None:
-        self._comm, self._stages = comm, Stages()
+        self._comm, self._stages = comm, Stages(fast_range)
 
     @property
     def seconds(self) -> dict[str, float]:

@@ -29,6 +29,7 @@ NAMES = {
     ("torch._C", "_storage_Use_Count"): "so that gradients that others read are not added to (StepBalancer)",
     ("torch", "Tensor._use_count"): "so that gradients that others read are not added to (StepBalancer)",
     ("torch", "UntypedStorage._cdata"): "so that gradients that others read are not added to (StepBalancer)",
+    ("torch._C._profiler", "_RecordFunctionFast"): "to name the stages of a step in profiles (StepBalancer)",
     ("torch._C", "_len_torch_dispatch_stack"): "to tell whether an operation is seen (StepBalancer)",
     ("torch.utils._python_dispatch", "_disable_current_modes"): "for selective recomputation (StepBalancer)",
     ("torch._dynamo", "graph_break"): "to move a window to the device of a compiled forward (LoadWindow.add)",

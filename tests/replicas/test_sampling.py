@@ -344,6 +344,15 @@ def test_a_log_holds_every_event_also_of_a_resumed_job(tmp_path: Path) -> None:
     assert read_events(tmp_path / "steps.jsonl") == []
 
 
+def test_the_stages_of_a_step_are_ranges_in_a_profile() -> None:
+    balancer = StepBalancer(topology=Topology(1, 1), num_experts=4, on_event=lambda _: None, sample_every=1)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        balancer.dispatch("a", torch.tensor([[0], [1]]))
+    ranges = {event.key for event in profile.key_averages() if event.key.startswith("distplb::")}
+    assert ranges == {"distplb::count", "distplb::split", "distplb::sample"}
+    assert set(balancer.seconds) == {"count", "split", "sample"}
+
+
 # --- marks in time ----------------------------------------------------------------------------------------------
 
 

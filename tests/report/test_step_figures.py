@@ -93,7 +93,10 @@ def test_cells_are_the_shares_of_steps_in_which_a_gpu_held_a_replica() -> None:
     assert list(homes.get_xdata()) == [0, 0, 2]
     caption = REPLICAS_BY_EXPERT.caption(Run("run", steps=events))
     total = sum(step().tokens_of_gpu_before[0])
-    assert f"slot 0 of layer layers.1, whose home is GPU 0: {100 * 200 / (2 * total):.1f} % of the layer's tokens" in caption
+    assert (
+        f"slot 0 of layer layers.1, whose home is GPU 0: {100 * 200 / (2 * total):.1f} % of the layer's tokens"
+        in caption
+    )
 
 
 @pytest.mark.parametrize("width", [WIDE, NARROW])
