@@ -18,6 +18,7 @@ __all__ = [
     "backward_number",
     "break_graph",
     "forward_pre_hooks",
+    "is_compiled",
     "is_in_backward",
     "is_of_compiled_graph",
     "is_referred_to_once",
@@ -57,6 +58,11 @@ def break_graph() -> None:
 def forward_pre_hooks(module: nn.Module) -> list[Any]:
     """A module's forward pre-hooks, in the order in which they run: `Module._forward_pre_hooks`."""
     return list(module._forward_pre_hooks.values())
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether a module was compiled: `Module._compiled_call_impl` by its `compile`, `_orig_mod` by `torch.compile`."""
+    return module._compiled_call_impl is not None or hasattr(module, "_orig_mod")
 
 
 def leaves(value: Any) -> list[Any]:
