@@ -1,12 +1,12 @@
-"""Whether moving experts changes the training: rebalanced against static runs, compared with static against static.
+"""Whether moving homes and lending replicas change the training, compared with static runs among each other.
 
     torchrun --standalone --nproc-per-node 2 -m benchmarks.train.bench_loss_curves --output DATE-loss-curves.md
 
 In float32 a different order of additions gives a different run: differences in the last bit grow until two losses
 differ in the second digit, so no run is "the" loss curve. Static runs that differ only in the order of additions (A/A)
-show how far apart two curves of the same training are; a run whose experts move (A/B) must not be further away. A
-control whose moments stay behind when experts move shows that the comparison would notice an error.
-Shapes: S seeds, R runs, I iterations, B sequences of one rank.
+show how far apart two curves of the same training are; a run that is rebalanced, replicated or both (A/B) must not be
+further away. Controls, each with the effect of one bug, show which errors the comparison would notice.
+Shapes: S seeds, R runs, I iterations (one step each), L layers, E experts, M ranks, B sequences of one rank.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import itertools
 import os
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -28,26 +29,103 @@ import distplb
 from benchmarks.figures import loss_curves as figure
 from benchmarks.shared.processes import outside
 from benchmarks.shared.tables import command_line, header, markdown, publish
+from benchmarks.train.judgement import LEVEL, chance, judged, oddness
 from distplb.comm.torchdist import TorchComm
+from distplb.replicas.step_balancer import Dispatch
 
 moe_model, pretrain_moe, texts = (outside("examples", name) for name in ("moe_model", "pretrain_moe", "texts"))
 
 BATCH, LENGTH = 8, 32  # sequences of one rank, and bytes of each
 CONFIG = moe_model.Config(layers=1, experts=8, top_k=2, dim=32, ffn=64, heads=2, max_sequence=LENGTH)
+REPLICA_SLOTS = 2
 LEARNING_RATE = 1e-3
 SMOOTH = 100  # iterations averaged for each point of a smoothed curve
 LAST = 300  # iterations averaged for a final loss
 
 Order = Callable[[torch.Tensor], torch.Tensor]  # permutes the sequences of a global batch
+
+
+class GradientsLeftBehind(distplb.StepBalancer):
+    """A bug: replicas compute their tokens, but their gradients stay where they are instead of coming home."""
+
+    def compute(self, step: Dispatch, experts: Callable, rows: torch.Tensor, *home_rows: torch.Tensor) -> torch.Tensor:
+        """As the balancer's, except that nothing flows back into a replica."""
+
+        def run(rows: torch.Tensor, own: Sequence[torch.Tensor], replicas: Sequence[torch.Tensor]) -> torch.Tensor:
+            return experts(rows, own, [weight.detach() for weight in replicas])
+
+        return super().compute(step, run, rows, *home_rows)
+
+
+class WeightsTooLate(distplb.StepBalancer):
+    """A bug: replicas compute before the push has arrived, with what their slots held in the step before."""
+
+    held: Sequence[torch.Tensor] | None = None  # [R, ...] of each weight
+
+    def compute(self, step: Dispatch, experts: Callable, rows: torch.Tensor, *home_rows: torch.Tensor) -> torch.Tensor:
+        """As the balancer's, except that replicas have the values of the last push; gradients come home as always."""
+
+        def run(rows: torch.Tensor, own: Sequence[torch.Tensor], replicas: Sequence[torch.Tensor]) -> torch.Tensor:
+            if step.is_trivial:
+                return experts(rows, own, replicas)
+            arrived = [weight.detach().clone() for weight in replicas]
+            late, self.held = self.held or arrived, arrived
+            return experts(rows, own, [OtherValues.apply(*pair) for pair in zip(replicas, late, strict=True)])
+
+        return super().compute(step, run, rows, *home_rows)
+
+
+class OtherValues(torch.autograd.Function):
+    """The second tensor's values, with the gradient of the first."""
+
+    @staticmethod
+    def forward(ctx: object, weight: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """Return the values."""
+        return values.clone()
+
+    @staticmethod
+    def backward(ctx: object, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """Hand the gradient on to the weight."""
+        return gradient, None
+
+
+@dataclass(frozen=True)
+class Run:
+    """How one run is trained.
+
+    Args:
+        order: of the sequences of each batch.
+        rebalances: whether homes move.
+        balancer: what lends replicas; None for no replicas.
+        leaves_moments: whether AdamW's moments stay behind when homes move, which is a bug.
+    """
+
+    order: Order = lambda crops: crops
+    rebalances: bool = False
+    balancer: type[distplb.StepBalancer] | None = None
+    leaves_moments: bool = False
+
+
 # Permuting a batch only changes the order in which its mean is summed: within each rank if its half is reversed, and
 # between ranks if the halves are swapped.
-STATIC: dict[str, Order] = {
-    "static": lambda crops: crops,
-    "static, reversed": lambda crops: crops.unflatten(0, (-1, BATCH)).flip(1).flatten(0, 1),
-    "static, halves swapped": lambda crops: crops.roll(BATCH, 0),
+STATIC = {
+    "static": Run(),
+    "static, reversed": Run(lambda crops: crops.unflatten(0, (-1, BATCH)).flip(1).flatten(0, 1)),
+    "static, halves swapped": Run(lambda crops: crops.roll(BATCH, 0)),
 }
-REBALANCED, CONTROL = "rebalanced", "rebalanced, moments left behind"
-RUNS = [*STATIC, REBALANCED, CONTROL]
+TESTED = {
+    "rebalanced": Run(rebalances=True),
+    "replicated": Run(balancer=distplb.StepBalancer),
+    "both": Run(rebalances=True, balancer=distplb.StepBalancer),
+}
+CONTROLS = {
+    "rebalanced, moments left behind": Run(rebalances=True, leaves_moments=True),
+    "replicated, gradients left behind": Run(balancer=GradientsLeftBehind),
+    "replicated, weights too late": Run(balancer=WeightsTooLate),
+}
+RUNS = STATIC | TESTED | CONTROLS
+
+
 TEXT = (
     "Loss curves of the model of examples/moe_model.py in float32 on two ranks over gloo. All runs of a seed have the "
     "same initial weights and the same batches; static runs differ in the order of the sequences of each batch, which "
@@ -56,12 +134,48 @@ TEXT = (
     "each iteration, in either direction. The load of the machine has no influence."
 )
 JUDGED = (
-    "If moving experts does not change the training, a run whose experts move is no further from the static runs than "
-    "they are from each other, and it is chance which run of a seed is furthest from the mean of the others. The "
+    "Each run is compared with the static runs alone. If it trains as they do, it is no further from them than they "
+    "are from each other, and it is chance which run of a seed is furthest from the mean of the others. The "
     "statistic is that distance (largest smoothed difference over the iterations), summed over the seeds; p is the "
-    "share of all ways to pick one run of each seed that give at least this sum. `within` means p > 0.05; that only "
-    "means something if the control is `told apart`."
+    f"share of all ways to pick one run of each seed that give at least this sum. `within` means p > {LEVEL}; that "
+    "only means something if controls are `told apart`. All other runs have the order of `static`, and may stay closer "
+    "to it than the two other orders do; that makes `within` a little likelier than it should be. The tested runs are "
+    "not independent of each other: `both` is `replicated` until the first rebalance."
 )
+FAULTS = (
+    "`moments left behind`: when homes move, AdamW's moments stay in their slots. `gradients left behind`: replicas "
+    "compute their tokens, but their gradients are not brought home. `weights too late`: replicas compute before the "
+    "push has arrived, in forward and backward, with what their slots held in the step before: the expert's weights "
+    "of one step ago, or another expert's."
+)
+LENT = (
+    "A step is one forward and backward of one layer. Imbalance is busiest GPU / mean GPU, in tokens: before, if "
+    "every token were computed at home; after, where tokens were computed. Means over the steps of all seeds."
+)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What was seen of one run; `stacked`, of many, with more dims in front.
+
+    Args:
+        losses: `[I]`, means over ranks.
+        moved: `[]`, slots that rebalances moved.
+        replicas: `[I, L]`, replicas lent.
+        before: `[I, L]`, imbalance if every token were computed at home.
+        after: `[I, L]`, imbalance of the tokens that GPUs computed.
+    """
+
+    losses: np.ndarray
+    moved: np.ndarray
+    replicas: np.ndarray
+    before: np.ndarray
+    after: np.ndarray
+
+    @classmethod
+    def stacked(cls, many: Sequence[Trained]) -> Trained:
+        """One value whose arrays have a new first dim."""
+        return cls(**{field.name: np.stack([getattr(one, field.name) for one in many]) for field in fields(cls)})
 
 
 def main() -> None:
@@ -69,45 +183,76 @@ def main() -> None:
     options = parsed_options()
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    text = texts.code()
-    losses = np.empty((options.seeds, len(RUNS), options.iterations))
-    moved = np.zeros((options.seeds, len(RUNS)), dtype=int)
-    for seed, (nth, run) in itertools.product(range(options.seeds), enumerate(RUNS)):
-        losses[seed, nth], moved[seed, nth] = trained(run, seed, text, options.iterations, options.every)
-        if dist.get_rank() == 0:
-            print(f"seed {seed}, {run}: final loss {losses[seed, nth, -LAST:].mean():.4f}", file=sys.stderr, flush=True)
+    text, seeds = texts.code(), list[Trained]()
+    for seed in range(options.seeds):
+        runs = list[Trained]()
+        for name, run in RUNS.items():
+            runs.append(trained(run, seed, text, options.iterations, options.every))
+            if dist.get_rank() == 0:
+                final = runs[-1].losses[-LAST:].mean()
+                print(f"seed {seed}, {name}: final loss {final:.4f}", file=sys.stderr, flush=True)
+        seeds.append(Trained.stacked(runs))
+        if dist.get_rank() == 0 and options.curves:
+            np.savez_compressed(options.curves, names=np.array(list(RUNS)), **asdict(Trained.stacked(seeds)))
     if dist.get_rank() == 0:
-        report = reported(losses, moved, options)
-        publish(report, options.output)
+        seen = Trained.stacked(seeds)
+        publish(reported(seen, options), options.output)
         if options.output:
-            figure.draw(smoothed(losses), RUNS, len(STATIC), SMOOTH, options.output.with_suffix(".png"))
+            picture = options.output.with_suffix(".png")
+            figure.draw(smoothed(seen.losses), list(RUNS), len(STATIC), len(TESTED), SMOOTH, picture)
     dist.destroy_process_group()
 
 
-def trained(run: str, seed: int, text: torch.Tensor, iterations: int, every: int) -> tuple[np.ndarray, int]:
-    """Train one run; return the mean loss over ranks by iteration `[I]`, and the slots moved."""
-    model = moe_model.Transformer(CONFIG, dist.group.WORLD, seed)
+def trained(run: Run, seed: int, text: torch.Tensor, iterations: int, every: int) -> Trained:
+    """Train one run on all ranks."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    balancer = balancer_of(run.balancer) if run.balancer else None
+    model = moe_model.Transformer(CONFIG, dist.group.WORLD, seed, balancer=balancer)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
     moved: list[int] = []
-    rebalancer = None if run in STATIC else rebalancer_of(model, optimizer, every, seed, moved)
-    order = STATIC.get(run, STATIC["static"])
-    mine = slice(dist.get_rank() * BATCH, (dist.get_rank() + 1) * BATCH)
+    rebalancer = rebalancer_of(model, optimizer, every, seed, moved) if run.rebalances else None
     losses = torch.empty(iterations, dtype=torch.float64)
+    counts = torch.zeros(iterations, CONFIG.layers, CONFIG.experts, dtype=torch.int64)  # [I, L, E]
+    computed = torch.zeros(iterations, CONFIG.layers, ranks, dtype=torch.int64)  # [I, L, M], this rank's until summed
+    replicas = torch.zeros(iterations, CONFIG.layers, dtype=torch.int64)
     for iteration in range(iterations):
-        crops = order(pretrain_moe.global_batch(text, seed, iteration, BATCH * dist.get_world_size(), LENGTH + 1))[mine]
-        loss = model(crops[:, :-1], crops[:, 1:])
+        crops = pretrain_moe.global_batch(text, seed, iteration, BATCH * ranks, LENGTH + 1)
+        mine = run.order(crops)[rank * BATCH : (rank + 1) * BATCH]
+        loss = model(mine[:, :-1], mine[:, 1:])
+        for layer, moe in enumerate(model.moes):
+            counts[iteration, layer], computed[iteration, layer, rank] = moe.counts, moe.tokens_received
+            replicas[iteration, layer] = moe.num_replicas
         model.backward(loss)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        left_behind = moments_of(optimizer) if run == CONTROL else []
+        left_behind = moments_of(optimizer) if run.leaves_moments else []
         copies = [moment.clone() for moment in left_behind]
         if rebalancer is not None:
             rebalancer.step()
         for moment, copy in zip(left_behind, copies, strict=True):
             moment.copy_(copy)
         losses[iteration] = loss.item()
-    dist.all_reduce(losses)
-    return losses.numpy() / dist.get_world_size(), sum(moved)
+    for own in (losses, counts, computed):
+        dist.all_reduce(own)
+    at_home = counts.unflatten(-1, (ranks, -1)).sum(-1)  # [I, L, M]
+    return Trained(
+        losses.numpy() / ranks,
+        np.array(sum(moved)),
+        replicas.numpy(),
+        imbalance(at_home.numpy()),
+        imbalance(computed.numpy()),
+    )
+
+
+def imbalance(tokens: np.ndarray) -> np.ndarray:
+    """Busiest GPU / mean GPU: `[..., M]` -> `[...]`."""
+    return tokens.max(-1) / tokens.mean(-1)
+
+
+def balancer_of(kind: type[distplb.StepBalancer]) -> distplb.StepBalancer:
+    """Build a step balancer as in examples/pretrain_moe.py."""
+    topology = distplb.Topology(1, dist.get_world_size())
+    return kind(dist.group.WORLD, topology=topology, num_experts=CONFIG.experts, replica_slots=REPLICA_SLOTS)
 
 
 def moments_of(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
@@ -159,18 +304,6 @@ def smoothed(losses: np.ndarray) -> np.ndarray:
     return (total[..., SMOOTH:] - total[..., :-SMOOTH]) / SMOOTH
 
 
-def oddness(curves: np.ndarray) -> np.ndarray:
-    """`[S, R]`: the largest distance of each run from the mean of the seed's other runs, for curves `[S, R, I]`."""
-    others = (curves.sum(1, keepdims=True) - curves) / (curves.shape[1] - 1)
-    return np.abs(curves - others).max(-1)
-
-
-def chance(odd: np.ndarray, run: int) -> float:
-    """The share of all ways to pick one run of each seed whose sum of `odd [S, R]` is at least that of `run`."""
-    sums = np.array([sum(pick) for pick in itertools.product(*odd)])
-    return float((sums >= odd[:, run].sum() * (1 - 1e-12)).mean())
-
-
 def against_static(curves: np.ndarray, run: int) -> np.ndarray:
     """`[S, N, I]`: a run minus each static run; for a static `run`, the differences of all pairs of static runs."""
     number = len(STATIC)
@@ -179,32 +312,58 @@ def against_static(curves: np.ndarray, run: int) -> np.ndarray:
     return np.stack([curves[:, run] - curves[:, i] for i in range(number)], 1)
 
 
-def reported(losses: np.ndarray, moved: np.ndarray, options: argparse.Namespace) -> str:
-    """Return the whole report, from losses `[S, R, I]` and slots moved `[S, R]`."""
+def reported(seen: Trained, options: argparse.Namespace) -> str:
+    """Return the whole report, from what was seen of S seeds and R runs."""
     arguments = {"--seeds": options.seeds, "--iterations": options.iterations, "--every": options.every}
     command = command_line("train.bench_loss_curves", arguments, ranks=2)
     parts = [
-        header("Rebalanced against static, compared with static against static", TEXT, command, "cpu"),
-        f"{options.seeds} seeds, {options.iterations:,} iterations, a rebalance every {options.every}; MoE layers: "
-        f"{CONFIG.layers}, {CONFIG.experts} experts, top-{CONFIG.top_k}; {2 * BATCH * LENGTH} bytes per iteration.",
+        header("Rebalanced and replicated against static, compared with static against static", TEXT, command, "cpu"),
+        f"{options.seeds} seeds, {options.iterations:,} iterations of one step, a rebalance every {options.every}; MoE "
+        f"layers: {CONFIG.layers}, {CONFIG.experts} experts, top-{CONFIG.top_k}; at most {REPLICA_SLOTS} replicas on a "
+        f"rank; {2 * BATCH * LENGTH} bytes per iteration.",
     ]
     if options.output:
         path = options.output.with_suffix(".png")
         parts.append(f"![Differences of smoothed losses, and the curves]({path.name})")
     parts += [
-        f"## How far apart\n\n{differences(losses)}",
-        f"## Verdict\n\n{textwrap.fill(JUDGED, 110)}\n\n{verdict(losses)}",
+        f"## How far apart\n\n{differences(seen.losses)}",
+        f"## Verdict\n\n{filled(judged_how(options.seeds))}\n\n{verdict(seen.losses)}",
+        f"## Controls\n\n{filled(FAULTS)}",
+        f"## Replicas and imbalance\n\n{filled(LENT)}\n\n{balance(seen)}",
+        f"## Final losses, and slots moved\n\n{finals(seen.losses, seen.moved)}",
     ]
-    parts.append(f"## Final losses, and slots moved\n\n{finals(losses, moved)}")
     return "\n\n".join(parts)
+
+
+def filled(text: str) -> str:
+    """Break a paragraph into lines as the header does."""
+    return textwrap.fill(text, 110)
+
+
+def judged_how(seeds: int) -> str:
+    """Explain the verdict, and what p it can have."""
+    runs = len(STATIC) + 1
+    picks = runs**seeds
+    called = int(LEVEL * picks)
+    attainable = (
+        f"With {runs} runs of each of {seeds} seeds there are {picks} picks, so p is at least {1 / picks:.3f}: "
+        + (
+            f"a run that is no different is told apart with a probability of at most {called / picks:.3f}, at least "
+            f"one of {len(TESTED)} such runs with at most {len(TESTED) * called / picks:.2f}; p is not corrected for "
+            "that."
+            if called
+            else "too much to tell anything apart."
+        )
+    )
+    return f"{JUDGED} {attainable}"
 
 
 def differences(losses: np.ndarray) -> str:
     """Table of differences over all seeds: largest, root mean square, share in the A/A band, and final losses."""
     lines = []
-    names = [("static less static (A/A)", 0), *((f"{name} less static", RUNS.index(name)) for name in RUNS[-2:])]
+    others = [(f"{name} less static", nth) for nth, name in enumerate(RUNS) if name not in STATIC]
     band = np.abs(against_static(smoothed(losses), 0)).max((0, 1))  # [I]
-    for what, run in names:
+    for what, run in [("static less static (A/A)", 0), *others]:
         curves = against_static(smoothed(losses), run)
         inside = (np.abs(curves) <= band).mean()
         final = against_static(losses[..., -LAST:], run).mean(-1)
@@ -215,18 +374,30 @@ def differences(losses: np.ndarray) -> str:
 
 
 def verdict(losses: np.ndarray) -> str:
-    """Table that compares the rebalanced run and the control with the static runs."""
+    """Table that compares each other run with the static runs, one at a time."""
     lines = []
-    for name in (REBALANCED, CONTROL):
-        own = [*range(len(STATIC)), RUNS.index(name)]
+    for name in TESTED | CONTROLS:
+        own = [*range(len(STATIC)), list(RUNS).index(name)]
         odd = oddness(smoothed(losses[:, own]))
-        p = chance(odd, len(STATIC))
         furthest = int((odd.argmax(1) == len(STATIC)).sum())
         distances = f"{odd[:, -1].mean():.4f}", f"{odd[:, :-1].mean():.4f}"
-        lines.append(
-            [name, *distances, f"{furthest} of {len(odd)}", f"{p:.3f}", "within" if p > 0.05 else "told apart"]
-        )
+        what = f"{name} (control)" if name in CONTROLS else name
+        p = f"{chance(odd, len(STATIC)):.3f}"
+        lines.append([what, *distances, f"{furthest} of {len(odd)}", p, judged(odd, len(STATIC))])
     return markdown(["run", "its distance", "a static run's", "furthest of its seed", "p", "verdict"], lines)
+
+
+def balance(seen: Trained) -> str:
+    """Table with the replicas and the imbalance of each run, over all seeds, steps and layers."""
+    lines = []
+    for nth, name in enumerate(RUNS):
+        replicas, before, after = (values[:, nth] for values in (seen.replicas, seen.before, seen.after))  # [S, I, L]
+        steps = f"{(replicas > 0).sum():,} of {replicas.size:,}"
+        means = f"{replicas.mean():.2f}", f"{before.mean():.3f}", f"{after.mean():.3f}", f"{after.max():.3f}"
+        lines.append([name, steps, f"{(replicas > 0).mean():.1%}", *means])
+    return markdown(
+        ["run", "steps with replicas", "share", "replicas per step", "imbalance before", "after", "after, worst"], lines
+    )
 
 
 def finals(losses: np.ndarray, moved: np.ndarray) -> str:
@@ -238,10 +409,11 @@ def finals(losses: np.ndarray, moved: np.ndarray) -> str:
 
 def parsed_options() -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(description="Loss curves of rebalanced and static runs.")
+    parser = argparse.ArgumentParser(description="Loss curves of rebalanced, replicated and static runs.")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--iterations", type=int, default=3000)
     parser.add_argument("--every", type=int, default=100, help="iterations between rebalances")
+    parser.add_argument("--curves", type=Path, metavar="FILE", help="write what was seen of each run there, as .npz")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the result there, as markdown and figure")
     options = parser.parse_args()
     if options.iterations < LAST:

@@ -35,7 +35,7 @@ Examples:
 )
 @json_option
 def doctor(deadline: float, as_json: bool) -> None:
-    """Check the installation; under torchrun, also time collectives and a small move.
+    """Check the installation; under torchrun, also time collectives, a small move, and a step with replicas.
 
     Versions, devices, backends and engines are checked. Each finding is one line: ok, note, or WRONG with what to set.
     Only rank 0 prints. All ranks exit with 0, or with 1 if anything is WRONG.
@@ -69,5 +69,6 @@ def _print(examination: Examination) -> None:
 def _timings(examination: Examination) -> Table:
     lines = table("round", "ms", "GB/s", title="Medians of rank 0")
     for one in examination.timings:
-        lines.add_row(one.what, f"{one.seconds * 1e3:.1f}", f"{one.rate / 1e9:.2f}")
+        rate = "" if one.rate is None else f"{one.rate / 1e9:.2f}"
+        lines.add_row(one.what, f"{one.seconds * 1e3:.1f}", rate)
     return lines

@@ -22,7 +22,7 @@ from distplb.train.options import Moves
 from distplb.train.rebalancer import Rebalancer
 from distplb.train.window import LoadWindow
 
-__all__ = ["collectives", "merge_findings", "same_versions", "small_move"]
+__all__ = ["collectives", "merge_findings", "same_versions", "small_move", "wait_for_device"]
 
 _MIB = 1 << 20
 _SIZES = (_MIB, 64 * _MIB)
@@ -90,18 +90,19 @@ def _timed(comm: Comm, call: Callable[[Comm, Tensor], bool], size: int) -> tuple
     seconds, arrived = [], True
     for _ in range(_ROUNDS):
         data = torch.full((size // 8,), 1 + comm.rank, dtype=torch.int64, device=comm.device)
-        _wait(comm)
+        wait_for_device(comm.device)
         began = time.perf_counter()
         result = call(comm, data)
-        _wait(comm)
+        wait_for_device(comm.device)
         seconds.append(time.perf_counter() - began)
         arrived = arrived and result
     return statistics.median(seconds[1:]), arrived
 
 
-def _wait(comm: Comm) -> None:
-    if comm.device.type == "cuda":
-        torch.cuda.synchronize(comm.device)
+def wait_for_device(device: torch.device) -> None:
+    """Wait until a GPU has computed all that it was given, so that times are those of the work itself."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _sum(comm: Comm, data: Tensor) -> bool:
@@ -160,7 +161,7 @@ def small_move(comm: Comm, topology: Topology) -> Iterator[Timing | Finding]:
     target = experts.cpu().roll(_SLOTS_PER_GPU)  # [P]
     began = time.perf_counter()
     rebalancer.apply(Placement(target.expand(_LAYERS, -1), size, comm.size))
-    _wait(comm)
+    wait_for_device(comm.device)
     seconds = time.perf_counter() - began
     rebalancer.close()
     moved = 3 * _LAYERS * size * _ROWS * _COLUMNS * weights[0].element_size()

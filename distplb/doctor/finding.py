@@ -16,16 +16,16 @@ class Finding(NamedTuple):
 
 
 class Timing(NamedTuple):
-    """A timed call: rank 0's median of a few rounds."""
+    """A timed call: rank 0's median of a few rounds. `bytes` is None if it does more than carry data."""
 
     what: str
-    bytes: int
+    bytes: int | None
     seconds: float
 
     @property
-    def rate(self) -> float:
+    def rate(self) -> float | None:
         """Bytes per second."""
-        return self.bytes / self.seconds
+        return None if self.bytes is None else self.bytes / self.seconds
 
 
 def ok(what: str, text: str) -> Finding:

@@ -156,13 +156,18 @@ def test_under_torchrun_ranks_exchange_and_move(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stderr
     document = json.loads(run.stdout)
     lines = {one["what"]: (one["level"], one["text"]) for one in document["findings"]}
-    assert lines["ranks"] == ("ok", "all 2 exchange and move correctly")
+    assert lines["ranks"] == ("ok", "all 2 exchange, move and lend correctly")
     assert lines["versions"] == ("ok", "the same on 2 ranks")
     assert lines["launcher"] == ("ok", "1 node × 2 ranks")
     timed = {one["what"]: one for one in document["timings"]}
     calls = [f"{name}, {size} MiB" for size in (1, 64) for name in ("sum", "min", "broadcast", "exchange")]
-    assert list(timed) == [*calls, "move of 24 MiB, with AdamW state"]
+    parts = ["count and split", "push, 6 MiB", "push again, 4 MiB", "bring home, 6 MiB"]
+    step = "step of 3 layers with replicas, forward and backward"
+    assert list(timed) == [*calls, "move of 24 MiB, with AdamW state", step, *(f"- {part}" for part in parts)]
     assert all(one["seconds"] > 0 for one in timed.values())
+    assert [what for what, one in timed.items() if one["bytes"] is None] == [step, "- count and split"]
+    assert timed["- push, 6 MiB"]["bytes"] == 6 << 20
+    assert lines["replicas"] == ("ok", "6 lent in 3 layers; imbalance 1.74 without them, 1.00 with them")
 
 
 def _examined(what: str) -> tuple[Examination, float]:
@@ -182,7 +187,7 @@ def _examined(what: str) -> tuple[Examination, float]:
         )
     elif what == "late":
         collective_checks.collectives = lambda comm: time.sleep(3) or iter(())
-    return examine_ranks(comm, Topology(1, 2), own), time.monotonic() - began
+    return examine_ranks(comm, Topology(1, 2), own, 60.0), time.monotonic() - began
 
 
 def on_both(what: str) -> list[tuple[str, str, str]]:
@@ -217,5 +222,6 @@ def test_a_rank_that_does_not_come_is_named() -> None:
     assert seconds < 60
 
 
-def test_a_timing_has_a_rate() -> None:
+def test_a_timing_of_bytes_has_a_rate() -> None:
     assert Timing("sum", 10**9, 0.5).rate == 2e9
+    assert Timing("step", None, 0.5).rate is None
