@@ -22,7 +22,7 @@ from transformers.distributed.expert_parallel import AllToAllEP, AutoEP
 
 from distplb.core.private_names import is_compiled
 from distplb.errors import DistplbError
-from distplb.integrations.lending import WithRows
+from distplb.integrations.lending import with_rows
 from distplb.replicas.step_balancer import Dispatch, StepBalancer
 
 __all__ = ["exchange_of", "lend"]
@@ -163,7 +163,7 @@ class _Dispatching:
             parts = []
             for there, held, first in ((at_home, own, 0), (lent, replicas, num_own)):
                 if len(there):
-                    seen = WithRows(self._experts, **dict(zip(names, held, strict=True)), num_experts=len(held[0]))
+                    seen = with_rows(self._experts, **dict(zip(names, held, strict=True)), num_experts=len(held[0]))
                     parts.append(self._plain.__func__(seen, rows[there], slots[there] - first, weights[there]))
             return torch.cat(parts)[back]
 

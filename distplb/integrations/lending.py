@@ -5,6 +5,7 @@ Shapes: P slots, R replica slots of each GPU.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,11 @@ from distplb.records.event_log import EventLog
 from distplb.replicas.step_balancer import StepBalancer
 from distplb.train.options import Moves, Record
 
-__all__ = ["WithRows", "step_balancer"]
+__all__ = ["step_balancer", "with_rows"]
 
 _STEPS = "steps.jsonl"  # in the folder of a `Record`, where `distplb report` looks for it
+# Arguments of `StepBalancer` that the adapters pass.
+_OWN = ("group_or_mesh", "topology", "num_experts", "replica_slots", "deadline")
 
 
 def step_balancer(
@@ -60,34 +63,40 @@ def step_balancer(
     if "on_event" not in given and is_writer and (record.folder is not None or record.summary_writer is not None):
         path = None if record.folder is None else Path(record.folder) / _STEPS
         given["on_event"] = EventLog(path, record.summary_writer)
-    try:
-        return StepBalancer(
-            group,
-            topology=topology,
-            num_experts=next(iter(sizes.values()), topology.num_gpus),
-            replica_slots=replica_slots,
-            deadline=deadline,
-            **({"dry_run": moves.dry_run} | given),
-        )
-    except TypeError as unknown:
-        raise DistplbError(f"replicas: {unknown}; pass options of distplb.StepBalancer") from unknown
+    known = [name for name in inspect.signature(StepBalancer).parameters if name not in _OWN]
+    for name in given:
+        if name not in known:
+            raise DistplbError(f"replicas has {name!r}; pass options of distplb.StepBalancer: {', '.join(known)}")
+    return StepBalancer(
+        group,
+        topology=topology,
+        num_experts=next(iter(sizes.values()), topology.num_gpus),
+        replica_slots=replica_slots,
+        deadline=deadline,
+        **({"dry_run": moves.dry_run} | given),
+    )
 
 
-class WithRows:
-    """A module of experts, as its own forward sees it, whose tensors are replaced by others.
+def with_rows(module: nn.Module, **replaced: Any) -> Any:
+    """The module of experts again, of the same class, with other tensors in place of some of its own.
 
-    A forward that is called with it computes with those rows and needs no copy of them in one tensor. Everything else,
-    such as activations and functions, is the module's.
+    Its forward and all methods that this calls compute with those rows, which need not be copied into one tensor.
+    Everything else, such as activations and functions, is the module's. Hooks are left out, and it is not registered
+    anywhere.
+
+    >>> import torch
+    >>> layer = nn.Linear(2, 1, bias=False)
+    >>> with_rows(layer, weight=torch.tensor([[3.0, 4.0]])).forward(torch.ones(2))
+    tensor([7.])
 
     Args:
         module: the module.
-        **replaced: attributes by name.
+        **replaced: attributes by name; a parameter may be replaced by any tensor.
     """
-
-    def __init__(self, module: nn.Module, **replaced: Any) -> None:
-        self.__dict__.update(replaced)
-        self._of = module
-
-    def __getattr__(self, name: str) -> Any:
-        """An attribute of the module, because this object has none of that name."""
-        return getattr(self._of, name)
+    found = object.__new__(type(module))
+    found.__dict__.update(vars(module), **replaced)
+    for kept_in in ("_parameters", "_buffers"):
+        own = vars(module)[kept_in]
+        found.__dict__[kept_in] = {name: tensor for name, tensor in own.items() if name not in replaced}
+    found.__dict__.pop("forward", None)  # of the module, with the module's own tensors
+    return found

@@ -43,7 +43,7 @@ from distplb.integrations.common import (
     tokens_of_experts,
 )
 from distplb.integrations.lending import step_balancer
-from distplb.integrations.torchtitan_replicas import lend, refuse_schedule, refuse_what_cannot_lend
+from distplb.integrations.torchtitan_replicas import lend, refuse_schedule, refuse_what_cannot_lend, stop_lending
 from distplb.train.options import Moves, Record
 from distplb.train.rebalancer import Rebalancer
 from distplb.train.training_forwards import is_recomputation
@@ -99,7 +99,8 @@ def rebalancer(
 ) -> Rebalancer:
     """Build a `Rebalancer` for a torchtitan job. Collective: all ranks of all pipeline stages call it.
 
-    With `replica_slots`, GPUs also lend replicas of hot experts in every step; see `distplb.StepBalancer`.
+    With `replica_slots`, GPUs also lend replicas of hot experts in every step; see `distplb.StepBalancer`. Closing the
+    rebalancer ends that, so all ranks close theirs between the same two steps.
 
     In a Trainer, once its optimizers are built::
 
@@ -170,7 +171,10 @@ def rebalancer(
         **options,
     )
     for name, moe, *_ in found:
-        lend(name, moe, balancer)
+        if balancer is None:
+            stop_lending(moe)
+        else:
+            built.on_close(lend(name, moe, balancer))
     return built
 
 

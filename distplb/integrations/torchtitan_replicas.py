@@ -9,7 +9,10 @@ X rows that arrive here.
 
 from __future__ import annotations
 
+import copy
+import inspect
 import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -19,26 +22,39 @@ from torchtitan.models.common.token_dispatcher import AllToAllTokenDispatcher
 
 from distplb.core.private_names import is_compiled
 from distplb.errors import DistplbError
-from distplb.integrations.lending import WithRows
+from distplb.integrations.lending import with_rows
 from distplb.replicas.step_balancer import Dispatch, StepBalancer
 
-__all__ = ["lend", "refuse_schedule", "refuse_what_cannot_lend"]
+__all__ = ["lend", "refuse_schedule", "refuse_what_cannot_lend", "stop_lending"]
 
-_SPLIT_BACKWARDS = ("ScheduleInterleavedZeroBubble", "ScheduleZBVZeroBubble", "ScheduleDualPipeV")
+_IN_TWO_PARTS = {"BACKWARD_INPUT", "BACKWARD_WEIGHT"}  # torch's names of a backward's passes
+_REDISTRIBUTING = "Module.parallelize.<locals>.forward_with_redistribution"  # torchtitan's, around a module's forward
 
 
 def refuse_schedule(schedule: Any) -> None:
     """Refuse a pipeline schedule that computes the gradients of rows and of weights in passes of their own.
 
+    Args:
+        schedule: one of `torch.distributed.pipelining`, or None.
+
     Raises:
-        DistplbError: for such a schedule.
+        DistplbError: for such a schedule, also one that was read from a file.
     """
-    name = type(schedule).__name__
-    if name in _SPLIT_BACKWARDS:
-        raise DistplbError(
-            f"the pipeline schedule is {name}, which computes the gradients of weights in a pass of its own, when the "
-            "replicas of a step may be gone; pass replica_slots=0, or use 1F1B or Interleaved1F1B"
-        )
+    orders = getattr(schedule, "pipeline_order_with_comms", None) or getattr(schedule, "pipeline_order", None) or {}
+    for action in _actions(action for order in orders.values() for action in order):
+        if action.computation_type.name in _IN_TWO_PARTS:
+            raise DistplbError(
+                f"the pipeline schedule, {type(schedule).__name__}, computes the gradients of weights in a pass of its "
+                "own, when the replicas of the step are gone; use 1F1B or Interleaved1F1B, or pass replica_slots=0"
+            )
+
+
+def _actions(actions: Any) -> Iterator[Any]:
+    """All actions of a schedule, also those that others consist of."""
+    for action in actions:
+        if action is not None:
+            yield action
+            yield from _actions(getattr(action, "sub_actions", None) or ())
 
 
 def refuse_what_cannot_lend(name: str, moe: MoE, around: list[nn.Module]) -> None:
@@ -50,7 +66,8 @@ def refuse_what_cannot_lend(name: str, moe: MoE, around: list[nn.Module]) -> Non
         around: the modules that contain it.
 
     Raises:
-        DistplbError: for another dispatcher, and for a layer that is compiled.
+        DistplbError: for another dispatcher, a layer that is compiled, and experts that compute with more than the
+            parameters of their module, or in another way than by its forward.
     """
     dispatcher = _plain(moe.routed_experts.token_dispatcher)
     if type(dispatcher) is not AllToAllTokenDispatcher:
@@ -64,26 +81,69 @@ def refuse_what_cannot_lend(name: str, moe: MoE, around: list[nn.Module]) -> Non
                 f"{name} is compiled (its {type(module).__qualname__}), and a compiled forward cannot wait for the "
                 "counts of a step; leave 'model' out of compile.components, or pass replica_slots=0"
             )
+    experts = moe.routed_experts.inner_experts
+    own = dict(experts.named_parameters(recurse=False))
+    others = [key for key in (*dict(experts.named_parameters()), *dict(experts.named_buffers())) if key not in own]
+    if others:
+        raise DistplbError(
+            f"{name}: its {type(experts).__qualname__} has {others[0]}, and only parameters of the module itself are "
+            "lent; make it one, or pass replica_slots=0"
+        )
+    if not _is_own_forward(experts):
+        raise DistplbError(
+            f"{name}: the forward of its {type(experts).__qualname__} was replaced, and replicas would be computed "
+            "without what was added; use a class with a forward of its own, or pass replica_slots=0"
+        )
 
 
-def lend(name: str, moe: MoE, balancer: StepBalancer | None) -> None:
-    """Let a layer take part in a balancer's steps from now on; None ends that.
+def _is_own_forward(experts: nn.Module) -> bool:
+    """Whether experts compute by the forward of their class; `Module.parallelize` only redistributes around it."""
+    forward = vars(experts).get("forward")
+    forward = forward.plain if isinstance(forward, _LendingExperts) else forward
+    if (
+        inspect.isfunction(forward)
+        and forward.__qualname__ == "Module.parallelize.<locals>.forward_with_redistribution"
+    ):
+        forward = inspect.getclosurevars(forward).nonlocals.get("fn")
+    of_class: Any = type(experts).forward
+    return forward is None or getattr(forward, "__func__", None) is of_class
+
+
+def lend(name: str, moe: MoE, balancer: StepBalancer) -> Callable[[], None]:
+    """Let a layer take part in a balancer's steps from now on, instead of those of an earlier one.
 
     Args:
         name: the layer's name.
         moe: the layer.
-        balancer: whose steps; it replaces an earlier one.
+        balancer: whose steps.
+
+    Returns:
+        A function that ends it, unless another balancer has taken over.
     """
+    stop_lending(moe)
     routed = moe.routed_experts
-    plain, experts = _plain(routed.token_dispatcher), routed.inner_experts
-    earlier = vars(experts).get("forward")
-    forward = earlier.plain if isinstance(earlier, _LendingExperts) else experts.forward
-    if balancer is None:
-        routed.token_dispatcher, experts.forward = plain, forward
-        return
-    flight = _Flight()
-    routed.token_dispatcher = _LendingDispatcher(plain, balancer, name, flight)
-    experts.forward = _LendingExperts(experts, forward, balancer, flight)
+    experts, flight = routed.inner_experts, _Flight()
+    dispatcher = _LendingDispatcher(routed.token_dispatcher, balancer, name, flight)
+    had_forward = "forward" in vars(experts)
+    routed.token_dispatcher = dispatcher
+    experts.forward = _LendingExperts(experts, experts.forward, had_forward, balancer, flight)
+
+    def end() -> None:
+        if routed.token_dispatcher is dispatcher:
+            stop_lending(moe)
+
+    return end
+
+
+def stop_lending(moe: MoE) -> None:
+    """Give a layer its own dispatcher and the forward of its experts back."""
+    routed = moe.routed_experts
+    routed.token_dispatcher = _plain(routed.token_dispatcher)
+    lending = vars(routed.inner_experts).get("forward")
+    if isinstance(lending, _LendingExperts):
+        del routed.inner_experts.forward
+        if lending.had_forward:
+            routed.inner_experts.forward = lending.plain
 
 
 def _plain(dispatcher: Any) -> Any:
@@ -100,6 +160,8 @@ class _Flight(threading.local):
 class _LendingDispatcher(AllToAllTokenDispatcher):  # type: ignore[misc]  # torchtitan has no types here
     """Torchtitan's dispatcher over physical slots, with sizes from the split.
 
+    A copy of the model gets the plain dispatcher: its ranks need not run it together with the model.
+
     Args:
         plain: the dispatcher that it replaces.
         balancer: counts and splits.
@@ -110,6 +172,10 @@ class _LendingDispatcher(AllToAllTokenDispatcher):  # type: ignore[misc]  # torc
     def __init__(self, plain: AllToAllTokenDispatcher, balancer: StepBalancer, layer: str, flight: _Flight) -> None:
         self.__dict__.update(vars(plain))
         self.plain, self._balancer, self._layer, self._flight = plain, balancer, layer, flight
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A copy of the plain dispatcher."""
+        return copy.deepcopy(self.plain, memo)
 
     def dispatch(
         self,
@@ -157,13 +223,21 @@ class _LendingExperts:
     Args:
         experts: the module.
         plain: the forward that it replaces.
+        had_forward: whether that is an attribute of the module, not of its class.
         balancer: lends.
         flight: has the step.
     """
 
-    def __init__(self, experts: nn.Module, plain: Any, balancer: StepBalancer, flight: _Flight) -> None:
-        self._experts, self.plain, self._balancer, self._flight = experts, plain, balancer, flight
+    def __init__(
+        self, experts: nn.Module, plain: Any, had_forward: bool, balancer: StepBalancer, flight: _Flight
+    ) -> None:
+        self.plain, self.had_forward = plain, had_forward
+        self._experts, self._balancer, self._flight = experts, balancer, flight
         self._names = [key for key, _ in experts.named_parameters(recurse=False)]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """What a copy of the module would have as its forward without distplb."""
+        return copy.deepcopy(self.plain, memo)
 
     def __call__(self, x_RD: Tensor, num_tokens_per_expert_E: Tensor) -> Tensor:
         """The rows `[X, D]` of each slot in turn, of which the second argument has `[G + R]` or `[G]`."""
@@ -182,10 +256,9 @@ class _LendingExperts:
             at_home = int(step.receive[:, :num_own].sum())
             parts = rows.split([at_home, len(rows) - at_home])
             tokens = num_tokens_per_expert_E.split([num_own, len(num_tokens_per_expert_E) - num_own])
-            forward = type(self._experts).forward
             return torch.cat(
                 [
-                    forward(WithRows(self._experts, **dict(zip(self._names, tensors, strict=True))), part, counts)
+                    with_rows(self._experts, **dict(zip(self._names, tensors, strict=True))).forward(part, counts)
                     for tensors, part, counts in zip((own, replicas), parts, tokens, strict=True)
                 ]
             )

@@ -6,7 +6,7 @@ Its files: `options` and `agreed_options` hold its options, `parts` its componen
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -115,6 +115,7 @@ class Rebalancer:
         self._is_postponed = False  # a rebalance is due and waits for the next iteration
         self._looks = _LOOKS  # how many early checks of the state are left
         self._attached: list[Attached] = []
+        self._ends: list[Callable[[], None]] = []
         self._is_closed = False
 
     # --- what is in force ------------------------------------------------------------------------------------
@@ -263,16 +264,28 @@ class Rebalancer:
     def close(self) -> None:
         """Release model and optimizers, and wait until trace and log, if recorded, are written.
 
-        Not collective. Experts stay where they are, and later moves are refused; `state_dict` still works.
+        Not collective. Experts stay where they are, and later moves are refused; `state_dict` still works. If an
+        adapter lends replicas, that ends: all ranks close between the same two steps.
         """
         self._is_closed = True
         self._drop()
         self._parts.background.close()
         for attached in self._attached:
             attached.remove()
+        for end in self._ends:
+            end()
+        self._ends.clear()
         self._parts.agreed.let_go()
         self._roster.withdraw()
         self._parts.journal.close()
+
+    def on_close(self, end: Callable[[], None]) -> None:
+        """Have `close` call a function, with which an adapter ends what it has set up beside the layers.
+
+        Args:
+            end: called once, without arguments.
+        """
+        self._ends.append(end)
 
     # --- checkpoints -----------------------------------------------------------------------------------------
 

@@ -50,7 +50,7 @@ KEPT_IN = {
     "matplotlib": "report.figures report.drawings",  # a report's figures are computed without a plotting library
     "jinja2": "report.page",
     "transformers": "integrations.huggingface",
-    "torchtitan": "integrations.torchtitan",
+    "torchtitan": "integrations.torchtitan integrations.torchtitan_replicas",
     "megatron": "integrations.megatron integrations.megatron_optimizers",
 }
 NOWHERE = {"deepspeed", "accelerate", "tensorboard"}
@@ -73,6 +73,7 @@ NEEDS = {
     "distplb.report.page": "jinja2",
     "distplb.integrations.huggingface": "transformers",
     "distplb.integrations.torchtitan": "torchtitan",
+    "distplb.integrations.torchtitan_replicas": "torchtitan",
     "distplb.integrations.megatron": "megatron",
     "distplb.integrations.megatron_optimizers": "megatron",
 }

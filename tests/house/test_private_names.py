@@ -31,6 +31,8 @@ NAMES = {
     ("torch", "UntypedStorage._cdata"): "so that gradients that others read are not added to (StepBalancer)",
     ("torch._C", "_len_torch_dispatch_stack"): "to tell whether an operation is seen (StepBalancer)",
     ("torch.utils._python_dispatch", "_disable_current_modes"): "for selective recomputation (StepBalancer)",
+    ("torch.nn", "Module._compiled_call_impl"): "to refuse compiled layers where replicas are lent (adapters)",
+    ("torch._dynamo", "OptimizedModule._orig_mod"): "to refuse compiled layers where replicas are lent (adapters)",
     ("torch._dynamo", "graph_break"): "to move a window to the device of a compiled forward (LoadWindow.add)",
     (
         "torch.nn",
