@@ -35,7 +35,7 @@ from distplb.integrations.common import (
     tokens_of_experts,
     within_groups,
 )
-from distplb.integrations.huggingface_replicas import exchange_of, lend
+from distplb.integrations.huggingface_replicas import lend, refuse_what_cannot_lend, stop_lending
 from distplb.integrations.lending import step_balancer
 from distplb.train.options import Moves, Record
 from distplb.train.rebalancer import Rebalancer
@@ -127,7 +127,8 @@ def rebalancer(
 ) -> Rebalancer:
     """Build a `Rebalancer` for a model that transformers has made expert-parallel, or for a single process.
 
-    With `replica_slots`, GPUs also lend replicas of hot experts in every step; see `distplb.StepBalancer`.
+    With `replica_slots`, GPUs also lend replicas of hot experts in every step; see `distplb.StepBalancer`. Closing the
+    rebalancer ends that, so all ranks close theirs between the same two steps.
 
     `DistributedConfig(ep_size=...)` makes a model expert-parallel; the experts' mesh then gives the EP group, this
     rank's GPU in it, and the ranks that hold copies or shards of the same experts. In the loop::
@@ -155,8 +156,8 @@ def rebalancer(
         **options: options of `Rebalancer`. With `Moves(dry_run=True)` steps are split, but no replica is lent.
 
     Raises:
-        DistplbError: as `moe_layers` and `Rebalancer`; and if each of several ranks holds all experts, because then
-            there is nothing to balance.
+        DistplbError: as `moe_layers` and `Rebalancer`; if each of several ranks holds all experts, because then
+            there is nothing to balance; and with `replica_slots`, for a layer that cannot have replicas.
     """
     layers = moe_layers(model, mode=mode)
     name, mesh, comm = layers[0].name, _mesh(layers[0].experts), _comm(group, deadline)
@@ -175,19 +176,14 @@ def rebalancer(
         )
     ranks = mesh[_EP_AXIS].mesh.tolist()
     topology = Topology.of_ranks(ranks, gpus_of_a_node(gpus_per_node, otherwise=max(ranks) + 1))
-    exchanges, sizes, balancer = {}, {}, None
-    for name, num_experts, experts, around in _experts_of(named_parts(model)):
-        sizes[name] = num_experts
-        try:
-            exchanges[name] = experts, exchange_of(name, experts, around)
-        except DistplbError:
-            if replica_slots:
-                raise
+    found, balancer = list(_experts_of(named_parts(model))), None
     if replica_slots:
+        for name, _, experts, around in found:
+            refuse_what_cannot_lend(name, experts, around)
         balancer = step_balancer(
             mesh[_EP_AXIS],
             topology,
-            sizes,
+            {name: num_experts for name, num_experts, *_ in found},
             replica_slots=replica_slots,
             options=replicas,
             moves=options.get("moves", Moves()),
@@ -205,8 +201,11 @@ def rebalancer(
         step_balancer=balancer,
         **options,
     )
-    for name, (experts, exchange) in exchanges.items():
-        lend(name, experts, exchange, balancer)
+    for name, _, experts, _ in found:
+        if balancer is None:
+            stop_lending(experts)
+        else:
+            built.on_close(lend(name, experts, balancer))
     return built
 
 
