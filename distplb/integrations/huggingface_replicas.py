@@ -207,7 +207,8 @@ class _Lending:
             )
         step = self._flight.step = self._balancer.dispatch(self._layer, top_k_index)
         slot, sizes = step.slot_of_token.flatten(), step.exchange
-        order = slot.argsort(stable=True)
+        # Without replicas rows are in the order of transformers' own sort, so that sums are the same to the bit.
+        order = slot.argsort(stable=not step.is_trivial)
         rows = hidden_states[order // top_k_index.size(-1)]
         group = self._exchange.ep_mesh.get_group()
         rows = all_to_all_single_autograd(rows, sizes.receive_sizes, sizes.send_sizes, group)
@@ -222,16 +223,19 @@ class _Lending:
         """The experts `[X, D]` of rows in any order; a single row of slot 0 if there are none."""
         step, self._flight.step = self._flight.step, None
         assert step is not None, "the dispatch comes first"
+        if step.is_trivial and step.sample is None:
+            whole: Tensor = self.plain(rows, slots, weights)
+            return whole
         names = [key for key, _ in self._experts.named_parameters(recurse=False)]
         tensors = [getattr(self._experts, key) for key in names]  # local ones, inside the expert-parallel forward
         num_own = len(tensors[0])
-        order = (slots >= num_own).flatten().argsort(stable=True)  # own slots first
-        away = sum(step.exchange.tokens_of_slot[num_own:])
 
         def computed(rows: Tensor, own: Any, replicas: Any) -> Tensor:
             if step.is_trivial:
-                found: Tensor = self.plain(rows, slots, weights)
-                return found
+                at_home_all: Tensor = self.plain(rows, slots, weights)
+                return at_home_all
+            order = (slots >= num_own).flatten().argsort(stable=True)  # own slots first
+            away = sum(step.exchange.tokens_of_slot[num_own:])
             back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
             at_home, lent = order.split([len(order) - away, away])
             parts = []
