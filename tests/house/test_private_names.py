@@ -49,6 +49,7 @@ KEEPERS = ("core/private_names.py", "comm/private_names.py")
 EXCUSED = {
     "comm/fsdp2.py": {"_all_gather_result", "_partial_reduce_output", "_module_state_mapping"}
     | {"_unsharded_param", "_fsdp_param_groups", "_fsdp_param_group", "_composable_state"},
+    "integrations/huggingface_replicas.py": {"_dispatch_tokens", "_experts_implementation"},
     "integrations/torchtitan.py": {"_debug_force_load_balance", "_get_node_limited_routing_scores"},
     "integrations/megatron_optimizers.py": {"_get_model_param_range_map"},
 }
