@@ -59,7 +59,7 @@ def attached(job: Job, **options: Any) -> Any:
         "stop_loss": 0,
         "model": FREE,
     } | options
-    return rebalancer(job.model, job.optimizers, **in_values(options))
+    return rebalancer(job.parts, job.optimizers, **in_values(options))
 
 
 def random_placement(generator: torch.Generator, groups: int | None, gpus: int, layers: int = 2) -> Placement:

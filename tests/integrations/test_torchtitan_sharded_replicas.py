@@ -41,6 +41,7 @@ SCHEDULES: dict[str, tuple[Any, int, dict[str, Any]]] = {
     "1F1B": (Schedule1F1B, 1, {}),
     "interleaved 1F1B": (ScheduleInterleaved1F1B, 2, {}),
     "interleaved 1F1B, full": (ScheduleInterleaved1F1B, 2, FULL),
+    "zero bubble": (ScheduleInterleavedZeroBubble, 2, {}),
 }
 RUNS = [*LAYOUTS, *SCHEDULES]
 
@@ -58,34 +59,29 @@ def sharded() -> dict[str, Any]:
     return found
 
 
+def pipelined(name: str) -> PipelineJob:
+    schedule, loops, options = SCHEDULES[name]
+    # In its first iteration torch sends memory that was never written through each stage, to learn shapes. torchtitan
+    # counts those tokens too, so that a loss-free bias differs between two runs without distplb.
+    return PipelineJob(meshes(ep=2, pp=2), schedule, loops, steps=len(FEW), batch=16, bias=False, **options)
+
+
 def in_a_pipeline() -> dict[str, Any]:
     found: dict[str, Any] = {}
-    dims = meshes(ep=2, pp=2)
-    for name, (schedule, loops, options) in SCHEDULES.items():
-        reference = without(PipelineJob(dims, schedule, loops, steps=len(FEW), batch=16), FEW)
-        job = PipelineJob(dims, schedule, loops, steps=len(FEW), batch=16, **options)
-        found[name] = summary(run(job, FEW), reference)
-    with broken("gradients stay away"):
-        job = PipelineJob(dims, schedule, loops, steps=len(FEW), batch=16)
-        found["gradients stay away"] = summary(run(job, FEW), reference)
-    return found | zero_bubble(dims)
-
-
-def zero_bubble(dims: Any) -> dict[str, Any]:
-    """What is said of a zero-bubble schedule, before training and, where it was not passed, in the first iteration."""
-    job = PipelineJob(dims, ScheduleInterleavedZeroBubble, 2, steps=2, batch=16)
-    said: dict[str, Any] = {"refused": "", "loud": ""}
-    try:
-        lent_job(job, Left())
-    except DistplbError as error:
-        said["refused"] = str(error)
-    built = lent_job(job, Left(), pp_schedule=None)
-    try:
-        job.step(0)
-    except Exception as error:
-        said["loud"] = f"{type(error).__name__}: {error}"
-    built.close()
-    return said
+    for name in SCHEDULES:
+        reference = without(pipelined(name), FEW)
+        said = ""
+        if "zero" in name:
+            try:
+                lent_job(pipelined(name), Left())
+            except DistplbError as error:
+                said = str(error)
+        found[name] = summary(run(pipelined(name), FEW, **({"pp_schedule": None} if said else {})), reference)
+        found[name].said = said
+        if name == "1F1B":
+            with broken("gradients stay away"):
+                found["gradients stay away"] = summary(run(pipelined(name), FEW), reference)
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -99,17 +95,17 @@ def pipeline() -> list[dict[str, Any]]:
     return on_ranks(4, in_a_pipeline, deadline=300)
 
 
-def check(one: Any) -> None:
+def check(one: Any, *, moves: bool = True) -> None:
     print(one)
     assert one.lent > 0.5 * one.forwards
-    assert one.moved > 0
+    assert (one.moved > 0) == moves
     assert max(one.losses, one.gradients, one.state) <= TOLERANCE
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_sharded_run_with_replicas_and_moves_is_the_run_without(found: list[dict[str, Any]], layout: str) -> None:
     for rank in found:
-        check(rank[layout])
+        check(rank[layout], moves=layout != "one expert on a GPU")  # every placement is as good as another
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -135,12 +131,4 @@ def test_the_comparison_notices_in_a_pipeline(pipeline: list[dict[str, Any]]) ->
 
 def test_a_zero_bubble_schedule_is_refused_before_training(pipeline: list[dict[str, Any]]) -> None:
     for rank in pipeline:
-        assert rank["refused"].startswith(
-            "the pipeline schedule, ScheduleInterleavedZeroBubble, computes the gradients"
-        )
-
-
-def test_a_zero_bubble_schedule_that_was_not_passed_ends_in_an_error(pipeline: list[dict[str, Any]]) -> None:
-    for rank in pipeline:
-        print(rank["loud"])
-        assert "pp_schedule" in rank["loud"]
+        assert rank["zero bubble"].said.startswith("the pipeline schedule, ScheduleInterleavedZeroBubble, computes")
