@@ -24,6 +24,7 @@ __all__ = [
     "is_referred_to_once",
     "leaves",
     "unseen_by_modes",
+    "will_run",
 ]
 
 
@@ -41,6 +42,12 @@ def backward_number() -> int:
     """The number of the backward pass that this thread is inside, -1 outside: `torch._C._current_graph_task_id`."""
     number: int = torch._C._current_graph_task_id()
     return number
+
+
+def will_run(node: Any) -> bool:
+    """Whether the backward pass that this thread is inside comes to a node: `torch._C._will_engine_execute_node`."""
+    found: bool = torch._C._will_engine_execute_node(node)
+    return found
 
 
 def is_referred_to_once(tensor: Tensor) -> bool:

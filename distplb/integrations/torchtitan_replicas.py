@@ -45,7 +45,7 @@ def refuse_schedule(schedule: Any) -> None:
         if action.computation_type.name in _IN_TWO_PARTS:
             raise DistplbError(
                 f"the pipeline schedule, {type(schedule).__name__}, computes the gradients of weights in a pass of its "
-                "own, when the replicas of the step are gone; use 1F1B or Interleaved1F1B, or pass replica_slots=0"
+                "own, in which replicas are not supported; use 1F1B or Interleaved1F1B, or pass replica_slots=0"
             )
 
 

@@ -26,6 +26,7 @@ SOURCES = {str(path.relative_to(PACKAGE)): ast.parse(path.read_text()) for path 
 # Each name's module, and what distplb needs it for. Those of FSDP2 are in tests/migrate/test_fsdp2.py.
 NAMES = {
     ("torch._C", "_current_graph_task_id"): "to tell recomputations from forwards (LoadWindow.add)",
+    ("torch._C", "_will_engine_execute_node"): "to tell what a backward comes to (StepBalancer)",
     ("torch._C", "_storage_Use_Count"): "so that gradients that others read are not added to (StepBalancer)",
     ("torch", "Tensor._use_count"): "so that gradients that others read are not added to (StepBalancer)",
     ("torch", "UntypedStorage._cdata"): "so that gradients that others read are not added to (StepBalancer)",
@@ -70,6 +71,8 @@ def test_this_torch_has_the_name(name: tuple[str, str]) -> None:
     for part in path.split("."):
         if path == "Module._forward_pre_hooks" and part == "_forward_pre_hooks":
             found = found()  # an attribute of instances, not of the class
+        if part == "_orig_mod":
+            found = torch.compile(nn.Linear(1, 1))  # too
         assert hasattr(found, part), lost
         found = getattr(found, part)
 
