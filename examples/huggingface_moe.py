@@ -103,4 +103,5 @@ def say(line: str, now: bool = True) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--replica-slots", type=int, default=0, help="replicas that a GPU may hold in one step")
-    main(**vars(parser.parse_args()))
+    options = parser.parse_args()
+    main(options.replica_slots)

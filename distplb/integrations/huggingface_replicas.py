@@ -17,10 +17,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed._functional_collectives import all_to_all_single_autograd
-from torch.distributed.tensor import DTensor, Replicate, Shard
 from transformers.distributed.expert_parallel import AllToAllEP, AutoEP
 
+from distplb.comm.rows import exchanged_rows, own_slices
 from distplb.core.private_names import is_compiled
 from distplb.errors import DistplbError
 from distplb.integrations.lending import with_rows
@@ -201,18 +200,13 @@ class _Lending:
         _refuse_products(self._layer, self._experts)
         num_tokens, tp = hidden_states.size(0), self._exchange.tp_mesh
         if tp.size() > 1:  # the ranks of a batch send different tokens of it
-            hidden_states, top_k_index, top_k_weights = (
-                DTensor.from_local(one, tp, [Replicate()], run_check=False).redistribute(tp, [Shard(0)]).to_local()
-                for one in (hidden_states, top_k_index, top_k_weights)
-            )
+            hidden_states, top_k_index, top_k_weights = own_slices(tp, hidden_states, top_k_index, top_k_weights)
         step = self._flight.step = self._balancer.dispatch(self._layer, top_k_index)
         slot, sizes = step.slot_of_token.flatten(), step.exchange
         # Without replicas rows are in the order of transformers' own sort, so that sums are the same to the bit.
         order = slot.argsort(stable=not step.is_trivial)
         rows = hidden_states[order // top_k_index.size(-1)]
-        group = self._exchange.ep_mesh.get_group()
-        rows = all_to_all_single_autograd(rows, sizes.receive_sizes, sizes.send_sizes, group)
-        rows = _Waited.apply(rows)  # type: ignore[no-untyped-call]  # in torch's stubs
+        rows = exchanged_rows(rows, sizes.receive_sizes, sizes.send_sizes, self._exchange.ep_mesh.get_group())
         receive = step.receive.to(rows.device, non_blocking=True)  # [M, G + R]
         slots = torch.arange(receive.shape[1], device=rows.device).repeat(len(receive))
         slots = slots.repeat_interleave(receive.flatten(), output_size=len(rows)).unsqueeze(-1)
@@ -252,16 +246,3 @@ class _Flight(threading.local):
     """The step that a thread is in, between a layer's dispatch and its experts."""
 
     step: Dispatch | None = None
-
-
-class _Waited(torch.autograd.Function):
-    """Rows that have arrived: a product may read them without waiting."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor) -> Tensor:
-        found: Tensor = torch.ops._c10d_functional.wait_tensor(rows)
-        return found
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return gradient

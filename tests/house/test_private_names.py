@@ -42,6 +42,11 @@ NAMES = {
     ("torch.utils._pytree", "tree_leaves"): "to refuse optimizer state that cannot travel (Rebalancer)",
     ("torch.distributed.distributed_c10d", "_get_default_store"): "to name lost ranks (TorchComm)",
     ("torch.distributed.distributed_c10d", "_world.pg_names"): "to create groups of some ranks (TorchComm.new_group)",
+    (
+        "torch.distributed._functional_collectives",
+        "all_to_all_single_autograd",
+    ): "to send tokens as transformers does (adapters)",
+    ("torch.distributed._functional_collectives", "wait_tensor"): "to send tokens as transformers does (adapters)",
     ("torch.distributed.device_mesh", "DeviceMesh._flatten"): "to build one group of all EP groups (torchtitan)",
     ("torch.distributed.tensor._utils", "compute_local_shape_and_global_offset"): "to move DTensors (Rebalancer)",
 }
@@ -50,7 +55,7 @@ KEEPERS = ("core/private_names.py", "comm/private_names.py")
 EXCUSED = {
     "comm/fsdp2.py": {"_all_gather_result", "_partial_reduce_output", "_module_state_mapping"}
     | {"_unsharded_param", "_fsdp_param_groups", "_fsdp_param_group", "_composable_state"},
-    "integrations/huggingface_replicas.py": {"_dispatch_tokens", "_experts_implementation"},
+    "integrations/huggingface_replicas.py": {"_experts_implementation"},
     "integrations/torchtitan.py": {"_debug_force_load_balance", "_get_node_limited_routing_scores"},
     "integrations/megatron_optimizers.py": {"_get_model_param_range_map"},
 }
