@@ -1,8 +1,10 @@
 """Pretrain a tiny Qwen3-MoE of Hugging Face Transformers with expert parallelism, and rebalance its experts.
 
     torchrun --standalone --nproc-per-node 2 examples/huggingface_moe.py
+    torchrun --standalone --nproc-per-node 2 examples/huggingface_moe.py --replica-slots 2
 
-Takes half a minute on two CPU cores. Each rank trains on its own bytes of the Python standard library's source.
+Takes half a minute on two CPU cores. Each rank trains on its own bytes of the Python standard library's source. With
+`--replica-slots`, GPUs also lend replicas of hot experts in every step.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from distplb.integrations import huggingface
 ITERATIONS, EVERY, SEQUENCES, LENGTH = 45, 15, 8, 64
 
 
-def main() -> None:
+def main(replica_slots: int) -> None:
     config = Qwen3MoeConfig(
         vocab_size=256,
         hidden_size=64,
@@ -45,7 +47,15 @@ def main() -> None:
     for name, parameter in model.named_parameters():
         meshed[".experts." in name].append(parameter)
     optimizer = torch.optim.AdamW([{"params": some} for some in meshed], lr=1e-3)
-    rebalancer = huggingface.rebalancer(model, optimizer, every=EVERY, record=Record(on_event=report))
+    rebalancer = huggingface.rebalancer(
+        model,
+        optimizer,
+        every=EVERY,
+        replica_slots=replica_slots,
+        # Called on rank 0 alone. Real jobs sample one of 100 steps, and also pass prices, such as min_quota.
+        replicas={"on_event": report_step if dist.get_rank() == 0 else None, "sample_every": EVERY},
+        record=Record(on_event=report),
+    )
 
     text = texts.code()
     for iteration in range(1, ITERATIONS + 1):
@@ -77,11 +87,21 @@ def report(event: distplb.RebalanceEvent) -> None:
     say(f"{event.slots_moved} slots moved ({event.reason}); router ties {event.router_ties}")
 
 
+def report_step(event: distplb.StepEvent) -> None:
+    for layer, before, after, replicas in zip(
+        event.layers, event.imbalance_before, event.imbalance_after, event.replicas, strict=True
+    ):
+        if before is not None and after is not None:
+            say(f"step {event.step}, {layer}: imbalance {before:.4f} -> {after:.4f}, replicas: {len(replicas)}")
+
+
 def say(line: str, now: bool = True) -> None:
     if now and dist.get_rank() == 0:
         print(line, flush=True)
 
 
 if __name__ == "__main__":
-    argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args()  # it has no options
-    main()
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--replica-slots", type=int, default=0, help="replicas that a GPU may hold in one step")
+    options = parser.parse_args()
+    main(options.replica_slots)

@@ -11,10 +11,18 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.distributed_c10d import Store
 
-__all__ = ["default_store", "flattened", "local_shape_and_offset", "num_groups"]
+__all__ = [
+    "default_store",
+    "flattened",
+    "functional_all_to_all",
+    "functional_wait",
+    "local_shape_and_offset",
+    "num_groups",
+]
 
 
 def default_store() -> Store:
@@ -27,6 +35,21 @@ def default_store() -> Store:
 def flattened(mesh: DeviceMesh, name: str) -> DeviceMesh:
     """The mesh with its axes flattened into a single one of this name: `DeviceMesh._flatten`."""
     return mesh._flatten(name)
+
+
+def functional_all_to_all(rows: Tensor, receive: list[int], send: list[int], group: ProcessGroup) -> Tensor:
+    """Rows that are on their way: `torch.distributed._functional_collectives.all_to_all_single_autograd`."""
+    from torch.distributed._functional_collectives import all_to_all_single_autograd
+
+    return all_to_all_single_autograd(rows, receive, send, group)
+
+
+def functional_wait(rows: Tensor) -> Tensor:
+    """The same rows, once they have arrived: `torch.distributed._functional_collectives.wait_tensor`."""
+    from torch.distributed._functional_collectives import wait_tensor
+
+    found: Tensor = wait_tensor(rows)
+    return found
 
 
 def local_shape_and_offset(tensor: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -19,11 +19,13 @@ __all__ = [
     "break_graph",
     "fast_range",
     "forward_pre_hooks",
+    "is_compiled",
     "is_in_backward",
     "is_of_compiled_graph",
     "is_referred_to_once",
     "leaves",
     "unseen_by_modes",
+    "will_run",
 ]
 
 
@@ -41,6 +43,12 @@ def backward_number() -> int:
     """The number of the backward pass that this thread is inside, -1 outside: `torch._C._current_graph_task_id`."""
     number: int = torch._C._current_graph_task_id()
     return number
+
+
+def will_run(node: Any) -> bool:
+    """Whether the backward pass that this thread is inside comes to a node: `torch._C._will_engine_execute_node`."""
+    found: bool = torch._C._will_engine_execute_node(node)
+    return found
 
 
 def is_referred_to_once(tensor: Tensor) -> bool:
@@ -67,6 +75,11 @@ def fast_range(name: str) -> AbstractContextManager[Any]:
 def forward_pre_hooks(module: nn.Module) -> list[Any]:
     """A module's forward pre-hooks, in the order in which they run: `Module._forward_pre_hooks`."""
     return list(module._forward_pre_hooks.values())
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether a module was compiled: `Module._compiled_call_impl` by its `compile`, `_orig_mod` by `torch.compile`."""
+    return module._compiled_call_impl is not None or hasattr(module, "_orig_mod")
 
 
 def leaves(value: Any) -> list[Any]:

@@ -6,6 +6,7 @@ Shapes: N tokens, E experts, P slots, K experts per token.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
@@ -34,6 +35,9 @@ from distplb.integrations.common import (
     tokens_of_experts,
     within_groups,
 )
+from distplb.integrations.huggingface_replicas import lend, refuse_what_cannot_lend, stop_lending
+from distplb.integrations.lending import step_balancer
+from distplb.train.options import Moves, Record
 from distplb.train.rebalancer import Rebalancer
 
 __all__ = ["moe_layers", "rebalancer"]
@@ -112,14 +116,19 @@ def rebalancer(
     model: nn.Module | Sequence[nn.Module],
     optimizers: Optimizer | Sequence[Optimizer],
     *,
-    every: int,
+    every: int | None,
+    replica_slots: int = 0,
     group: Any = None,
     gpus_per_node: int | None = None,
     mode: Literal["permute", "remap"] = "permute",
     deadline: float = 300.0,
+    replicas: Mapping[str, Any] = MappingProxyType({}),
     **options: Any,
 ) -> Rebalancer:
     """Build a `Rebalancer` for a model that transformers has made expert-parallel, or for a single process.
+
+    With `replica_slots`, GPUs also lend replicas of hot experts in every step; see `distplb.StepBalancer`. Closing the
+    rebalancer ends that, so all ranks close theirs between the same two steps.
 
     `DistributedConfig(ep_size=...)` makes a model expert-parallel; the experts' mesh then gives the EP group, this
     rank's GPU in it, and the ranks that hold copies or shards of the same experts. In the loop::
@@ -136,16 +145,19 @@ def rebalancer(
     Args:
         model: the model, or its parts.
         optimizers: the optimizers that step on it.
-        every: iterations between rebalances.
+        every: iterations between rebalances; None never moves homes.
+        replica_slots: replicas that a GPU may hold in one step; 0 lends none.
         group: process group of all ranks that hold the experts; the default group where None.
         gpus_per_node: the job's GPUs on each node; where None, the value from `torchrun`, or one node if it gives none.
         mode: see `moe_layers`.
         deadline: seconds that a rank waits for the others; see `TorchComm`.
-        **options: options of `Rebalancer`.
+        replicas: other options of `StepBalancer`, such as `{"max_tokens_per_gpu": 40_000}`. With `Record(folder)`, one
+            of 100 steps is recorded there.
+        **options: options of `Rebalancer`. With `Moves(dry_run=True)` steps are split, but no replica is lent.
 
     Raises:
-        DistplbError: as `moe_layers` and `Rebalancer`; and if each of several ranks holds all experts, because then
-            there is nothing to balance.
+        DistplbError: as `moe_layers` and `Rebalancer`; if each of several ranks holds all experts, because then
+            there is nothing to balance; and with `replica_slots`, for a layer that cannot have replicas.
     """
     layers = moe_layers(model, mode=mode)
     name, mesh, comm = layers[0].name, _mesh(layers[0].experts), _comm(group, deadline)
@@ -156,7 +168,7 @@ def rebalancer(
                 f"{name}: each of {comm.size} ranks computes all experts (held {held}), so there is nothing to "
                 "balance; make the model expert-parallel with transformers.distributed.DistributedConfig(ep_size=...)"
             )
-        return Rebalancer(layers, optimizers, topology=Topology(1, 1), every=every, **options)
+        return Rebalancer(layers, optimizers, topology=Topology(1, 1), every=every, **options)  # nothing to lend
     if comm is None or comm.size != mesh.size():
         raise DistplbError(
             f"{name}: the experts are on {mesh.size()} rank{'s' * (mesh.size() != 1)}, but the group has "
@@ -164,11 +176,52 @@ def rebalancer(
         )
     ranks = mesh[_EP_AXIS].mesh.tolist()
     topology = Topology.of_ranks(ranks, gpus_of_a_node(gpus_per_node, otherwise=max(ranks) + 1))
-    gpu = mesh.get_local_rank(_EP_AXIS)
-    return Rebalancer(layers, optimizers, topology=topology, every=every, comm=comm, gpu=gpu, **options)
+    found, balancer = list(_experts_of(named_parts(model))), None
+    if replica_slots:
+        for name, _, experts, around in found:
+            refuse_what_cannot_lend(name, experts, around)
+        balancer = step_balancer(
+            mesh[_EP_AXIS],
+            topology,
+            {name: num_experts for name, num_experts, *_ in found},
+            replica_slots=replica_slots,
+            options=replicas,
+            moves=options.get("moves", Moves()),
+            record=options.get("record", Record()),
+            is_writer=comm.rank == 0,
+            deadline=deadline,
+        )
+    built = Rebalancer(
+        layers,
+        optimizers,
+        topology=topology,
+        every=every,
+        comm=comm,
+        gpu=mesh.get_local_rank(_EP_AXIS),
+        step_balancer=balancer,
+        **options,
+    )
+    for name, _, experts, _ in found:
+        if balancer is None:
+            stop_lending(experts)
+        else:
+            built.on_close(lend(name, experts, balancer))
+    return built
 
 
 # --- finding -----------------------------------------------------------------------------------------------------
+
+
+def _experts_of(parts: Sequence[nn.Module]) -> Iterator[tuple[str, int, nn.Module, list[nn.Module]]]:
+    """Yield the name of each MoE layer, E, its experts, and the modules that contain them."""
+    for part in parts:
+        for name, module in part.named_modules():
+            known = next((kind for kind in type(module).__mro__ if kind in _BLOCKS), None)
+            if known is not None:
+                experts = module.get_submodule("experts")
+                around = [one for one in part.modules() if experts in one.modules()]
+                router: Any = module.get_submodule(_BLOCKS[known].router)
+                yield _plain(name) or known.__name__, int(router.weight.shape[0]), experts, around
 
 
 def _layers_of(part: nn.Module, mode: str) -> Iterator[MoELayer]:

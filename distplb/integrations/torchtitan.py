@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -41,6 +42,9 @@ from distplb.integrations.common import (
     table_of,
     tokens_of_experts,
 )
+from distplb.integrations.lending import step_balancer
+from distplb.integrations.torchtitan_replicas import lend, refuse_schedule, refuse_what_cannot_lend, stop_lending
+from distplb.train.options import Moves, Record
 from distplb.train.rebalancer import Rebalancer
 from distplb.train.training_forwards import is_recomputation
 
@@ -83,14 +87,20 @@ def rebalancer(
     model_parts: nn.Module | Sequence[nn.Module],
     optimizers: Optimizer | Iterable[Optimizer],
     *,
-    every: int,
+    every: int | None,
+    replica_slots: int = 0,
     parallel_dims: ParallelDims | None = None,
+    pp_schedule: Any = None,
     gpus_per_node: int | None = None,
     mode: Mode = "permute",
     deadline: float = 300.0,
+    replicas: Mapping[str, Any] = MappingProxyType({}),
     **options: Any,
 ) -> Rebalancer:
     """Build a `Rebalancer` for a torchtitan job. Collective: all ranks of all pipeline stages call it.
+
+    With `replica_slots`, GPUs also lend replicas of hot experts in every step; see `distplb.StepBalancer`. Closing the
+    rebalancer ends that, so all ranks close theirs between the same two steps.
 
     In a Trainer, once its optimizers are built::
 
@@ -106,13 +116,17 @@ def rebalancer(
     Args:
         model_parts: the model, or `Trainer.model_parts`.
         optimizers: torchtitan's `OptimizersContainer`, or torch optimizers.
-        every: iterations between rebalances.
+        every: iterations between rebalances; None never moves homes.
+        replica_slots: replicas that a GPU may hold in one step; 0 lends none.
         parallel_dims: torchtitan's `ParallelDims`. Where None, the mesh is that of the experts' weights, which a
             pipeline stage without MoE layers does not have.
+        pp_schedule: the Trainer's pipeline schedule, which is refused if replicas cannot follow it.
         gpus_per_node: ranks on each node; the value from `torchrun` where None.
         mode: see `moe_layers`.
         deadline: seconds that a rank waits for the others; see `TorchComm`.
-        options: options of `Rebalancer`.
+        replicas: other options of `StepBalancer`, such as `{"max_tokens_per_gpu": 40_000}`. With `Record(folder)`, one
+            of 100 steps is recorded there.
+        options: options of `Rebalancer`. With `Moves(dry_run=True)` steps are split, but no replica is lent.
 
     Returns:
         The rebalancer, which does nothing on a pipeline stage without MoE layers.
@@ -127,15 +141,41 @@ def rebalancer(
         layers = moe_layers(parts, mode=mode)
     mesh = _mesh(layers, parallel_dims)
     ep = mesh["ep"]
-    return Rebalancer(
+    topology = Topology.of_ranks(ep.mesh.flatten().tolist(), gpus_of_a_node(gpus_per_node))
+    comm = TorchComm(mesh if mesh.ndim == 1 else flattened(mesh, "distplb"), deadline=deadline)
+    found = list(_found(parts)) if layers else []
+    balancer = None
+    if replica_slots:
+        refuse_schedule(pp_schedule)
+        for name, moe, part, _ in found:
+            refuse_what_cannot_lend(name, moe, [one for one in part.modules() if moe in one.modules()])
+        balancer = step_balancer(
+            ep,
+            topology,
+            {name: moe.router.num_experts for name, moe, *_ in found},
+            replica_slots=replica_slots,
+            options=replicas,
+            moves=options.get("moves", Moves()),
+            record=options.get("record", Record()),
+            is_writer=comm.rank == 0,
+            deadline=deadline,
+        )
+    built = Rebalancer(
         layers,
         _unwrapped(optimizers),
-        topology=Topology.of_ranks(ep.mesh.flatten().tolist(), gpus_of_a_node(gpus_per_node)),
+        topology=topology,
         every=every,
-        comm=TorchComm(mesh if mesh.ndim == 1 else flattened(mesh, "distplb"), deadline=deadline),
+        comm=comm,
         gpu=ep.get_local_rank(),
+        step_balancer=balancer,
         **options,
     )
+    for name, moe, *_ in found:
+        if balancer is None:
+            stop_lending(moe)
+        else:
+            built.on_close(lend(name, moe, balancer))
+    return built
 
 
 # --- where the layers are ---------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ Shapes: X rows (tokens) on this GPU, G own and R replica slots.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,7 +27,7 @@ from torch.autograd.function import once_differentiable
 
 from distplb.comm.base import Message
 from distplb.comm.steps import StepComm, Transfer
-from distplb.core.private_names import backward_number, is_referred_to_once, unseen_by_modes
+from distplb.core.private_names import backward_number, is_referred_to_once, unseen_by_modes, will_run
 from distplb.errors import DistplbError
 from distplb.replicas.buffer import Buffer
 from distplb.replicas.pushes import Pushes
@@ -53,8 +53,7 @@ class Loan:
         home_rows: `[G, ...]` each, this GPU's rows, without their graph.
         replica_rows: `[R, ...]` each, the rows of the replica slots.
         is_computed: whether the experts have run.
-        parts: the parts of the backward that need the replicas.
-        pending: those of them that the backward under way has still to come to.
+        pending: the parts of the backward under way that need the replicas and are still to come.
     """
 
     layer: str
@@ -65,7 +64,6 @@ class Loan:
     home_rows: tuple[Tensor, ...] = ()
     replica_rows: tuple[Tensor, ...] = ()
     is_computed: bool = False
-    parts: frozenset[str] = frozenset()
     pending: set[str] = field(default_factory=set)
 
 
@@ -111,8 +109,13 @@ class Lender:
                 self._push(loan)
             self._wait()
 
-    def begin_backward(self, loan: Loan) -> None:
-        """(1): push again, unless the replicas are still there."""
+    def begin_backward(self, loan: Loan, runs: Set[str]) -> None:
+        """(1): push again, unless the replicas are still there.
+
+        Args:
+            loan: the step's replicas.
+            runs: the parts that this backward comes to; a pipeline asks for the gradients of rows alone.
+        """
         other, number = self._computing, backward_number()
         # One that is left from another backward pass ended in an error, or was not asked for all gradients.
         if other not in (None, loan) and self._computing_since == number and not self.keep:
@@ -124,8 +127,8 @@ class Lender:
                     "until its backward"
                 )
             )
-        loan.pending = set(loan.parts)  # anew, because a graph that is retained runs more than once
-        self._computing, self._computing_since = (loan if loan.parts else None), number
+        loan.pending = set(runs)  # anew, because a graph that is retained runs more than once
+        self._computing, self._computing_since = (loan if loan.pending else None), number
         if not self._holds(loan):
             with self.stages.stage("push again", loan.sample):
                 self._push(loan)
@@ -230,9 +233,6 @@ def lent(lender: Lender, loan: Loan, experts: Experts, rows: Tensor, home_rows: 
     """
     lender.finish(loan)
     loan.is_computed = True
-    if torch.is_grad_enabled():
-        needed = {"rows": rows.requires_grad, "weights": any(one.requires_grad for one in home_rows)}
-        loan.parts = frozenset(part for part, is_needed in needed.items() if is_needed)
     before: Tensor = _BeforeExperts.apply(rows, lender, loan)  # type: ignore[no-untyped-call]  # in torch's stubs
     *both, tie = _Push.apply(lender, loan, *home_rows)  # type: ignore[no-untyped-call]
     own, replicas = both[: len(home_rows)], both[len(home_rows) :]
@@ -266,7 +266,10 @@ class _AfterExperts(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, Tensor]:
-        ctx.lender.begin_backward(ctx.loan)
+        _, before, push = (node for node, _ in ctx.next_functions)
+        parts = (("rows", before), ("weights", push))
+        runs = {part for part, node in parts if node is not None and will_run(node)}
+        ctx.lender.begin_backward(ctx.loan, runs)
         return gradient, None, None, None, gradient.new_empty(0)
 
 

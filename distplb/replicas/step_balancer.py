@@ -100,6 +100,8 @@ class StepBalancer:
         num_experts: P, the same for all layers; `num_experts / M` on each GPU, in order.
         replica_slots: R.
         keep: hold the replicas of every step until its backward, instead of pushing them again.
+        dry_run: split every step and tell what that would be worth, in `Dispatch.split` and in events, but lend
+            nothing: every token is computed at home.
         deadline: seconds to wait for other ranks, as for `TorchComm`.
         on_event: called on this rank with a `StepEvent` for each sampled step, when the next one begins; for example an
             `EventLog` on rank 0. Exceptions that it raises are logged and do not reach the loop. If no rank passes one,
@@ -119,6 +121,7 @@ class StepBalancer:
         num_experts: int,
         replica_slots: int = 2,
         keep: bool = False,
+        dry_run: bool = False,
         deadline: float = 300.0,
         on_event: OnEvent | None = None,
         sample_every: int = 100,
@@ -133,10 +136,12 @@ class StepBalancer:
             {
                 "topology": (topology, (Topology,), "a Topology, such as Topology.from_env()"),
                 "keep": (keep, (bool,), "True or False"),
+                "dry_run": (dry_run, (bool,), "True or False"),
                 "on_event": (on_event, (Callable, None), "a function, such as an EventLog"),
             }
         )
         self._topology = topology
+        self._dry_run = dry_run
         self._num_slots = whole_number("num_experts", num_experts, minimum=1)
         self._num_own = topology.slots_per_gpu(self._num_slots)
         self._options: dict[str, Any] = {
@@ -154,7 +159,7 @@ class StepBalancer:
         self._num_replicas = whole_number("replica_slots", replica_slots)
         self._tolerance, (self._inside, between) = checked_tolerance(tolerance), checked_prices(push_price)
         every = whole_number("sample_every", sample_every, minimum=1)
-        agreed = (self._num_slots, topology, sorted(self._options.items()), keep, every)
+        agreed = (self._num_slots, topology, sorted(self._options.items()), keep, dry_run, every)
         self._digest = digest(repr(agreed).encode())
         self._comm: StepComm = (
             StepOfOne() if topology.num_gpus == 1 else TorchStepComm(group_or_mesh, deadline=deadline)
@@ -235,7 +240,7 @@ class StepBalancer:
             sample = None
         with self._stages.stage("split", sample):
             found = None if self._is_surely_trivial(counts) else self._split(counts)
-            if found is None or found.is_trivial:
+            if found is None or found.is_trivial or self._dry_run:
                 step = self._at_home(layer, found, expert_of_token, counts, sample)
             else:
                 exchange = exchange_of(found, self._topology, self._comm.rank, self._own)

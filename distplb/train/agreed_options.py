@@ -51,7 +51,7 @@ class Agreed:
         optimizers: the optimizers that step on the layers' parameters.
         comm: the ranks that rebalance together.
         topology: the nodes and GPUs of one EP group.
-        every: iterations between rebalances.
+        every: iterations between rebalances; 0 if there are none.
         plan_options: options of each plan, except the placement in force and the price of moves.
         moves: which moves of a plan are made, and how.
         record: what is recorded.
@@ -139,7 +139,7 @@ class Arguments(NamedTuple):
     comm: Comm
     gpu: int | None
     topology: Topology
-    every: int
+    every: int | None
     window: LoadWindow | int
     search: Search
     moves: Moves
@@ -201,13 +201,13 @@ def enter(agreed: Agreed) -> tuple[Roster, bool]:
 
 def _on_this_rank(arguments: Arguments) -> Agreed:
     layers, optimizer, comm, gpu, topology, every, window, search, moves, record = arguments
-    every = whole_number("every", every, 1, "iterations, at least 1")
+    every = 0 if every is None else whole_number("every", every, 1, "iterations, at least 1, or None")
     search, moves = search.checked(), moves.checked(every)
     names = _names(layers)
     optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
     routing = Routing(layers)
     try:
-        counts = _counts(layers, routing, window, search.seed)
+        counts = _counts(layers, routing, window, search.seed, is_read=every > 0)
         if layers:
             counts.name_layers(names)
         num_slots = counts.shape[2]
@@ -276,10 +276,12 @@ def _names(layers: Sequence[MoELayer]) -> tuple[str, ...]:
     return names
 
 
-def _counts(layers: Sequence[MoELayer], routing: Routing, window: LoadWindow | int, seed: int) -> LoadWindow:
-    """Return the window that the loop fills, or one that the layers fill themselves."""
+def _counts(
+    layers: Sequence[MoELayer], routing: Routing, window: LoadWindow | int, seed: int, *, is_read: bool
+) -> LoadWindow:
+    """Return the window that the loop fills, or one that the layers fill themselves if it is ever read."""
     if not isinstance(window, LoadWindow):
-        return routing.window(window, seed)
+        return routing.window(window if is_read else 1, seed, is_filled=is_read)
     if not layers:
         return routing.window(1, 0)
     if len(layers) != window.shape[1]:
@@ -302,6 +304,7 @@ def _try_engine(
     kept, num_layers, num_slots = window.shape
     device = window.steps().device if isinstance(comm, WorldOfOne) else comm.device
     options = replace(options, current=start, move_price=1.0)
+    # No step if there are no rebalances.
     steps = min(kept, every) if start.num_layers else 0  # with one micro-batch per iteration; doubled for more
     while steps:
         engine_for(options, topology, (steps, num_layers, num_slots), device)

@@ -141,7 +141,7 @@ class Moves:
         """Check all fields, and convert numbers to Python's own.
 
         Args:
-            every: iterations between rebalances.
+            every: iterations between rebalances; 0 if there are none.
 
         Raises:
             DistplbError: if a value is not one of those above, with what to pass instead.
@@ -161,7 +161,7 @@ class Moves:
             raise DistplbError(f"Moves: verify is {self.verify!r}; pass 'first', 'digest' or 'off'")
         if self.on_refusal not in _ON_REFUSAL:
             raise DistplbError(f"Moves: on_refusal is {self.on_refusal!r}; pass 'raise' or 'skip'")
-        if self.spread is not None and self.spread.share_after >= every:
+        if self.spread is not None and every and self.spread.share_after >= every:
             raise DistplbError(
                 f"Moves: spread has share_after {self.spread.share_after}, but every is {every}; pass a share_after "
                 f"below {every}, or a larger every"

@@ -6,7 +6,7 @@ Its files: `options` and `agreed_options` hold its options, `parts` its componen
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ from distplb.core.layer import MoELayer
 from distplb.core.placement import Placement
 from distplb.core.topology import Topology
 from distplb.errors import DisagreementError, DistplbError, HalfMovedError, LostRanksError
+from distplb.replicas.step_balancer import StepBalancer
 from distplb.train.agreed_options import Arguments, agree_on_options, enter
 from distplb.train.attach import Attached
 from distplb.train.background import Background
@@ -57,7 +58,8 @@ class Rebalancer:
             without MoE layers, such as some pipeline stages; every method then only counts iterations.
         optimizer: the optimizer that steps on the layers' parameters, or a list of all such optimizers.
         topology: the nodes and GPUs of one EP group.
-        every: iterations between rebalances.
+        every: iterations between rebalances. None never rebalances: nothing is counted, and experts stay where they
+            are, unless `apply`, `restore` or `in_logical_order` moves them.
         comm: the ranks that hold these layers: all EP groups that hold copies of the same experts, or the single EP
             group if there is only one. None for this process alone.
         gpu: which GPU of its EP group this rank is. Defaults to the rank in `comm`, if `comm` is a single EP group.
@@ -67,6 +69,8 @@ class Rebalancer:
         search: how plans are searched.
         moves: which moves of a plan are made, and how.
         record: what is recorded, and where it goes.
+        step_balancer: lends replicas to the same layers, if an adapter has given them one. Neither needs the other:
+            homes change between steps, and replicas last for one.
 
     Raises:
         DistplbError: on every rank, if any rank's arguments are refused or differ from those of other ranks.
@@ -78,14 +82,16 @@ class Rebalancer:
         optimizer: Optimizer | Sequence[Optimizer],
         *,
         topology: Topology,
-        every: int,
+        every: int | None,
         comm: Comm | None = None,
         gpu: int | None = None,
         window: LoadWindow | int = 64,
         search: Search = Search(),
         moves: Moves = Moves(),
         record: Record = Record(),
+        step_balancer: StepBalancer | None = None,
     ) -> None:
+        self.step_balancer = step_balancer
         refuse_other_comm(comm, moves=True)
         if not layers:
             comm, topology, gpu = None, Topology(1, 1), None
@@ -109,6 +115,7 @@ class Rebalancer:
         self._is_postponed = False  # a rebalance is due and waits for the next iteration
         self._looks = _LOOKS  # how many early checks of the state are left
         self._attached: list[Attached] = []
+        self._ends: list[Callable[[], None]] = []
         self._is_closed = False
 
     # --- what is in force ------------------------------------------------------------------------------------
@@ -175,7 +182,7 @@ class Rebalancer:
                 self._look()
             if not parts.enabled:
                 self._drop()
-            elif self._rebalance is None and (self._is_postponed or parts.iteration % parts.agreed.every == 0):
+            elif self._rebalance is None and (self._is_postponed or self._is_due()):
                 self._begin()
             self._go_on()
         except (LostRanksError, HalfMovedError, DisagreementError):
@@ -257,16 +264,28 @@ class Rebalancer:
     def close(self) -> None:
         """Release model and optimizers, and wait until trace and log, if recorded, are written.
 
-        Not collective. Experts stay where they are, and later moves are refused; `state_dict` still works.
+        Not collective. Experts stay where they are, and later moves are refused; `state_dict` still works. If an
+        adapter lends replicas, that ends: all ranks close between the same two steps.
         """
         self._is_closed = True
         self._drop()
         self._parts.background.close()
         for attached in self._attached:
             attached.remove()
+        for end in self._ends:
+            end()
+        self._ends.clear()
         self._parts.agreed.let_go()
         self._roster.withdraw()
         self._parts.journal.close()
+
+    def on_close(self, end: Callable[[], None]) -> None:
+        """Have `close` call a function, with which an adapter ends what it has set up beside the layers.
+
+        Args:
+            end: called once, without arguments.
+        """
+        self._ends.append(end)
 
     # --- checkpoints -----------------------------------------------------------------------------------------
 
@@ -304,8 +323,14 @@ class Rebalancer:
     def _look(self) -> None:
         """Check that the state of all ranks can travel."""
         parts, agreed = self._parts, self._parts.agreed
-        looks = parts.enabled and not agreed.moves.dry_run and not agreed.mover.watch.may_have_skipped()
+        will_move = parts.enabled and agreed.every > 0 and not agreed.moves.dry_run
+        looks = will_move and not agreed.mover.watch.may_have_skipped()
         agree(agreed.comm, {}, parts.in_force.collect_state()[1] if looks else None)
+
+    def _is_due(self) -> bool:
+        """Whether a rebalance begins at this iteration."""
+        every = self._parts.agreed.every
+        return every > 0 and self._parts.iteration % every == 0
 
     def _begin(self) -> None:
         """Begin a rebalance, or postpone it if the optimizer step of some rank may have been skipped."""

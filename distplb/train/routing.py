@@ -47,22 +47,28 @@ class Routing:
         self.mode = "remap" if has_tables else "permute"
         self.num_groups = None if has_tables else groups
 
-    def window(self, num_steps: int, seed: int) -> LoadWindow:
+    def window(self, num_steps: int, seed: int, *, is_filled: bool = True) -> LoadWindow:
         """Build a window that the layers fill themselves.
+
+        Args:
+            num_steps: how many steps it keeps.
+            seed: seed of the choice of steps.
+            is_filled: whether the layers count; otherwise it stays empty, and forwards cost nothing.
 
         Raises:
             DistplbError: if a layer has no `counts`, or its `counts` returns no valid handle. All subscriptions are
                 ended then.
         """
         missing = [layer.name for layer in self._layers if layer.counts is None]
-        if missing:
+        if missing and is_filled:
             raise DistplbError(
                 f"{missing[0]} has no counts; pass window=, a LoadWindow that its forward fills, or set MoELayer.counts"
             )
         sizes = [self._num_experts(layer) for layer in self._layers]
         num_experts = self._common("the number of experts", sizes, 1)
         window = window_near(self._device(), max(1, len(self._layers)), num_experts, num_steps, seed)
-        self.subscribe([partial(window.add, index) for index in range(len(self._layers))])
+        if is_filled:
+            self.subscribe([partial(window.add, index) for index in range(len(self._layers))])
         return window
 
     def subscribe(self, takers: Sequence[Callable[..., None]] | None = None) -> None:

@@ -9,6 +9,7 @@ Shapes: E experts, e experts on this GPU, R rows routed to them, D model width, 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from types import SimpleNamespace
@@ -21,12 +22,15 @@ import torch.nn.functional as F
 import torchtitan.distributed.parallel_dims as titan_meshes
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.pipelining import PipelineStage
+from torch.distributed.tensor import Replicate
 from torchtitan.components.optimizer import OptimizersContainer, default_adamw, register_moe_load_balancing_hook
 from torchtitan.components.optimizer.lr_scheduler import LRSchedulersContainer
 from torchtitan.config.configs import ParallelismConfig
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.fsdp import apply_fsdp_to_decoder
 from torchtitan.distributed.full_dtensor import parallelize_inputs, resolve_fsdp_mesh, resolve_sparse_fsdp_mesh
+from torchtitan.distributed.pipeline_parallel import _split_module
 from torchtitan.distributed.utils import clip_grad_norm_, get_spmd_context, set_spmd_backend
 from torchtitan.models.common import CosSinRoPE, Embedding, Linear, RMSNorm
 from torchtitan.models.common.attention import ScaledDotProductAttention
@@ -39,11 +43,12 @@ from torchtitan.models.common.config_utils import (
 )
 from torchtitan.models.common.moe import GroupedExperts, RoutedExperts
 from torchtitan.models.common.moe_sharding import set_moe_sharding_config
-from torchtitan.models.gpt_oss.moe import GptOssGroupedExperts
+from torchtitan.models.gpt_oss.moe import GptOssGroupedExperts, swiglu
 from torchtitan.models.qwen3.model import Qwen3Model, Qwen3TransformerBlock
 
-__all__ = ["EXPERTS", "SEQUENCE", "TOP_K", "Job", "meshes", "tiny_model"]
+__all__ = ["EXPERTS", "SEQUENCE", "TOP_K", "Job", "PipelineJob", "meshes", "tiny_model"]
 
+NUM_PIPELINED, MICRO_BATCHES = 4, 4  # layers of a pipeline, and forwards of an iteration in it
 EXPERTS, DIM, HIDDEN, VOCABULARY, TOP_K, SEQUENCE = 8, 16, 24, 64, 2, 16
 WEIGHT = partial(nn.init.normal_, std=0.2)
 LINEAR: dict[str, Any] = {"weight": WEIGHT, "bias": WEIGHT}
@@ -69,6 +74,27 @@ class ExactExperts(GroupedExperts):
         return torch.cat(outputs)
 
 
+class ExactGptOssExperts(GptOssGroupedExperts):
+    """Those of gpt-oss without its casts to bfloat16."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(GptOssGroupedExperts.Config):
+        pass
+
+    def forward(self, x_RD: Tensor, num_tokens_per_expert_E: Tensor) -> Tensor:
+        names = ("mlp1_weight_EGD", "mlp1_bias_EG", "mlp2_weight_EDF", "mlp2_bias_ED")
+        tensors = [getattr(self, name) for name in names]
+        first, first_bias, second, second_bias = (
+            tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in tensors
+        )  # [e, 2F, D], [e, 2F], [e, D, F], [e, D]
+        outputs = [
+            swiglu(rows @ first[expert].T + first_bias[expert], limit=self.swiglu_limit) @ second[expert].T
+            + second_bias[expert]
+            for expert, rows in enumerate(x_RD.split(num_tokens_per_expert_E.tolist()))
+        ]
+        return torch.cat(outputs)
+
+
 def meshes(ep: int, backend: str = "partial_dtensor", tp: int = 1, pp: int = 1, replicate: int = 1) -> ParallelDims:
     """Build torchtitan's meshes over all ranks: `ep` × FSDP × the other degrees."""
     set_spmd_backend(backend)
@@ -85,22 +111,24 @@ def _meshes(ep: int, backend: Any, tp: int, pp: int, replicate: int) -> Parallel
     return dims
 
 
-def moe_config(*, groups: int | None, bias: bool, score: str, exact: bool, gpt_oss: bool) -> Any:
+def moe_config(
+    *, groups: int | None, bias: bool, score: str, exact: bool, gpt_oss: bool, num_experts: int = EXPERTS
+) -> Any:
     experts: Any = GroupedExperts.Config
     names = ["w1_EFD", "w2_EDF", "w3_EFD"]
     if gpt_oss:
         experts, names = (
-            GptOssGroupedExperts.Config,
+            ExactGptOssExperts.Config if exact else GptOssGroupedExperts.Config,
             ["mlp1_weight_EGD", "mlp1_bias_EG", "mlp2_weight_EDF", "mlp2_bias_ED"],
         )
     elif exact:
         experts = ExactExperts.Config
     return make_moe_config(
-        num_experts=EXPERTS,
+        num_experts=num_experts,
         load_balance_coeff=1e-2 if bias else None,
         router=make_router_config(
             dim=DIM,
-            num_experts=EXPERTS,
+            num_experts=num_experts,
             gate_param_init=LINEAR,
             top_k=TOP_K,
             score_func=score,  # type: ignore[arg-type]  # one of two literals
@@ -111,9 +139,11 @@ def moe_config(*, groups: int | None, bias: bool, score: str, exact: bool, gpt_o
         ),
         routed_experts=RoutedExperts.Config(
             inner_experts=experts(
-                dim=DIM, hidden_dim=HIDDEN, num_experts=EXPERTS, param_init=dict.fromkeys(names, WEIGHT)
+                dim=DIM, hidden_dim=HIDDEN, num_experts=num_experts, param_init=dict.fromkeys(names, WEIGHT)
             ),
-            token_dispatcher=make_token_dispatcher_config(num_experts=EXPERTS, top_k=TOP_K, comm_backend="standard"),
+            token_dispatcher=make_token_dispatcher_config(
+                num_experts=num_experts, top_k=TOP_K, comm_backend="standard"
+            ),
         ),
     )
 
@@ -131,22 +161,27 @@ def tiny_model(
     dtype: torch.dtype = torch.float64,
     dim_1: bool = False,
     checkpointing: Any = None,
-) -> Qwen3Model:
-    """Build a torchtitan decoder, parallelised as by its `parallelize_qwen3`.
+    num_experts: int = EXPERTS,
+    stages: Sequence[Sequence[str]] = (),
+) -> list[Qwen3Model]:
+    """Build a torchtitan decoder, or parts of it, parallelised as by its `parallelize_qwen3`.
 
     Args:
         dense: layers without experts.
         groups: number of groups of group-limited routing.
         bias: whether there is an `expert_bias_E`, and the hook that balances by it.
         exact: whether grouped products are in `dtype`, instead of torchtitan's in bfloat16.
+        gpt_oss: whether experts are those of gpt-oss, with biases.
         dim_1: whether FSDP shards dim 1 of the experts, as torchtitan does with fewer experts than ranks.
         checkpointing: a torchtitan configuration of activation checkpointing.
+        num_experts: of each layer.
+        stages: the names of the modules in each part, for a pipeline; the whole model is the only part without.
     """
     rope = CosSinRoPE.Config(dim=8, max_seq_len=SEQUENCE, theta=1e4)
     blocks = []
-    for number in range(2):
+    for number in range(max(2, len(stages) and NUM_PIPELINED)):
         ffn = make_ffn_config(dim=DIM, hidden_dim=HIDDEN, w1_param_init=LINEAR, w2w3_param_init=LINEAR)
-        moe = moe_config(groups=groups, bias=bias, score=score, exact=exact, gpt_oss=gpt_oss)
+        moe = moe_config(groups=groups, bias=bias, score=score, exact=exact, gpt_oss=gpt_oss, num_experts=num_experts)
         blocks.append(
             Qwen3TransformerBlock.Config(
                 attention_norm=RMSNorm.Config(normalized_shape=DIM, param_init=NORM),
@@ -186,14 +221,19 @@ def tiny_model(
         model = config.build()
         # Before sharding, so that the weights do not depend on it.
         model.init_states()
+        parts = [_split_module(model, list(names)) for names in stages] if stages else [model]
         # gpt-oss's experts compute in bfloat16 whatever the dtype of their inputs.
-        parallelize(model, dims, torch.bfloat16 if gpt_oss else dtype, dim_1, checkpointing)
+        computes_in = torch.bfloat16 if gpt_oss and not exact else dtype
+        for part in parts:
+            parallelize(part, dims, computes_in, dim_1, checkpointing, num_experts)
     finally:
         torch.set_default_dtype(default)
-    return model
+    return parts
 
 
-def parallelize(model: Qwen3Model, dims: ParallelDims, dtype: torch.dtype, dim_1: bool, checkpointing: Any) -> None:
+def parallelize(
+    model: Qwen3Model, dims: ParallelDims, dtype: torch.dtype, dim_1: bool, checkpointing: Any, num_experts: int
+) -> None:
     """Parallelise like `parallelize_qwen3`, which cannot keep float64."""
     if dims.spmd_backend != "partial_dtensor" or dims.ep_enabled:
         model.parallelize(dims)
@@ -209,7 +249,7 @@ def parallelize(model: Qwen3Model, dims: ParallelDims, dtype: torch.dtype, dim_1
     experts = [module for module in model.modules() if isinstance(module, GroupedExperts)]
     for module in experts:
         # Torchtitan shards dim 1 if this number of experts is smaller than the number of ranks.
-        module.num_experts = 1 if dim_1 else EXPERTS
+        module.num_experts = 1 if dim_1 else num_experts
     apply_fsdp_to_decoder(
         model,
         dense,
@@ -222,7 +262,7 @@ def parallelize(model: Qwen3Model, dims: ParallelDims, dtype: torch.dtype, dim_1
         edp_mesh_dims=sparse_axes,
     )
     for module in experts:
-        module.num_experts = EXPERTS
+        module.num_experts = num_experts
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_force_sum_reduction_for_comms(True)  # gloo cannot scale while it sums
@@ -235,20 +275,24 @@ class Job:
         dims: the meshes.
         steps: length of the learning rate's schedule.
         batch: sequences of an iteration on all ranks.
+        micro_batches: forwards of an iteration on each rank, whose gradients are accumulated.
         model: options of `tiny_model`.
     """
 
-    def __init__(self, dims: ParallelDims, *, steps: int, batch: int = 4, **model: Any) -> None:
+    def __init__(self, dims: ParallelDims, *, steps: int, batch: int = 4, micro_batches: int = 1, **model: Any) -> None:
         self.dims, self.batch, self.groups = dims, batch, model.get("groups")
+        self.micro_batches, self.num_experts = micro_batches, model.get("num_experts", EXPERTS)
         self.moe_layers = [number for number in range(2) if number not in model.get("dense", ())]
-        self.model = tiny_model(dims, **model)
+        self.parts = tiny_model(dims, **model)
+        self.model = self.parts[0]
         optimizers = default_adamw(lr=1e-2)
         optimizers.implementation = "foreach"  # "fused" needs a GPU
-        self.optimizers: OptimizersContainer[Any] = optimizers.build(model_parts=[self.model])
-        register_moe_load_balancing_hook(self.optimizers, [self.model], dims)
+        self.optimizers: OptimizersContainer[Any] = optimizers.build(model_parts=self.parts)
+        register_moe_load_balancing_hook(self.optimizers, self.parts, dims)
         schedule = LRSchedulersContainer.Config(warmup_steps=4, decay_ratio=0.5, decay_type="cosine", min_lr_factor=0.1)
         self.schedulers = schedule.build(optimizers=self.optimizers, training_steps=steps)
         self.context = get_spmd_context(parallel_dims=dims)
+        self.on_clipped: Callable[[], object] = lambda: None  # called when an iteration's gradients are clipped
 
     def tokens(self, iteration: int) -> Tensor:
         """Draw this rank's sequences `[B, S + 1]` of an iteration."""
@@ -274,25 +318,78 @@ class Job:
         if self.dims.spmd_backend == "full_dtensor":
             words, _, _ = parallelize_inputs(self.dims, words, words, {})
         logits: Any = self.model(words)
-        found: Tensor = logits.to_local() if hasattr(logits, "to_local") else logits
-        return found
+        if self.dims.tp_enabled:  # words are spread over these ranks, which share their sequences
+            logits = logits.redistribute(placements=[Replicate()])
+        return plain(logits)
+
+    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """This rank's part of the mean loss over all ranks' tokens."""
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+        return loss / (self.batch * SEQUENCE)
 
     def backward(self, iteration: int) -> Tensor:
         """Accumulate an iteration's gradients; return this rank's part of the mean loss over all ranks' tokens."""
-        words = self.tokens(iteration)
+        total = torch.zeros((), dtype=torch.float64)
         with self.context():
-            logits = self.forward(words[:, :-1])
-            loss = F.cross_entropy(logits.flatten(0, 1), words[:, 1:].flatten(), reduction="sum")
-            loss = loss / (self.batch * SEQUENCE)
-            loss.backward()
-        return loss.detach()
+            for words in self.tokens(iteration).chunk(self.micro_batches):
+                loss = self.loss(self.forward(words[:, :-1]), words[:, 1:])
+                loss.backward()
+                total += loss.detach()
+        return total
 
     def step(self, iteration: int) -> float:
         """Train one iteration; return the mean loss over all ranks' tokens."""
         self.optimizers.zero_grad()
         loss = self.backward(iteration)
-        clip_grad_norm_(list(self.model.parameters()), 1.0, foreach=False, ep_enabled=self.dims.ep_enabled)
+        parameters = [parameter for part in self.parts for parameter in part.parameters()]
+        pp = self.dims.get_optional_mesh("pp")
+        clip_grad_norm_(parameters, 1.0, foreach=False, pp_mesh=pp, ep_enabled=self.dims.ep_enabled)
+        self.on_clipped()
         self.optimizers.step()
         self.schedulers.step()
         dist.all_reduce(loss)
         return float(loss)
+
+
+class PipelineJob(Job):
+    """The same over two pipeline ranks, with stages and a schedule as torchtitan builds them.
+
+    Args:
+        dims: the meshes, with a pipeline of two ranks.
+        schedule: a schedule of `torch.distributed.pipelining`.
+        loops: stages on each rank.
+        steps, batch, model: as for `Job`.
+    """
+
+    def __init__(self, dims: ParallelDims, schedule: Any, loops: int, *, steps: int, batch: int, **model: Any) -> None:
+        layers = [f"layers.{number}" for number in range(NUM_PIPELINED)]
+        each = NUM_PIPELINED // (2 * loops)
+        stages = [layers[first : first + each] for first in range(0, NUM_PIPELINED, each)]
+        stages[0], stages[-1] = ["tok_embeddings", *stages[0]], [*stages[-1], "norm", "lm_head"]
+        pp = dims.get_mesh("pp")
+        own = range(pp.get_local_rank(), 2 * loops, 2)
+        super().__init__(dims, steps=steps, batch=batch, stages=[stages[number] for number in own], **model)
+        self.moe_layers = [number for index in own for number in range(index * each, (index + 1) * each)]
+        built = [
+            PipelineStage(part, number, 2 * loops, torch.device("cpu"), group=pp.get_group())
+            for number, part in zip(own, self.parts, strict=True)
+        ]
+        self.schedule = schedule(
+            built if loops > 1 else built[0], n_microbatches=MICRO_BATCHES, loss_fn=self.loss, scale_grads=False
+        )
+        self.is_first, self.is_last = own[0] == 0, own[-1] == 2 * loops - 1
+
+    def backward(self, iteration: int) -> Tensor:
+        """Run an iteration's schedule; return this rank's part of the mean loss."""
+        words, losses = self.tokens(iteration), list[Tensor]()
+        arguments = (words[:, :-1].contiguous(),) if self.is_first else ()
+        targets = {"target": words[:, 1:].contiguous(), "losses": losses} if self.is_last else {}
+        with self.context():
+            self.schedule.step(*arguments, **targets)
+        return torch.stack(losses).sum().detach() if losses else torch.zeros((), dtype=torch.float64)
+
+
+def plain(tensor: Any) -> Tensor:
+    """This rank's part of a DTensor, or the tensor."""
+    found: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return found

@@ -49,8 +49,8 @@ KEPT_IN = {
     "triton": "packing.cuda_kernels packing.cuda_settle packing.cuda_settle_state packing.cuda_steps",
     "matplotlib": "report.figures report.drawings",  # a report's figures are computed without a plotting library
     "jinja2": "report.page",
-    "transformers": "integrations.huggingface",
-    "torchtitan": "integrations.torchtitan",
+    "transformers": "integrations.huggingface integrations.huggingface_replicas",
+    "torchtitan": "integrations.torchtitan integrations.torchtitan_replicas",
     "megatron": "integrations.megatron integrations.megatron_optimizers",
 }
 NOWHERE = {"deepspeed", "accelerate", "tensorboard"}
@@ -72,7 +72,9 @@ NEEDS = {
     **{name: "matplotlib" for name in SOURCES if name.startswith("distplb.report.drawings.")},
     "distplb.report.page": "jinja2",
     "distplb.integrations.huggingface": "transformers",
+    "distplb.integrations.huggingface_replicas": "transformers",
     "distplb.integrations.torchtitan": "torchtitan",
+    "distplb.integrations.torchtitan_replicas": "torchtitan",
     "distplb.integrations.megatron": "megatron",
     "distplb.integrations.megatron_optimizers": "megatron",
 }

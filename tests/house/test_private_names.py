@@ -26,12 +26,15 @@ SOURCES = {str(path.relative_to(PACKAGE)): ast.parse(path.read_text()) for path 
 # Each name's module, and what distplb needs it for. Those of FSDP2 are in tests/migrate/test_fsdp2.py.
 NAMES = {
     ("torch._C", "_current_graph_task_id"): "to tell recomputations from forwards (LoadWindow.add)",
+    ("torch._C", "_will_engine_execute_node"): "to tell what a backward comes to (StepBalancer)",
     ("torch._C", "_storage_Use_Count"): "so that gradients that others read are not added to (StepBalancer)",
     ("torch", "Tensor._use_count"): "so that gradients that others read are not added to (StepBalancer)",
     ("torch", "UntypedStorage._cdata"): "so that gradients that others read are not added to (StepBalancer)",
     ("torch._C._profiler", "_RecordFunctionFast"): "to name the stages of a step in profiles (StepBalancer)",
     ("torch._C", "_len_torch_dispatch_stack"): "to tell whether an operation is seen (StepBalancer)",
     ("torch.utils._python_dispatch", "_disable_current_modes"): "for selective recomputation (StepBalancer)",
+    ("torch.nn", "Module._compiled_call_impl"): "to refuse compiled layers where replicas are lent (adapters)",
+    ("torch._dynamo", "OptimizedModule._orig_mod"): "to refuse compiled layers where replicas are lent (adapters)",
     ("torch._dynamo", "graph_break"): "to move a window to the device of a compiled forward (LoadWindow.add)",
     (
         "torch.nn",
@@ -40,6 +43,11 @@ NAMES = {
     ("torch.utils._pytree", "tree_leaves"): "to refuse optimizer state that cannot travel (Rebalancer)",
     ("torch.distributed.distributed_c10d", "_get_default_store"): "to name lost ranks (TorchComm)",
     ("torch.distributed.distributed_c10d", "_world.pg_names"): "to create groups of some ranks (TorchComm.new_group)",
+    (
+        "torch.distributed._functional_collectives",
+        "all_to_all_single_autograd",
+    ): "to send tokens as transformers does (adapters)",
+    ("torch.distributed._functional_collectives", "wait_tensor"): "to send tokens as transformers does (adapters)",
     ("torch.distributed.device_mesh", "DeviceMesh._flatten"): "to build one group of all EP groups (torchtitan)",
     ("torch.distributed.tensor._utils", "compute_local_shape_and_global_offset"): "to move DTensors (Rebalancer)",
 }
@@ -48,6 +56,7 @@ KEEPERS = ("core/private_names.py", "comm/private_names.py")
 EXCUSED = {
     "comm/fsdp2.py": {"_all_gather_result", "_partial_reduce_output", "_module_state_mapping"}
     | {"_unsharded_param", "_fsdp_param_groups", "_fsdp_param_group", "_composable_state"},
+    "integrations/huggingface_replicas.py": {"_experts_implementation"},
     "integrations/torchtitan.py": {"_debug_force_load_balance", "_get_node_limited_routing_scores"},
     "integrations/megatron_optimizers.py": {"_get_model_param_range_map"},
 }
@@ -68,6 +77,8 @@ def test_this_torch_has_the_name(name: tuple[str, str]) -> None:
     for part in path.split("."):
         if path == "Module._forward_pre_hooks" and part == "_forward_pre_hooks":
             found = found()  # an attribute of instances, not of the class
+        if part == "_orig_mod":
+            found = torch.compile(nn.Linear(1, 1))  # too
         assert hasattr(found, part), lost
         found = getattr(found, part)
 

@@ -719,14 +719,37 @@ def test_a_run_with_two_shards_of_each_expert_and_moves_is_the_run_without() -> 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "huggingface_moe.py"
 
 
+def example(*options: str) -> subprocess.CompletedProcess[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    return subprocess.run(
+        [*launcher, str(EXAMPLE), *options], env=environment, capture_output=True, text=True, timeout=400, check=False
+    )
+
+
 @pytest.mark.long
 def test_the_example_runs_and_lowers_the_imbalance_of_every_layer() -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(EXAMPLE)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400, check=False)
+    run = example()
     assert run.returncode == 0, run.stderr
     found = re.findall(r"(model\.layers\.\d\.mlp): imbalance (\S+) -> (\S+)", run.stdout)
     assert [name for name, _, _ in found] == [f"model.layers.{layer}.mlp" for layer in range(2)] * 3
     assert all(1 <= float(after) <= float(before) for _, before, after in found)
     assert any(float(after) < float(before) - 0.01 for _, before, after in found)
     assert re.search(r"[1-9]\d* slots moved", run.stdout)
+
+
+@pytest.mark.long
+def test_the_example_lends_replicas_and_refuses_options_that_it_does_not_know() -> None:
+    run = example("--replica-slots", "2")
+    assert run.returncode == 0, run.stderr
+    steps = re.findall(r"step (\d+), model\.layers\.\d\.mlp: imbalance (\S+) -> (\S+), replicas: (\d+)", run.stdout)
+    assert {int(step) for step, *_ in steps} >= {1, 16}
+    assert all(float(after) <= 1.01 for _, _, after, _ in steps)
+    assert any(int(replicas) for *_, replicas in steps)
+    for options, message in {
+        ("--replica-slots", "-1"): "replica_slots is -1; pass an integer of at least 0",
+        ("--replicas", "2"): "unrecognized arguments: --replicas 2",
+    }.items():
+        run = example(*options)
+        assert run.returncode != 0
+        assert message in run.stderr

@@ -35,6 +35,7 @@ from distplb.errors import DistplbError
 pytest.importorskip("torchtitan")
 
 from titan_models import DIM, EXPERTS, SEQUENCE, TOP_K, Job, meshes, moe_config
+from torchtitan.components.checkpointer.utils import canonical_fqn
 from torchtitan.config import CompileConfig, ParallelismConfig, TrainingConfig
 from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
 from torchtitan.models import deepseek_v3, gpt_oss
@@ -58,7 +59,7 @@ def attached(job: Job, **options: Any) -> Any:
         "stop_loss": 0,
         "model": FREE,
     } | options
-    return rebalancer(job.model, job.optimizers, **in_values(options))
+    return rebalancer(job.parts, job.optimizers, **in_values(options))
 
 
 def random_placement(generator: torch.Generator, groups: int | None, gpus: int, layers: int = 2) -> Placement:
@@ -79,11 +80,27 @@ def whole(tensor: Any) -> Tensor:
 def logical(job: Job, placement: Placement, mode: str = "permute") -> dict[str, Tensor]:
     """All weights, biases and moments, with the experts' rows in logical order. Collective."""
     slot = placement.inverse[..., 0]  # [L, E]
-    found = {name: whole(value) for name, value in job.model.state_dict().items()}
-    names = {id(parameter): name for name, parameter in job.model.named_parameters()}
+    found = {canonical_fqn(name): whole(value) for part in job.parts for name, value in part.state_dict().items()}
+    names = {id(parameter): name for name, parameter in named(job)}
     for optimizer in job.optimizers:
         for parameter, state in optimizer.state.items():
             found |= {f"{names[id(parameter)]}:{key}": whole(state[key]) for key in ("exp_avg", "exp_avg_sq")}
+    return in_logical_order(job, found, slot, mode)
+
+
+def named(job: Job) -> list[tuple[str, nn.Parameter]]:
+    """All parameters of this rank, by their names without those of wrappers."""
+    return [(canonical_fqn(name), parameter) for part in job.parts for name, parameter in part.named_parameters()]
+
+
+def gradients(job: Job, placement: Placement, mode: str = "permute") -> dict[str, Tensor]:
+    """All gradients, with the experts' rows in logical order. Collective."""
+    found = {name: whole(parameter.grad) for name, parameter in named(job) if parameter.grad is not None}
+    return in_logical_order(job, found, placement.inverse[..., 0], mode)
+
+
+def in_logical_order(job: Job, found: dict[str, Tensor], slot: Tensor, mode: str) -> dict[str, Tensor]:
+    """Tensors by name, with the experts' rows in logical order; `slot [L, E]`."""
     kinds = ("routed_experts.", "router.", "expert_bias_E") if mode == "permute" else ("routed_experts.",)
     for layer, number in enumerate(job.moe_layers):
         by_slot = tuple(f"layers.{number}.moe.{kind}" for kind in kinds)
@@ -161,7 +178,7 @@ KINDS: dict[str, tuple[dict[str, Any], str, str]] = {
     "bfloat16": (BFLOAT16, "permute", "partial_dtensor"),
     "softmax": (BFLOAT16 | {"score": "softmax", "bias": False}, "permute", "full_dtensor"),
     "groups": ({"groups": 4}, "permute", "full_dtensor"),
-    "gpt-oss": ({"dtype": torch.float32, "gpt_oss": True}, "permute", "partial_dtensor"),
+    "gpt-oss": (BFLOAT16 | {"gpt_oss": True}, "permute", "partial_dtensor"),
     "remap": ({}, "remap", "partial_dtensor"),
     "remap, groups": ({"groups": 4}, "remap", "full_dtensor"),
 }

@@ -151,7 +151,7 @@ def one_left_behind() -> Iterator[None]:
 def never_pushed_again() -> Iterator[None]:
     """Compute the backward with what is in the buffer."""
 
-    def begin_backward(lender: Any, loan: Loan) -> None:
+    def begin_backward(lender: Any, loan: Loan, runs: Any) -> None:
         lender._held = lender._computing = loan
 
     with patch.object(Lender, "begin_backward", begin_backward):

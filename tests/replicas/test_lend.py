@@ -113,7 +113,7 @@ def overwritten_between(control: str) -> float:
         assert through(balancer, [other], step, step.x).isnan().any()
     balancer._lender._weights._memory.fill_(255)  # NaN in any dtype
     patched: dict[str, Callable[..., Any]] = {
-        "not pushed again": lambda self, loan: None,
+        "not pushed again": lambda self, loan, runs: None,
         "left behind": lambda self, loan, home, lent: None,
     }
     names = {"not pushed again": "begin_backward", "left behind": "bring_home"}
@@ -334,6 +334,28 @@ def test_wrong_calls_are_refused_and_the_next_step_is_right() -> None:
     assert twice == "this step of layer 'a' was computed already; call compute once after each dispatch"
     assert (experts, backward) == ("experts", "backward")
     assert "once_differentiable" in differentiated
+
+
+def of_inputs_alone() -> tuple[float, float]:
+    """Errors where a backward has asked for the gradient of the input alone, of it and of the next backward."""
+    balancer, layers = new_balancer(), [Layer("a", 1), Layer("b", 2)]
+    step = step_of(dist.get_rank())
+    x = step.x.requires_grad_()
+    (alone,) = torch.autograd.grad(weighted(through(balancer, layers, step, x)), [x])
+    assert all(one.grad is None for layer in layers for one in layer.own)
+    weighted(through(balancer, layers, step, x)).backward()
+    expect(layers)
+    assert x.grad is not None
+    return relative(alone, x.grad), max(layer.error() for layer in layers)
+
+
+def test_a_backward_may_ask_for_the_gradient_of_the_input_alone() -> None:
+    """A pipeline of torch does so in its first iteration, to learn shapes.
+
+    The part of the backward that brings gradients of weights home never came, so the layer before was refused.
+    """
+    for errors in on_ranks(2, of_inputs_alone):
+        assert max(errors) < 1e-12
 
 
 # --- layers side by side -------------------------------------------------------------------------------------

@@ -211,10 +211,10 @@ def in_the_backward_of_one_rank() -> list[str]:
     if dist.get_rank() == 1:
         begin = Lender.begin_backward
 
-        def begin_after_another(self: Lender, loan: Loan) -> None:
+        def begin_after_another(self: Lender, loan: Loan, runs: Any) -> None:
             self._computing = Loan("layer 'x'", (0, 0), Pushes((), (), 0), REPLICAS)
             self._computing_since = backward_number()
-            begin(self, loan)
+            begin(self, loan, runs)
 
         Lender.begin_backward = begin_after_another  # type: ignore[method-assign]
     with pytest.raises(DistplbError) as caught:
