@@ -176,4 +176,5 @@ if __name__ == "__main__":
     parser.add_argument("--iterations", type=int, default=45, help="of training")
     parser.add_argument("--hidden", type=int, default=64, help="hidden width of an expert")
     parser.add_argument("--compare", action="store_true", help="static, homes, replicas and both, in turns")
-    main(parser.parse_args())
+    given = parser.parse_args()
+    main(given)
