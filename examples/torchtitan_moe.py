@@ -1,15 +1,18 @@
 """Pretrain a smaller version of torchtitan's debug Qwen3-MoE with expert parallelism, and rebalance its experts.
 
-    torchrun --standalone --nproc-per-node 2 examples/torchtitan_moe.py
+    torchrun --standalone --nproc-per-node 2 examples/torchtitan_moe.py --replica-slots 2
 
-Takes under a minute on two CPU cores. Each rank trains on its own bytes of the Python standard library's source. The
+Takes about a minute on two CPU cores. Each rank trains on its own bytes of the Python standard library's source. The
 model is built and parallelised as torchtitan's Trainer does it; lines marked "CPU" are only needed without a GPU. To
-rebalance a job of the Trainer itself, see `distplb.integrations.torchtitan.rebalancer`.
+rebalance a job of the Trainer itself, see `distplb.integrations.torchtitan.rebalancer`. `--compare` trains four models
+in turns: without distplb, with moving homes, with replicas, and with both.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
+import time
 from types import SimpleNamespace
 
 import texts
@@ -28,51 +31,125 @@ import distplb
 from distplb import Record
 from distplb.integrations import torchtitan
 
-ITERATIONS, EVERY, SEQUENCES, LENGTH = 45, 15, 4, 64
+TOLD_EVERY, SEQUENCES, LENGTH = 15, 4, 64
+COMPARED = {"static": (0, 0), "homes": (1, 0), "replicas": (0, 1), "both": (1, 1)}  # homes move, replicas are lent
 
 
-def main() -> None:
+def main(options: argparse.Namespace) -> None:
     dist.init_process_group("gloo")
-    torch.manual_seed(0)
-    parallelism = ParallelismConfig(expert_parallel_degree=2, spmd_backend="partial_dtensor")
-    set_spmd_backend(parallelism.spmd_backend)
     titan_meshes.device_type = "cpu"  # CPU
-    parallel_dims = ParallelDims.from_config(parallelism, dist.get_world_size())
-    spec = model_registry("debugmodel_moe", moe_comm_backend="standard")
-    del spec.model.layers[2:]
-    for layer in spec.model.layers:
-        layer.attention.inner_attention = ScaledDotProductAttention.Config()  # CPU
-        layer.moe.routed_experts.inner_experts.hidden_dim = 64
-    spec.model.update_from_config(config=SimpleNamespace(parallelism=parallelism))
-    model = spec.model.build()
-    model.init_states()
-    configs = {"training": TrainingConfig(mixed_precision_param="float32"), "compile_config": CompileConfig()}
-    configs |= {"parallelism": parallelism, "ac_config": None, "dump_folder": ""}
-    model = spec.parallelize_fn(model, parallel_dims=parallel_dims, **configs)
-    for module in model.modules():
-        if hasattr(module, "set_force_sum_reduction_for_comms"):
-            module.set_force_sum_reduction_for_comms(True)  # CPU: gloo cannot scale while it sums
-
-    adamw = default_adamw(lr=1e-3)
-    adamw.implementation = "for-loop"  # CPU
-    optimizers = adamw.build(model_parts=[model])
-    spec.post_optimizer_build_fn(optimizers, [model], parallel_dims)
-    rebalancer = torchtitan.rebalancer(
-        [model], optimizers, every=EVERY, parallel_dims=parallel_dims, record=Record(on_event=report)
-    )
-
     text = texts.code()
-    for iteration in range(1, ITERATIONS + 1):
-        words = batch(text, iteration)
-        loss = nn.functional.cross_entropy(model(words[:, :-1]).flatten(0, 1), words[:, 1:].flatten())
-        (loss / dist.get_world_size()).backward()  # torchtitan's FSDP sums gradients
-        optimizers.step()
-        optimizers.zero_grad()
-        rebalancer.step()
-        if iteration % EVERY == 0 and dist.get_rank() == 0:
-            print(f"iteration {iteration}  loss {loss.item():.3f}", flush=True)
-    del rebalancer  # it refers to the group, whose threads would otherwise stay alive
+    if options.compare:
+        compare(options, text)
+    else:
+        job = Job(options, options.every or None, options.replica_slots)
+        for iteration in range(1, options.iterations + 1):
+            loss = job.train(batch(text, iteration))
+            if iteration % TOLD_EVERY == 0 and dist.get_rank() == 0:
+                print(f"iteration {iteration}  loss {loss:.3f}  {job.steps}", flush=True)
+                job.steps = Steps()
+        del job  # it refers to the group, whose threads would otherwise stay alive
     dist.destroy_process_group()
+
+
+class Job:
+    """A model, its optimizers and its rebalancer."""
+
+    def __init__(self, options: argparse.Namespace, every: int | None, replica_slots: int) -> None:
+        torch.manual_seed(0)
+        parallelism = ParallelismConfig(expert_parallel_degree=dist.get_world_size(), spmd_backend="partial_dtensor")
+        set_spmd_backend(parallelism.spmd_backend)
+        parallel_dims = ParallelDims.from_config(parallelism, dist.get_world_size())
+        spec = model_registry("debugmodel_moe", moe_comm_backend="standard")
+        del spec.model.layers[2:]
+        for layer in spec.model.layers:
+            layer.attention.inner_attention = ScaledDotProductAttention.Config()  # CPU
+            layer.moe.routed_experts.inner_experts.hidden_dim = options.hidden
+        spec.model.update_from_config(config=SimpleNamespace(parallelism=parallelism))
+        self.model = spec.model.build()
+        self.model.init_states()
+        configs = {"training": TrainingConfig(mixed_precision_param="float32"), "compile_config": CompileConfig()}
+        configs |= {"parallelism": parallelism, "ac_config": None, "dump_folder": ""}
+        self.model = spec.parallelize_fn(self.model, parallel_dims=parallel_dims, **configs)
+        for module in self.model.modules():
+            if hasattr(module, "set_force_sum_reduction_for_comms"):
+                module.set_force_sum_reduction_for_comms(True)  # CPU: gloo cannot scale while it sums
+        adamw = default_adamw(lr=1e-3)
+        adamw.implementation = "for-loop"  # CPU
+        self.optimizers = adamw.build(model_parts=[self.model])
+        spec.post_optimizer_build_fn(self.optimizers, [self.model], parallel_dims)
+        self.steps = Steps()
+        watched = not options.compare  # a sampled step takes a little longer
+        self.rebalancer = torchtitan.rebalancer(
+            [self.model],
+            self.optimizers,
+            every=every,
+            replica_slots=replica_slots,
+            parallel_dims=parallel_dims,
+            record=Record(on_event=report if watched else None),
+            replicas={"on_event": lambda event: self.steps.add(event), "sample_every": 1} if watched else {},
+        )
+
+    def train(self, words: torch.Tensor) -> float:
+        """Train an iteration; return this rank's loss."""
+        loss = nn.functional.cross_entropy(self.model(words[:, :-1]).flatten(0, 1), words[:, 1:].flatten())
+        (loss / dist.get_world_size()).backward()  # torchtitan's FSDP sums gradients
+        self.optimizers.step()
+        self.optimizers.zero_grad()
+        self.rebalancer.step()
+        return loss.item()
+
+
+class Steps:
+    """Means over the layers of the steps that it was told of."""
+
+    def __init__(self) -> None:
+        self.layers: list[tuple[float, float]] = []  # imbalance before and after
+        self.replicas = 0
+
+    def add(self, event: distplb.StepEvent) -> None:
+        """Take a step's record."""
+        both = zip(event.imbalance_before, event.imbalance_after, strict=True)
+        self.layers += [(before, after) for before, after in both if before is not None and after is not None]
+        self.replicas += event.num_replicas
+
+    def __str__(self) -> str:
+        """The imbalance of steps; nothing if no replicas are lent."""
+        if not self.layers:
+            return ""
+        before, after = (sum(column) / len(self.layers) for column in zip(*self.layers, strict=True))
+        each = self.replicas / len(self.layers)
+        return f"imbalance of steps {before:.4f} -> {after:.4f} with {each:.2f} replicas in a layer"
+
+
+def compare(options: argparse.Namespace, text: torch.Tensor) -> None:
+    """Train the four models in turns, and print their tokens/s over the iterations after the first rebalance."""
+    jobs = {
+        name: Job(options, options.every if moves else None, options.replica_slots if lends else 0)
+        for name, (moves, lends) in COMPARED.items()
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in jobs}
+    losses = {}
+    for iteration in range(1, options.iterations + 1):
+        words = batch(text, iteration)
+        names = list(jobs)
+        for name in names[iteration % 4 :] + names[: iteration % 4]:
+            dist.barrier()
+            began = time.perf_counter()
+            losses[name] = jobs[name].train(words)
+            dist.barrier()
+            if iteration > options.every:
+                seconds[name].append(time.perf_counter() - began)
+    if dist.get_rank() == 0:
+        tokens = dist.get_world_size() * SEQUENCES * LENGTH
+        for name, each in seconds.items():
+            ratios = sorted(static / own for own, static in zip(each, seconds["static"], strict=True))
+            low, middle, high = (ratios[int(share * (len(ratios) - 1))] for share in (0.1, 0.5, 0.9))
+            print(
+                f"{name:9} {tokens / statistics.median(each):7.0f} tokens/s  loss {losses[name]:.4f}  "
+                f"{middle:.3f} of static [{low:.3f}, {high:.3f}]"
+            )
+    jobs.clear()  # they refer to the group, whose threads would otherwise stay alive
 
 
 def batch(text: torch.Tensor, iteration: int) -> torch.Tensor:
@@ -93,5 +170,11 @@ def report(event: distplb.RebalanceEvent) -> None:
 
 
 if __name__ == "__main__":
-    argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args()  # it has no options
-    main()
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--replica-slots", type=int, default=0, help="replicas that a GPU may hold in a step")
+    parser.add_argument("--every", type=int, default=15, help="iterations between rebalances; 0 for none")
+    parser.add_argument("--iterations", type=int, default=45, help="of training")
+    parser.add_argument("--hidden", type=int, default=64, help="hidden width of an expert")
+    parser.add_argument("--compare", action="store_true", help="static, homes, replicas and both, in turns")
+    given = parser.parse_args()
+    main(given)

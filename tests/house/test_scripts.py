@@ -32,9 +32,11 @@ def block_of(path: Path) -> list[ast.stmt]:
 
 
 def started(path: Path) -> None:
-    """Run a script, or only what reads its options if its framework takes seconds to import."""
+    """Run a script, or only the part that reads its options if its framework takes seconds to import."""
     if path.stem in FRAMEWORKS:
-        first = ast.Module(block_of(path)[:-1], [])
+        block = block_of(path)
+        end = next(number for number, one in enumerate(block, 1) if "parse_args()" in ast.unparse(one))
+        first = ast.Module(block[:end], [])
         exec(compile(first, str(path), "exec"), {"argparse": argparse, "__doc__": "Train."})
     else:
         runpy.run_path(str(path), run_name="__main__")
