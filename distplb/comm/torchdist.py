@@ -10,11 +10,13 @@ hangs nevertheless, the process ends.
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import logging
 import os
 import re
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -52,6 +54,19 @@ _log = logging.getLogger("distplb")
 _instances: Counter[tuple[int, ...]] = Counter()  # communicators per list of ranks, created in the same order on all
 
 
+_live: weakref.WeakSet[TorchComm] = weakref.WeakSet()
+
+
+@atexit.register
+def _let_go() -> None:
+    """Give up the groups before the interpreter ends, so that a group that its user has destroyed ends its threads now.
+
+    A thread of gloo that then still has to release a tensor would abort the process: Python ends it inside C++.
+    """
+    for comm in list(_live):
+        vars(comm).update(_group=None, _side=None)
+
+
 class TorchComm:
     """The ranks of a process group, or of a one-dimensional device mesh.
 
@@ -82,6 +97,7 @@ class TorchComm:
         if not deadline > 0:
             raise DistplbError(f"deadline is {deadline!r}; pass a positive number of seconds")
         self._group = group_of(group_or_mesh)
+        _live.add(self)
         self.rank = dist.get_rank(self._group)
         self.size = dist.get_world_size(self._group)
         self.device = _device_of(self._group)

@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import distplb
 from distplb import DistplbError
+from distplb.comm import torchdist
 from distplb.comm.agreement import agree
 from distplb.comm.base import WorldOfOne
 from distplb.comm.torchdist import TorchComm, device_type
@@ -209,3 +210,17 @@ def test_nothing_is_pickled_between_ranks() -> None:
     assert {"allreduce", "Iallreduce", "broadcast"} <= set.union(*map(called, SOURCES.values()))
     assert not {name for source in SOURCES.values() for name in called(source) if "_object" in name}
     assert not called(SOURCES["mpi.py"]) & PICKLING  # no other module imports mpi4py: see test_layers.py
+
+
+def given_up_at_the_end() -> list[bool]:
+    """What happens when the interpreter ends, while a name still refers to the communicator."""
+    comm = TorchComm(deadline=60)
+    held = comm._group is not None
+    comm.all_reduce_sum(torch.ones(2, dtype=torch.int64))
+    torchdist._let_go()
+    return [held, comm._group is None, comm._side is None]
+
+
+def test_a_communicator_that_is_still_referred_to_gives_its_groups_up_when_the_interpreter_ends() -> None:
+    """It kept the threads of a destroyed group alive, one of which then aborted the process after a success."""
+    assert on_ranks(2, given_up_at_the_end) == [[True] * 3] * 2

@@ -1,6 +1,6 @@
 """A job with replicas for torchrun: a rank is killed in a step of the first run, and the second run resumes.
 
-    torchrun --standalone --nproc-per-node 2 --max-restarts 1 tests/helpers/lending_job.py FOLDER push
+    torchrun --standalone --nproc-per-node 2 --max-restarts 3 tests/helpers/lending_job.py FOLDER push
 
 Each rank of the second run writes to FOLDER/rank<number>.json from where it resumed, its losses, and in how many of its
 steps replicas were lent. Shapes: N tokens of a rank, D dim, H ffn, G own slots.
@@ -29,6 +29,7 @@ __all__ = ["ITERATIONS", "KILLED_AT", "SAVE_EVERY", "Job"]
 
 DIM, HIDDEN, OWN, LAYERS = 4, 8, 2, 2
 ITERATIONS, SAVE_EVERY, KILLED_AT = 12, 4, 7
+KILLED = "killed"  # the file that tells so
 
 
 class Job:
@@ -46,7 +47,7 @@ class Job:
         self.weights = [torch.randn(one, generator=gen, dtype=torch.float64).requires_grad_() for one in shapes]
         self.optimizer = torch.optim.AdamW(self.weights, lr=1e-2)
         self.balancer = StepBalancer(
-            topology=Topology(1, self.size), num_experts=OWN * self.size, replica_slots=replica_slots, deadline=20
+            topology=Topology(1, self.size), num_experts=OWN * self.size, replica_slots=replica_slots, deadline=60
         )
         self.steps_with_replicas = 0
 
@@ -107,6 +108,8 @@ def kill_in(stage: str, job: Job) -> None:
     def entered(self: StepStages, name: str, *sample: Any) -> Iterator[None]:
         with whole(self, name, *sample):
             if name == stage and at[0] == KILLED_AT and job.rank == 1:
+                assert job.folder is not None
+                (job.folder / KILLED).touch()
                 os.kill(os.getpid(), signal.SIGKILL)
             yield
 
@@ -123,7 +126,9 @@ def main() -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     job = Job(2, Path(folder))
-    is_restarted = int(os.environ["TORCHELASTIC_RESTART_COUNT"]) > 0
+    assert job.folder is not None
+    # Not torchrun's count of restarts, because a rank may also fail to start, such as on a port that is taken.
+    is_restarted = (job.folder / KILLED).exists()
     if not is_restarted:
         kill_in(stage, job)
     done = job.resume() if is_restarted else 0

@@ -30,7 +30,13 @@ def losses() -> list[float]:
 # The push of a forward, and the gradients of its backward; the rest is one case more in the long form.
 @pytest.mark.parametrize("stage", ["push", "bring home", pytest.param("count", marks=pytest.mark.long)])
 def test_torchrun_restarts_a_job_that_was_killed_in_a_step(stage: str, losses: list[float], tmp_path: Path) -> None:
-    launcher = ["--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
+    launcher = [
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "--max-restarts",
+        "3",
+    ]  # more than one, because a port may be taken
     subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", *launcher, lending_job.__file__, str(tmp_path), stage],
         # Without the last one torch 2.13 reuses the store of the killed run after the restart, and gloo its addresses.
@@ -39,6 +45,7 @@ def test_torchrun_restarts_a_job_that_was_killed_in_a_step(stage: str, losses: l
         timeout=400,
         check=True,
     )
+    assert (tmp_path / lending_job.KILLED).exists()
     done = KILLED_AT // SAVE_EVERY * SAVE_EVERY
     for rank in range(2):
         found = json.loads((tmp_path / f"rank{rank}.json").read_text())

@@ -168,7 +168,7 @@ WRONG: dict[str, tuple[Any, str]] = {
     "dry_run": ("no", "Moves: dry_run is 'no'; pass True or False"),
     "on_event": ("print", "Record: on_event is 'print'; pass a function"),
     "on_refusal": ("ignore", "Moves: on_refusal is 'ignore'; pass 'raise' or 'skip'"),
-    "every": (2.0, "every is 2.0; pass iterations, at least 1"),
+    "every": (2.0, "every is 2.0; pass iterations, at least 1, or None"),
     "max_bytes": (1e9, "Moves: max_bytes is 1000000000.0; pass an integer of at least 0"),
     "comm": (
         "gloo",
