@@ -37,7 +37,6 @@ from distplb.integrations.common import (
 )
 from distplb.integrations.huggingface_replicas import lend, refuse_what_cannot_lend, stop_lending
 from distplb.integrations.lending import step_balancer
-from distplb.train.options import Moves, Record
 from distplb.train.rebalancer import Rebalancer
 
 __all__ = ["moe_layers", "rebalancer"]
@@ -176,21 +175,20 @@ def rebalancer(
         )
     ranks = mesh[_EP_AXIS].mesh.tolist()
     topology = Topology.of_ranks(ranks, gpus_of_a_node(gpus_per_node, otherwise=max(ranks) + 1))
-    found, balancer = list(_experts_of(named_parts(model))), None
+    found = list(_experts_of(named_parts(model)))
     if replica_slots:
         for name, _, experts, around in found:
             refuse_what_cannot_lend(name, experts, around)
-        balancer = step_balancer(
-            mesh[_EP_AXIS],
-            topology,
-            {name: num_experts for name, num_experts, *_ in found},
-            replica_slots=replica_slots,
-            options=replicas,
-            moves=options.get("moves", Moves()),
-            record=options.get("record", Record()),
-            is_writer=comm.rank == 0,
-            deadline=deadline,
-        )
+    balancer = step_balancer(
+        mesh[_EP_AXIS],
+        topology,
+        {name: num_experts for name, num_experts, *_ in found},
+        replica_slots=replica_slots,
+        replicas=replicas,
+        of_rebalancer=options,
+        is_writer=comm.rank == 0,
+        deadline=deadline,
+    )
     built = Rebalancer(
         layers,
         optimizers,

@@ -22,7 +22,7 @@ from transformers.distributed.expert_parallel import AllToAllEP, AutoEP
 from distplb.comm.rows import exchanged_rows, own_slices
 from distplb.core.private_names import is_compiled
 from distplb.errors import DistplbError
-from distplb.integrations.lending import with_rows
+from distplb.integrations.lending import refuse_experts, with_rows
 from distplb.replicas.step_balancer import Dispatch, StepBalancer
 
 __all__ = ["implementation_of", "lend", "refuse_what_cannot_lend", "stop_lending"]
@@ -75,18 +75,7 @@ def refuse_what_cannot_lend(name: str, experts: nn.Module, around: list[nn.Modul
             "does not renew it in a copy; build the model again instead of copying it, or pass replica_slots=0"
         )
     of_class: Any = type(experts).forward
-    if plain.__func__ is not of_class:
-        raise DistplbError(
-            f"{name}: the forward of its {type(experts).__qualname__} was replaced, and replicas would be computed "
-            "without what was added; use a class with a forward of its own, or pass replica_slots=0"
-        )
-    own = dict(experts.named_parameters(recurse=False))
-    others = [key for key in (*dict(experts.named_parameters()), *dict(experts.named_buffers())) if key not in own]
-    if others:
-        raise DistplbError(
-            f"{name}: its {type(experts).__qualname__} has {others[0]}, and only parameters of the module itself are "
-            "lent; make it one, or pass replica_slots=0"
-        )
+    refuse_experts(name, experts, has_own_forward=plain.__func__ is of_class)
     for module in (*around, *experts.modules()):
         if is_compiled(module):
             raise DistplbError(

@@ -44,7 +44,6 @@ from distplb.integrations.common import (
 )
 from distplb.integrations.lending import step_balancer
 from distplb.integrations.torchtitan_replicas import lend, refuse_schedule, refuse_what_cannot_lend, stop_lending
-from distplb.train.options import Moves, Record
 from distplb.train.rebalancer import Rebalancer
 from distplb.train.training_forwards import is_recomputation
 
@@ -144,22 +143,20 @@ def rebalancer(
     topology = Topology.of_ranks(ep.mesh.flatten().tolist(), gpus_of_a_node(gpus_per_node))
     comm = TorchComm(mesh if mesh.ndim == 1 else flattened(mesh, "distplb"), deadline=deadline)
     found = list(_found(parts)) if layers else []
-    balancer = None
     if replica_slots:
         refuse_schedule(pp_schedule)
         for name, moe, part, _ in found:
             refuse_what_cannot_lend(name, moe, [one for one in part.modules() if moe in one.modules()])
-        balancer = step_balancer(
-            ep,
-            topology,
-            {name: moe.router.num_experts for name, moe, *_ in found},
-            replica_slots=replica_slots,
-            options=replicas,
-            moves=options.get("moves", Moves()),
-            record=options.get("record", Record()),
-            is_writer=comm.rank == 0,
-            deadline=deadline,
-        )
+    balancer = step_balancer(
+        ep,
+        topology,
+        {name: moe.router.num_experts for name, moe, *_ in found},
+        replica_slots=replica_slots,
+        replicas=replicas,
+        of_rebalancer=options,
+        is_writer=comm.rank == 0,
+        deadline=deadline,
+    )
     built = Rebalancer(
         layers,
         _unwrapped(optimizers),

@@ -22,7 +22,7 @@ from torchtitan.models.common.token_dispatcher import AllToAllTokenDispatcher
 
 from distplb.core.private_names import is_compiled
 from distplb.errors import DistplbError
-from distplb.integrations.lending import with_rows
+from distplb.integrations.lending import refuse_experts, with_rows
 from distplb.replicas.step_balancer import Dispatch, StepBalancer
 
 __all__ = ["lend", "refuse_schedule", "refuse_what_cannot_lend", "stop_lending"]
@@ -82,28 +82,14 @@ def refuse_what_cannot_lend(name: str, moe: MoE, around: list[nn.Module]) -> Non
                 "counts of a step; leave 'model' out of compile.components, or pass replica_slots=0"
             )
     experts = moe.routed_experts.inner_experts
-    own = dict(experts.named_parameters(recurse=False))
-    others = [key for key in (*dict(experts.named_parameters()), *dict(experts.named_buffers())) if key not in own]
-    if others:
-        raise DistplbError(
-            f"{name}: its {type(experts).__qualname__} has {others[0]}, and only parameters of the module itself are "
-            "lent; make it one, or pass replica_slots=0"
-        )
-    if not _is_own_forward(experts):
-        raise DistplbError(
-            f"{name}: the forward of its {type(experts).__qualname__} was replaced, and replicas would be computed "
-            "without what was added; use a class with a forward of its own, or pass replica_slots=0"
-        )
+    refuse_experts(name, experts, has_own_forward=_is_own_forward(experts))
 
 
 def _is_own_forward(experts: nn.Module) -> bool:
     """Whether experts compute by the forward of their class; `Module.parallelize` only redistributes around it."""
     forward = vars(experts).get("forward")
     forward = forward.plain if isinstance(forward, _LendingExperts) else forward
-    if (
-        inspect.isfunction(forward)
-        and forward.__qualname__ == "Module.parallelize.<locals>.forward_with_redistribution"
-    ):
+    if inspect.isfunction(forward) and forward.__qualname__ == _REDISTRIBUTING:
         forward = inspect.getclosurevars(forward).nonlocals.get("fn")
     of_class: Any = type(experts).forward
     return forward is None or getattr(forward, "__func__", None) is of_class

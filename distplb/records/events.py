@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
-from distplb.errors import DistplbError
-from distplb.records.json_lines import json_parts, record_from_json
+from distplb.records.json_lines import JsonRecord
 
 __all__ = ["EVENT_FORMAT", "RebalanceEvent"]
 
@@ -16,7 +14,7 @@ _KINDS = {"iteration": int, "layers": tuple, "decision": str, "reason": str, "se
 
 
 @dataclass(frozen=True, kw_only=True)
-class RebalanceEvent:
+class RebalanceEvent(JsonRecord):
     """What one rebalance measured, decided and did; the same on all ranks, except for `seconds`.
 
     Imbalance is busiest GPU / mean GPU in tokens. A layer's imbalance is the mean over those steps of a window in which
@@ -83,6 +81,10 @@ class RebalanceEvent:
             it falls behind, rebalancing has stopped, for whatever reason.
     """
 
+    FORMAT = EVENT_FORMAT
+    TYPES = _KINDS
+    REFUSAL = "it is not a rebalance's record ({})"
+
     iteration: int
     layers: tuple[str, ...]
     decision: str
@@ -135,24 +137,3 @@ class RebalanceEvent:
     def bytes_moved(self) -> int:
         """Bytes sent from rank to rank, over all ranks."""
         return self.bytes_inside + self.bytes_between
-
-    def to_json(self) -> str:
-        """One line: an object with `"format": "distplb.event"`, `"version": 1` and all fields by name."""
-        return "".join(self.json_parts())
-
-    def json_parts(self) -> Iterator[str]:
-        """`to_json` in small parts, so that a thread can release the interpreter lock between them."""
-        return json_parts(self, EVENT_FORMAT)
-
-    @classmethod
-    def from_json(cls, line: str) -> RebalanceEvent:
-        """Read a line that `to_json` wrote, in this or another version; unknown fields are ignored.
-
-        Raises:
-            DistplbError: if the line is not such an object, lacks a field that has no default, or has an unknown
-                version number.
-        """
-        try:
-            return record_from_json(cls, line, EVENT_FORMAT, _KINDS)
-        except ValueError as error:
-            raise DistplbError(f"it is not a rebalance's record ({error})") from error

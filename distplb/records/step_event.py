@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
-from distplb.errors import DistplbError
-from distplb.records.json_lines import json_parts, record_from_json
+from distplb.records.json_lines import JsonRecord
 
 __all__ = ["STEP_FORMAT", "StepEvent"]
 
@@ -17,7 +15,7 @@ _KINDS |= {"seconds": dict}
 
 
 @dataclass(frozen=True, kw_only=True)
-class StepEvent:
+class StepEvent(JsonRecord):
     """What a `StepBalancer` did in one step, in all layers; the same on all ranks.
 
     Imbalance is busiest GPU / mean GPU in tokens; None for a layer without tokens in this step.
@@ -35,7 +33,8 @@ class StepEvent:
         imbalance_after: by layer, with the replicas.
         imbalance_bound: by layer, a lower bound that no split with R replica slots inside nodes can beat.
         tokens_of_gpu_before: `[L, M]`, the tokens of each GPU if all were computed at home.
-        tokens_of_gpu_after: `[L, M]`, the tokens that each GPU computed.
+        tokens_of_gpu_after: `[L, M]`, the tokens that each GPU computed; in a dry run, this, `imbalance_after` and
+            `replicas` are what would have been.
         replicas: by layer, (slot of the expert, GPU that held the replica, tokens that it computed) for each replica.
         bytes_inside, bytes_between: bytes of weights pushed and gradients brought home, over all layers and ranks,
             inside nodes and between nodes.
@@ -48,6 +47,10 @@ class StepEvent:
             "waiting backward" and "bring home": the same of the backward. What a recomputation repeats is added. A
             part that did not run, or had not ended when the next step was sampled, is left out.
     """
+
+    FORMAT = STEP_FORMAT
+    TYPES = _KINDS
+    REFUSAL = "it is not a step's record ({})"
 
     step: int
     started: float
@@ -69,24 +72,3 @@ class StepEvent:
     def num_replicas(self) -> int:
         """Replicas of all layers."""
         return sum(map(len, self.replicas))
-
-    def to_json(self) -> str:
-        """One line: an object with `"format": "distplb.step"`, `"version": 1` and all fields by name."""
-        return "".join(self.json_parts())
-
-    def json_parts(self) -> Iterator[str]:
-        """`to_json` in small parts, so that a thread can release the interpreter lock between them."""
-        return json_parts(self, STEP_FORMAT)
-
-    @classmethod
-    def from_json(cls, line: str) -> StepEvent:
-        """Read a line that `to_json` wrote, in this or another version; unknown fields are ignored.
-
-        Raises:
-            DistplbError: if the line is not such an object, lacks a field that has no default, or has an unknown
-                version number.
-        """
-        try:
-            return record_from_json(cls, line, STEP_FORMAT, _KINDS)
-        except ValueError as error:
-            raise DistplbError(f"it is not a step's record ({error})") from error

@@ -27,7 +27,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torchtitan.models.common.moe import GroupedExperts, MoE
 from torchtitan.models.common.token_dispatcher import AllToAllTokenDispatcher, LocalTokenDispatcher
 
-from distplb import Moves, Record, StepBalancer, Topology
+from distplb import StepBalancer, Topology
 from distplb.errors import DistplbError
 from distplb.integrations.lending import step_balancer, with_rows
 from distplb.integrations.torchtitan_replicas import lend, refuse_what_cannot_lend, stop_lending
@@ -421,15 +421,14 @@ def test_what_cannot_lend_is_refused_by_name() -> None:
 
 
 def test_layers_of_different_sizes_and_unknown_options_are_refused() -> None:
-    def of(sizes: dict[str, int], **options: Any) -> StepBalancer:
+    def of(sizes: dict[str, int], **options: Any) -> StepBalancer | None:
         return step_balancer(
             None,
             Topology(1, 1),
             sizes,
             replica_slots=1,
-            options=options,
-            moves=Moves(),
-            record=Record(),
+            replicas=options,
+            of_rebalancer={},
             is_writer=True,
             deadline=9.0,
         )

@@ -21,6 +21,7 @@ from torch.distributed.pipelining.schedules import (
 )
 from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
 
+from distplb import Spread
 from distplb.errors import DistplbError
 
 TOLERANCE = 1e-9
@@ -36,6 +37,17 @@ LAYOUTS: dict[str, tuple[dict[str, int], dict[str, Any], range]] = {
     "FSDP2, dim 1, full": ({"ep": 2}, {"dim_1": True} | FULL, FEW),
     "one expert on a GPU": ({"ep": 4}, {"num_experts": 4}, FEW),
     "TP 2": ({"ep": 4, "tp": 2}, {}, FEW),
+    "FSDP2, dim 1, full, all options": ({"ep": 2}, {"dim_1": True} | FULL, FEW),
+    "FSDP2, dim 0, selective, all options": ({"ep": 2}, SELECTIVE, FEW),
+}
+# Options that other runs turn on one at a time: moves spread over iterations, every step sampled, and a cap or a quota.
+SAMPLED: dict[str, Any] = {"on_event": lambda _: None, "sample_every": 1}
+TOGETHER: dict[str, dict[str, Any]] = {
+    "FSDP2, dim 1, full, all options": {"spread": Spread(1, 2), "replicas": SAMPLED | {"max_tokens_per_gpu": 10**6}},
+    "FSDP2, dim 0, selective, all options": {
+        "spread": Spread(1, 2),
+        "replicas": SAMPLED | {"keep": True, "min_quota": 2},
+    },
 }
 SCHEDULES: dict[str, tuple[Any, int, dict[str, Any]]] = {
     "1F1B": (Schedule1F1B, 1, {}),
@@ -52,7 +64,8 @@ def sharded() -> dict[str, Any]:
         dims = meshes(**degrees)
         steps, other = len(iterations), {key: value for key, value in options.items() if key != "checkpointing"}
         reference = without(Job(dims, steps=steps, batch=8, **other), iterations)
-        found[name] = summary(run(Job(dims, steps=steps, batch=8, **options), iterations), reference)
+        job = Job(dims, steps=steps, batch=8, **options)
+        found[name] = summary(run(job, iterations, **TOGETHER.get(name, {})), reference)
     for fault in FAULTS:
         with broken(fault):
             found[fault] = summary(run(Job(meshes(ep=4, tp=2), steps=len(FEW), batch=8), FEW), reference)

@@ -60,7 +60,7 @@ class Trained:
         is_told = options.pop("told", "rank 0")
         on_event = self.events.append if is_told == "all" or (is_told and dist.get_rank() == 0) else None
         self.balancer = StepBalancer(
-            topology=topology, num_experts=OWN * size, deadline=60, on_event=on_event, **options
+            topology=topology, num_experts=OWN * size, deadline=300, on_event=on_event, **options
         )
         gather, start = TorchStepComm.all_gather, TorchStepComm.start
 
@@ -198,7 +198,7 @@ def backward_in_another_order(reentrant: bool) -> list[Any]:
     events: list[StepEvent] = []
     size, sent = dist.get_world_size(), list[int]()
     balancer = StepBalancer(
-        topology=Topology(1, size), num_experts=OWN * size, deadline=60, on_event=events.append, sample_every=2
+        topology=Topology(1, size), num_experts=OWN * size, deadline=300, on_event=events.append, sample_every=2
     )
     start = TorchStepComm.start
 
@@ -229,6 +229,21 @@ def test_the_recomputation_of_another_step_is_not_counted(reentrant: bool) -> No
     answers = on_ranks(2, backward_in_another_order, reentrant)
     (event,) = answers[0][0]
     assert event.bytes_inside == sum(sent for _, sent in answers) > 0
+
+
+def dry() -> list[Any]:
+    found = Trained(3, "not reentrant", told="all", sample_every=1, dry_run=True)
+    return [found.events, found.bytes]
+
+
+def test_a_dry_run_tells_what_would_have_been_lent_and_sends_nothing() -> None:
+    for events, sent in on_ranks(2, dry):
+        assert sent == [0, 0, 0]
+        for event in events:
+            assert event.num_replicas
+            assert event.imbalance_after[0] < 1.05 < 1.2 < event.imbalance_before[0]  # of 60 tokens
+            assert (event.bytes_inside, event.bytes_between) == (0, 0)
+            assert event.seconds.keys() == ALWAYS
 
 
 # --- what it costs ----------------------------------------------------------------------------------------------
@@ -287,7 +302,7 @@ def test_a_listener_that_fails_is_logged_and_training_goes_on() -> None:
 def other_samples() -> str:
     size, rank = dist.get_world_size(), dist.get_rank()
     balancer = StepBalancer(
-        topology=Topology(1, size), num_experts=OWN * size, on_event=print, sample_every=2 + rank, deadline=60
+        topology=Topology(1, size), num_experts=OWN * size, on_event=print, sample_every=2 + rank, deadline=300
     )
     try:
         balancer.dispatch("hot", tokens("hot", 0).ids)
