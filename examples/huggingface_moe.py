@@ -10,6 +10,8 @@ Takes half a minute on two CPU cores. Each rank trains on its own bytes of the P
 from __future__ import annotations
 
 import argparse
+import os
+from typing import Any
 
 import texts
 import torch
@@ -23,51 +25,68 @@ from distplb import Record
 from distplb.integrations import huggingface
 
 ITERATIONS, EVERY, SEQUENCES, LENGTH = 45, 15, 8, 64
+HIDDEN = 128  # width of an expert
 
 
 def main(replica_slots: int) -> None:
-    config = Qwen3MoeConfig(
-        vocab_size=256,
-        hidden_size=64,
-        moe_intermediate_size=128,
-        num_experts=16,
-        num_experts_per_tok=2,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        head_dim=16,
-    )
-    torch.manual_seed(0)
-    model = Qwen3MoeForCausalLM(config)
-    # Each rank holds half of the experts; FSDP2 shards the rest. This also initialises torch.distributed.
-    parallel, _, meshes = model.prepare_distribute_model(DistributedConfig(fsdp_size=2, ep_size=2))
-    model = model.maybe_distribute_model(model, parallel, meshes).train()
-
-    # Experts have their own mesh, and the parameters of one AdamW group must share a mesh.
-    meshed: list[list[torch.nn.Parameter]] = [[], []]
-    for name, parameter in model.named_parameters():
-        meshed[".experts." in name].append(parameter)
-    optimizer = torch.optim.AdamW([{"params": some} for some in meshed], lr=1e-3)
-    rebalancer = huggingface.rebalancer(
-        model,
-        optimizer,
-        every=EVERY,
-        replica_slots=replica_slots,
-        # Called on rank 0 alone. Real jobs sample one of 100 steps, and also pass prices, such as min_quota.
-        replicas={"on_event": report_step if dist.get_rank() == 0 else None, "sample_every": EVERY},
-        record=Record(on_event=report),
-    )
-
     text = texts.code()
+    # Called on rank 0 alone. Real jobs sample one of 100 steps, and also pass prices, such as min_quota.
+    sampled = {"on_event": report_step, "sample_every": EVERY}
+    job = Job(EVERY, replica_slots, HIDDEN, Record(on_event=report), sampled)
     for iteration in range(1, ITERATIONS + 1):
-        tokens = batch(text, iteration)
-        loss = model(tokens, labels=tokens).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        rebalancer.step()
-        say(f"iteration {iteration}  loss {loss.item():.3f}", iteration % EVERY == 0)
-    del rebalancer  # it refers to the group, whose threads would otherwise stay alive
+        loss = job.train(batch(text, iteration))
+        say(f"iteration {iteration}  loss {loss:.3f}", iteration % EVERY == 0)
+    del job  # it refers to the group, whose threads would otherwise stay alive
     dist.destroy_process_group()
+
+
+class Job:
+    """A model, its optimizer and its rebalancer. Building the first one initialises torch.distributed.
+
+    Args:
+        every: iterations between rebalances; None for none.
+        replica_slots: replicas that a GPU may hold in a step.
+        hidden: width of an expert.
+        record: what is recorded of rebalances.
+        replicas: other options of the `StepBalancer`.
+    """
+
+    def __init__(
+        self, every: int | None, replica_slots: int, hidden: int, record: Record, replicas: dict[str, Any]
+    ) -> None:
+        config = Qwen3MoeConfig(
+            vocab_size=256,
+            hidden_size=64,
+            moe_intermediate_size=hidden,
+            num_experts=16,
+            num_experts_per_tok=2,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            head_dim=16,
+        )
+        torch.manual_seed(0)
+        model = Qwen3MoeForCausalLM(config)
+        # Experts are spread over all ranks; FSDP2 shards the rest.
+        ranks = int(os.environ["WORLD_SIZE"])
+        parallel, _, meshes = model.prepare_distribute_model(DistributedConfig(fsdp_size=ranks, ep_size=ranks))
+        self.model = model.maybe_distribute_model(model, parallel, meshes).train()
+        # Experts have their own mesh, and the parameters of one AdamW group must share a mesh.
+        meshed: list[list[torch.nn.Parameter]] = [[], []]
+        for name, parameter in self.model.named_parameters():
+            meshed[".experts." in name].append(parameter)
+        self.optimizer = torch.optim.AdamW([{"params": some} for some in meshed], lr=1e-3)
+        self.rebalancer = huggingface.rebalancer(
+            self.model, self.optimizer, every=every, replica_slots=replica_slots, record=record, replicas=replicas
+        )
+
+    def train(self, tokens: Tensor) -> float:
+        """Train an iteration; return this rank's loss."""
+        loss = self.model(tokens, labels=tokens).loss
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.rebalancer.step()
+        return loss.item()
 
 
 def batch(text: Tensor, iteration: int) -> Tensor:

@@ -4,16 +4,14 @@
 
 Takes about a minute on two CPU cores. Each rank trains on its own bytes of the Python standard library's source. The
 model is built and parallelised as torchtitan's Trainer does it; lines marked "CPU" are only needed without a GPU. To
-rebalance a job of the Trainer itself, see `distplb.integrations.torchtitan.rebalancer`. `--compare` trains four models
-in turns: without distplb, with moving homes, with replicas, and with both.
+rebalance a job of the Trainer itself, see `distplb.integrations.torchtitan.rebalancer`.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
 from types import SimpleNamespace
+from typing import Any
 
 import texts
 import torch
@@ -32,31 +30,39 @@ from distplb import Record
 from distplb.integrations import torchtitan
 
 TOLD_EVERY, SEQUENCES, LENGTH = 15, 4, 64
-COMPARED = {"static": (0, 0), "homes": (1, 0), "replicas": (0, 1), "both": (1, 1)}  # homes move, replicas are lent
 
 
 def main(options: argparse.Namespace) -> None:
     dist.init_process_group("gloo")
-    titan_meshes.device_type = "cpu"  # CPU
-    text = texts.code()
-    if options.compare:
-        compare(options, text)
-    else:
-        job = Job(options, options.every or None, options.replica_slots)
-        for iteration in range(1, options.iterations + 1):
-            loss = job.train(batch(text, iteration))
-            if iteration % TOLD_EVERY == 0 and dist.get_rank() == 0:
-                print(f"iteration {iteration}  loss {loss:.3f}  {job.steps}", flush=True)
-                job.steps = Steps()
-        del job  # it refers to the group, whose threads would otherwise stay alive
+    text, steps = texts.code(), Steps()
+    # Every step is sampled. Real jobs sample one of 100, and also pass prices, such as min_quota.
+    sampled = {"on_event": lambda event: steps.add(event), "sample_every": 1}
+    job = Job(options.every or None, options.replica_slots, options.hidden, Record(on_event=report), sampled)
+    for iteration in range(1, options.iterations + 1):
+        loss = job.train(batch(text, iteration))
+        if iteration % TOLD_EVERY == 0 and dist.get_rank() == 0:
+            print(f"iteration {iteration}  loss {loss:.3f}  {steps}", flush=True)
+            steps = Steps()
+    del job  # it refers to the group, whose threads would otherwise stay alive
     dist.destroy_process_group()
 
 
 class Job:
-    """A model, its optimizers and its rebalancer."""
+    """A model, its optimizers and its rebalancer.
 
-    def __init__(self, options: argparse.Namespace, every: int | None, replica_slots: int) -> None:
+    Args:
+        every: iterations between rebalances; None for none.
+        replica_slots: replicas that a GPU may hold in a step.
+        hidden: width of an expert.
+        record: what is recorded of rebalances.
+        replicas: other options of the `StepBalancer`.
+    """
+
+    def __init__(
+        self, every: int | None, replica_slots: int, hidden: int, record: Record, replicas: dict[str, Any]
+    ) -> None:
         torch.manual_seed(0)
+        titan_meshes.device_type = "cpu"  # CPU
         parallelism = ParallelismConfig(expert_parallel_degree=dist.get_world_size(), spmd_backend="partial_dtensor")
         set_spmd_backend(parallelism.spmd_backend)
         parallel_dims = ParallelDims.from_config(parallelism, dist.get_world_size())
@@ -64,7 +70,7 @@ class Job:
         del spec.model.layers[2:]
         for layer in spec.model.layers:
             layer.attention.inner_attention = ScaledDotProductAttention.Config()  # CPU
-            layer.moe.routed_experts.inner_experts.hidden_dim = options.hidden
+            layer.moe.routed_experts.inner_experts.hidden_dim = hidden
         spec.model.update_from_config(config=SimpleNamespace(parallelism=parallelism))
         self.model = spec.model.build()
         self.model.init_states()
@@ -78,16 +84,14 @@ class Job:
         adamw.implementation = "for-loop"  # CPU
         self.optimizers = adamw.build(model_parts=[self.model])
         spec.post_optimizer_build_fn(self.optimizers, [self.model], parallel_dims)
-        self.steps = Steps()
-        watched = not options.compare  # a sampled step takes a little longer
         self.rebalancer = torchtitan.rebalancer(
             [self.model],
             self.optimizers,
             every=every,
             replica_slots=replica_slots,
             parallel_dims=parallel_dims,
-            record=Record(on_event=report if watched else None),
-            replicas={"on_event": lambda event: self.steps.add(event), "sample_every": 1} if watched else {},
+            record=record,
+            replicas=replicas,
         )
 
     def train(self, words: torch.Tensor) -> float:
@@ -122,36 +126,6 @@ class Steps:
         return f"imbalance of steps {before:.4f} -> {after:.4f} with {each:.2f} replicas in a layer"
 
 
-def compare(options: argparse.Namespace, text: torch.Tensor) -> None:
-    """Train the four models in turns, and print their tokens/s over the iterations after the first rebalance."""
-    jobs = {
-        name: Job(options, options.every if moves else None, options.replica_slots if lends else 0)
-        for name, (moves, lends) in COMPARED.items()
-    }
-    seconds: dict[str, list[float]] = {name: [] for name in jobs}
-    losses = {}
-    for iteration in range(1, options.iterations + 1):
-        words = batch(text, iteration)
-        names = list(jobs)
-        for name in names[iteration % 4 :] + names[: iteration % 4]:
-            dist.barrier()
-            began = time.perf_counter()
-            losses[name] = jobs[name].train(words)
-            dist.barrier()
-            if iteration > options.every:
-                seconds[name].append(time.perf_counter() - began)
-    if dist.get_rank() == 0:
-        tokens = dist.get_world_size() * SEQUENCES * LENGTH
-        for name, each in seconds.items():
-            ratios = sorted(static / own for own, static in zip(each, seconds["static"], strict=True))
-            low, middle, high = (ratios[int(share * (len(ratios) - 1))] for share in (0.1, 0.5, 0.9))
-            print(
-                f"{name:9} {tokens / statistics.median(each):7.0f} tokens/s  loss {losses[name]:.4f}  "
-                f"{middle:.3f} of static [{low:.3f}, {high:.3f}]"
-            )
-    jobs.clear()  # they refer to the group, whose threads would otherwise stay alive
-
-
 def batch(text: torch.Tensor, iteration: int) -> torch.Tensor:
     """Draw a batch `[SEQUENCES, LENGTH + 1]`, a different one on each rank."""
     generator = torch.Generator().manual_seed(1000 * iteration + dist.get_rank())
@@ -175,6 +149,5 @@ if __name__ == "__main__":
     parser.add_argument("--every", type=int, default=15, help="iterations between rebalances; 0 for none")
     parser.add_argument("--iterations", type=int, default=45, help="of training")
     parser.add_argument("--hidden", type=int, default=64, help="hidden width of an expert")
-    parser.add_argument("--compare", action="store_true", help="static, homes, replicas and both, in turns")
     given = parser.parse_args()
     main(given)
