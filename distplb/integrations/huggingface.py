@@ -310,6 +310,8 @@ def _described(
 ) -> MoELayer:
     num_experts, ties = int(router.weight.shape[0]), RouterTies(int(router.top_k))
     _rows(name, module, num_experts)
+    for key, part in ((block.router, router), ("experts", experts)):
+        _refuse_inside(f"{name}.{key}", part)
     expert_rows = _rows(f"{name}.experts", experts, num_experts)
     router_rows = _rows(f"{name}.{block.router}", router, num_experts)
     share, remaps = _share_of_tokens(expert_rows, sharers), mode == "remap"
@@ -349,6 +351,22 @@ def _rows(name: str, module: nn.Module, num_experts: int) -> dict[str, Tensor]:
                 "not known how it belongs to them; describe the layer yourself with distplb.MoELayer"
             )
     return found
+
+
+def _refuse_inside(name: str, module: nn.Module) -> None:
+    """Refuse experts or a router that contain modules with parameters or buffers of their own.
+
+    An adapter adds such modules; torch's parametrizations put the parameter there that they replace. Rows for experts
+    in them would stay where they are when experts move.
+    """
+    own = {*dict(module.named_parameters(recurse=False)), *dict(module.named_buffers(recurse=False))}
+    inside = [key for key, _ in (*module.named_parameters(), *module.named_buffers()) if key not in own]
+    if inside:
+        raise DistplbError(
+            f"{name}.{inside[0]} belongs to a module inside {name}, as adapters and parametrizations add it, and it is "
+            "not known how it belongs to the experts; attach adapters elsewhere, such as to the attention or beside "
+            "the MoE block, or describe the layer yourself with distplb.MoELayer"
+        )
 
 
 def _num_groups(router: Any) -> int | None:

@@ -152,7 +152,7 @@ class _Lending:
     def __init__(self, layer: str, experts: Any, implementation: Any, balancer: StepBalancer) -> None:
         self._layer, self._experts, self._balancer = layer, experts, balancer
         self._implementation, self._exchange = implementation, _exchange_of(implementation)
-        self._flight = _Flight()
+        self._flight, self._names = _Flight(), self._parameters()
         self.plain = self._exchange.experts_forward
         setattr(self._exchange, _LENDING, self)
         # Neither is traced: a compiled graph would keep what one step has decided.
@@ -187,6 +187,7 @@ class _Lending:
             Rows `[X, D]`, their slots on this GPU `[X, 1]`, weights of 1, and what the combine needs.
         """
         _refuse_products(self._layer, self._experts)
+        self._refuse_changed()
         num_tokens, tp = hidden_states.size(0), self._exchange.tp_mesh
         if tp.size() > 1:  # the ranks of a batch send different tokens of it
             hidden_states, top_k_index, top_k_weights = own_slices(tp, hidden_states, top_k_index, top_k_weights)
@@ -202,6 +203,23 @@ class _Lending:
         state = _State(top_k_weights, order, sizes.send_sizes, sizes.receive_sizes, num_tokens)
         return rows, slots, torch.ones_like(slots, dtype=rows.dtype), state
 
+    def _parameters(self) -> list[str]:
+        return [key for key, _ in self._experts.named_parameters()]
+
+    def _refuse_changed(self) -> None:
+        """Refuse experts that compute with more than what is lent, such as an adapter that was attached to them later.
+
+        Raises:
+            DistplbError: on all ranks that changed them.
+        """
+        now = self._parameters()
+        if now != self._names:
+            raise DistplbError(
+                f"{self._layer}: its experts have the parameters {', '.join(now)}, but had {', '.join(self._names)} "
+                "when replicas were set up, and replicas would be computed without what was added; attach adapters "
+                "elsewhere, such as to the attention or beside the block"
+            )
+
     def compute(self, rows: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
         """The experts `[X, D]` of rows in any order; a single row of slot 0 if there are none."""
         step, self._flight.step = self._flight.step, None
@@ -209,7 +227,7 @@ class _Lending:
         if step.is_trivial and step.sample is None:
             whole: Tensor = self.plain(rows, slots, weights)
             return whole
-        names = [key for key, _ in self._experts.named_parameters(recurse=False)]
+        names = self._names
         tensors = [getattr(self._experts, key) for key in names]  # local ones, inside the expert-parallel forward
         num_own = len(tensors[0])
 

@@ -24,8 +24,9 @@ from distplb.errors import DistplbError
 
 __all__ = ["Row", "checked_counts", "counts_of", "marked_as_unseen", "name_digest", "refuse_weights"]
 
-_CALL, _LAYER, _OPTIONS, _BACKWARD, _COMPUTES, _UNSEEN, _KIND, _INVALID, _EXAMPLE = range(9)  # before the counts
-_HEADER = 9
+# Before the counts.
+_CALL, _LAYER, _OPTIONS, _BACKWARD, _GRADIENTS, _COMPUTES, _UNSEEN, _KIND, _INVALID, _EXAMPLE = range(10)
+_HEADER = 10
 _NAME_BYTES = 96  # of a layer's name, in errors
 _RIGHT, _NO_TENSOR, _NO_INTEGERS, _NO_TABLE, _NO_DEVICE = range(5)  # kinds of what a rank passed
 _KINDS = {
@@ -51,15 +52,17 @@ class Row:
         layer: the digest of the layer's name.
         options: the digest of the options.
         backward: whether this is the recomputation of a step.
+        gradients: whether autograd records this step; an evaluation is not recorded.
     """
 
     call: int
     layer: int
     options: int
     backward: bool
+    gradients: bool
 
     def tensor(self, expert_of_token: object, num_slots: int, device: torch.device) -> Tensor:
-        """`[9 + P]` int64 on the device. No operation waits for the device.
+        """`[10 + P]` int64 on the device. No operation waits for the device.
 
         Args:
             expert_of_token: `[N, K]`, as the user passed it; what does not fit is told to all ranks.
@@ -71,7 +74,7 @@ class Row:
             assert isinstance(expert_of_token, Tensor)
             ids = expert_of_token.flatten().to(torch.int64)
             if ids.is_cpu and (counts := _host_counts(ids, num_slots)) is not None:
-                whole = [self.call, self.layer, self.options, self.backward, False, 0, kind, 0, 0]
+                whole = [*self._place(), False, 0, kind, 0, 0]
                 return torch.from_numpy(np.concatenate([np.array(whole, np.int64), counts]))
         row = torch.zeros(_HEADER + num_slots, dtype=torch.int64, device=device)
         if kind == _RIGHT:
@@ -82,12 +85,12 @@ class Row:
             if len(ids):
                 least, most = ids.aminmax()
                 row[_EXAMPLE] = least.where(least < 0, most)
-        head = torch.tensor([self.call, self.layer, self.options, self.backward, False, 0, kind], device="cpu")
+        head = torch.tensor([*self._place(), False, 0, kind], device="cpu")
         row[: len(head)] = head.to(device, non_blocking=True)
         return row
 
     def of_weights(self, weights: Sequence[object], num_slots: int, num_own: int) -> Tensor:
-        """`[9 + P]` int64 on the host: the same about the weights of the layer.
+        """`[10 + P]` int64 on the host: the same about the weights of the layer.
 
         Args:
             weights: as the user passed them; what does not fit is told to all ranks.
@@ -97,9 +100,13 @@ class Row:
         row = torch.zeros(_HEADER + num_slots, dtype=torch.int64, device="cpu")
         kind, found = _weights_kind(weights, num_own)
         shapes = [(list(one.shape), one.dtype) for one in weights if isinstance(one, Tensor)]
-        head = [self.call, self.layer, self.options, self.backward, True, 0, kind, found, digest(repr(shapes).encode())]
+        head = [*self._place(), True, 0, kind, found, digest(repr(shapes).encode())]
         row[:_HEADER] = torch.tensor(head, device="cpu")
         return row
+
+    def _place(self) -> tuple[int, ...]:
+        """Where this rank is."""
+        return self.call, self.layer, self.options, self.backward, self.gradients
 
 
 def marked_as_unseen(row: Tensor) -> Tensor:
@@ -204,7 +211,7 @@ def _weights_kind(weights: Sequence[object], num_own: int) -> tuple[int, int]:
 
 
 def _refuse(comm: StepComm, rows: Tensor, layers: Mapping[int, Hashable]) -> None:
-    """Check that all ranks are at the same point, from their headers `[M, 9]`, which every rank has."""
+    """Check that all ranks are at the same point, from their headers `[M, 10]`, which every rank has."""
     places = rows.numpy()[:, _CALL : _COMPUTES + 1]
     if (places == places[0]).all():  # in every step, so in one operation
         return
@@ -228,10 +235,17 @@ def _refuse(comm: StepComm, rows: Tensor, layers: Mapping[int, Hashable]) -> Non
         raise DistplbError(
             "some ranks recompute this step and others do not; recompute the same layers on all ranks of the group"
         )
+    without = rows[:, _GRADIENTS].eq(0).nonzero().flatten().tolist()
+    if 0 < len(without) < len(rows):
+        raise DistplbError(
+            f"rank{'s' * (len(without) > 1)} {_listed(without)} would compute this step without gradients, as in an "
+            "evaluation, and other ranks with them; evaluate on all ranks of the group, with the same number of "
+            "batches"
+        )
 
 
 def _refuse_ids(rows: Tensor, num_slots: int, layers: Mapping[int, Hashable]) -> None:
-    """Check what ranks passed as expert ids, from the headers `[M, 9]`."""
+    """Check what ranks passed as expert ids, from the headers `[M, 10]`."""
     if not rows.numpy()[:, _UNSEEN : _INVALID + 1].any():
         return
     for rank, kind in enumerate(rows[:, _KIND].tolist()):

@@ -227,7 +227,7 @@ class StepBalancer:
             sample = self._sampler.recomputed(layer) if again else self._sampler.sample(layer)
         with self._stages.stage("count", sample):
             name = self._name_of(layer)
-            head = Row(self._calls, name, self._digest, again)
+            head = Row(self._calls, name, self._digest, again, torch.is_grad_enabled())
             row = head.tensor(expert_of_token, self._num_slots, self._comm.device)
             if again and _digest_of(counts_of(row)) not in self._seen[layer]:
                 row = marked_as_unseen(row)
@@ -355,7 +355,7 @@ class StepBalancer:
         shapes = tuple((rows.shape, rows.dtype) for rows in tensors)
         if len(tensors) == len(home_rows) and shapes in self._shapes[layer]:
             return
-        head = Row(self._calls, name_digest(layer), self._digest, is_in_backward())
+        head = Row(self._calls, name_digest(layer), self._digest, is_in_backward(), torch.is_grad_enabled())
         row = head.of_weights(home_rows, self._num_slots, self._num_own)
         refuse_weights(self._comm, row, self._num_own, self._layers)
         self._shapes[layer].add(shapes)

@@ -108,6 +108,29 @@ def test_another_layer_is_refused_and_ranks_go_on_alike() -> None:
         )
 
 
+def lone_evaluation() -> list[str]:
+    """Ranks 1 and 2 evaluate one batch more than rank 0, which trains."""
+    balancer = new_balancer()
+    with torch.set_grad_enabled(dist.get_rank() == 0):
+        texts = [text_of(lambda: balancer.dispatch("a", EVEN))]
+    for gradients in (False, True):
+        with torch.set_grad_enabled(gradients):
+            texts.append(text_of(lambda: balancer.dispatch("a", EVEN)))
+    return texts
+
+
+def test_an_evaluation_of_some_ranks_is_refused() -> None:
+    """The ranks met in the count of a training and an evaluation, and went on to wait for each other's next step."""
+    first, second, third = on_ranks(3, lone_evaluation)
+    assert first == second == third
+    assert first == [
+        "ranks 1, 2 would compute this step without gradients, as in an evaluation, and other ranks with them; "
+        "evaluate on all ranks of the group, with the same number of batches",
+        "no error",
+        "no error",
+    ]
+
+
 def late_after_a_refusal() -> str:
     balancer, rank = new_balancer(), dist.get_rank()
     balancer.dispatch("a", EVEN)

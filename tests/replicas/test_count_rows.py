@@ -15,7 +15,7 @@ from distplb.replicas import count
 from distplb.replicas.count import Row, checked_counts, counts_of
 
 SLOTS, CPU = 6, torch.device("cpu")
-HEAD = Row(call=7, layer=1 << 61, options=(1 << 62) - 1, backward=True)
+HEAD = Row(call=7, layer=1 << 61, options=(1 << 62) - 1, backward=True, gradients=False)
 
 
 def both_ways(ids: Tensor) -> tuple[Tensor, Tensor]:
