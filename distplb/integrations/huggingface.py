@@ -5,7 +5,7 @@ Shapes: N tokens, E experts, P slots, K experts per token.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
@@ -143,7 +143,7 @@ def rebalancer(
 
     Args:
         model: the model, or its parts.
-        optimizers: the optimizers that step on it.
+        optimizers: the optimizers that step on it; accelerate may have wrapped them.
         every: iterations between rebalances; None never moves homes.
         replica_slots: replicas that a GPU may hold in one step; 0 lends none.
         group: process group of all ranks that hold the experts; the default group where None.
@@ -167,7 +167,8 @@ def rebalancer(
                 f"{name}: each of {comm.size} ranks computes all experts (held {held}), so there is nothing to "
                 "balance; make the model expert-parallel with transformers.distributed.DistributedConfig(ep_size=...)"
             )
-        return Rebalancer(layers, optimizers, topology=Topology(1, 1), every=every, **options)  # nothing to lend
+        # There is nothing to lend.
+        return Rebalancer(layers, _unwrapped(optimizers), topology=Topology(1, 1), every=every, **options)
     if comm is None or comm.size != mesh.size():
         raise DistplbError(
             f"{name}: the experts are on {mesh.size()} rank{'s' * (mesh.size() != 1)}, but the group has "
@@ -191,7 +192,7 @@ def rebalancer(
     )
     built = Rebalancer(
         layers,
-        optimizers,
+        _unwrapped(optimizers),
         topology=topology,
         every=every,
         comm=comm,
@@ -205,6 +206,14 @@ def rebalancer(
         else:
             built.on_close(lend(name, experts, balancer))
     return built
+
+
+def _unwrapped(optimizers: Optimizer | Iterable[Optimizer]) -> list[Optimizer]:
+    """List torch's own optimizers. Accelerate's wrapper is an `Optimizer` without the hooks and state of one."""
+    if not isinstance(optimizers, Optimizer):
+        return [one for each in optimizers for one in _unwrapped(each)]
+    inside = getattr(optimizers, "optimizer", None)
+    return _unwrapped(inside) if isinstance(inside, Optimizer) else [optimizers]
 
 
 # --- finding -----------------------------------------------------------------------------------------------------
