@@ -136,7 +136,8 @@ def test_examples_with_prompts_print_what_they_show(page: Path) -> None:
 
 def lines_of(page: Path, framework: str) -> str:
     """The page's block that uses a framework's adapter, with rebalances in every second iteration."""
-    (block,) = (one for one in blocks(page, "python") if f"distplb.integrations import {framework}" in one)
+    found = [one for one in blocks(page, "python") if f"distplb.integrations import {framework}" in one]
+    (block,) = (one for one in found if "TrainerCallback" not in one)  # which test_huggingface_trainer.py runs
     assert block.count("every=500") == 1
     return block.replace("every=500", "every=2")
 
