@@ -27,7 +27,7 @@ def test_what_a_call_keeps_and_allocates_is_found() -> None:
         "nothing": bench_idle.allocations(bench_idle.Case(lambda: None)),
         "a block": bench_idle.allocations(bench_idle.Case(lambda: kept.append(bytes(100)))),
         "a tensor": bench_idle.allocations(bench_idle.Case(lambda: kept.append(torch.zeros(3)))),
-        "two for a moment": bench_idle.allocations(bench_idle.Case(lambda: torch.zeros(3) + 1)),
+        "two for a moment": bench_idle.allocations(bench_idle.Case(lambda: torch.zeros(3).clone())),
     }
     assert found["nothing"]["kept_blocks"] < bench_idle.KEPT
     assert found["nothing"]["tensors"] == found["nothing"]["kept_tensors"] == 0
