@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
+    from torch.distributed import ProcessGroup, Work
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.distributed_c10d import Store
 
 __all__ = [
+    "all_gather_into",
     "default_store",
     "flattened",
     "functional_all_to_all",
@@ -23,6 +24,15 @@ __all__ = [
     "local_shape_and_offset",
     "num_groups",
 ]
+
+
+def all_gather_into(rows: Tensor, row: Tensor, group: ProcessGroup) -> Work:
+    """Each rank's `row [n]` into `rows [M, n]`, under way: `ProcessGroup._allgather_base`.
+
+    `torch.distributed.all_gather_into_tensor` calls the same, after checks and with a log entry that take about as long
+    as everything else that a step does on the host.
+    """
+    return group._allgather_base(rows, row[None])
 
 
 def default_store() -> Store:

@@ -24,6 +24,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from distplb.comm.base import Message, Ranks
 from distplb.comm.message_watch import MessageWatch
+from distplb.comm.private_names import all_gather_into
 from distplb.comm.torchdist import TorchComm, group_of
 from distplb.errors import LostRanksError
 
@@ -121,7 +122,11 @@ class TorchStepComm(TorchComm):
         """Gather as one collective of the group."""
         with self._in_time() as started:
             rows = row.new_empty(self.size, len(row))
-            return self._on_host(_all_gather(rows, row[None], group=self._group, async_op=True), rows, started)
+            if self._is_nccl:
+                work = _all_gather(rows, row[None], group=self._group, async_op=True)
+            else:
+                work = all_gather_into(rows, row, self._group)
+            return self._on_host(work, rows, started)
 
     def start(self, sends: Sequence[Message], receives: Sequence[Message]) -> Transfer:
         """Start all messages as one batch; with NCCL, on a stream of their own."""

@@ -133,8 +133,9 @@ class TrainingWatch:
         """Update the idle iterations of every part, and begin the next iteration."""
         if self._has_stepped:
             for number, part in enumerate(self._parts):
-                is_trained = any(tensor.requires_grad for tensor in part)
-                self._idle[number] = self._idle[number] + 1 if is_trained and number not in self._reached else 0
+                # Only parts without a gradient are looked at, because that takes longer than all else in an iteration.
+                is_idle = number not in self._reached and any(tensor.requires_grad for tensor in part)
+                self._idle[number] = self._idle[number] + 1 if is_idle else 0
         self._has_stepped, self._stepped_last = False, self._has_stepped
         self._reached.clear()
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,7 +32,7 @@ from distplb.replicas.tokens import own_slots, slots_of_tokens
 from distplb.splitting.gate import is_surely_trivial
 from distplb.splitting.inputs import checked_prices, checked_tolerance
 from distplb.splitting.routes import Exchange, exchange_of
-from distplb.splitting.rules import NEVER
+from distplb.splitting.rules import NEVER, Array
 from distplb.splitting.split import split
 from distplb.splitting.split_value import Split
 
@@ -187,10 +188,9 @@ class StepBalancer:
         self._calls = 0
         self._layers: dict[int, Hashable] = {}  # names by digest
         self._names: dict[Hashable, int] = {}  # and digests by name
-        # Of steps in which all tokens are computed at home: [P], the physical slot of each slot; [M, R] tokens.
+        # Of steps in which all tokens are computed at home: [P], the physical slot of each slot.
         slots = torch.arange(self._num_slots, device=self._comm.device)
         self._own_slots = own_slots(slots, self._num_own, self._num_replicas)
-        self._no_tokens = torch.zeros(topology.num_gpus, self._num_replicas, dtype=torch.int64, device="cpu")
         # Digests of what this rank's forwards counted, which a recomputation may come back to; the oldest first.
         self._seen = defaultdict[Hashable, dict[int, None]](dict)
         self._shapes = defaultdict[Hashable, set[tuple[tuple[torch.Size, torch.dtype], ...]]](set)  # agreed on
@@ -229,9 +229,9 @@ class StepBalancer:
             name = self._name_of(layer)
             head = Row(self._calls, name, self._digest, again, torch.is_grad_enabled())
             row = head.tensor(expert_of_token, self._num_slots, self._comm.device)
-            if again and _digest_of(counts_of(row)) not in self._seen[layer]:
+            if again and _digest_of(counts_of(row).cpu().numpy()) not in self._seen[layer]:
                 row = marked_as_unseen(row)
-            counts = checked_counts(self._comm, row, self._layers)
+            counts = checked_counts(self._comm, row, self._layers)  # [M, P]
             counted = _digest_of(counts[self._comm.rank])  # of the host's copy, so that nothing waits for the device
             if not again:
                 self._remember(layer, counted)
@@ -239,14 +239,14 @@ class StepBalancer:
             sample.forget_last()
             sample = None
         with self._stages.stage("split", sample):
-            found = None if self._is_surely_trivial(counts) else self._split(counts)
+            found = None if self._is_surely_trivial(counts) else self._split(torch.from_numpy(counts))
             if found is None or found.is_trivial or self._dry_run:
                 step = self._at_home(layer, found, expert_of_token, counts, sample)
             else:
                 exchange = exchange_of(found, self._topology, self._comm.rank, self._own)
                 slot_of_token = slots_of_tokens(expert_of_token, exchange.send, found.replica)
                 pushes = Pushes.of(found.replica, self._num_own, self._comm.rank)
-                key = (name, _digest_of(found.replica))
+                key = (name, _digest_of(found.replica.numpy()))
                 loan = Loan(f"layer {shown(layer)}", key, pushes, self._num_replicas, sample)
                 step = Dispatch(layer, found, exchange, slot_of_token, loan, sample)
         if sample is not None:
@@ -254,7 +254,7 @@ class StepBalancer:
                 with self._stages.stage("sample"):
                     assert self._sampler is not None
                     sample.counted = counted
-                    self._sampler.take(sample, counts, found)
+                    self._sampler.take(sample, torch.from_numpy(counts), found)
             sample.begin("dispatch")
         return step
 
@@ -324,11 +324,11 @@ class StepBalancer:
     def _split(self, counts: Tensor) -> Split:
         return split(counts, self._home, topology=self._topology, **self._options)
 
-    def _is_surely_trivial(self, counts: Tensor) -> bool:
+    def _is_surely_trivial(self, counts: Array) -> bool:
         """Whether no replica pays, by the loads of the GPUs alone; with a time curve, `split` has to tell."""
         if self._options["time_curve"] is not None:
             return False
-        load = counts.numpy().sum(0).reshape(-1, self._num_own).sum(1)
+        load = np.add.reduce(np.add.reduce(counts, 0).reshape(-1, self._num_own), 1)
         return is_surely_trivial(
             load, tolerance=self._tolerance, inside=self._inside, cap=self._options["max_tokens_per_gpu"]
         )
@@ -341,12 +341,17 @@ class StepBalancer:
             del seen[next(iter(seen))]
 
     def _at_home(
-        self, layer: Hashable, found: Split | None, expert_of_token: Tensor, counts: Tensor, sample: Sample | None
+        self, layer: Hashable, found: Split | None, expert_of_token: Tensor, counts: Array, sample: Sample | None
     ) -> Dispatch:
         gpu, own = self._comm.rank, self._num_own
-        send, receive = counts[gpu].view(-1, own), counts[:, gpu * own : (gpu + 1) * own]
-        exchange = Exchange(torch.cat([send, self._no_tokens], 1), torch.cat([receive, self._no_tokens], 1))
-        slot_of_token = self._own_slots.take(expert_of_token.to(torch.int64))
+        send, receive = (np.zeros((len(counts), own + self._num_replicas), np.int64) for _ in range(2))
+        send[:, :own], receive[:, :own] = counts[gpu].reshape(-1, own), counts[:, gpu * own : (gpu + 1) * own]
+        exchange = Exchange(torch.from_numpy(send), torch.from_numpy(receive))
+        ids = expert_of_token.to(torch.int64)
+        if ids.is_cpu:  # NumPy takes at most half as long
+            slot_of_token = torch.from_numpy(self._own_slots.numpy().take(ids.numpy()))
+        else:
+            slot_of_token = self._own_slots.take(ids)
         return Dispatch(layer, found, exchange, slot_of_token, sample=sample)
 
     def _agree_on_weights(self, layer: Hashable, home_rows: Sequence[Tensor]) -> None:
@@ -373,5 +378,5 @@ def _computed_at_home(
     return computed
 
 
-def _digest_of(values: Tensor) -> int:
-    return digest(values.cpu().numpy().tobytes())
+def _digest_of(values: Array) -> int:
+    return digest(values.tobytes())

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from distplb.core.arguments import refuse_wrong_types, shown, whole_number
@@ -22,12 +24,24 @@ from distplb.train.training_forwards import is_step
 
 __all__ = ["LoadWindow", "group_of_steps", "window_near"]
 
+Array = NDArray[np.int64]
+
 _NONE = -1  # marks a row without a step
 _VALUELESS = ("meta",)  # devices whose tensors have no values; tests use it in place of an accelerator
 _EACH_STEP = 2048  # at least this many steps after a clear are drawn one by one, later ones in blocks
 _LAST_STEP = 2**31  # no later step is kept; times a hash of 32 bits it still fits an int64
 # A step is several operations on the same tensors. One lock for all windows: a compiled graph has tensors, no window.
 _one_at_a_time = threading.RLock()
+
+
+class _Host(NamedTuple):
+    """The memory of a window's tensors as arrays."""
+
+    counts: Array  # [T + 1, L, E]
+    numbers: Array  # [T + 1, L]
+    written: Array  # [L]
+    edges: Array  # [2 B]
+    rows: Array  # [2 B + 1]
 
 
 class LoadWindow:
@@ -100,6 +114,7 @@ class LoadWindow:
         self._edges = torch.empty(2 * blocks, dtype=torch.int64, device=device)
         self._rows = torch.full((2 * blocks + 1,), rows, dtype=torch.int64, device=device)
         self._clears = 0
+        self._host: _Host | None = None  # the tensors' memory as arrays, once counts come on the CPU
         self._start()
 
     @property
@@ -135,14 +150,14 @@ class LoadWindow:
                 wait to check them, and `load` raises instead. Also if a compiled forward with gradients contains one
                 without gradients.
         """
-        num_layers, num_experts = self._counts.shape[1:]
+        (_, num_layers, num_experts), is_compiling = self._counts.shape, torch.compiler.is_compiling()
         if type(layer) is not int:
             layer = whole_number("LoadWindow.add: layer", layer, expected=f"an index in [0, {num_layers})")
         if not 0 <= layer < num_layers:
             raise DistplbError(f"LoadWindow.add: layer is {layer}; pass an index in [0, {num_layers})")
         if not isinstance(counts, Tensor):
             counts = as_tensor("LoadWindow.add: counts", counts)
-        elif type(counts).__name__ == "DTensor" or not torch.compiler.is_compiling():
+        elif type(counts).__name__ == "DTensor" or not (is_compiling or _is_plain_int64(counts)):
             refuse_unreadable("LoadWindow.add: counts", counts)
         if counts.dim() != 1 or counts.numel() != num_experts:
             raise DistplbError(
@@ -154,12 +169,16 @@ class LoadWindow:
         if training is not None and not training:
             return
         if counts.device != self._counts.device:
-            if not torch.compiler.is_compiling() and not is_step(torch.is_grad_enabled()):
+            if not is_compiling and not is_step(torch.is_grad_enabled()):
                 return  # an evaluation, which may run on another device
             self._move_to(counts.device)
+        if not is_compiling and counts.is_cpu:
+            if is_step(torch.is_grad_enabled()):
+                self._add_on_host(layer, counts)
+            return
         buffers = (self._counts, self._numbers, self._written, self._edges, self._rows)
         # When compiling, the gradient mode is known now, and the graph is guarded by it.
-        add = torch.ops.distplb.add if torch.compiler.is_compiling() else _add
+        add = torch.ops.distplb.add if is_compiling else _add
         add(*buffers, layer, counts.detach(), torch.is_grad_enabled(), self._layers[layer])
 
     def load(self) -> Tensor:
@@ -223,6 +242,25 @@ class LoadWindow:
             self._clears += 1
             self._start()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy takes over: not the arrays, which would have memory of their own in it."""
+        return vars(self) | {"_host": None}
+
+    def _add_on_host(self, layer: int, counts: Tensor) -> None:
+        """What `_add` does, with NumPy: the operations of torch take three times as long for so few numbers."""
+        if not _is_plain_int64(counts) or np.minimum.reduce(counts.numpy()) < 0:
+            counts = as_counts(f"LoadWindow.add: layer {self._layers[layer]}", counts, ("expert",))
+        with _one_at_a_time:
+            if self._host is None:
+                tensors = (self._counts, self._numbers, self._written, self._edges, self._rows)
+                self._host = _Host(*(tensor.numpy() for tensor in tensors))
+            host = self._host
+            number = host.written.item(layer)
+            row = host.rows.item(host.edges.searchsorted(number, "right"))
+            host.counts[row, layer] = counts.numpy()
+            host.numbers[row, layer] = number
+            host.written[layer] = number + 1
+
     def _move_to(self, device: torch.device) -> None:
         """Move to the device of the first counts."""
         if device.type in _VALUELESS:
@@ -246,7 +284,7 @@ class LoadWindow:
             with torch.inference_mode(False):  # inference tensors could not be written in place later
                 for name in ("_numbers", "_written", "_edges", "_rows", "_counts"):  # last: `add` compares its device
                     setattr(self, name, getattr(self, name).to(device))
-            self._may_move = False
+            self._may_move, self._host = False, None
 
     def _start(self) -> None:
         self._written.zero_()
@@ -293,6 +331,12 @@ def window_near(device: torch.device, num_layers: int, num_experts: int, num_ste
     window = LoadWindow(num_layers, num_experts, num_steps, device=device, seed=seed)
     window._may_move = True
     return window
+
+
+def _is_plain_int64(counts: Tensor) -> bool:
+    """Whether these are counts in the usual form, which need no closer look at what kind of tensor they are."""
+    is_plain = type(counts) is Tensor and counts.dtype is torch.int64 and counts.layout is torch.strided
+    return is_plain and not counts.is_nested
 
 
 def _add(

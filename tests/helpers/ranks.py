@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import multiprocessing
 import os
+import pickle
 import sys
 import tempfile
 import time
@@ -160,7 +161,8 @@ def _one_rank(
     join_group(rank, size, folder)
     pipe.send(_HERE)
     try:
-        pipe.send((True, body(*args)))
+        # Not `send`: torch has it pass on handles of tensors, which the reader cannot open if this process has ended.
+        pipe.send_bytes(pickle.dumps((True, body(*args))))
     except BaseException:
         pipe.send((False, traceback.format_exc()))
     finally:

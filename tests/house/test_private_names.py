@@ -41,6 +41,7 @@ NAMES = {
         "Module._forward_pre_hooks",
     ): "so that a second rebalancer finds the first one's table (adapters, mode='remap')",
     ("torch.utils._pytree", "tree_leaves"): "to refuse optimizer state that cannot travel (Rebalancer)",
+    ("torch.distributed", "ProcessGroup._allgather_base"): "to gather the counts of a step (StepBalancer)",
     ("torch.distributed.distributed_c10d", "_get_default_store"): "to name lost ranks (TorchComm)",
     ("torch.distributed.distributed_c10d", "_world.pg_names"): "to create groups of some ranks (TorchComm.new_group)",
     (

@@ -80,6 +80,19 @@ def test_a_layer_that_turns_uneven_is_split_in_that_very_step() -> None:
     assert on_ranks(2, kinds_of_steps) == [["even"] * 8 + ["uneven"] * 4] * 2
 
 
+def exchanged() -> list[Any]:
+    """Ranks send to different slots, and both GPUs get four tokens."""
+    step = new_balancer().dispatch("a", torch.tensor([[[0, 0, 2, 2], [1, 1, 3, 3]][dist.get_rank()]]).T)
+    assert step.split is None
+    return [step.send.tolist(), step.receive.tolist(), step.slot_of_token.flatten().tolist()]
+
+
+def test_an_even_step_tells_what_each_rank_sends_and_receives() -> None:
+    first, second = on_ranks(2, exchanged)
+    assert first == [[[2, 0, 0, 0], [2, 0, 0, 0]], [[2, 0, 0, 0], [0, 2, 0, 0]], [0, 0, 4, 4]]
+    assert second == [[[0, 2, 0, 0], [0, 2, 0, 0]], [[2, 0, 0, 0], [0, 2, 0, 0]], [1, 1, 5, 5]]
+
+
 def recomputed(reentrant: bool) -> list[str]:
     """A layer is evaluated and then trained, each batch under recomputation; even steps and uneven ones."""
     rank, size = dist.get_rank(), dist.get_world_size()

@@ -400,6 +400,43 @@ def test_a_clear_beside_an_add_leaves_the_whole_step_or_nothing_of_it() -> None:
     assert found == [True] * rounds
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+def test_a_negative_count_on_the_host_is_refused_where_it_is_added(dtype: torch.dtype) -> None:
+    window = LoadWindow(1, 2, 4)
+    with pytest.raises(DistplbError, match=r"LoadWindow.add: layer 0 has -1 for expert 1.*non-negative"):
+        window.add(0, torch.tensor([1, -1], dtype=dtype), training=True)
+    assert window.seen == 0
+
+
+def test_the_host_writes_what_the_compilers_operation_writes() -> None:
+    """Both ways of one window take turns, and a second window has the operation alone."""
+    generator = torch.Generator().manual_seed(0)
+    mixed, plain = (LoadWindow(3, 4, 5, seed=1) for _ in range(2))
+
+    def operation(window: LoadWindow, layer: int, counts: Tensor) -> None:
+        buffers = (window._counts, window._numbers, window._written, window._edges, window._rows)
+        torch.ops.distplb.add(*buffers, layer, counts, True, "")
+
+    for step in range(300):
+        counts = torch.randint(100, (3, 4), generator=generator)
+        for layer in range(3):
+            operation(plain, layer, counts[layer])
+            if (step + layer) % 3:
+                operation(mixed, layer, counts[layer])
+            else:
+                mixed.add(layer, counts[layer], training=True)
+        if step % 70 == 69:
+            order = torch.rand(3, 4, generator=generator).argsort(1)
+            for window in (mixed, plain):
+                window.rename(order)
+        assert mixed.seen == plain.seen == step % 110 + 1
+        assert torch.equal(mixed.load(), plain.load())
+        assert torch.equal(mixed.steps(), plain.steps())
+        if step % 110 == 109:
+            mixed.clear()
+            plain.clear()
+
+
 def test_a_window_goes_with_the_model_that_holds_it_when_that_is_copied_or_pickled() -> None:
     """A lock can be neither copied nor pickled."""
     layer = counting()
