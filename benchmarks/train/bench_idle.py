@@ -44,8 +44,7 @@ KEPT = 0.05  # of a call, on average; a dict that grows once leaves that behind
 EXCHANGE, STEP_PLAIN = "exchange of counts, by hand", "forward and backward, by hand"
 DISPATCH = "`dispatch`, even"
 STEP_BALANCED = "forward and backward, even"
-FEW = 50  # calls for a look
-BEFORE, MANY = 1000, 500  # calls before growth is measured, in which lists of free objects fill, and while it is
+FEW, MANY, TIMES = 50, 300, 3  # calls before growth is measured, and while it is, so many times
 SETTLED = 4200  # the same before, of a balancer, which then forgets as many forwards as come
 SETTLED_CLOCK = 10_100  # the same of a rebalancer, which then forgets as many iterations' times
 SECONDS = 900
@@ -53,7 +52,8 @@ TEXT = (
     "Microseconds of a call: median, with the minimum in brackets. All calls take turns in one process, in an order "
     "that changes; on two ranks each starts at a barrier, so their code is cold, as in a step. `Python` and `tensors` "
     "are what a call allocates: bytes of Python and NumPy that are alive at once, and tensors. `kept` is what a call "
-    "leaves behind, blocks of Python's memory and tensors, on average over {many} calls. Before that come {before_that} calls, "
+    "leaves behind, blocks of Python's memory and tensors, on average over {many} calls, the least of {times} times: "
+    "Python keeps lists of free objects, which fill for a while. Before that come {few} calls, "
     "or {clock} of `Rebalancer.step()`, which keeps the times of 10,000 iterations at most, or {settled} of "
     "`dispatch`, which knows 4,096 forwards of a layer at most and gets other counts in each call here. `exchange of "
     "counts, by hand` counts, exchanges counts, and sums them to split sizes; `dispatch` takes its place, decides, and "
@@ -78,7 +78,7 @@ class Case:
     call: Call
     prepare: Call | None = None
     other: Call | None = None
-    before: int = BEFORE
+    before: int = FEW
 
 
 def main() -> None:
@@ -88,7 +88,7 @@ def main() -> None:
         run_job(options.job, measured)
         return
     before = os.getloadavg()[0]
-    found = []
+    found = {}
     with tempfile.TemporaryDirectory() as folder:
         if options.against is not None:
             put_earlier(options.against, Path(folder))
@@ -96,14 +96,14 @@ def main() -> None:
             progress(f"{ranks} ranks")
             earlier = None if options.against is None else folder
             task = {"rounds": options.rounds, "earlier": earlier, "quick": options.quick}
-            found.append(on_this_host(ranks, MODULE, task, seconds=SECONDS))
+            found[ranks] = on_this_host(ranks, MODULE, task, seconds=SECONDS)
     progress("")
-    counts = {"before_that": BEFORE, "many": MANY, "settled": SETTLED, "clock": SETTLED_CLOCK}
+    counts = {"few": FEW, "many": MANY, "times": TIMES, "settled": SETTLED, "clock": SETTLED_CLOCK}
     sizes = {"layers": LAYERS, "experts": EXPERTS, "steps": STEPS, "tokens": TOKENS, "own": OWN}
     text = TEXT.format(**counts, **sizes, before=before, after=os.getloadavg()[0], cores=len(os.sched_getaffinity(0)))
     words = {"--against": options.against, "--rounds": options.rounds, "--quick": options.quick}
     top = header("What a step costs when nothing happens", text, command_line("train.bench_idle", words), "cpu")
-    parts = [part(ranks, rows) for ranks, rows in zip(RANKS, found, strict=True)]
+    parts = [part(ranks, rows) for ranks, rows in found.items()]
     publish("\n\n".join([top, *parts, growth(found)]), options.output)
 
 
@@ -288,11 +288,15 @@ def allocations(case: Case, *, quick: bool = False) -> dict[str, float]:
     tracemalloc.start()  # before all calls, because what replaces a block that it has not seen would count as more
     for _ in range(FEW if quick else case.before):
         call()
-    for _ in range(2):  # what is new in the first of them is no growth
-        blocks, tensors = live_blocks(), live_tensors()
-    for _ in range(calls):
-        call()
-    kept, kept_tensors = (live_blocks() - blocks) / calls, (live_tensors() - tensors) / calls
+    seen = [(live_blocks(), live_tensors()) for _ in range(2)][1:]  # twice, because the first leaves something behind
+    for _ in range(TIMES):
+        for _ in range(calls):
+            call()
+        seen.append((live_blocks(), live_tensors()))
+    kept, kept_tensors = (
+        min(after - before for before, after in zip(live, live[1:], strict=False)) / calls
+        for live in zip(*seen, strict=True)
+    )
     begin = tracemalloc.get_traced_memory()[0]
     tracemalloc.reset_peak()
     case.call()
@@ -374,13 +378,13 @@ def microseconds(seconds: list[float]) -> str:
     return f"{1e6 * statistics.median(seconds):.1f} [{1e6 * min(seconds):.1f}]"
 
 
-def growth(found: list[dict[str, dict[str, Any]]]) -> str:
+def growth(found: dict[int, dict[str, dict[str, Any]]]) -> str:
     """Whether any call of this version leaves something behind each time."""
-    own = {name: one for rows in found for name, one in rows.items() if name.startswith("distplb: ")}
     grows = [
-        name.removeprefix("distplb: ")
-        for name, one in own.items()
-        if max(one["kept_blocks"], one["kept_tensors"]) >= KEPT
+        f"{name.removeprefix('distplb: ')} on {ranks} rank{'s' * (ranks > 1)}"
+        for ranks, rows in found.items()
+        for name, one in rows.items()
+        if name.startswith("distplb: ") and max(one["kept_blocks"], one["kept_tensors"]) >= KEPT
     ]
     reached = f"{verdict(not grows).capitalize()}{': ' + '; '.join(grows) if grows else ''}"
     return f"Target: no call leaves more behind than a block or tensor in {1 / KEPT:.0f} calls. {reached}."
