@@ -44,7 +44,7 @@ KEPT = 0.05  # of a call, on average; a dict that grows once leaves that behind
 EXCHANGE, STEP_PLAIN = "exchange of counts, by hand", "forward and backward, by hand"
 DISPATCH = "`dispatch`, even"
 STEP_BALANCED = "forward and backward, even"
-FEW, MANY, TIMES = 50, 300, 3  # calls before growth is measured, and while it is, so many times
+FEW, MANY, TIMES = 50, 1500, 2  # calls before growth is measured, and while it is, so many times
 SETTLED = 4200  # the same before, of a balancer, which then forgets as many forwards as come
 SETTLED_CLOCK = 10_100  # the same of a rebalancer, which then forgets as many iterations' times
 SECONDS = 900
@@ -294,7 +294,7 @@ def allocations(case: Case, *, quick: bool = False) -> dict[str, float]:
             call()
         seen.append((live_blocks(), live_tensors()))
     kept, kept_tensors = (
-        min(after - before for before, after in zip(live, live[1:], strict=False)) / calls
+        min(after - before for before, after in itertools.pairwise(live)) / calls
         for live in zip(*seen, strict=True)
     )
     begin = tracemalloc.get_traced_memory()[0]

@@ -17,7 +17,7 @@ bench_idle, earlier = imported("train.bench_idle"), imported("shared.earlier")
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_idle, "FEW", 5)
-    monkeypatch.setattr(bench_idle, "MANY", 200)
+    monkeypatch.setattr(bench_idle, "MANY", 100)
 
 
 @pytest.mark.usefixtures("few")
