@@ -44,7 +44,7 @@ KEPT = 0.05  # of a call, on average; a dict that grows once leaves that behind
 EXCHANGE, STEP_PLAIN = "exchange of counts, by hand", "forward and backward, by hand"
 DISPATCH = "`dispatch`, even"
 STEP_BALANCED = "forward and backward, even"
-FEW, MANY = 50, 500  # calls before growth is measured, and while it is
+FEW, MANY, TIMES = 50, 1500, 2  # calls before growth is measured, and while it is, so many times
 SETTLED = 4200  # the same before, of a balancer, which then forgets as many forwards as come
 SETTLED_CLOCK = 10_100  # the same of a rebalancer, which then forgets as many iterations' times
 SECONDS = 900
@@ -52,7 +52,8 @@ TEXT = (
     "Microseconds of a call: median, with the minimum in brackets. All calls take turns in one process, in an order "
     "that changes; on two ranks each starts at a barrier, so their code is cold, as in a step. `Python` and `tensors` "
     "are what a call allocates: bytes of Python and NumPy that are alive at once, and tensors. `kept` is what a call "
-    "leaves behind, blocks of Python's memory and tensors, on average over {many} calls. Before that come {few} calls, "
+    "leaves behind, blocks of Python's memory and tensors, on average over {many} calls, the least of {times} times: "
+    "Python keeps lists of free objects, which fill for a while. Before that come {few} calls, "
     "or {clock} of `Rebalancer.step()`, which keeps the times of 10,000 iterations at most, or {settled} of "
     "`dispatch`, which knows 4,096 forwards of a layer at most and gets other counts in each call here. `exchange of "
     "counts, by hand` counts, exchanges counts, and sums them to split sizes; `dispatch` takes its place, decides, and "
@@ -87,7 +88,7 @@ def main() -> None:
         run_job(options.job, measured)
         return
     before = os.getloadavg()[0]
-    found = []
+    found = {}
     with tempfile.TemporaryDirectory() as folder:
         if options.against is not None:
             put_earlier(options.against, Path(folder))
@@ -95,14 +96,14 @@ def main() -> None:
             progress(f"{ranks} ranks")
             earlier = None if options.against is None else folder
             task = {"rounds": options.rounds, "earlier": earlier, "quick": options.quick}
-            found.append(on_this_host(ranks, MODULE, task, seconds=SECONDS))
+            found[ranks] = on_this_host(ranks, MODULE, task, seconds=SECONDS)
     progress("")
-    counts = {"few": FEW, "many": MANY, "settled": SETTLED, "clock": SETTLED_CLOCK}
+    counts = {"few": FEW, "many": MANY, "times": TIMES, "settled": SETTLED, "clock": SETTLED_CLOCK}
     sizes = {"layers": LAYERS, "experts": EXPERTS, "steps": STEPS, "tokens": TOKENS, "own": OWN}
     text = TEXT.format(**counts, **sizes, before=before, after=os.getloadavg()[0], cores=len(os.sched_getaffinity(0)))
     words = {"--against": options.against, "--rounds": options.rounds, "--quick": options.quick}
     top = header("What a step costs when nothing happens", text, command_line("train.bench_idle", words), "cpu")
-    parts = [part(ranks, rows) for ranks, rows in zip(RANKS, found, strict=True)]
+    parts = [part(ranks, rows) for ranks, rows in found.items()]
     publish("\n\n".join([top, *parts, growth(found)]), options.output)
 
 
@@ -110,7 +111,7 @@ def parsed_options() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description="What distplb costs when nothing happens.")
     parser.add_argument("--against", metavar="COMMIT", help="take turns with the package of this commit")
-    parser.add_argument("--rounds", type=int, default=1000, help="timed calls of each kind")
+    parser.add_argument("--rounds", type=int, default=400, help="timed calls of each kind")
     parser.add_argument("--quick", action="store_true", help="few calls, too few for what is kept")
     parser.add_argument("--job", type=Path, help="folder of a task, for the ranks of a job")
     parser.add_argument("--output", type=Path, help="also write the report to this file")
@@ -173,7 +174,10 @@ def of_package(package: ModuleType) -> dict[str, Case]:
 
 
 def idle_rebalancer(package: ModuleType) -> dict[str, Case]:
-    """`Rebalancer.step()` between rebalances, after each optimizer step and without one."""
+    """`Rebalancer.step()` between rebalances: after an optimizer step, and after a call that has taken note of it.
+
+    An optimizer of any package in the process is one that has stepped.
+    """
     layers, parameters = [], list[torch.nn.Parameter]()
     local = EXPERTS // dist.get_world_size()
     for number in range(LAYERS):
@@ -201,7 +205,7 @@ def idle_rebalancer(package: ModuleType) -> dict[str, Case]:
         rebalancer.step()
     return {
         "`Rebalancer.step()`, after an optimizer step": Case(rebalancer.step, train, before=SETTLED_CLOCK),
-        "`Rebalancer.step()`, without one": Case(rebalancer.step, before=SETTLED_CLOCK),
+        "`Rebalancer.step()`, without one": Case(rebalancer.step, rebalancer.step, before=SETTLED_CLOCK),
     }
 
 
@@ -284,11 +288,14 @@ def allocations(case: Case, *, quick: bool = False) -> dict[str, float]:
     tracemalloc.start()  # before all calls, because what replaces a block that it has not seen would count as more
     for _ in range(FEW if quick else case.before):
         call()
-    for _ in range(2):  # what is new in the first of them is no growth
-        blocks, tensors = live_blocks(), live_tensors()
-    for _ in range(calls):
-        call()
-    kept, kept_tensors = (live_blocks() - blocks) / calls, (live_tensors() - tensors) / calls
+    seen = [(live_blocks(), live_tensors()) for _ in range(2)][1:]  # twice, because the first leaves something behind
+    for _ in range(TIMES):
+        for _ in range(calls):
+            call()
+        seen.append((live_blocks(), live_tensors()))
+    kept, kept_tensors = (
+        min(after - before for before, after in itertools.pairwise(live)) / calls for live in zip(*seen, strict=True)
+    )
     begin = tracemalloc.get_traced_memory()[0]
     tracemalloc.reset_peak()
     case.call()
@@ -370,13 +377,13 @@ def microseconds(seconds: list[float]) -> str:
     return f"{1e6 * statistics.median(seconds):.1f} [{1e6 * min(seconds):.1f}]"
 
 
-def growth(found: list[dict[str, dict[str, Any]]]) -> str:
+def growth(found: dict[int, dict[str, dict[str, Any]]]) -> str:
     """Whether any call of this version leaves something behind each time."""
-    own = {name: one for rows in found for name, one in rows.items() if name.startswith("distplb: ")}
     grows = [
-        name.removeprefix("distplb: ")
-        for name, one in own.items()
-        if max(one["kept_blocks"], one["kept_tensors"]) >= KEPT
+        f"{name.removeprefix('distplb: ')} on {ranks} rank{'s' * (ranks > 1)}"
+        for ranks, rows in found.items()
+        for name, one in rows.items()
+        if name.startswith("distplb: ") and max(one["kept_blocks"], one["kept_tensors"]) >= KEPT
     ]
     reached = f"{verdict(not grows).capitalize()}{': ' + '; '.join(grows) if grows else ''}"
     return f"Target: no call leaves more behind than a block or tensor in {1 / KEPT:.0f} calls. {reached}."

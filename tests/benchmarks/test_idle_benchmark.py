@@ -17,7 +17,7 @@ bench_idle, earlier = imported("train.bench_idle"), imported("shared.earlier")
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_idle, "FEW", 5)
-    monkeypatch.setattr(bench_idle, "MANY", 200)
+    monkeypatch.setattr(bench_idle, "MANY", 100)
 
 
 @pytest.mark.usefixtures("few")
@@ -37,8 +37,8 @@ def test_what_a_call_keeps_and_allocates_is_found() -> None:
     assert found["two for a moment"]["tensors"] == 2
     assert found["two for a moment"]["kept_tensors"] == 0
     one = {"seconds": [1e-5], **found["a block"]}
-    assert "Missed: a call." in bench_idle.growth([{"distplb: a call": one, "by hand": one}])
-    assert "Met." in bench_idle.growth([{"distplb: a call": one | found["nothing"], "by hand": one}])
+    assert "Missed: a call on 1 rank." in bench_idle.growth({1: {"distplb: a call": one, "by hand": one}, 2: {}})
+    assert "Met." in bench_idle.growth({2: {"distplb: a call": one | found["nothing"], "by hand": one}})
 
 
 def test_the_table_has_both_versions_side_by_side() -> None:
