@@ -16,13 +16,16 @@ from distplb.packing.cpu_row import (
     NEVER,
     ONE,
     PAIR_ROUNDS,
+    allocating,
     compiled,
     copy,
+    largest,
     new_row,
     parted,
+    total,
 )
 from distplb.packing.cpu_settle import new_state, settle_row
-from distplb.packing.cpu_steps import divide, greedy, lower_max, lower_variance, noisy_keys, swap_pairs
+from distplb.packing.cpu_steps import divide, greedy, lower_max, lower_variance, noisy_keys, rank_items, swap_pairs
 
 __all__ = ["finish_rows", "pack_rows", "polish_rows", "refine_rows", "settle_rows"]
 
@@ -36,12 +39,11 @@ def _weigh(row, apart):
     for pack in range(len(row.load)):
         load = np.int64(0)
         for slot in range(pack * size, (pack + 1) * size):
-            row.own[slot] = row.share[row.table[slot]]
-            load += row.own[slot]
+            load += row.share[row.table[slot]]
             if apart:
                 row.holds[row.table[slot], pack] = True
         row.load[pack] = load
-        row.around[pack * size : (pack + 1) * size] = load
+    rank_items(row)
 
 
 @compiled
@@ -50,6 +52,7 @@ def _pack_once(weight, row, apart):
     for expert in range(len(weight)):
         row.share[expert] = parted(weight[expert], row.replicas[expert])
     kept = greedy(row, apart)
+    rank_items(row)
     if len(row.table) == len(weight):
         lower_variance(row)
     lower_max(row, MAX_ROUNDS, apart)
@@ -68,11 +71,11 @@ def _search(weight, row, best, apart):
     size = num_slots // num_packs
     most = num_packs if apart else num_slots
     divide(row, most)
-    capped = row.replicas.max() == most
+    capped = largest(row.replicas)[0] == most
     mattered = _pack_once(weight, row, apart) or (apart and capped)
     copy(row.table, best.table)
     copy(row.load, best.load)
-    peak, mean, tries = row.load.max(), weight.sum() // num_packs, 0
+    peak, mean, tries = largest(row.load)[0], total(weight) // num_packs, 0
     if size == 1:
         return peak, mattered
     for _ in range(max(4, min(64, (1 << 14) // num_slots))):
@@ -81,17 +84,18 @@ def _search(weight, row, best, apart):
         giver = _nth_giver(weight, row.replicas, tries // size)
         if giver < 0:
             break
-        taker = best.table[np.argmax(best.load) * size + tries % size]
+        taker = best.table[largest(best.load)[1] * size + tries % size]
         tries += 1
         if giver == taker or row.replicas[taker] >= most:
             continue
         row.replicas[taker] += 1
         row.replicas[giver] -= 1
         _pack_once(weight, row, apart)
-        if row.load.max() < peak:
+        lower = largest(row.load)[0]
+        if lower < peak:
             copy(row.table, best.table)
             copy(row.load, best.load)
-            peak, tries = row.load.max(), 0
+            peak, tries = lower, 0
         else:
             row.replicas[taker] -= 1
             row.replicas[giver] += 1
@@ -141,7 +145,7 @@ def _crowded(row):
 # --- entry points -----------------------------------------------------------------------------------------------
 
 
-@compiled
+@allocating
 def pack_rows(weight, num_packs, layer, candidate, seed, begin, end, tables):
     """Steps 1 to 4 for the rows from `begin` to `end`; `weight` and `tables` are `[X, n]`."""
     row = new_row(weight.shape[1], weight.shape[1], num_packs, FREE)
@@ -149,12 +153,13 @@ def pack_rows(weight, num_packs, layer, candidate, seed, begin, end, tables):
         noisy_keys(weight[x], layer[x], candidate[x], seed, row.key)
         copy(weight[x], row.share)
         greedy(row, FREE)
+        rank_items(row)
         lower_variance(row)
         lower_max(row, MAX_ROUNDS, FREE)
         copy(row.table, tables[x])
 
 
-@compiled
+@allocating
 def finish_rows(weight, num_packs, begin, end, tables):
     """Steps 6 and 7, in place."""
     row = new_row(weight.shape[1], weight.shape[1], num_packs, FREE)
@@ -167,7 +172,7 @@ def finish_rows(weight, num_packs, begin, end, tables):
         copy(row.table, tables[x])
 
 
-@compiled
+@allocating
 def refine_rows(weight, num_packs, layer, candidate, seed, shared, begin, end, tables):
     """Steps 0 to 8; `weight [X, E]`, `tables [X, P]`."""
     num_experts, num_slots = weight.shape[1], tables.shape[1]
@@ -191,7 +196,7 @@ def refine_rows(weight, num_packs, layer, candidate, seed, shared, begin, end, t
             copy(best.table, tables[x])
 
 
-@compiled
+@allocating
 def polish_rows(weight, num_packs, begin, end, tables):
     """Step 9, in place."""
     num_experts, num_slots = weight.shape[1], tables.shape[1]
@@ -203,7 +208,7 @@ def polish_rows(weight, num_packs, begin, end, tables):
             row.replicas[expert] += 1
         for expert in range(num_experts):
             row.share[expert] = weight[x, expert] // max(1, row.replicas[expert])
-        apart = row.replicas.max() > 1 and not _crowded(row)
+        apart = largest(row.replicas)[0] > 1 and not _crowded(row)
         _weigh(row, apart)
         for _ in range(20):
             num_swaps = 0
@@ -217,7 +222,7 @@ def polish_rows(weight, num_packs, begin, end, tables):
         copy(row.table, tables[x])
 
 
-@compiled
+@allocating
 def settle_rows(load, region, apart, distance, price, num_packs, layer, ceiling, begin, end, tables):
     """Steps 10 and 11, in place; `load [L, T, E]`; `distance [L, E, M]`, or `[L, 1, 1]` if moving is free."""
     is_priced = distance.shape[1] == load.shape[2]

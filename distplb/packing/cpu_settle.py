@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from distplb.packing.cpu_row import NONE, compiled, copy
+from distplb.packing.cpu_row import NONE, allocating, compiled, copy
 
 __all__ = ["State", "new_state", "settle_row"]
 
@@ -40,7 +40,7 @@ class State(NamedTuple):
     toll: NDArray[np.int64]  # [E, M]; only if moving has a price
 
 
-@compiled
+@allocating
 def new_state(num_steps, num_experts, num_slots, num_packs, apart, is_priced):
     """Allocate a row of these sizes."""
     apart = apart and num_slots > num_experts
