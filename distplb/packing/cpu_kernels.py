@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from distplb.packing.cpu_cost import cost_of_row, is_crowded
 from distplb.packing.cpu_row import (
     APART,
     FREE,
@@ -27,7 +28,7 @@ from distplb.packing.cpu_row import (
 from distplb.packing.cpu_settle import new_state, settle_row
 from distplb.packing.cpu_steps import divide, greedy, lower_max, lower_variance, noisy_keys, rank_items, swap_pairs
 
-__all__ = ["finish_rows", "pack_rows", "polish_rows", "refine_rows", "settle_rows"]
+__all__ = ["cost_rows", "crowded_rows", "finish_rows", "pack_rows", "polish_rows", "refine_rows", "settle_rows"]
 
 
 @compiled
@@ -128,18 +129,7 @@ def _starts_crowded(weight, row):
     for expert in range(len(weight)):
         row.share[expert] = parted(weight[expert], row.replicas[expert])
     greedy(row, FREE)
-    return _crowded(row)
-
-
-@compiled
-def _crowded(row):
-    """Whether a pack holds an expert twice."""
-    size = len(row.table) // len(row.load)
-    for slot in range(len(row.table)):
-        for place in range(slot + 1, (slot // size + 1) * size):
-            if row.table[slot] == row.table[place]:
-                return True
-    return False
+    return is_crowded(row.table, len(row.load), row.small)
 
 
 # --- entry points -----------------------------------------------------------------------------------------------
@@ -208,7 +198,7 @@ def polish_rows(weight, num_packs, begin, end, tables):
             row.replicas[expert] += 1
         for expert in range(num_experts):
             row.share[expert] = weight[x, expert] // max(1, row.replicas[expert])
-        apart = largest(row.replicas)[0] > 1 and not _crowded(row)
+        apart = largest(row.replicas)[0] > 1 and not is_crowded(row.table, num_packs, row.key)
         _weigh(row, apart)
         for _ in range(20):
             num_swaps = 0
@@ -231,3 +221,23 @@ def settle_rows(load, region, apart, distance, price, num_packs, layer, ceiling,
         copy(tables[x], state.table)
         settle_row(state, load[layer[x]], distance[layer[x]], price[layer[x]], region, ceiling[x])
         copy(state.table, tables[x])
+
+
+@allocating
+def cost_rows(load, table, num_packs, layer, most, begin, end, cost):
+    """The cost of each table, at most `most`; `load [T, L, E]`, `table [X, P]`, `cost [X]`."""
+    replicas, share = np.ones(load.shape[2], np.int64), np.empty(load.shape[2], np.int64)
+    heaviness = np.empty(num_packs, np.int64)
+    for x in range(begin, end):
+        cost[x] = min(most, cost_of_row(load, layer[x], table[x], replicas, share, heaviness))
+
+
+@allocating
+def crowded_rows(table, num_packs, begin, end, crowded):
+    """Whether a pack of each table holds an expert twice; `table [X, P]`, `crowded [X]`."""
+    last_expert = np.int64(0)
+    for x in range(begin, end):
+        last_expert = max(last_expert, largest(table[x])[0])
+    last_pack = np.empty(last_expert + 1, np.int64)
+    for x in range(begin, end):
+        crowded[x] = is_crowded(table[x], num_packs, last_pack)

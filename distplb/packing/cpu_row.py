@@ -5,10 +5,11 @@ Shapes of one row: E experts, P slots, M packs, G = P / M slots in each, Q pairs
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import njit
+from numba.core.options import DefaultOptions
 from numpy.typing import NDArray
 
 __all__ = [
@@ -42,10 +43,13 @@ FAR = np.int64(2**61)  # beyond every load, and so far from the end of the range
 CHUNK = 16  # items that are looked at together
 PADDED = 32  # loops over multiples of this many elements have no rest that vector units would leave to scalar code
 MAX_ROUNDS, PAIR_ROUNDS, ONE, LIGHTEST = np.int64(50), np.int64(20), np.int64(1), np.int64(0)
-allocating = njit(cache=True, nogil=True, error_model="numpy")
-compiled = njit(cache=True, nogil=True, error_model="numpy", _nrt=False)
-# For small functions that are called often: passing a row of arrays would take longer than what they do.
-inlined = njit(cache=True, nogil=True, error_model="numpy", forceinline=True, _nrt=False)
+_HOW: dict[str, Any] = {"cache": True, "nogil": True, "error_model": "numpy"}
+# Numba counts references to every array of a row in every call, atomically, which takes longer than most steps. Only
+# functions that allocate need that. The option is private: a Numba without it makes the same code, with the counts.
+_UNCOUNTED: dict[str, Any] = {"_nrt": False} if hasattr(DefaultOptions, "_nrt") else {}
+allocating = njit(**_HOW)
+compiled = njit(**_HOW, **_UNCOUNTED)
+inlined = njit(**_HOW, **_UNCOUNTED, forceinline=True)
 
 
 class Row(NamedTuple):

@@ -45,7 +45,7 @@ KEPT_IN = {
     "scipy": "core.price planning.renumber_gpus splitting.exact study.bootstrap",
     "numba": "core.machine_code packing.cpu_row splitting.cpu_routes splitting.cpu_split",
     "filelock": "core.machine_code",
-    "concurrent": "core.threads records.trace_writer records.event_log train.background",
+    "concurrent": "records.trace_writer records.event_log train.background",
     "triton": "packing.cuda_kernels packing.cuda_settle packing.cuda_settle_state packing.cuda_steps",
     "matplotlib": "report.figures report.drawings",  # a report's figures are computed without a plotting library
     "jinja2": "report.page",
@@ -58,6 +58,7 @@ NOWHERE = {"deepspeed", "accelerate", "tensorboard"}
 FRAMEWORKS = {"transformers", "torchtitan", "megatron"}
 LATE = {"yaml", "numba", "triton", "filelock", "scipy", "mpi4py", "matplotlib", "jinja2", "click", "rich"}
 NEEDS = {
+    "distplb.packing.cpu_cost": "numba",
     "distplb.packing.cpu_kernels": "numba",
     "distplb.packing.cpu_row": "numba",
     "distplb.packing.cpu_settle": "numba",
