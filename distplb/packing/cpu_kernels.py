@@ -15,6 +15,7 @@ from distplb.packing.cpu_row import (
     LIGHTEST,
     MAX_ROUNDS,
     NEVER,
+    NONE,
     ONE,
     PAIR_ROUNDS,
     allocating,
@@ -25,7 +26,8 @@ from distplb.packing.cpu_row import (
     parted,
     total,
 )
-from distplb.packing.cpu_settle import new_state, settle_row
+from distplb.packing.cpu_settle import settle_row
+from distplb.packing.cpu_settle_state import new_state
 from distplb.packing.cpu_steps import divide, greedy, lower_max, lower_variance, noisy_keys, rank_items, swap_pairs
 
 __all__ = ["cost_rows", "crowded_rows", "finish_rows", "pack_rows", "polish_rows", "refine_rows", "settle_rows"]
@@ -44,41 +46,53 @@ def _weigh(row, apart):
             if apart:
                 row.holds[row.table[slot], pack] = True
         row.load[pack] = load
+    row.value[0] = NONE
     rank_items(row)
 
 
 @compiled
-def _pack_once(weight, row, apart):
-    """Steps 2 to 7, as in `reference._pack_once`; returns the result of `greedy`."""
+def _begin(weight, row, apart):
+    """Steps 0 and 2 of a search; returns whether `apart` affected them."""
+    most = len(row.load) if apart else len(row.table)
+    divide(row, most)
+    kept = _fill(weight, row, apart)
+    return kept or (apart and largest(row.replicas)[0] == most)
+
+
+@compiled
+def _fill(weight, row, apart):
+    """Step 2; returns the result of `greedy`."""
     for expert in range(len(weight)):
         row.share[expert] = parted(weight[expert], row.replicas[expert])
-    kept = greedy(row, apart)
+    return greedy(row, apart)
+
+
+@compiled
+def _improve(row, apart):
+    """Steps 3 to 7, after `greedy`."""
     rank_items(row)
-    if len(row.table) == len(weight):
+    if len(row.table) == len(row.key):
         lower_variance(row)
     lower_max(row, MAX_ROUNDS, apart)
     swap_pairs(row, PAIR_ROUNDS, LIGHTEST, apart)
     lower_max(row, MAX_ROUNDS + 4 * len(row.load), apart)
-    return kept
 
 
 @compiled
 def _search(weight, row, best, apart):
-    """Steps 0 to 8, as in `reference._search`; the packing is in the table of `best`.
+    """Steps 3 to 8 after `_begin`, as in `reference._search`; the packing is in the table of `best`.
 
-    Returns the load of its heaviest pack, and whether `apart` affected the first packing.
+    Returns the load of its heaviest pack.
     """
     num_slots, num_packs = len(row.table), len(row.load)
     size = num_slots // num_packs
     most = num_packs if apart else num_slots
-    divide(row, most)
-    capped = largest(row.replicas)[0] == most
-    mattered = _pack_once(weight, row, apart) or (apart and capped)
+    _improve(row, apart)
     copy(row.table, best.table)
     copy(row.load, best.load)
     peak, mean, tries = largest(row.load)[0], total(weight) // num_packs, 0
     if size == 1:
-        return peak, mattered
+        return peak
     for _ in range(max(4, min(64, (1 << 14) // num_slots))):
         if (peak - mean) << 8 <= mean:
             break
@@ -91,7 +105,8 @@ def _search(weight, row, best, apart):
             continue
         row.replicas[taker] += 1
         row.replicas[giver] -= 1
-        _pack_once(weight, row, apart)
+        _fill(weight, row, apart)
+        _improve(row, apart)
         lower = largest(row.load)[0]
         if lower < peak:
             copy(row.table, best.table)
@@ -100,7 +115,7 @@ def _search(weight, row, best, apart):
         else:
             row.replicas[taker] -= 1
             row.replicas[giver] += 1
-    return peak, mattered
+    return peak
 
 
 @compiled
@@ -120,16 +135,6 @@ def _nth_giver(weight, replicas, nth):
             return -1
         share_before, giver = after, after_expert
     return giver
-
-
-@compiled
-def _starts_crowded(weight, row):
-    """Whether steps 0 and 2 without `apart` put two replicas of an expert into one pack."""
-    divide(row, len(row.table))
-    for expert in range(len(weight)):
-        row.share[expert] = parted(weight[expert], row.replicas[expert])
-    greedy(row, FREE)
-    return is_crowded(row.table, len(row.load), row.small)
 
 
 # --- entry points -----------------------------------------------------------------------------------------------
@@ -173,16 +178,21 @@ def refine_rows(weight, num_packs, layer, candidate, seed, shared, begin, end, t
     for x in range(begin, end):
         noisy_keys(weight[x], layer[x], candidate[x], seed, row.key)
         if not replicated:
-            _pack_once(weight[x], row, FREE)
+            _fill(weight[x], row, FREE)
+            _improve(row, FREE)
             copy(row.table, tables[x])
             continue
         peak = NEVER
         if roomy:
-            peak, mattered = _search(weight[x], row, best, APART)
+            mattered = _begin(weight[x], row, APART)
+            peak = _search(weight[x], row, best, APART)
             copy(best.table, tables[x])
-            if not shared or not mattered or not _starts_crowded(weight[x], row):
+            if not shared or not mattered:
                 continue
-        if _search(weight[x], row, best, FREE)[0] < peak:
+        _begin(weight[x], row, FREE)
+        if roomy and not is_crowded(row.table, num_packs, row.small):
+            continue  # the search would only repeat the one before
+        if _search(weight[x], row, best, FREE) < peak:
             copy(best.table, tables[x])
 
 

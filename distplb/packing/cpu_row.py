@@ -22,7 +22,6 @@ __all__ = [
     "NEVER",
     "NONE",
     "ONE",
-    "PADDED",
     "PAIR_ROUNDS",
     "Row",
     "allocating",
@@ -40,8 +39,7 @@ NONE = np.int64(-1)
 # Numba would compile a separate version for each literal argument, but not for these.
 FREE, APART = np.bool_(False), np.bool_(True)
 FAR = np.int64(2**61)  # beyond every load, and so far from the end of the range that sums do not overflow
-CHUNK = 16  # items that are looked at together
-PADDED = 32  # loops over multiples of this many elements have no rest that vector units would leave to scalar code
+CHUNK = 16  # values that are looked at together, and to whose multiple others are padded, for vector units
 MAX_ROUNDS, PAIR_ROUNDS, ONE, LIGHTEST = np.int64(50), np.int64(20), np.int64(1), np.int64(0)
 _HOW: dict[str, Any] = {"cache": True, "nogil": True, "error_model": "numpy"}
 # Numba counts references to every array of a row in every call, atomically, which takes longer than most steps. Only
@@ -84,7 +82,7 @@ def new_row(num_experts, num_slots, num_packs, replicated):
         leaves *= 2
     held = (num_experts, num_packs) if replicated else (1, 1)
     # Step 6 sums pairs of at most 16 slots.
-    pairs = -(-(min(num_slots // num_packs, 16) ** 2) // PADDED) * PADDED
+    pairs = -(-(min(num_slots // num_packs, 16) ** 2) // CHUNK) * CHUNK
     return Row(
         np.empty(num_experts, np.int64),
         np.ones(num_experts, np.int64),

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import numpy as np
 
+from distplb.packing.cpu_order import INDEX, INDEX_BITS, leaves_of, plant, replace, sort_down
 from distplb.packing.cpu_row import (
     CHUNK,
     FAR,
     FREE,
     NEVER,
     NONE,
-    PADDED,
     compiled,
     copy,
     inlined,
@@ -26,10 +26,7 @@ from distplb.packing.cpu_row import (
 
 __all__ = ["divide", "greedy", "lower_max", "lower_variance", "noisy_keys", "rank_items", "swap_pairs"]
 
-_INDEX_BITS = 22  # of the index in a packed (value, index); values are below 2^41
-_INDEX = np.int64(2**_INDEX_BITS - 1)
 _MASK = np.int64(2**32 - 1)
-_MOST_IN_A_BUCKET = 32  # beyond this, inserting would take longer than the library's sort
 
 # --- steps 0 to 2 -----------------------------------------------------------------------------------------------
 
@@ -57,106 +54,19 @@ def noisy_keys(weight, layer, candidate, seed, key):
 
 
 @compiled
-def _merge_sort(values, other):
-    """Sort `values [n]`, with `other [n]` as scratch space."""
-    number, length = len(values), 1
-    while length < number:
-        for begin in range(0, number, 2 * length):
-            middle, end = min(begin + length, number), min(begin + 2 * length, number)
-            left, right = begin, middle
-            for place in range(begin, end):
-                if right >= end or (left < middle and values[left] <= values[right]):
-                    other[place] = values[left]
-                    left += 1
-                else:
-                    other[place] = values[right]
-                    right += 1
-        copy(other, values)
-        length *= 2
-
-
-@compiled
-def sort_down(keys, order, ordered, starts, packed):
-    """Sort `keys [n]`: their indices to `order [n]`, their values to `ordered [n]`, the largest first, ties in order.
-
-    Keys go into buckets of equal width, and then, as few are in each, are inserted into what precedes them.
-    """
-    number, buckets = len(keys), len(starts) - 1
-    low, high = keys[0], keys[0]
-    for nth in range(number):
-        low, high = min(low, keys[nth]), max(high, keys[nth])
-    shift = np.int64(0)
-    while (high - low) >> shift >= buckets:
-        shift += 1
-    starts[:] = 0
-    for nth in range(number):
-        starts[((high - keys[nth]) >> shift) + 1] += 1
-    most = np.int64(0)
-    for bucket in range(1, buckets + 1):
-        most = max(most, starts[bucket])
-        starts[bucket] += starts[bucket - 1]
-    if most > _MOST_IN_A_BUCKET and shift:
-        for nth in range(number):
-            packed[nth] = -((keys[nth] << _INDEX_BITS) | (_INDEX - nth))
-        _merge_sort(packed[:number], order)
-        for place in range(number):
-            order[place] = _INDEX - (-packed[place] & _INDEX)
-            ordered[place] = keys[order[place]]
-        return
-    for nth in range(number):
-        bucket = (high - keys[nth]) >> shift
-        order[starts[bucket]], ordered[starts[bucket]] = nth, keys[nth]
-        starts[bucket] += 1
-    for nth in range(1, number):
-        value, index, place = ordered[nth], order[nth], nth
-        while place > 0 and ordered[place - 1] < value:
-            ordered[place], order[place] = ordered[place - 1], order[place - 1]
-            place -= 1
-        ordered[place], order[place] = value, index
-
-
-@inlined
-def leaves_of(number):
-    """The leaves of a tree for so many values: the next power of two."""
-    leaves = np.int64(1)
-    while leaves < number:
-        leaves *= 2
-    return leaves
-
-
-@inlined
-def plant(tree, leaves, number):
-    """Compute the minimum of each subtree from the first `number` leaves."""
-    for leaf in range(leaves + number, 2 * leaves):
-        tree[leaf] = NEVER
-    for node in range(leaves - 1, 0, -1):
-        tree[node] = min(tree[2 * node], tree[2 * node + 1])
-
-
-@inlined
-def replace(tree, node, value):
-    """Change a leaf, and the minima above it."""
-    tree[node] = value
-    while node > 1:
-        value = min(value, tree[node ^ 1])
-        node >>= 1
-        tree[node] = value
-
-
-@compiled
 def divide(row, most):
     """Step 0."""
     key, replicas, tree = row.key, row.replicas, row.tree
     leaves = leaves_of(len(key))
     for expert in range(len(key)):
         replicas[expert] = 1
-        tree[leaves + expert] = -((key[expert] << _INDEX_BITS) | (_INDEX - expert)) if most > 1 else NEVER
+        tree[leaves + expert] = -((key[expert] << INDEX_BITS) | (INDEX - expert)) if most > 1 else NEVER
     plant(tree, leaves, len(key))
     for _ in range(len(row.table) - len(key)):
-        expert = _INDEX - (-tree[1] & _INDEX)
+        expert = INDEX - (-tree[1] & INDEX)
         replicas[expert] += 1
         share = key[expert] // replicas[expert]
-        value = -((share << _INDEX_BITS) | (_INDEX - expert))
+        value = -((share << INDEX_BITS) | (INDEX - expert))
         replace(tree, leaves + expert, value if replicas[expert] < most else NEVER)
 
 
@@ -164,7 +74,7 @@ def divide(row, most):
 def greedy(row, apart):
     """Step 2; returns whether `apart` kept a slot out of the lightest pack."""
     table, load, filled, tree = row.table, row.load, row.filled, row.tree
-    num_packs, kept = len(load), False
+    num_packs, kept, displaced, item = len(load), False, False, 0
     leaves = leaves_of(num_packs)
     size = len(table) // num_packs
     for expert in range(len(row.key)):
@@ -180,7 +90,7 @@ def greedy(row, apart):
     for nth in range(number):
         for _ in range(row.replicas[row.order[nth]]):
             expert = row.order[nth]
-            to = tree[1] & _INDEX
+            to = tree[1] & INDEX
             # Only an expert with several replicas can be where it must not be.
             if apart and row.replicas[expert] > 1 and row.holds[expert, to]:
                 kept = True
@@ -189,15 +99,20 @@ def greedy(row, apart):
                     if not row.holds[expert, pack]:
                         minimum = min(minimum, tree[leaves + pack])
                 if minimum == NEVER:
-                    expert = _displace(row, expert, to)
+                    expert, displaced = _displace(row, expert, to), True
                 else:
-                    to = minimum & _INDEX
+                    to = minimum & INDEX
             if apart:
                 row.holds[expert, to] = True
-            table[to * size + filled[to]] = expert
+            slot = to * size + filled[to]
+            table[slot] = expert
+            row.slot[item], row.value[item] = slot, row.share[expert]
+            item += 1
             load[to] += row.share[expert]
             filled[to] += 1
-            replace(tree, leaves + to, NEVER if filled[to] == size else (load[to] << _INDEX_BITS) | to)
+            replace(tree, leaves + to, NEVER if filled[to] == size else (load[to] << INDEX_BITS) | to)
+    if displaced:
+        row.value[0] = NONE  # so that the items are sorted
     return kept
 
 
@@ -218,7 +133,7 @@ def _displace(row, expert, to):
     table[place] = expert
     row.load[where] += share[expert] - share[leaves]
     if row.filled[where] < size:
-        replace(row.tree, leaves_of(len(row.load)) + where, (row.load[where] << _INDEX_BITS) | where)
+        replace(row.tree, leaves_of(len(row.load)) + where, (row.load[where] << INDEX_BITS) | where)
     holds[leaves, where] = False
     holds[expert, where] = True
     return leaves
@@ -229,10 +144,14 @@ def _displace(row, expert, to):
 
 @compiled
 def rank_items(row):
-    """Number the items of the slots, the heaviest first."""
-    for slot in range(len(row.table)):
-        row.small[slot] = row.share[row.table[slot]]
-    sort_down(row.small, row.slot, row.value[: len(row.slot)], row.starts, row.packed)
+    """Number the items of the slots, the heaviest first; where `slot` and `value` are in order, they are kept."""
+    out_of_order = row.value[0] < 0
+    for item in range(1, len(row.slot)):
+        out_of_order |= row.value[item - 1] < row.value[item]
+    if out_of_order:
+        for slot in range(len(row.table)):
+            row.small[slot] = row.share[row.table[slot]]
+        sort_down(row.small, row.slot, row.value[: len(row.slot)], row.starts, row.packed)
     size = len(row.slot) // len(row.load)
     for item in range(len(row.slot)):
         row.item[row.slot[item]] = item
@@ -435,7 +354,7 @@ def _best_pair(row, heavy, light, apart):
                 sums[count] = 2 * (value[item[i]] + value[item[j]])
                 row.pairs[count] = i * len(table) + j
                 count += 1
-    filled = -(-count // PADDED) * PADDED
+    filled = -(-count // CHUNK) * CHUNK
     for nth in range(count, filled):
         sums[nth] = FAR
     best, one, two, pair = gap, NONE, NONE, NONE
