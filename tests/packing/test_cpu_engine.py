@@ -129,7 +129,7 @@ def test_costs_and_crowded_packs_are_those_of_the_reference(
 ) -> None:
     generator = torch.Generator().manual_seed(num_slots)
     load = torch.randint(0, 1 << 33, (num_steps, 4, num_experts), generator=generator)
-    load[:, 3] <<= 7  # saturates
+    load[:, 3] <<= 10  # saturates
     layer = torch.randint(0, 4, (40,), generator=generator)
     spare = torch.randint(0, num_experts, (40, num_slots - num_experts), generator=generator)
     order = torch.rand(40, num_slots, generator=generator).argsort(1)
@@ -147,7 +147,6 @@ def test_experts_of_one_node_may_have_large_numbers() -> None:
     """The packing of one node of several has fewer slots than the model has experts."""
     table = torch.tensor([[900, 7, 7, 800], [900, 7, 900, 7]])
     assert cpu.crowded(table, 2).tolist() == [False, False]
-    assert cpu.crowded(table.flip(1)[:, [0, 3, 1, 2]], 2).tolist() == [False, False]
     assert cpu.crowded(table[:, [1, 2, 0, 3]], 2).tolist() == [True, False]
 
 
