@@ -70,6 +70,7 @@ class Row(NamedTuple):
     tree: NDArray[np.int64]  # [2 × leaves], scratch: the minimum of each subtree; the leaves come last
     small: NDArray[np.int64]  # [P], scratch of step 3: shares shifted right
     small_load: NDArray[np.int64]  # [M], scratch of step 3
+    nearest: NDArray[np.int64]  # [M, M], scratch of step 3; [1, 1] if there are replicas, or very many packs
     sums: NDArray[np.int64]  # [Q], scratch of step 6
     pairs: NDArray[np.int64]  # [Q], scratch of step 6
 
@@ -81,6 +82,7 @@ def new_row(num_experts, num_slots, num_packs, replicated):
     while leaves < max(num_packs, num_experts if replicated else 1):
         leaves *= 2
     held = (num_experts, num_packs) if replicated else (1, 1)
+    kept = 1 if replicated or num_packs > 256 else num_packs
     # Step 6 sums pairs of at most 16 slots.
     pairs = -(-(min(num_slots // num_packs, 16) ** 2) // CHUNK) * CHUNK
     return Row(
@@ -101,6 +103,7 @@ def new_row(num_experts, num_slots, num_packs, replicated):
         np.empty(2 * leaves, np.int64),
         np.empty(num_slots, np.int64),
         np.empty(num_packs, np.int64),
+        np.empty((kept, kept), np.int64),
         np.empty(pairs, np.int64),
         np.empty(pairs, np.int64),
     )

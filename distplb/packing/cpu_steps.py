@@ -185,10 +185,13 @@ def lower_variance(row):
     """Step 3.
 
     A swap between two packs whose loads differ by D changes the reference's measure by -D^2 / 4 at best, so packs are
-    taken from the heaviest and from the lightest on, until no pair can reach the best swap so far.
+    taken from the heaviest and from the lightest on, until no pair can reach the best swap so far. What is known of a
+    pair is kept until one of its packs changes.
     """
-    small, small_load, order = row.small, row.small_load, row.order
+    small, small_load, order, nearest = row.small, row.small_load, row.order, row.nearest
     num_packs = len(small_load)
+    is_kept = len(nearest) == num_packs
+    nearest[:] = NONE
     size = len(small) // num_packs
     everything, shift = total(row.load), 0
     while (everything >> shift) > 1 << 30:
@@ -208,45 +211,62 @@ def lower_variance(row):
                 order[place] = order[place - 1]
                 place -= 1
             order[place] = pack
-        swap = (np.int64(0), NONE, NONE)
+        best, one, other = np.int64(0), NONE, NONE
         for nth in range(num_packs):
             heavy = order[nth]
             for place in range(num_packs - 1, nth, -1):
-                gap = small_load[heavy] - small_load[order[place]]
-                if gap * gap < -4 * swap[0]:
+                light = order[place]
+                gap = small_load[heavy] - small_load[light]
+                if gap * gap < -4 * best:
                     break
-                swap = _best_between(small, size, heavy, order[place], gap, swap)
-        change, one, other = swap
-        if change == 0:
+                distance = nearest[heavy, light] if is_kept else NONE
+                if distance < 0:
+                    distance = _distance(small, size, heavy, light, gap)
+                if is_kept:
+                    nearest[heavy, light], nearest[light, heavy] = distance, distance
+                # A difference d changes the measure by d × (d − gap) = ((2 d − gap)^2 − gap^2) / 4.
+                change = (distance - gap) * (distance + gap) // 4 if distance < gap else np.int64(0)
+                if change < best or (change == best and change < 0):
+                    first, second = _first_with(small, size, heavy, light, gap, distance)
+                    if change < best or first < one or (first == one and second < other):
+                        best, one, other = change, first, second
+        if best == 0:
             return
         _exchange(row, one, other, FREE)
         difference = small[one] - small[other]
         small[one], small[other] = small[other], small[one]
-        small_load[one // size] -= difference
-        small_load[other // size] += difference
+        here, there = one // size, other // size
+        small_load[here] -= difference
+        small_load[there] += difference
+        if is_kept:
+            for pack in range(num_packs):
+                nearest[here, pack], nearest[pack, here] = NONE, NONE
+                nearest[there, pack], nearest[pack, there] = NONE, NONE
 
 
-@compiled
-def _best_between(small, size, heavy, light, gap, swap):
-    """The best (change, slot, slot) between two packs if better than `swap`, or equal and earlier; else `swap`."""
-    # A difference d changes the measure by d × (d − gap) = ((2 d − gap)^2 − gap^2) / 4.
-    nearest = NEVER
+@inlined
+def _distance(small, size, heavy, light, gap):
+    """The smallest |2 d − gap| of any difference d between an item of one pack and one of another."""
+    distance = NEVER
     for slot in range(heavy * size, (heavy + 1) * size):
         rest = 2 * small[slot] - gap
         for place in range(light * size, (light + 1) * size):
-            nearest = min(nearest, abs(rest - 2 * small[place]))
-    best, one, other = swap
-    change = (nearest - gap) * (nearest + gap) // 4 if nearest < gap else np.int64(0)
-    if change > best or change == 0:
-        return swap
+            distance = min(distance, abs(rest - 2 * small[place]))
+    return distance
+
+
+@inlined
+def _first_with(small, size, heavy, light, gap, distance):
+    """The first two slots of two packs, in the order of slots, that have this `_distance`."""
+    one, other = NEVER, NEVER
     for slot in range(heavy * size, (heavy + 1) * size):
         rest = 2 * small[slot] - gap
         for place in range(light * size, (light + 1) * size):
-            if abs(rest - 2 * small[place]) == nearest:
+            if abs(rest - 2 * small[place]) == distance:
                 first, second = np.int64(min(slot, place)), np.int64(max(slot, place))
-                if change < best or first < one or (first == one and second < other):
-                    best, one, other = change, first, second
-    return best, one, other
+                if first < one or (first == one and second < other):
+                    one, other = first, second
+    return one, other
 
 
 @compiled
