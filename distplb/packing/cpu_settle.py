@@ -127,13 +127,20 @@ def _is_allowed(state, region, one, other):
     return state.holds[here, other // size] == 0 and state.holds[there, one // size] == 0
 
 
-@compiled
-def _added_toll(state, one, other):
-    """Toll that an exchange of two slots adds."""
-    size = len(state.table) // len(state.load)
-    here, there, pack, partner = state.table[one], state.table[other], one // size, other // size
-    toll = state.toll
-    return toll[here, partner] + toll[there, pack] - toll[here, pack] - toll[there, partner]
+@inlined
+def _find_added(state, here):
+    """Compute `added` for pack `here`."""
+    size, toll = len(state.table) // len(state.load), state.toll
+    for pack in range(len(state.load)):
+        for slot in range(pack * size, (pack + 1) * size):
+            expert = state.table[slot]
+            state.added[slot] = toll[expert, here] - toll[expert, pack]
+
+
+@inlined
+def _added_toll(state, leaves, here, place, size):
+    """Toll that is added if an expert leaves pack `here` for a slot whose expert comes; after `_find_added`."""
+    return state.toll[leaves, place // size] - state.toll[leaves, here] + state.added[place]
 
 
 @compiled
@@ -223,6 +230,8 @@ def _best_for_its_toll(state, region, is_priced, here):
     # An exchange removes at most what both packs have above the limits.
     for place in range(len(state.table)):
         most[place] = np.int32(state.above[here] + state.above[place // size]) if place // size != here else _ZERO
+    if is_priced:
+        _find_added(state, here)
     best, one, other = np.int64(0), NONE, NONE
     for slot in range(here * size, (here + 1) * size):
         _take_out(state, here, slot, state.limit)
@@ -232,13 +241,15 @@ def _best_for_its_toll(state, region, is_priced, here):
             largest_gain = max(largest_gain, np.int32(most[place] - after[place]))
         if (np.int64(largest_gain) << _SCORE_BITS) <= best:
             continue
+        leaves = state.table[slot]
         for place in range(len(state.table)):
             gain = np.int64(most[place] - after[place])
-            if gain <= 0 or (gain << _SCORE_BITS) <= best or not _is_allowed(state, region, slot, place):
+            if gain <= 0 or (gain << _SCORE_BITS) <= best:
                 continue
-            paid = max(np.int64(0), _added_toll(state, slot, place)) if is_priced else np.int64(0)
-            score = (gain << _SCORE_BITS) // (1 + paid)
-            if score > best:
+            score = gain << _SCORE_BITS
+            if is_priced:
+                score //= 1 + max(np.int64(0), _added_toll(state, leaves, here, place, size))
+            if score > best and _is_allowed(state, region, slot, place):
                 best, one, other = score, np.int64(slot), np.int64(place)
     return one, other
 
@@ -304,6 +315,11 @@ def _cheapest(state, region, is_priced, here, cost):
     after = state.after
     size = len(state.table) // len(state.load)
     _find_rest(state, here)
+    lowest_added = np.int64(0)
+    if is_priced:
+        _find_added(state, here)
+        for place in range(len(state.table)):
+            lowest_added = min(lowest_added, state.added[place])
     best, one, other = cost, NONE, NONE
     for slot in range(here * size, (here + 1) * size):
         _take_out(state, here, slot, state.nothing)
@@ -313,12 +329,13 @@ def _cheapest(state, region, is_priced, here, cost):
         least = _MOST
         for place in range(len(state.table)):
             least = min(least, after[place])
-        if not is_priced and least >= best:
+        leaves = state.table[slot]
+        if least + (lowest_added - state.toll[leaves, here] if is_priced else np.int64(0)) >= best:
             continue
         for place in range(len(state.table)):
             total = np.int64(after[place])
             if is_priced and after[place] < _MOST:
-                total += _added_toll(state, slot, place)
+                total += _added_toll(state, leaves, here, place, size)
             if total < best and _is_allowed(state, region, slot, place):
                 best, one, other = total, np.int64(slot), np.int64(place)
     return one, other

@@ -45,6 +45,7 @@ class State(NamedTuple):
     replicas: NDArray[np.int64]  # [E]
     holds: NDArray[np.int64]  # [E, M], number of an expert's slots in a pack; only if replicas stay apart
     toll: NDArray[np.int64]  # [E, M]; only if moving has a price
+    added: NDArray[np.int64]  # [P], toll added if each slot's expert comes to the current pack; likewise
 
 
 @allocating
@@ -76,4 +77,5 @@ def new_state(num_steps, num_experts, num_slots, num_packs, apart, is_priced):
         np.empty(num_experts, np.int64),
         np.zeros((num_experts if apart else 1, num_packs), np.int64),
         np.zeros((num_experts if is_priced else 1, num_packs), np.int64),
+        np.zeros(num_slots, np.int64),
     )

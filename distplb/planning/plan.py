@@ -208,7 +208,8 @@ class StagedPlan:
         """(5) Send the root's placement to all ranks."""
         with self._stages.stage("share"):
             self._comm.broadcast(self._table, 0)
-            if int(self._table.min()) < 0:
+            failed = self._error is not None if isinstance(self._comm, WorldOfOne) else int(self._table.min()) < 0
+            if failed:
                 raise_everywhere(self._comm, 0, self._error)
             placement = Placement(self._table, self._load.shape[2], self._topology.num_gpus)
         return PlanResult(placement, self.load, self._engine_name)

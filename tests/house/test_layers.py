@@ -207,9 +207,14 @@ def test_what_needs_a_compiler_is_imported_by_its_engine_alone() -> None:
     needy = [module for module in NEEDS if "packing" in module or "splitting" in module]
     importers = {name: {module for module in SOURCES if name in names[module]} for name in needy}
     assert importers == {
+        "distplb.packing.cpu_cost": {"distplb.packing.cpu_kernels"},
         "distplb.packing.cpu_kernels": {"distplb.packing.cpu"},
-        "distplb.packing.cpu_row": {f"distplb.packing.cpu_{name}" for name in ("kernels", "settle", "steps")},
+        "distplb.packing.cpu_order": {"distplb.packing.cpu_steps"},
+        "distplb.packing.cpu_row": {
+            f"distplb.packing.cpu_{name}" for name in ("cost", "kernels", "order", "settle", "settle_state", "steps")
+        },
         "distplb.packing.cpu_settle": {"distplb.packing.cpu_kernels"},
+        "distplb.packing.cpu_settle_state": {"distplb.packing.cpu_kernels"},
         "distplb.packing.cpu_steps": {"distplb.packing.cpu_kernels"},
         "distplb.packing.cuda_kernels": {"distplb.packing.cuda"},
         "distplb.packing.cuda_settle": {"distplb.packing.cuda_kernels"},

@@ -119,6 +119,12 @@ def test_no_plan_pays_for_compiling() -> None:
     assert [list(function.signatures) for function in functions] == before
 
 
+def test_this_numba_compiles_without_counting_references() -> None:
+    """If not, plans are the same and take twice as long: see `cpu_row`, and look for the option's new name."""
+    cpu.warm_up()
+    assert compiled_module("distplb.packing.cpu_row")._UNCOUNTED == {"_nrt": False}
+
+
 # --- costs, as in the reference ---------------------------------------------------------------------------------
 
 
