@@ -181,7 +181,8 @@ def steps_with_tokens(load: Tensor) -> Tensor:
     >>> steps_with_tokens(torch.tensor([[[1, 2]], [[0, 0]], [[3, 0]]])).tolist()
     [[[1, 2]], [[3, 0]]]
     """
-    return load[(load != 0).flatten(1).any(1)]
+    has_tokens = load.flatten(1).amax(1) != 0  # counts are not negative
+    return load[has_tokens]
 
 
 def mean_of_known(values: Tensor, dim: int | None = None) -> Tensor:

@@ -68,16 +68,15 @@ class Placement:
                 "num_slots must be a multiple of num_gpus, and at least num_experts"
             )
         table = self.expert_of_slot
-        wrong = ((table < 0) | (table >= self.num_experts)).nonzero()
-        if len(wrong):
-            layer, slot = wrong[0].tolist()
+        if table.numel() and (int(table.min()) < 0 or int(table.max()) >= self.num_experts):
+            layer, slot = ((table < 0) | (table >= self.num_experts)).nonzero()[0].tolist()
             raise DistplbError(
                 f"Placement: slot {slot} of layer {layer} holds expert {int(table[layer, slot])}; "
                 f"experts are numbered 0 to {self.num_experts - 1}"
             )
-        missing = (self.replicas == 0).nonzero()
-        if len(missing):
-            layer, expert = missing[0].tolist()
+        replicas = self.replicas
+        if replicas.numel() and int(replicas.min()) == 0:
+            layer, expert = (replicas == 0).nonzero()[0].tolist()
             raise DistplbError(
                 f"Placement: expert {expert} has no slot in layer {layer}; every expert needs at least one"
             )

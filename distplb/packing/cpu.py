@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distplb.core.cost import MAX_COST
 from distplb.core.machine_code import compile_lock, compiled_module, is_there
 from distplb.core.threads import in_threads
 from distplb.packing.settle import Terms
 from distplb.packing.steps import one_item_a_pack
 
-__all__ = ["finish", "is_there", "pack", "polish", "refine", "settle", "warm_up"]
+__all__ = ["cost", "crowded", "finish", "is_there", "pack", "polish", "refine", "settle", "warm_up"]
 
 _KERNELS = "distplb.packing.cpu_kernels"
 
@@ -87,6 +88,23 @@ def warm_up() -> None:
         for num_slots in (12, 18):
             table = polish(weight, refine(weight, 3, num_slots, layer=number, candidate=number), 3)
         settle(Terms(weight[:, None], torch.zeros(18, device="cpu")), table, 3, layer=number, ceiling=number)
+        cost(weight[None], table, 3, layer=number)
+        crowded(table, 3)
+
+
+def cost(load: Tensor, table: Tensor, num_packs: int, *, layer: Tensor) -> Tensor:
+    """Same as `reference.cost`."""
+    costs = torch.empty(len(table), dtype=torch.int64, device="cpu")
+    arguments = _array(load), _array(table), num_packs, _array(layer), MAX_COST
+    _run("cost_rows", costs, *arguments, amount=table.numel() * len(load) >> 4)
+    return costs.to(table.device)
+
+
+def crowded(table: Tensor, num_packs: int) -> Tensor:
+    """Same as `reference.crowded`."""
+    are_crowded = torch.empty(len(table), dtype=torch.bool, device="cpu")
+    _run("crowded_rows", are_crowded, _array(table), num_packs, amount=table.numel() >> 4)
+    return are_crowded.to(table.device)
 
 
 def _in_place(kernel: str, weight: Tensor, table: Tensor, num_packs: int) -> Tensor:

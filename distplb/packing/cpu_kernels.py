@@ -8,23 +8,29 @@ from __future__ import annotations
 
 import numpy as np
 
+from distplb.packing.cpu_cost import cost_of_row, is_crowded
 from distplb.packing.cpu_row import (
     APART,
     FREE,
     LIGHTEST,
     MAX_ROUNDS,
     NEVER,
+    NONE,
     ONE,
     PAIR_ROUNDS,
+    allocating,
     compiled,
     copy,
+    largest,
     new_row,
     parted,
+    total,
 )
-from distplb.packing.cpu_settle import new_state, settle_row
-from distplb.packing.cpu_steps import divide, greedy, lower_max, lower_variance, noisy_keys, swap_pairs
+from distplb.packing.cpu_settle import settle_row
+from distplb.packing.cpu_settle_state import new_state
+from distplb.packing.cpu_steps import divide, greedy, lower_max, lower_variance, noisy_keys, rank_items, swap_pairs
 
-__all__ = ["finish_rows", "pack_rows", "polish_rows", "refine_rows", "settle_rows"]
+__all__ = ["cost_rows", "crowded_rows", "finish_rows", "pack_rows", "polish_rows", "refine_rows", "settle_rows"]
 
 
 @compiled
@@ -36,66 +42,80 @@ def _weigh(row, apart):
     for pack in range(len(row.load)):
         load = np.int64(0)
         for slot in range(pack * size, (pack + 1) * size):
-            row.own[slot] = row.share[row.table[slot]]
-            load += row.own[slot]
+            load += row.share[row.table[slot]]
             if apart:
                 row.holds[row.table[slot], pack] = True
         row.load[pack] = load
-        row.around[pack * size : (pack + 1) * size] = load
+    row.value[0] = NONE
+    rank_items(row)
 
 
 @compiled
-def _pack_once(weight, row, apart):
-    """Steps 2 to 7, as in `reference._pack_once`; returns the result of `greedy`."""
+def _begin(weight, row, apart):
+    """Steps 0 and 2 of a search; returns whether `apart` affected them."""
+    most = len(row.load) if apart else len(row.table)
+    divide(row, most)
+    kept = _fill(weight, row, apart)
+    return kept or (apart and largest(row.replicas)[0] == most)
+
+
+@compiled
+def _fill(weight, row, apart):
+    """Step 2; returns the result of `greedy`."""
     for expert in range(len(weight)):
         row.share[expert] = parted(weight[expert], row.replicas[expert])
-    kept = greedy(row, apart)
-    if len(row.table) == len(weight):
+    return greedy(row, apart)
+
+
+@compiled
+def _improve(row, apart):
+    """Steps 3 to 7, after `greedy`."""
+    rank_items(row)
+    if len(row.table) == len(row.key):
         lower_variance(row)
     lower_max(row, MAX_ROUNDS, apart)
     swap_pairs(row, PAIR_ROUNDS, LIGHTEST, apart)
     lower_max(row, MAX_ROUNDS + 4 * len(row.load), apart)
-    return kept
 
 
 @compiled
 def _search(weight, row, best, apart):
-    """Steps 0 to 8, as in `reference._search`; the packing is in the table of `best`.
+    """Steps 3 to 8 after `_begin`, as in `reference._search`; the packing is in the table of `best`.
 
-    Returns the load of its heaviest pack, and whether `apart` affected the first packing.
+    Returns the load of its heaviest pack.
     """
     num_slots, num_packs = len(row.table), len(row.load)
     size = num_slots // num_packs
     most = num_packs if apart else num_slots
-    divide(row, most)
-    capped = row.replicas.max() == most
-    mattered = _pack_once(weight, row, apart) or (apart and capped)
+    _improve(row, apart)
     copy(row.table, best.table)
     copy(row.load, best.load)
-    peak, mean, tries = row.load.max(), weight.sum() // num_packs, 0
+    peak, mean, tries = largest(row.load)[0], total(weight) // num_packs, 0
     if size == 1:
-        return peak, mattered
+        return peak
     for _ in range(max(4, min(64, (1 << 14) // num_slots))):
         if (peak - mean) << 8 <= mean:
             break
         giver = _nth_giver(weight, row.replicas, tries // size)
         if giver < 0:
             break
-        taker = best.table[np.argmax(best.load) * size + tries % size]
+        taker = best.table[largest(best.load)[1] * size + tries % size]
         tries += 1
         if giver == taker or row.replicas[taker] >= most:
             continue
         row.replicas[taker] += 1
         row.replicas[giver] -= 1
-        _pack_once(weight, row, apart)
-        if row.load.max() < peak:
+        _fill(weight, row, apart)
+        _improve(row, apart)
+        lower = largest(row.load)[0]
+        if lower < peak:
             copy(row.table, best.table)
             copy(row.load, best.load)
-            peak, tries = row.load.max(), 0
+            peak, tries = lower, 0
         else:
             row.replicas[taker] -= 1
             row.replicas[giver] += 1
-    return peak, mattered
+    return peak
 
 
 @compiled
@@ -117,31 +137,10 @@ def _nth_giver(weight, replicas, nth):
     return giver
 
 
-@compiled
-def _starts_crowded(weight, row):
-    """Whether steps 0 and 2 without `apart` put two replicas of an expert into one pack."""
-    divide(row, len(row.table))
-    for expert in range(len(weight)):
-        row.share[expert] = parted(weight[expert], row.replicas[expert])
-    greedy(row, FREE)
-    return _crowded(row)
-
-
-@compiled
-def _crowded(row):
-    """Whether a pack holds an expert twice."""
-    size = len(row.table) // len(row.load)
-    for slot in range(len(row.table)):
-        for place in range(slot + 1, (slot // size + 1) * size):
-            if row.table[slot] == row.table[place]:
-                return True
-    return False
-
-
 # --- entry points -----------------------------------------------------------------------------------------------
 
 
-@compiled
+@allocating
 def pack_rows(weight, num_packs, layer, candidate, seed, begin, end, tables):
     """Steps 1 to 4 for the rows from `begin` to `end`; `weight` and `tables` are `[X, n]`."""
     row = new_row(weight.shape[1], weight.shape[1], num_packs, FREE)
@@ -149,12 +148,13 @@ def pack_rows(weight, num_packs, layer, candidate, seed, begin, end, tables):
         noisy_keys(weight[x], layer[x], candidate[x], seed, row.key)
         copy(weight[x], row.share)
         greedy(row, FREE)
+        rank_items(row)
         lower_variance(row)
         lower_max(row, MAX_ROUNDS, FREE)
         copy(row.table, tables[x])
 
 
-@compiled
+@allocating
 def finish_rows(weight, num_packs, begin, end, tables):
     """Steps 6 and 7, in place."""
     row = new_row(weight.shape[1], weight.shape[1], num_packs, FREE)
@@ -167,7 +167,7 @@ def finish_rows(weight, num_packs, begin, end, tables):
         copy(row.table, tables[x])
 
 
-@compiled
+@allocating
 def refine_rows(weight, num_packs, layer, candidate, seed, shared, begin, end, tables):
     """Steps 0 to 8; `weight [X, E]`, `tables [X, P]`."""
     num_experts, num_slots = weight.shape[1], tables.shape[1]
@@ -178,20 +178,25 @@ def refine_rows(weight, num_packs, layer, candidate, seed, shared, begin, end, t
     for x in range(begin, end):
         noisy_keys(weight[x], layer[x], candidate[x], seed, row.key)
         if not replicated:
-            _pack_once(weight[x], row, FREE)
+            _fill(weight[x], row, FREE)
+            _improve(row, FREE)
             copy(row.table, tables[x])
             continue
         peak = NEVER
         if roomy:
-            peak, mattered = _search(weight[x], row, best, APART)
+            mattered = _begin(weight[x], row, APART)
+            peak = _search(weight[x], row, best, APART)
             copy(best.table, tables[x])
-            if not shared or not mattered or not _starts_crowded(weight[x], row):
+            if not shared or not mattered:
                 continue
-        if _search(weight[x], row, best, FREE)[0] < peak:
+        _begin(weight[x], row, FREE)
+        if roomy and not is_crowded(row.table, num_packs, row.small):
+            continue  # the search would only repeat the one before
+        if _search(weight[x], row, best, FREE) < peak:
             copy(best.table, tables[x])
 
 
-@compiled
+@allocating
 def polish_rows(weight, num_packs, begin, end, tables):
     """Step 9, in place."""
     num_experts, num_slots = weight.shape[1], tables.shape[1]
@@ -203,7 +208,7 @@ def polish_rows(weight, num_packs, begin, end, tables):
             row.replicas[expert] += 1
         for expert in range(num_experts):
             row.share[expert] = weight[x, expert] // max(1, row.replicas[expert])
-        apart = row.replicas.max() > 1 and not _crowded(row)
+        apart = largest(row.replicas)[0] > 1 and not is_crowded(row.table, num_packs, row.key)
         _weigh(row, apart)
         for _ in range(20):
             num_swaps = 0
@@ -217,7 +222,7 @@ def polish_rows(weight, num_packs, begin, end, tables):
         copy(row.table, tables[x])
 
 
-@compiled
+@allocating
 def settle_rows(load, region, apart, distance, price, num_packs, layer, ceiling, begin, end, tables):
     """Steps 10 and 11, in place; `load [L, T, E]`; `distance [L, E, M]`, or `[L, 1, 1]` if moving is free."""
     is_priced = distance.shape[1] == load.shape[2]
@@ -226,3 +231,23 @@ def settle_rows(load, region, apart, distance, price, num_packs, layer, ceiling,
         copy(tables[x], state.table)
         settle_row(state, load[layer[x]], distance[layer[x]], price[layer[x]], region, ceiling[x])
         copy(state.table, tables[x])
+
+
+@allocating
+def cost_rows(load, table, num_packs, layer, most, begin, end, cost):
+    """The cost of each table, at most `most`; `load [T, L, E]`, `table [X, P]`, `cost [X]`."""
+    replicas, share = np.ones(load.shape[2], np.int64), np.empty(load.shape[2], np.int64)
+    heaviness = np.empty(num_packs, np.int64)
+    for x in range(begin, end):
+        cost[x] = min(most, cost_of_row(load, layer[x], table[x], replicas, share, heaviness))
+
+
+@allocating
+def crowded_rows(table, num_packs, begin, end, crowded):
+    """Whether a pack of each table holds an expert twice; `table [X, P]`, `crowded [X]`."""
+    last_expert = np.int64(0)
+    for x in range(begin, end):
+        last_expert = max(last_expert, largest(table[x])[0])
+    last_pack = np.empty(last_expert + 1, np.int64)
+    for x in range(begin, end):
+        crowded[x] = is_crowded(table[x], num_packs, last_pack)

@@ -2,65 +2,20 @@
 
 Tokens are int32, so that vector units process twice as many at once; their sum over all steps and packs is at most
 2^30. Every sum is cast back, because Numba widens the operands.
+All exchanges of one slot of a pack are evaluated together, two steps of the load at a time.
 Shapes of one row: T steps, E experts, P slots, M packs, G = P / M slots in each.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
-from numpy.typing import NDArray
 
-from distplb.packing.cpu_row import NONE, compiled, copy
+from distplb.packing.cpu_row import NONE, compiled, copy, inlined
 
-__all__ = ["State", "new_state", "settle_row"]
+__all__ = ["settle_row"]
 
-_ZERO = np.int32(0)
+_ZERO, _MOST = np.int32(0), np.int32(2**31 - 1)
 _SCORE_BITS, _CEILING_BITS = np.int64(30), np.int64(16)
-
-
-class State(NamedTuple):
-    """State of the current row, and scratch space."""
-
-    table: NDArray[np.int64]  # [P]
-    best: NDArray[np.int64]  # [P], the cheapest table of step 10
-    share: NDArray[np.int32]  # [E, T], of one replica
-    load: NDArray[np.int32]  # [M, T]
-    top: NDArray[np.int32]  # [3, T], loads of the three heaviest packs of each step
-    top_pack: NDArray[np.int64]  # [3, T], their indices; -1 if there are fewer packs
-    limit: NDArray[np.int32]  # [T]
-    mean: NDArray[np.int32]  # [T]
-    height: NDArray[np.int64]  # [T]
-    rest: NDArray[np.int32]  # [M, T], load of the heaviest pack other than the current one and this one
-    above: NDArray[np.int64]  # [M], tokens above the limits in step 10, lead over the second-heaviest pack in step 11
-    tired: NDArray[np.bool_]  # [M], has no useful exchange, and is skipped until the packing changes
-    replicas: NDArray[np.int64]  # [E]
-    holds: NDArray[np.int64]  # [E, M], number of an expert's slots in a pack; only if replicas stay apart
-    toll: NDArray[np.int64]  # [E, M]; only if moving has a price
-
-
-@compiled
-def new_state(num_steps, num_experts, num_slots, num_packs, apart, is_priced):
-    """Allocate a row of these sizes."""
-    apart = apart and num_slots > num_experts
-    return State(
-        np.empty(num_slots, np.int64),
-        np.empty(num_slots, np.int64),
-        np.empty((num_experts, num_steps), np.int32),
-        np.empty((num_packs, num_steps), np.int32),
-        np.empty((3, num_steps), np.int32),
-        np.empty((3, num_steps), np.int64),
-        np.empty(num_steps, np.int32),
-        np.empty(num_steps, np.int32),
-        np.empty(num_steps, np.int64),
-        np.empty((num_packs, num_steps), np.int32),
-        np.empty(num_packs, np.int64),
-        np.empty(num_packs, np.bool_),
-        np.empty(num_experts, np.int64),
-        np.zeros((num_experts if apart else 1, num_packs), np.int64),
-        np.zeros((num_experts if is_priced else 1, num_packs), np.int64),
-    )
 
 
 @compiled
@@ -101,7 +56,20 @@ def _gather(state, table):
         if apart:
             state.holds[table[slot], pack] += 1
         for step in range(state.load.shape[1]):
-            state.load[pack, step] = np.int32(state.load[pack, step] + state.share[table[slot], step])
+            state.own[step, slot] = state.share[table[slot], step]
+            state.load[pack, step] = np.int32(state.load[pack, step] + state.own[step, slot])
+    for pack in range(len(state.load)):
+        _renew_others(state, pack)
+
+
+@inlined
+def _renew_others(state, pack):
+    """Compute `others` of a pack's slots."""
+    size = len(state.table) // len(state.load)
+    for step in range(state.load.shape[1]):
+        load = state.load[pack, step]
+        for slot in range(pack * size, (pack + 1) * size):
+            state.others[step, slot] = np.int32(load - state.own[step, slot])
 
 
 @compiled
@@ -159,13 +127,20 @@ def _is_allowed(state, region, one, other):
     return state.holds[here, other // size] == 0 and state.holds[there, one // size] == 0
 
 
-@compiled
-def _added_toll(state, one, other):
-    """Toll that an exchange of two slots adds."""
-    size = len(state.table) // len(state.load)
-    here, there, pack, partner = state.table[one], state.table[other], one // size, other // size
-    toll = state.toll
-    return toll[here, partner] + toll[there, pack] - toll[here, pack] - toll[there, partner]
+@inlined
+def _find_added(state, here):
+    """Compute `added` for pack `here`."""
+    size, toll = len(state.table) // len(state.load), state.toll
+    for pack in range(len(state.load)):
+        for slot in range(pack * size, (pack + 1) * size):
+            expert = state.table[slot]
+            state.added[slot] = toll[expert, here] - toll[expert, pack]
+
+
+@inlined
+def _added_toll(state, leaves, here, place, size):
+    """Toll that is added if an expert leaves pack `here` for a slot whose expert comes; after `_find_added`."""
+    return state.toll[leaves, place // size] - state.toll[leaves, here] + state.added[place]
 
 
 @compiled
@@ -177,6 +152,9 @@ def _exchange(state, one, other):
         lost = np.int32(state.share[here, step] - state.share[there, step])
         state.load[pack, step] = np.int32(state.load[pack, step] - lost)
         state.load[partner, step] = np.int32(state.load[partner, step] + lost)
+        state.own[step, one], state.own[step, other] = state.own[step, other], state.own[step, one]
+    _renew_others(state, pack)
+    _renew_others(state, partner)
     state.table[one], state.table[other] = there, here
     if len(state.holds) == len(state.share):
         state.holds[here, pack] -= 1
@@ -247,33 +225,59 @@ def _over(load, pack, limit):
 @compiled
 def _best_for_its_toll(state, region, is_priced, here):
     """The exchange of pack `here` that removes most tokens above the limits for its toll: two slots, or -1."""
-    table, share, load, limit, room = state.table, state.share, state.load, state.limit, state.top[0]
-    size, num_steps = len(table) // len(load), len(limit)
+    after, most = state.after, state.most
+    size = len(state.table) // len(state.load)
+    # An exchange removes at most what both packs have above the limits.
+    for place in range(len(state.table)):
+        most[place] = np.int32(state.above[here] + state.above[place // size]) if place // size != here else _ZERO
+    if is_priced:
+        _find_added(state, here)
     best, one, other = np.int64(0), NONE, NONE
     for slot in range(here * size, (here + 1) * size):
-        own = table[slot]
-        for step in range(num_steps):
-            room[step] = np.int32(np.int32(load[here, step] - limit[step]) - share[own, step])
-        for place in range(len(table)):
-            pack = place // size
-            # An exchange removes at most what both packs have above the limits.
-            most = state.above[here] + state.above[pack]
-            if pack == here or (most << _SCORE_BITS) <= best:
+        _take_out(state, here, slot, state.limit)
+        _sum_above(state)
+        largest_gain = _ZERO
+        for place in range(len(after)):
+            largest_gain = max(largest_gain, np.int32(most[place] - after[place]))
+        if (np.int64(largest_gain) << _SCORE_BITS) <= best:
+            continue
+        leaves = state.table[slot]
+        for place in range(len(state.table)):
+            gain = np.int64(most[place] - after[place])
+            if gain <= 0 or (gain << _SCORE_BITS) <= best:
                 continue
-            coming, left = table[place], _ZERO
-            for step in range(num_steps):
-                inside = np.int32(room[step] + share[coming, step])
-                lost = np.int32(share[own, step] - share[coming, step])
-                outside = np.int32(np.int32(load[pack, step] - limit[step]) + lost)
-                left = np.int32(left + np.int32(max(inside, _ZERO) + max(outside, _ZERO)))
-            gain = most - left
-            if gain <= 0 or (gain << _SCORE_BITS) <= best or not _is_allowed(state, region, slot, place):
-                continue
-            paid = max(np.int64(0), _added_toll(state, slot, place)) if is_priced else np.int64(0)
-            score = (gain << _SCORE_BITS) // (1 + paid)
-            if score > best:
+            score = gain << _SCORE_BITS
+            if is_priced:
+                score //= 1 + max(np.int64(0), _added_toll(state, leaves, here, place, size))
+            if score > best and _is_allowed(state, region, slot, place):
                 best, one, other = score, np.int64(slot), np.int64(place)
     return one, other
+
+
+@inlined
+def _take_out(state, here, slot, floor):
+    """Set `inward` and `outward` for a slot of pack `here`, whose expert leaves; loads count from `floor [T]`."""
+    expert = state.table[slot]
+    for step in range(state.load.shape[1]):
+        leaving = np.int32(state.share[expert, step] - floor[step])
+        state.outward[step] = leaving
+        state.inward[step] = np.int32(state.load[here, step] - state.share[expert, step] - floor[step])
+
+
+@inlined
+def _sum_above(state):
+    """Compute `after`: tokens above the limits in both packs after an exchange with each slot."""
+    after = state.after
+    after[:] = 0
+    for step in range(0, len(state.own), 2):
+        here, there, own, others = state.inward[step], state.outward[step], state.own[step], state.others[step]
+        later_here, later_there = state.inward[step + 1], state.outward[step + 1]
+        later_own, later_others = state.own[step + 1], state.others[step + 1]
+        for place in range(len(after)):
+            one = np.int32(max(np.int32(own[place] + here), _ZERO) + max(np.int32(others[place] + there), _ZERO))
+            inside = max(np.int32(later_own[place] + later_here), _ZERO)
+            outside = max(np.int32(later_others[place] + later_there), _ZERO)
+            after[place] = np.int32(np.int32(after[place] + one) + np.int32(inside + outside))
 
 
 # --- step 11 ----------------------------------------------------------------------------------------------------
@@ -308,33 +312,64 @@ def _descend(state, region, is_priced):
 @compiled
 def _cheapest(state, region, is_priced, here, cost):
     """The exchange of pack `here` that lowers the cost most: two slots, or -1."""
-    table, share, load, rest = state.table, state.share, state.load, state.rest
-    size, num_steps = len(table) // len(load), load.shape[1]
-    for step in range(num_steps):
-        for pack in range(len(load)):
-            nth = 0
-            while state.top_pack[nth, step] == here or state.top_pack[nth, step] == pack:
-                nth += 1
-                if nth == 2:
-                    break
-            rest[pack, step] = state.top[nth, step]
-    best, one, other, room = cost, NONE, NONE, state.limit
+    after = state.after
+    size = len(state.table) // len(state.load)
+    _find_rest(state, here)
+    lowest_added = np.int64(0)
+    if is_priced:
+        _find_added(state, here)
+        for place in range(len(state.table)):
+            lowest_added = min(lowest_added, state.added[place])
+    best, one, other = cost, NONE, NONE
     for slot in range(here * size, (here + 1) * size):
-        own = table[slot]
-        for step in range(num_steps):
-            room[step] = np.int32(load[here, step] - share[own, step])
-        for place in range(len(table)):
-            pack = place // size
-            if pack == here:
-                continue
-            coming, busiest = table[place], _ZERO
-            for step in range(num_steps):
-                inside = np.int32(room[step] + share[coming, step])
-                outside = np.int32(load[pack, step] + np.int32(share[own, step] - share[coming, step]))
-                busiest = np.int32(busiest + max(max(inside, outside), rest[pack, step]))
-            after = np.int64(busiest)
-            if is_priced:
-                after += _added_toll(state, slot, place)
-            if after < best and _is_allowed(state, region, slot, place):
-                best, one, other = after, np.int64(slot), np.int64(place)
+        _take_out(state, here, slot, state.nothing)
+        _sum_busiest(state)
+        for place in range(here * size, (here + 1) * size):
+            after[place] = _MOST
+        least = _MOST
+        for place in range(len(state.table)):
+            least = min(least, after[place])
+        leaves = state.table[slot]
+        if least + (lowest_added - state.toll[leaves, here] if is_priced else np.int64(0)) >= best:
+            continue
+        for place in range(len(state.table)):
+            total = np.int64(after[place])
+            if is_priced and after[place] < _MOST:
+                total += _added_toll(state, leaves, here, place, size)
+            if total < best and _is_allowed(state, region, slot, place):
+                best, one, other = total, np.int64(slot), np.int64(place)
     return one, other
+
+
+@inlined
+def _find_rest(state, here):
+    """Compute `rest` for pack `here`."""
+    size = len(state.table) // len(state.load)
+    for step in range(len(state.limit)):
+        rest = state.rest[step]
+        nth = 1 if state.top_pack[0, step] == here else 0
+        heaviest, next_heaviest = state.top[nth, step], state.top[nth + 1, step]
+        if state.top_pack[nth + 1, step] == here:
+            next_heaviest = state.top[2, step]
+        for place in range(len(rest)):
+            rest[place] = heaviest
+        pack = state.top_pack[nth, step]
+        for place in range(pack * size, (pack + 1) * size):
+            rest[place] = next_heaviest
+
+
+@inlined
+def _sum_busiest(state):
+    """Compute `after`: loads of the heaviest packs after an exchange with each slot."""
+    after = state.after
+    after[:] = 0
+    for step in range(0, len(state.own), 2):
+        here, there, own, others = state.inward[step], state.outward[step], state.own[step], state.others[step]
+        later_here, later_there = state.inward[step + 1], state.outward[step + 1]
+        later_own, later_others = state.own[step + 1], state.others[step + 1]
+        rest, later_rest = state.rest[step], state.rest[step + 1]
+        for place in range(len(after)):
+            one = max(max(np.int32(own[place] + here), np.int32(others[place] + there)), rest[place])
+            inside, outside = np.int32(later_own[place] + later_here), np.int32(later_others[place] + later_there)
+            another = max(max(inside, outside), later_rest[place])
+            after[place] = np.int32(np.int32(after[place] + one) + another)

@@ -9,18 +9,29 @@ from __future__ import annotations
 
 import numpy as np
 
-from distplb.packing.cpu_row import FREE, NEVER, NONE, compiled, copy, parted
+from distplb.packing.cpu_order import INDEX, INDEX_BITS, leaves_of, plant, replace, sort_down
+from distplb.packing.cpu_row import (
+    CHUNK,
+    FAR,
+    FREE,
+    NEVER,
+    NONE,
+    compiled,
+    copy,
+    inlined,
+    largest,
+    parted,
+    total,
+)
 
-__all__ = ["divide", "greedy", "lower_max", "lower_variance", "noisy_keys", "swap_pairs"]
+__all__ = ["divide", "greedy", "lower_max", "lower_variance", "noisy_keys", "rank_items", "swap_pairs"]
 
-_INDEX_BITS = 22  # of the index in a packed (value, index); values are below 2^41
-_INDEX = np.int64(2**_INDEX_BITS - 1)
 _MASK = np.int64(2**32 - 1)
 
 # --- steps 0 to 2 -----------------------------------------------------------------------------------------------
 
 
-@compiled
+@inlined
 def _mix(state):
     state &= _MASK
     state = ((state ^ (state >> 16)) * np.int64(0x7FEB352D)) & _MASK
@@ -45,64 +56,63 @@ def noisy_keys(weight, layer, candidate, seed, key):
 @compiled
 def divide(row, most):
     """Step 0."""
-    key, replicas, packed = row.key, row.replicas, row.packed
+    key, replicas, tree = row.key, row.replicas, row.tree
+    leaves = leaves_of(len(key))
     for expert in range(len(key)):
         replicas[expert] = 1
-        packed[expert] = (key[expert] << _INDEX_BITS) | (_INDEX - expert) if most > 1 else -1
+        tree[leaves + expert] = -((key[expert] << INDEX_BITS) | (INDEX - expert)) if most > 1 else NEVER
+    plant(tree, leaves, len(key))
     for _ in range(len(row.table) - len(key)):
-        largest = np.int64(-1)
-        for expert in range(len(key)):
-            largest = max(largest, packed[expert])
-        expert = _INDEX - (largest & _INDEX)
+        expert = INDEX - (-tree[1] & INDEX)
         replicas[expert] += 1
         share = key[expert] // replicas[expert]
-        packed[expert] = (share << _INDEX_BITS) | (_INDEX - expert) if replicas[expert] < most else -1
+        value = -((share << INDEX_BITS) | (INDEX - expert))
+        replace(tree, leaves + expert, value if replicas[expert] < most else NEVER)
 
 
 @compiled
 def greedy(row, apart):
     """Step 2; returns whether `apart` kept a slot out of the lightest pack."""
-    table, own, load, packed, filled = row.table, row.own, row.load, row.packed, row.filled
-    num_packs, at, kept = len(load), 0, False
+    table, load, filled, tree = row.table, row.load, row.filled, row.tree
+    num_packs, kept, displaced, item = len(load), False, False, 0
+    leaves = leaves_of(num_packs)
     size = len(table) // num_packs
     for expert in range(len(row.key)):
-        value = -((parted(row.key[expert], row.replicas[expert]) << _INDEX_BITS) | (_INDEX - expert))
-        for _ in range(row.replicas[expert]):
-            row.order[at] = value
-            at += 1
-    row.order.sort()
+        row.small[expert] = parted(row.key[expert], row.replicas[expert])
+    number = len(row.key)
+    sort_down(row.small[:number], row.order[:number], row.value[:number], row.starts, row.packed)
     for pack in range(num_packs):
-        packed[pack], filled[pack], load[pack] = pack, 0, 0
+        tree[leaves + pack], filled[pack], load[pack] = pack, 0, 0
+    plant(tree, leaves, num_packs)
     if apart:
         row.holds[:] = False
         table[:] = -1
-    for value in row.order:
-        expert = _INDEX - (-value & _INDEX)
-        minimum = NEVER
-        for pack in range(num_packs):
-            minimum = min(minimum, packed[pack])
-        to = minimum & _INDEX
-        if apart:
-            if row.holds[expert, to]:
+    for nth in range(number):
+        for _ in range(row.replicas[row.order[nth]]):
+            expert = row.order[nth]
+            to = tree[1] & INDEX
+            # Only an expert with several replicas can be where it must not be.
+            if apart and row.replicas[expert] > 1 and row.holds[expert, to]:
                 kept = True
                 minimum = NEVER
                 for pack in range(num_packs):
                     if not row.holds[expert, pack]:
-                        minimum = min(minimum, packed[pack])
+                        minimum = min(minimum, tree[leaves + pack])
                 if minimum == NEVER:
-                    expert = _displace(row, expert, to)
+                    expert, displaced = _displace(row, expert, to), True
                 else:
-                    to = minimum & _INDEX
-            row.holds[expert, to] = True
-        slot = to * size + filled[to]
-        table[slot] = expert
-        own[slot] = row.share[expert]
-        load[to] += row.share[expert]
-        filled[to] += 1
-        packed[to] = NEVER if filled[to] == size else (load[to] << _INDEX_BITS) | to
-    for pack in range(num_packs):
-        for slot in range(pack * size, (pack + 1) * size):
-            row.around[slot] = load[pack]
+                    to = minimum & INDEX
+            if apart:
+                row.holds[expert, to] = True
+            slot = to * size + filled[to]
+            table[slot] = expert
+            row.slot[item], row.value[item] = slot, row.share[expert]
+            item += 1
+            load[to] += row.share[expert]
+            filled[to] += 1
+            replace(tree, leaves + to, NEVER if filled[to] == size else (load[to] << INDEX_BITS) | to)
+    if displaced:
+        row.value[0] = NONE  # so that the items are sorted
     return kept
 
 
@@ -121,10 +131,9 @@ def _displace(row, expert, to):
             minimum, place = distance, np.int64(slot)
     leaves, where = table[place], place // size
     table[place] = expert
-    row.own[place] = share[expert]
     row.load[where] += share[expert] - share[leaves]
-    if row.packed[where] != NEVER:
-        row.packed[where] = (row.load[where] << _INDEX_BITS) | where
+    if row.filled[where] < size:
+        replace(row.tree, leaves_of(len(row.load)) + where, (row.load[where] << INDEX_BITS) | where)
     holds[leaves, where] = False
     holds[expert, where] = True
     return leaves
@@ -134,19 +143,36 @@ def _displace(row, expert, to):
 
 
 @compiled
+def rank_items(row):
+    """Number the items of the slots, the heaviest first; where `slot` and `value` are in order, they are kept."""
+    out_of_order = row.value[0] < 0
+    for item in range(1, len(row.slot)):
+        out_of_order |= row.value[item - 1] < row.value[item]
+    if out_of_order:
+        for slot in range(len(row.table)):
+            row.small[slot] = row.share[row.table[slot]]
+        sort_down(row.small, row.slot, row.value[: len(row.slot)], row.starts, row.packed)
+    size = len(row.slot) // len(row.load)
+    for item in range(len(row.slot)):
+        row.item[row.slot[item]] = item
+        row.around[item] = row.load[row.slot[item] // size]
+
+
+@inlined
 def _exchange(row, one, other, apart):
     """Exchange the contents of two slots of different packs."""
-    table, own, load = row.table, row.own, row.load
+    table, item, load = row.table, row.item, row.load
     size = len(table) // len(load)
     here, there = one // size, other // size
-    lost = own[one] - own[other]
+    lost = row.value[item[one]] - row.value[item[other]]
     table[one], table[other] = table[other], table[one]
-    own[one], own[other] = own[other], own[one]
+    item[one], item[other] = item[other], item[one]
+    row.slot[item[one]], row.slot[item[other]] = one, other
     load[here] -= lost
     load[there] += lost
     for position in range(size):
-        row.around[here * size + position] = load[here]
-        row.around[there * size + position] = load[there]
+        row.around[item[here * size + position]] = load[here]
+        row.around[item[there * size + position]] = load[there]
     if apart:
         row.holds[table[one], there] = False
         row.holds[table[other], here] = False
@@ -158,110 +184,163 @@ def _exchange(row, one, other, apart):
 def lower_variance(row):
     """Step 3.
 
-    A swap between two packs whose loads differ by D changes the reference's measure by -D^2 / 4 at best, so pairs of
-    packs that cannot reach the best swap so far are skipped. The heaviest and the lightest pack are tried first.
+    A swap between two packs whose loads differ by D changes the reference's measure by -D^2 / 4 at best, so packs are
+    taken from the heaviest and from the lightest on, until no pair can reach the best swap so far. What is known of a
+    pair is kept until one of its packs changes.
     """
-    small, small_load = row.small, row.small_load
+    small, small_load, order, nearest = row.small, row.small_load, row.order, row.nearest
     num_packs = len(small_load)
+    is_kept = len(nearest) == num_packs
+    nearest[:] = NONE
     size = len(small) // num_packs
-    total, shift = row.own.sum(), 0
-    while (total >> shift) > 1 << 30:
+    everything, shift = total(row.load), 0
+    while (everything >> shift) > 1 << 30:
         shift += 1
     for slot in range(len(small)):
-        small[slot] = row.own[slot] >> shift
+        small[slot] = row.value[row.item[slot]] >> shift
     for pack in range(num_packs):
         load = np.int64(0)
         for slot in range(pack * size, (pack + 1) * size):
             load += small[slot]
         small_load[pack] = load
+        order[pack] = pack
     for _ in range(10):
-        heavy, light = np.argmax(small_load), np.argmin(small_load)
-        highest, lowest = small_load[heavy], small_load[light]
-        swap = (np.int64(0), NONE, NONE)
-        swap = _best_between(row, min(heavy, light), max(heavy, light), swap)
-        for first in range(num_packs):
-            reach = max(highest - small_load[first], small_load[first] - lowest)
-            if reach * reach < -4 * swap[0]:
-                continue
-            for second in range(first + 1, num_packs):
-                gap = small_load[first] - small_load[second]
-                if gap * gap >= -4 * swap[0]:
-                    swap = _best_between(row, first, second, swap)
-        change, one, other = swap
-        if change == 0:
+        for nth in range(1, num_packs):  # sorts what an exchange has put out of order
+            pack, place = order[nth], nth
+            while place > 0 and small_load[order[place - 1]] < small_load[pack]:
+                order[place] = order[place - 1]
+                place -= 1
+            order[place] = pack
+        best, one, other = np.int64(0), NONE, NONE
+        for nth in range(num_packs):
+            heavy = order[nth]
+            for place in range(num_packs - 1, nth, -1):
+                light = order[place]
+                gap = small_load[heavy] - small_load[light]
+                if gap * gap < -4 * best:
+                    break
+                distance = nearest[heavy, light] if is_kept else NONE
+                if distance < 0:
+                    distance = _distance(small, size, heavy, light, gap)
+                if is_kept:
+                    nearest[heavy, light], nearest[light, heavy] = distance, distance
+                # A difference d changes the measure by d × (d − gap) = ((2 d − gap)^2 − gap^2) / 4.
+                change = (distance - gap) * (distance + gap) // 4 if distance < gap else np.int64(0)
+                if change < best or (change == best and change < 0):
+                    first, second = _first_with(small, size, heavy, light, gap, distance)
+                    if change < best or first < one or (first == one and second < other):
+                        best, one, other = change, first, second
+        if best == 0:
             return
         _exchange(row, one, other, FREE)
         difference = small[one] - small[other]
         small[one], small[other] = small[other], small[one]
-        small_load[one // size] -= difference
-        small_load[other // size] += difference
+        here, there = one // size, other // size
+        small_load[here] -= difference
+        small_load[there] += difference
+        if is_kept:
+            for pack in range(num_packs):
+                nearest[here, pack], nearest[pack, here] = NONE, NONE
+                nearest[there, pack], nearest[pack, there] = NONE, NONE
 
 
-@compiled
-def _best_between(row, first, second, swap):
-    """The best (change, slot, slot) between two packs if better than `swap`, or equal and earlier; else `swap`."""
-    small = row.small
-    size = len(small) // len(row.load)
-    gap = row.small_load[first] - row.small_load[second]
-    best, one, other = swap
-    for slot in range(first * size, (first + 1) * size):
-        for place in range(second * size, (second + 1) * size):
-            difference = small[slot] - small[place]
-            change = difference * (difference - gap)
-            if change < best:
-                best, one, other = change, slot, place
-            elif change == best and best < 0 and (slot < one or (slot == one and place < other)):
-                one, other = slot, place
-    return best, one, other
+@inlined
+def _distance(small, size, heavy, light, gap):
+    """The smallest |2 d − gap| of any difference d between an item of one pack and one of another."""
+    distance = NEVER
+    for slot in range(heavy * size, (heavy + 1) * size):
+        rest = 2 * small[slot] - gap
+        for place in range(light * size, (light + 1) * size):
+            distance = min(distance, abs(rest - 2 * small[place]))
+    return distance
+
+
+@inlined
+def _first_with(small, size, heavy, light, gap, distance):
+    """The first two slots of two packs, in the order of slots, that have this `_distance`."""
+    one, other = NEVER, NEVER
+    for slot in range(heavy * size, (heavy + 1) * size):
+        rest = 2 * small[slot] - gap
+        for place in range(light * size, (light + 1) * size):
+            if abs(rest - 2 * small[place]) == distance:
+                first, second = np.int64(min(slot, place)), np.int64(max(slot, place))
+                if first < one or (first == one and second < other):
+                    one, other = first, second
+    return one, other
 
 
 @compiled
 def lower_max(row, rounds, apart):
-    """Steps 4 and 7."""
-    own, around, load = row.own, row.around, row.load
-    size = len(own) // len(load)
+    """Steps 4 and 7.
+
+    Only an item that is lighter than one of the heaviest pack, by less than the gap to the lightest, can take its
+    place; and as the best exchange so far improves, that range narrows.
+    """
+    load, value, around = row.load, row.value, row.around
+    size = len(row.table) // len(load)
     for _ in range(rounds):
-        peak = np.int64(-1)
+        peak, heavy = largest(load)
+        low = peak
         for pack in range(len(load)):
-            peak = max(peak, load[pack])
-        heavy = 0
-        while load[heavy] != peak:
-            heavy += 1
+            low = min(low, load[pack])
         best, one = peak, NONE
         for slot in range(heavy * size, (heavy + 1) * size):
-            weight, rest = own[slot], peak - own[slot]
-            minimum = NEVER
-            for place in range(len(own)):
-                minimum = min(minimum, max(rest + own[place], around[place] + weight - own[place]))
-            if minimum < best:
-                best, one = minimum, np.int64(slot)
+            first = row.item[slot] + 1
+            weight, rest = value[first - 1], peak - value[first - 1]
+            while low + weight - value[first] < best:
+                minimum = NEVER
+                for place in range(CHUNK):
+                    nth = np.uint64(first) + np.uint64(place)  # unsigned, as a negative index would count from the end
+                    minimum = min(minimum, max(rest + value[nth], around[nth] + (weight - value[nth])))
+                if minimum < best:
+                    best, one = minimum, np.int64(slot)
+                first += CHUNK
         if one < 0:
             return
-        weight, rest, other = own[one], peak - own[one], np.int64(0)
-        while max(rest + own[other], around[other] + weight - own[other]) != best:
-            other += 1
-        if apart and (row.holds[row.table[one], other // size] or row.holds[row.table[other], heavy]):
-            one, other = _best_apart(row, heavy, peak)
+        other = _other_slot(row, one, peak, low, best)
+        if apart and _clash(row, one, other):
+            one, other = _best_apart(row, heavy, peak, low)
             if one < 0:
                 return
         _exchange(row, one, other, apart)
 
 
+@inlined
+def _other_slot(row, one, peak, low, best):
+    """The first slot whose exchange with slot `one` of the heaviest pack leaves `best` in the heavier of the two."""
+    other, lighter = len(row.table), row.item[one] + 1
+    weight = row.value[lighter - 1]
+    while low + weight - row.value[lighter] <= best:
+        lost = weight - row.value[lighter]
+        if max(peak - lost, row.around[lighter] + lost) == best:
+            other = min(other, row.slot[lighter])
+        lighter += 1
+    return other
+
+
+@inlined
+def _clash(row, one, other):
+    """Whether exchanging two slots brings replicas together."""
+    size = len(row.table) // len(row.load)
+    return row.holds[row.table[one], other // size] or row.holds[row.table[other], one // size]
+
+
 @compiled
-def _best_apart(row, heavy, peak):
+def _best_apart(row, heavy, peak, low):
     """The exchange for `lower_max` if the best one overall would bring replicas together."""
-    table, own, load = row.table, row.own, row.load
-    size = len(table) // len(load)
+    value = row.value
+    size = len(row.table) // len(row.load)
     best, one, other = peak, NONE, NONE
     for slot in range(heavy * size, (heavy + 1) * size):
-        weight, rest = own[slot], peak - own[slot]
-        for pack in range(len(load)):
-            if row.holds[table[slot], pack]:
+        lighter = row.item[slot] + 1
+        weight = value[lighter - 1]
+        while low + weight - value[lighter] <= best:
+            lost, place = weight - value[lighter], row.slot[lighter]
+            worst = max(peak - lost, row.around[lighter] + lost)
+            lighter += 1
+            if worst > best or (worst == best and (one < slot or other < place)) or _clash(row, slot, place):
                 continue
-            for place in range(pack * size, (pack + 1) * size):
-                worst = max(rest + own[place], load[pack] + weight - own[place])
-                if worst < best and not row.holds[table[place], heavy]:
-                    best, one, other = worst, np.int64(slot), np.int64(place)
+            best, one, other = worst, np.int64(slot), place
     return one, other
 
 
@@ -273,7 +352,7 @@ def swap_pairs(row, rounds, partner, apart):
     if size < 2 or size > 16 or num_packs <= partner + 1:
         return 0
     for num_swaps in range(rounds):
-        heavy, light = np.argmax(row.load), _nth_lightest(row.load, partner)
+        heavy, light = largest(row.load)[1], _nth_lightest(row.load, partner)
         one, two, pair = _best_pair(row, heavy, light, apart)
         if one < 0:
             return num_swaps
@@ -285,31 +364,35 @@ def swap_pairs(row, rounds, partner, apart):
 @compiled
 def _best_pair(row, heavy, light, apart):
     """Two slots of the heavy pack, and two of the light one packed into one integer; -1 if no exchange helps."""
-    own, table, sums = row.own, row.table, row.sums
+    table, item, value, sums = row.table, row.item, row.value, row.sums
     size = len(table) // len(row.load)
     gap = row.load[heavy] - row.load[light]
     count = 0
     for i in range(light * size, (light + 1) * size):
         for j in range(i + 1, (light + 1) * size):
             if not (apart and (row.holds[table[i], heavy] or row.holds[table[j], heavy])):
-                sums[count] = 2 * (own[i] + own[j])
+                sums[count] = 2 * (value[item[i]] + value[item[j]])
                 row.pairs[count] = i * len(table) + j
                 count += 1
+    filled = -(-count // CHUNK) * CHUNK
+    for nth in range(count, filled):
+        sums[nth] = FAR
     best, one, two, pair = gap, NONE, NONE, NONE
     for i in range(heavy * size, (heavy + 1) * size):
         for j in range(i + 1, (heavy + 1) * size):
             if apart and (row.holds[table[i], light] or row.holds[table[j], light]):
                 continue
-            rest, minimum = gap - 2 * (own[i] + own[j]), NEVER
-            for nth in range(count):
+            rest, minimum = gap - 2 * (value[item[i]] + value[item[j]]), NEVER
+            for nth in range(filled):
                 minimum = min(minimum, abs(rest + sums[nth]))
             if minimum < best:
                 best, one, two = minimum, np.int64(i), np.int64(j)
     if one >= 0:
-        rest, pair = gap - 2 * (own[one] + own[two]), np.int64(0)
+        rest, pair = gap - 2 * (value[item[one]] + value[item[two]]), np.int64(0)
         while abs(rest + sums[pair]) != best:
             pair += 1
-    return one, two, row.pairs[pair]
+        pair = row.pairs[pair]
+    return one, two, pair
 
 
 @compiled

@@ -21,6 +21,7 @@ from torch.nn.functional import pad
 from distplb.errors import DistplbError
 from distplb.packing.cuda_checks import check, check_settle, check_slots
 from distplb.packing.noise import noisy_keys
+from distplb.packing.reference import cost, crowded
 from distplb.packing.settle import Terms, scans
 from distplb.packing.steps import (
     MAX_ROUNDS,
@@ -32,6 +33,8 @@ from distplb.packing.steps import (
 )
 
 __all__ = [
+    "cost",
+    "crowded",
     "finish",
     "greedy",
     "is_there",

@@ -69,6 +69,14 @@ class ComparedEngine:
         """See `Engine`."""
         return self._compared("settle", terms, table, num_packs, **names)
 
+    def cost(self, load: Tensor, table: Tensor, num_packs: int, *, layer: Tensor) -> Tensor:
+        """See `Engine`; runs no kernel of the engine's own."""
+        return self._judge.cost(load.cpu(), table.cpu(), num_packs, layer=layer.cpu()).to(table.device)
+
+    def crowded(self, table: Tensor, num_packs: int) -> Tensor:
+        """See `Engine`; runs no kernel of the engine's own."""
+        return self._judge.crowded(table.cpu(), num_packs).to(table.device)
+
     def _compared(self, name: str, *arguments: Any, **keywords: Any) -> Tensor:
         answer: Tensor = getattr(self._engine, name)(*arguments, **keywords)
         on_host = {key: _on_host(value) for key, value in keywords.items()}

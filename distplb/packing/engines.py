@@ -17,7 +17,7 @@ __all__ = ["Engine", "engine_named"]
 class Engine(Protocol):
     """Packing; shapes and meaning as in `packing.reference`, which is the specification.
 
-    `balanced_packing` calls `pack` and `finish`; the planner calls `refine`, `polish` and `settle`.
+    `balanced_packing` calls `pack` and `finish`; the planner calls all others.
     """
 
     def pack(self, weight: Tensor, num_packs: int, *, layer: Tensor, candidate: Tensor, seed: int = 0) -> Tensor:
@@ -44,6 +44,12 @@ class Engine(Protocol):
 
     def settle(self, terms: Terms, table: Tensor, num_packs: int, *, layer: Tensor, ceiling: Tensor) -> Tensor:
         """Steps 10 and 11 on packings, which use every step of the load and the price of moves."""
+
+    def cost(self, load: Tensor, table: Tensor, num_packs: int, *, layer: Tensor) -> Tensor:
+        """`[X]`: the heaviest pack of each step, summed over the steps."""
+
+    def crowded(self, table: Tensor, num_packs: int) -> Tensor:
+        """`[X]` bool: whether a pack holds an expert twice."""
 
 
 _ENGINES = {"reference": reference, "cpu": cpu, "cuda": cuda}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from distplb.core.cost import layer_cost
 from distplb.packing.noise import noisy_keys
 from distplb.packing.settle import Terms, settle_row
 from distplb.packing.steps import (
@@ -24,7 +25,7 @@ from distplb.packing.steps import (
     tries_of_step_8,
 )
 
-__all__ = ["finish", "pack", "polish", "refine", "settle"]
+__all__ = ["cost", "crowded", "finish", "pack", "polish", "refine", "settle"]
 
 # Step 8 works on rows whose heaviest pack is more than 2^-8 above the mean.
 _WORTH_BITS, _GIVERS = 8, 8
@@ -127,6 +128,18 @@ def polish(weight: Tensor, table: Tensor, num_packs: int) -> Tensor:
             rounds = rounds_of_step_7(num_packs)
             table[rows] = lower_max(share[rows], table[rows], num_packs, apart=apart, rounds=rounds)
     return table
+
+
+def cost(load: Tensor, table: Tensor, num_packs: int, *, layer: Tensor) -> Tensor:
+    """`[X]` int64: the heaviest pack's load, summed over the steps; saturates at 2^41 − 1.
+
+    Args:
+        load: `[T, L, E]` int64; replicas share an expert's load by integer division.
+        table: `[X, P]`, one layer per row.
+        num_packs: M.
+        layer: `[X]` int64, the row's layer.
+    """
+    return layer_cost(load[:, layer], table, num_packs)
 
 
 def settle(terms: Terms, table: Tensor, num_packs: int, *, layer: Tensor, ceiling: Tensor) -> Tensor:

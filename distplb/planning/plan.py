@@ -208,7 +208,8 @@ class StagedPlan:
         """(5) Send the root's placement to all ranks."""
         with self._stages.stage("share"):
             self._comm.broadcast(self._table, 0)
-            if int(self._table.min()) < 0:
+            failed = self._error is not None if isinstance(self._comm, WorldOfOne) else int(self._table.min()) < 0
+            if failed:
                 raise_everywhere(self._comm, 0, self._error)
             placement = Placement(self._table, self._load.shape[2], self._topology.num_gpus)
         return PlanResult(placement, self.load, self._engine_name)
@@ -223,7 +224,9 @@ def _agreed_load(
     error: Exception | None,
 ) -> Tensor:
     """This rank's tokens `[T, L, E]` on the communicator's device, after all ranks have agreed on everything else."""
-    fields |= dict.fromkeys(_LOAD_FIELDS, 0) | dict.fromkeys(PlanOptions().fields(0), 0)
+    is_alone = isinstance(comm, WorldOfOne)
+    if not is_alone:
+        fields |= dict.fromkeys(_LOAD_FIELDS, 0) | dict.fromkeys(PlanOptions().fields(0), 0)
     try:
         if error is not None:
             raise error
@@ -233,13 +236,15 @@ def _agreed_load(
         tokens = as_tokens(load) if has_unit else as_load(load)
         steps, num_layers, num_experts = tokens.shape
         options.check(topology, num_layers, num_experts)
-        values = (steps, num_layers, num_experts, topology.num_nodes, topology.gpus_per_node)
-        fields |= dict(zip(_LOAD_FIELDS, values, strict=True)) | options.fields(num_experts)
+        if not is_alone:  # one process agrees with itself; digests of long options would take it longer than the search
+            values = (steps, num_layers, num_experts, topology.num_nodes, topology.gpus_per_node)
+            fields |= dict(zip(_LOAD_FIELDS, values, strict=True)) | options.fields(num_experts)
         # With one rank, the search stays on the device of the counts.
-        tokens = _copied(tokens, tokens.device if isinstance(comm, WorldOfOne) else comm.device)
+        tokens = _copied(tokens, tokens.device if is_alone else comm.device)
     except Exception as caught:  # even out of memory, before other ranks wait for these counts
         error = in_stage("count", caught)
-    agree(comm, fields, error)
+    if not is_alone or error is not None:
+        agree(comm, fields, error)
     return tokens
 
 

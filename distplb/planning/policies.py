@@ -16,7 +16,7 @@ from torch import Tensor
 from distplb.packing.engines import Engine
 from distplb.packing.noise import Names, noisy_keys
 from distplb.packing.settle import MOST_BITS, Terms
-from distplb.packing.steps import crowded, greedy, pack_loads
+from distplb.packing.steps import greedy, pack_loads
 from distplb.planning.legal import keeps_blocks
 
 __all__ = ["Blocks", "Flat", "Hierarchy", "Policy"]
@@ -98,7 +98,7 @@ class Flat:
         """See `Policy`."""
         if self.shared:
             return torch.ones(len(table), dtype=torch.bool, device=table.device)
-        return ~crowded(table, self.num_gpus)
+        return ~self.engine.crowded(table, self.num_gpus)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from distplb.core.cost import COST_BITS, MAX_COST, layer_cost, steps_with_tokens
+from distplb.core.cost import COST_BITS, MAX_COST, steps_with_tokens
 from distplb.core.fixed_point import excess_bits, spare_bits
 from distplb.core.placement import Placement
 from distplb.core.topology import Topology
@@ -18,7 +18,6 @@ from distplb.errors import DistplbError
 from distplb.packing.engines import Engine, engine_named
 from distplb.packing.noise import Names, ceilings
 from distplb.packing.settle import MOST_BITS, Terms
-from distplb.packing.steps import crowded
 from distplb.planning.greedy import contiguous
 from distplb.planning.move_cost import cost_of_moves, distances, price_by_distance
 from distplb.planning.options import PlanOptions
@@ -72,6 +71,7 @@ class Problem:
         )
         num_slots = options.slots(load.shape[2])
         self.engine_name, packing = engine_named(options.engine, load.device) if engine is None else engine
+        self._engine = packing
         self._policy = _policy(options, topology, num_slots, load.shape[1], packing)
         # The same with replicas kept apart, if there are replicas that may share a GPU and room to keep them apart.
         self._apart: Policy | None = None
@@ -83,10 +83,13 @@ class Problem:
         # A layer keeps this unless a legal table costs less: the placement in force, or else the experts in order.
         self._kept = contiguous(load[0], topology, num_slots) if self.current is None else self.current.expert_of_slot
         self._kept = self._kept.to(load.device)  # [L, P]
+        self._every_layer = torch.arange(load.shape[1], device=load.device)  # [L]
         self._may_be_kept = self._allows(self._kept)  # [L]
         self._may_stay = self._may_be_kept & (self.current is not None)
-        counted = steps_with_tokens(load)
+        counted = steps_with_tokens(load) if len(load) > 1 else load
         self._measure(counted if len(counted) else load[:1], topology, options)
+        if len(self._load) == 1 and isinstance(self._policy, Flat):
+            self._apart = None  # on a single step, the engine's search has already compared both
         # The cheapest table of each layer so far, so that the root need not build it again.
         self._cheapest: tuple[Tensor, Tensor, Tensor] | None = None  # candidate [L], cost [L], table [L, P]
 
@@ -129,7 +132,7 @@ class Problem:
         """`[K, L]` int64: the cost of every candidate `[K]` in every layer."""
         num_layers = self._weight.shape[0]
         candidate = candidates.to(self._weight.device)
-        layer = torch.arange(num_layers, device=candidate.device).repeat(len(candidate))
+        layer = self._every_layer.repeat(len(candidate))
         names: Names = {"layer": layer, "candidate": candidate.repeat_interleave(num_layers), "seed": self.seed}
         tables = self._candidates(names).unflatten(0, (len(candidates), num_layers))
         cost = self._cost(tables)
@@ -139,9 +142,8 @@ class Problem:
     def build(self, candidate: Tensor) -> Tensor:
         """`[L, P]`: the table of one candidate per layer, `candidate [L]`."""
         candidate = candidate.to(self._weight.device)
-        layer = torch.arange(len(candidate), device=candidate.device)
         if self._cheapest is None:
-            return self._candidates({"layer": layer, "candidate": candidate, "seed": self.seed})
+            return self._candidates({"layer": self._every_layer, "candidate": candidate, "seed": self.seed})
         table = self._cheapest[2].clone()
         other = (self._cheapest[0] != candidate).nonzero()[:, 0]
         if len(other):
@@ -168,15 +170,18 @@ class Problem:
 
     def _polished(self, table: Tensor) -> Tensor:
         """`polish` without the check."""
-        rows = self._uneven(table)
+        tokens = self._tokens(table, self._every_layer)
+        cost = self._with_moves(tokens, table)
+        rows = self._uneven(tokens)
         if len(rows):
             polished = table.clone()
             polished[rows] = self._finished(table[rows], rows)
             # Steps 10 and 11 count in coarser units and step 9 ignores the price: the result may cost more.
-            table = self._no_dearer(polished, table)
+            table, cost = self._no_dearer(polished, table, cost)
         if self.current is not None:
-            table = self._no_dearer(self._named_as(table), table)
-        return torch.where(self._may_be_kept[:, None], self._no_dearer(self._kept, table), table)
+            table, cost = self._no_dearer(self._named_as(table), table, cost)
+        kept, _ = self._no_dearer(self._kept, table, cost)
+        return torch.where(self._may_be_kept[:, None], kept, table)
 
     def _finished(self, table: Tensor, layer: Tensor) -> Tensor:
         """`[X, P]`: the table after step 9 for one step of load, after steps 10 and 11 again for several."""
@@ -187,6 +192,8 @@ class Problem:
     def _candidates(self, names: Names) -> Tensor:
         """`[X, P]`: the table of each row's candidate."""
         layer, candidate = names["layer"], names["candidate"]
+        if self.current is None and self._terms is None:
+            return self._afresh(self._weight[layer], names)
         table = torch.empty(len(layer), self._policy.region.shape[0], dtype=torch.int64, device=layer.device)
         warm = (candidate % 2 == 1) & self._may_stay[layer]
         rows, others = warm.nonzero()[:, 0], (~warm).nonzero()[:, 0]
@@ -240,12 +247,11 @@ class Problem:
         If moves have a price, GPUs are renumbered so that most experts stay in place.
         """
         table = self._policy.search(weight, **names)
-        if self._apart is not None and len(rows := crowded(table, self.num_gpus).nonzero()[:, 0]):
+        if self._apart is not None and len(rows := self._engine.crowded(table, self.num_gpus).nonzero()[:, 0]):
             layer = names["layer"][rows]
             own: Names = {"layer": layer, "candidate": names["candidate"][rows], "seed": names["seed"]}
             other = self._apart.search(weight[rows], **own)
-            load = self._load[:, layer]
-            enough = layer_cost(load, other, self.num_gpus) <= layer_cost(load, table[rows], self.num_gpus)
+            enough = self._tokens(other, layer) <= self._tokens(table[rows], layer)
             table[rows[enough]] = other[enough]
         return table if self._price is None else self._named_as(table, names["layer"])
 
@@ -273,26 +279,42 @@ class Problem:
             )
         self._cheapest = cheapest
 
-    def _cost(self, table: Tensor, layer: Tensor | slice = slice(None)) -> Tensor:
+    def _cost(self, table: Tensor, layer: Tensor | None = None) -> Tensor:
         """`[..., X]` int64: the cost of tables `[..., X, P]` of these layers (all by default), moves included."""
-        cost = layer_cost(self._load[:, layer], table, self.num_gpus)
-        if self._distance is None or self._price is None or self._coarser is None:
-            return cost
-        moves = cost_of_moves(table, self._distance[layer], self._price[layer])
-        return ((cost + moves) >> self._coarser[layer]).clamp(max=MAX_COST)
+        shape = table.shape[:-1]
+        rows = (self._every_layer if layer is None else layer).expand(shape).flatten()
+        return self._with_moves(self._tokens(table.flatten(0, -2), rows).view(shape), table, layer)
 
-    def _uneven(self, table: Tensor) -> Tensor:
-        """The layers whose busiest GPUs are more than 2^-13 above the mean; no job would notice less."""
-        cost, total = layer_cost(self._load, table, self.num_gpus), self._weight.sum(1)
-        return (cost - total // self.num_gpus > total // self.num_gpus >> _EVEN_BITS).nonzero()[:, 0]
+    def _with_moves(self, tokens: Tensor, table: Tensor, layer: Tensor | None = None) -> Tensor:
+        """`[..., X]` int64: the cost of tables with these `tokens`; as in `_cost`."""
+        if self._distance is None or self._price is None or self._coarser is None:
+            return tokens
+        rows = slice(None) if layer is None else layer
+        moves = cost_of_moves(table, self._distance[rows], self._price[rows])
+        return ((tokens + moves) >> self._coarser[rows]).clamp(max=MAX_COST)
+
+    def _tokens(self, table: Tensor, layer: Tensor) -> Tensor:
+        """`[X]` int64: the busiest GPU's load in tables `[X, P]` of the layers `[X]`, summed over the steps."""
+        return self._engine.cost(self._load, table, self.num_gpus, layer=layer)
+
+    def _uneven(self, tokens: Tensor) -> Tensor:
+        """The layers whose busiest GPUs `[L]` are more than 2^-13 above the mean; no job would notice less."""
+        mean = self._weight.sum(1) // self.num_gpus
+        return (tokens - mean > mean >> _EVEN_BITS).nonzero()[:, 0]
 
     def _allows(self, table: Tensor) -> Tensor:
         """`[L]` bool: whether the policy allows a table `[L, P]`."""
         return self._policy.allows(table, layer=torch.arange(len(table), device=table.device))
 
-    def _no_dearer(self, preferred: Tensor, other: Tensor) -> Tensor:
-        """Layer by layer, `preferred` where it costs no more than `other`, else `other`; both `[L, P]`."""
-        return torch.where((self._cost(preferred) <= self._cost(other))[:, None], preferred, other)
+    def _no_dearer(self, preferred: Tensor, other: Tensor, cost: Tensor) -> tuple[Tensor, Tensor]:
+        """Layer by layer, `preferred` where it costs no more than `other`, else `other`; both `[L, P]`. And the costs.
+
+        Args:
+            cost: `[L]`, the cost of `other`.
+        """
+        cost_of_preferred = self._cost(preferred)
+        table = torch.where((cost_of_preferred <= cost)[:, None], preferred, other)
+        return table, torch.minimum(cost_of_preferred, cost)
 
 
 def _policy(options: PlanOptions, topology: Topology, num_slots: int, num_layers: int, engine: Engine) -> Policy:

@@ -45,7 +45,7 @@ KEPT_IN = {
     "scipy": "core.price planning.renumber_gpus splitting.exact study.bootstrap",
     "numba": "core.machine_code packing.cpu_row splitting.cpu_routes splitting.cpu_split",
     "filelock": "core.machine_code",
-    "concurrent": "core.threads records.trace_writer records.event_log train.background",
+    "concurrent": "records.trace_writer records.event_log train.background",
     "triton": "packing.cuda_kernels packing.cuda_settle packing.cuda_settle_state packing.cuda_steps",
     "matplotlib": "report.figures report.drawings",  # a report's figures are computed without a plotting library
     "jinja2": "report.page",
@@ -58,9 +58,12 @@ NOWHERE = {"deepspeed", "accelerate", "tensorboard"}
 FRAMEWORKS = {"transformers", "torchtitan", "megatron"}
 LATE = {"yaml", "numba", "triton", "filelock", "scipy", "mpi4py", "matplotlib", "jinja2", "click", "rich"}
 NEEDS = {
+    "distplb.packing.cpu_cost": "numba",
     "distplb.packing.cpu_kernels": "numba",
+    "distplb.packing.cpu_order": "numba",
     "distplb.packing.cpu_row": "numba",
     "distplb.packing.cpu_settle": "numba",
+    "distplb.packing.cpu_settle_state": "numba",
     "distplb.packing.cpu_steps": "numba",
     "distplb.splitting.cpu_routes": "numba",
     "distplb.splitting.cpu_split": "numba",
@@ -204,9 +207,14 @@ def test_what_needs_a_compiler_is_imported_by_its_engine_alone() -> None:
     needy = [module for module in NEEDS if "packing" in module or "splitting" in module]
     importers = {name: {module for module in SOURCES if name in names[module]} for name in needy}
     assert importers == {
+        "distplb.packing.cpu_cost": {"distplb.packing.cpu_kernels"},
         "distplb.packing.cpu_kernels": {"distplb.packing.cpu"},
-        "distplb.packing.cpu_row": {f"distplb.packing.cpu_{name}" for name in ("kernels", "settle", "steps")},
+        "distplb.packing.cpu_order": {"distplb.packing.cpu_steps"},
+        "distplb.packing.cpu_row": {
+            f"distplb.packing.cpu_{name}" for name in ("cost", "kernels", "order", "settle", "settle_state", "steps")
+        },
         "distplb.packing.cpu_settle": {"distplb.packing.cpu_kernels"},
+        "distplb.packing.cpu_settle_state": {"distplb.packing.cpu_kernels"},
         "distplb.packing.cpu_steps": {"distplb.packing.cpu_kernels"},
         "distplb.packing.cuda_kernels": {"distplb.packing.cuda"},
         "distplb.packing.cuda_settle": {"distplb.packing.cuda_kernels"},

@@ -11,6 +11,7 @@ import sys
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from packing_cases import Case, pack_case, settle_cases
@@ -18,11 +19,20 @@ from torch import Tensor
 
 import distplb
 from distplb.core import threads
+from distplb.core.cost import MAX_COST
 from distplb.core.machine_code import compiled_module
-from distplb.packing import cpu
+from distplb.packing import cpu, reference
 from distplb.packing.engines import engine_named
 
-KERNELS = ["finish_rows", "pack_rows", "polish_rows", "refine_rows", "settle_rows"]
+KERNELS = [
+    "cost_rows",
+    "crowded_rows",
+    "finish_rows",
+    "pack_rows",
+    "polish_rows",
+    "refine_rows",
+    "settle_rows",
+]
 CASE = pack_case(60, 12, 6)
 
 
@@ -59,7 +69,7 @@ class Listener(events.Listener):
     def on_end(self, event):
         pass
 with events.install_listener("numba:compile", Listener()):
-    from distplb.packing import cpu
+    from distplb.packing import cpu, reference
     cpu.warm_up()
 print(len(compiled))
 """
@@ -95,13 +105,75 @@ def test_no_plan_pays_for_compiling() -> None:
     functions = [value for value in vars(kernels).values() if hasattr(value, "signatures")]
     before = [list(function.signatures) for function in functions]
     assert kernels.__all__ == KERNELS
-    assert [len(getattr(kernels, name).signatures) for name in KERNELS] == [1] * 5
+    assert [len(getattr(kernels, name).signatures) for name in KERNELS] == [1] * len(KERNELS)
     weight, names = CASE.weight, {"layer": CASE.layer, "candidate": CASE.candidate, "seed": CASE.seed}
     for num_slots, shared in ((60, True), (72, False), (84, True)):
         table = cpu.refine(weight, 12, num_slots, shared=shared, **names)
         cpu.polish(weight.expand(24, 60), table, 12)
+        cpu.cost(weight.expand(3, 24, 60), table, 12, layer=CASE.layer)
+        assert cpu.crowded(table, 12).dtype == torch.bool
     cpu.finish(weight.T.contiguous().T, cpu.pack((weight >> 20).to(torch.int32), 12, **names), 12)
     for case in settle_cases([(6, 2, 3, 1), (4, 2, 3, 3), (16, 8, 2, 3)], rows=2):  # free and priced, with replicas
         case.answer(cpu)
         case._replace(terms=case.terms._replace(apart=not case.terms.apart)).answer(cpu)
     assert [list(function.signatures) for function in functions] == before
+
+
+def test_this_numba_compiles_without_counting_references() -> None:
+    """If not, plans are the same and take twice as long: see `cpu_row`, and look for the option's new name."""
+    cpu.warm_up()
+    assert compiled_module("distplb.packing.cpu_row")._UNCOUNTED == {"_nrt": False}
+
+
+# --- costs, as in the reference ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("num_experts", "num_slots", "num_packs"), [(12, 12, 4), (12, 18, 3), (5, 64, 8), (7, 7, 7)])
+@pytest.mark.parametrize("num_steps", [1, 3])
+def test_costs_and_crowded_packs_are_those_of_the_reference(
+    num_experts: int, num_slots: int, num_packs: int, num_steps: int
+) -> None:
+    generator = torch.Generator().manual_seed(num_slots)
+    load = torch.randint(0, 1 << 33, (num_steps, 4, num_experts), generator=generator)
+    load[:, 3] <<= 10  # saturates
+    layer = torch.randint(0, 4, (40,), generator=generator)
+    spare = torch.randint(0, num_experts, (40, num_slots - num_experts), generator=generator)
+    order = torch.rand(40, num_slots, generator=generator).argsort(1)
+    table = torch.cat([torch.arange(num_experts).expand(40, -1), spare], 1).gather(1, order)
+    expected = reference.cost(load, table, num_packs, layer=layer)
+    assert torch.equal(cpu.cost(load, table, num_packs, layer=layer), expected)
+    assert (expected == MAX_COST).any()
+    assert (expected < MAX_COST).any()
+    are_crowded = reference.crowded(table, num_packs)
+    assert torch.equal(cpu.crowded(table, num_packs), are_crowded)
+    assert bool(are_crowded.any()) == (num_slots > num_experts)
+
+
+def test_experts_of_one_node_may_have_large_numbers() -> None:
+    """The packing of one node of several has fewer slots than the model has experts."""
+    table = torch.tensor([[900, 7, 7, 800], [900, 7, 900, 7]])
+    assert cpu.crowded(table, 2).tolist() == [False, False]
+    assert cpu.crowded(table[:, [1, 2, 0, 3]], 2).tolist() == [True, False]
+
+
+# --- the order of equal and of unequal values -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["equal", "one large", "few values", "crowded buckets", "spread", "single"])
+def test_values_are_sorted_and_equal_ones_stay_in_order(kind: str) -> None:
+    generator = np.random.default_rng(3)
+    values = {
+        "equal": np.full(100, 7),
+        "one large": np.r_[generator.integers(0, 9, 99), 1 << 40],  # all but one share a bucket, so they are merged
+        "few values": generator.integers(0, 3, 100),
+        "crowded buckets": generator.integers(0, 1 << 20, 300) << np.repeat([0, 20], 150),
+        "spread": generator.integers(0, 1 << 41, 257),
+        "single": np.array([5]),
+    }[kind].astype(np.int64)
+    order, ordered, packed = (np.empty(len(values), np.int64) for _ in range(3))
+    cpu.warm_up()
+    sort_down = compiled_module("distplb.packing.cpu_order").sort_down
+    sort_down(values, order, ordered, np.empty(2 * len(values) + 1, np.int64), packed)
+    expected = np.argsort(-values, kind="stable")
+    assert order.tolist() == expected.tolist()
+    assert ordered.tolist() == values[expected].tolist()

@@ -60,7 +60,7 @@ def test_one_step_without_a_current_placement_is_never_settled(monkeypatch: pyte
         table = problem.build(candidate)
         if problem._apart is None:
             assert torch.equal(table, policy.search(weight, layer=torch.arange(10), candidate=candidate, seed=4)), name
-        finished, even = policy.polish(weight, table), problem._uneven(table)
+        finished, even = policy.polish(weight, table), problem._uneven(problem._cost(table))
         expected = torch.where(torch.isin(torch.arange(10), even)[:, None], finished, table)
         in_order = contiguous(weight, topology, options.get("num_slots", 16))
         if keeps_rules(name, in_order[0].tolist(), list(range(16))):
