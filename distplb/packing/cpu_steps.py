@@ -364,35 +364,45 @@ def swap_pairs(row, rounds, partner, apart):
 @compiled
 def _best_pair(row, heavy, light, apart):
     """Two slots of the heavy pack, and two of the light one packed into one integer; -1 if no exchange helps."""
-    table, item, value, sums = row.table, row.item, row.value, row.sums
-    size = len(table) // len(row.load)
+    sums, pairs = row.sums, row.pairs
+    num_slots = len(row.table)
     gap = row.load[heavy] - row.load[light]
+    number = _movable(row, light, heavy, apart, 0)
     count = 0
-    for i in range(light * size, (light + 1) * size):
-        for j in range(i + 1, (light + 1) * size):
-            if not (apart and (row.holds[table[i], heavy] or row.holds[table[j], heavy])):
-                sums[count] = 2 * (value[item[i]] + value[item[j]])
-                row.pairs[count] = i * len(table) + j
-                count += 1
+    for i in range(number):
+        for j in range(i + 1, number):
+            sums[count] = row.packed[i] + row.packed[j]
+            pairs[count] = row.order[i] * num_slots + row.order[j]
+            count += 1
     filled = -(-count // CHUNK) * CHUNK
     for nth in range(count, filled):
         sums[nth] = FAR
-    best, one, two, pair = gap, NONE, NONE, NONE
-    for i in range(heavy * size, (heavy + 1) * size):
-        for j in range(i + 1, (heavy + 1) * size):
-            if apart and (row.holds[table[i], light] or row.holds[table[j], light]):
-                continue
-            rest, minimum = gap - 2 * (value[item[i]] + value[item[j]]), NEVER
+    best, first, second, pair = gap, NONE, NONE, NONE
+    end = number + _movable(row, heavy, light, apart, number)
+    for i in range(number, end):
+        for j in range(i + 1, end):
+            rest, minimum = gap - row.packed[i] - row.packed[j], NEVER
             for nth in range(filled):
                 minimum = min(minimum, abs(rest + sums[nth]))
             if minimum < best:
-                best, one, two = minimum, np.int64(i), np.int64(j)
-    if one >= 0:
-        rest, pair = gap - 2 * (value[item[one]] + value[item[two]]), np.int64(0)
-        while abs(rest + sums[pair]) != best:
-            pair += 1
-        pair = row.pairs[pair]
-    return one, two, pair
+                best, first, second = minimum, np.int64(i), np.int64(j)
+    if first < 0:
+        return NONE, NONE, NONE
+    rest, pair = gap - row.packed[first] - row.packed[second], np.int64(0)
+    while abs(rest + sums[pair]) != best:
+        pair += 1
+    return row.order[first], row.order[second], pairs[pair]
+
+
+@inlined
+def _movable(row, pack, to, apart, begin):
+    """List the slots of a pack that may go to pack `to` in `order`, twice their shares in `packed`; their number."""
+    size, place = len(row.table) // len(row.load), begin
+    for slot in range(pack * size, (pack + 1) * size):
+        if not (apart and row.holds[row.table[slot], to]):
+            row.order[place], row.packed[place] = slot, 2 * row.value[row.item[slot]]
+            place += 1
+    return place - begin
 
 
 @compiled

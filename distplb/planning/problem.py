@@ -1,5 +1,7 @@
 """One planning problem: a load, a topology, and the three calls that make up every search.
 
+Rows are read by `index_select` and written by `index_copy`, because indexing with tensors enters torch's thread pool
+for any size, and on busy cores then waits milliseconds for its threads.
 Shapes: T steps, L layers, E experts, P slots, M GPUs, K candidates, X rows (layers, or layers times candidates).
 """
 
@@ -174,8 +176,7 @@ class Problem:
         cost = self._with_moves(tokens, table)
         rows = self._uneven(tokens)
         if len(rows):
-            polished = table.clone()
-            polished[rows] = self._finished(table[rows], rows)
+            polished = table.index_copy(0, rows, self._finished(table.index_select(0, rows), rows))
             # Steps 10 and 11 count in coarser units and step 9 ignores the price: the result may cost more.
             table, cost = self._no_dearer(polished, table, cost)
         if self.current is not None:
@@ -186,28 +187,29 @@ class Problem:
     def _finished(self, table: Tensor, layer: Tensor) -> Tensor:
         """`[X, P]`: the table after step 9 for one step of load, after steps 10 and 11 again for several."""
         if self._terms is None or len(self._load) == 1:
-            return self._policy.polish(self._weight[layer], table)
+            return self._policy.polish(self._weight.index_select(0, layer), table)
         return self._policy.settle(self._terms, table, layer=layer, ceiling=torch.full_like(layer, _LAST_CEILING))
 
     def _candidates(self, names: Names) -> Tensor:
         """`[X, P]`: the table of each row's candidate."""
         layer, candidate = names["layer"], names["candidate"]
         if self.current is None and self._terms is None:
-            return self._afresh(self._weight[layer], names)
+            return self._afresh(self._weight.index_select(0, layer), names)
         table = torch.empty(len(layer), self._policy.region.shape[0], dtype=torch.int64, device=layer.device)
         warm = (candidate % 2 == 1) & self._may_stay[layer]
         rows, others = warm.nonzero()[:, 0], (~warm).nonzero()[:, 0]
         if len(rows):
-            table[rows] = self._from_current(layer[rows], candidate[rows])
+            table.index_copy_(0, rows, self._from_current(layer[rows], candidate[rows]))
         if len(others):
             own: Names = {"layer": layer[others], "candidate": candidate[others], "seed": names["seed"]}
-            table[others] = self._afresh(self._weight[layer[others]], own)
+            table.index_copy_(0, others, self._afresh(self._weight.index_select(0, layer[others]), own))
         rows = (warm | self._may_gain(layer, table)).nonzero()[:, 0]
         if self._terms is not None and len(rows):
             names = {"layer": layer[rows], "candidate": candidate[rows], "seed": names["seed"]}
-            ceiling, unsettled = ceilings(**names), table[rows]
+            ceiling, unsettled = ceilings(**names), table.index_select(0, rows)
             settled = self._policy.settle(self._terms, unsettled, layer=names["layer"], ceiling=ceiling)
-            table[rows] = settled if self._price is None else self._unless_dearer(settled, unsettled, names["layer"])
+            settled = settled if self._price is None else self._unless_dearer(settled, unsettled, names["layer"])
+            table.index_copy_(0, rows, settled)
         return table
 
     def _unless_dearer(self, settled: Tensor, unsettled: Tensor, layer: Tensor) -> Tensor:
@@ -268,8 +270,8 @@ class Problem:
 
     def _remember(self, candidate: Tensor, cost: Tensor, tables: Tensor) -> None:
         first = cost.argmin(0)  # of equals, the first
-        layer = torch.arange(len(first), device=cost.device)
-        cheapest = candidate[first], cost[first, layer], tables[first, layer]
+        rows = first * tables.shape[1] + self._every_layer
+        cheapest = candidate[first], cost.amin(0), tables.flatten(0, 1).index_select(0, rows)
         if self._cheapest is not None:
             worse = self._cheapest[1] <= cheapest[1]
             cheapest = (

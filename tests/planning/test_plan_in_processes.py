@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -15,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import distplb
 from distplb import Placement, Topology, plan
 from distplb.core import threads
 
@@ -115,3 +117,24 @@ def test_nothing_grows_from_plan_to_plan(num_steps: int) -> None:
 
 def resident_pages() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1])
+
+
+COUNTED = """
+import os, torch
+from distplb import Topology, plan
+from distplb.core import threads
+threads._num_threads = lambda: 1
+torch.set_num_threads(2)
+load = torch.arange(58 * 256).view(58, 256) % 97
+plan(load[:1], Topology(4, 8), num_slots=288, engine="cpu")
+before = len(os.listdir("/proc/self/task"))
+plan(load, Topology(4, 8), num_slots=288, engine="cpu")
+print(len(os.listdir("/proc/self/task")) - before)
+"""
+
+
+def test_a_plan_of_a_model_does_not_enter_the_thread_pool_of_torch() -> None:
+    """Indexing with tensors did, and on busy cores waited up to 50 ms for a thread that the training used."""
+    environment = os.environ | {"OMP_NUM_THREADS": "2", "PYTHONPATH": str(Path(distplb.__file__).parents[1])}
+    run = subprocess.run([sys.executable, "-c", COUNTED], env=environment, capture_output=True, text=True, timeout=120)
+    assert run.stdout == "0\n", run.stderr
