@@ -73,15 +73,17 @@ def _run(
     with tempfile.TemporaryDirectory() as folder:
         pipes, processes = [], []
         for rank in range(size):
-            receiving, sending = context.Pipe(duplex=False)
-            process = context.Process(target=_one_rank, args=(rank, size, folder, sending, body, args), daemon=True)
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_one_rank, args=(rank, size, folder, theirs, body, args), daemon=True)
             process.start()
-            sending.close()
-            pipes.append(receiving)
+            theirs.close()
+            pipes.append(ours)
             processes.append(process)
         try:
             return _collect(pipes, deadline, grace)
         finally:
+            for pipe in pipes:
+                pipe.close()
             end = time.monotonic() + 5
             for process in processes:
                 process.join(max(0.0, end - time.monotonic()))
@@ -161,8 +163,10 @@ def _one_rank(
     join_group(rank, size, folder)
     pipe.send(_HERE)
     try:
-        # Not `send`: torch has it pass on handles of tensors, which the reader cannot open if this process has ended.
+        # Not `send`, with which torch passes on handles of tensors instead of their values.
         pipe.send_bytes(pickle.dumps((True, body(*args))))
+        # Until the reader closes its end: others may still be connecting to this rank, or reading what it sent them.
+        wait([pipe])
     except BaseException:
         pipe.send((False, traceback.format_exc()))
     finally:
