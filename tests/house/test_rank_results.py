@@ -20,7 +20,7 @@ def the_other_lives_while_this_is_late() -> bool:
 
 
 def test_a_rank_that_has_answered_stays_until_all_have() -> None:
-    """Ranks that ended at once closed connections that others were still making, which failed a busy machine's tests."""
+    """Ranks that ended at once closed connections that others were still making: tests failed on a busy machine."""
     assert ranks.on_ranks(2, the_other_lives_while_this_is_late) == [True, True]
 
 
