@@ -182,7 +182,7 @@ def steps_with_tokens(load: Tensor) -> Tensor:
     [[[1, 2]], [[3, 0]]]
     """
     has_tokens = load.flatten(1).amax(1) != 0  # counts are not negative
-    return load[has_tokens]
+    return load.index_select(0, has_tokens.nonzero()[:, 0])
 
 
 def mean_of_known(values: Tensor, dim: int | None = None) -> Tensor:

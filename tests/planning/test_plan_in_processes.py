@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -31,21 +31,26 @@ def load_of(num_steps: int) -> Tensor:
 
 
 @pytest.fixture(autouse=True)
-def two_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+def two_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Also for torch, whose own threads a forked process waits for without end; the tests' launcher gives it one."""
     monkeypatch.setattr(threads, "_num_threads", lambda: 2)
     monkeypatch.setattr(threads, "_MIN_AMOUNT", 1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
 
 
-def planned(num_steps: int) -> Placement:
-    return plan(load_of(num_steps), TOPOLOGY, num_slots=72, num_candidates=3)
+def planned(load: Tensor) -> Placement:
+    return plan(load, TOPOLOGY, num_slots=72, num_candidates=3)
 
 
 @pytest.mark.parametrize("num_steps", [1, 5])
 def test_the_number_of_threads_does_not_change_a_plan(num_steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    plans = []
+    load, plans = load_of(num_steps), []
     for number in (1, 2, 7):
         monkeypatch.setattr(threads, "_num_threads", lambda number=number: number)
-        plans.append(planned(num_steps))
+        plans.append(planned(load))
     assert plans[0] == plans[1] == plans[2]
 
 
@@ -71,24 +76,26 @@ def in_a_fork(work: Callable[[], bool]) -> int:
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_a_forked_process_plans() -> None:
     """Threads of the parent do not exist in the child; waiting for one of them would never end."""
-    expected = planned(1), planned(5)
-    assert in_a_fork(lambda: (planned(1), planned(5)) == expected) == 0
+    one, five = load_of(1), load_of(5)
+    expected = planned(one), planned(five)
+    assert in_a_fork(lambda: (planned(one), planned(five)) == expected) == 0
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_a_process_that_is_forked_during_a_plan_plans() -> None:
-    expected, stop, begun = planned(5), threading.Event(), threading.Event()
+    load, stop, begun = load_of(5), threading.Event(), threading.Event()
+    expected = planned(load)
 
     def plan_on() -> None:
         while not stop.is_set():
             begun.set()
-            planned(5)
+            planned(load)
 
     worker = threading.Thread(target=plan_on)
     worker.start()
     try:
         assert begun.wait(60)
-        assert [in_a_fork(lambda: planned(5) == expected) for _ in range(4)] == [0] * 4
+        assert [in_a_fork(lambda: planned(load) == expected) for _ in range(4)] == [0] * 4
     finally:
         stop.set()
         worker.join(60)
@@ -100,7 +107,7 @@ def test_nothing_grows_from_plan_to_plan(num_steps: int) -> None:
 
     def plans(number: int) -> None:
         for _ in range(number):
-            plan(load, TOPOLOGY, num_slots=72, num_candidates=3)
+            planned(load)
         gc.collect()
 
     plans(40)
