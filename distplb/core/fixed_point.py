@@ -18,17 +18,17 @@ _WEIGHT_BITS, _MAX_WHOLE = 39, 2.0**62
 
 def excess_bits(load: Tensor, bits: int = _MAX_TOTAL_BITS) -> Tensor:
     """`[L]`: how far each layer of `[T, L, E]` int64 must be shifted right for its total to be at most 2^`bits`."""
-    total = load.sum((0, 2))  # [L]
     shifts = torch.arange(63 - bits, device=load.device)
-    return ((total >> shifts[:, None]) > 1 << bits).sum(0)  # the first that fits
+    most = ((1 << bits) + 1 << shifts) - 1  # the largest total for which each shift is enough
+    return torch.bucketize(load.sum((0, 2)), most)
 
 
 def spare_bits(load: Tensor) -> Tensor:
     """`[L]`: how far each layer of `[T, L, E]` int64 can be shifted left while its total stays at most 2^40."""
     total = load.sum((0, 2))  # [L]
     shifts = torch.arange(_MAX_TOTAL_BITS + 1, device=load.device)
-    fits = total <= (1 << _MAX_TOTAL_BITS) >> shifts[:, None]
-    return torch.where(total > 0, fits.sum(0) - 1, 0)
+    spare = _MAX_TOTAL_BITS - torch.bucketize(total, 1 << shifts)  # 2^shift is the smallest power not below the total
+    return spare * (total > 0)
 
 
 def scaled(load: Tensor) -> Tensor:

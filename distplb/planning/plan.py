@@ -18,6 +18,7 @@ from distplb.comm.base import Comm, WorldOfOne, refuse_other_comm
 from distplb.core.counts import Counts, as_load, as_tokens
 from distplb.core.placement import Placement
 from distplb.core.price import TimeCurve
+from distplb.core.private_names import fast_range
 from distplb.core.stages import Stages
 from distplb.core.topology import Topology
 from distplb.errors import in_stage
@@ -156,7 +157,7 @@ class StagedPlan:
         error: Exception | None = None,
     ) -> None:
         self._topology, self._comm, self._options = topology, comm, options
-        self._stages = Stages() if stages is None else stages
+        self._stages = Stages(fast_range) if stages is None else stages
         self._error: Exception | None = None
         with self._stages.stage("count"):
             self._load = _agreed_load(load, topology, comm, options, dict(fields or {}), error)

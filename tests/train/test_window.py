@@ -23,7 +23,6 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
 from distplb import DistplbError, LoadWindow, MoELayer
-from distplb.core.fixed_point import scaled, spare_bits
 from distplb.core.hashing import hashed
 from distplb.train.routing import Routing
 from distplb.train.window import group_of_steps
@@ -999,6 +998,20 @@ def test_adding_can_be_captured_in_a_cuda_graph_and_goes_on_at_every_replay_and_
         assert window.load()[:, 0].tolist() == [[number, number] for number in kept]
 
 
+def test_an_evaluation_elsewhere_does_not_take_the_window_along() -> None:
+    """Tensors moved in `torch.inference_mode()` could not be written; after another device it did not move back."""
+    window, there = LoadWindow(1, 3, 2), torch.ones(3, dtype=torch.int64, device="meta")
+    for evaluating in (torch.inference_mode(), torch.no_grad()):
+        with evaluating:
+            window.add(0, there)
+    window.add(0, there, training=False)
+    assert window.load().device.type == "cpu"
+    window.add(0, torch.tensor([1, 2, 3]), training=True)
+    window.clear()
+    window.add(0, torch.tensor([4, 5, 6]), training=True)
+    assert window.load().tolist() == [[[4, 5, 6]]]
+
+
 # --- several EP groups ------------------------------------------------------------------------------------------
 
 
@@ -1034,83 +1047,3 @@ def test_large_seeds_differ_in_all_their_bits() -> None:
 def test_less_than_one_group_is_refused() -> None:
     with pytest.raises(DistplbError, match="num_groups is 0; pass the number of EP groups, at least 1"):
         group_of_steps(torch.arange(3), 0, seed=0)
-
-
-# --- scaled -----------------------------------------------------------------------------------------------------
-
-
-def test_totals_come_down_to_2_to_the_40_by_a_power_of_two() -> None:
-    random_ = random.Random(0)
-    totals = [
-        2**40 + 1,
-        2**41,
-        2**41 + 1,
-        2**45 - 1,
-        2**45,
-        2**61,
-        *(random_.randrange(2**40, 2**62) for _ in range(50)),
-    ]
-    load = torch.zeros(2, len(totals), 3, dtype=torch.int64)  # [T, L, E]
-    for layer, total in enumerate(totals):
-        first, second = sorted(random_.randrange(total) for _ in range(2))
-        load[:, layer, 0] = torch.tensor([first, second - first])
-        load[1, layer, 2] = total - second
-    found = scaled(load)
-    for layer, total in enumerate(totals):
-        shift = 0
-        while total >> shift > 2**40:
-            shift += 1
-        assert shift > 0
-        assert torch.equal(found[:, layer], load[:, layer] >> shift)
-        assert 2**39 - 6 < int(found[:, layer].sum()) <= 2**40
-
-
-def test_other_layers_are_left_untouched() -> None:
-    load = torch.tensor([[[2**40, 0], [3, 5], [2**41, 2]], [[0, 0], [2**39, 0], [2, 2**41]]])  # [T, L, E]
-    assert scaled(load)[:, :2].tolist() == load[:, :2].tolist()
-    assert scaled(load)[:, 2].tolist() == [[2**38, 0], [0, 2**38]]
-
-
-# --- spare_bits -------------------------------------------------------------------------------------------------
-
-
-def test_totals_go_up_to_2_to_the_40_by_a_power_of_two() -> None:
-    """The remainders that replicas lose in integer division are negligible then."""
-    random_ = random.Random(1)
-    totals = [1, 2, 3, 2**20, 2**20 + 1, 2**39 - 1, 2**39, 2**39 + 1, 2**40 - 1, 2**40]
-    totals += [random_.randrange(1, 2 ** random_.randrange(1, 41)) for _ in range(50)]
-    load = torch.zeros(2, len(totals), 3, dtype=torch.int64)  # [T, L, E]
-    for layer, total in enumerate(totals):
-        first, second = sorted(random_.randrange(total + 1) for _ in range(2))
-        load[:, layer, 0] = torch.tensor([first, second - first])
-        load[1, layer, 2] = total - second
-    before = load.clone()
-    found = load << spare_bits(load)[:, None]
-    assert found.dtype == torch.int64
-    assert torch.equal(load, before)
-    for layer, total in enumerate(totals):
-        shift = 0
-        while total << shift + 1 <= 2**40:
-            shift += 1
-        assert torch.equal(found[:, layer], load[:, layer] << shift)
-        assert 2**39 < int(found[:, layer].sum()) <= 2**40
-    assert torch.equal(scaled(found), found)
-
-
-def test_a_layer_without_tokens_stays_without() -> None:
-    load = torch.tensor([[[0, 0], [3, 5]], [[0, 0], [0, 0]]])  # [T, L, E]
-    assert (load << spare_bits(load)[:, None]).tolist() == [[[0, 0], [3 << 37, 5 << 37]], [[0, 0], [0, 0]]]
-
-
-def test_an_evaluation_elsewhere_does_not_take_the_window_along() -> None:
-    """Tensors moved in `torch.inference_mode()` could not be written; after another device it did not move back."""
-    window, there = LoadWindow(1, 3, 2), torch.ones(3, dtype=torch.int64, device="meta")
-    for evaluating in (torch.inference_mode(), torch.no_grad()):
-        with evaluating:
-            window.add(0, there)
-    window.add(0, there, training=False)
-    assert window.load().device.type == "cpu"
-    window.add(0, torch.tensor([1, 2, 3]), training=True)
-    window.clear()
-    window.add(0, torch.tensor([4, 5, 6]), training=True)
-    assert window.load().tolist() == [[[4, 5, 6]]]
