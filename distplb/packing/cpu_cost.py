@@ -7,31 +7,33 @@ from __future__ import annotations
 
 import numpy as np
 
-from distplb.packing.cpu_row import compiled, largest, parted
+from distplb.packing.cpu_row import at, compiled, parted
 
 __all__ = ["cost_of_row", "is_crowded"]
 
 
 @compiled
-def cost_of_row(load, layer, table, replicas, share, heaviness):
+def cost_of_row(load, layer, table, replicas, share, num_packs):
     """Sum of the loads of each step's heaviest pack: `load [T, L, E]`.
 
-    Scratch: `replicas [E]`, all 1; `share [E]`, of one replica; `heaviness [M]`, the load of each pack.
+    Scratch: `replicas [E]`, all 1; `share [E]`, of one replica.
     """
-    size, cost = len(table) // len(heaviness), np.int64(0)
+    size, cost = len(table) // num_packs, np.int64(0)
     if len(table) > len(replicas):
         replicas[:] = 0
         for slot in range(len(table)):
-            replicas[table[slot]] += 1
+            replicas[at(table[slot])] += 1
     for step in range(len(load)):
         for expert in range(len(share)):
             share[expert] = parted(load[step, layer, expert], replicas[expert])
-        for pack in range(len(heaviness)):
+        slot, heaviest = at(0), np.int64(0)
+        for _ in range(num_packs):
             tokens = np.int64(0)
-            for slot in range(pack * size, (pack + 1) * size):
-                tokens += share[table[slot]]
-            heaviness[pack] = tokens
-        cost += largest(heaviness)[0]
+            for _ in range(size):
+                tokens += share[at(table[slot])]
+                slot += at(1)
+            heaviest = max(heaviest, tokens)
+        cost += heaviest
     return cost
 
 

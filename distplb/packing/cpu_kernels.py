@@ -19,6 +19,7 @@ from distplb.packing.cpu_row import (
     ONE,
     PAIR_ROUNDS,
     allocating,
+    at,
     compiled,
     copy,
     largest,
@@ -41,10 +42,10 @@ def _weigh(row, apart):
         row.holds[:] = False
     for pack in range(len(row.load)):
         load = np.int64(0)
-        for slot in range(pack * size, (pack + 1) * size):
-            load += row.share[row.table[slot]]
+        for slot in range(at(pack * size), at((pack + 1) * size)):
+            load += row.share[at(row.table[slot])]
             if apart:
-                row.holds[row.table[slot], pack] = True
+                row.holds[at(row.table[slot]), pack] = True
         row.load[pack] = load
     row.value[0] = NONE
     rank_items(row)
@@ -205,7 +206,7 @@ def polish_rows(weight, num_packs, begin, end, tables):
         copy(tables[x], row.table)
         row.replicas[:] = 0
         for expert in row.table:
-            row.replicas[expert] += 1
+            row.replicas[at(expert)] += 1
         for expert in range(num_experts):
             row.share[expert] = weight[x, expert] // max(1, row.replicas[expert])
         apart = largest(row.replicas)[0] > 1 and not is_crowded(row.table, num_packs, row.key)
@@ -237,9 +238,8 @@ def settle_rows(load, region, apart, distance, price, num_packs, layer, ceiling,
 def cost_rows(load, table, num_packs, layer, most, begin, end, cost):
     """The cost of each table, at most `most`; `load [T, L, E]`, `table [X, P]`, `cost [X]`."""
     replicas, share = np.ones(load.shape[2], np.int64), np.empty(load.shape[2], np.int64)
-    heaviness = np.empty(num_packs, np.int64)
     for x in range(begin, end):
-        cost[x] = min(most, cost_of_row(load, layer[x], table[x], replicas, share, heaviness))
+        cost[x] = min(most, cost_of_row(load, layer[x], table[x], replicas, share, num_packs))
 
 
 @allocating

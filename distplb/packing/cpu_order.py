@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from distplb.packing.cpu_row import NEVER, compiled, copy, inlined
+from distplb.packing.cpu_row import NEVER, at, compiled, copy, inlined
 
 __all__ = ["INDEX", "INDEX_BITS", "leaves_of", "plant", "replace", "sort_down"]
 
@@ -50,7 +50,7 @@ def sort_down(keys, order, ordered, starts, packed):
         shift += 1
     starts[:] = 0
     for nth in range(number):
-        starts[((high - keys[nth]) >> shift) + 1] += 1
+        starts[at(((high - keys[nth]) >> shift) + 1)] += 1
     most = np.int64(0)
     for bucket in range(1, buckets + 1):
         most = max(most, starts[bucket])
@@ -64,14 +64,15 @@ def sort_down(keys, order, ordered, starts, packed):
             ordered[place] = keys[order[place]]
         return
     for nth in range(number):
-        bucket = (high - keys[nth]) >> shift
-        order[starts[bucket]], ordered[starts[bucket]] = nth, keys[nth]
+        bucket = at((high - keys[nth]) >> shift)
+        place = at(starts[bucket])
+        order[place], ordered[place] = nth, keys[nth]
         starts[bucket] += 1
-    for nth in range(1, number):
+    for nth in range(at(1), at(number)):
         value, index, place = ordered[nth], order[nth], nth
-        while place > 0 and ordered[place - 1] < value:
-            ordered[place], order[place] = ordered[place - 1], order[place - 1]
-            place -= 1
+        while place > at(0) and ordered[place - at(1)] < value:
+            ordered[place], order[place] = ordered[place - at(1)], order[place - at(1)]
+            place -= at(1)
         ordered[place], order[place] = value, index
 
 
@@ -96,8 +97,9 @@ def plant(tree, leaves, number):
 @inlined
 def replace(tree, node, value):
     """Change a leaf, and the minima above it."""
-    tree[node] = value
-    while node > 1:
-        value = min(value, tree[node ^ 1])
-        node >>= 1
-        tree[node] = value
+    place = at(node)
+    tree[place] = value
+    while place > at(1):
+        value = min(value, tree[place ^ at(1)])
+        place >>= at(1)
+        tree[place] = value

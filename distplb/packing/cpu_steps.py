@@ -16,6 +16,7 @@ from distplb.packing.cpu_row import (
     FREE,
     NEVER,
     NONE,
+    at,
     compiled,
     copy,
     inlined,
@@ -64,10 +65,10 @@ def divide(row, most):
     plant(tree, leaves, len(key))
     for _ in range(len(row.table) - len(key)):
         expert = INDEX - (-tree[1] & INDEX)
-        replicas[expert] += 1
-        share = key[expert] // replicas[expert]
+        replicas[at(expert)] += 1
+        share = key[at(expert)] // replicas[at(expert)]
         value = -((share << INDEX_BITS) | (INDEX - expert))
-        replace(tree, leaves + expert, value if replicas[expert] < most else NEVER)
+        replace(tree, leaves + expert, value if replicas[at(expert)] < most else NEVER)
 
 
 @compiled
@@ -88,11 +89,11 @@ def greedy(row, apart):
         row.holds[:] = False
         table[:] = -1
     for nth in range(number):
-        for _ in range(row.replicas[row.order[nth]]):
+        for _ in range(row.replicas[at(row.order[nth])]):
             expert = row.order[nth]
             to = tree[1] & INDEX
             # Only an expert with several replicas can be where it must not be.
-            if apart and row.replicas[expert] > 1 and row.holds[expert, to]:
+            if apart and row.replicas[at(expert)] > 1 and row.holds[at(expert), at(to)]:
                 kept = True
                 minimum = NEVER
                 for pack in range(num_packs):
@@ -103,14 +104,14 @@ def greedy(row, apart):
                 else:
                     to = minimum & INDEX
             if apart:
-                row.holds[expert, to] = True
-            slot = to * size + filled[to]
-            table[slot] = expert
-            row.slot[item], row.value[item] = slot, row.share[expert]
+                row.holds[at(expert), at(to)] = True
+            slot, share = to * size + filled[at(to)], row.share[at(expert)]
+            table[at(slot)] = expert
+            row.slot[at(item)], row.value[at(item)] = slot, share
             item += 1
-            load[to] += row.share[expert]
-            filled[to] += 1
-            replace(tree, leaves + to, NEVER if filled[to] == size else (load[to] << INDEX_BITS) | to)
+            load[at(to)] += share
+            filled[at(to)] += 1
+            replace(tree, leaves + to, NEVER if filled[at(to)] == size else (load[at(to)] << INDEX_BITS) | to)
     if displaced:
         row.value[0] = NONE  # so that the items are sorted
     return kept
@@ -150,12 +151,12 @@ def rank_items(row):
         out_of_order |= row.value[item - 1] < row.value[item]
     if out_of_order:
         for slot in range(len(row.table)):
-            row.small[slot] = row.share[row.table[slot]]
+            row.small[slot] = row.share[at(row.table[slot])]
         sort_down(row.small, row.slot, row.value[: len(row.slot)], row.starts, row.packed)
     size = len(row.slot) // len(row.load)
     for item in range(len(row.slot)):
-        row.item[row.slot[item]] = item
-        row.around[item] = row.load[row.slot[item] // size]
+        row.item[at(row.slot[item])] = item
+        row.around[item] = row.load[at(row.slot[item] // size)]
 
 
 @inlined
@@ -163,21 +164,22 @@ def _exchange(row, one, other, apart):
     """Exchange the contents of two slots of different packs."""
     table, item, load = row.table, row.item, row.load
     size = len(table) // len(load)
-    here, there = one // size, other // size
-    lost = row.value[item[one]] - row.value[item[other]]
+    here, there = at(one // size), at(other // size)
+    one, other = at(one), at(other)
+    lost = row.value[at(item[one])] - row.value[at(item[other])]
     table[one], table[other] = table[other], table[one]
     item[one], item[other] = item[other], item[one]
-    row.slot[item[one]], row.slot[item[other]] = one, other
+    row.slot[at(item[one])], row.slot[at(item[other])] = one, other
     load[here] -= lost
     load[there] += lost
-    for position in range(size):
-        row.around[item[here * size + position]] = load[here]
-        row.around[item[there * size + position]] = load[there]
+    for position in range(at(size)):
+        row.around[at(item[here * at(size) + position])] = load[here]
+        row.around[at(item[there * at(size) + position])] = load[there]
     if apart:
-        row.holds[table[one], there] = False
-        row.holds[table[other], here] = False
-        row.holds[table[one], here] = True
-        row.holds[table[other], there] = True
+        row.holds[at(table[one]), there] = False
+        row.holds[at(table[other]), here] = False
+        row.holds[at(table[one]), here] = True
+        row.holds[at(table[other]), there] = True
 
 
 @compiled
@@ -197,33 +199,33 @@ def lower_variance(row):
     while (everything >> shift) > 1 << 30:
         shift += 1
     for slot in range(len(small)):
-        small[slot] = row.value[row.item[slot]] >> shift
+        small[slot] = row.value[at(row.item[slot])] >> shift
     for pack in range(num_packs):
         load = np.int64(0)
-        for slot in range(pack * size, (pack + 1) * size):
+        for slot in range(at(pack * size), at((pack + 1) * size)):
             load += small[slot]
         small_load[pack] = load
         order[pack] = pack
     for _ in range(10):
         for nth in range(1, num_packs):  # sorts what an exchange has put out of order
             pack, place = order[nth], nth
-            while place > 0 and small_load[order[place - 1]] < small_load[pack]:
-                order[place] = order[place - 1]
+            while place > 0 and small_load[at(order[at(place - 1)])] < small_load[at(pack)]:
+                order[at(place)] = order[at(place - 1)]
                 place -= 1
-            order[place] = pack
+            order[at(place)] = pack
         best, one, other = np.int64(0), NONE, NONE
         for nth in range(num_packs):
             heavy = order[nth]
             for place in range(num_packs - 1, nth, -1):
-                light = order[place]
-                gap = small_load[heavy] - small_load[light]
+                light = order[at(place)]
+                gap = small_load[at(heavy)] - small_load[at(light)]
                 if gap * gap < -4 * best:
                     break
-                distance = nearest[heavy, light] if is_kept else NONE
+                distance = nearest[at(heavy), at(light)] if is_kept else NONE
                 if distance < 0:
                     distance = _distance(small, size, heavy, light, gap)
                 if is_kept:
-                    nearest[heavy, light], nearest[light, heavy] = distance, distance
+                    nearest[at(heavy), at(light)], nearest[at(light), at(heavy)] = distance, distance
                 # A difference d changes the measure by d × (d − gap) = ((2 d − gap)^2 − gap^2) / 4.
                 change = (distance - gap) * (distance + gap) // 4 if distance < gap else np.int64(0)
                 if change < best or (change == best and change < 0):
@@ -248,9 +250,9 @@ def lower_variance(row):
 def _distance(small, size, heavy, light, gap):
     """The smallest |2 d − gap| of any difference d between an item of one pack and one of another."""
     distance = NEVER
-    for slot in range(heavy * size, (heavy + 1) * size):
+    for slot in range(at(heavy * size), at((heavy + 1) * size)):
         rest = 2 * small[slot] - gap
-        for place in range(light * size, (light + 1) * size):
+        for place in range(at(light * size), at((light + 1) * size)):
             distance = min(distance, abs(rest - 2 * small[place]))
     return distance
 
@@ -260,9 +262,9 @@ def _first_with(small, size, heavy, light, gap, distance):
     """The first two slots of two packs, in the order of slots, that have this `_distance`."""
     one, other = NEVER, NEVER
     for slot in range(heavy * size, (heavy + 1) * size):
-        rest = 2 * small[slot] - gap
+        rest = 2 * small[at(slot)] - gap
         for place in range(light * size, (light + 1) * size):
-            if abs(rest - 2 * small[place]) == distance:
+            if abs(rest - 2 * small[at(place)]) == distance:
                 first, second = np.int64(min(slot, place)), np.int64(max(slot, place))
                 if first < one or (first == one and second < other):
                     one, other = first, second
@@ -285,16 +287,16 @@ def lower_max(row, rounds, apart):
             low = min(low, load[pack])
         best, one = peak, NONE
         for slot in range(heavy * size, (heavy + 1) * size):
-            first = row.item[slot] + 1
-            weight, rest = value[first - 1], peak - value[first - 1]
+            first = at(row.item[at(slot)] + 1)
+            weight = value[first - at(1)]
+            rest = peak - weight
             while low + weight - value[first] < best:
                 minimum = NEVER
-                for place in range(CHUNK):
-                    nth = np.uint64(first) + np.uint64(place)  # unsigned, as a negative index would count from the end
+                for nth in range(first, first + at(CHUNK)):
                     minimum = min(minimum, max(rest + value[nth], around[nth] + (weight - value[nth])))
                 if minimum < best:
                     best, one = minimum, np.int64(slot)
-                first += CHUNK
+                first += at(CHUNK)
         if one < 0:
             return
         other = _other_slot(row, one, peak, low, best)
@@ -308,13 +310,13 @@ def lower_max(row, rounds, apart):
 @inlined
 def _other_slot(row, one, peak, low, best):
     """The first slot whose exchange with slot `one` of the heaviest pack leaves `best` in the heavier of the two."""
-    other, lighter = len(row.table), row.item[one] + 1
-    weight = row.value[lighter - 1]
+    other, lighter = len(row.table), at(row.item[at(one)] + 1)
+    weight = row.value[lighter - at(1)]
     while low + weight - row.value[lighter] <= best:
         lost = weight - row.value[lighter]
         if max(peak - lost, row.around[lighter] + lost) == best:
             other = min(other, row.slot[lighter])
-        lighter += 1
+        lighter += at(1)
     return other
 
 
@@ -322,7 +324,8 @@ def _other_slot(row, one, peak, low, best):
 def _clash(row, one, other):
     """Whether exchanging two slots brings replicas together."""
     size = len(row.table) // len(row.load)
-    return row.holds[row.table[one], other // size] or row.holds[row.table[other], one // size]
+    one_there = row.holds[at(row.table[at(one)]), at(other // size)]
+    return one_there or row.holds[at(row.table[at(other)]), at(one // size)]
 
 
 @compiled
@@ -332,12 +335,12 @@ def _best_apart(row, heavy, peak, low):
     size = len(row.table) // len(row.load)
     best, one, other = peak, NONE, NONE
     for slot in range(heavy * size, (heavy + 1) * size):
-        lighter = row.item[slot] + 1
-        weight = value[lighter - 1]
+        lighter = at(row.item[at(slot)] + 1)
+        weight = value[lighter - at(1)]
         while low + weight - value[lighter] <= best:
             lost, place = weight - value[lighter], row.slot[lighter]
             worst = max(peak - lost, row.around[lighter] + lost)
-            lighter += 1
+            lighter += at(1)
             if worst > best or (worst == best and (one < slot or other < place)) or _clash(row, slot, place):
                 continue
             best, one, other = worst, np.int64(slot), place
@@ -371,8 +374,8 @@ def _best_pair(row, heavy, light, apart):
     count = 0
     for i in range(number):
         for j in range(i + 1, number):
-            sums[count] = row.packed[i] + row.packed[j]
-            pairs[count] = row.order[i] * num_slots + row.order[j]
+            sums[at(count)] = row.packed[i] + row.packed[j]
+            pairs[at(count)] = row.order[i] * num_slots + row.order[j]
             count += 1
     filled = -(-count // CHUNK) * CHUNK
     for nth in range(count, filled):
@@ -381,7 +384,7 @@ def _best_pair(row, heavy, light, apart):
     end = number + _movable(row, heavy, light, apart, number)
     for i in range(number, end):
         for j in range(i + 1, end):
-            rest, minimum = gap - row.packed[i] - row.packed[j], NEVER
+            rest, minimum = gap - row.packed[at(i)] - row.packed[at(j)], NEVER
             for nth in range(filled):
                 minimum = min(minimum, abs(rest + sums[nth]))
             if minimum < best:
@@ -399,8 +402,8 @@ def _movable(row, pack, to, apart, begin):
     """List the slots of a pack that may go to pack `to` in `order`, twice their shares in `packed`; their number."""
     size, place = len(row.table) // len(row.load), begin
     for slot in range(pack * size, (pack + 1) * size):
-        if not (apart and row.holds[row.table[slot], to]):
-            row.order[place], row.packed[place] = slot, 2 * row.value[row.item[slot]]
+        if not (apart and row.holds[at(row.table[at(slot)]), at(to)]):
+            row.order[at(place)], row.packed[at(place)] = slot, 2 * row.value[at(row.item[at(slot)])]
             place += 1
     return place - begin
 
