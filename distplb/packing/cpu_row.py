@@ -43,7 +43,9 @@ FAR = np.int64(2**61)  # beyond every load, and so far from the end of the range
 # Marks an index as unsigned. For others, Numba first checks whether they count from the end of the array, which takes
 # about a sixth of all time. Arithmetic with signed integers would make floats.
 at = np.uint64
-CHUNK = 16  # values that are looked at together, and to whose multiple others are padded, for vector units
+# Values that are looked at together, and to whose multiple others are padded. LLVM unrolls loops over fewer, instead of
+# using vector units for them.
+CHUNK = 32
 MAX_ROUNDS, PAIR_ROUNDS, ONE, LIGHTEST = np.int64(50), np.int64(20), np.int64(1), np.int64(0)
 _HOW: dict[str, Any] = {"cache": True, "nogil": True, "error_model": "numpy"}
 # Numba counts references to every array of a row in every call, atomically, which takes longer than most steps. Only
