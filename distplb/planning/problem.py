@@ -146,11 +146,12 @@ class Problem:
         candidate = candidate.to(self._weight.device)
         if self._cheapest is None:
             return self._candidates({"layer": self._every_layer, "candidate": candidate, "seed": self.seed})
-        table = self._cheapest[2].clone()
+        table = self._cheapest[2]
         other = (self._cheapest[0] != candidate).nonzero()[:, 0]
-        if len(other):
-            table[other] = self._candidates({"layer": other, "candidate": candidate[other], "seed": self.seed})
-        return table
+        if not len(other):
+            return table
+        names: Names = {"layer": other, "candidate": candidate[other], "seed": self.seed}
+        return table.index_copy(0, other, self._candidates(names))
 
     def polish(self, table: Tensor) -> Tensor:
         """`[L, P]`: the table after more exchanges, with GPUs renumbered so that most experts stay in place.
@@ -184,8 +185,8 @@ class Problem:
             table, cost = self._no_dearer(polished, table, cost)
         if self.current is not None:
             table, cost = self._no_dearer(self._named_as(table), table, cost)
-        kept, _ = self._no_dearer(self._kept, table, cost)
-        return torch.where(self._may_be_kept[:, None], kept, table)
+        kept = (self._may_be_kept & (self._cost(self._kept) <= cost)).nonzero()[:, 0]
+        return table.index_copy(0, kept, self._kept.index_select(0, kept)) if len(kept) else table
 
     def _finished(self, table: Tensor, layer: Tensor) -> Tensor:
         """`[X, P]`: the table after step 9 for one step of load, after steps 10 and 11 again for several."""
@@ -272,9 +273,12 @@ class Problem:
         return named.expert_of_slot.to(table.device)
 
     def _remember(self, candidate: Tensor, cost: Tensor, tables: Tensor) -> None:
-        first = cost.argmin(0)  # of equals, the first
-        rows = first * tables.shape[1] + self._every_layer
-        cheapest = candidate.index_select(0, first), cost.amin(0), tables.flatten(0, 1).index_select(0, rows)
+        if len(candidate) == 1:
+            cheapest = candidate.expand(cost.shape[1]), cost[0], tables[0]
+        else:
+            first = cost.argmin(0)  # of equals, the first
+            rows = first * tables.shape[1] + self._every_layer
+            cheapest = candidate.index_select(0, first), cost.amin(0), tables.flatten(0, 1).index_select(0, rows)
         if self._cheapest is not None:
             worse = self._cheapest[1] <= cheapest[1]
             cheapest = (
@@ -286,9 +290,12 @@ class Problem:
 
     def _cost(self, table: Tensor, layer: Tensor | None = None) -> Tensor:
         """`[..., X]` int64: the cost of tables `[..., X, P]` of these layers (all by default), moves included."""
+        rows = self._every_layer if layer is None else layer
+        if table.dim() == 2:
+            return self._with_moves(self._tokens(table, rows), table, layer)
         shape = table.shape[:-1]
-        rows = (self._every_layer if layer is None else layer).expand(shape).flatten()
-        return self._with_moves(self._tokens(table.flatten(0, -2), rows).view(shape), table, layer)
+        tokens = self._tokens(table.flatten(0, -2), rows.expand(shape).flatten()).view(shape)
+        return self._with_moves(tokens, table, layer)
 
     def _with_moves(self, tokens: Tensor, table: Tensor, layer: Tensor | None = None) -> Tensor:
         """`[..., X]` int64: the cost of tables with these `tokens`; as in `_cost`."""
@@ -309,7 +316,7 @@ class Problem:
 
     def _allows(self, table: Tensor) -> Tensor:
         """`[L]` bool: whether the policy allows a table `[L, P]`."""
-        return self._policy.allows(table, layer=torch.arange(len(table), device=table.device))
+        return self._policy.allows(table, layer=self._every_layer)
 
     def _no_dearer(self, preferred: Tensor, other: Tensor, cost: Tensor) -> tuple[Tensor, Tensor]:
         """Layer by layer, `preferred` where it costs no more than `other`, else `other`; both `[L, P]`. And the costs.
