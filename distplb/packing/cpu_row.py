@@ -40,8 +40,8 @@ NONE = np.int64(-1)
 # Numba would compile a separate version for each literal argument, but not for these.
 FREE, APART = np.bool_(False), np.bool_(True)
 FAR = np.int64(2**61)  # beyond every load, and so far from the end of the range that sums do not overflow
-# Marks an index as unsigned. For others, Numba first checks whether they count from the end of the array, which takes
-# about a sixth of all time. Arithmetic with signed integers would make floats.
+# Marks an index as unsigned. For others, Numba first checks whether they count from the end of the array, which took
+# about a sixth of the time of a search.
 at = np.uint64
 # Values that are looked at together, and to whose multiple others are padded. LLVM unrolls loops over fewer, instead of
 # using vector units for them.
